@@ -1,0 +1,73 @@
+"""Every setting of a run and the layer-pattern parser. Importing this needs no torch."""
+
+from megatron_mm.config.errors import ConfigError
+from megatron_mm.config.flags import make_parser
+from megatron_mm.config.hf import from_transformers_dict, to_transformers_dict
+from megatron_mm.config.load import dump_yaml, from_dict, load, to_dict
+from megatron_mm.config.pattern import (
+    Layer,
+    Manifest,
+    Stage,
+    effective_pattern,
+    model_stages,
+    num_layers,
+    parse_pattern,
+    stages,
+    wire,
+    without_clvr,
+)
+from megatron_mm.config.presets import preset, vision_preset
+from megatron_mm.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DataPhase,
+    EvaluationConfig,
+    FusionConfig,
+    LanguageConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    VisionConfig,
+)
+from megatron_mm.config.validate import data_parallel_size, validate
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DataPhase",
+    "EvaluationConfig",
+    "FusionConfig",
+    "LanguageConfig",
+    "Layer",
+    "LoggingConfig",
+    "Manifest",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "Stage",
+    "TrainingConfig",
+    "VisionConfig",
+    "data_parallel_size",
+    "dump_yaml",
+    "effective_pattern",
+    "from_dict",
+    "from_transformers_dict",
+    "load",
+    "make_parser",
+    "model_stages",
+    "num_layers",
+    "parse_pattern",
+    "preset",
+    "stages",
+    "to_dict",
+    "to_transformers_dict",
+    "validate",
+    "vision_preset",
+    "wire",
+    "without_clvr",
+]

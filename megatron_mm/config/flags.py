@@ -1,0 +1,123 @@
+"""Command line flags, generated from the schema: every leaf is a flag in Megatron's spelling.
+
+`tensor_model_parallel_size` is `--tensor-model-parallel-size 2`, a bool is `--bf16` or
+`--no-bf16`, a setting that may be absent also takes the word `none`, a list takes several
+words, and `--train-data` takes `path[:samples]` once per phase of the curriculum.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NoReturn, get_origin
+
+from megatron_mm.config.errors import ConfigError
+from megatron_mm.config.schema import DataPhase, RunConfig
+from megatron_mm.config.tree import Leaf, coerce, expected, leaves, optional
+
+
+@dataclass
+class Flags:
+    """What a command line said. `values` holds only the leaves that were given, by path."""
+
+    config: str | None = None
+    preset: str | None = None
+    values: dict[tuple[str, ...], Any] = field(default_factory=dict)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse prints its usage and exits; with some ninety flags that hides the message.
+        raise ConfigError(message)
+
+
+def flag_name(leaf: Leaf) -> str:
+    """The flag of a leaf, e.g. `--micro-batch-size`."""
+    return "--" + leaf.name.replace("_", "-")
+
+
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all flags; values stay text until `parse_flags` reads them."""
+    parser = _Parser(
+        prog=prog,
+        allow_abbrev=False,  # an abbreviation changes its meaning when a setting is added
+        argument_default=argparse.SUPPRESS,
+        description="Flags override the YAML file; the YAML file overrides the preset.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file that holds a run")
+    parser.add_argument("--preset", metavar="NAME", help="the model to start from")
+    groups: dict[str, Any] = {}
+    for leaf in leaves(RunConfig):
+        section = ".".join(leaf.path[:-1])
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        inner, _ = optional(leaf.hint)
+        default = "none" if leaf.default in (None, "", []) else leaf.default
+        text = f"default: {default} [{section}]".replace("%", "%%")
+        if inner is bool:
+            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(inner) is list:
+            phases = inner == list[DataPhase]
+            options = {"nargs": "+", "metavar": "PATH[:SAMPLES]" if phases else "NUMBER"}
+        else:
+            word = {int: "INT", float: "FLOAT", str: "TEXT"}.get(inner)
+            options = {"metavar": word or expected(inner).replace(", ", "|")}
+        groups[section].add_argument(flag_name(leaf), dest=leaf.name, help=text, **options)
+    return parser
+
+
+def parse_flags(argv: Sequence[str]) -> Flags:
+    """Reads a command line. Raises ConfigError for an unknown flag or an unreadable value."""
+    given, rest = make_parser().parse_known_args(list(argv))
+    by_name = {leaf.name: leaf for leaf in leaves(RunConfig)}
+    if rest and rest[0].startswith("-"):
+        names = ["--config", "--preset"]
+        for leaf in by_name.values():
+            names.append(flag_name(leaf))
+            if leaf.hint is bool:
+                names.append(names[-1].replace("--", "--no-", 1))
+        raise _unknown_flag(rest[0].split("=")[0], names)
+    if rest:
+        raise ConfigError(
+            f"unexpected value {rest[0]!r}; allowed: values behind their flag, "
+            f"and none behind --flag or --no-flag"
+        )
+    values = vars(given)
+    flags = Flags(values.pop("config", None), values.pop("preset", None))
+    for name, text in values.items():
+        leaf = by_name[name]
+        flags.values[leaf.path] = _read(leaf.hint, text, flag_name(leaf))
+    return flags
+
+
+def _unknown_flag(word: str, names: list[str]) -> ConfigError:
+    near = get_close_matches(word, names, n=3, cutoff=0.6)
+    # Without a near miss a list of all the flags would be a page long.
+    hint = f"did you mean {' or '.join(near)}?" if near else "allowed: the flags of --help"
+    return ConfigError(f"unknown flag {word}; {hint}")
+
+
+def _read(hint: Any, text: Any, key: str) -> Any:
+    """The text of one flag as its type, in the plain form that `from_dict` takes."""
+    inner, may_be_none = optional(hint)
+    if may_be_none and text == "none":
+        return None
+    if inner == list[DataPhase]:
+        return [_phase(part, key) for part in text]
+    if inner is int:
+        try:
+            text = int(text)
+        except ValueError:
+            raise ConfigError(f"{key} is {text!r}; allowed: {expected(hint)}") from None
+    return coerce(hint, text, key)
+
+
+def _phase(text: str, key: str) -> dict[str, Any]:
+    path, colon, samples = text.rpartition(":")
+    if not colon or "/" in samples:  # no number of samples; a folder may well contain a colon
+        return {"path": text, "samples": None}
+    if not samples.isdecimal():
+        raise ConfigError(f"{key} is {text!r}; allowed: path or path:samples with a whole number")
+    return {"path": path, "samples": int(samples)}

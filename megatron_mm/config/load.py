@@ -1,0 +1,107 @@
+"""From a preset, a YAML file and command line flags to one `RunConfig`.
+
+The three are laid on each other in that order: YAML overrides the preset, flags override
+the YAML. In the file `model:` may name a `preset:` beside its own keys, and so may
+`model: vision:`. Loading checks names and types; `validate.py` checks the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_mm.config.errors import ConfigError
+from megatron_mm.config.flags import parse_flags
+from megatron_mm.config.presets import preset, vision_preset
+from megatron_mm.config.schema import RunConfig
+from megatron_mm.config.tree import coerce, from_dict, merge, to_dict
+
+__all__ = ["dump_yaml", "from_dict", "load", "read_yaml", "to_dict"]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML lets a repeated key silently win over the first; a run must not lose a setting."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            if key.value in seen:
+                where = f"{key.start_mark.name} line {key.start_mark.line + 1}"
+                raise ConfigError(f"{where}: key {key.value} is given twice; allowed: once")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises ConfigError when the file cannot be read, is not YAML, or repeats a key.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as stream:
+            # A subclass of SafeLoader: builds plain values only, never objects.
+            tree = yaml.load(stream, Loader=_UniqueKeyLoader)  # noqa: S506
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"config {path}: {reason}; allowed: a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        kind = type(tree).__name__
+        raise ConfigError(f"config {path} holds a {kind}; allowed: a mapping of sections")
+    return tree
+
+
+def load(path: str | None = None, argv: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file (or `--config`, which wins over `path`) and flags describe.
+
+    Raises ConfigError with one line for the first name, type or preset that is wrong.
+    """
+    flags = parse_flags(argv)
+    path = flags.config or path
+    tree = read_yaml(path) if path else {}
+    if flags.preset is not None or "model" in tree:
+        tree["model"] = _over_presets(tree.get("model", {}), flags.preset)
+    for leaf, value in flags.values.items():
+        tree = merge(tree, _nested(tree, leaf, value))
+    return from_dict(RunConfig, tree)
+
+
+def _over_presets(model: Any, chosen: str | None) -> Any:
+    """The model section with its presets written out below it. `chosen` is `--preset`."""
+    if not isinstance(model, Mapping):
+        return model  # from_dict has the message for it
+    model = dict(model)
+    named = model.pop("preset", None)
+    name = named if chosen is None else chosen
+    base = {} if name is None else to_dict(preset(coerce(str, name, "model.preset")))
+    if isinstance(model.get("vision"), Mapping) and "preset" in model["vision"]:
+        vision = dict(model["vision"])
+        name = coerce(str, vision.pop("preset"), "model.vision.preset")
+        base["vision"], model["vision"] = to_dict(vision_preset(name)), vision
+    return merge(base, model)
+
+
+def _nested(tree: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for the path (a, b), where a flag may not bring an absent part to life:
+    `--image-size` on a text-only model would otherwise silently give it a whole ViT."""
+    at: Any = tree
+    for depth, key in enumerate(path[:-1], start=1):
+        at = at.get(key, {}) if isinstance(at, Mapping) else {}
+        if at is None:
+            flag, part = "--" + path[-1].replace("_", "-"), ".".join(path[:depth])
+            raise ConfigError(f"{flag} needs {part}, which is none; allowed: give {part} in YAML")
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def dump_yaml(config: Any) -> str:
+    """A config as YAML text that `load` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

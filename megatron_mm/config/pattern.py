@@ -1,0 +1,231 @@
+"""The layer pattern: which sub-layers a model has, which stage holds them, what travels.
+
+Letters: `G` gated DeltaNet, `*` gated attention, `E` mixture of experts, `L` look at the
+vision memory, `J` inject what a look found. Spaces mean nothing. A *layout* is the same
+pattern with `|` at the pipeline stage boundaries.
+
+A transformers "layer" is a mixer (`G` or `*`) and the `E` after it; here each letter is
+one sub-layer. `L` and `J` are not numbered, so adding them never shifts checkpoint keys.
+Everything in this file is a pure function of strings and tuples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megatron_mm.config.errors import ConfigError
+from megatron_mm.config.schema import ModelConfig, ParallelConfig
+
+MIXERS = "G*"
+LETTERS = "G*ELJ"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One sub-layer. `number`: the transformers layer that a G, * or E belongs to.
+    `pair`: which look/inject pair an L or J belongs to. The other of the two is None."""
+
+    kind: str
+    number: int | None = None
+    pair: int | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The consecutive sub-layers that one pipeline stage holds."""
+
+    index: int
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What crosses one stage boundary besides the hidden state. `refinements` are pairs."""
+
+    memory: bool
+    refinements: tuple[int, ...]
+
+
+def _wrong(pattern: str, reason: str) -> ConfigError:
+    return ConfigError(f"hybrid_layer_pattern {pattern!r}: {reason}")
+
+
+def parse_pattern(pattern: str) -> tuple[Layer, ...]:
+    """Reads a model pattern. The k-th `L` is injected by the k-th `J`; several may wait.
+
+    Raises ConfigError for an unknown letter, a mixer without its `E`, an `E` without its
+    mixer, a `J` before its `L`, an `L` that is never injected, or no layers at all.
+    Positions in messages count characters from 1, spaces included.
+    """
+    layers: list[Layer] = []
+    mixers = looks = injects = 0
+    open_mixer: tuple[str, int] | None = None  # the mixer that still waits for its E
+    for position, kind in enumerate(pattern, start=1):
+        here = f"{kind!r} at position {position}"
+        if kind.isspace():
+            continue
+        if kind == "|":
+            raise _wrong(
+                pattern, f"{here} belongs in pipeline_model_parallel_layout, not in the model"
+            )
+        if kind not in LETTERS:
+            raise _wrong(pattern, f"unknown letter {here}; allowed: {', '.join(LETTERS)}")
+        if kind in MIXERS:
+            if open_mixer:
+                raise _wrong(pattern, f"{open_mixer[0]} needs an E before {here}")
+            open_mixer = here, mixers
+            layers.append(Layer(kind, number=mixers))
+            mixers += 1
+        elif kind == "E":
+            if open_mixer is None:
+                raise _wrong(pattern, f"{here} needs a mixer (G or *) of its own before it")
+            layers.append(Layer(kind, number=open_mixer[1]))
+            open_mixer = None
+        elif kind == "L":
+            layers.append(Layer(kind, pair=looks))
+            looks += 1
+        else:
+            if injects == looks:
+                raise _wrong(pattern, f"{here} has no L before it to inject")
+            layers.append(Layer(kind, pair=injects))
+            injects += 1
+    if open_mixer:
+        raise _wrong(pattern, f"{open_mixer[0]} needs an E after it")
+    if injects < looks:
+        raise _wrong(pattern, f"{looks} L but only {injects} J; every L needs a J after it")
+    if not mixers:
+        raise _wrong(pattern, f"has no layers; allowed: letters from {', '.join(LETTERS)}")
+    return tuple(layers)
+
+
+def without_clvr(pattern: str) -> str:
+    """The pattern of the base model: no `L`, no `J`, no spaces. Keeps the `|` of a layout."""
+    return "".join(letter for letter in pattern if letter not in "LJ" and not letter.isspace())
+
+
+def num_layers(pattern: str) -> int:
+    """How many transformers layers (mixer plus experts) the pattern has."""
+    return sum(layer.kind in MIXERS for layer in parse_pattern(pattern))
+
+
+def effective_pattern(model: ModelConfig) -> str:
+    """The pattern that is built: with nothing to look at, looks and injects are dropped."""
+    blind = model.vision is None or model.fusion.vision_memory == "none"
+    return without_clvr(model.hybrid_layer_pattern) if blind else model.hybrid_layer_pattern
+
+
+def model_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[Stage, ...]:
+    """The stages of a run: `stages` of the effective pattern. A layout is written for the
+    model's full pattern, so it is checked against that before the looks are dropped."""
+    pattern, layout = effective_pattern(model), parallel.pipeline_model_parallel_layout
+    size = parallel.pipeline_model_parallel_size
+    if layout is not None:
+        _same_layers(model.hybrid_layer_pattern, layout)
+        layout = layout if pattern == model.hybrid_layer_pattern else without_clvr(layout)
+    return stages(pattern, size, layout)
+
+
+def _squeeze(pattern: str) -> str:
+    return "".join(pattern.split())
+
+
+def _same_layers(pattern: str, layout: str) -> None:
+    expected, found = _squeeze(pattern), _squeeze(layout).replace("|", "")
+    if expected == found:
+        return
+    pairs = enumerate(zip(expected, found, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
+    raise ConfigError(
+        f"pipeline_model_parallel_layout {layout!r} is not hybrid_layer_pattern {pattern!r} with "
+        f"| added: letter {at + 1} is {found[at : at + 1] or 'missing'}, "
+        f"allowed: {expected[at : at + 1] or 'nothing more'}"
+    )
+
+
+def stages(pattern: str, pipeline_size: int, layout: str | None = None) -> tuple[Stage, ...]:
+    """Deals the pattern's sub-layers to `pipeline_size` stages, by `layout` or balanced.
+
+    Without a layout the largest stage is as small as possible, where G, * and E cost 1
+    and L and J nothing; among such splits boundaries between an L and its J come first,
+    then even stages. In a layout the first stage may be empty (it has the embedding and
+    the vision model) and so may the last (it has the output layer), but no other.
+
+    Raises ConfigError when the layout is not this pattern, its number of stages is not
+    `pipeline_size`, or there are fewer sub-layers than stages.
+    """
+    layers = parse_pattern(pattern)
+    if pipeline_size < 1:
+        raise ConfigError(f"pipeline_model_parallel_size {pipeline_size}; allowed: 1 or more")
+    if layout is None:
+        cuts = _balanced_cuts(layers, pipeline_size)
+    else:
+        _same_layers(pattern, layout)
+        parts = _squeeze(layout).split("|")
+        if len(parts) != pipeline_size:
+            raise ConfigError(
+                f"pipeline_model_parallel_layout {layout!r} has {len(parts)} stages; "
+                f"allowed: pipeline_model_parallel_size {pipeline_size}"
+            )
+        for index, part in enumerate(parts[1:-1], start=1):
+            if not part:
+                raise ConfigError(
+                    f"pipeline_model_parallel_layout {layout!r}: stage {index} of {len(parts)} is "
+                    f"empty; allowed: an empty first or last stage"
+                )
+        cuts = [0]
+        for part in parts:
+            cuts.append(cuts[-1] + len(part))
+    bounds = enumerate(pairwise(cuts))
+    return tuple(Stage(index, layers[start:stop]) for index, (start, stop) in bounds)
+
+
+def _balanced_cuts(layers: Sequence[Layer], size: int) -> list[int]:
+    """Boundaries 0 = c0 < c1 < ... < c_size = len(layers) of the balanced split."""
+    done = [0]  # done[i]: cost of the first i sub-layers
+    waiting = [False]  # waiting[i]: a boundary after i sub-layers is between an L and its J
+    in_flight = 0
+    for layer in layers:
+        done.append(done[-1] + (layer.kind in "G*E"))
+        in_flight += (layer.kind == "L") - (layer.kind == "J")
+        waiting.append(in_flight > 0)
+    if size > done[-1]:
+        raise ConfigError(
+            f"pipeline_model_parallel_size {size} is more than the {done[-1]} G, * and E of "
+            f"hybrid_layer_pattern; allowed: 1 to {done[-1]}"
+        )
+    # Unit costs on a line: the smallest possible largest stage is simply the rounded-up mean.
+    largest = -(-done[-1] // size)
+    # best[i]: (boundaries that split a pair, minus the sum of squared costs, cuts) for the
+    # best way to deal the first i sub-layers. The first two add up, so prefixes stay optimal.
+    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [0])}
+    for _ in range(size):
+        longer: dict[int, tuple[int, int, list[int]]] = {}
+        for start, (splits, evenness, cuts) in best.items():
+            for stop in range(start + 1, len(layers) + 1):
+                cost = done[stop] - done[start]
+                if cost > largest:
+                    break
+                score = splits + waiting[stop], evenness - cost * cost
+                if cost and (stop not in longer or score > longer[stop][:2]):
+                    longer[stop] = *score, [*cuts, stop]
+        best = longer
+    return best[len(layers)][2]
+
+
+def wire(stages: Sequence[Stage]) -> tuple[Manifest, ...]:
+    """What travels from stage i to stage i + 1, one Manifest per boundary.
+
+    The memory travels while a later stage still looks; a refinement travels from the
+    stage of its look to the stage of its injection, and is listed in the order of pairs.
+    """
+    manifests = []
+    for boundary in range(1, len(stages)):
+        before = [layer for stage in stages[:boundary] for layer in stage.layers]
+        after = [layer for stage in stages[boundary:] for layer in stage.layers]
+        looked = {layer.pair for layer in before if layer.kind == "L"}
+        waiting = [layer.pair for layer in after if layer.kind == "J" and layer.pair in looked]
+        memory = any(layer.kind == "L" for layer in after)
+        manifests.append(Manifest(memory, tuple(sorted(waiting))))
+    return tuple(manifests)

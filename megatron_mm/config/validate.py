@@ -1,0 +1,242 @@
+"""Refuses a run whose sizes do not divide or make no sense, before anything is built.
+
+Types are right already (`load.py`). Each rule is one line; each message names the key, its
+value and what would be allowed, with both numbers where one does not divide the other.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+from megatron_mm.config.errors import ConfigError
+from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
+from megatron_mm.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_mm.config.tree import leaves, optional
+
+# Numbers are positive, but these may be zero (a rate, a weight or a count that is off).
+MAY_BE_ZERO = frozenset(
+    (
+        "seed",
+        "lr_warmup_iters",
+        "min_lr",
+        "weight_decay",
+        "clip_grad",
+        "adam_beta1",
+        "adam_beta2",
+        "moe_aux_loss_coeff",
+        "moe_z_loss_coeff",
+        "vision_layer_scale_init",
+        "lr_mult_vision",
+        "lr_mult_projector",
+        "lr_mult_clvr",
+        "lr_mult_router",
+    )
+)
+
+
+def validate(run: RunConfig, world_size: int | None = None) -> None:
+    """Raises ConfigError for the first setting that cannot work.
+
+    `world_size` is the number of ranks; without it the rules about ranks and the global
+    batch are not checked.
+    """
+    _check_signs(run)
+    _check_language(run.model, run.parallel)
+    _check_vision(run.model, run.parallel)
+    _check_pattern(run.model, run.parallel)
+    _check_data(run)
+    _check_training(run)
+    if world_size is not None:
+        _check_world(run, world_size)
+
+
+def data_parallel_size(run: RunConfig, world_size: int) -> int:
+    """How many model replicas `world_size` ranks hold. Raises ConfigError if none fits."""
+    tp = run.parallel.tensor_model_parallel_size
+    pp = run.parallel.pipeline_model_parallel_size
+    sizes = "tensor_model_parallel_size * pipeline_model_parallel_size"
+    _divides("world_size", world_size, f"{sizes} ({tp} * {pp} =)", tp * pp)
+    return world_size // (tp * pp)
+
+
+def _divides(key: str, value: int, by_key: str, by: int, note: str = "") -> None:
+    if value < 1 or value % by:
+        nearest = -(-max(value, 1) // by) * by
+        raise ConfigError(
+            f"{key} {value} does not divide by {by_key} {by}; "
+            f"allowed: a multiple of {by}, such as {nearest}{note}"
+        )
+
+
+def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} is {value!r}; allowed: {allowed}")
+
+
+def _check_signs(run: RunConfig) -> None:
+    for leaf in leaves(RunConfig):
+        inner, _ = optional(leaf.hint)
+        value = reduce(lambda node, key: getattr(node, key, None), leaf.path, run)
+        if inner not in (int, float) or value is None:
+            continue
+        key = ".".join(leaf.path)
+        if leaf.name in MAY_BE_ZERO:
+            _require(value >= 0, key, value, "0 or more")
+        else:
+            _require(value > 0, key, value, "more than 0")
+
+
+def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
+    lm = model.language
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    by_tp = ("tensor_model_parallel_size", tp)
+    _divides("vocab_size", lm.vocab_size, *by_tp)
+    _divides("hidden_size", lm.hidden_size, *by_tp)
+    _divides("num_attention_heads", lm.num_attention_heads, "num_query_groups", lm.num_query_groups)
+    _divides("num_attention_heads", lm.num_attention_heads, *by_tp)
+    one_group_per_rank = (
+        f"; sizes up to num_query_groups {lm.num_query_groups} work, "
+        f"replicating a group over ranks is not supported yet"
+    )
+    _divides("num_query_groups", lm.num_query_groups, *by_tp, note=one_group_per_rank)
+    rotary = lm.kv_channels * lm.rotary_percent
+    _require(
+        0 < lm.rotary_percent <= 1 and rotary == int(rotary) and rotary % 2 == 0,
+        "rotary_percent",
+        lm.rotary_percent,
+        f"a share of kv_channels {lm.kv_channels} that is an even number of features "
+        f"(this one is {rotary:g})",
+    )
+    _divides("linear_num_key_heads", lm.linear_num_key_heads, *by_tp)
+    _divides(
+        "linear_num_value_heads",
+        lm.linear_num_value_heads,
+        "linear_num_key_heads",
+        lm.linear_num_key_heads,
+    )
+    _require(
+        lm.moe_router_topk <= lm.num_experts,
+        "moe_router_topk",
+        lm.moe_router_topk,
+        f"1 to num_experts {lm.num_experts}",
+    )
+    _divides("num_experts", lm.num_experts, "expert_model_parallel_size", ep)
+    expert_tp = _expert_tp(parallel)
+    _divides(
+        "moe_ffn_hidden_size", lm.moe_ffn_hidden_size, "expert_tensor_parallel_size", expert_tp
+    )
+    shared = lm.moe_shared_expert_intermediate_size
+    _divides("moe_shared_expert_intermediate_size", shared, *by_tp)
+
+
+def _check_vision(model: ModelConfig, parallel: ParallelConfig) -> None:
+    vit, fusion = model.vision, model.fusion
+    by_tp = ("tensor_model_parallel_size", parallel.tensor_model_parallel_size)
+    if vit is None:
+        _require(
+            fusion.vision_memory == "none",
+            "vision_memory",
+            fusion.vision_memory,
+            "none, because model.vision is none",
+        )
+        return
+    heads = vit.vision_num_attention_heads
+    _divides("vision_hidden_size", vit.vision_hidden_size, "vision_num_attention_heads", heads)
+    _divides("vision_num_attention_heads", heads, *by_tp)
+    _divides("vision_hidden_size", vit.vision_hidden_size, *by_tp)
+    _divides("vision_ffn_hidden_size", vit.vision_ffn_hidden_size, *by_tp)
+    _divides("image_size", vit.image_size, "patch_size", vit.patch_size)
+    side = f"patches per side (image_size {vit.image_size} / patch_size {vit.patch_size} =)"
+    patches = vit.image_size // vit.patch_size
+    _divides(side, patches, "pixel_shuffle_factor", fusion.pixel_shuffle_factor)
+
+
+def _check_pattern(model: ModelConfig, parallel: ParallelConfig) -> None:
+    layers = parse_pattern(model.hybrid_layer_pattern)
+    looks = sum(layer.kind == "L" for layer in layers)
+    if model.vision is None and looks:
+        raise ConfigError(
+            f"hybrid_layer_pattern {model.hybrid_layer_pattern!r} has {looks} L but model.vision "
+            f"is none; allowed: a pattern without L and J"
+        )
+    model_stages(model, parallel)  # raises when the layout does not fit
+    if "L" in effective_pattern(model):
+        heads, tp = model.fusion.clvr_num_attention_heads, parallel.tensor_model_parallel_size
+        _divides("clvr_num_attention_heads", heads, "tensor_model_parallel_size", tp)
+
+
+def _check_data(run: RunConfig) -> None:
+    data, fusion, phases = run.data, run.model.fusion, run.data.train_data
+    longest = run.model.language.max_position_embeddings
+    allowed = f"1 to max_position_embeddings {longest}"
+    _require(data.seq_length <= longest, "seq_length", data.seq_length, allowed)
+    for index, phase in enumerate(phases):
+        key = f"train_data[{index}]"
+        _require(bool(phase.path), f"{key}.path", phase.path, "the path of a JSONL file")
+        last = index == len(phases) - 1
+        allowed = f"above 0, or none {'(last phase)' if last else 'in the last phase only'}"
+        fine = last if phase.samples is None else phase.samples > 0
+        _require(fine, f"{key}.samples", phase.samples, allowed)
+    for key in ("image_mean", "image_std"):
+        value = getattr(data, key)
+        _require(len(value) == 3, key, value, "3 numbers (red, green, blue)")
+    _require(min(data.image_std) > 0, "image_std", data.image_std, "3 numbers above 0")
+    if run.model.vision is not None and "thumbnail" in (fusion.image_stream, fusion.vision_memory):
+        _require(
+            data.use_thumbnail,
+            "use_thumbnail",
+            data.use_thumbnail,
+            "true, because image_stream or vision_memory is thumbnail",
+        )
+
+
+def _check_training(run: RunConfig) -> None:
+    opt, train, par = run.optimizer, run.training, run.parallel
+    _require(
+        train.calculate_per_token_loss,
+        "calculate_per_token_loss",
+        train.calculate_per_token_loss,
+        "true (a mean over microbatches would weigh short answers more)",
+    )
+    _require(opt.min_lr <= opt.lr, "min_lr", opt.min_lr, f"0 to lr {opt.lr}")
+    iters = train.train_iters
+    allowed = f"0 to train_iters {iters}"
+    _require(opt.lr_warmup_iters <= iters, "lr_warmup_iters", opt.lr_warmup_iters, allowed)
+    for key in ("adam_beta1", "adam_beta2"):
+        _require(getattr(opt, key) < 1, key, getattr(opt, key), "0 to below 1")
+    # megatron-core gathers parameters from the distributed optimizer's shards only.
+    needs = par.use_distributed_optimizer and par.overlap_grad_reduce
+    allowed = "false, or true with use_distributed_optimizer and overlap_grad_reduce"
+    value = par.overlap_param_gather
+    _require(needs or not value, "overlap_param_gather", value, allowed)
+    for key, needed, value, other in (
+        ("save_interval", "save", run.checkpoint.save_interval, run.checkpoint.save),
+        ("finetune", "load", run.checkpoint.finetune, run.checkpoint.load),
+        ("eval_interval", "valid_data", run.evaluation.eval_interval, run.data.valid_data),
+    ):
+        off = "false" if value is True else "none"
+        _require(not value or bool(other), key, value, f"{off}, or this value with {needed}")
+
+
+def _expert_tp(parallel: ParallelConfig) -> int:
+    given = parallel.expert_tensor_parallel_size
+    return parallel.tensor_model_parallel_size if given is None else given
+
+
+def _check_world(run: RunConfig, world_size: int) -> None:
+    par, train = run.parallel, run.training
+    dp = data_parallel_size(run, world_size)
+    pp, ep, expert_tp = (
+        par.pipeline_model_parallel_size,
+        par.expert_model_parallel_size,
+        _expert_tp(par),
+    )
+    sizes = (
+        "expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size"
+    )
+    by_key = f"{sizes} ({expert_tp} * {ep} * {pp} =)"
+    _divides("world_size", world_size, by_key, expert_tp * ep * pp)
+    micro = train.micro_batch_size
+    by_key = f"micro_batch_size * data_parallel_size ({micro} * {dp} =)"
+    _divides("global_batch_size", train.global_batch_size, by_key, micro * dp)

@@ -1,0 +1,225 @@
+"""Digit scenes: the embedded task. Questions about a grid of real handwritten digits.
+
+Everything is counted from 0, row by row: cell 4 is the centre of a 3x3 grid, row 0 the top
+row. Every question has a `direct` form (the answer alone) and a `steps` form (every step
+written out as a span with its own skill and its own value, checkable against the scene).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from megatron_mm.data.scoring import result_key, score
+
+SCAN_SIZE = 8  # pixels along one side of a scan in scikit-learn's bundled set
+CELL_SIZE = 16  # pixels along one side of a cell in a scene
+HELD_OUT_SCANS = 397  # the last ones; only validation scenes show them
+
+# Key: relative frequency in the mixed stage. Reading and written-out hops come first.
+DEFAULT_WEIGHTS = {
+    "transcribe": 3.0,
+    "ocr": 3.0,
+    "count": 1.0,
+    "spatial": 1.0,
+    "arithmetic": 1.0,
+    "multihop": 1.0,
+    "transcribe/steps": 1.0,
+    "ocr/steps": 1.0,
+    "count/steps": 1.0,
+    "spatial/steps": 1.0,
+    "arithmetic/steps": 1.0,
+    "multihop/steps": 4.0,
+}
+
+# One token each in the demo's tokenizer: training time on a CPU is proportional to tokens.
+PHRASES = (
+    *("user\n", "assistant\n", "? Show steps.", "Read row ", "Read cells ", "Digit in cell "),
+    *("How many ", "Sum of row ", "Hop once from cell ", "Hop twice from cell "),
+    *("Left of cell ", "Right of cell ", "Above cell ", "Below cell "),
+    *("cell ", ", cell ", " is ", ", total ", "total "),
+    *("left is cell ", "right is cell ", "above is cell ", "below is cell "),
+)
+
+# Name, question, step (rows down, columns right).
+DIRECTIONS = (
+    ("left", "Left of cell", 0, -1),
+    ("right", "Right of cell", 0, 1),
+    ("above", "Above cell", -1, 0),
+    ("below", "Below cell", 1, 0),
+)
+
+Row = dict[str, Any]
+Span = dict[str, str]
+
+
+def load_scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scans uint8 [n, 8, 8] (0 to 255) and digits int [n]: the training part of
+    scikit-learn's set, or the held-out rest."""
+    from sklearn.datasets import load_digits  # slow to import and only used by the demo
+
+    data = load_digits()
+    part = slice(-HELD_OUT_SCANS, None) if held_out else slice(None, -HELD_OUT_SCANS)
+    scans = (data.images[part] * (255.0 / 16.0)).round().astype(np.uint8)
+    return scans, data.target[part]
+
+
+def render(scans: np.ndarray, chosen: Sequence[int], grid: int, shifts: np.ndarray) -> np.ndarray:
+    """The scene as uint8 [grid*16, grid*16]. `shifts` int [cells, 2] moves each digit by
+    (down, right) pixels inside its cell."""
+    scale = CELL_SIZE // SCAN_SIZE
+    scene = np.zeros((grid * CELL_SIZE, grid * CELL_SIZE), dtype=np.uint8)
+    for cell, scan in enumerate(chosen):
+        row, col = divmod(cell, grid)
+        digit = scans[scan].repeat(scale, axis=0).repeat(scale, axis=1)
+        moved = np.zeros_like(digit)
+        down, right = (int(v) for v in shifts[cell])
+        to_y, to_x = (
+            slice(max(down, 0), CELL_SIZE + min(down, 0)),
+            slice(max(right, 0), CELL_SIZE + min(right, 0)),
+        )
+        from_y, from_x = (
+            slice(max(-down, 0), CELL_SIZE + min(-down, 0)),
+            slice(max(-right, 0), CELL_SIZE + min(-right, 0)),
+        )
+        moved[to_y, to_x] = digit[from_y, from_x]
+        scene[row * CELL_SIZE : (row + 1) * CELL_SIZE, col * CELL_SIZE : (col + 1) * CELL_SIZE] = (
+            moved
+        )
+    return scene
+
+
+def ask(key: str, digits: Sequence[int], grid: int, rng: Random) -> Row | None:
+    """A question of kind `key` ("ocr", "ocr/steps"...) about a scene showing `digits`
+    [grid*grid], as a row without its image. None if the scene allows no such question."""
+    skill, _, form = key.partition("/")
+    made = _QUESTIONS[skill](digits, grid, rng)
+    if made is None:
+        return None
+    question, answer, spans = made
+    steps = form == "steps"
+    if not steps:
+        scorer = "per_word" if skill == "transcribe" else "exact"
+        written, spans = answer, [_span(answer, skill, answer)]
+    else:
+        scorer = "per_clause" if skill == "transcribe" else "last_word"
+        written = ", ".join(span["text"] for span in spans)
+    content = f"<image>{question}? Show steps." if steps else f"<image>{question}?"
+    return {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": written},
+        ],
+        "images": [],
+        "skill": skill,
+        "form": form or "direct",
+        "ground_truth": answer,
+        "scorer": scorer,
+        "spans": spans,
+        "scene": "".join(str(d) for d in digits),
+    }
+
+
+def chance(rows: Iterable[Row]) -> dict[str, float]:
+    """For each result key, the mean score of the best constant answer."""
+    truths: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        truths.setdefault((result_key(row), row["scorer"]), []).append(row["ground_truth"])
+    return {key: _best_constant(scorer, found) for (key, scorer), found in sorted(truths.items())}
+
+
+def _best_constant(scorer: str, truths: list[str]) -> float:
+    candidates = [truth for truth, _ in Counter(truths).most_common(20)]
+    # For answers scored word by word the best constant takes each word by itself.
+    columns = zip(*(truth.split() for truth in truths), strict=False)
+    words = [Counter(column).most_common(1)[0][0] for column in columns]
+    candidates.append((", " if scorer == "per_clause" else " ").join(words))
+    return max(sum(score(scorer, c, t) for t in truths) / len(truths) for c in candidates)
+
+
+def _span(text: str, skill: str, value: object) -> Span:
+    return {"text": text, "skill": skill, "value": str(value)}
+
+
+def _read(cell: int, digits: Sequence[int], skill: str = "ocr") -> Span:
+    return _span(f"cell {cell} is {digits[cell]}", skill, digits[cell])
+
+
+Made = tuple[str, str, list[Span]]
+
+
+def _transcribe(digits: Sequence[int], grid: int, rng: Random) -> Made:
+    if rng.random() < 0.4:
+        row = rng.randrange(grid)
+        cells = list(range(row * grid, (row + 1) * grid))
+        question = f"Read row {row}"
+    else:
+        cells = rng.sample(range(grid * grid), grid)
+        question = f"Read cells {' '.join(str(c) for c in cells)}"
+    answer = " ".join(str(digits[c]) for c in cells)
+    return question, answer, [_read(c, digits, "transcribe") for c in cells]
+
+
+def _ocr(digits: Sequence[int], grid: int, rng: Random) -> Made:
+    cell = rng.randrange(grid * grid)
+    return f"Digit in cell {cell}", str(digits[cell]), [_read(cell, digits)]
+
+
+def _count(digits: Sequence[int], grid: int, rng: Random) -> Made:
+    del grid
+    # Draw the count first: asking for a random digit would mostly be answered by 0 or 1.
+    by_count: dict[int, list[int]] = {}
+    for digit in range(10):
+        by_count.setdefault(sum(d == digit for d in digits), []).append(digit)
+    count = rng.choice(sorted(by_count))
+    digit = rng.choice(by_count[count])
+    found = [_read(c, digits) for c, d in enumerate(digits) if d == digit]
+    return f"How many {digit}", str(count), [*found, _span(f"total {count}", "count", count)]
+
+
+def _spatial(digits: Sequence[int], grid: int, rng: Random) -> Made:
+    name, words, down, right = rng.choice(DIRECTIONS)
+    rows = [r for r in range(grid) if 0 <= r + down < grid]
+    cols = [c for c in range(grid) if 0 <= c + right < grid]
+    row, col = rng.choice(rows), rng.choice(cols)
+    cell, target = row * grid + col, (row + down) * grid + col + right
+    spans = [_span(f"{name} is cell {target}", "spatial", target), _read(target, digits)]
+    return f"{words} {cell}", str(digits[target]), spans
+
+
+def _arithmetic(digits: Sequence[int], grid: int, rng: Random) -> Made:
+    row = rng.randrange(grid)
+    cells = range(row * grid, (row + 1) * grid)
+    total = sum(digits[c] for c in cells)
+    spans = [*(_read(c, digits) for c in cells), _span(f"total {total}", "arithmetic", total)]
+    return f"Sum of row {row}", str(total), spans
+
+
+def _multihop(digits: Sequence[int], grid: int, rng: Random) -> Made | None:
+    hops = rng.choice((1, 2))
+    starts = list(range(min(grid * grid, 10)))
+    rng.shuffle(starts)
+    for start in starts:
+        path = [start]
+        # A digit that names no cell (9 on a 3x3 grid) or one already read ends the path.
+        while len(path) <= hops and (to := digits[path[-1]]) < len(digits) and to not in path:
+            path.append(to)
+        if len(path) == hops + 1:
+            spans = [_read(path[0], digits), *(_read(c, digits, "multihop") for c in path[1:])]
+            word = "once" if hops == 1 else "twice"
+            return f"Hop {word} from cell {start}", str(digits[path[-1]]), spans
+    return None
+
+
+_QUESTIONS = {
+    "transcribe": _transcribe,
+    "ocr": _ocr,
+    "count": _count,
+    "spatial": _spatial,
+    "arithmetic": _arithmetic,
+    "multihop": _multihop,
+}

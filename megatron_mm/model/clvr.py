@@ -1,0 +1,141 @@
+"""CLVR, cross-layer vision refinement: the language model looks at the image again.
+
+A look queries the vision memory (patch features before the pixel shuffle) with the hidden
+state of its layer; what it finds is added to the residual stream where the pattern says
+`J`, at once or several layers, or pipeline stages, later. The out-projection starts at zero,
+so a model with CLVR added equals the model without until it is trained.
+
+Shapes: T stream, t shard of it, M memory patches, m shard of the padded memory, h local
+heads, D clvr_kv_channels, C memory width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from megatron_mm.config import ModelConfig
+from megatron_mm.model.linear import column, row
+from megatron_mm.model.norms import RMSNorm
+from megatron_mm.model.segments import Segments
+from megatron_mm.parallel.layout import constant, normal
+
+COORDINATE_FREQUENCIES = 8  # 2^0 .. 2^7 half periods over the image
+
+
+@dataclass(frozen=True)
+class MemoryMap:
+    """Who may look at which patch, in the rectangle [samples, longest, patches of a sample]."""
+
+    patches: Segments  # of the memory, by sample; every sample has a row, some of length 0
+    visible: torch.Tensor  # bool [samples, width of the stream, width of the memory]
+    coordinates_M2: torch.Tensor  # float32 (y, x), 0..1
+
+    @classmethod
+    def build(
+        cls, stream: Segments, visible_M2: torch.Tensor, coordinates_M2: torch.Tensor, rows: int
+    ) -> MemoryMap:
+        """Args:
+        visible_M2: [from, to) of the stream for each patch, patches ordered by sample.
+        rows: length of the padded memory; the rows past M belong to no sample.
+        """
+        patches = len(visible_M2)
+        ends = stream.starts + stream.lengths
+        sample = torch.searchsorted(ends, visible_M2[:, 1].contiguous())
+        lengths = torch.bincount(sample, minlength=stream.count)
+        starts = lengths.cumsum(0) - lengths
+        width = max(1, int(lengths.max()))
+        memory = Segments(starts, lengths, width, rows)
+        visible_from = stream.starts.new_full((stream.count, width), stream.total)
+        if patches:
+            cells = memory.valid
+            visible_from[cells] = visible_M2[:, 0]
+        position = stream.starts[:, None] + torch.arange(stream.width, device=ends.device)
+        visible = position[:, :, None] >= visible_from[:, None, :]
+        padded = coordinates_M2.new_zeros(rows, 2)
+        padded[:patches] = coordinates_M2
+        return cls(memory, visible & memory.valid[:, None, :], padded)
+
+
+def coordinate_features(coordinates_M2: torch.Tensor) -> torch.Tensor:
+    """Sines and cosines of (y, x) at doubling frequencies, [M, 4 * COORDINATE_FREQUENCIES]."""
+    exponent = torch.arange(COORDINATE_FREQUENCIES, device=coordinates_M2.device)
+    angles = coordinates_M2.unsqueeze(-1) * (math.pi * 2.0**exponent)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+
+class Look(nn.Module):
+    """The `L` layer: cross-attention from the hidden state to the memory, [t, 1, H].
+
+    A position that may see no patch gets exactly zero.
+    """
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, tp: ProcessGroup):
+        super().__init__()
+        language, fusion = model.language, model.fusion
+        self.head_dim = fusion.clvr_kv_channels
+        width = fusion.clvr_num_attention_heads * self.head_dim
+        memory_width = memory_hidden_size(model)
+        init, dtype = normal(language.init_method_std), config.params_dtype
+        eps, sharded = language.layernorm_epsilon, config.sequence_parallel
+        common = {"config": config, "init": init, "tp": tp}
+        self.query_norm = RMSNorm(
+            language.hidden_size, eps, partial_gradient=sharded, dtype=dtype
+        )
+        self.memory_norm = RMSNorm(memory_width, eps, partial_gradient=sharded, dtype=dtype)
+        self.linear_q = column(language.hidden_size, width, **common)
+        # Rows are [key, value] of each head, so that ranks split by head.
+        self.linear_kv = column(memory_width, 2 * width, **common)
+        self.linear_coordinates = None
+        if fusion.memory_coordinates:
+            self.linear_coordinates = column(
+                4 * COORDINATE_FREQUENCIES, width, constant_input=True, **common
+            )
+        self.linear_proj = row(
+            width, language.hidden_size, config=config, init=constant(0.0), tp=tp
+        )
+
+    def forward(
+        self,
+        hidden_t1H: torch.Tensor,
+        memory_m1C: torch.Tensor,
+        stream: Segments,
+        memory: MemoryMap,
+        record: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """[t, 1, H] -> [t, 1, H].
+
+        Args:
+            record: if given, the attention weights [samples, h, width, patches] are appended.
+        """
+        query, _ = self.linear_q(self.query_norm(hidden_t1H))
+        fused, _ = self.linear_kv(self.memory_norm(memory_m1C))
+        tokens, patches = query.shape[0], fused.shape[0]
+        query = query.view(tokens, -1, self.head_dim)
+        key, value = fused.view(patches, -1, 2 * self.head_dim).chunk(2, dim=-1)
+        if self.linear_coordinates is not None:
+            features = coordinate_features(memory.coordinates_M2).to(key.dtype)
+            key = key + self.linear_coordinates(features)[0].view_as(key)
+        query = stream.to_rectangle(query).transpose(1, 2)
+        key, value = (memory.patches.to_rectangle(x).transpose(1, 2) for x in (key, value))
+        sees = memory.visible.any(-1)  # softmax over nothing is NaN: let those rows see all
+        mask = (memory.visible | ~sees.unsqueeze(-1)).unsqueeze(1)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        found = torch.where(sees[:, None, :, None], found, 0.0)
+        if record is not None:
+            scores = query @ key.transpose(-1, -2) * self.head_dim**-0.5
+            weights = scores.masked_fill(~memory.visible.unsqueeze(1), -torch.inf).softmax(-1)
+            record.append(torch.where(sees[:, None, :, None], weights, 0.0).detach())
+        found = stream.to_stream(found.transpose(1, 2)).reshape(tokens, 1, -1)
+        return self.linear_proj(found)[0]
+
+
+def memory_hidden_size(model: ModelConfig) -> int:
+    """Width of a memory row: a quarter of the hidden size unless set."""
+    return model.fusion.memory_hidden_size or model.language.hidden_size // 4

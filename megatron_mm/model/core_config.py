@@ -1,0 +1,79 @@
+"""Our settings in megatron-core's words: the one place where a TransformerConfig is made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mm.config import RunConfig, effective_pattern, num_layers
+
+
+def language_config(run: RunConfig) -> TransformerConfig:
+    """For the language stack, and for the schedule, DDP and optimizer."""
+    language, parallel, training = run.model.language, run.parallel, run.training
+    tp = parallel.tensor_model_parallel_size
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=num_layers(effective_pattern(run.model)),
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        kv_channels=language.kv_channels,
+        ffn_hidden_size=language.moe_ffn_hidden_size,
+        layernorm_epsilon=language.layernorm_epsilon,
+        normalization="RMSNorm",
+        layernorm_zero_centered_gamma=True,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        num_moe_experts=language.num_experts,
+        moe_router_topk=language.moe_router_topk,
+        moe_ffn_hidden_size=language.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=language.moe_shared_expert_intermediate_size,
+        moe_shared_expert_gate=True,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=language.moe_aux_loss_coeff,
+        moe_router_dtype=language.moe_router_dtype,
+        moe_token_dispatcher_type="alltoall",
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or tp,
+        sequence_parallel=tp > 1,  # never without: see DESIGN, partial gradients
+        # The stream's length differs between microbatches; the schedule exchanges shapes.
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        batch_p2p_comm=True,
+        overlap_p2p_comm=False,
+        calculate_per_token_loss=True,
+        perform_initialization=False,  # parallel/layout.py does it, whatever the layout
+        gradient_accumulation_fusion=False,
+        bf16=training.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+    )
+
+
+def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerConfig:
+    """For the linears of the ViT and the projector: no sequence parallelism, no experts."""
+    vision = run.model.vision
+    return replace(
+        language,
+        num_layers=vision.vision_num_layers,
+        hidden_size=vision.vision_hidden_size,
+        num_attention_heads=vision.vision_num_attention_heads,
+        num_query_groups=vision.vision_num_attention_heads,
+        kv_channels=vision.vision_hidden_size // vision.vision_num_attention_heads,
+        ffn_hidden_size=vision.vision_ffn_hidden_size,
+        sequence_parallel=False,
+        num_moe_experts=None,
+        moe_ffn_hidden_size=None,
+        moe_shared_expert_intermediate_size=None,
+        moe_shared_expert_gate=False,
+        expert_model_parallel_size=1,
+        expert_tensor_parallel_size=language.tensor_model_parallel_size,
+        gated_linear_unit=False,
+    )

@@ -1,0 +1,101 @@
+"""Gated DeltaNet, the `G` layer of Qwen3-Next.
+
+megatron-core's own cannot be built without FLA, ignores sample boundaries and lays its
+fused projection out per rank; this one runs anywhere, restarts its state at every sample
+and groups the rows of its projection by key head, so a whole checkpoint does not depend
+on the tensor-parallel size.
+
+Shapes: t this rank's sequence shard, T whole stream, k local key heads, v value heads per
+key head, K and V head widths.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from megatron_mm.config import LanguageConfig
+from megatron_mm.model.gdn_kernels import causal_conv, gated_delta_rule
+from megatron_mm.model.linear import column, row
+from megatron_mm.model.norms import GatedRMSNorm
+from megatron_mm.model.segments import Segments
+from megatron_mm.parallel.layout import constant, normal, place, uniform
+
+
+class GatedDeltaNet(nn.Module):
+    """One fused projection; for every key head its rows are [q, k, v, z, b, a].
+
+    The convolution's channels are grouped alike: [q, k, v] for every key head.
+    """
+
+    def __init__(
+        self, language: LanguageConfig, config: TransformerConfig, tp: ProcessGroup, out_std: float
+    ):
+        super().__init__()
+        self.key_heads = language.linear_num_key_heads // tp.size()
+        self.values_per_key = language.linear_num_value_heads // language.linear_num_key_heads
+        self.key_dim = language.linear_key_head_dim
+        self.value_dim = language.linear_value_head_dim
+        value_rows = self.values_per_key * self.value_dim
+        # Widths of q, k, v, z, b, a in one key head's rows.
+        self.widths = [self.key_dim, self.key_dim, value_rows, value_rows]
+        self.widths += [self.values_per_key, self.values_per_key]
+        all_key_heads = language.linear_num_key_heads
+        dtype, std = config.params_dtype, language.init_method_std
+        self.in_proj = column(
+            language.hidden_size,
+            all_key_heads * sum(self.widths),
+            config=config,
+            init=normal(std),
+            tp=tp,
+        )
+        conv_channels = self.key_heads * sum(self.widths[:3])
+        kernel = language.linear_conv_kernel_dim
+        self.conv_weight = nn.Parameter(torch.empty(conv_channels, kernel, dtype=dtype))
+        bound = kernel**-0.5  # torch's own default for a depthwise Conv1d
+        place(self.conv_weight, uniform(-bound, bound), split={0: tp})
+        value_heads = self.key_heads * self.values_per_key
+        self.A_log = nn.Parameter(torch.empty(value_heads, dtype=dtype))
+        place(self.A_log, uniform(0.01, 16.0, then=torch.log), split={0: tp})
+        self.dt_bias = nn.Parameter(torch.empty(value_heads, dtype=dtype))
+        place(self.dt_bias, constant(1.0), split={0: tp})
+        self.out_norm = GatedRMSNorm(self.value_dim, language.layernorm_epsilon, dtype=dtype)
+        self.out_proj = row(
+            all_key_heads * value_rows,
+            language.hidden_size,
+            config=config,
+            init=normal(out_std),
+            tp=tp,
+        )
+
+    def forward(self, hidden_t1H: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """[t, 1, H] -> [t, 1, H]"""
+        fused, _ = self.in_proj(hidden_t1H)
+        tokens = fused.shape[0]
+        fused = fused.view(tokens, self.key_heads, sum(self.widths))
+        qkv_width = sum(self.widths[:3])
+        qkv, z, b, a = fused.split([qkv_width, *self.widths[3:]], dim=-1)
+        qkv = segments.to_rectangle(qkv.reshape(tokens, -1))
+        qkv = causal_conv(qkv, self.conv_weight)
+        qkv = qkv.view(*qkv.shape[:2], self.key_heads, qkv_width)
+        query, key, value = qkv.split(self.widths[:3], dim=-1)
+        value = value.reshape(*value.shape[:2], -1, self.value_dim)
+        # Each key head serves several value heads.
+        query, key = (x.repeat_interleave(self.values_per_key, dim=2) for x in (query, key))
+        log_decay = -self.A_log.float().exp() * F.softplus(
+            a.reshape(tokens, -1).float() + self.dt_bias
+        )
+        beta = b.reshape(tokens, -1).sigmoid()
+        mixed = gated_delta_rule(
+            query,
+            key,
+            value,
+            segments.to_rectangle(log_decay),
+            segments.to_rectangle(beta),
+        )
+        mixed = segments.to_stream(mixed)
+        mixed = self.out_norm(mixed, z.reshape(tokens, -1, self.value_dim))
+        return self.out_proj(mixed.reshape(tokens, 1, -1))[0]

@@ -1,0 +1,92 @@
+"""megatron-core's parallel linears, with the layout of every parameter described."""
+
+from __future__ import annotations
+
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from megatron_mm.parallel.layout import Initializer, constant, place
+
+
+def column(
+    inputs: int,
+    outputs: int,
+    *,
+    config: ModelParallelConfig,
+    init: Initializer,
+    tp: ProcessGroup,
+    bias: bool = False,
+    constant_input: bool = False,
+) -> nn.Module:
+    """y = x W^T with the outputs split over `tp`.
+
+    Under sequence parallelism the input is this rank's shard of the sequence and is gathered
+    inside. A `constant_input` is whole on every rank and needs no gradient.
+    """
+    layer = ColumnParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=None,
+        bias=bias,
+        tp_group=tp,
+        disable_grad_reduce=constant_input,
+    )
+    layer.sequence_parallel = layer.sequence_parallel and not constant_input
+    place(layer.weight, init, split={0: tp})
+    if bias:
+        place(layer.bias, constant(0.0), split={0: tp})
+    return layer
+
+
+def row(
+    inputs: int,
+    outputs: int,
+    *,
+    config: ModelParallelConfig,
+    init: Initializer,
+    tp: ProcessGroup,
+    bias: bool = False,
+) -> nn.Module:
+    """y = x W^T with the inputs split over `tp`; the sum is whole, or scattered over the
+    sequence under sequence parallelism."""
+    layer = RowParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=None,
+        bias=bias,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=tp,
+    )
+    place(layer.weight, init, split={1: tp})
+    if bias:
+        place(layer.bias, constant(0.0), partial_gradient=config.sequence_parallel)
+    return layer
+
+
+def vocab_embedding(
+    vocab_size: int, hidden_size: int, *, config: ModelParallelConfig, init: Initializer, tp
+) -> nn.Module:
+    layer = VocabParallelEmbedding(
+        vocab_size, hidden_size, init_method=None, config=config, tp_group=tp
+    )
+    place(layer.weight, init, split={0: tp})
+    return layer
+
+
+class ReplicatedLinear(nn.Linear):
+    """A small linear that every tensor-parallel rank computes alike."""
+
+    def __init__(self, inputs: int, outputs: int, *, init: Initializer, bias: bool, dtype):
+        super().__init__(inputs, outputs, bias=bias, dtype=dtype)
+        place(self.weight, init)
+        if bias:
+            place(self.bias, constant(0.0))

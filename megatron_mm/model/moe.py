@@ -1,0 +1,80 @@
+"""The `E` layer: megatron-core's MoE layer (router, dispatcher, shared expert) around our
+stacked experts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mm.model.experts import GroupedExperts
+from megatron_mm.parallel.layout import normal, place
+
+
+class Router(TopKRouter):
+    """megatron-core's router, with the load-balancing loss weighted like the main loss.
+
+    Gradients are divided by the number of supervised tokens of the whole batch at the end.
+    megatron-core weights a microbatch's balancing loss by this rank's unpadded tokens, which
+    differ between ranks when one holds the padding, and outnumber the supervised ones when
+    prompts are long. Weighted by the microbatch's supervised tokens, the coefficient means
+    what it says on every layout.
+    """
+
+    supervised_tokens: float = 0.0  # of the current microbatch
+
+    def attach_and_log_load_balancing_loss(self, *args, valid_token_count=None, **kwargs):
+        # The parent multiplies by the size of the group again.
+        share = self.supervised_tokens / self.tp_cp_group.size()
+        return super().attach_and_log_load_balancing_loss(*args, valid_token_count=share, **kwargs)
+
+
+class MixtureOfExperts(MoELayer):
+    """megatron-core's layer with the layout of its own parameters described.
+
+    Args:
+        layer: global layer number, from 0.
+        std, out_std: standard deviations of the input and output projections at the start.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg: ProcessGroupCollection,
+        layer: int,
+        std: float,
+        out_std: float,
+    ):
+        shared = partial(
+            SharedExpertMLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        )
+        experts = partial(GroupedExperts, std=std, out_std=out_std)
+        super().__init__(
+            config,
+            MoESubmodules(experts=experts, shared_experts=shared, router=Router),
+            layer_number=layer + 1,  # megatron-core counts from 1
+            pg_collection=pg,
+        )
+        self.set_layer_number(layer + 1)
+        sequence_parallel = config.sequence_parallel
+        place(self.router.weight, normal(std), partial_gradient=sequence_parallel)
+        place(self.shared_experts.gate_weight, normal(std), partial_gradient=sequence_parallel)
+        fc1, fc2 = self.shared_experts.linear_fc1.weight, self.shared_experts.linear_fc2.weight
+        half = fc1.shape[0] // 2
+        place(fc1, normal(std), split={1: pg.tp}, view=(2, half, fc1.shape[1]))
+        place(fc2, normal(out_std), split={1: pg.tp})
+
+    def forward(
+        self, hidden_t1H: torch.Tensor, padding_1t: torch.Tensor | None, supervised_tokens: float
+    ) -> torch.Tensor:
+        """[t, 1, H] -> [t, 1, H]; padding is bool, True where a position is padding."""
+        self.router.supervised_tokens = supervised_tokens
+        return super().forward(hidden_t1H, padding_mask=padding_1t)[0]

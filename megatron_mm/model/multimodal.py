@@ -1,0 +1,176 @@
+"""The fused model: one pipeline stage of it.
+
+The first stage holds the ViT, the projector and the embedding; the last one the final norm
+and the output layer; every stage its share of the layers. What crosses between them is
+one packed tensor (parallel/wire.py) whose contents the layer pattern decides.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import nn
+
+from megatron_mm import platform
+from megatron_mm.config import Manifest, RunConfig, effective_pattern, model_stages, wire
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.clvr import memory_hidden_size
+from megatron_mm.model.context import StreamContext, memory_rows
+from megatron_mm.model.core_config import language_config, vision_config
+from megatron_mm.model.linear import ReplicatedLinear, column, vocab_embedding
+from megatron_mm.model.norms import RMSNorm
+from megatron_mm.model.projector import Projector
+from megatron_mm.model.stack import Stack
+from megatron_mm.model.vision import InternViT
+from megatron_mm.parallel.layout import initialize, normal
+from megatron_mm.parallel.wire import Payload, WireShape, pack, unpack
+
+
+class VisionTower(nn.Module):
+    """Tiles to stream tokens and memory rows, whole on every tensor-parallel rank."""
+
+    def __init__(self, run: RunConfig, config, tp, with_memory: bool):
+        super().__init__()
+        model = run.model
+        inner = vision_config(run, config)
+        self.size = model.vision.image_size
+        self.vit = InternViT(model.vision, inner, tp)
+        self.projector = Projector(model, inner, tp)
+        self.memory_proj = None
+        if with_memory:
+            self.memory_proj = ReplicatedLinear(
+                model.vision.vision_hidden_size,
+                memory_hidden_size(model),
+                init=normal(model.vision.vision_init_method_std),
+                bias=True,
+                dtype=config.params_dtype,
+            )
+
+    def forward(self, batch: Microbatch, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(stream tokens [k, H], memory [rows, C], zero beyond the batch's patches).
+
+        A batch without images runs one empty tile whose features count nothing, so that
+        every parameter takes part in every backward pass (DDP's overlap asserts it).
+        """
+        pixels, empty = batch.pixels_NCHW, len(batch.pixels_NCHW) == 0
+        if empty:
+            pixels = pixels.new_zeros(1, 3, self.size, self.size)
+        features = self.vit(pixels)
+        stream = self.projector(features if empty else features[batch.stream_tiles])
+        stream = stream.flatten(0, 1)
+        memory = None
+        if self.memory_proj is not None:
+            chosen = features if empty else features[batch.memory_tiles]
+            memory = self.memory_proj(chosen.flatten(0, 1))
+            if empty:
+                memory = memory[:1] * 0.0
+            padding = memory.new_zeros(rows - len(memory), memory.shape[1])
+            memory = torch.cat((memory, padding))
+        return (stream[:1] * 0.0 if empty else stream), memory
+
+
+class MultimodalModel(MegatronModule):
+    """Stage `pg.pp.rank()` of the model.
+
+    forward(batch) returns logits [T, 1, V / TP] on the last stage, else the packed tensor for
+    the next one.
+    """
+
+    def __init__(self, run: RunConfig, pg: ProcessGroupCollection):
+        config = language_config(run)
+        super().__init__(config)
+        # megatron-core's schedule and gradient reduction ask for these two.
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.model_config, self.pg = run.model, pg
+        language = run.model.language
+        pattern = effective_pattern(run.model)
+        plan = model_stages(run.model, run.parallel)
+        boundaries = wire(plan)
+        index = pg.pp.rank()
+        stage = plan[index]
+        self.pre_process, self.post_process = index == 0, index == len(plan) - 1
+        self.arrives: Manifest | None = None if self.pre_process else boundaries[index - 1]
+        self.leaves: Manifest | None = None if self.post_process else boundaries[index]
+        self.has_looks = "L" in pattern
+        self.looks_here = any(layer.kind == "L" for layer in stage.layers)
+        self.received: torch.Tensor | None = None
+        self.watch = None  # diagnostics: called with (layer, hidden) as each layer ends
+        init, dtype = normal(language.init_method_std), config.params_dtype
+        self.vision = self.embedding = self.final_norm = self.output_layer = None
+        if self.pre_process:
+            if run.model.vision is not None:
+                self.vision = VisionTower(run, config, pg.tp, self.has_looks)
+            self.embedding = vocab_embedding(
+                language.vocab_size, language.hidden_size, config=config, init=init, tp=pg.tp
+            )
+        self.language = Stack(run.model, config, pg, stage)
+        if self.post_process:
+            self.final_norm = RMSNorm(
+                language.hidden_size,
+                language.layernorm_epsilon,
+                partial_gradient=config.sequence_parallel,
+                dtype=dtype,
+            )
+            self.output_layer = column(
+                language.hidden_size, language.vocab_size, config=config, init=init, tp=pg.tp
+            )
+
+    def set_input_tensor(self, tensor) -> None:
+        """Called by the schedule with what the previous stage sent."""
+        self.received = tensor[0] if isinstance(tensor, list) else tensor
+
+    def _wire_shape(self, batch: Microbatch, manifest: Manifest) -> WireShape:
+        tp = self.pg.tp.size()
+        rows = memory_rows(batch, self.model_config, tp) // tp if manifest.memory else 0
+        return WireShape(
+            len(batch.tokens_T) // tp, rows, memory_hidden_size(self.model_config),
+            manifest.refinements,
+        )  # fmt: skip
+
+    def _embed(self, batch: Microbatch) -> Payload:
+        hidden = self.embedding(batch.tokens_T)  # [T, H], whole on every rank
+        memory = None
+        if self.vision is not None:
+            rows = memory_rows(batch, self.model_config, self.pg.tp.size())
+            stream, memory = self.vision(batch, rows)
+            stream = stream.to(hidden.dtype)
+            if len(batch.stream_positions):
+                hidden = hidden.index_copy(0, batch.stream_positions, stream)
+            else:
+                hidden = hidden + stream.sum()  # zero, but part of the graph
+        hidden = hidden.unsqueeze(1)
+        memory = None if memory is None else memory.unsqueeze(1)
+        if self.config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg.tp)
+            if memory is not None:
+                memory = scatter_to_sequence_parallel_region(memory, group=self.pg.tp)
+        return Payload(hidden, memory)
+
+    def forward(
+        self, batch: Microbatch, looks: dict[int, list[torch.Tensor]] | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            looks: if given, filled with the attention weights of this stage's looks.
+        """
+        context = StreamContext.build(batch, self.model_config, self.pg.tp, self.looks_here)
+        context.looks, context.watch = looks, self.watch
+        if self.pre_process:
+            payload = self._embed(batch)
+        else:
+            payload = unpack(self.received, self._wire_shape(batch, self.arrives))
+        payload = self.language(payload, context)
+        if self.leaves is not None:
+            return pack(payload, self._wire_shape(batch, self.leaves))
+        return self.output_layer(self.final_norm(payload.hidden_T1H))[0]
+
+
+def build(run: RunConfig, pg: ProcessGroupCollection) -> MultimodalModel:
+    """This rank's stage, initialised from the seed alone, on this rank's device."""
+    model = MultimodalModel(run, pg)
+    initialize(model, run.training.seed)
+    return model.to(platform.device())

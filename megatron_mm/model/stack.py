@@ -1,0 +1,95 @@
+"""The layers of one pipeline stage, in the order the pattern gives.
+
+Keys hold global layer numbers (`layers.7.mixer`, `layers.7.moe`, `looks.0`), on every stage
+and under every layout; looks and injections never shift them.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_mm.config import ModelConfig, Stage, effective_pattern, num_layers
+from megatron_mm.model.attention import GatedAttention
+from megatron_mm.model.clvr import Look
+from megatron_mm.model.context import StreamContext
+from megatron_mm.model.gdn import GatedDeltaNet
+from megatron_mm.model.moe import MixtureOfExperts
+from megatron_mm.model.norms import RMSNorm
+from megatron_mm.parallel.wire import Payload
+
+
+class SubLayer(nn.Module):
+    """Pre-norm residual around a mixer or a mixture of experts."""
+
+    def __init__(self, inner: nn.Module, hidden_size: int, eps: float, config: TransformerConfig):
+        super().__init__()
+        self.norm = RMSNorm(
+            hidden_size, eps, partial_gradient=config.sequence_parallel, dtype=config.params_dtype
+        )
+        self.inner = inner
+
+    def forward(self, hidden_t1H: torch.Tensor, *args) -> torch.Tensor:
+        return hidden_t1H + self.inner(self.norm(hidden_t1H), *args)
+
+
+class Stack(nn.Module):
+    """Runs a stage's letters over a payload: G, *, E transform the hidden state, L puts a
+    refinement aside, J adds it."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        pg: ProcessGroupCollection,
+        stage: Stage,
+    ):
+        super().__init__()
+        self.stage = stage
+        language = model.language
+        eps = language.layernorm_epsilon
+        std = language.init_method_std
+        # GPT-2's rule: residual branches start smaller the deeper the model.
+        out_std = std / (2 * num_layers(effective_pattern(model))) ** 0.5
+        self.layers = nn.ModuleDict()
+        self.looks = nn.ModuleDict()
+        for layer in stage.layers:
+            if layer.kind == "L":
+                self.looks[str(layer.pair)] = Look(model, config, pg.tp)
+            if layer.kind in "G*E":
+                if layer.kind == "G":
+                    inner = GatedDeltaNet(language, config, pg.tp, out_std)
+                elif layer.kind == "*":
+                    inner = GatedAttention(language, config, pg.tp, out_std)
+                else:
+                    inner = MixtureOfExperts(config, pg, layer.number, std, out_std)
+                key, part = str(layer.number), "moe" if layer.kind == "E" else "mixer"
+                if key not in self.layers:
+                    self.layers[key] = nn.ModuleDict()
+                self.layers[key][part] = SubLayer(inner, language.hidden_size, eps, config)
+
+    def forward(self, payload: Payload, context: StreamContext) -> Payload:
+        hidden, waiting = payload.hidden_T1H, dict(payload.refinements)
+        for layer in self.stage.layers:
+            if layer.kind == "L":
+                look = self.looks[str(layer.pair)]
+                record = context.look_record(layer.pair)
+                waiting[layer.pair] = look(
+                    hidden, payload.memory_M1C, context.segments, context.memory, record
+                )
+            elif layer.kind == "J":
+                hidden = hidden + waiting.pop(layer.pair)
+            elif layer.kind == "E":
+                hidden = self.layers[str(layer.number)]["moe"](
+                    hidden, context.padding_1t, context.supervised_tokens
+                )
+            elif layer.kind == "*":
+                hidden = self.layers[str(layer.number)]["mixer"](
+                    hidden, context.segments, context.rotary
+                )
+            else:
+                hidden = self.layers[str(layer.number)]["mixer"](hidden, context.segments)
+            context.tap(layer, hidden)
+        return Payload(hidden, payload.memory_M1C, waiting)

@@ -1,0 +1,91 @@
+"""Process groups: one call sets them up, one object carries them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mm import platform
+from megatron_mm.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Groups:
+    """megatron-core's groups, and two of ours that live on the CPU.
+
+    Attributes:
+        pg: megatron-core's collection, passed to every constructor.
+        replica: gloo group of the ranks that compute one data-parallel replica together
+            (tensor x pipeline); its first rank reads the data for all of them.
+        world: gloo group of everybody, for decisions taken together.
+    """
+
+    pg: ProcessGroupCollection
+    replica: dist.ProcessGroup
+    world: dist.ProcessGroup
+
+    @property
+    def is_reader(self) -> bool:
+        return self.replica.rank() == 0
+
+    @property
+    def stage(self) -> int:
+        return self.pg.pp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.pg.pp.size() - 1
+
+
+def start(parallel: ParallelConfig) -> None:
+    """Join the job that torchrun started; alone, start a job of one.
+
+    A collective that waits longer than `distributed_timeout_minutes` raises on every rank.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+    dist.init_process_group(
+        platform.backend(),
+        timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
+        **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+    )
+
+
+def build(parallel: ParallelConfig) -> Groups:
+    """Lay the groups out over the running job (Megatron's rank order: tp, cp, ep, dp, pp)."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        create_gloo_process_groups=True,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    pg = ProcessGroupCollection.use_mpu_process_groups()
+    members = [None] * dist.get_world_size()
+    dist.all_gather_object(members, tuple(dist.get_process_group_ranks(pg.mp)))
+    replica = None
+    for ranks in sorted(set(members)):
+        group = dist.new_group(list(ranks), backend="gloo")
+        if dist.get_rank() in ranks:
+            replica = group
+    return Groups(pg, replica, dist.new_group(backend="gloo"))
+
+
+def stop() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

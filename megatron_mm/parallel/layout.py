@@ -1,0 +1,129 @@
+"""Where each parameter's slice lies in the whole tensor: one description, three users.
+
+Layout-independent initialisation draws the whole tensor and keeps our slice; sharded
+checkpoints save our slice at its offset; tests and tools gather slices into the whole.
+Because all three read the same `ParamLayout`, a parameter that is split wrongly is
+wrong visibly: the layout-invariance test fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import ProcessGroup
+
+# Fills a whole tensor (or one slice of it along dim 0) from a generator.
+Initializer = Callable[[torch.Tensor, torch.Generator], object]
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """The local parameter, viewed as `local_shape`, is the block at `offset` of `global_shape`.
+
+    The view may have more dimensions than the parameter: a GLU's gate and up halves are
+    a dimension of their own, so that each half is split over ranks by itself.
+    """
+
+    global_shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    init: Initializer
+    rows_drawn_alone: bool = False  # draw one index of dim 0 at a time (experts)
+    expert: bool = False  # replicated over the expert-data-parallel group, not over data-parallel
+
+    @property
+    def block(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.local_shape, strict=True))
+
+
+def normal(std: float) -> Initializer:
+    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+
+
+def constant(value: float) -> Initializer:
+    return lambda tensor, generator: tensor.fill_(value)
+
+
+def uniform(low: float, high: float, then: Callable | None = None) -> Initializer:
+    def fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
+        tensor.uniform_(low, high, generator=generator)
+        if then is not None:
+            tensor.copy_(then(tensor))
+
+    return fill
+
+
+def place(
+    param: torch.nn.Parameter,
+    init: Initializer,
+    *,
+    split: dict[int, ProcessGroup] | None = None,
+    view: tuple[int, ...] | None = None,
+    rows_drawn_alone: bool = False,
+    partial_gradient: bool = False,
+    expert: bool = False,
+) -> None:
+    """Describe a parameter: which dimensions of which view are split over which group.
+
+    Args:
+        split: view dimension -> process group; the group's ranks hold equal consecutive blocks.
+        view: local shape of the view; default the parameter's own shape.
+        partial_gradient: replicated over tensor-parallel ranks that each see other positions or
+            heads, so its gradient must be summed over them (DESIGN: never silent).
+    """
+    local = tuple(view or param.shape)
+    if math.prod(local) != param.numel():
+        raise ValueError(f"view {local} does not hold the {param.numel()} elements of a parameter")
+    sizes, offset = list(local), [0] * len(local)
+    for dim, group in (split or {}).items():
+        sizes[dim] = local[dim] * group.size()
+        offset[dim] = local[dim] * group.rank()
+    param.param_layout = ParamLayout(tuple(sizes), local, tuple(offset), init, rows_drawn_alone, expert)
+    # What megatron-core's gradient reduction and clipping read.
+    param.sequence_parallel = partial_gradient
+    if split:
+        param.tensor_model_parallel = True
+        param.partition_dim = min(split)
+        param.partition_stride = 1
+    if expert:
+        param.allreduce = False
+        param.tensor_model_parallel = True
+
+
+def layouts(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, ParamLayout]]:
+    """(global name, parameter, layout) of every parameter; names hold global layer numbers."""
+    for name, param in model.named_parameters():
+        name = name.removeprefix("module.")
+        layout = getattr(param, "param_layout", None)
+        if layout is None:
+            raise ValueError(f"parameter {name} has no layout: call place() where it is made")
+        yield name, param, layout
+
+
+def _generator(seed: int, name: str, row: int = 0) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def initialize(model: torch.nn.Module, seed: int) -> None:
+    """Fill every parameter from (seed, global name), whatever the parallel layout.
+
+    Draws in fp32 on the CPU, then slices, so the same seed gives the same model everywhere.
+    """
+    for name, param, layout in layouts(model):
+        target = param.data.view(layout.local_shape)
+        if layout.rows_drawn_alone:
+            for i in range(layout.local_shape[0]):
+                row = layout.offset[0] + i
+                whole = torch.empty(layout.global_shape[1:], dtype=torch.float32)
+                layout.init(whole, _generator(seed, name, row))
+                target[i].copy_(whole[layout.block[1:]])
+        else:
+            whole = torch.empty(layout.global_shape, dtype=torch.float32)
+            layout.init(whole, _generator(seed, name))
+            target.copy_(whole[layout.block])

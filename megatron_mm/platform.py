@@ -1,0 +1,284 @@
+"""Run megatron-core's own layers, schedules and optimizer where there is no CUDA.
+
+`install()` is called once, before the first `megatron` import. Where CUDA is present it
+does nothing. Elsewhere it redirects the few calls with which megatron-core assumes a GPU
+to their CPU meaning; collectives then run on gloo. The tables below are complete: each
+redirect stands beside the megatron-core line that needs it, and a test checks that none
+of them is touched on a CUDA machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+from typing import Any, NamedTuple
+
+import torch
+
+MEGATRON_CORE_VERSION = "0.19.2"
+CPU = torch.device("cpu")
+
+
+class Redirect(NamedTuple):
+    owner: str  # import path of a module, or "module:Class"
+    name: str
+    replacement: Any
+    why: str
+
+
+class _InertStream:
+    """Stands in for torch.cuda.Stream and Event: on the CPU everything is in order already."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+    def record_event(self, event=None):
+        return event or _InertStream()
+
+    def elapsed_time(self, other):
+        return 0.0
+
+    def __eq__(self, other):
+        return isinstance(other, _InertStream)
+
+    __hash__ = None
+
+
+def _always(value):
+    """A function of its own per redirect: dynamo refuses one object under two torch names."""
+    return lambda *args, **kwargs: value
+
+
+def _uncompiled(function=None, **kwargs):
+    return function if function is not None else _uncompiled_decorator
+
+
+def _uncompiled_decorator(function):
+    return function
+
+
+def _get_rng_state(device=None):
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state, device=None, **kwargs):
+    torch.set_rng_state(state)
+
+
+def _is_cuda_name(device) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _on_cpu(factory):
+    """A tensor factory whose device="cuda" means the CPU."""
+
+    @functools.wraps(factory)
+    def create(*args, device=None, **kwargs):
+        if device is not None:
+            kwargs["device"] = CPU if _is_cuda_name(device) else device
+        kwargs.pop("pin_memory", None)  # needs a CUDA driver
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _tensor_to(original):
+    @functools.wraps(original)
+    def to(self, *args, **kwargs):
+        if args and _is_cuda_name(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda_name(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return original(self, *args, **kwargs)
+
+    return to
+
+
+def _same():
+    """A method that returns its object, whatever device is asked for."""
+    return lambda self, *args, **kwargs: self
+
+
+def _tensor_type(original):
+    """`Tensor.type()` names the CUDA type, which megatron's optimizer compares with."""
+
+    @functools.wraps(original)
+    def type_(self, *args, **kwargs):
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.")
+
+    return type_
+
+
+def _all_gather(original):
+    """gloo's allgather refuses parts of different lengths: pad to the longest, then cut."""
+
+    @functools.wraps(original)
+    def all_gather(tensor_list, tensor, group=None, async_op=False):
+        lengths = {part.shape[0] if part.dim() else 1 for part in tensor_list}
+        if len(lengths) <= 1 and (not tensor.dim() or tensor.shape[0] in lengths):
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        longest = max(lengths)
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in tensor_list]
+        original(parts, padded, group=group)
+        for target, part in zip(tensor_list, parts, strict=True):
+            target.copy_(part[: target.shape[0]])
+        return None
+
+    return all_gather
+
+
+def _reduce_scatter(original):
+    """gloo has no uneven reduce_scatter: sum all parts everywhere, keep ours."""
+
+    @functools.wraps(original)
+    def reduce_scatter(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, **kwargs):
+        if len({part.shape for part in input_list}) <= 1:
+            return original(output, input_list, op=op, group=group, **kwargs)
+        whole = torch.cat(list(input_list))
+        torch.distributed.all_reduce(whole, op=op, group=group)
+        start = sum(part.shape[0] for part in input_list[: torch.distributed.get_rank(group)])
+        output.copy_(whole[start : start + output.shape[0]])
+        return None
+
+    return reduce_scatter
+
+
+def _maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+    if torch.is_tensor(tensor) and as_numpy:
+        return tensor.numpy()
+    return tensor
+
+
+FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like")
+
+TORCH_REDIRECTS = [
+    Redirect("torch", "compile", _uncompiled, "jit.py compiles small functions: slow to start"),
+    Redirect("torch.cuda", "current_device", _always(CPU), "mappings.py:145 allocates there"),
+    Redirect("torch.cuda", "set_device", _always(None), "initialisers pick the local GPU"),
+    Redirect("torch.cuda", "device_count", _always(1), "parallel_state sanity checks"),
+    Redirect("torch.cuda", "synchronize", _always(None), "p2p_communication.py after batched p2p"),
+    Redirect("torch.cuda", "current_stream", _InertStream, "token_dispatcher.py:924"),
+    Redirect("torch.cuda", "default_stream", _InertStream, "distributed_data_parallel.py"),
+    Redirect("torch.cuda", "Stream", _InertStream, "token_dispatcher.py, param_and_grad_buffer"),
+    Redirect("torch.cuda", "Event", _InertStream, "param_and_grad_buffer.py"),
+    Redirect("torch.cuda", "stream", lambda s: contextlib.nullcontext(), "token_dispatcher.py:927"),
+    Redirect("torch.cuda", "empty_cache", _always(None), "optimizer loading"),
+    Redirect("torch.cuda", "memory_allocated", _always(0), "logging of memory"),
+    Redirect("torch.cuda", "max_memory_allocated", _always(0), "logging of memory"),
+    Redirect("torch.cuda", "reset_peak_memory_stats", _always(None), "logging of memory"),
+    Redirect("torch.cuda", "get_rng_state", _get_rng_state, "tensor_parallel/random.py"),
+    Redirect("torch.cuda", "set_rng_state", _set_rng_state, "tensor_parallel/random.py"),
+    Redirect("torch.cuda", "manual_seed", lambda s: torch.manual_seed(s), "tensor_parallel/random.py"),
+    Redirect("torch.cuda.nvtx", "range_push", _always(None), "utils.py nvtx ranges"),
+    Redirect("torch.cuda.nvtx", "range_pop", _always(None), "utils.py nvtx ranges"),
+    *(
+        Redirect("torch", name, _on_cpu(getattr(torch, name)), "device='cuda' in schedules.py:2292")
+        for name in FACTORIES
+    ),
+    Redirect("torch:Tensor", "cuda", _same(), "distrib_optimizer.py:1374"),
+    Redirect("torch:Tensor", "to", _tensor_to(torch.Tensor.to), "clip_grads.py, optimizer.py"),
+    Redirect("torch:Tensor", "type", _tensor_type(torch.Tensor.type), "distrib_optimizer.py:466"),
+    Redirect("torch.nn:Module", "cuda", _same(), "model set-up"),
+    Redirect(
+        "torch.distributed",
+        "all_gather",
+        _all_gather(torch.distributed.all_gather),
+        "mappings.py:154 gathers uneven splits (expert-TP = TP with EP)",
+    ),
+    Redirect(
+        "torch.distributed",
+        "reduce_scatter",
+        _reduce_scatter(torch.distributed.reduce_scatter),
+        "mappings.py: reduce-scatter of uneven splits",
+    ),
+]
+
+MEGATRON_REDIRECTS = [
+    Redirect(
+        f"megatron.core.transformer.moe.{module}",
+        "maybe_move_tensor_to_cpu",
+        _maybe_move_tensor_to_cpu,
+        "moe_utils.py:1184 converts split sizes to numpy only for CUDA tensors",
+    )
+    for module in ("moe_utils", "token_dispatcher")
+] + [
+    Redirect(
+        "megatron.core.tensor_parallel.random",
+        "_get_cuda_rng_state",
+        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        "tensor_parallel/random.py reads the CUDA generator",
+    ),
+    Redirect(
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
+        "tensor_parallel/random.py writes the CUDA generator",
+    ),
+]
+
+
+def _owner(path: str):
+    module, _, cls = path.partition(":")
+    owner = importlib.import_module(module)
+    return getattr(owner, cls) if cls else owner
+
+
+def install() -> bool:
+    """Make megatron-core run here. Returns whether anything was redirected.
+
+    Raises:
+        RuntimeError: megatron-core is not the version these redirects were written for.
+    """
+    if torch.cuda.is_available():
+        return False
+    if getattr(torch.compile, "__module__", None) == __name__:
+        return True  # already installed
+    found = importlib.metadata.version("megatron-core")
+    if found != MEGATRON_CORE_VERSION:
+        raise RuntimeError(
+            f"without CUDA, megatron_mm needs megatron-core {MEGATRON_CORE_VERSION} "
+            f"(found {found}): pip install megatron-core=={MEGATRON_CORE_VERSION}"
+        )
+    # Torch first: importing megatron already asks for the current device.
+    for table in (TORCH_REDIRECTS, MEGATRON_REDIRECTS):
+        for redirect in table:
+            setattr(_owner(redirect.owner), redirect.name, redirect.replacement)
+    return True
+
+
+def device() -> torch.device:
+    """The device this rank computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return CPU
+
+
+def backend() -> str:
+    """The process-group backend for that device."""
+    return "nccl" if torch.cuda.is_available() else "gloo"

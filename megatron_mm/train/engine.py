@@ -1,0 +1,109 @@
+"""One optimizer step: megatron-core's DDP, schedule, optimizer and scheduler around a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
+
+from megatron_mm import platform
+from megatron_mm.config import RunConfig
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.multimodal import MultimodalModel, build
+from megatron_mm.parallel.groups import Groups
+from megatron_mm.train.objective import Objective
+from megatron_mm.train.optimizer import build_optimizer, build_scheduler, freeze
+
+
+@dataclass
+class Engine:
+    run: RunConfig
+    groups: Groups
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def inner(self) -> MultimodalModel:
+        return self.model.module
+
+    @classmethod
+    def create(cls, run: RunConfig, groups: Groups) -> Engine:
+        model = build(run, groups.pg)
+        freeze(model, run.training)
+        parallel = run.parallel
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            grad_reduce_in_fp32=True,
+        )
+        wrapped = DistributedDataParallel(model.config, ddp, model, pg_collection=groups.pg)
+        config = model.config
+        config.finalize_model_grads_func = finalize_model_grads
+        config.no_sync_func = wrapped.no_sync
+        if parallel.overlap_grad_reduce:
+            config.grad_sync_func = wrapped.start_grad_sync
+        if parallel.overlap_param_gather:
+            config.param_sync_func = wrapped.start_param_sync
+        optimizer = build_optimizer(run, wrapped, groups.pg)
+        config.grad_scale_func = optimizer.scale_loss
+        return cls(run, groups, wrapped, optimizer, build_scheduler(run, optimizer))
+
+    def forward_backward(self, batches: Sequence[Microbatch], objective: Objective) -> list:
+        """Accumulate the gradients of one step; the objective's sums on the last stage."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        pg = self.groups.pg
+
+        def finish(output: torch.Tensor, batch: Microbatch):
+            return objective.loss(output, batch, pg)
+
+        return self._schedule(batches, finish, forward_only=False)
+
+    def forward(self, batches: Sequence[Microbatch], finish: Callable) -> list:
+        """Forward passes only: `finish(logits, batch)` per microbatch on the last stage."""
+
+        def collect(output: torch.Tensor, batch: Microbatch, non_loss_data: bool = True):
+            return finish(output, batch)
+
+        with torch.no_grad():
+            return self._schedule(batches, collect, forward_only=True)
+
+    def _schedule(self, batches: Sequence[Microbatch], finish: Callable, forward_only: bool):
+        def forward_step(iterator, model):
+            batch = next(iterator)
+            return model(batch), partial(finish, batch=batch)
+
+        pg, config = self.groups.pg, self.inner.config
+        common = {
+            "forward_step_func": forward_step,
+            "data_iterator": (batch.to(platform.device()) for batch in batches),
+            "model": self.model,
+            "num_microbatches": len(batches),
+            "seq_length": self.run.data.seq_length,  # shapes are exchanged, not derived from it
+            "micro_batch_size": self.run.training.micro_batch_size,
+            "forward_only": forward_only,
+            "collect_non_loss_data": forward_only,
+            "pg_collection": pg,
+        }
+        if pg.pp.size() == 1:
+            return forward_backward_no_pipelining(**common)
+        communicator = P2PCommunicator(pp_group=pg.pp, config=config)
+        return forward_backward_pipelining_without_interleaving(
+            **common, p2p_communicator=communicator
+        )

@@ -1,0 +1,187 @@
+"""What a run says about itself while it trains: a JSON Lines file, TensorBoard, Weights &
+Biases and the console. The JSON Lines file is the record; the others are views of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+METRICS_FILE = "metrics.jsonl"
+# Shown on the console, in this order; the rest is in the file.
+CONSOLE_KEYS = ("lm loss", "load_balancing_loss", "grad norm", "learning rate")
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a metrics file; empty if there is none yet.
+
+    A last line that does not parse is left out: it is what a killed writer leaves behind.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not a JSON object ({error.msg})") from None
+    return records
+
+
+def format_duration(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class MetricsLogger:
+    """Logs one dictionary of numbers per step.
+
+    `config` is a `LoggingConfig`; `run_config` is stored with the Weights & Biases run.
+    All ranks may make one, but only the one with `enabled` writes anything. `start_step` is
+    the last step already done (0 in a fresh run): later records of an earlier attempt are
+    dropped, so a resumed run holds every step once.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        run_config: dict[str, Any],
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.enabled = enabled
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._bar: Any = None
+        if not enabled:
+            return
+        self._stream = sys.stderr if stream is None else stream
+        self._interval = max(1, config.log_interval)
+        self._start_step, self._total_steps = start_step, total_steps
+        self._started = time.monotonic()
+        directory = Path(config.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = _open_record(directory / METRICS_FILE, start_step)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides what an earlier attempt wrote after the step we resume from.
+            self._tensorboard = SummaryWriter(
+                str(directory / "tensorboard"), purge_step=start_step + 1 if start_step else None
+            )
+        if config.wandb_mode != "disabled":
+            self._wandb = self._start_wandb(config, run_config, directory)
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record `metrics` of `step`. A step may be logged more than once, with other keys."""
+        if not self.enabled or self._file is None:
+            return
+        numbers = {key: float(value) for key, value in metrics.items()}
+        # JSON has no NaN or infinity: null, so that every reader can read the line.
+        record = {key: _compact(value) for key, value in numbers.items()}
+        self._file.write(json.dumps({"iteration": step, **record}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            # The step is a value of its own: W&B's counter refuses to log a step twice.
+            self._wandb.log({**numbers, "iteration": step})
+        self._show(step, numbers)
+
+    def close(self) -> None:
+        """Finish all views. May be called twice."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._file is not None:
+            self._file.close()
+        self._bar = self._tensorboard = self._wandb = self._file = None
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start_wandb(self, config: Any, run_config: dict[str, Any], directory: Path) -> Any:
+        try:
+            import wandb
+
+            run = wandb.init(
+                project=config.wandb_project,
+                dir=str(directory),
+                mode=config.wandb_mode,
+                config=run_config,
+                # Quiet and self-contained: no captured console, no copy of the code.
+                settings=wandb.Settings(
+                    silent=True, console="off", disable_code=True, disable_git=True
+                ),
+            )
+            run.define_metric("*", step_metric="iteration")
+        except Exception as error:  # whatever it is, training matters more than this view of it
+            reason = str(error).strip() or type(error).__name__
+            print(f"warning: no W&B logging: {reason.splitlines()[0]}", file=self._stream)
+            return None
+        return run
+
+    def _show(self, step: int, numbers: dict[str, float]) -> None:
+        shown = [f"{key} {numbers[key]:.4g}" for key in CONSOLE_KEYS if key in numbers]
+        shown += [f"{k} {v:.1%}" for k, v in sorted(numbers.items()) if k.startswith("accuracy/")]
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(", ".join(shown[:3]))
+            return
+        evaluated = any(key.startswith("accuracy/") for key in numbers)
+        if step % self._interval and step != self._total_steps and not evaluated:
+            return
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(1, step - self._start_step) * (self._total_steps - step)
+        text = " | ".join([f"step {step}/{self._total_steps}", *shown])
+        print(f"{text} | left {format_duration(left)}", file=self._stream, flush=True)
+
+
+def _compact(value: float) -> float | int | None:
+    """Counts as integers, and nothing that JSON cannot say."""
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _open_record(path: Path, start_step: int) -> TextIO:
+    """Open for appending after dropping the records past `start_step`."""
+    kept = [record for record in read_metrics(path) if record["iteration"] <= start_step]
+    # Replaced in one move: a crash here must not cost the record of the run so far.
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+    partial.replace(path)
+    return path.open("a", encoding="utf-8")

@@ -1,0 +1,121 @@
+"""Which parameters learn, how fast, and with what decay."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mm.config import RunConfig, TrainingConfig
+
+
+def module_of(name: str) -> str:
+    """The module a parameter belongs to: vision, projector, clvr, router or language."""
+    if name.startswith("vision.projector."):
+        return "projector"
+    if name.startswith("vision.memory_proj.") or ".looks." in name:
+        return "clvr"
+    if name.startswith("vision."):
+        return "vision"
+    if ".router." in name:
+        return "router"
+    return "language"
+
+
+def decays(name: str, param: torch.Tensor) -> bool:
+    """No weight decay on norms, biases, layer scales, A_log, dt_bias (all one-dimensional), nor
+    on the class token and the position embedding."""
+    return param.dim() > 1 and not name.endswith(("class_token", "positions"))
+
+
+def freeze(model: torch.nn.Module, training: TrainingConfig) -> None:
+    """Switch off the gradients of every module whose freeze flag is set."""
+    for name, param in model.named_parameters():
+        if getattr(training, f"freeze_{module_of(name)}"):
+            param.requires_grad_(False)
+
+
+def _overrides(run: RunConfig, model: torch.nn.Module) -> dict[ParamKey, ParamGroupOverride]:
+    """One entry per (module, decays) pair whose settings differ from the default.
+
+    Predicates carry the identity of their parameters: megatron-core hands them tensors only.
+    """
+    settings = run.optimizer
+    members: dict[tuple[float, float], set[int]] = {}
+    for name, param in model.named_parameters():
+        module = module_of(name)
+        rate = 1.0 if module == "language" else getattr(settings, f"lr_mult_{module}")
+        members.setdefault((rate, float(decays(name, param))), set()).add(id(param))
+    overrides = {}
+    for (rate, decay), ids in sorted(members.items()):
+        override = {}
+        if rate != 1.0:
+            override |= {"max_lr": settings.lr * rate, "min_lr": settings.min_lr * rate}
+        if not decay:
+            override["wd_mult"] = 0.0
+        if override:
+            predicate = ParamPredicate(
+                name=f"lr x {rate}, decay x {decay}", fn=lambda p, ids=ids: id(p) in ids
+            )
+            overrides[ParamKey(predicate=predicate)] = override
+    return overrides
+
+
+def build_optimizer(
+    run: RunConfig, model: DistributedDataParallel, pg: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """AdamW; the distributed optimizer unless switched off."""
+    settings = run.optimizer
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=run.training.bf16,
+        params_dtype=torch.bfloat16 if run.training.bf16 else torch.float32,
+        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_megatron_optimizer(
+            config,
+            [model],
+            config_overrides=_overrides(run, model.module),
+            use_gloo_process_groups=False,
+            pg_collection=pg,
+        )
+
+
+def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up, then decay to min_lr at train_iters; counted in steps."""
+    settings, training = run.optimizer, run.training
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=max(training.train_iters, settings.lr_warmup_iters + 1),
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=training.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,50 @@
+"""Packaging. Tool settings live in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """Read as text: importing the package would need its requirements at build time."""
+    text = (ROOT / "megatron_mm" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE).group(1)
+
+
+setup(
+    name="megatron_mm",
+    version=version(),
+    description="Train Qwen3-Next fused with InternViT on megatron-core's parallel layers",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_mm", "megatron_mm.*"]),
+    package_data={"megatron_mm.train": ["*.j2"]},
+    # Lower bounds only where an older version is known to lack something we call; upper
+    # bounds where the next major or minor is expected to break us. NVIDIA's apex is not
+    # here on purpose: the PyPI project of that name is an unrelated package, and
+    # megatron-core runs without it.
+    install_requires=[
+        "megatron-core>=0.19.2,<0.20",
+        "torch>=2.11",
+        "transformers>=5.5,<6",
+        "sentencepiece",
+        "numpy",
+        "pillow",
+        "pyyaml",
+        "psutil",  # megatron-core's dist_checkpointing imports it without declaring it
+        "tqdm",
+        "tensorboard",
+        "wandb",
+        "matplotlib",
+        "jinja2",
+        "scikit-learn",  # the scanned digits of the demo
+        "packaging",
+    ],
+    extras_require={
+        "cuda": ["transformer-engine[pytorch]", "flash-linear-attention"],
+        "dev": ["pytest", "ruff"],
+    },
+)

@@ -1,0 +1,222 @@
+"""Presets, YAML and flags into one run; names and types are refused with one line."""
+
+import dataclasses
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.config import (
+    ConfigError,
+    DataPhase,
+    RunConfig,
+    dump_yaml,
+    from_dict,
+    load,
+    make_parser,
+    preset,
+    to_dict,
+    validate,
+    vision_preset,
+)
+from megatron_mm.config.flags import flag_name
+from megatron_mm.config.tree import leaves
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return _write
+
+
+def refused(words, call, *args):
+    with pytest.raises(ConfigError) as error:
+        call(*args)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_import_brings_no_heavy_library():
+    code = (
+        "import sys, megatron_mm.config as c; c.load(None, ['--preset', 'tiny']);"
+        "print([m for m in ('torch', 'transformers', 'megatron', 'numpy') if m in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_nothing_given_is_the_schema():
+    assert load() == RunConfig()
+
+
+def test_flags_over_yaml_over_preset(write):
+    path = write("model: {preset: tiny, language: {hidden_size: 192, num_experts: 16}}\n")
+    run = load(path, ["--num-experts", "32"])
+    assert run.model.language.vocab_size == 256  # preset
+    assert run.model.language.hidden_size == 192  # YAML
+    assert run.model.language.num_experts == 32  # flag
+    assert run.model.vision == preset("tiny").vision
+
+
+def test_preset_flag_replaces_the_preset_but_not_the_overrides(write):
+    path = write("model: {preset: tiny, language: {num_experts: 16}}\n")
+    model = load(path, ["--preset", "qwen3-next-80b-a3b"]).model
+    assert model.vision is None
+    assert (model.language.hidden_size, model.language.num_experts) == (2048, 16)
+
+
+def test_vision_preset_inside_the_model(write):
+    text = "model: {preset: mm-80b, vision: {preset: internvit-300m, image_size: 224}}\n"
+    model = load(write(text)).model
+    assert model.vision == dataclasses.replace(vision_preset("internvit-300m"), image_size=224)
+    assert model.hybrid_layer_pattern == preset("mm-80b").hybrid_layer_pattern
+    model = load(write("model: {preset: mm-80b, vision: null}\n")).model
+    assert model.vision is None
+    model = load(write("model: {preset: qwen3-next-80b-a3b, vision: {preset: internvit-6b}}")).model
+    assert model.vision == vision_preset("internvit-6b")
+
+
+def test_presets_are_fresh_each_time():
+    preset("tiny").language.hidden_size = 1
+    assert preset("tiny").language.hidden_size == 96
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3-next-80b-a3b", "mm-80b"])
+def test_yaml_round_trip(name, write):
+    run = load(None, ["--preset", name, "--train-data", "a.jsonl:10", "b.jsonl", "--lr", "1e-5"])
+    assert load(write(dump_yaml(run))) == run
+    assert from_dict(RunConfig, to_dict(run)) == run
+    validate(run, 1)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_parses_and_validates(path):
+    validate(load(str(path)))
+
+
+def test_the_80b_example_fits_256_ranks():
+    (path,) = (path for path in EXAMPLES if path.name == "mm-80b.yaml")
+    run = load(str(path))
+    validate(run, 256)
+    refused(["world_size 128", "(1 * 32 * 8 =) 256"], validate, run, 128)
+
+
+def test_floats_take_ints_and_text_without_a_dot(write):
+    run = load(write("optimizer: {lr: 1e-4, min_lr: 0, weight_decay: '0.1'}\n"))
+    assert (run.optimizer.lr, run.optimizer.min_lr, run.optimizer.weight_decay) == (1e-4, 0.0, 0.1)
+    assert type(run.optimizer.min_lr) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("modle: {}", ["modle", "did you mean model?"]),
+        ("optimizer: {zzz: 1}", ["optimizer: zzz", "allowed: adam_beta1, ", "weight_decay"]),
+        ("model: {language: {hiden_size: 1}}", ["model.language: hiden_size", "hidden_size?"]),
+        ("model: {preset: tinny}", ["model preset tinny", "tiny"]),
+        ("model: {preset: huge}", ["huge", "allowed: mm-80b, qwen3-next-80b-a3b, tiny"]),
+        ("model: {preset: [tiny]}", ["model.preset is ['tiny']", "allowed: text"]),
+        ("model: {vision: {preset: vit}}", ["vit", "allowed: internvit-300m, internvit-6b"]),
+        ("model: 3", ["model is 3", "allowed: a mapping with the keys hybrid_layer_pattern"]),
+        ("model:", ["model is None", "allowed: a mapping"]),
+        ("training: {seed: 1.5}", ["training.seed is 1.5", "allowed: int"]),
+        ("training: {seed: '1'}", ["training.seed is '1'", "allowed: int"]),
+        ("training: {seed: true}", ["training.seed is True", "allowed: int"]),
+        ("training: {bf16: 1}", ["training.bf16 is 1", "allowed: true or false"]),
+        ("training: {bf16: 'yes'}", ["training.bf16 is 'yes'", "allowed: true or false"]),
+        ("optimizer: {lr: fast}", ["optimizer.lr is 'fast'", "allowed: float"]),
+        ("optimizer: {lr: true}", ["optimizer.lr is True", "allowed: float"]),
+        ("optimizer: {lr: .nan}", ["optimizer.lr is nan", "allowed: float"]),
+        ("optimizer: {lr: .inf}", ["optimizer.lr is inf", "allowed: float"]),
+        ("optimizer: {lr: null}", ["optimizer.lr is None", "allowed: float"]),
+        ("logging: {wandb_mode: on}", ["wandb_mode is True", "disabled, offline, online"]),
+        ("model: {fusion: {image_stream: al}}", ["'al'", "allowed: thumbnail, tiles, all"]),
+        ("checkpoint: {save: 3}", ["checkpoint.save is 3", "allowed: text or none"]),
+        ("data: {image_mean: 0.5}", ["data.image_mean is 0.5", "allowed: a list of float"]),
+        ("data: {image_mean: [0.5, x]}", ["data.image_mean[1] is 'x'", "allowed: float"]),
+        ("data: {train_data: [a]}", ["train_data[0] is 'a'", "keys path, samples"]),
+        ("data: {train_data: [{file: a}]}", ["data.train_data[0]: file", "allowed: path, samples"]),
+        ("data: {train_data: [{path: a, samples: x}]}", ["train_data[0].samples is 'x'", "int"]),
+        ("training: {seed: 1, bf16: true, seed: 2}", ["line 1", "key seed is given twice"]),
+        ("- 1", ["holds a list", "allowed: a mapping of sections"]),
+        ("a: [", ["is not YAML"]),
+        ("a: !!python/object:os.system {}", ["is not YAML"]),
+    ],
+)
+def test_bad_yaml(write, text, words):
+    refused(words, load, write(text))
+
+
+def test_missing_file():
+    refused(["nowhere.yaml", "No such file", "allowed: a YAML file"], load, "nowhere.yaml")
+
+
+def test_leaf_names_are_unique_and_each_is_a_flag():
+    names = [leaf.name for leaf in leaves(RunConfig)]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    assert not {"config", "preset", "help"} & set(names)
+    text = make_parser().format_help()
+    assert all(flag_name(leaf) in text for leaf in leaves(RunConfig))
+    assert "default: 0.0001 [optimizer]" in text
+
+
+def test_every_kind_of_flag():
+    argv = "--no-tensorboard --bf16 --tensor-model-parallel-size 2 --lr=2e-3 --save-interval none"
+    argv += " --save out --image-mean 0.5 -0.5 1 --vision-memory none --eval-interval 5"
+    argv += " --train-data a.jsonl:5 s3://x/b.jsonl --expert-tensor-parallel-size 1"
+    run = load(None, argv.split())
+    assert (run.logging.tensorboard, run.training.bf16) == (False, True)
+    assert run.parallel.tensor_model_parallel_size == 2
+    assert run.parallel.expert_tensor_parallel_size == 1
+    assert (run.optimizer.lr, run.data.image_mean) == (2e-3, [0.5, -0.5, 1.0])
+    assert (run.checkpoint.save, run.checkpoint.save_interval) == ("out", None)
+    assert (run.model.fusion.vision_memory, run.evaluation.eval_interval) == ("none", 5)
+    assert run.data.train_data == [DataPhase("a.jsonl", 5), DataPhase("s3://x/b.jsonl", None)]
+
+
+def test_a_flag_can_take_back_what_the_file_says(write):
+    path = write("checkpoint: {save: out}\ntraining: {bf16: true}\n")
+    run = load(path, ["--save", "none", "--no-bf16"])
+    assert (run.checkpoint.save, run.training.bf16) == (None, False)
+
+
+def test_config_flag_wins_over_the_path(write):
+    assert load("nowhere.yaml", ["--config", write("training: {seed: 7}")]).training.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lrr", "1"], ["unknown flag --lrr", "did you mean", "--lr"]),
+        (["--no-bf61"], ["unknown flag --no-bf61", "--no-bf16"]),
+        (["--qqqqqq=3"], ["unknown flag --qqqqqq;", "--help"]),
+        (["--tensor-model-parallel", "2"], ["--tensor-model-parallel;", "-parallel-size"]),
+        (["--lr"], ["--lr", "expected one argument"]),
+        (["--lr", "fast"], ["--lr is 'fast'", "allowed: float"]),
+        (["--seed", "1.5"], ["--seed is '1.5'", "allowed: int"]),
+        (["--seed", "none"], ["--seed is 'none'", "allowed: int"]),
+        (["--save-interval", "x"], ["--save-interval is 'x'", "allowed: int or none"]),
+        (["--bf16", "true"], ["unexpected value 'true'", "--no-flag"]),
+        (["--image-stream", "one"], ["--image-stream is 'one'", "thumbnail, tiles, all"]),
+        (["--image-std", "1", "x"], ["--image-std[1] is 'x'", "allowed: float"]),
+        (["--train-data", "a.jsonl:many"], ["'a.jsonl:many'", "path:samples"]),
+        (["--preset", "small"], ["small", "allowed: mm-80b"]),
+        (
+            ["--preset", "qwen3-next-80b-a3b", "--image-size", "224"],
+            ["--image-size needs model.vision, which is none"],
+        ),
+    ],
+)
+def test_bad_flags(argv, words):
+    refused(words, load, None, argv)

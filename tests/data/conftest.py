@@ -1,0 +1,87 @@
+"""One small digit data set and a run that reads it, shared by the data tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_mm.config.schema import DataPhase, RunConfig
+from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
+
+
+def _make_digits_module():
+    path = Path(__file__).parents[2] / "tools" / "make_digits.py"
+    spec = importlib.util.spec_from_file_location("make_digits", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_digits():
+    return _make_digits_module()
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory, make_digits) -> Path:
+    out = tmp_path_factory.mktemp("digits")
+    make_digits.main(
+        f"--out {out} --images 40 --valid-images 30 --valid-per-key 10 --jitter 1".split()
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer(digits_folder) -> Tokenizer:
+    return load_tokenizer(digits_folder / "tokenizer.model")
+
+
+@pytest.fixture
+def run(digits_folder) -> RunConfig:
+    """8-pixel tiles of 2x2-pixel patches shuffled by 2: 16 patches, 4 stream tokens a tile."""
+    run = RunConfig()
+    run.model.language.vocab_size = 448
+    run.model.vision.image_size, run.model.vision.patch_size = 8, 2
+    run.data.max_num_tiles = 4
+    run.data.seq_length = 128
+    run.data.train_data = [DataPhase(str(digits_folder / "mix.jsonl"))]
+    run.training.micro_batch_size, run.training.global_batch_size = 2, 8
+    return run
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """write_rows(row, ...) -> path of a JSONL file; a text is written as it is. wide.png
+    (16x8 pixels, 1x2 tiles and a thumbnail) and small.png (8x8, one tile) lie beside it."""
+    rng = np.random.default_rng(0)
+    for name, shape in (("wide.png", (8, 16, 3)), ("small.png", (8, 8, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / name)
+
+    def write(*rows) -> Path:
+        path = tmp_path / "rows.jsonl"
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write
+
+
+def make_row(question="How many?", answer="3", images=(), **more) -> dict:
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ],
+        "images": list(images),
+        **more,
+    }
+
+
+@pytest.fixture(name="make_row")
+def make_row_fixture():
+    return make_row

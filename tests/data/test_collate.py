@@ -1,0 +1,168 @@
+"""A microbatch against its samples: labels, boundaries, images, memory."""
+
+import pytest
+import torch
+
+from megatron_mm.data.collate import collate
+from megatron_mm.data.errors import DataError
+from megatron_mm.data.images import normalise
+from megatron_mm.data.rows import Rows
+from megatron_mm.data.sample import SampleBuilder
+
+
+def build(run, tokenizer, path):
+    builder = SampleBuilder(run, tokenizer)
+    rows = Rows(path)
+    samples = [builder.training(rows[i], rows.where(i), rows.folder) for i in range(len(rows))]
+    return builder, samples
+
+
+def batch(builder, samples, pad_multiple=1):
+    return collate(
+        samples,
+        settings=builder.settings,
+        pad_id=builder.tokenizer.pad_id,
+        pad_multiple=pad_multiple,
+    )
+
+
+@pytest.fixture
+def three(write_rows, make_row):
+    return write_rows(
+        make_row("<image>and<image>?", "1 2", ["wide.png", "small.png"]),
+        make_row("text only?", "3"),
+        make_row("so <image>?", "4", ["wide.png"]),
+    )
+
+
+def test_tokens_labels_and_boundaries(run, tokenizer, three):
+    builder, samples = build(run, tokenizer, three)
+    made = batch(builder, samples, pad_multiple=16)
+    total = sum(len(s.tokens_T) for s in samples)
+    assert total % 16 and len(made.tokens_T) == -(-total // 16) * 16
+    assert made.num_real_tokens == total
+    assert made.samples == [f"{three}:{n}" for n in (1, 2, 3)]
+    bounds = made.cu_seqlens.tolist()
+    assert len(bounds) == 5 and bounds[0] == 0 and bounds[3:] == [total, len(made.tokens_T)]
+    for sample, start, end in zip(samples, bounds, bounds[1:], strict=False):
+        assert torch.equal(made.tokens_T[start:end], sample.tokens_T)
+        assert torch.equal(made.labels_T[start : end - 1], made.tokens_T[start + 1 : end])
+        assert torch.equal(made.position_ids_T[start:end], torch.arange(end - start))
+        assert made.loss_mask_T[end - 1] == 0
+    learned = made.labels_T[made.loss_mask_T.bool()].tolist()
+    assert tokenizer.decode(learned, skip_special=False) == "1 2<|im_end|>3<|im_end|>4<|im_end|>"
+    assert (made.tokens_T[total:] == tokenizer.pad_id).all()
+    assert made.loss_mask_T[total:].sum() == 0 and made.position_ids_T[total] == 0
+
+
+def test_a_full_multiple_has_no_tail(run, tokenizer, three):
+    builder, samples = build(run, tokenizer, three)
+    made = batch(builder, samples[:1], pad_multiple=len(samples[0].tokens_T))
+    assert made.cu_seqlens.tolist() == [0, len(samples[0].tokens_T)]
+
+
+@pytest.mark.parametrize(
+    ("stream", "memory", "tiles", "stream_tiles", "memory_tiles"),
+    [
+        # wide.png is tiles 0, 1 and thumbnail 2; small.png is a single tile.
+        ("all", "none", 7, [0, 1, 2, 3, 4, 5, 6], []),
+        ("all", "tiles", 7, [0, 1, 2, 3, 4, 5, 6], [0, 1, 3, 4, 5]),
+        ("thumbnail", "tiles", 7, [2, 3, 6], [0, 1, 3, 4, 5]),
+        ("thumbnail", "none", 3, [0, 1, 2], []),
+        ("tiles", "thumbnail", 7, [0, 1, 3, 4, 5], [2, 3, 6]),
+        ("thumbnail", "thumbnail", 3, [0, 1, 2], [0, 1, 2]),
+    ],
+)
+def test_tiles_of_stream_and_memory(
+    run, tokenizer, three, stream, memory, tiles, stream_tiles, memory_tiles
+):
+    run.model.fusion.image_stream, run.model.fusion.vision_memory = stream, memory
+    builder, samples = build(run, tokenizer, three)
+    made = batch(builder, samples)
+    assert made.pixels_NCHW.shape == (tiles, 3, 8, 8)
+    pixels = [
+        normalise(i.tiles, run.data.image_mean, run.data.image_std)
+        for s in samples
+        for i in s.images
+    ]
+    assert torch.equal(made.pixels_NCHW, torch.cat(pixels))
+    assert made.stream_tiles.tolist() == stream_tiles
+    assert made.memory_tiles.tolist() == memory_tiles
+    # 4 stream tokens a tile, exactly where the context tokens stand.
+    context = (made.tokens_T == tokenizer.image_context_id).nonzero().flatten()
+    assert torch.equal(made.stream_positions, context)
+    assert len(context) == 4 * len(stream_tiles)
+    assert made.memory_coordinates_M2.shape == made.memory_visible_M2.shape
+    assert len(made.memory_visible_M2) == 16 * len(memory_tiles)
+
+
+def test_a_patch_is_visible_from_its_image_to_the_end_of_its_sample(run, tokenizer, three):
+    run.model.fusion.image_stream, run.model.fusion.vision_memory = "thumbnail", "tiles"
+    builder, samples = build(run, tokenizer, three)
+    made = batch(builder, samples, pad_multiple=64)
+    ends = (made.tokens_T == tokenizer.image_end_id).nonzero().flatten().tolist()
+    bounds = made.cu_seqlens.tolist()
+    expected = [[ends[0], bounds[1]]] * 32 + [[ends[1], bounds[1]]] * 16
+    expected += [[ends[2], bounds[3]]] * 32
+    assert made.memory_visible_M2.tolist() == expected
+    left, right = made.memory_coordinates_M2[:16], made.memory_coordinates_M2[16:32]
+    steps = [0.125, 0.375, 0.625, 0.875]
+    assert left.tolist() == [[y, x / 2] for y in steps for x in steps]
+    assert right.tolist() == [[y, 0.5 + x / 2] for y in steps for x in steps]
+    assert made.memory_coordinates_M2[32:48].tolist() == [[y, x] for y in steps for x in steps]
+
+
+def test_empty_and_text_only_microbatches(run, tokenizer, three):
+    builder, samples = build(run, tokenizer, three)
+    for made, tokens in (
+        (batch(builder, [], 8), 8),
+        (batch(builder, samples[1:2]), len(samples[1].tokens_T)),
+    ):
+        assert len(made.tokens_T) == tokens and made.cu_seqlens.tolist() == [0, tokens]
+        assert made.pixels_NCHW.shape == (0, 3, 8, 8)
+        for name in ("stream_tiles", "stream_positions", "memory_tiles"):
+            assert getattr(made, name).shape == (0,) and getattr(made, name).dtype == torch.int64
+        assert made.memory_coordinates_M2.shape == made.memory_visible_M2.shape == (0, 2)
+        assert made.memory_visible_M2.dtype == torch.int64
+    empty = batch(builder, [], 8)
+    assert empty.num_real_tokens == 0 and empty.loss_mask_T.sum() == 0
+    assert (empty.tokens_T == tokenizer.pad_id).all()
+
+
+def test_the_model_and_the_images_must_fit(run, tokenizer, three):
+    run.model.vision = None
+    builder = SampleBuilder(run, tokenizer)
+    rows = Rows(three)
+    with pytest.raises(DataError, match="rows.jsonl:1: 2 images but the model has no vision"):
+        builder.training(rows[0], rows.where(0), rows.folder)
+    text = builder.training(rows[1], rows.where(1), rows.folder)
+    assert batch(builder, [text]).pixels_NCHW.shape[0] == 0
+
+
+def test_settings_are_checked_at_construction(run, tokenizer):
+    run.data.use_thumbnail = False
+    for name in ("image_stream", "vision_memory"):
+        setattr(run.model.fusion, name, "thumbnail")
+        with pytest.raises(DataError, match=f"{name} is 'thumbnail' but use_thumbnail is false"):
+            SampleBuilder(run, tokenizer)
+        setattr(run.model.fusion, name, "tiles")
+    run.model.vision.image_size = 10
+    with pytest.raises(DataError, match="image_size 10 is not a multiple of patch_size 2 x .* 4"):
+        SampleBuilder(run, tokenizer)
+    run.model.language.vocab_size = 64
+    with pytest.raises(DataError, match="ids but the model's vocab_size is 64; set vocab_size"):
+        SampleBuilder(run, tokenizer)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 700, 10**6])
+def test_a_cache_of_any_size_changes_nothing(run, tokenizer, three, cache_bytes):
+    builder = SampleBuilder(run, tokenizer, cache_bytes)
+    rows = Rows(three)
+    kept = builder.training(rows[2], "r:3", rows.folder)
+    start = kept.images[0].start
+    for index in (0, 2, 0):
+        again = builder.training(rows[index], "r:1", rows.folder)
+    fresh = SampleBuilder(run, tokenizer).training(rows[0], "r:1", rows.folder)
+    for a, b in zip(again.images, fresh.images, strict=True):
+        assert (a.tiles == b.tiles).all() and a.start == b.start
+    assert kept.images[0].start == start  # other samples of the same image leave it alone

@@ -1,0 +1,147 @@
+"""Tiling against cases worked out by hand, and every way an image can be bad."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_mm.data.errors import DataError
+from megatron_mm.data.images import (
+    TilePlan,
+    cut_tiles,
+    load_image,
+    normalise,
+    plan_tiles,
+    resolve_image_path,
+)
+from megatron_mm.data.layout import patch_centres, select_tiles
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "max_tiles", "rows", "cols"),
+    [
+        (448, 448, 12, 1, 1),  # 2x2 needs more than 2*448^2 pixels
+        (634, 634, 12, 2, 2),  # 401956 > 401408 = half of 2x2 tiles
+        (633, 633, 12, 1, 1),  # 400689 is just below
+        (951, 951, 12, 3, 3),  # 904401 > 903168 = half of 3x3 tiles
+        (951, 951, 8, 2, 2),  # 3x3 is no candidate
+        (800, 400, 12, 1, 2),  # 2:1 exactly; 2x4 needs 802816 pixels
+        (400, 800, 12, 2, 1),
+        (1600, 800, 12, 2, 4),  # 2:1 and large
+        (800, 600, 12, 3, 4),  # 4:3 is a candidate of its own
+        (800, 600, 11, 2, 3),  # 1.3333: 3/2 is 0.167 away, 5/4 too many, 1/1 is 0.333 away
+        (10_000, 10, 12, 1, 12),
+        (10, 10_000, 6, 6, 1),
+        (1, 1, 12, 1, 1),
+    ],
+)
+def test_grid(width, height, max_tiles, rows, cols):
+    plan = plan_tiles(width, height, image_size=448, max_num_tiles=max_tiles, use_thumbnail=True)
+    assert (plan.rows, plan.cols) == (rows, cols)
+    assert plan.thumbnail == (rows * cols > 1)
+    assert plan.num_tiles == rows * cols + (rows * cols > 1)
+    assert not plan_tiles(
+        width, height, image_size=448, max_num_tiles=max_tiles, use_thumbnail=False
+    ).thumbnail
+
+
+def test_the_larger_grid_wins_a_tie_between_different_ratios_only_when_it_fills():
+    # 1.25 lies halfway between 1/1 and 3/2.
+    for width, height, grid in ((10, 8, (1, 1)), (1000, 800, (2, 3))):
+        plan = plan_tiles(width, height, image_size=448, max_num_tiles=6, use_thumbnail=False)
+        assert (plan.rows, plan.cols) == grid
+
+
+def test_tiles_are_cut_row_by_row_and_the_thumbnail_is_last():
+    colours = np.arange(6, dtype=np.uint8) * 40
+    picture = colours.reshape(2, 3).repeat(4, axis=0).repeat(4, axis=1)
+    image = Image.fromarray(np.stack([picture] * 3, axis=-1))
+    tiles = cut_tiles(image, TilePlan(2, 3, True), 4)
+    assert tiles.shape == (7, 4, 4, 3) and tiles.dtype == np.uint8
+    for tile, colour in zip(tiles[:6], colours, strict=True):
+        assert (tile == colour).all()
+    whole = np.asarray(image.resize((4, 4), Image.Resampling.BICUBIC))
+    assert (tiles[6] == whole).all()
+
+
+def test_normalise():
+    tiles = np.zeros((1, 2, 2, 3), dtype=np.uint8)
+    tiles[0, 0, 1] = (255, 0, 51)
+    out = normalise(tiles, [0.5, 0.5, 0.2], [0.5, 0.25, 0.1])
+    assert out.shape == (1, 3, 2, 2) and out.dtype == torch.float32
+    torch.testing.assert_close(out[0, :, 0, 1], torch.tensor([1.0, -2.0, 0.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out[0, :, 1, 0], torch.tensor([-1.0, -2.0, -2.0]))
+
+
+def test_selection():
+    plan, single = TilePlan(2, 2, True), TilePlan(1, 1, False)
+    wanted = {"none": [], "thumbnail": [4], "tiles": [0, 1, 2, 3], "all": [0, 1, 2, 3, 4]}
+    for choice, tiles in wanted.items():
+        assert select_tiles(plan, choice) == tiles
+        assert select_tiles(single, choice) == ([] if choice == "none" else [0])
+    with pytest.raises(DataError, match="2x2 grid without a thumbnail"):
+        select_tiles(TilePlan(2, 2, False), "thumbnail")
+
+
+def test_patch_centres_are_fractions_of_the_whole_image():
+    plan = TilePlan(1, 2, True)
+    right = patch_centres(plan, 1, 2)
+    expected = [[0.25, 0.625], [0.25, 0.875], [0.75, 0.625], [0.75, 0.875]]
+    torch.testing.assert_close(right, torch.tensor(expected))
+    thumbnail = patch_centres(plan, 2, 2)
+    expected = [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
+    torch.testing.assert_close(thumbnail, torch.tensor(expected))
+
+
+def _save(path, size=(64, 64), mode="RGB", cut=None):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+    if cut is not None:
+        path.write_bytes(path.read_bytes()[:cut])
+    return path
+
+
+def test_bad_images_say_what_and_where(tmp_path):
+    text = tmp_path / "text.png"
+    text.write_text("no image at all")
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(deep)
+    cases = [
+        (tmp_path / "none.png", "does not exist"),
+        (tmp_path, "does not exist"),
+        (empty, "0 bytes"),
+        (text, "cannot be decoded"),
+        (_save(tmp_path / "cut.png", cut=2000), "cannot be decoded"),
+        (_save(tmp_path / "cut.jpg", cut=2000), "cannot be decoded"),
+        (_save(tmp_path / "wide.tif", mode="F"), "mode F"),
+        (deep, "mode I;16"),
+    ]
+    for path, what in cases:
+        with pytest.raises(DataError, match=what) as caught:
+            load_image(path, "rows.jsonl:7")
+        assert str(caught.value).startswith("rows.jsonl:7: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_pixel_limit_is_checked_before_decoding(tmp_path):
+    path = _save(tmp_path / "big.png", (64, 65), cut=200)  # decoding would fail otherwise
+    with pytest.raises(DataError, match="64x65 = 4160 pixels, the limit is 4096"):
+        load_image(path, "r:1", max_pixels=4096)
+
+
+def test_every_ordinary_mode_becomes_rgb(tmp_path):
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        image = load_image(_save(tmp_path / f"{mode}.png", mode=mode), "r:1")
+        assert image.mode == "RGB" and image.size == (64, 64)
+
+
+def test_paths_stay_in_the_data_folder(tmp_path):
+    assert resolve_image_path(tmp_path, "a/../b.png", "r:1") == tmp_path / "b.png"
+    for name in ("../b.png", "a/../../b.png", "/etc/passwd", ".."):
+        with pytest.raises(DataError, match="r:1: .*leaves the data folder"):
+            resolve_image_path(tmp_path, name, "r:1")
+    for name in ("", None, 3):
+        with pytest.raises(DataError, match="r:1: "):
+            resolve_image_path(tmp_path, name, "r:1")

@@ -1,0 +1,126 @@
+"""Gradients of one training step, gathered into whole tensors, on any layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from batches import microbatch
+
+from megatron_mm.config import ParallelConfig, RunConfig
+from megatron_mm.model import multimodal
+from megatron_mm.parallel import groups
+from megatron_mm.parallel.layout import layouts
+from megatron_mm.train.engine import Engine
+from megatron_mm.train.objective import SupervisedFineTuning
+
+# What each of the four microbatches of a step holds; one has no image at all.
+STEP = ((1, 0, 2), (0, 0), (2,), (1, 1, 1))
+
+
+def steps_batches(run: RunConfig, pad_multiple: int):
+    return [
+        microbatch(run.model, seed, images, pad_multiple) for seed, images in enumerate(STEP)
+    ]
+
+
+def parallel_config(**sizes) -> ParallelConfig:
+    names = {
+        "tp": "tensor_model_parallel_size",
+        "pp": "pipeline_model_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
+    }
+    return ParallelConfig(**{names.get(name, name): value for name, value in sizes.items()})
+
+
+def off_zero(engine: Engine) -> None:
+    """Move every out-projection of a look away from zero, alike on every layout: while it is
+    zero, a memory without gradient passes every gradient test."""
+    for name, param, layout in layouts(engine.inner):
+        if ".looks." in name and name.endswith("linear_proj.weight"):
+            whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(3))
+            param.data.copy_(whole[layout.block] * 0.2)
+    engine.optimizer.reload_model_params()
+
+
+def detach_memory_on_the_wire(engine: Engine) -> None:
+    """The bug that sending the memory as a second tensor would be."""
+    pack = multimodal.pack
+
+    def broken(payload, shape):
+        memory = payload.memory_M1C
+        if memory is not None:
+            payload = replace(payload, memory_M1C=memory.detach())
+        return pack(payload, shape)
+
+    multimodal.pack = broken
+
+
+def forget_reduction(engine: Engine, suffix: str) -> None:
+    """Leave the partial gradients of these parameters unsummed over tensor-parallel ranks."""
+    for name, param, _ in layouts(engine.inner):
+        if name.endswith(suffix):
+            assert param.sequence_parallel, f"{name} has no reduction to forget"
+            param.sequence_parallel = False
+
+
+def gather(named_blocks: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    """Whole tensors from every rank's (global shape, offset, block); on rank 0, else {}.
+
+    Blocks of replicas must be equal to the bit on the ranks that hold them after reduction;
+    the largest relative disagreement is returned under "replicas".
+    """
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, named_blocks)
+    whole, seen = {}, {}
+    worst = 0.0
+    for part in parts:
+        for name, (shape, block_slices, values) in part.items():
+            tensor = whole.setdefault(name, torch.zeros(shape))
+            filled = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))
+            if filled[block_slices].all():
+                scale = values.norm().clamp(min=1e-12)
+                worst = max(worst, float((tensor[block_slices] - values).norm() / scale))
+            tensor[block_slices] = values
+            filled[block_slices] = True
+    assert all(mask.all() for mask in seen.values()), "a part of a tensor is on no rank"
+    whole["replicas"] = torch.tensor(worst)
+    return whole
+
+
+def step_gradients(
+    run: RunConfig, parallel: ParallelConfig, sabotage=None, pad_multiple: int | None = None
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """(loss, whole gradient of every parameter) of one step of four microbatches.
+
+    Runs on every rank; `sabotage(engine)` may break something first.
+    """
+    run.parallel = parallel
+    run.parallel.use_distributed_optimizer = False  # gradients stay whole on every replica
+    made = groups.build(parallel)
+    engine = Engine.create(run, made)
+    off_zero(engine)
+    multiple = pad_multiple or parallel.tensor_model_parallel_size
+    batches = steps_batches(run, multiple)
+    dp, rank = made.pg.dp.size(), made.pg.dp.rank()
+    pack = multimodal.pack
+    try:
+        if sabotage:
+            sabotage(engine)
+        sums = engine.forward_backward(batches[rank::dp], SupervisedFineTuning())
+    finally:
+        multimodal.pack = pack  # the rank lives on
+    loss = torch.zeros(2, dtype=torch.float64)
+    for entry in sums:
+        loss += entry["lm loss"].double()
+    if not (made.is_last_stage and made.pg.tp.rank() == 0):
+        loss.zero_()
+    dist.all_reduce(loss)
+    blocks = {
+        name: (layout.global_shape, layout.block, param.main_grad.clone().view(layout.local_shape))
+        for name, param, layout in layouts(engine.inner)
+        if param.requires_grad
+    }
+    return float(loss[0] / loss[1]), gather(blocks)

@@ -1,0 +1,122 @@
+"""A pool of processes that stay alive for the whole test session and act as ranks.
+
+`run_ranks(n, function, *args)` calls a module-level function on the first n of them inside
+a fresh gloo job of n ranks and returns what each rank returned. Starting processes and
+importing torch and megatron-core is paid once, not per test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+
+MAX_RANKS = 4
+TIMEOUT_SECONDS = 240  # for one call: a hang is a failure, not a stuck suite
+
+
+def _serve(rank: int, pipe) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import datetime
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mm import platform
+
+    platform.install()
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    while (task := pipe.recv()) is not None:
+        store, size, function, args = task
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, size),
+                rank=rank,
+                world_size=size,
+                timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
+            )
+            answer = ("ok", function(*args))
+        except BaseException as error:
+            answer = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        finally:
+            if parallel_state.model_parallel_is_initialized():
+                parallel_state.destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        pipe.send(answer)
+
+
+class RankPool:
+    def __init__(self):
+        self._context = multiprocessing.get_context("spawn")
+        self._ranks: list = []
+
+    def _start(self, size: int) -> None:
+        while len(self._ranks) < size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(
+                target=_serve, args=(len(self._ranks), theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+
+    def run(self, size: int, function: Callable, *args) -> list:
+        """What each of `size` ranks returned from function(*args).
+
+        Raises:
+            AssertionError: a rank raised (its traceback is in the message), died, or took longer
+                than TIMEOUT_SECONDS; the pool is then restarted.
+        """
+        assert size <= MAX_RANKS, f"the pool has at most {MAX_RANKS} ranks, not {size}"
+        self._start(size)
+        answers: list = [None] * size
+        with tempfile.TemporaryDirectory() as folder:
+            for _, pipe in self._ranks[:size]:
+                pipe.send((os.path.join(folder, "store"), size, function, args))
+            pending = {pipe: rank for rank, (_, pipe) in enumerate(self._ranks[:size])}
+            while pending:
+                ready = wait(list(pending), timeout=TIMEOUT_SECONDS)
+                failed = None if ready else f"no answer in {TIMEOUT_SECONDS} s"
+                for pipe in ready:
+                    rank = pending.pop(pipe)
+                    try:
+                        status, value = pipe.recv()
+                    except EOFError:
+                        status, value = "error", "the process died"
+                    answers[rank] = value
+                    if status == "error":
+                        failed = f"rank {rank}: {value}"
+                if failed:  # the others may wait for this one for ever
+                    if any(v is None for v in answers) and not self._drain(pending, answers):
+                        self.stop()
+                    raise AssertionError(failed)
+        return answers
+
+    def _drain(self, pending: dict, answers: list) -> bool:
+        """Give the other ranks a moment to fail by themselves; whether all of them did."""
+        while pending:
+            ready = wait(list(pending), timeout=5)
+            if not ready:
+                return False
+            for pipe in ready:
+                pending.pop(pipe)
+                try:
+                    pipe.recv()
+                except EOFError:
+                    return False
+        return True
+
+    def stop(self) -> None:
+        for process, _ in self._ranks:
+            process.kill()
+            process.join()
+        self._ranks.clear()
