@@ -194,7 +194,9 @@ TORCH_REDIRECTS = [
     Redirect("torch.cuda", "reset_peak_memory_stats", _always(None), "logging of memory"),
     Redirect("torch.cuda", "get_rng_state", _get_rng_state, "tensor_parallel/random.py"),
     Redirect("torch.cuda", "set_rng_state", _set_rng_state, "tensor_parallel/random.py"),
-    Redirect("torch.cuda", "manual_seed", lambda s: torch.manual_seed(s), "tensor_parallel/random.py"),
+    Redirect(
+        "torch.cuda", "manual_seed", lambda s: torch.manual_seed(s), "tensor_parallel/random.py"
+    ),
     Redirect("torch.cuda.nvtx", "range_push", _always(None), "utils.py nvtx ranges"),
     Redirect("torch.cuda.nvtx", "range_pop", _always(None), "utils.py nvtx ranges"),
     *(

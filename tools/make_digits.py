@@ -1,4 +1,4 @@
-"""Write the digit-scene data set: images, JSONL files, tokenizer and chance levels.
+"""Write the digit-scene data set: images, JSONL files and a tokenizer.
 
     python tools/make_digits.py --out runs/demo/data --grid 3 --images 6000 --seed 1
 
@@ -17,7 +17,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from megatron_mm.data.digits import DEFAULT_WEIGHTS, PHRASES, Row, ask, chance, load_scans, render
+from megatron_mm.data.digits import DEFAULT_WEIGHTS, PHRASES, Row, ask, load_scans, render
 from megatron_mm.data.tokenizer import Tokenizer, train_sentencepiece
 
 TOKENIZER_SAMPLE = 5000  # rows whose text trains the tokenizer; every wording occurs in them
@@ -134,15 +134,13 @@ def main(argv: list[str] | None = None) -> None:
     train = write_scenes(args, held_out=False, count=args.images)
     held_out = write_scenes(args, held_out=True, count=args.valid_images)
     rng = Random(args.seed)
-    align = questions(train, ["transcribe"], args.align_per_image, args.grid, rng)
+    align = questions(train, ["transcribe", "transcribe/steps"], args.align_per_image, args.grid, rng)
     draws = args.images * args.mix_per_image
     keys = rng.choices(list(args.weights), weights=list(args.weights.values()), k=draws)
     mix = questions(train, keys, args.mix_per_image, args.grid, rng)
     valid = valid_questions(held_out, args.valid_per_key, args.grid, rng)
     for name, rows in (("align", align), ("mix", mix), ("valid", valid)):
         write_jsonl(args.out / f"{name}.jsonl", rows)
-    levels = {key: round(value, 4) for key, value in chance(valid).items()}
-    (args.out / "chance.json").write_text(json.dumps(levels, indent=1) + "\n")
     tokenizer = train_tokenizer(args, align + mix)
     print(
         f"{args.out / 'tokenizer.model'}: {tokenizer.vocab_size} tokens, set vocab_size to "

@@ -11,10 +11,12 @@ QWEN3_NEXT_BLOCK = "GEGEGE*E"
 def tiny() -> ModelConfig:
     """A model for two CPU cores that has every kind of layer and one look/inject pair."""
     return ModelConfig(
-        hybrid_layer_pattern="GE L GE J *E GE",
+        hybrid_layer_pattern="GE *E L J GE *E",
         language=LanguageConfig(
-            vocab_size=256,
+            vocab_size=384,
             hidden_size=96,
+            # The usual 0.02 belongs to a width of 2048: 0.02 * sqrt(2048 / 96).
+            init_method_std=0.09,
             max_position_embeddings=4096,
             num_attention_heads=4,
             num_query_groups=2,
@@ -37,13 +39,15 @@ def tiny() -> ModelConfig:
             vision_num_attention_heads=4,
             # InternViT's 0.1 is for a trained encoder; from scratch it barely starts to learn.
             vision_layer_scale_init=1.0,
-            image_size=32,
+            vision_init_method_std=0.08,  # likewise, 0.02 * sqrt(1024 / 64)
+            image_size=16,
             patch_size=8,
         ),
         fusion=FusionConfig(
             image_stream="thumbnail",
+            pixel_shuffle_factor=1,
             vision_memory="tiles",
-            memory_hidden_size=64,
+            memory_hidden_size=48,
             clvr_num_attention_heads=4,
             clvr_kv_channels=24,
         ),

@@ -7,14 +7,11 @@ written out as a span with its own skill and its own value, checkable against th
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 import numpy as np
-
-from megatron_mm.data.scoring import result_key, score
 
 SCAN_SIZE = 8  # pixels along one side of a scan in scikit-learn's bundled set
 CELL_SIZE = 16  # pixels along one side of a cell in a scene
@@ -38,7 +35,15 @@ DEFAULT_WEIGHTS = {
 
 # One token each in the demo's tokenizer: training time on a CPU is proportional to tokens.
 PHRASES = (
-    *("user\n", "assistant\n", "? Show steps.", "Read row ", "Read cells ", "Digit in cell "),
+    *(
+        "user\n",
+        "assistant\n",
+        "? Show steps.",
+        "Read all cells",
+        "Read row ",
+        "Read cells ",
+        "Digit in cell ",
+    ),
     *("How many ", "Sum of row ", "Hop once from cell ", "Hop twice from cell "),
     *("Left of cell ", "Right of cell ", "Above cell ", "Below cell "),
     *("cell ", ", cell ", " is ", ", total ", "total "),
@@ -124,23 +129,6 @@ def ask(key: str, digits: Sequence[int], grid: int, rng: Random) -> Row | None:
     }
 
 
-def chance(rows: Iterable[Row]) -> dict[str, float]:
-    """For each result key, the mean score of the best constant answer."""
-    truths: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        truths.setdefault((result_key(row), row["scorer"]), []).append(row["ground_truth"])
-    return {key: _best_constant(scorer, found) for (key, scorer), found in sorted(truths.items())}
-
-
-def _best_constant(scorer: str, truths: list[str]) -> float:
-    candidates = [truth for truth, _ in Counter(truths).most_common(20)]
-    # For answers scored word by word the best constant takes each word by itself.
-    columns = zip(*(truth.split() for truth in truths), strict=False)
-    words = [Counter(column).most_common(1)[0][0] for column in columns]
-    candidates.append((", " if scorer == "per_clause" else " ").join(words))
-    return max(sum(score(scorer, c, t) for t in truths) / len(truths) for c in candidates)
-
-
 def _span(text: str, skill: str, value: object) -> Span:
     return {"text": text, "skill": skill, "value": str(value)}
 
@@ -153,7 +141,11 @@ Made = tuple[str, str, list[Span]]
 
 
 def _transcribe(digits: Sequence[int], grid: int, rng: Random) -> Made:
-    if rng.random() < 0.4:
+    kind = rng.random()
+    if kind < 0.3:
+        cells = list(range(grid * grid))
+        question = "Read all cells"
+    elif kind < 0.6:
         row = rng.randrange(grid)
         cells = list(range(row * grid, (row + 1) * grid))
         question = f"Read row {row}"

@@ -48,6 +48,10 @@ class EvalSet:
     def __len__(self) -> int:
         return self._length
 
+    def key(self, index: int) -> str:
+        """What the result of a row is reported under, without building its sample."""
+        return result_key(self._rows[index])
+
     def __getitem__(self, index: int) -> EvalItem:
         if not 0 <= index < self._length:
             raise IndexError(index)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from megatron_mm.data.errors import DataError
@@ -27,6 +28,26 @@ def result_key(row: Mapping[str, Any]) -> str:
     not the direct one."""
     skill, form = row.get("skill") or "all", row.get("form") or "direct"
     return skill if form == "direct" else f"{skill}/{form}"
+
+
+def chance(answers: Iterable[tuple[str, str, str]]) -> dict[str, float]:
+    """For each result key, the mean score of the best constant answer.
+
+    `answers` are (key, scorer, ground truth).
+    """
+    truths: dict[tuple[str, str], list[str]] = {}
+    for key, scorer, truth in answers:
+        truths.setdefault((key, scorer), []).append(truth)
+    return {key: _best_constant(scorer, found) for (key, scorer), found in sorted(truths.items())}
+
+
+def _best_constant(scorer: str, truths: list[str]) -> float:
+    candidates = [truth for truth, _ in Counter(truths).most_common(20)]
+    # For answers scored word by word the best constant takes each word by itself.
+    columns = zip(*(truth.split() for truth in truths), strict=False)
+    words = [Counter(column).most_common(1)[0][0] for column in columns]
+    candidates.append((", " if scorer == "per_clause" else " ").join(words))
+    return max(sum(score(scorer, c, t) for t in truths) / len(truths) for c in candidates)
 
 
 def _exact(prediction: str, truth: str) -> float:

@@ -26,7 +26,10 @@ from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.layout import constant, normal
 
-COORDINATE_FREQUENCIES = 8  # 2^0 .. 2^7 half periods over the image
+COORDINATE_FREQUENCIES = 6  # 2^0 .. 2^5 half periods over the image
+# Several times the default, so that keys begin by saying where they are: a look then chooses
+# places from the first step, and what stands there can be learnt.
+COORDINATE_STD = 0.2
 
 
 @dataclass(frozen=True)
@@ -85,17 +88,22 @@ class Look(nn.Module):
         init, dtype = normal(language.init_method_std), config.params_dtype
         eps, sharded = language.layernorm_epsilon, config.sequence_parallel
         common = {"config": config, "init": init, "tp": tp}
-        self.query_norm = RMSNorm(
-            language.hidden_size, eps, partial_gradient=sharded, dtype=dtype
-        )
+        self.query_norm = RMSNorm(language.hidden_size, eps, partial_gradient=sharded, dtype=dtype)
         self.memory_norm = RMSNorm(memory_width, eps, partial_gradient=sharded, dtype=dtype)
         self.linear_q = column(language.hidden_size, width, **common)
         # Rows are [key, value] of each head, so that ranks split by head.
         self.linear_kv = column(memory_width, 2 * width, **common)
+        # As in the attention layers: at the start, logits of unit size whatever the widths, so
+        # that heads differ and the look can begin to choose. The heads are split over ranks.
+        self.q_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
+        self.k_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
         self.linear_coordinates = None
         if fusion.memory_coordinates:
             self.linear_coordinates = column(
-                4 * COORDINATE_FREQUENCIES, width, constant_input=True, **common
+                4 * COORDINATE_FREQUENCIES,
+                width,
+                constant_input=True,
+                **(common | {"init": normal(COORDINATE_STD)}),
             )
         self.linear_proj = row(
             width, language.hidden_size, config=config, init=constant(0.0), tp=tp
@@ -122,6 +130,7 @@ class Look(nn.Module):
         if self.linear_coordinates is not None:
             features = coordinate_features(memory.coordinates_M2).to(key.dtype)
             key = key + self.linear_coordinates(features)[0].view_as(key)
+        query, key = self.q_norm(query), self.k_norm(key)
         query = stream.to_rectangle(query).transpose(1, 2)
         key, value = (memory.patches.to_rectangle(x).transpose(1, 2) for x in (key, value))
         sees = memory.visible.any(-1)  # softmax over nothing is NaN: let those rows see all

@@ -7,6 +7,8 @@ one packed tensor (parallel/wire.py) whose contents the layer pattern decides.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -98,7 +100,7 @@ class MultimodalModel(MegatronModule):
         self.has_looks = "L" in pattern
         self.looks_here = any(layer.kind == "L" for layer in stage.layers)
         self.received: torch.Tensor | None = None
-        self.watch = None  # diagnostics: called with (layer, hidden) as each layer ends
+        self.watch: Callable | None = None  # diagnostics: (layer, hidden) as each layer ends
         init, dtype = normal(language.init_method_std), config.params_dtype
         self.vision = self.embedding = self.final_norm = self.output_layer = None
         if self.pre_process:
@@ -155,7 +157,7 @@ class MultimodalModel(MegatronModule):
     ) -> torch.Tensor:
         """
         Args:
-            looks: if given, filled with the attention weights of this stage's looks.
+            looks: if given, filled with the attention weights of this stage's looks, by pair.
         """
         context = StreamContext.build(batch, self.model_config, self.pg.tp, self.looks_here)
         context.looks, context.watch = looks, self.watch

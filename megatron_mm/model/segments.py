@@ -33,8 +33,9 @@ class Segments:
 
     @cached_property
     def is_rectangle(self) -> bool:
-        """The stream itself already is the rectangle."""
-        return self.count * self.width == self.total
+        """The stream itself already is the rectangle: every row is full, in order."""
+        full = self.count * self.width
+        return full == self.total == int(self.lengths.sum())
 
     @cached_property
     def valid(self) -> torch.Tensor:

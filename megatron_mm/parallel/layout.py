@@ -82,7 +82,9 @@ def place(
     for dim, group in (split or {}).items():
         sizes[dim] = local[dim] * group.size()
         offset[dim] = local[dim] * group.rank()
-    param.param_layout = ParamLayout(tuple(sizes), local, tuple(offset), init, rows_drawn_alone, expert)
+    param.param_layout = ParamLayout(
+        tuple(sizes), local, tuple(offset), init, rows_drawn_alone, expert
+    )
     # What megatron-core's gradient reduction and clipping read.
     param.sequence_parallel = partial_gradient
     if split:

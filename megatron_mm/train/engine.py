@@ -13,7 +13,10 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import (
+    OptimizerParamScheduler,
+    get_canonical_lr_for_logging,
+)
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
@@ -75,19 +78,44 @@ class Engine:
 
         return self._schedule(batches, finish, forward_only=False)
 
-    def forward(self, batches: Sequence[Microbatch], finish: Callable) -> list:
-        """Forward passes only: `finish(logits, batch)` per microbatch on the last stage."""
+    def gradient_norm(self) -> float:
+        """Over every parameter of the model, before clipping; the same on every rank."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def update(self) -> None:
+        """Clip, step, advance the schedule."""
+        self.optimizer.step()
+        self.scheduler.step(increment=1)
+
+    def learning_rate(self) -> float:
+        """Of the language model; other modules have multiples of it."""
+        return float(get_canonical_lr_for_logging(self.optimizer.param_groups))
+
+    def forward(
+        self,
+        batches: Sequence[Microbatch],
+        finish: Callable,
+        looks: dict[int, list[torch.Tensor]] | None = None,
+    ) -> list:
+        """Forward passes only: `finish(logits, batch)` per microbatch on the last stage.
+
+        Args:
+            looks: if given, filled with the attention weights of this stage's looks.
+        """
 
         def collect(output: torch.Tensor, batch: Microbatch, non_loss_data: bool = True):
             return finish(output, batch)
 
         with torch.no_grad():
-            return self._schedule(batches, collect, forward_only=True)
+            return self._schedule(batches, collect, forward_only=True, looks=looks)
 
-    def _schedule(self, batches: Sequence[Microbatch], finish: Callable, forward_only: bool):
+    def _schedule(
+        self, batches: Sequence[Microbatch], finish: Callable, forward_only: bool, **model_kwargs
+    ) -> list:
         def forward_step(iterator, model):
             batch = next(iterator)
-            return model(batch), partial(finish, batch=batch)
+            return model(batch, **model_kwargs), partial(finish, batch=batch)
 
         pg, config = self.groups.pg, self.inner.config
         common = {

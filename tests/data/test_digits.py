@@ -1,6 +1,5 @@
 """The embedded task: answers and steps checked against the scene itself."""
 
-import json
 import re
 from random import Random
 
@@ -13,13 +12,12 @@ from megatron_mm.data.digits import (
     DEFAULT_WEIGHTS,
     HELD_OUT_SCANS,
     ask,
-    chance,
     load_scans,
     render,
 )
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.rows import Rows
-from megatron_mm.data.scoring import result_key, score
+from megatron_mm.data.scoring import chance, result_key, score
 
 
 def solve(question: str, digits: list[int], grid: int) -> str:
@@ -144,8 +142,6 @@ def test_files(digits_folder, make_digits, tmp_path):
     assert 300 < len(mix) <= 320
     keys = [result_key(valid[i]) for i in range(len(valid))]
     assert keys == list(DEFAULT_WEIGHTS) * 10
-    levels = json.loads((digits_folder / "chance.json").read_text())
-    assert set(levels) == set(DEFAULT_WEIGHTS) and all(0 < v < 0.8 for v in levels.values())
     for rows, name in ((mix, "train"), (valid, "valid")):
         for i in range(len(rows)):
             (image,) = rows[i]["images"]
@@ -189,11 +185,7 @@ def test_scoring():
 
 
 def test_chance_is_the_best_constant_answer():
-    def row(truth, scorer="exact", skill="a"):
-        return {"skill": skill, "ground_truth": truth, "scorer": scorer}
-
-    assert chance([row("1"), row("1"), row("2"), row("3")]) == {"a": 0.5}
-    words = [row(t, "per_word", "b") for t in ("1 2", "1 3", "4 3")]
-    assert chance(words) == {"b": pytest.approx(2 / 3)}  # "1 3"
-    clauses = [row(t, "per_clause", "c") for t in ("1 2", "1 3", "4 3")]
-    assert chance(clauses) == {"c": pytest.approx(2 / 3)}
+    assert chance([("a", "exact", t) for t in "1123"]) == {"a": 0.5}
+    for scorer in ("per_word", "per_clause"):
+        answers = [("b", scorer, t) for t in ("1 2", "1 3", "4 3")]
+        assert chance(answers) == {"b": pytest.approx(2 / 3)}  # "1 3"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_mm import platform
 
@@ -20,3 +21,25 @@ def pg():
     groups.start(ParallelConfig())
     yield groups.build(ParallelConfig()).pg
     groups.stop()
+
+
+class Double(TorchFunctionMode):
+    """Where either side asks for fp32, it gets fp64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def double():
+    """Everything in fp64, so that a test tells a wrong formula from rounding."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Double():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -8,7 +8,7 @@ the model's settings. Stream positions hold transformers' image token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from hf_weights import IMAGE_TOKEN
@@ -123,15 +123,16 @@ def pack(model: ModelConfig, samples: list[Sample], pad_multiple: int = 1) -> Mi
     )
 
 
-def with_tokens(s: Sample, tokens: list[int]) -> Sample:
-    return replace(s, tokens=list(tokens))
-
-
-def with_pixels(s: Sample, pixels: torch.Tensor) -> Sample:
-    return replace(s, pixels=pixels)
-
-
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """||a - b|| / ||b||"""
     assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())
+
+
+def off_zero(model: torch.nn.Module) -> torch.nn.Module:
+    """CLVR's out-projections away from zero: at zero no look changes anything."""
+    g = torch.Generator().manual_seed(3)
+    for name, param in model.named_parameters():
+        if ".looks." in name and name.endswith("linear_proj.weight"):
+            param.data.copy_(torch.randn(param.shape, generator=g) * 0.2)
+    return model

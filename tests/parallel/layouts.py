@@ -20,9 +20,7 @@ STEP = ((1, 0, 2), (0, 0), (2,), (1, 1, 1))
 
 
 def steps_batches(run: RunConfig, pad_multiple: int):
-    return [
-        microbatch(run.model, seed, images, pad_multiple) for seed, images in enumerate(STEP)
-    ]
+    return [microbatch(run.model, seed, images, pad_multiple) for seed, images in enumerate(STEP)]
 
 
 def parallel_config(**sizes) -> ParallelConfig:

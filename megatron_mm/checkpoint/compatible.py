@@ -1,0 +1,79 @@
+"""Whether a checkpoint fits a model: settings first, then every tensor's name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.config import ConfigError, ModelConfig, from_dict, to_dict, without_clvr
+
+# CLVR's own parameters: what a base model does not have.
+CLVR = ("model.language.looks.", "model.vision.memory_proj.")
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flat(value, f"{path}.{key}" if path else key)
+    else:
+        yield path, tree
+
+
+def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
+    """Raises CheckpointError naming the first setting of the model that differs.
+
+    Settings that this version has and the checkpoint lacks take their defaults. A fine-tune
+    may add or drop looks (letters L and J) and change how images enter (fusion).
+    """
+    try:
+        found = dict(_flat(to_dict(from_dict(ModelConfig, stored, "model"))))
+    except ConfigError as error:
+        raise CheckpointError(f"its run.json describes no model of this version: {error}") from None
+    ours = dict(_flat(to_dict(model)))
+    for key in sorted(found.keys() | ours.keys()):
+        a, b = found.get(key), ours.get(key)
+        if finetune and key == "hybrid_layer_pattern":
+            a, b = without_clvr(a), without_clvr(b)
+        if a == b or (finetune and key.startswith("fusion.")):
+            continue
+        raise CheckpointError(
+            f"it holds another model: {key} is {found.get(key, 'absent')!r} there and "
+            f"{ours.get(key, 'absent')!r} here"
+        )
+
+
+def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
+    """Compare key -> whole shape.
+
+    Returns:
+        Keys that the checkpoint lacks and may lack: CLVR's, when fine-tuning.
+
+    Raises:
+        CheckpointError: tensors are missing, of another shape, or foreign.
+    """
+    missing = sorted(expected.keys() - stored.keys())
+    added = [key for key in missing if finetune and key.startswith(CLVR)]
+    missing = [key for key in missing if key not in set(added)]
+    foreign = sorted(stored.keys() - expected.keys())
+    if finetune:
+        foreign = [key for key in foreign if not key.startswith("optimizer.")]
+    shared = sorted(stored.keys() & expected.keys())
+    misshaped = [key for key in shared if tuple(stored[key]) != tuple(expected[key])]
+    words = []
+    if missing:
+        words.append(f"{len(missing)} tensors are missing (first {missing[0]})")
+    if misshaped:
+        key = misshaped[0]
+        words.append(
+            f"{len(misshaped)} have another shape (first {key}: {list(stored[key])} there, "
+            f"{list(expected[key])} here)"
+        )
+    if foreign:
+        words.append(f"{len(foreign)} are unexpected (first {foreign[0]})")
+    if words:
+        hint = ""
+        if any(key.startswith("optimizer.") for key in missing + foreign):
+            hint = "; optimizer state fits only the same trainable modules, else use finetune"
+        raise CheckpointError(f"of {len(expected)} tensors expected, {'; '.join(words)}{hint}")
+    return added

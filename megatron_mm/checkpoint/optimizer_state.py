@@ -1,0 +1,213 @@
+"""The optimizer's state in model space: one tensor per parameter, shaped like the parameter.
+
+The distributed optimizer owns flat ranges of a flat buffer that pay no heed to where a
+parameter begins, so its own state fits one layout only. Here every parameter's moments
+are gathered over the ranks that share it; what is restored is cut again to what a rank
+owns. Shapes are then those of the weights, and re-shard as the weights do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+from megatron_mm.parallel.layout import ParamLayout, layouts
+
+if TYPE_CHECKING:
+    from megatron_mm.train.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("master", *MOMENTS)
+State = dict[str, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Elements [start, stop) of a flattened parameter, which this rank updates.
+
+    Attributes:
+        main: what the inner optimizer steps: fp32, flat or parameter-shaped.
+        group: the inner optimizer's parameter group that `main` is in.
+    """
+
+    start: int
+    stop: int
+    main: torch.Tensor
+    inner: torch.optim.Optimizer
+    group: dict
+
+    def tensor(self, kind: str) -> torch.Tensor:
+        """fp32 [stop - start]; moments are zero before the first step, as Adam starts them."""
+        if kind == "master":
+            return self.main.detach().reshape(-1)
+        state = self.inner.state.get(self.main, {})
+        return state[kind].reshape(-1) if kind in state else torch.zeros_like(self.tensor("master"))
+
+    @property
+    def step(self) -> int:
+        """torch's Adam counts per parameter, apex's and Transformer Engine's per group."""
+        own = self.inner.state.get(self.main, {}).get("step")
+        return int(own if own is not None else self.group.get("step", 0))
+
+    def set(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        """Overwrite main parameter, moments and step from parameter-shaped tensors."""
+        mine = {k: tensors[k].reshape(-1)[self.start : self.stop] for k in KINDS if k in tensors}
+        if "master" in mine:
+            self.main.detach().view(-1).copy_(mine["master"])
+        state = self.inner.state[self.main]
+        for kind in MOMENTS:
+            moment = torch.empty_like(self.main, requires_grad=False)
+            moment.view(-1).copy_(mine[kind])
+            state[kind] = moment
+        if isinstance(self.inner, (torch.optim.Adam, torch.optim.AdamW)):
+            # A tensor of its own: Adam increments it in place, once per parameter. Upstream
+            # hands one to all of them (distrib_optimizer.py:1032) and so counts too fast.
+            on_device = self.group.get("capturable") or self.group.get("fused")
+            device = self.main.device if on_device else torch.device("cpu")
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+        else:
+            self.group["step"] = step
+
+
+def _leaves(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    if isinstance(optimizer, ChainedOptimizer):
+        for part in optimizer.chained_optimizers:
+            yield from _leaves(part)
+    elif not getattr(optimizer, "is_stub_optimizer", False):  # a stage with nothing to train
+        yield optimizer
+
+
+def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(model parameter, what the inner optimizer steps in its place).
+
+    Not from `model_param_group_index_map` (distrib_optimizer.py:773), whose order is wrong
+    where one parameter group mixes bf16 and fp32: line 484 puts the fp32 shards first.
+    """
+    if isinstance(optimizer, DistributedOptimizer):  # attributes of distrib_optimizer.py:780
+        sides = (
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+        )
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):  # optimizer.py:993
+        same = optimizer.fp32_from_fp32_groups
+        sides = ((same, same), (optimizer.float16_groups, optimizer.fp32_from_float16_groups))
+    else:  # FP32Optimizer steps the model's own parameters
+        groups = [group["params"] for group in optimizer.param_groups]
+        sides = ((groups, groups),)
+    for model_groups, main_groups in sides:
+        for params, mains in zip(model_groups, main_groups, strict=True):
+            yield from zip(params, mains, strict=True)
+
+
+def _owned(engine: Engine) -> tuple[dict[torch.Tensor, Owned], bool]:
+    """What this rank updates, by parameter; whether parameters are split over replicas."""
+    owned, split = {}, False
+    for optimizer in _leaves(engine.optimizer):
+        inner = optimizer.optimizer
+        group_of = {main: group for group in inner.param_groups for main in group["params"]}
+        for param, main in _pairs(optimizer):
+            start, stop = 0, param.numel()
+            if isinstance(optimizer, DistributedOptimizer):
+                # The only record of the split (distrib_optimizer.py:793).
+                range_ = optimizer._get_model_param_range_map(param)["param"]
+                start, stop, split = range_.start, range_.end, True
+            owned[param] = Owned(start, stop, main, inner, group_of[main])
+    return owned, split
+
+
+def trainable(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter, ParamLayout]]:
+    return (entry for entry in layouts(engine.inner) if entry[1].requires_grad)
+
+
+def owned(engine: Engine) -> dict[str, Owned]:
+    """What this rank updates, by parameter name, in the model's order."""
+    by_param, _ = _owned(engine)
+    return {name: by_param[param] for name, param, _ in trainable(engine) if param in by_param}
+
+
+@torch.no_grad()
+def collect(
+    engine: Engine,
+    keep: Callable[[str, str], bool] = lambda kind, name: True,
+    chunk: int = 1 << 26,
+) -> State:
+    """The state of every trainable parameter of this stage. Every rank must call it.
+
+    Args:
+        keep: (kind, name) -> whether this rank wants that tensor; others are left out.
+        chunk: elements gathered at a time.
+
+    Returns:
+        name -> {"master", "exp_avg", "exp_avg_sq": fp32, of the parameter's local shape,
+        on the CPU; "step": int64 scalar}. Frozen parameters have no entry.
+    """
+    by_param, split = _owned(engine)
+    pg = engine.groups.pg
+    # A rank may own nothing where others own something; they gather with each other.
+    split = split or engine.run.parallel.use_distributed_optimizer
+    state: State = {}
+    for expert, group in ((False, pg.dp_cp), (True, pg.expt_dp)):
+        members = [(n, p) for n, p, layout in trainable(engine) if layout.expert == expert]
+        if not members:
+            continue
+        shared = group if split and group.size() > 1 else None
+        steps = torch.tensor(
+            [by_param[p].step if p in by_param else 0 for _, p in members],
+            device=members[0][1].device,
+        )
+        if shared:
+            dist.all_reduce(steps, op=dist.ReduceOp.MAX, group=shared)
+        for (name, _), step in zip(members, steps.cpu(), strict=True):
+            state[name] = {"step": step}
+        for part in _chunks(members, chunk):
+            for kind in KINDS:
+                for name, tensor in _gather(part, kind, by_param, shared):
+                    if keep(kind, name):
+                        state[name][kind] = tensor.cpu()
+    return {name: state[name] for name, _, _ in trainable(engine)}
+
+
+def _chunks(members: list, limit: int) -> Iterator[list]:
+    part, size = [], 0
+    for name, param in members:
+        if part and size + param.numel() > limit:
+            yield part
+            part, size = [], 0
+        part.append((name, param))
+        size += param.numel()
+    yield part
+
+
+def _gather(members: list, kind: str, by_param: dict, group) -> Iterator[tuple[str, torch.Tensor]]:
+    sizes = [param.numel() for _, param in members]
+    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=members[0][1].device)
+    whole = flat.split(sizes)
+    for (_, param), target in zip(members, whole, strict=True):
+        if param in by_param:
+            mine = by_param[param]
+            target[mine.start : mine.stop] = mine.tensor(kind)
+    if group is not None:
+        # Every element has one owner and is zero elsewhere: as integers the sum keeps each
+        # bit, where a float sum would turn -0 into 0.
+        dist.all_reduce(flat.view(torch.int32), group=group)
+    for (name, param), tensor in zip(members, whole, strict=True):
+        yield name, tensor.view(param.shape)
+
+
+@torch.no_grad()
+def restore(engine: Engine, state: State) -> None:
+    """Write back what this rank owns of `collect`'s result.
+
+    A tensor may have any shape of the parameter's number of elements. "master" may be absent
+    where the parameter itself is fp32 and already loaded. Raises KeyError for a missing entry.
+    """
+    for name, mine in owned(engine).items():
+        entry = state[name]
+        mine.set(entry, int(entry["step"]))

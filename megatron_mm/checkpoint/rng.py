@@ -1,0 +1,44 @@
+"""Every random generator of this rank, as plain values and back."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+
+def _tracker():
+    # Asking for the tracker would create it, so look at its flag first (random.py:412).
+    if not tensor_parallel_random._CUDA_RNG_STATE_TRACKER_INITIALIZED:
+        return None
+    tracker = tensor_parallel_random.get_cuda_rng_tracker()
+    return tracker if tracker.is_initialized() else None
+
+
+def capture() -> dict[str, Any]:
+    """Plain numbers, tuples and uint8 tensors only, so that reading it back runs no code."""
+    name, keys, *rest = np.random.get_state()
+    tracker = _tracker()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": None if tracker is None else dict(tracker.get_states()),
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """The generators go on where `capture` found them. A tracker that is gone stays gone."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    tracker = _tracker()
+    if tracker is not None and state["tracker"] is not None:
+        tracker.set_states(state["tracker"])

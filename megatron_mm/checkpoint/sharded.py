@@ -1,0 +1,255 @@
+"""Save and load a run: weights, optimizer, schedule, data position, generators.
+
+A checkpoint is a folder `iter_0000120` of tensors in megatron-core's distributed format,
+`run.json` and one generator file per rank. It is written under another name and renamed
+when every rank has succeeded; only then does `latest` point to it. Tensors are saved at
+their place in the whole tensor, so any layout reads what any other wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+import megatron_mm
+from megatron_mm.checkpoint import blocks, optimizer_state, rng, storage
+from megatron_mm.checkpoint.compatible import check_model, check_tensors
+from megatron_mm.checkpoint.errors import CheckpointError, together
+from megatron_mm.config import to_dict
+from megatron_mm.parallel.layout import layouts
+
+if TYPE_CHECKING:
+    from megatron_mm.train.engine import Engine
+
+FORMAT = 1
+LATEST, RUN, PARTIAL = "latest", "run.json", ".partial"
+
+
+def save(
+    engine: Engine,
+    loader_state: dict,
+    folder: Path,
+    iteration: int,
+    extra: dict | None = None,
+) -> Path:
+    """Write `folder/iter_<iteration>` and point `folder/latest` to it. Every rank calls it.
+
+    Args:
+        loader_state, extra: JSON values, taken from rank 0.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: a rank could not write (on every rank). Earlier checkpoints are intact.
+    """
+    groups, folder = engine.groups, Path(folder)
+    final = folder / f"iter_{iteration:07d}"
+    partial = final.with_name(final.name + PARTIAL)
+    doing = f"cannot save {final}"
+    leader = dist.get_rank() == 0
+    if engine.run.parallel.overlap_param_gather:
+        # Between update and next forward pass a rank has new weights only where it owns them.
+        engine.model.start_param_sync(force_sync=True)
+    with together(groups, doing):
+        if leader:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+    tensors, step = _snapshot(engine)
+    with together(groups, doing):
+        step = _same_step(step)
+        storage.write_tensors(tensors, partial, groups)
+    with together(groups, doing):
+        storage.write_object(partial / _rng_name(), rng.capture())
+        if leader:
+            storage.write_json(
+                partial / RUN,
+                {
+                    "format": FORMAT,
+                    "megatron_mm": megatron_mm.__version__,
+                    "iteration": iteration,
+                    "layout": _layout(engine),
+                    "adam_step": step,
+                    "scheduler": engine.scheduler.state_dict(),
+                    "loader": loader_state,
+                    "extra": extra or {},
+                    "config": to_dict(engine.run),
+                },
+            )
+            storage.write_format(partial)
+            storage.sync_folder(partial)
+    with together(groups, doing):
+        if leader:
+            _publish(partial, final)
+    return final
+
+
+def _snapshot(engine: Engine) -> tuple[list, set[int]]:
+    """The blocks that this rank writes, and the step counts of its stage. Collective."""
+    replicas = blocks.replicas(engine)
+    mine = {name for name, copy in replicas.items() if not any(copy)}
+    saved = {name: blocks.kinds_saved(param) for name, param, _ in layouts(engine.inner)}
+    state = optimizer_state.collect(engine, lambda kind, n: n in mine and kind in saved[n])
+    tensors = []
+    for name, param, layout in layouts(engine.inner):
+        if name in mine:
+            tensors.append(blocks.block(blocks.weight_key(name), layout, param))
+            for kind in saved[name] if name in state else ():
+                tensors.append(
+                    blocks.block(blocks.state_key(kind, name), layout, state[name][kind])
+                )
+    found: list[set[int]] = [set()] * engine.groups.world.size()
+    steps = {int(entry["step"]) for entry in state.values()}
+    dist.all_gather_object(found, steps, group=engine.groups.world)
+    return tensors, set().union(*found)
+
+
+def _same_step(steps: set[int]) -> int:
+    if len(steps) > 1:
+        raise CheckpointError(f"parameters took different numbers of steps: {sorted(steps)}")
+    return max(steps, default=0)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    folder = final.parent
+    replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if final.exists():  # the same iteration again: an earlier run, or a resumed one
+        final.rename(replaced)
+    partial.rename(final)
+    storage.sync_folder(folder)
+    pointer = folder / f"{LATEST}{PARTIAL}"
+    with pointer.open("w", encoding="utf-8") as stream:
+        stream.write(final.name + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    pointer.replace(folder / LATEST)
+    storage.sync_folder(folder)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _rng_name() -> str:
+    return f"rng_{dist.get_rank():05d}.pt"
+
+
+def _layout(engine: Engine) -> dict[str, int]:
+    pg = engine.groups.pg
+    sizes = {"tp": pg.tp, "pp": pg.pp, "ep": pg.ep, "expert_tp": pg.expt_tp, "dp": pg.dp_cp}
+    return {name: group.size() for name, group in sizes.items()}
+
+
+def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, Any]:
+    """Overwrite the engine's state from a checkpoint. Every rank calls it.
+
+    Args:
+        folder: a checkpoint, or the folder of checkpoints whose `latest` names one.
+        finetune: weights only. Optimizer, schedule and generators stay as they are; CLVR's
+            parameters that the checkpoint lacks stay as initialised.
+
+    Returns:
+        "iteration", "consumed_samples" (None if the loader has no such number), "loader",
+        "extra", "config" as saved; "folder" that was read; "rng_restored" (same layout only);
+        "initialized": names of CLVR parameters that were not in the checkpoint.
+
+    Raises:
+        CheckpointError: it does not fit or is damaged (on every rank, before anything changed).
+    """
+    groups = engine.groups
+    doing = f"cannot load {folder}"
+    found: list[Any] = [None]
+    with together(groups, doing):
+        if dist.get_rank() == 0:
+            found = [_open(Path(folder))]
+    dist.broadcast_object_list(found, src=0, group=groups.world)
+    path, run = found[0]
+    expected = blocks.expected_shapes(engine, with_optimizer=not finetune)
+    with together(groups, doing):
+        check_model(run["config"]["model"], engine.run.model, finetune=finetune)
+        _check_precision(run["config"], engine, finetune)
+        stored, index = storage.read_index(path)
+        added = check_tensors(stored, expected, finetune=finetune)
+        if dist.get_rank() == 0:
+            storage.check_files(path, index)
+    same_layout = run["layout"] == _layout(engine)
+    with together(groups, doing):
+        wanted = blocks.empty_blocks(engine, set(stored), with_optimizer=not finetune)
+        storage.read_tensors(wanted, path)
+        generators = None
+        if same_layout and not finetune:
+            generators = torch.load(path / _rng_name(), weights_only=True)
+    _apply(engine, {key: entry.data for key, entry in wanted.items()}, run, finetune)
+    if generators is not None:
+        rng.restore(generators)
+    return {
+        "iteration": run["iteration"],
+        "consumed_samples": run["loader"].get("consumed_samples"),
+        "loader": run["loader"],
+        "extra": run["extra"],
+        "config": run["config"],
+        "folder": path,
+        "rng_restored": generators is not None,
+        "initialized": [key.removeprefix("model.") for key in added],
+    }
+
+
+def _open(folder: Path) -> tuple[Path, dict]:
+    """(checkpoint folder, its run.json)."""
+    path = folder
+    if not folder.is_dir():
+        raise CheckpointError("there is no such folder")
+    if (folder / LATEST).is_file():
+        path = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+        if not path.is_dir():
+            raise CheckpointError(f"{LATEST} names {path.name}, which is not there")
+    if path.name.endswith(PARTIAL):
+        raise CheckpointError("it is the rest of a save that never finished")
+    if not (path / RUN).is_file():
+        raise CheckpointError(f"it has neither {LATEST} nor {RUN}: not a complete checkpoint")
+    try:
+        run = json.loads((path / RUN).read_text(encoding="utf-8"))
+        needed = {"format", "iteration", "layout", "adam_step", "scheduler", "loader", "config"}
+        absent = sorted(needed - run.keys()) + (["config.model"] * ("model" not in run["config"]))
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / RUN} is damaged: {error}") from error
+    if absent:
+        raise CheckpointError(f"{path / RUN} has no {absent[0]}")
+    if run["format"] != FORMAT:
+        raise CheckpointError(f"{path / RUN} has format {run['format']}; this version: {FORMAT}")
+    return path, run
+
+
+def _check_precision(config: dict, engine: Engine, finetune: bool) -> None:
+    there, here = config["training"]["bf16"], engine.run.training.bf16
+    if there != here and not finetune:
+        raise CheckpointError(
+            f"training.bf16 is {there} there and {here} here; only finetune may change it"
+        )
+
+
+@torch.no_grad()
+def _apply(engine: Engine, tensors: dict[str, torch.Tensor], run: dict, finetune: bool) -> None:
+    """Nothing here waits for another rank or reads a file."""
+    for name, param, layout in layouts(engine.inner):
+        value = tensors.get(blocks.weight_key(name))
+        if value is not None:
+            param.data.view(layout.local_shape).copy_(value)
+    if finetune:
+        engine.optimizer.reload_model_params()
+        return
+    state: optimizer_state.State = {}
+    for name in optimizer_state.owned(engine):
+        keys = {kind: blocks.state_key(kind, name) for kind in optimizer_state.KINDS}
+        state[name] = {kind: tensors[key] for kind, key in keys.items() if key in tensors}
+        state[name]["step"] = torch.tensor(run["adam_step"])
+    optimizer_state.restore(engine, state)
+    engine.scheduler.num_steps = 0  # load_state_dict adds to it (optimizer_param_scheduler.py:390)
+    engine.scheduler.load_state_dict(run["scheduler"])

@@ -1,0 +1,175 @@
+"""Files: megatron-core's distributed format on disk, written whole or not at all.
+
+The format is that of `megatron.core.dist_checkpointing` ("torch_dist"), which reads what
+is written here. Its `save` is not called: it starts a manager process for every job even
+when saving synchronously (filesystem_async.py:65), which a daemonic process may not, and
+when rank 0 fails in its last lines (serialization.py:436) the others wait in a barrier
+for ever. torch's writer, which it builds on, agrees on failures by itself.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.parallel.groups import Groups
+
+METADATA = ".metadata"
+
+
+def write_tensors(blocks: Iterable[ShardedTensor], folder: Path, groups: Groups) -> None:
+    """Write each rank's blocks to `__<rank>_0.distcp`; rank 0 adds the index.
+
+    Every rank must call it. Raises torch's CheckpointException on every rank if one fails or
+    the blocks of all ranks do not tile the whole tensors exactly once.
+    """
+    items: dict[str, Any] = {b.key: CheckpointableShardedTensor.from_sh_ten(b) for b in blocks}
+    if groups.world.rank() == 0:
+        common = io.BytesIO()
+        torch.save([{}], common)  # what dist_checkpointing.load asks for; ours is in run.json
+        items[ShardedObject("common_state", None, (1,), (0,)).unique_key] = common
+    checkpoint.save(
+        items,
+        storage_writer=FileSystemWriter(folder, sync_files=True, thread_count=1),
+        planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        process_group=groups.world,
+    )
+
+
+def write_format(folder: Path) -> None:
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Raises TypeError for a value that JSON does not have."""
+    text = json.dumps(content, indent=1, sort_keys=True)
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_object(path: Path, content: Any) -> None:
+    with path.open("wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder (new files, renames) survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """The index is a pickle, and a pickle may run anything: only what it is made of is let in."""
+
+    ALLOWED = {
+        "torch": {"Size", "device"},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.metadata": None,
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+        "collections": {"OrderedDict"},
+        "pathlib": {"Path", "PosixPath"},
+        "pathlib._local": {"Path", "PosixPath"},
+        "builtins": {"getattr"},  # made harmless below
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        allowed = self.ALLOWED.get(module, frozenset())
+        if (allowed is not None and name not in allowed) or "." in name:
+            raise pickle.UnpicklingError(f"the index names {module}.{name}, which has no place")
+        return _enum_member if (module, name) == ("builtins", "getattr") else super().find_class(
+            module, name
+        )  # fmt: skip
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    if not hasattr(owner, "__members__") or name not in owner.__members__:
+        raise pickle.UnpicklingError(f"the index asks for attribute {name} of {owner!r}")
+    return owner[name]
+
+
+class Reader(FileSystemReader):
+    """torch's reader with an index that cannot run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def read_index(folder: Path) -> tuple[dict[str, tuple[int, ...]], Metadata]:
+    """(whole shape of every stored tensor, the index).
+
+    Raises CheckpointError if the folder is no complete checkpoint.
+    """
+    for name in (CONFIG_FNAME, METADATA):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
+    try:
+        index = Reader(folder).read_metadata()
+        entries = index.state_dict_metadata.items()
+        shapes = {k: tuple(e.size) for k, e in entries if isinstance(e, TensorStorageMetadata)}
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
+        raise CheckpointError(f"{folder / METADATA} is damaged: {error}") from error
+    return shapes, index
+
+
+def check_files(folder: Path, index: Metadata) -> None:
+    """Raises CheckpointError for a shard file that is missing or too short."""
+    needed: dict[str, int] = {}
+    for info in index.storage_data.values():
+        end = info.offset + info.length
+        needed[info.relative_path] = max(needed.get(info.relative_path, 0), end)
+    wrong = []
+    for name, size in sorted(needed.items()):
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif (found := path.stat().st_size) < size:
+            wrong.append(f"{name} has {found} of {size} bytes")
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} of {len(needed)} shard files are unusable: {wrong[0]}{more}"
+        )
+
+
+def read_tensors(blocks: dict[str, ShardedTensor], folder: Path) -> None:
+    """Fill the blocks' data from the checkpoint. Local: no rank waits for another."""
+    items = {key: CheckpointableShardedTensor.from_sh_ten(b) for key, b in blocks.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch remarks that it reads without collectives
+        checkpoint.load(
+            items,
+            storage_reader=Reader(folder),
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )

@@ -1,0 +1,48 @@
+"""python -m megatron_mm.train --config FILE [--flag value ...], alone or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+
+def main(argv: list[str]) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    warnings.simplefilter("ignore")  # megatron-core's notices about optional packages
+
+    from megatron_mm.config import ConfigError, load, validate
+
+    try:
+        run = load(None, argv)
+        validate(run, int(os.environ.get("WORLD_SIZE", "1")))
+    except ConfigError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    from megatron_mm import platform
+
+    platform.install()
+
+    from megatron_mm.checkpoint.errors import CheckpointError
+    from megatron_mm.data.errors import DataError
+    from megatron_mm.parallel import groups
+    from megatron_mm.train.errors import NonFiniteError
+    from megatron_mm.train.loop import train
+
+    groups.start(run.parallel)
+    try:
+        train(run, groups.build(run.parallel))
+    except (CheckpointError, ConfigError, DataError, NonFiniteError) as error:
+        # These are raised on every rank together, so one of them speaks.
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        groups.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

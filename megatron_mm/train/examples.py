@@ -1,0 +1,122 @@
+"""evaluation.json: example questions with where the model looked, and experts by skill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.config import parse_pattern
+from megatron_mm.data.evalset import EvalItem, EvalSet
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.train.engine import Engine
+from megatron_mm.train.feed import receive, share
+from megatron_mm.train.generate import with_answers
+from megatron_mm.train.probe import Looks, Routes, probe
+
+SHOWN_PER_KEY = 3  # examples in the report
+PROBED_PER_KEY = 32  # questions behind the experts-by-skill map
+
+
+def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], folder: Path) -> None:
+    """Probe the first answered questions of every key and write folder/evaluation.json.
+
+    Args:
+        records: of `evaluate`, the same on every rank. Every rank calls it.
+    """
+    by_key: dict[str, list[dict]] = defaultdict(list)
+    for record in records:
+        by_key[record["key"]].append(record)
+    # Every replica does the same work: with expert parallelism they share forward passes.
+    questions = EvalSet(engine.run.data.valid_data, engine.run, tokenizer)
+    examples: list[dict] = []
+    load: dict[str, Routes] = {}
+    engine.model.eval()
+    for key in sorted(by_key):
+        chosen = by_key[key][:PROBED_PER_KEY]
+        items, answers, looks, routes = _probe_records(engine, tokenizer, questions, chosen)
+        if items:
+            load[key] = {layer: counts.sum(0) for layer, counts in routes.items()}
+            for i in range(min(SHOWN_PER_KEY, len(items))):
+                shown = _example(chosen[i], items[i], folder)
+                shown["looks"] = _looks(engine, tokenizer, items[i], answers[i], looks, i)
+                examples.append(shown)
+    engine.model.train()
+    if dist.get_rank() == 0:
+        record = {"examples": examples, "experts": _experts(load)}
+        (folder / "evaluation.json").write_text(json.dumps(record) + "\n")
+
+
+def _probe_records(
+    engine: Engine, tokenizer: Tokenizer, questions: EvalSet, records: list[dict]
+) -> tuple[list[EvalItem], list[list[int]], Looks, Routes]:
+    groups = engine.groups
+    items: list[EvalItem] = []
+
+    def read():
+        items.extend(questions[record["index"]] for record in records)
+        return [questions.collate(items)]
+
+    (prompts,), _ = receive(groups, read)
+    ids = [[*tokenizer.encode(r["prediction"]), tokenizer.message_end_id] for r in records]
+    longest = max(map(len, ids))
+    padded = [row + [tokenizer.pad_id] * (longest - len(row)) for row in ids]
+    batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, groups.pg.tp.size())
+    lengths = prompts.cu_seqlens.diff().tolist()
+    looks, routes = probe(engine, share(groups, [batch])[0], lengths)
+    return items, ids, looks, routes
+
+
+def _example(record: dict, item: EvalItem, folder: Path) -> dict:
+    image = item.images[0].resolve() if item.images else None
+    return {
+        "key": record["key"],
+        "image": os.path.relpath(image, folder.resolve()) if image else None,
+        "question": item.question.replace("<image>", "").strip(),
+        "prediction": record["prediction"],
+        "truth": record["truth"],
+        "score": record["score"],
+    }
+
+
+def _looks(
+    engine: Engine, tokenizer: Tokenizer, item: EvalItem, answer: list[int], looks: Looks, i: int
+) -> list[dict]:
+    """The weights of each pair over the first image, in reading order of its patches."""
+    if not item.sample.images:
+        return []
+    where = item.sample.images[0].memory_coordinates_M2
+    rows, columns = len(where[:, 0].unique()), len(where[:, 1].unique())
+    if rows * columns != len(where):
+        return []  # patches of several resolutions do not lie on one grid
+    order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
+    layers = [layer for layer in parse_pattern(engine.run.model.hybrid_layer_pattern)]
+    found = []
+    for pair in sorted(looks):
+        at = next(n for n, la in enumerate(layers) if la.kind == "L" and la.pair == pair)
+        before = [layer.number for layer in layers[:at] if layer.number is not None]
+        weights = looks[pair][i][: len(answer), : len(where)][:, order]
+        found.append(
+            {
+                "pair": pair,
+                "layer": before[-1] if before else 0,
+                "tokens": [tokenizer.decode([t], skip_special=False) for t in answer],
+                "grid": [rows, columns],
+                "weights": [[round(float(w), 5) for w in row] for row in weights],
+            }
+        )
+    return found
+
+
+def _experts(load: dict[str, Routes]) -> dict:
+    """The share of each expert among the choices made, per key and layer."""
+    keys = sorted(load)
+    layers = sorted({layer for counts in load.values() for layer in counts})
+    shares = [
+        [(load[key][layer] / load[key][layer].sum()).tolist() for layer in layers] for key in keys
+    ]
+    return {"keys": keys, "layers": layers, "load": shares}

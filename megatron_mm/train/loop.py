@@ -1,0 +1,241 @@
+"""The training loop: read, agree, forward and backward, check, update, log, save, evaluate.
+
+There is one loop. What is optimised is an objective (objective.py); where it runs is the
+layout; both are settings.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+from megatron_mm.checkpoint import sharded
+from megatron_mm.config import RunConfig, to_dict
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.errors import DataError
+from megatron_mm.data.loader import TrainLoader
+from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mm.parallel.groups import Groups
+from megatron_mm.train.engine import Engine
+from megatron_mm.train.errors import NonFiniteError
+from megatron_mm.train.evaluate import Results, evaluate, write_results
+from megatron_mm.train.examples import write_examples
+from megatron_mm.train.feed import agree, receive
+from megatron_mm.train.metrics import MetricsLogger
+from megatron_mm.train.objective import OBJECTIVES, Sums
+from megatron_mm.train.report import accuracy_table, write_report
+
+
+class Trainer:
+    """A run: its engine, its data position, its log.
+
+    Attributes:
+        iteration: optimizer steps done.
+    """
+
+    def __init__(self, run: RunConfig, groups: Groups):
+        self.run, self.groups = run, groups
+        self.tokenizer, self.loader = _open_data(run, groups)
+        torch.manual_seed(run.training.seed)
+        self.engine = Engine.create(run, groups)
+        self.objective = OBJECTIVES[run.training.objective]()
+        self.iteration, self.seconds = 0, 0.0
+        if run.checkpoint.load:
+            state = sharded.load(
+                self.engine, Path(run.checkpoint.load), finetune=run.checkpoint.finetune
+            )
+            if not run.checkpoint.finetune:
+                self.iteration = state["iteration"]
+                self.loader.load_state_dict(state["loader"])
+        self.stop_requested = False
+
+    @property
+    def is_logger(self) -> bool:
+        return dist.get_rank() == 0
+
+    def request_stop(self, *_) -> None:
+        """SIGTERM: save after the current step, then leave."""
+        self.stop_requested = True
+
+    def step(self) -> dict[str, float] | None:
+        """One optimizer step; None if some rank was asked to stop before it.
+
+        Raises:
+            DataError: a row is bad (on every rank).
+            NonFiniteError: before the update (on every rank).
+        """
+        begin = time.perf_counter()
+        position = self.loader.consumed_samples
+        batches, stopping = receive(self.groups, self.loader.next_batch, self.stop_requested)
+        if stopping:
+            self.loader.consumed_samples = position  # what was read is read again on resume
+            return None
+        self.loader.consumed_samples = position + self.run.training.global_batch_size
+        losses = self.engine.forward_backward(batches, self.objective)
+        metrics = self._totals(losses, batches)
+        self._check_losses(losses, batches)
+        norm = self.engine.gradient_norm()
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"gradient norm {norm} at iteration {self.iteration + 1}: nothing was updated; "
+                f"the batch was {self._rows_of(batches)}"
+            )
+        metrics["learning rate"] = self.engine.learning_rate()
+        self.engine.update()
+        self.iteration += 1
+        self.seconds += time.perf_counter() - begin
+        return metrics | {
+            "load_balancing_loss": self._load_balance(len(batches)),
+            "grad norm": norm,
+            "consumed samples": self.loader.consumed_samples,
+            "iteration time": time.perf_counter() - begin,
+        }
+
+    def _totals(self, losses: list[Sums], batches: list[Microbatch]) -> dict[str, float]:
+        """Every sum over all microbatches and replicas, as ratios; the same on every rank."""
+        mine: dict[str, list[float]] = {}
+        if self.groups.is_last_stage and self.groups.pg.tp.rank() == 0:
+            for sums in losses:
+                for name, pair in sums.items():
+                    total = mine.setdefault(name, [0.0, 0.0])
+                    total[0] += float(pair[0])
+                    total[1] += float(pair[1])
+        if self.groups.is_reader:
+            tokens = sum(batch.num_real_tokens for batch in batches)
+            mine["tokens"] = [tokens, 0.0]
+            mine["skipped samples"] = [sum(len(batch.skipped) for batch in batches), 0.0]
+        parts: list = [None] * self.groups.world.size()
+        dist.all_gather_object(parts, mine, group=self.groups.world)
+        totals: dict[str, list[float]] = {}
+        for part in parts:
+            for name, pair in part.items():
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0] += pair[0]
+                total[1] += pair[1]
+        counts = ("tokens", "skipped samples")
+        return {n: a if n in counts else a / max(b, 1.0) for n, (a, b) in totals.items()}
+
+    def _check_losses(self, losses: list[Sums], batches: list[Microbatch]) -> None:
+        """Raise on every rank if the loss of any microbatch anywhere is not finite."""
+        problem = None
+        for sums, batch in zip(losses, batches, strict=False):  # empty before the last stage
+            value = float(sums["lm loss"][0]) if "lm loss" in sums else 0.0
+            if not math.isfinite(value):
+                problem = f"loss {value} at iteration {self.iteration + 1}: nothing was updated; "
+                problem += f"the microbatch was {', '.join(batch.samples)}"
+                break
+        try:
+            agree(self.groups, problem)
+        except DataError as error:
+            raise NonFiniteError(str(error)) from None
+
+    def _rows_of(self, batches: list[Microbatch], most: int = 8) -> str:
+        rows = [row for batch in batches for row in batch.samples]
+        more = f" and {len(rows) - most} more" if len(rows) > most else ""
+        return ", ".join(rows[:most]) + more
+
+    def _load_balance(self, microbatches: int) -> float:
+        """Mean over layers and microbatches of the balancing loss before its coefficient
+        (1 is perfect balance)."""
+        losses: dict[str, torch.Tensor] = {}
+        get_moe_metrics_tracker().report(
+            loss_scale=1.0 / microbatches,
+            iteration=self.iteration,
+            force_initialize=True,
+            track_names="load_balancing_loss",
+            num_layers=self.engine.inner.config.num_layers,
+            total_loss_dict=losses,
+            pg_collection=self.groups.pg,
+        )
+        return float(losses["load_balancing_loss"])
+
+    def save(self) -> None:
+        folder = Path(self.run.checkpoint.save)
+        sharded.save(self.engine, self.loader.state_dict(), folder, self.iteration)
+
+
+def _open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader]:
+    """On every rank, since files and positions are the same; errors are agreed on first."""
+    tokenizer = loader = error = None
+    try:
+        if not run.data.tokenizer_model:
+            raise DataError("tokenizer_model is not set: name a .model file or a folder")
+        tokenizer = load_tokenizer(run.data.tokenizer_model)
+        loader = TrainLoader(
+            run,
+            tokenizer,
+            data_parallel_rank=groups.pg.dp.rank(),
+            data_parallel_size=groups.pg.dp.size(),
+            pad_multiple=groups.pg.tp.size(),
+        )
+    except DataError as problem:
+        error = str(problem)
+    agree(groups, error)
+    return tokenizer, loader
+
+
+def train(run: RunConfig, groups: Groups) -> Trainer:
+    """Train to `train_iters`, evaluate, report. Every rank calls it; errors are collective."""
+    trainer = Trainer(run, groups)
+    previous = signal.signal(signal.SIGTERM, trainer.request_stop)
+    log = MetricsLogger(
+        run.logging,
+        to_dict(run),
+        run.training.train_iters,
+        trainer.iteration,
+        enabled=trainer.is_logger,
+    )
+    try:
+        finished = _steps(trainer, log)
+        if finished and run.data.valid_data:
+            _finish(trainer, log)
+    finally:
+        log.close()
+        signal.signal(signal.SIGTERM, previous)
+    return trainer
+
+
+def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
+    """Train until the end or a stop signal, saving as asked; whether the end was reached."""
+    run, total = trainer.run, trainer.run.training.train_iters
+    save_interval, eval_interval = run.checkpoint.save_interval, run.evaluation.eval_interval
+    saved = trainer.iteration if run.checkpoint.load and not run.checkpoint.finetune else None
+    while trainer.iteration < total:
+        metrics = trainer.step()
+        if metrics is None:
+            break
+        now = trainer.iteration
+        log.log(now, metrics)
+        if save_interval and now % save_interval == 0:
+            trainer.save()
+            saved = now
+        if eval_interval and now % eval_interval == 0 and now < total:
+            results, _ = evaluate(trainer.engine, trainer.tokenizer)
+            log.log(now, _accuracies(results))
+    if run.checkpoint.save and saved != trainer.iteration:
+        trainer.save()
+    return trainer.iteration >= total
+
+
+def _finish(trainer: Trainer, log: MetricsLogger) -> None:
+    """The last evaluation: results.json, the examples behind it, the report."""
+    engine, output = trainer.engine, Path(trainer.run.logging.output_dir)
+    results, records = evaluate(engine, trainer.tokenizer)
+    log.log(trainer.iteration, _accuracies(results))
+    write_results(engine, results, output, iteration=trainer.iteration, seconds=trainer.seconds)
+    if trainer.run.evaluation.report:
+        write_examples(engine, trainer.tokenizer, records, output)
+    if trainer.is_logger:
+        print(accuracy_table({"skills": results}))
+        if trainer.run.evaluation.report:
+            print(f"report: {write_report(output)}")
+
+
+def _accuracies(results: Results) -> dict[str, float]:
+    return {f"accuracy/{key}": result["accuracy"] for key, result in results.items()}

@@ -1,0 +1,96 @@
+"""Look inside a forward pass: where the looks attended, which experts were chosen.
+
+For evaluation and reports only. What each rank saw of a microbatch is reduced where it is
+and sent to the replica's reader as small tables.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.moe import Router
+from megatron_mm.train.engine import Engine
+
+# pair -> per sample [answer tokens, patches of that sample], averaged over heads
+Looks = dict[int, list[torch.Tensor]]
+# layer number -> [samples, experts]: tokens of each sample that chose each expert
+Routes = dict[int, torch.Tensor]
+
+
+@contextmanager
+def _recorded_routes(engine: Engine, sample_of_T: torch.Tensor, samples: int) -> Iterator[Routes]:
+    """Counts of this rank's shard of the stream, filled while the context is open."""
+    routes: Routes = {}
+    tp = engine.groups.pg.tp
+    shard = len(sample_of_T) // tp.size()
+    mine = sample_of_T[tp.rank() * shard : (tp.rank() + 1) * shard]
+    hooks = []
+
+    def count(layer: int):
+        def hook(module, inputs, output):
+            chosen = output[1].float().cpu()  # [t, experts]
+            table = torch.zeros(samples + 1, chosen.shape[1])
+            routes[layer] = table.index_add_(0, mine, chosen)[:samples]
+
+        return hook
+
+    for module in engine.inner.modules():
+        if isinstance(module, Router):
+            layer = module.layer_number - 1
+            hooks.append(module.register_forward_hook(count(layer)))
+    try:
+        yield routes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple[Looks, Routes]:
+    """Run one microbatch forward and report on it; on the replica's reader, else empty.
+
+    Every rank of the job calls it.
+
+    Args:
+        batch: prompts with their answers, without or with a padding tail.
+        prompt_lengths: tokens of each sample that come before its answer. The attention
+            weights are those of the positions that chose the answer's tokens: from the last
+            prompt token on.
+    """
+    samples = len(prompt_lengths)
+    lengths = batch.cu_seqlens.diff()[:samples]
+    sample_of_T = torch.full((len(batch.tokens_T),), samples)  # the padding tail: dropped
+    covered = int(lengths.sum())
+    sample_of_T[:covered] = torch.arange(samples).repeat_interleave(lengths)
+    weights: dict[int, list[torch.Tensor]] = {}
+    with _recorded_routes(engine, sample_of_T, samples) as routes:
+        engine.forward([batch], lambda logits, batch: None, looks=weights)
+    looks: Looks = {}
+    for pair, (recorded,) in weights.items():  # [samples, heads, width, patches]
+        mean = recorded.float().mean(1).cpu()
+        looks[pair] = [mean[i, prompt_lengths[i] - 1 : int(lengths[i]) - 1] for i in range(samples)]
+    groups = engine.groups
+    parts: list = [None] * groups.replica.size()
+    dist.all_gather_object(parts, (looks, routes), group=groups.replica)
+    if not groups.is_reader:
+        return {}, {}
+    return _merge(parts, groups.pg.tp.size())
+
+
+def _merge(parts: list[tuple[Looks, Routes]], tp_size: int) -> tuple[Looks, Routes]:
+    """Heads are split over tensor-parallel ranks, and so are the positions of the routes."""
+    looks: Looks = {}
+    routes: Routes = defaultdict(lambda: torch.zeros(()))
+    for some_looks, some_routes in parts:
+        for pair, per_sample in some_looks.items():
+            shares = [weights / tp_size for weights in per_sample]
+            known = looks.get(pair, [0.0] * len(shares))
+            looks[pair] = [a + b for a, b in zip(known, shares, strict=True)]
+        for layer, counts in some_routes.items():
+            routes[layer] = routes[layer] + counts
+    return looks, dict(routes)

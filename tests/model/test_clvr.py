@@ -1,0 +1,319 @@
+"""CLVR: it starts as nothing, sees what it may, and never turns into NaN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from batches import microbatch, small_run
+from samples import off_zero, pack, relative, sample
+
+from megatron_mm.model.clvr import COORDINATE_FREQUENCIES, Look, MemoryMap
+from megatron_mm.model.context import StreamContext, memory_rows
+from megatron_mm.model.core_config import language_config
+from megatron_mm.model.multimodal import build
+from megatron_mm.model.segments import Segments
+from megatron_mm.parallel.layout import initialize
+
+PATTERN = "GE L *E GE L J *E J"
+# In fp64 a difference that is not rounding (1e-15) is information that went astray.
+DOUBLE_TOLERANCE = 1e-12
+PATCHES = 16  # of a tile of the small model
+
+
+# --- as initialised -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_new_model_is_the_base_model_to_the_bit(pg):
+    batch = microbatch(small_run().model, seed=1)
+    model = build(small_run(), pg)
+    assert len(model.language.looks) == 2
+    logits = model(batch)
+    base = build(small_run(vision_memory="none"), pg)
+    assert not len(base.language.looks) and base.vision.memory_proj is None
+    assert torch.equal(logits, base(batch))
+    assert torch.equal(logits, build(small_run("GE *E GE *E"), pg)(batch))
+    # It is the zero out-projection that does it, not a look that is never run.
+    assert relative(off_zero(model)(batch), logits) > 1e-2
+
+
+# --- one look -----------------------------------------------------------------------------
+
+
+class Stage:
+    """A look by itself, with a random hidden state and memory, over a given microbatch."""
+
+    def __init__(self, pg, samples, run, pad_multiple=1):
+        self.model = run.model
+        self.batch = pack(run.model, samples, pad_multiple)
+        config = language_config(run)
+        self.look = Look(run.model, config, pg.tp)
+        initialize(self.look, seed=5)
+        g = torch.Generator().manual_seed(6)
+        self.look.linear_proj.weight.data.normal_(0, 0.2, generator=g)
+        for name, param in self.look.named_parameters():
+            if "norm" in name:
+                param.data.normal_(0, 0.2, generator=g)
+        self.context = StreamContext.build(self.batch, run.model, pg.tp, with_memory=True)
+        rows = memory_rows(self.batch, run.model, 1)
+        self.hidden = torch.randn(len(self.batch.tokens_T), 1, 64, generator=g)
+        self.memory = torch.randn(rows, 1, 32, generator=g)
+        self.memory[len(self.batch.memory_visible_M2) :] = 0
+
+    def __call__(self, memory=None, coordinates=None, record=None):
+        map_ = self.context.memory
+        if coordinates is not None:
+            map_ = replace(map_, coordinates_M2=coordinates)
+        memory = self.memory if memory is None else memory
+        return self.look(self.hidden, memory, self.context.segments, map_, record)
+
+    def sees(self) -> torch.Tensor:
+        """bool [T, M], straight from the batch: patch m is seen from `from` up to `to`."""
+        at = torch.arange(len(self.batch.tokens_T))[:, None]
+        first, last = self.batch.memory_visible_M2.unbind(1)
+        return (at >= first) & (at < last)
+
+
+def mixed(model):
+    """Text, two images, text, one image: the memory has samples of length 0 between others."""
+    return [sample(model, i, n, text=4 + i) for i, n in enumerate([(), (2, 1), (), (3,)])]
+
+
+@torch.no_grad()
+def test_a_blind_position_gets_exactly_zero(pg):
+    run = small_run()
+    stage = Stage(pg, mixed(run.model), run, pad_multiple=32)
+    out = stage()[:, 0]
+    sighted = stage.sees().any(1)
+    assert 0 < sighted.sum() < len(sighted)
+    assert not out[~sighted].any()
+    assert out[sighted].any(1).all()
+
+
+def test_no_image_at_all(pg):
+    run = small_run()
+    stage = Stage(pg, [sample(run.model, 0), sample(run.model, 1, text=9)], run)
+    stage.hidden.requires_grad_()
+    stage.memory.requires_grad_()
+    out = stage()
+    assert not out.detach().any()
+    out.sum().backward()
+    for tensor in (stage.hidden, stage.memory, *stage.look.parameters()):
+        assert tensor.grad is not None and tensor.grad.isfinite().all()
+
+
+def test_gradients_of_masked_positions_are_finite_and_zero(pg):
+    run = small_run()
+    stage = Stage(pg, mixed(run.model), run, pad_multiple=32)
+    stage.hidden.requires_grad_()
+    stage.memory.requires_grad_()
+    stage().square().sum().backward()
+    sees = stage.sees()
+    for tensor in (stage.hidden, stage.memory, *stage.look.parameters()):
+        assert tensor.grad.isfinite().all()
+        assert tensor.grad.any()
+    assert not stage.hidden.grad[~sees.any(1)].any()
+    used = sees.any(0)
+    assert stage.memory.grad[: len(used)][used].flatten(1).any(1).all()
+    assert not stage.memory.grad[len(used) :].any()
+
+
+@torch.no_grad()
+def test_order_of_patches_counts_only_through_coordinates(pg, double):
+    for coordinates in (False, True):
+        run = small_run(memory_coordinates=coordinates)
+        stage = Stage(pg, mixed(run.model), run)
+        order = torch.arange(len(stage.memory))
+        # The last image alone: patches of one image are seen by the same positions.
+        last = slice(len(stage.batch.memory_visible_M2) - 3 * PATCHES, None)
+        order[last] = order[last].flip(0)
+        out = stage()
+        moved = relative(stage(stage.memory[order]), out)
+        if not coordinates:
+            assert moved <= DOUBLE_TOLERANCE
+        else:
+            assert moved > 1e-3
+            along = stage.context.memory.coordinates_M2[order]
+            assert relative(stage(stage.memory[order], along), out) <= DOUBLE_TOLERANCE
+
+
+@torch.no_grad()
+def test_a_look_by_hand(pg, double):
+    """Attention written out for every position, patch and head, from the weights' layout."""
+    run = small_run()
+    stage = Stage(pg, mixed(run.model), run)
+    look, heads, width = stage.look, 2, 16
+    patches = len(stage.batch.memory_visible_M2)
+    query = look.linear_q(look.query_norm(stage.hidden))[0].view(-1, heads, width)
+    memory = look.memory_norm(stage.memory[:patches, 0])
+    rows = look.linear_kv.weight.view(heads, 2, width, -1)
+    key = torch.einsum("mc,hdc->mhd", memory, rows[:, 0])
+    value = torch.einsum("mc,hdc->mhd", memory, rows[:, 1])
+    half_periods = 2.0 ** torch.arange(COORDINATE_FREQUENCIES)
+    angle = stage.batch.memory_coordinates_M2[:, :, None] * torch.pi * half_periods
+    # (y sines, y cosines, x sines, x cosines)
+    features = torch.cat((angle.sin(), angle.cos()), -1).flatten(1)
+    key = key + (features @ look.linear_coordinates.weight.T).view_as(key)
+    query, key = (
+        x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + norm.weight)
+        for x, norm in ((query, look.q_norm), (key, look.k_norm))
+    )
+    scores = torch.einsum("thd,mhd->htm", query, key) / width**0.5
+    sees = stage.sees()
+    weights = scores.masked_fill(~sees, -torch.inf).softmax(-1).nan_to_num(0.0)
+    found = torch.einsum("htm,mhd->thd", weights, value).flatten(1)
+    expected = found @ look.linear_proj.weight.T
+    record = []
+    assert relative(stage(record=record)[:, 0], expected) <= DOUBLE_TOLERANCE
+    # What is recorded is what was used.
+    (recorded,) = record
+    segments, memory_map = stage.context.segments, stage.context.memory
+    for n, (start, length) in enumerate(zip(segments.starts, segments.lengths, strict=True)):
+        first, count = memory_map.patches.starts[n], memory_map.patches.lengths[n]
+        part = recorded[n, :, :length, :count]
+        mine = weights[:, start : start + length, first : first + count]
+        torch.testing.assert_close(part, mine, rtol=0, atol=1e-12)
+        assert not recorded[n, :, :, count:].any()
+
+
+@torch.no_grad()
+def test_recorded_weights_of_the_whole_model(pg):
+    run = small_run()
+    model = off_zero(build(run, pg)).eval()
+    batch = pack(run.model, mixed(run.model))
+    looks = {}
+    logits = model(batch, looks=looks)
+    assert torch.equal(logits, model(batch)), "recording changes nothing"
+    assert sorted(looks) == [0, 1] and all(len(weights) == 1 for weights in looks.values())
+    context = StreamContext.build(batch, run.model, pg.tp, with_memory=True)
+    sees = context.memory.visible.any(-1)[:, None]
+    for (weights,) in looks.values():
+        # The sum of up to 48 fp32 weights.
+        torch.testing.assert_close(
+            weights.sum(-1), sees.float().expand(-1, 2, -1), rtol=0, atol=1e-6
+        )
+        assert not weights[~context.memory.visible[:, None].expand_as(weights)].any()
+    assert not torch.equal(looks[0][0], looks[1][0])
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, "GE L GE L J J *E", "L GE J LJ *E"])
+@torch.no_grad()
+def test_what_a_look_found_is_added_where_it_is_injected(pg, pattern):
+    """The k-th J adds the refinement of the k-th L and nothing else; an L adds nothing."""
+    run = small_run(pattern)
+    model = off_zero(build(run, pg)).eval()
+    found, states = {}, []
+    for pair, look in model.language.looks.items():
+        look.register_forward_hook(lambda m, i, out, pair=int(pair): found.setdefault(pair, out))
+    model.watch = lambda layer, hidden: states.append((layer, hidden.clone()))
+    model.language.register_forward_pre_hook(
+        lambda m, inputs: states.append((None, inputs[0].hidden_T1H.clone()))
+    )
+    model(pack(run.model, mixed(run.model)))
+    assert [layer.kind for layer, _ in states[1:]] == list(pattern.replace(" ", ""))
+    assert not torch.equal(found[0], found[1])
+    injected = []
+    for (_, before), (layer, after) in pairwise(states):
+        if layer.kind == "L":
+            assert torch.equal(after, before)
+        elif layer.kind == "J":
+            assert torch.equal(after, before + found[layer.pair])
+            injected.append(layer.pair)
+    assert injected == [0, 1]
+
+
+# --- who sees what, through the whole model -------------------------------------------------
+
+
+def changed_positions(model, before, after) -> torch.Tensor:
+    """bool [T]: where the logits moved by more than rounding, fp64."""
+    with torch.no_grad():
+        a, b = model(before)[:, 0], model(after)[:, 0]
+    return (a - b).norm(dim=1) > DOUBLE_TOLERANCE * a.norm(dim=1)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 5, 9, 12, 20])
+def test_a_later_token_changes_no_earlier_logit(pg, double, offset):
+    run = small_run()
+    model = off_zero(build(run, pg)).eval()
+    s = sample(run.model, 4, (2, 1), text=5)
+    text = [i for i in range(len(s)) if i not in s.stream_positions]
+    at = text[min(offset, len(text) - 1)]
+    tokens = list(s.tokens)
+    tokens[at] = (tokens[at] + 1) % 90
+    batches = (pack(run.model, [x]) for x in (s, replace(s, tokens=tokens)))
+    moved = changed_positions(model, *batches)
+    assert torch.equal(moved, torch.arange(len(s)) >= at)
+
+
+@pytest.mark.parametrize("image", [0, 1])
+@pytest.mark.parametrize("part", ["tile", "thumbnail"])
+def test_who_sees_which_image(pg, double, image, part):
+    """Two images of two tiles. Their tiles are in the memory only, so between the images the
+    first one's count and the second one's do not; a thumbnail counts where it stands."""
+    run = small_run()  # thumbnail in the stream, tiles in the memory
+    model = off_zero(build(run, pg)).eval()
+    s = sample(run.model, 4, (2, 2), text=5)
+    pixels = s.pixels.clone()
+    pixels[3 * image + (1 if part == "tile" else 2)] += 1.0
+    batches = (pack(run.model, [x]) for x in (s, replace(s, pixels=pixels)))
+    moved = changed_positions(model, *batches)
+    first = s.image_ends[image] - (0 if part == "tile" else 4)
+    assert torch.equal(moved, torch.arange(len(s)) >= first)
+
+
+@torch.no_grad()
+def test_between_two_images_only_the_first_is_looked_at(pg):
+    run = small_run()
+    model = off_zero(build(run, pg)).eval()
+    s = sample(run.model, 4, (2, 2), text=5)
+    looks = {}
+    model(pack(run.model, [s]), looks=looks)
+    (weights,) = looks[0]  # [1, h, T, 64]: two tiles of 16 patches per image
+    one, two = s.image_ends
+    first, second = weights[0, :, :, :32], weights[0, :, :, 32:]
+    assert not weights[0, :, :one].any()
+    assert (first[:, one:] > 0).all()
+    assert not second[:, :two].any()
+    assert (second[:, two:] > 0).all()
+
+
+# --- segments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(3,), (2, 2), (4, 1, 2), (0, 3), (3, 0, 0, 2), (0, 0), (1, 1)])
+@pytest.mark.parametrize("spare", [0, 1, 2, 3, 4])
+def test_segments_there_and_back(lengths, spare):
+    """`spare` rows belong to no sample, as in a padded memory; a sample may have none."""
+    count = torch.tensor(lengths)
+    starts = count.cumsum(0) - count
+    total = sum(lengths) + spare
+    if not total:
+        return
+    segments = Segments(starts, count, max(1, *lengths), total)
+    x = torch.arange(1.0, total + 1)[:, None].expand(-1, 3)
+    rectangle = segments.to_rectangle(x)
+    assert rectangle.shape == (len(lengths), segments.width, 3)
+    for row, start, length in zip(rectangle, starts, lengths, strict=True):
+        assert torch.equal(row[:length], x[start : start + length])
+    assert torch.equal(segments.to_stream(rectangle), x[: sum(lengths)])
+
+
+@torch.no_grad()
+def test_memory_map_by_hand():
+    """Two samples, the first without an image. Four rows for two patches is exactly the size
+    of the rectangle, and yet the memory is not the rectangle."""
+    stream = Segments.from_cu_seqlens(torch.tensor([0, 3, 7]))
+    visible, coordinates = torch.tensor([[4, 7], [5, 7]]), torch.rand(2, 2)
+    map_ = MemoryMap.build(stream, visible, coordinates, rows=4)
+    memory = torch.tensor([10.0, 20.0, 0.0, 0.0])
+    assert map_.patches.to_rectangle(memory)[1].tolist() == [10.0, 20.0]
+    assert map_.visible.tolist() == [
+        [[False, False]] * 4,
+        [[False, False], [True, False], [True, True], [True, True]],
+    ]
+    assert torch.equal(map_.coordinates_M2[:2], coordinates)
+    assert map_.coordinates_M2.shape == (4, 2)
