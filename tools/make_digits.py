@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     train = write_scenes(args, held_out=False, count=args.images)
     held_out = write_scenes(args, held_out=True, count=args.valid_images)
     rng = Random(args.seed)
-    align = questions(train, ["transcribe", "transcribe/steps"], args.align_per_image, args.grid, rng)
+    reading = ["transcribe", "transcribe/steps"]
+    align = questions(train, reading, args.align_per_image, args.grid, rng)
     draws = args.images * args.mix_per_image
     keys = rng.choices(list(args.weights), weights=list(args.weights.values()), k=draws)
     mix = questions(train, keys, args.mix_per_image, args.grid, rng)

@@ -15,7 +15,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read. One line; the same on every rank."""
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     if isinstance(error, CheckpointException):  # torch's own agreement: rank -> (error, traceback)
         error = min(error.failures.items())[1][0]
     text = " ".join(str(error).split())
@@ -31,7 +31,8 @@ def together(groups: Groups, doing: str) -> Iterator[None]:
     cause = problem = None
     try:
         yield
-    except Exception as error:  # whatever it was, the other ranks wait to hear of it
+    # Whatever it was, the other ranks wait to hear of it. torch's is no Exception (api.py:25).
+    except (Exception, CheckpointException) as error:
         cause, problem = error, _one_line(error)
     problems: list[str | None] = [None] * groups.world.size()
     dist.all_gather_object(problems, problem, group=groups.world)

@@ -8,8 +8,6 @@ their place in the whole tensor, so any layout reads what any other wrote.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_mm
-from megatron_mm.checkpoint import blocks, optimizer_state, rng, storage
+from megatron_mm.checkpoint import blocks, folders, optimizer_state, rng, storage
 from megatron_mm.checkpoint.compatible import check_model, check_tensors
 from megatron_mm.checkpoint.errors import CheckpointError, together
 from megatron_mm.config import to_dict
@@ -26,9 +24,6 @@ from megatron_mm.parallel.layout import layouts
 
 if TYPE_CHECKING:
     from megatron_mm.train.engine import Engine
-
-FORMAT = 1
-LATEST, RUN, PARTIAL = "latest", "run.json", ".partial"
 
 
 def save(
@@ -51,12 +46,10 @@ def save(
     """
     groups, folder = engine.groups, Path(folder)
     final = folder / f"iter_{iteration:07d}"
-    partial = final.with_name(final.name + PARTIAL)
+    partial = final.with_name(final.name + folders.PARTIAL)
     doing = f"cannot save {final}"
     leader = dist.get_rank() == 0
-    if engine.run.parallel.overlap_param_gather:
-        # Between update and next forward pass a rank has new weights only where it owns them.
-        engine.model.start_param_sync(force_sync=True)
+    _settle(engine)
     with together(groups, doing):
         if leader:
             if partial.exists():
@@ -70,9 +63,9 @@ def save(
         storage.write_object(partial / _rng_name(), rng.capture())
         if leader:
             storage.write_json(
-                partial / RUN,
+                partial / folders.RUN,
                 {
-                    "format": FORMAT,
+                    "format": folders.FORMAT,
                     "megatron_mm": megatron_mm.__version__,
                     "iteration": iteration,
                     "layout": _layout(engine),
@@ -87,8 +80,15 @@ def save(
             storage.sync_folder(partial)
     with together(groups, doing):
         if leader:
-            _publish(partial, final)
+            folders.publish(partial, final)
     return final
+
+
+def _settle(engine: Engine) -> None:
+    """With overlapped gathers a rank has new weights only where it owns them until the next
+    forward pass: finish that now."""
+    if engine.run.parallel.overlap_param_gather:
+        engine.model.start_param_sync(force_sync=True)
 
 
 def _snapshot(engine: Engine) -> tuple[list, set[int]]:
@@ -115,26 +115,6 @@ def _same_step(steps: set[int]) -> int:
     if len(steps) > 1:
         raise CheckpointError(f"parameters took different numbers of steps: {sorted(steps)}")
     return max(steps, default=0)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    folder = final.parent
-    replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    if final.exists():  # the same iteration again: an earlier run, or a resumed one
-        final.rename(replaced)
-    partial.rename(final)
-    storage.sync_folder(folder)
-    pointer = folder / f"{LATEST}{PARTIAL}"
-    with pointer.open("w", encoding="utf-8") as stream:
-        stream.write(final.name + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    pointer.replace(folder / LATEST)
-    storage.sync_folder(folder)
-    if replaced.exists():
-        shutil.rmtree(replaced)
 
 
 def _rng_name() -> str:
@@ -168,7 +148,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     found: list[Any] = [None]
     with together(groups, doing):
         if dist.get_rank() == 0:
-            found = [_open(Path(folder))]
+            found = [folders.resolve(Path(folder))]
     dist.broadcast_object_list(found, src=0, group=groups.world)
     path, run = found[0]
     expected = blocks.expected_shapes(engine, with_optimizer=not finetune)
@@ -186,6 +166,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
         generators = None
         if same_layout and not finetune:
             generators = torch.load(path / _rng_name(), weights_only=True)
+    _settle(engine)  # else a gather under way would overwrite what is loaded
     _apply(engine, {key: entry.data for key, entry in wanted.items()}, run, finetune)
     if generators is not None:
         rng.restore(generators)
@@ -199,32 +180,6 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
         "rng_restored": generators is not None,
         "initialized": [key.removeprefix("model.") for key in added],
     }
-
-
-def _open(folder: Path) -> tuple[Path, dict]:
-    """(checkpoint folder, its run.json)."""
-    path = folder
-    if not folder.is_dir():
-        raise CheckpointError("there is no such folder")
-    if (folder / LATEST).is_file():
-        path = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-        if not path.is_dir():
-            raise CheckpointError(f"{LATEST} names {path.name}, which is not there")
-    if path.name.endswith(PARTIAL):
-        raise CheckpointError("it is the rest of a save that never finished")
-    if not (path / RUN).is_file():
-        raise CheckpointError(f"it has neither {LATEST} nor {RUN}: not a complete checkpoint")
-    try:
-        run = json.loads((path / RUN).read_text(encoding="utf-8"))
-        needed = {"format", "iteration", "layout", "adam_step", "scheduler", "loader", "config"}
-        absent = sorted(needed - run.keys()) + (["config.model"] * ("model" not in run["config"]))
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / RUN} is damaged: {error}") from error
-    if absent:
-        raise CheckpointError(f"{path / RUN} has no {absent[0]}")
-    if run["format"] != FORMAT:
-        raise CheckpointError(f"{path / RUN} has format {run['format']}; this version: {FORMAT}")
-    return path, run
 
 
 def _check_precision(config: dict, engine: Engine, finetune: bool) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,27 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.futures import Future
 
 from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.parallel.groups import Groups
 
 METADATA = ".metadata"
+
+
+class Writer(FileSystemWriter):
+    """torch's writer, but a full disk is called that: its zip writer hides the OSError behind
+    "unexpected pos"."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            hidden: BaseException | None = error
+            while hidden is not None and not isinstance(hidden, OSError):
+                hidden = hidden.__cause__ or hidden.__context__
+            raise (hidden or error) from None
 
 
 def write_tensors(blocks: Iterable[ShardedTensor], folder: Path, groups: Groups) -> None:
@@ -48,7 +65,7 @@ def write_tensors(blocks: Iterable[ShardedTensor], folder: Path, groups: Groups)
         items[ShardedObject("common_state", None, (1,), (0,)).unique_key] = common
     checkpoint.save(
         items,
-        storage_writer=FileSystemWriter(folder, sync_files=True, thread_count=1),
+        storage_writer=Writer(folder, sync_files=True, thread_count=1),
         planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         process_group=groups.world,
     )
@@ -83,46 +100,55 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _IndexUnpickler(pickle.Unpickler):
     """The index is a pickle, and a pickle may run anything: only what it is made of is let in."""
 
     ALLOWED = {
-        "torch": {"Size", "device"},
+        "torch": {"Size"},
         "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.metadata": None,
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-        "collections": {"OrderedDict"},
-        "pathlib": {"Path", "PosixPath"},
-        "pathlib._local": {"Path", "PosixPath"},
-        "builtins": {"getattr"},  # made harmless below
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        allowed = self.ALLOWED.get(module, frozenset())
-        if (allowed is not None and name not in allowed) or "." in name:
-            raise pickle.UnpicklingError(f"the index names {module}.{name}, which has no place")
-        return _enum_member if (module, name) == ("builtins", "getattr") else super().find_class(
-            module, name
-        )  # fmt: skip
-
-
-def _enum_member(owner: Any, name: str) -> Any:
-    if not hasattr(owner, "__members__") or name not in owner.__members__:
-        raise pickle.UnpicklingError(f"the index asks for attribute {name} of {owner!r}")
-    return owner[name]
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index needs")
+        return super().find_class(module, name)
 
 
 class Reader(FileSystemReader):
-    """torch's reader with an index that cannot run code."""
+    """torch's reader with an index that cannot run code, and with its zip checksums looked at:
+    torch writes them but skips them when reading, and a flipped bit would pass for a weight."""
+
+    def _slice_file(self, file: io.IOBase, info: Any) -> io.BytesIO:
+        content = io.BytesIO(super()._slice_file(file, info).read())  # one saved block
+        try:
+            with zipfile.ZipFile(content) as archive:
+                damaged = archive.testzip()
+        except zipfile.BadZipFile:
+            damaged = "header"
+        if damaged:
+            raise CheckpointError(
+                f"{info.relative_path} is damaged in the block at byte {info.offset}"
+            )
+        content.seek(0)
+        return content
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-        if metadata.storage_meta is not None:
-            metadata.storage_meta.load_id = self.load_id
-        return metadata
+            return _IndexUnpickler(stream).load()
 
 
 def read_index(folder: Path) -> tuple[dict[str, tuple[int, ...]], Metadata]:

@@ -46,7 +46,6 @@ class LanguageConfig:
     moe_ffn_hidden_size: int = 512
     moe_shared_expert_intermediate_size: int = 512
     moe_aux_loss_coeff: float = 0.001
-    moe_z_loss_coeff: float = 0.0
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
 
 
@@ -162,7 +161,6 @@ class TrainingConfig:
     global_batch_size: int = 1
     seed: int = 1234
     bf16: bool = False
-    calculate_per_token_loss: bool = True
     freeze_vision: bool = False
     freeze_projector: bool = False
     freeze_language: bool = False

@@ -25,7 +25,6 @@ MAY_BE_ZERO = frozenset(
         "adam_beta1",
         "adam_beta2",
         "moe_aux_loss_coeff",
-        "moe_z_loss_coeff",
         "vision_layer_scale_init",
         "lr_mult_vision",
         "lr_mult_projector",
@@ -99,6 +98,12 @@ def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
         f"; sizes up to num_query_groups {lm.num_query_groups} work, "
         f"replicating a group over ranks is not supported yet"
     )
+    _require(
+        lm.untie_embeddings_and_output_weights,
+        "untie_embeddings_and_output_weights",
+        lm.untie_embeddings_and_output_weights,
+        "true; tied embeddings cannot be trained yet",
+    )
     _divides("num_query_groups", lm.num_query_groups, *by_tp, note=one_group_per_rank)
     rotary = lm.kv_channels * lm.rotary_percent
     _require(
@@ -164,6 +169,9 @@ def _check_pattern(model: ModelConfig, parallel: ParallelConfig) -> None:
     if "L" in effective_pattern(model):
         heads, tp = model.fusion.clvr_num_attention_heads, parallel.tensor_model_parallel_size
         _divides("clvr_num_attention_heads", heads, "tensor_model_parallel_size", tp)
+        # On the wire, rows of the memory are folded into rows of the hidden size.
+        width = model.fusion.memory_hidden_size or model.language.hidden_size // 4
+        _divides("hidden_size", model.language.hidden_size, "memory_hidden_size", width)
 
 
 def _check_data(run: RunConfig) -> None:
@@ -193,12 +201,6 @@ def _check_data(run: RunConfig) -> None:
 
 def _check_training(run: RunConfig) -> None:
     opt, train, par = run.optimizer, run.training, run.parallel
-    _require(
-        train.calculate_per_token_loss,
-        "calculate_per_token_loss",
-        train.calculate_per_token_loss,
-        "true (a mean over microbatches would weigh short answers more)",
-    )
     _require(opt.min_lr <= opt.lr, "min_lr", opt.min_lr, f"0 to lr {opt.lr}")
     iters = train.train_iters
     allowed = f"0 to train_iters {iters}"

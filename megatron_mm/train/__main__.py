@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -9,7 +10,9 @@ import warnings
 
 def main(argv: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
-    warnings.simplefilter("ignore")  # megatron-core's notices about optional packages
+    # megatron-core's notices about optional packages and about its own interfaces
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
     from megatron_mm.config import ConfigError, load, validate
 

@@ -58,9 +58,10 @@ def share(groups: Groups, batches: Sequence[Microbatch]) -> list[Microbatch]:
     """Hand the reader's microbatches to its replica; pixels travel to the first stage only."""
     if groups.replica.size() == 1:
         return list(batches)
-    envelope = [[replace(b, pixels_NCHW=b.pixels_NCHW[:, :, :0]) for b in batches]]
-    shapes = [[tuple(b.pixels_NCHW.shape) for b in batches]]
-    message = [(envelope[0], shapes[0])] if groups.is_reader else [None]
+    # A new tensor, not a slice: pickling a slice would send all that it is a slice of.
+    envelope = [replace(b, pixels_NCHW=b.pixels_NCHW.new_empty(0)) for b in batches]
+    shapes = [tuple(b.pixels_NCHW.shape) for b in batches]
+    message = [(envelope, shapes) if groups.is_reader else None]
     dist.broadcast_object_list(message, group=groups.replica, group_src=0)
     received, shapes = message[0]
     if not groups.is_first_stage:

@@ -136,7 +136,11 @@ class Trainer:
             raise NonFiniteError(str(error)) from None
 
     def _rows_of(self, batches: list[Microbatch], most: int = 8) -> str:
-        rows = [row for batch in batches for row in batch.samples]
+        """The first rows of the step over all replicas. Every rank calls it."""
+        mine = [row for batch in batches for row in batch.samples if self.groups.is_reader]
+        parts: list = [None] * self.groups.world.size()
+        dist.all_gather_object(parts, mine, group=self.groups.world)
+        rows = [row for part in parts for row in part]
         more = f" and {len(rows) - most} more" if len(rows) > most else ""
         return ", ".join(rows[:most]) + more
 

@@ -63,7 +63,7 @@ def test_nothing_given_is_the_schema():
 def test_flags_over_yaml_over_preset(write):
     path = write("model: {preset: tiny, language: {hidden_size: 192, num_experts: 16}}\n")
     run = load(path, ["--num-experts", "32"])
-    assert run.model.language.vocab_size == 256  # preset
+    assert run.model.language.vocab_size == 384  # preset
     assert run.model.language.hidden_size == 192  # YAML
     assert run.model.language.num_experts == 32  # flag
     assert run.model.vision == preset("tiny").vision

@@ -187,6 +187,7 @@ def test_an_injection_at_once_needs_no_wire_of_its_own():
 
 def test_effective_pattern_drops_looks_that_have_nothing_to_look_at():
     model = preset("tiny")
+    model.hybrid_layer_pattern = "GE L GE J *E GE"
     parallel = ParallelConfig(
         pipeline_model_parallel_size=2, pipeline_model_parallel_layout="GELGE|J*EGE"
     )

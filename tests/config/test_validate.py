@@ -89,7 +89,7 @@ CASES = [
     ),
     ("--image-size 33", "image_size 33 does not divide by patch_size 8"),
     (
-        "--image-size 40",
+        "--image-size 40 --pixel-shuffle-factor 2",
         "patches per side (image_size 40 / patch_size 8 =) 5 does not divide by "
         "pixel_shuffle_factor 2",
     ),
@@ -99,7 +99,7 @@ CASES = [
     ),
     ("--hybrid-layer-pattern GEX", "unknown letter 'X' at position 3"),
     (
-        "--pipeline-model-parallel-layout GELGE|J*EGE",
+        "--pipeline-model-parallel-layout GE*EL|JGE*E",
         "has 2 stages; allowed: pipeline_model_parallel_size 1",
     ),
     ("--pipeline-model-parallel-size 9", "pipeline_model_parallel_size 9 is more than the 8 "),
@@ -111,7 +111,8 @@ CASES = [
     ("--image-mean 0.5", "image_mean is [0.5]; allowed: 3 numbers"),
     ("--image-std 1 0 1", "image_std is [1.0, 0.0, 1.0]; allowed: 3 numbers above 0"),
     ("--no-use-thumbnail", "use_thumbnail is False; allowed: true, because image_stream"),
-    ("--no-calculate-per-token-loss", "calculate_per_token_loss is False; allowed: true"),
+    ("--no-untie-embeddings-and-output-weights", "is False; allowed: true; tied embeddings"),
+    ("--memory-hidden-size 40", "hidden_size 96 does not divide by memory_hidden_size 40"),
     ("--lr 0", "optimizer.lr is 0.0; allowed: more than 0"),
     ("--lr=-0.1", "optimizer.lr is -0.1; allowed: more than 0"),
     ("--lr 1e-4 --min-lr 1e-3", "min_lr is 0.001; allowed: 0 to lr 0.0001"),

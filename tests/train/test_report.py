@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from megatron_mm.train.report import accuracy_table, expert_lift, main, write_report
+from megatron_mm.train.charts import expert_lift
+from megatron_mm.train.report import accuracy_table, main, write_report
 
 SKILLS = {
     "ocr": {"accuracy": 0.964, "chance": 0.1, "n": 500},

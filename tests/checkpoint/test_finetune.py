@@ -1,0 +1,69 @@
+"""Weights only: how CLVR is added to a base model, and how precision or freezing is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
+
+from megatron_mm.checkpoint import sharded
+
+BASE = "GE *E"
+
+
+@pytest.fixture(scope="module")
+def base(ranks, tmp_path_factory):
+    """(folder, whole tensors) of a model without looks."""
+    folder = tmp_path_factory.mktemp("base")
+    return folder, ranks(2, train_and_save, tiny_run(dict(ep=2), pattern=BASE), folder)[0]
+
+
+def weights(tensors: dict) -> dict[str, torch.Tensor]:
+    return {k.removeprefix("weight."): t for k, t in tensors.items() if k.startswith("weight.")}
+
+
+def untrained(run) -> dict:
+    return whole(create(run))
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, {}), (2, dict(pp=2)), (2, dict(tp=2))])
+def test_clvr_is_added_to_a_base_model(ranks, base, size, parallel):
+    folder, stored = base
+    run = tiny_run(parallel, freeze_language=True)
+    state, tensors = ranks(size, load_whole, run, folder, True)[0]
+    run.training.seed += 1
+    initial = weights(ranks(size, untrained, run)[0])
+    found, stored = weights(tensors), weights(stored)
+    added = found.keys() - stored.keys()
+    assert sorted(state["initialized"]) == sorted(added)
+    assert any("looks.0." in name for name in added)
+    assert any("memory_proj" in name for name in added)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, initial[name] if name in added else stored[name]), name
+    assert not any(t.any() for k, t in tensors.items() if k.startswith(("exp_avg", "step")))
+
+
+def finetuned_in_bf16(run, folder: Path) -> dict:
+    engine = create(run)
+    sharded.load(engine, folder, finetune=True)
+    before = whole(engine)
+    train(engine, range(1))
+    return {"before": before, "after": whole(engine)}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_main_parameters_follow_the_weights(ranks, base, plain):
+    """Else the first update would write the random initial weights back."""
+    folder, stored = base
+    run = tiny_run(dict(use_distributed_optimizer=not plain), bf16=True)
+    found = ranks(2, finetuned_in_bf16, run, folder)[0]
+    for name, tensor in weights(stored).items():
+        before = found["before"]
+        assert torch.equal(before[f"weight.{name}"], tensor.bfloat16().float()) or torch.equal(
+            before[f"weight.{name}"], tensor
+        )
+        assert torch.equal(before[f"master.{name}"], before[f"weight.{name}"])
+        moved = (found["after"][f"master.{name}"] - before[f"master.{name}"]).abs().max()
+        assert moved <= 0.011  # one Adam step of learning rate 0.01 at most, with decay

@@ -1,0 +1,96 @@
+"""Runs of a small model on the digit scenes, and what tests ask of them on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+from megatron_mm.config import RunConfig, preset
+from megatron_mm.config.schema import DataPhase
+from megatron_mm.config.tree import leaves
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.parallel import groups
+from megatron_mm.parallel.layout import layouts
+from megatron_mm.train.engine import Engine
+from megatron_mm.train.loop import Trainer
+
+TP2 = dict(tensor_model_parallel_size=2)
+PP2 = dict(pipeline_model_parallel_size=2)
+EP2 = dict(expert_model_parallel_size=2)
+# Ranks and settings. What is left of the ranks is data parallel; the distributed optimizer
+# is on by default.
+LAYOUTS = {
+    "one rank": (1, {}),
+    "TP2": (2, TP2),
+    "PP2": (2, PP2),
+    "EP2": (2, EP2),
+    "DP2": (2, {}),
+    "TP2xPP2": (4, TP2 | PP2),
+}
+# Two stages of it exchange a refinement that waits for its J.
+PATTERN = "GE L *E J"
+
+
+def digits_run(scenes: Path, rows: Path | None = None, **settings) -> RunConfig:
+    """The tiny preset with fewer layers.
+
+    Args:
+        rows: the training rows; default the scenes' mixed questions.
+        settings: any settings of a run; their names are unique.
+    """
+    run = RunConfig(model=preset("tiny"))
+    run.model.hybrid_layer_pattern = PATTERN
+    run.data.train_data = [DataPhase(str(rows or scenes / "mix.jsonl"))]
+    run.data.valid_data = str(scenes / "valid.jsonl")
+    run.data.tokenizer_model = str(scenes / "tokenizer.model")
+    run.data.seq_length, run.data.max_num_tiles = 128, 9
+    run.optimizer.lr = 1e-3
+    run.training.seed = 1
+    run.training.train_iters = 12
+    run.training.micro_batch_size, run.training.global_batch_size = 2, 4
+    run.logging.wandb_mode, run.logging.tensorboard = "disabled", False
+    paths = {leaf.name: leaf.path for leaf in leaves(RunConfig)}
+    for name, value in settings.items():
+        setattr(reduce(getattr, paths[name][:-1], run), name, value)
+    return run
+
+
+def new_trainer(run: RunConfig) -> Trainer:
+    """A trainer of its own in this rank's job, which may have had one before."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    return Trainer(run, groups.build(run.parallel))
+
+
+def move_looks_off_zero(engine: Engine) -> None:
+    """A new look adds nothing until its out-projection is trained; give it a say, alike on
+    every layout."""
+    for name, param, layout in layouts(engine.inner):
+        if ".looks." in name and name.endswith("linear_proj.weight"):
+            whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(3))
+            param.data.view(layout.local_shape).copy_(whole[layout.block] * 0.2)
+    engine.optimizer.reload_model_params()
+
+
+def batch_hash(batch: Microbatch, without: tuple[str, ...] = ()) -> str:
+    digest = hashlib.sha256()
+    for field in fields(batch):
+        if field.name in without:
+            continue
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{field.name}{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+        else:
+            digest.update(f"{field.name}={value}".encode())
+    return digest.hexdigest()
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p, _ in layouts(trainer.engine.inner)}
