@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -53,6 +54,9 @@ class Trainer:
             if not run.checkpoint.finetune:
                 self.iteration = state["iteration"]
                 self.loader.load_state_dict(state["loader"])
+            elif state["initialized"] and self.is_logger:
+                names = ", ".join(state["initialized"])
+                print(f"new in this model, as initialised: {names}", file=sys.stderr)
         self.stop_requested = False
 
     @property

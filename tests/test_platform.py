@@ -1,0 +1,167 @@
+"""The CPU redirects: none of them on a CUDA machine, all of them elsewhere, and the two
+collectives that mean more than a redirect."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_mm import platform
+
+# In a process of its own: this one has installed the redirects already. Torch reads its
+# build's answer to is_available() in many places, so pretend before anything else runs.
+AS_IF_CUDA = """
+import warnings; warnings.simplefilter("ignore")
+import torch
+torch.cuda.is_available = lambda: True
+from megatron_mm import platform
+tables = [*platform.TORCH_REDIRECTS, *platform.MEGATRON_REDIRECTS]
+before = [getattr(platform._owner(r.owner), r.name) for r in tables]
+assert platform.install() is False and platform.backend() == "nccl"
+for redirect, original in zip(tables, before, strict=True):
+    found = getattr(platform._owner(redirect.owner), redirect.name)
+    assert found is original and found is not redirect.replacement, redirect
+    assert getattr(found, "__module__", None) != platform.__name__, redirect
+print(len(tables), "untouched")
+"""
+
+
+def in_new_process(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_with_cuda_nothing_is_touched():
+    count = len(platform.TORCH_REDIRECTS) + len(platform.MEGATRON_REDIRECTS)
+    assert in_new_process(AS_IF_CUDA) == f"{count} untouched"
+
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="redirects are for the CPU")
+
+
+@without_cuda
+def test_without_cuda_every_redirect_is_in_place_and_says_why():
+    tables = [*platform.TORCH_REDIRECTS, *platform.MEGATRON_REDIRECTS]
+    assert len({(r.owner, r.name) for r in tables}) == len(tables)
+    for redirect in tables:
+        assert getattr(platform._owner(redirect.owner), redirect.name) is redirect.replacement
+        assert redirect.why
+    assert (platform.device(), platform.backend()) == (torch.device("cpu"), "gloo")
+
+
+@without_cuda
+def test_installing_twice_is_harmless():
+    """A second layer over `Tensor.type` would say torch.cuda.cuda.FloatTensor."""
+    before = {r: getattr(platform._owner(r.owner), r.name) for r in platform.TORCH_REDIRECTS}
+    assert platform.install() is True
+    assert all(getattr(platform._owner(r.owner), r.name) is f for r, f in before.items())
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+
+
+OTHER_VERSION = """
+import importlib.metadata, torch
+original = torch.cuda.current_device
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.13.1" if name == "megatron-core" else version(name)
+from megatron_mm import platform
+try:
+    platform.install()
+except RuntimeError as error:
+    print(error)
+assert torch.cuda.current_device is original, "half installed"
+"""
+
+
+@without_cuda
+def test_another_megatron_core_is_refused_with_both_versions():
+    (line,) = in_new_process(OTHER_VERSION).splitlines()
+    assert platform.MEGATRON_CORE_VERSION in line and "0.13.1" in line
+
+
+def test_the_version_here_is_the_one_the_redirects_were_written_for():
+    assert importlib.metadata.version("megatron-core") == platform.MEGATRON_CORE_VERSION
+
+
+@without_cuda
+def test_what_asks_for_cuda_gets_the_cpu():
+    made = [
+        torch.zeros(2, device="cuda"),
+        torch.tensor([1.0], device=torch.device("cuda", 0)),
+        torch.empty(2, device=torch.cuda.current_device(), pin_memory=True),
+        torch.ones(2).to("cuda"),
+        torch.ones(2).to(device="cuda:0", dtype=torch.float64),
+        torch.ones(2).cuda(),
+        torch.nn.Linear(2, 2).cuda().weight,
+    ]
+    assert {tensor.device.type for tensor in made} == {"cpu"}
+    assert made[4].dtype == torch.float64
+    assert torch.zeros(1).type(torch.float64).dtype == torch.float64  # as a cast, as ever
+
+
+# ---- collectives that gloo lacks ----
+
+WIDTH = 3
+
+
+def part_of(rank: int, rows: int) -> torch.Tensor:
+    return torch.arange(rows * WIDTH, dtype=torch.float32).view(rows, WIDTH) + 100.0 * rank
+
+
+def on_rank_gather(lengths: list[int], members: list[int] | None) -> list[torch.Tensor] | None:
+    group = None if members is None else dist.new_group(members)
+    if members is not None and dist.get_rank() not in members:
+        return None
+    rank = dist.get_rank(group)
+    parts = [torch.full((length, WIDTH), torch.nan) for length in lengths]
+    dist.all_gather(parts, part_of(rank, lengths[rank]), group=group)
+    return parts
+
+
+def on_rank_scatter(lengths: list[int], members: list[int] | None) -> torch.Tensor | None:
+    group = None if members is None else dist.new_group(members)
+    if members is not None and dist.get_rank() not in members:
+        return None
+    rank = dist.get_rank(group)
+    output = torch.full((lengths[rank], WIDTH), torch.nan)
+    inputs = [part_of(10 * rank + to, length) for to, length in enumerate(lengths)]
+    kept = [x.clone() for x in inputs]
+    dist.reduce_scatter(output, inputs, group=group)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True)), "inputs changed"
+    return output
+
+
+# Even, uneven with an empty part, three ranks, and a group whose ranks are not the job's.
+LENGTHS = {
+    "even": ([2, 2], None),
+    "uneven": ([3, 1], None),
+    "an empty part": ([0, 4], None),
+    "three": ([1, 5, 2], None),
+    "a subgroup": ([1, 4], [1, 2]),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_all_gather(ranks, case):
+    lengths, members = LENGTHS[case]
+    found = ranks(3 if members else len(lengths), on_rank_gather, lengths, members)
+    assert sum(parts is not None for parts in found) == len(lengths)
+    for parts in found:
+        for rank, part in enumerate(parts or []):
+            assert torch.equal(part, part_of(rank, lengths[rank]))
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_reduce_scatter(ranks, case):
+    lengths, members = LENGTHS[case]
+    found = ranks(3 if members else len(lengths), on_rank_scatter, lengths, members)
+    outputs = [output for output in found if output is not None]
+    assert len(outputs) == len(lengths)
+    for to, output in enumerate(outputs):
+        expected = sum(part_of(10 * rank + to, lengths[to]) for rank in range(len(lengths)))
+        assert torch.equal(output, expected)  # small integers: exact in any order
