@@ -17,12 +17,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ ! -d "$data" ]; then
     rm -rf "$data.partial"
     mkdir -p "$(dirname "$data")"
-    "$python" tools/make_digits.py --out "$data.partial"
+    "$python" tools/make_digits.py --out "$data.partial" --jitter 1
     mv "$data.partial" "$data"
 fi
 
 # The long form of `torchrun`, which needs no script on PATH.
 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 \
     -m megatron_mm.train --config examples/digits/demo.yaml --output-dir "$output" "$@"
-
-echo "report: $PWD/$output/report.html"

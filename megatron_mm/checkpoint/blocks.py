@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from megatron_mm.checkpoint.engine import Engine
 from megatron_mm.checkpoint.optimizer_state import MOMENTS, owned, trainable
 from megatron_mm.parallel.layout import ParamLayout, layouts
-
-if TYPE_CHECKING:
-    from megatron_mm.train.engine import Engine
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from megatron_mm.checkpoint import rng
+from megatron_mm.checkpoint.engine import Engine
 from megatron_mm.checkpoint.optimizer_state import KINDS, owned
 from megatron_mm.parallel.layout import layouts
-
-if TYPE_CHECKING:
-    from megatron_mm.train.engine import Engine
 
 
 def _add(digest: Any, label: str, value: Any) -> None:

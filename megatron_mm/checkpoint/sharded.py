@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,10 @@ import torch.distributed as dist
 import megatron_mm
 from megatron_mm.checkpoint import blocks, folders, optimizer_state, rng, storage
 from megatron_mm.checkpoint.compatible import check_model, check_tensors
+from megatron_mm.checkpoint.engine import Engine
 from megatron_mm.checkpoint.errors import CheckpointError, together
 from megatron_mm.config import to_dict
 from megatron_mm.parallel.layout import layouts
-
-if TYPE_CHECKING:
-    from megatron_mm.train.engine import Engine
 
 
 def save(
