@@ -153,8 +153,8 @@ def histories(records: list[dict], skills: list[dict]) -> list[dict[str, Any]]:
     for key in keys:
         name = key.removeprefix("accuracy/")
         steps, values = _series(records, key)
-        if not len(steps):
-            continue
+        if not len(steps) or (len(steps) == 1 and name in chances):
+            continue  # a single point is in the table of skills
         figure, axes = _axes(2.5, 1.5)
         if chances.get(name) is not None:
             axes.axhline(chances[name], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))

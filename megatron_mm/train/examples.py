@@ -36,8 +36,10 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
     examples: list[dict] = []
     load: dict[str, Routes] = {}
     engine.model.eval()
-    for key in sorted(by_key):
-        chosen = by_key[key][:PROBED_PER_KEY]
+    for turn, key in enumerate(sorted(by_key)):
+        # Keys ask about the same images in the same order: begin elsewhere for each.
+        first = turn * SHOWN_PER_KEY % max(1, len(by_key[key]) - PROBED_PER_KEY)
+        chosen = by_key[key][first : first + PROBED_PER_KEY]
         items, answers, looks, routes = _probe_records(engine, tokenizer, questions, chosen)
         if items:
             load[key] = {layer: counts.sum(0) for layer, counts in routes.items()}

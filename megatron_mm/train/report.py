@@ -61,7 +61,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         curves=curves(records),
         histories=histories(records, skills),
         scenes=_spread(scenes, MAX_SCENES),
-        looks=_spread([scene for scene in scenes if scene["looks"]], MAX_LOOK_EXAMPLES),
+        looks=_spread(_telling(scenes), MAX_LOOK_EXAMPLES),
         experts=experts(evaluation.get("experts") or {}),
     )
     path = run / "report.html"
@@ -152,6 +152,16 @@ def _spread(items: list[dict], limit: int) -> list[dict]:
     first_seen = {key: place for place, key in enumerate(turns)}
     chosen = sorted(index for _, index in sorted(order)[:limit])
     return sorted((items[index] for index in chosen), key=lambda item: first_seen[item["key"]])
+
+
+def _telling(scenes: list[dict]) -> list[dict]:
+    """Scenes with looks; right answers written out in several steps first."""
+
+    def length(scene: dict) -> int:
+        return max(len(look["frames"]) + look["more"] for look in scene["looks"])
+
+    seen = [scene for scene in scenes if scene["looks"]]
+    return sorted(seen, key=lambda scene: (scene["verdict"] != "right", -length(scene)))
 
 
 # --- scenes -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from batches import microbatch, small_model
 from hf_weights import IMAGE_TOKEN, copy_weights, transformers_model
 from trainers import LAYOUTS, digits_run
 
+from megatron_mm.checkpoint.hashing import parameter_hash
 from megatron_mm.config import RunConfig
 from megatron_mm.data.collate import collate
 from megatron_mm.data.evalset import EvalSet
@@ -30,6 +31,7 @@ from megatron_mm.train.engine import Engine
 from megatron_mm.train.evaluate import evaluate
 from megatron_mm.train.feed import share
 from megatron_mm.train.generate import generate, with_answers
+from megatron_mm.train.loop import Trainer
 from megatron_mm.train.probe import probe
 
 # ---- prompts with answers ----
@@ -312,6 +314,32 @@ def test_chance_is_the_best_constant_answer(ranks, scenes, tmp_path):
         "ocr": (0.75, 4),
         "count": (1.0, 2),
     }
+
+
+def on_rank_evaluate_between(run: RunConfig, between: bool) -> tuple[list, list | None, str]:
+    """Metrics of three steps, records of an evaluation after the second, parameters."""
+    trainer = Trainer(run, groups.build(run.parallel))
+    metrics, records = [], None
+    for step in range(3):
+        if between and step == 2:
+            _, records = evaluate(trainer.engine, trainer.tokenizer)
+        found = trainer.step()
+        metrics.append({name: found[name] for name in found if name != "iteration time"})
+    return metrics, records, parameter_hash(trainer.engine)
+
+
+@pytest.mark.parametrize("name", ["one rank", "PP2", "DP2"])
+def test_an_evaluation_between_steps_disturbs_nothing(ranks, scenes, name):
+    size, sizes = LAYOUTS[name]
+    run = evaluation_run(scenes, **sizes)
+    with_one = ranks(size, on_rank_evaluate_between, run, True)
+    without = ranks(size, on_rank_evaluate_between, run, False)
+    for a, b in zip(with_one, without, strict=True):
+        assert (a[0], a[2]) == (b[0], b[2])
+    if name == "DP2":  # parameters arrive late, and yet before they are evaluated
+        run = evaluation_run(scenes, overlap_grad_reduce=True, overlap_param_gather=True)
+        late = ranks(size, on_rank_evaluate_between, run, True)
+        assert [rank[1] for rank in late] == [rank[1] for rank in with_one]
 
 
 # ---- the probe ----

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from trainers import (
+    EP2,
     LAYOUTS,
     PP2,
     TP2,
@@ -119,9 +120,18 @@ def one_rank_losses(ranks, scenes):
     return ranks(1, on_rank_losses, digits_run(scenes))[0]
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one rank"])
+OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
+MORE_LAYOUTS = LAYOUTS | {
+    "DP2 without distributed optimizer": (2, dict(use_distributed_optimizer=False)),
+    "EP2 without distributed optimizer": (2, EP2 | dict(use_distributed_optimizer=False)),
+    "DP2 overlapped": (2, OVERLAP),
+    "PP2 overlapped": (2, PP2 | OVERLAP),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in MORE_LAYOUTS if name != "one rank"])
 def test_losses_do_not_depend_on_the_layout(ranks, scenes, one_rank_losses, name):
-    size, sizes = LAYOUTS[name]
+    size, sizes = MORE_LAYOUTS[name]
     found = ranks(size, on_rank_losses, digits_run(scenes, **sizes))
     for step, expected in enumerate(one_rank_losses):
         for rank in range(size):

@@ -1,0 +1,162 @@
+"""Real launches: torchrun and a lone process, what they write, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trainers import digits_run
+
+from megatron_mm.config import dump_yaml
+from megatron_mm.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+OUR_CODE = str(ROOT / "megatron_mm")
+ALONE = [sys.executable, "-m", "megatron_mm.train"]
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    *("-m", "megatron_mm.train"),
+]
+PIPELINE = ("--pipeline-model-parallel-size", "2")
+TIMEOUT = 120  # seconds; a launch takes about 6 on two idle cores
+
+
+def environment() -> dict[str, str]:
+    """Without what an outer launch may have left behind."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def launch(command: list[str], *flags: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*command, *map(str, flags)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path, scenes) -> Path:
+    run = digits_run(
+        scenes, train_iters=3, eval_samples=6, eval_batch_size=4, max_new_tokens=3, report=True,
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(run))
+    assert yaml.safe_load(path.read_text())["training"]["train_iters"] == 3
+    return path
+
+
+def check_results(folder: Path, pipeline: int) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    # The first six questions: one of each direct skill.
+    skills = {"transcribe", "ocr", "count", "spatial", "arithmetic", "multihop"}
+    assert results["skills"].keys() == skills
+    for skill in results["skills"].values():
+        assert skill.keys() == {"accuracy", "chance", "n"}
+        assert 0 <= skill["accuracy"] <= 1 and skill["chance"] == 1.0 and skill["n"] == 1
+    assert results["iteration"] == 3 and results["seconds"] > 0
+    assert results["layout"]["pipeline_model_parallel_size"] == pipeline
+    assert len(results["stages"]) == pipeline
+    assert " ".join(results["stages"]).split() == list("GEL*EJ")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    assert [record["iteration"] for record in metrics] == [1, 2, 3, 3]  # and the evaluation
+    for record in metrics[:3]:
+        assert {"lm loss", "grad norm", "learning rate", "tokens"} <= record.keys()
+    assert {f"accuracy/{skill}" for skill in skills} <= metrics[3].keys()
+    assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+
+
+def test_torchrun_trains_evaluates_and_reports(config, tmp_path):
+    done = launch(TORCHRUN, "--config", config, *PIPELINE)
+    assert done.returncode == 0, done.stderr
+    check_results(tmp_path / "out", pipeline=2)
+    assert f"report: {tmp_path}/out/report.html" in done.stdout
+
+
+def test_a_process_alone_does_too_and_saves(config, tmp_path):
+    done = launch(ALONE, "--config", config, "--save", tmp_path / "saved")
+    assert done.returncode == 0, done.stderr
+    check_results(tmp_path / "out", pipeline=1)
+    assert (tmp_path / "saved" / "latest").read_text() == "iter_0000003\n"
+
+
+def test_sigterm_saves_and_the_next_launch_goes_on(config, tmp_path):
+    """The signal goes to torchrun, as a scheduler would send it; torchrun hands it on."""
+    flags = ["--config", str(config), *PIPELINE, "--save", str(tmp_path / "saved")]
+    process = subprocess.Popen(
+        [*TORCHRUN, *flags, "--train-iters", "5000"],
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        seen = []
+        for line in process.stderr:  # ends with the process, should it die
+            seen.append(line)
+            if line.startswith("step 3/"):
+                break
+        assert seen and seen[-1].startswith("step 3/"), "".join(seen)
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.terminate()  # not kill, which would leave its workers alone
+        process.wait(timeout=TIMEOUT)
+    assert OUR_CODE not in rest  # in no traceback
+    stopped = json.loads((tmp_path / "saved" / latest(tmp_path) / "run.json").read_text())
+    iteration = stopped["iteration"]
+    assert iteration >= 3 and stopped["loader"] == {"consumed_samples": 4 * iteration}
+    assert [r["iteration"] for r in read_metrics(tmp_path / "out" / "metrics.jsonl")] == list(
+        range(1, iteration + 1)
+    )
+    assert not (tmp_path / "out" / "results.json").exists()
+
+    more = ["--load", tmp_path / "saved", "--train-iters", iteration + 2, "--valid-data", "none"]
+    done = launch(TORCHRUN, *flags, *more)
+    assert done.returncode == 0, done.stderr
+    assert latest(tmp_path) == f"iter_{iteration + 2:07d}"
+    metrics = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [record["iteration"] for record in metrics] == list(range(1, iteration + 3))
+    assert [record["consumed samples"] for record in metrics[-2:]] == [
+        4 * (iteration + 1), 4 * (iteration + 2),
+    ]  # fmt: skip
+
+
+def latest(folder: Path) -> str:
+    return (folder / "saved" / "latest").read_text().strip()
+
+
+def test_a_bad_row_ends_the_launch_with_one_line(config, tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    lines = [json.dumps(row)] * 3 + [json.dumps(row | {"images": ["none.png"]})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    done = launch(TORCHRUN, "--config", config, "--train-data", tmp_path / "rows.jsonl")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith(f"error: {tmp_path}/rows.jsonl:4: ")
+    assert OUR_CODE not in done.stderr  # in no traceback; torchrun prints one of its own
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+REFUSED = {
+    "an unknown flag": (["--tensor-parallel", "2"], "unknown flag --tensor-parallel"),
+    "a size that does not divide": (
+        ["--tensor-model-parallel-size", "2", "--num-query-groups", "1"],
+        "num_query_groups 1 does not divide by tensor_model_parallel_size 2",
+    ),
+    "too few ranks": (["--tensor-model-parallel-size", "2"], "world_size 1 does not divide"),
+    "no such file": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_cannot_work_exit_with_2_and_one_line(config, case):
+    flags, words = REFUSED[case]
+    done = launch(ALONE, "--config", config, *flags)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and words in line
+    assert not done.stdout
