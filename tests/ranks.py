@@ -7,6 +7,7 @@ importing torch and megatron-core is paid once, not per test.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -16,6 +17,21 @@ from multiprocessing.connection import wait
 
 MAX_RANKS = 4
 TIMEOUT_SECONDS = 240  # for one call: a hang is a failure, not a stuck suite
+
+
+def _forget_models() -> None:
+    """Free what the last call built, process groups above all.
+
+    megatron-core's DDP is kept alive by its own hooks on autograd nodes, a circle that
+    Python's collector cannot see; each model would leave some sixty gloo threads behind,
+    which poll, and after a hundred tests the machine would do little else.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for thing in gc.get_objects():
+        if type(thing) is DistributedDataParallel:
+            vars(thing).clear()
+    gc.collect()
 
 
 def _serve(rank: int, pipe) -> None:
@@ -51,6 +67,7 @@ def _serve(rank: int, pipe) -> None:
                 parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            _forget_models()
         pipe.send(answer)
 
 

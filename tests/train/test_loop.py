@@ -64,8 +64,9 @@ def advance(trainer, steps: int, after=lambda trainer: None) -> list[tuple]:
 
 
 def on_rank_cut_and_resume(run, folder) -> tuple[list, list, dict]:
+    made = groups.build(run.parallel)
     rng_at_start(0)
-    whole = advance(new_trainer(run), STEPS)
+    whole = advance(loop.Trainer(run, made), STEPS)
 
     def save(trainer):
         if trainer.iteration in CUTS:
@@ -73,12 +74,12 @@ def on_rank_cut_and_resume(run, folder) -> tuple[list, list, dict]:
             trainer.save()
 
     rng_at_start(0)
-    saving = advance(new_trainer(run), STEPS, after=save)
+    saving = advance(loop.Trainer(run, made), STEPS, after=save)
     resumed = {}
     for cut in CUTS:
         rng_at_start(cut)  # other than at the cut
         run.checkpoint.load = str(folder / f"cut{cut}")
-        resumed[cut] = advance(new_trainer(run), STEPS)
+        resumed[cut] = advance(loop.Trainer(run, made), STEPS)
     return whole, saving, resumed
 
 

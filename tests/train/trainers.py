@@ -60,11 +60,7 @@ def digits_run(scenes: Path, rows: Path | None = None, **settings) -> RunConfig:
 
 
 def new_trainer(run: RunConfig) -> Trainer:
-    """A trainer of its own in this rank's job, which may have had one before."""
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    """In a job that has built no groups yet."""
     return Trainer(run, groups.build(run.parallel))
 
 
