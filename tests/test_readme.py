@@ -22,9 +22,7 @@ def tracked() -> list[Path]:
 def test_every_source_file_is_in_the_map():
     folders = ("megatron_mm", "tools", "examples")
     names = [
-        path.name
-        for path in tracked()
-        if path.parts[0] in folders and path.name != "__init__.py"
+        path.name for path in tracked() if path.parts[0] in folders and path.name != "__init__.py"
     ]
     missing = sorted({name for name in names if name not in README})
     assert len(names) > 50 and not missing

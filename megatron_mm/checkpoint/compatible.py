@@ -8,6 +8,15 @@ from typing import Any
 from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.config import ConfigError, ModelConfig, from_dict, to_dict, without_clvr
 
+# How a model starts or trains, not what it computes: may change between save and load.
+NOT_THE_MODEL = {
+    "language.init_method_std",
+    "language.moe_aux_loss_coeff",
+    "language.moe_router_dtype",
+    "language.max_position_embeddings",
+    "vision.vision_init_method_std",
+    "vision.vision_layer_scale_init",
+}
 # CLVR's own parameters: what a base model does not have.
 CLVR = ("model.language.looks.", "model.vision.memory_proj.")
 
@@ -35,7 +44,7 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
         a, b = found.get(key), ours.get(key)
         if finetune and key == "hybrid_layer_pattern":
             a, b = without_clvr(a), without_clvr(b)
-        if a == b or (finetune and key.startswith("fusion.")):
+        if a == b or key in NOT_THE_MODEL or (finetune and key.startswith("fusion.")):
             continue
         raise CheckpointError(
             f"it holds another model: {key} is {found.get(key, 'absent')!r} there and "
@@ -57,7 +66,7 @@ def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
     missing = [key for key in missing if key not in set(added)]
     foreign = sorted(stored.keys() - expected.keys())
     if finetune:
-        foreign = [key for key in foreign if not key.startswith("optimizer.")]
+        foreign = [key for key in foreign if not key.startswith(("optimizer.", *CLVR))]
     shared = sorted(stored.keys() & expected.keys())
     misshaped = [key for key in shared if tuple(stored[key]) != tuple(expected[key])]
     words = []

@@ -2,7 +2,7 @@
 
 A fused model is an `InternVLConfig` whose text model is Qwen3-Next; a text-only model is a
 `Qwen3NextConfig`. transformers has no words for CLVR, for which tiles enter the stream, or
-for the router's z-loss and dtype: those are lost on the way out and defaults on the way in.
+for the router's dtype: those are lost on the way out and defaults on the way in.
 
 The last column of each table is the default of the transformers class, because a saved
 config.json may leave out what equals it. It is not always what was published: the 80B

@@ -201,6 +201,17 @@ def _check_data(run: RunConfig) -> None:
 
 def _check_training(run: RunConfig) -> None:
     opt, train, par = run.optimizer, run.training, run.parallel
+    modules = ("vision", "projector", "language", "clvr", "router")
+    if all(getattr(train, f"freeze_{module}") for module in modules):
+        raise ConfigError("every module is frozen; allowed: at least 1 of the 5 freeze flags false")
+    phases = [phase.samples for phase in run.data.train_data]
+    if phases and phases[-1] is not None:
+        needed, held = train.train_iters * train.global_batch_size, sum(phases)
+        if held < needed:
+            raise ConfigError(
+                f"train_data holds {held} samples in its {len(phases)} phases, but train_iters * "
+                f"global_batch_size is {needed}; allowed: leave `samples` out of the last phase"
+            )
     _require(opt.min_lr <= opt.lr, "min_lr", opt.min_lr, f"0 to lr {opt.lr}")
     iters = train.train_iters
     allowed = f"0 to train_iters {iters}"

@@ -50,7 +50,10 @@ class EvalSet:
 
     def key(self, index: int) -> str:
         """What the result of a row is reported under, without building its sample."""
-        return result_key(self._rows[index])
+        try:
+            return result_key(self._rows[index])
+        except DataError as error:
+            raise DataError(f"{self._rows.where(index)}: {error}") from None
 
     def __getitem__(self, index: int) -> EvalItem:
         if not 0 <= index < self._length:

@@ -53,11 +53,11 @@ def resolve_image_path(folder: Path, name: str, where: str) -> Path:
 
 def load_image(path: Path, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode `path` completely as 8-bit RGB; every failure is a DataError naming `where`."""
-    if not path.is_file():
-        raise DataError(f"{where}: image {path} does not exist; correct the path in the row")
-    if path.stat().st_size == 0:
-        raise DataError(f"{where}: image {path} has 0 bytes; write the file again")
     try:
+        if not path.is_file():
+            raise DataError(f"{where}: image {path} does not exist; correct the path in the row")
+        if path.stat().st_size == 0:
+            raise DataError(f"{where}: image {path} has 0 bytes; write the file again")
         with Image.open(path) as image:
             width, height = image.size
             if width * height > max_pixels:
@@ -80,8 +80,8 @@ def load_image(path: Path, where: str, max_pixels: int = MAX_PIXELS) -> Image.Im
         raise DataError(
             f"{where}: image {path} is beyond the limit of {max_pixels} pixels; shrink it"
         ) from error
-    # PIL reports broken files by any of these, depending on the format.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
+    # PIL goes by the content, not the name, and its decoders raise whatever they like.
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"{where}: image {path} cannot be decoded ({reason}); replace the file"

@@ -23,6 +23,8 @@ class Rows:
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(f"{self.path}: there is no such file; correct the data path")
+        if not os.access(self.path, os.R_OK):
+            raise DataError(f"{self.path}: may not be read; correct its permissions")
         self._starts, self._lengths, self._lines = array("q"), array("q"), array("q")
         start = 0
         with self.path.open("rb") as file:
@@ -50,10 +52,12 @@ class Rows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # pread keeps no position, so threads and forked workers may share the file.
-        line = os.pread(self._file.fileno(), self._lengths[index], self._starts[index])
         try:
+            line = os.pread(self._file.fileno(), self._lengths[index], self._starts[index])
             row = json.loads(line)
-        except ValueError as error:
+        except OSError as error:
+            raise DataError(f"{self.where(index)}: cannot be read ({error})") from error
+        except (ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{self.where(index)}: not valid JSON ({reason})") from error
         if not isinstance(row, dict):
@@ -61,6 +65,3 @@ class Rows:
                 f"{self.where(index)}: a row must be a JSON object, this is a {type(row).__name__}"
             )
         return row
-
-    def close(self) -> None:
-        self._file.close()

@@ -27,21 +27,31 @@ def result_key(row: Mapping[str, Any]) -> str:
     """The name a row's result is reported under: `skill`, or `skill/form` when the form is
     not the direct one."""
     skill, form = row.get("skill") or "all", row.get("form") or "direct"
+    for name, value in (("skill", skill), ("form", form)):
+        if not isinstance(value, str):
+            raise DataError(f"{name} {value!r} is not text; write it in quotes")
     return skill if form == "direct" else f"{skill}/{form}"
 
 
 def chance(answers: Iterable[tuple[str, str, str]]) -> dict[str, float]:
     """For each result key, the mean score of the best constant answer.
 
-    `answers` are (key, scorer, ground truth).
+    `answers` are (key, scorer, ground truth). A key with several scorers gets the best
+    constant of each.
     """
-    truths: dict[tuple[str, str], list[str]] = {}
+    truths: dict[str, dict[str, list[str]]] = {}
     for key, scorer, truth in answers:
-        truths.setdefault((key, scorer), []).append(truth)
-    return {key: _best_constant(scorer, found) for (key, scorer), found in sorted(truths.items())}
+        truths.setdefault(key, {}).setdefault(scorer, []).append(truth)
+    levels = {}
+    for key, by_scorer in sorted(truths.items()):
+        best = sum(_best_constant(s, found) * len(found) for s, found in by_scorer.items())
+        levels[key] = best / sum(map(len, by_scorer.values()))
+    return levels
 
 
 def _best_constant(scorer: str, truths: list[str]) -> float:
+    if scorer == "last_word":
+        truths = [_last(truth) for truth in truths]
     candidates = [truth for truth, _ in Counter(truths).most_common(20)]
     # For answers scored word by word the best constant takes each word by itself.
     columns = zip(*(truth.split() for truth in truths), strict=False)

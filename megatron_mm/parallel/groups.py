@@ -76,14 +76,16 @@ def build(parallel: ParallelConfig) -> Groups:
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     pg = ProcessGroupCollection.use_mpu_process_groups()
+    # The groups on which ranks agree must give up as soon as the others do.
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     members = [None] * dist.get_world_size()
     dist.all_gather_object(members, tuple(dist.get_process_group_ranks(pg.mp)))
     replica = None
     for ranks in sorted(set(members)):
-        group = dist.new_group(list(ranks), backend="gloo")
+        group = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
         if dist.get_rank() in ranks:
             replica = group
-    return Groups(pg, replica, dist.new_group(backend="gloo"))
+    return Groups(pg, replica, dist.new_group(timeout=timeout, backend="gloo"))
 
 
 def stop() -> None:

@@ -27,7 +27,11 @@ def main(argv: list[str]) -> int:
 
     from megatron_mm import platform
 
-    platform.install()
+    try:
+        platform.install()
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
     from megatron_mm.checkpoint.errors import CheckpointError
     from megatron_mm.data.errors import DataError
@@ -35,6 +39,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm.train.errors import NonFiniteError
     from megatron_mm.train.loop import train
 
+    status = 0
     groups.start(run.parallel)
     try:
         train(run, groups.build(run.parallel))
@@ -42,10 +47,11 @@ def main(argv: list[str]) -> int:
         # These are raised on every rank together, so one of them speaks.
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        groups.stop()
-    return 0
+        status = 1
+    # Not after anything else: other ranks may be inside a collective, and leaving the job in
+    # good order would wait for them before the traceback is seen.
+    groups.stop()
+    return status
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import (
-    OptimizerParamScheduler,
-    get_canonical_lr_for_logging,
-)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
@@ -90,7 +87,7 @@ class Engine:
 
     def learning_rate(self) -> float:
         """Of the language model; other modules have multiples of it."""
-        return float(get_canonical_lr_for_logging(self.optimizer.param_groups))
+        return float(self.scheduler.get_lr({}))
 
     def forward(
         self,

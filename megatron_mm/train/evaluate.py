@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,29 +23,32 @@ from megatron_mm.train.generate import generate
 Results = dict[str, dict[str, float]]
 
 
-def _rounds(questions: EvalSet, batch_size: int, replicas: int) -> list[list[list[int]]]:
+def _rounds(keys: list[str], batch_size: int, replicas: int) -> list[list[list[int]]]:
     """rounds -> replicas -> indices. Questions of one kind go together, since their answers
     are of one length; every replica gets as many rounds, the last ones perhaps empty-handed."""
-    order = sorted(range(len(questions)), key=questions.key)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches += [[]] * (-len(batches) % replicas)
     return [batches[i : i + replicas] for i in range(0, len(batches), replicas)]
 
 
-def _open(engine: Engine, tokenizer: Tokenizer) -> EvalSet:
-    run, questions, error = engine.run, None, None
+def open_questions(engine: Engine, tokenizer: Tokenizer) -> tuple[EvalSet, list[str]]:
+    """The questions and the key of each. Raises DataError on every rank if a row is bad."""
+    run, questions, keys, error = engine.run, None, [], None
     try:
         questions = EvalSet(run.data.valid_data, run, tokenizer, run.evaluation.eval_samples)
+        keys = [questions.key(index) for index in range(len(questions))]
     except DataError as problem:
         error = str(problem)
     agree(engine.groups, error)
-    return questions
+    return questions, keys
 
 
 def answer(
-    engine: Engine, tokenizer: Tokenizer, questions: EvalSet, indices: list[int]
-) -> tuple[list[tuple[int, EvalItem]], list[str]]:
-    """The replica's answers to `indices`; on ranks that do not read, no items.
+    engine: Engine, tokenizer: Tokenizer, questions: EvalSet, indices: list[int], stop: bool
+) -> tuple[list[tuple[int, EvalItem]], list[str]] | None:
+    """The replica's answers to `indices`; on ranks that do not read, no items; None if any
+    rank wants to stop.
 
     Raises:
         DataError: on every rank, if a row is bad.
@@ -61,7 +65,9 @@ def answer(
         # Nothing to ask, but other replicas may need our part of their forward passes.
         return [questions.collate(chunk or [questions[0]]) for chunk in items]
 
-    prompts, _ = receive(groups, read)
+    prompts, stopping = receive(groups, read, stop)
+    if stopping:
+        return None
     answers = generate(
         engine,
         prompts,
@@ -91,19 +97,25 @@ def _text(tokens: torch.Tensor, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(ids)
 
 
-def evaluate(engine: Engine, tokenizer: Tokenizer) -> tuple[Results, list[dict]]:
+def evaluate(
+    engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool] = lambda: False
+) -> tuple[Results, list[dict]]:
     """(results by key, one record per question); the same on every rank.
 
     Every rank of the job calls it. A result holds accuracy and chance (the best constant answer)
-    from 0 to 1 and the number of questions n.
+    from 0 to 1 and the number of questions n. Both are empty if `stop` turned true on any rank.
     """
     groups = engine.groups
-    questions = _open(engine, tokenizer)
+    questions, keys = open_questions(engine, tokenizer)
     replica, replicas = groups.pg.dp.rank(), groups.pg.dp.size()
     records = []
     engine.model.eval()
-    for round_ in _rounds(questions, engine.run.evaluation.eval_batch_size, replicas):
-        asked, texts = answer(engine, tokenizer, questions, round_[replica])
+    for round_ in _rounds(keys, engine.run.evaluation.eval_batch_size, replicas):
+        found = answer(engine, tokenizer, questions, round_[replica], stop())
+        if found is None:
+            engine.model.train()
+            return {}, []
+        asked, texts = found
         for (index, item), text in zip(asked, texts, strict=True):
             record = {"index": index, "key": item.key, "prediction": text}
             record |= {"truth": item.ground_truth, "scorer": item.scorer}

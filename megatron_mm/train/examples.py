@@ -19,7 +19,7 @@ from megatron_mm.train.generate import with_answers
 from megatron_mm.train.probe import Looks, Routes, probe
 
 SHOWN_PER_KEY = 3  # examples in the report
-PROBED_PER_KEY = 32  # questions behind the experts-by-skill map
+PROBED_PER_KEY = 32  # questions behind the experts-by-skill map, in one microbatch
 
 
 def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], folder: Path) -> None:

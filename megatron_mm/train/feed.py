@@ -50,6 +50,9 @@ def receive(
             batches = read()
         except DataError as problem:
             error = str(problem)
+        # Nobody may be left waiting for a reader that failed, for whatever reason.
+        except Exception as problem:
+            error = f"reading failed: {type(problem).__name__}: {problem}"
     stopping = agree(groups, error, stop)
     return share(groups, batches), stopping
 

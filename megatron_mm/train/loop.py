@@ -25,7 +25,7 @@ from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.errors import NonFiniteError
-from megatron_mm.train.evaluate import Results, evaluate, write_results
+from megatron_mm.train.evaluate import Results, evaluate, open_questions, write_results
 from megatron_mm.train.examples import write_examples
 from megatron_mm.train.feed import agree, receive
 from megatron_mm.train.metrics import MetricsLogger
@@ -45,6 +45,8 @@ class Trainer:
         self.tokenizer, self.loader = _open_data(run, groups)
         torch.manual_seed(run.training.seed)
         self.engine = Engine.create(run, groups)
+        if run.data.valid_data:  # a bad file is better known now than at the first evaluation
+            open_questions(self.engine, self.tokenizer)
         self.objective = OBJECTIVES[run.training.objective]()
         self.iteration, self.seconds = 0, 0.0
         if run.checkpoint.load:
@@ -53,6 +55,7 @@ class Trainer:
             )
             if not run.checkpoint.finetune:
                 self.iteration = state["iteration"]
+                self.seconds = state["extra"].get("seconds", 0.0)
                 self.loader.load_state_dict(state["loader"])
             elif state["initialized"] and self.is_logger:
                 names = ", ".join(state["initialized"])
@@ -83,7 +86,6 @@ class Trainer:
         self.loader.consumed_samples = position + self.run.training.global_batch_size
         losses = self.engine.forward_backward(batches, self.objective)
         metrics = self._totals(losses, batches)
-        self._check_losses(losses, batches)
         norm = self.engine.gradient_norm()
         if not math.isfinite(norm):
             raise NonFiniteError(
@@ -102,7 +104,12 @@ class Trainer:
         }
 
     def _totals(self, losses: list[Sums], batches: list[Microbatch]) -> dict[str, float]:
-        """Every sum over all microbatches and replicas, as ratios; the same on every rank."""
+        """Every sum over all microbatches and replicas, as ratios; the same on every rank.
+
+        Raises:
+            NonFiniteError: on every rank, if the loss of any microbatch anywhere is not finite.
+            DataError: on every rank, if every row of the step was left out.
+        """
         mine: dict[str, list[float]] = {}
         if self.groups.is_last_stage and self.groups.pg.tp.rank() == 0:
             for sums in losses:
@@ -114,30 +121,37 @@ class Trainer:
             tokens = sum(batch.num_real_tokens for batch in batches)
             mine["tokens"] = [tokens, 0.0]
             mine["skipped samples"] = [sum(len(batch.skipped) for batch in batches), 0.0]
-        parts: list = [None] * self.groups.world.size()
-        dist.all_gather_object(parts, mine, group=self.groups.world)
+        skipped = [why for batch in batches for why in batch.skipped][:3]
+        notes: list = [None] * self.groups.world.size()
+        note = (mine, self._problem(losses, batches), skipped if self.groups.is_reader else [])
+        dist.all_gather_object(notes, note, group=self.groups.world)
+        problems = [problem for _, problem, _ in notes if problem]
+        if problems:
+            raise NonFiniteError(problems[0])
+        reasons = [reason for _, _, some in notes for reason in some]
+        if reasons and self.is_logger:
+            print("left out: " + "; ".join(reasons[:3]), file=sys.stderr)
         totals: dict[str, list[float]] = {}
-        for part in parts:
+        for part, _, _ in notes:
             for name, pair in part.items():
                 total = totals.setdefault(name, [0.0, 0.0])
                 total[0] += pair[0]
                 total[1] += pair[1]
+        if totals["skipped samples"][0] >= self.run.training.global_batch_size:
+            raise DataError(f"every row of a step was left out, the first because: {reasons[0]}")
         counts = ("tokens", "skipped samples")
         return {n: a if n in counts else a / max(b, 1.0) for n, (a, b) in totals.items()}
 
-    def _check_losses(self, losses: list[Sums], batches: list[Microbatch]) -> None:
-        """Raise on every rank if the loss of any microbatch anywhere is not finite."""
-        problem = None
-        for sums, batch in zip(losses, batches, strict=False):  # empty before the last stage
-            value = float(sums["lm loss"][0]) if "lm loss" in sums else 0.0
-            if not math.isfinite(value):
-                problem = f"loss {value} at iteration {self.iteration + 1}: nothing was updated; "
-                problem += f"the microbatch was {', '.join(batch.samples)}"
-                break
-        try:
-            agree(self.groups, problem)
-        except DataError as error:
-            raise NonFiniteError(str(error)) from None
+    def _problem(self, losses: list[Sums], batches: list[Microbatch]) -> str | None:
+        """What is wrong with this rank's losses; there are none before the last stage."""
+        for sums, batch in zip(losses, batches, strict=False):
+            for name, (total, _) in sums.items():
+                if not math.isfinite(float(total)):
+                    return (
+                        f"{name} {float(total)} at iteration {self.iteration + 1}: nothing was "
+                        f"updated; the microbatch was {', '.join(batch.samples)}"
+                    )
+        return None
 
     def _rows_of(self, batches: list[Microbatch], most: int = 8) -> str:
         """The first rows of the step over all replicas. Every rank calls it."""
@@ -165,7 +179,8 @@ class Trainer:
 
     def save(self) -> None:
         folder = Path(self.run.checkpoint.save)
-        sharded.save(self.engine, self.loader.state_dict(), folder, self.iteration)
+        extra = {"seconds": self.seconds}
+        sharded.save(self.engine, self.loader.state_dict(), folder, self.iteration, extra)
 
 
 def _open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader]:
@@ -192,13 +207,7 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
     """Train to `train_iters`, evaluate, report. Every rank calls it; errors are collective."""
     trainer = Trainer(run, groups)
     previous = signal.signal(signal.SIGTERM, trainer.request_stop)
-    log = MetricsLogger(
-        run.logging,
-        to_dict(run),
-        run.training.train_iters,
-        trainer.iteration,
-        enabled=trainer.is_logger,
-    )
+    log = _open_outputs(trainer)
     try:
         finished = _steps(trainer, log)
         if finished and run.data.valid_data:
@@ -207,6 +216,29 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
         log.close()
         signal.signal(signal.SIGTERM, previous)
     return trainer
+
+
+def _open_outputs(trainer: Trainer) -> MetricsLogger:
+    """Open the log and try the checkpoint folder: better to fail now than hours later."""
+    run, log, error = trainer.run, None, None
+    try:
+        log = MetricsLogger(
+            run.logging,
+            to_dict(run),
+            run.training.train_iters,
+            trainer.iteration,
+            enabled=trainer.is_logger,
+        )
+        if run.checkpoint.save and trainer.is_logger:
+            folder = Path(run.checkpoint.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+    except (OSError, ValueError) as problem:
+        error = f"cannot write the run's output: {problem}"
+    agree(trainer.groups, error)
+    return log
 
 
 def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
@@ -224,17 +256,21 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             trainer.save()
             saved = now
         if eval_interval and now % eval_interval == 0 and now < total:
-            results, _ = evaluate(trainer.engine, trainer.tokenizer)
+            results, _ = evaluate(trainer.engine, trainer.tokenizer, lambda: trainer.stop_requested)
             log.log(now, _accuracies(results))
     if run.checkpoint.save and saved != trainer.iteration:
         trainer.save()
+    elif trainer.iteration < total and not run.checkpoint.save and trainer.is_logger:
+        print(f"stopped at step {trainer.iteration}; nothing was saved", file=sys.stderr)
     return trainer.iteration >= total
 
 
 def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     """The last evaluation: results.json, the examples behind it, the report."""
     engine, output = trainer.engine, Path(trainer.run.logging.output_dir)
-    results, records = evaluate(engine, trainer.tokenizer)
+    results, records = evaluate(engine, trainer.tokenizer, lambda: trainer.stop_requested)
+    if not results:
+        return
     log.log(trainer.iteration, _accuracies(results))
     write_results(engine, results, output, iteration=trainer.iteration, seconds=trainer.seconds)
     if trainer.run.evaluation.report:
@@ -242,7 +278,16 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     if trainer.is_logger:
         print(accuracy_table({"skills": results}))
         if trainer.run.evaluation.report:
-            print(f"report: {write_report(output)}")
+            _report(output)
+
+
+def _report(output: Path) -> None:
+    """The last thing a run does: a failure here is a warning, everything else is on disk."""
+    try:
+        print(f"report: {write_report(output)}")
+    except Exception as error:
+        again = f"python -m megatron_mm.train.report {output}"
+        print(f"warning: no report: {error}; try again with {again}", file=sys.stderr)
 
 
 def _accuracies(results: Results) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 METRICS_FILE = "metrics.jsonl"
 # Shown on the console, in this order; the rest is in the file.
 CONSOLE_KEYS = ("lm loss", "load_balancing_loss", "grad norm", "learning rate")
+WHEN_NOT_ZERO = ("skipped samples",)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -82,7 +83,7 @@ class MetricsLogger:
 
             # purge_step hides what an earlier attempt wrote after the step we resume from.
             self._tensorboard = SummaryWriter(
-                str(directory / "tensorboard"), purge_step=start_step + 1 if start_step else None
+                str(directory / "tensorboard"), purge_step=start_step + 1
             )
         if config.wandb_mode != "disabled":
             self._wandb = self._start_wandb(config, run_config, directory)
@@ -104,8 +105,11 @@ class MetricsLogger:
         numbers = {key: float(value) for key, value in metrics.items()}
         # JSON has no NaN or infinity: null, so that every reader can read the line.
         record = {key: _compact(value) for key, value in numbers.items()}
-        self._file.write(json.dumps({"iteration": step, **record}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"iteration": step, **record}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not cost the run: the checkpoint decides
+            print(f"warning: step {step} was not recorded: {error}", file=self._stream)
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, step)
@@ -155,6 +159,7 @@ class MetricsLogger:
 
     def _show(self, step: int, numbers: dict[str, float]) -> None:
         shown = [f"{key} {numbers[key]:.4g}" for key in CONSOLE_KEYS if key in numbers]
+        shown += [f"{key} {numbers[key]:.0f}" for key in WHEN_NOT_ZERO if numbers.get(key)]
         shown += [f"{k} {v:.1%}" for k, v in sorted(numbers.items()) if k.startswith("accuracy/")]
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -178,7 +183,12 @@ def _compact(value: float) -> float | int | None:
 
 def _open_record(path: Path, start_step: int) -> TextIO:
     """Open for appending after dropping the records past `start_step`."""
-    kept = [record for record in read_metrics(path) if record["iteration"] <= start_step]
+    found = read_metrics(path)
+    if not all(isinstance(record, dict) and "iteration" in record for record in found):
+        raise ValueError(f"{path}: not a record of a run; use another output_dir")
+    kept = [record for record in found if record["iteration"] <= start_step]
+    if found and not kept:  # another run was here: keep what it wrote
+        path.replace(path.with_name(path.name + ".previous"))
     # Replaced in one move: a crash here must not cost the record of the run so far.
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:

@@ -67,3 +67,29 @@ def test_main_parameters_follow_the_weights(ranks, base, plain):
         assert torch.equal(before[f"master.{name}"], before[f"weight.{name}"])
         moved = (found["after"][f"master.{name}"] - before[f"master.{name}"]).abs().max()
         assert moved <= 0.011  # one Adam step of learning rate 0.01 at most, with decay
+
+
+def saved_with_looks(folder: Path) -> None:
+    train_and_save(tiny_run(), folder)
+
+
+def test_looks_can_be_left_behind(ranks, tmp_path):
+    """The control arm starts from the checkpoint that has them."""
+    ranks(1, saved_with_looks, tmp_path)
+    state, tensors = ranks(1, load_whole, tiny_run(pattern=BASE), tmp_path, True)[0]
+    assert state["initialized"] == []
+    assert not any("looks" in name for name in tensors)
+
+
+def other_training_settings(folder: Path) -> dict:
+    """Settings of training, not of the model, may change between save and load."""
+    run = tiny_run(pattern=BASE)
+    run.model.language.moe_aux_loss_coeff = 0.5
+    run.model.language.init_method_std = 0.3
+    return sharded.load(create(run), folder)
+
+
+def test_training_settings_may_change(ranks, base):
+    folder, _ = base
+    state = ranks(1, other_training_settings, folder)[0]
+    assert state["iteration"] > 0

@@ -112,6 +112,14 @@ CASES = [
     ("--image-std 1 0 1", "image_std is [1.0, 0.0, 1.0]; allowed: 3 numbers above 0"),
     ("--no-use-thumbnail", "use_thumbnail is False; allowed: true, because image_stream"),
     ("--no-untie-embeddings-and-output-weights", "is False; allowed: true; tied embeddings"),
+    (
+        "--freeze-vision --freeze-projector --freeze-language --freeze-clvr --freeze-router",
+        "every module is frozen; allowed: at least 1",
+    ),
+    (
+        "--train-data a.jsonl:8 b.jsonl:8 --train-iters 5 --global-batch-size 4",
+        "train_data holds 16 samples in its 2 phases, but train_iters * global_batch_size is 20",
+    ),
     ("--memory-hidden-size 40", "hidden_size 96 does not divide by memory_hidden_size 40"),
     ("--lr 0", "optimizer.lr is 0.0; allowed: more than 0"),
     ("--lr=-0.1", "optimizer.lr is -0.1; allowed: more than 0"),

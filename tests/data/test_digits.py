@@ -23,6 +23,8 @@ from megatron_mm.data.scoring import chance, result_key, score
 def solve(question: str, digits: list[int], grid: int) -> str:
     """Answer a question from its words alone, independently of the generator."""
     numbers = [int(n) for n in re.findall(r"\d+", question)]
+    if question.startswith("Read all cells"):
+        return " ".join(map(str, digits))
     if question.startswith("Read row"):
         row = numbers[0]
         return " ".join(str(d) for d in digits[row * grid : row * grid + grid])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from trainers import LAYOUTS, PP2, batch_hash, digits_run, new_trainer, parameters
+from trainers import LAYOUTS, PP2, batch_hash, digits_run, parameters
 
 from megatron_mm.data.errors import DataError
 from megatron_mm.parallel import groups
@@ -20,23 +21,23 @@ SEED = 1
 GLOBAL_BATCH = 4  # rows of a file here, so that one step reads each of them once
 
 
-def row(scenes, question="<image>How many 3?", answer="2", image="images/train_000000.png"):
+def row(question="<image>How many 3?", answer="2", image="images/train_000000.png"):
     return {
         "messages": [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ],
-        "images": [str(scenes / image)] if image and image.startswith("images") else [],
+        "images": [image] if image else [],
     }
 
 
-def bad_row(scenes, kind: str) -> dict:
-    good = row(scenes)
+def bad_row(kind: str) -> dict:
+    good = row()
     if kind == "missing image":
         return good | {"images": ["none.png"]}
     if kind == "marks":
-        return row(scenes, question="<image> and <image>: how many 3?")
-    return row(scenes, answer="1 " * 200)
+        return row(question="<image> and <image>: how many 3?")
+    return row(answer="1 " * 200)
 
 
 BAD = {
@@ -46,13 +47,13 @@ BAD = {
 }
 
 
-def write(folder, rows) -> str:
+def write(folder: Path, rows: list[dict]) -> Path:
     """The n-th of `rows` is the n-th that the first epoch reads."""
     order = np.random.default_rng([SEED, 0, 0]).permutation(len(rows))
     lines = [""] * len(rows)
     for place, number in enumerate(order):
         lines[number] = json.dumps(rows[place])
-    path = folder / "rows.jsonl"
+    path = folder / f"rows{len(list(folder.glob('rows*')))}.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -64,12 +65,10 @@ def where(path, place: int, count: int = GLOBAL_BATCH) -> str:
 
 @pytest.fixture
 def data(tmp_path, scenes):
-    """data(row, ...) -> path; images may lie beside the rows or in the scenes' folder."""
+    """data(row, ...) -> path of a new file beside the scenes' images."""
     (tmp_path / "images").symlink_to(scenes / "images")
 
     def make(*rows):
-        for r in rows:
-            r["images"] = [name.removeprefix(f"{scenes}/") for name in r["images"]]
         return write(tmp_path, rows)
 
     return make
@@ -78,104 +77,115 @@ def data(tmp_path, scenes):
 # ---- bad rows ----
 
 
-def on_rank_bad_row(run) -> dict:
-    trainer = new_trainer(run)
-    started = []
-    trainer.engine.forward_backward = lambda *args: started.append(args)
-    try:
-        trainer.step()
-        error = None
-    except DataError as problem:
-        error = str(problem)
-    return {"error": error, "started": len(started), "iteration": trainer.iteration}
+def on_rank_bad_rows(*runs) -> list[dict]:
+    made = groups.build(runs[0].parallel)
+    found = []
+    for run in runs:
+        trainer = Trainer(run, made)
+        started = []
+        trainer.engine.forward_backward = lambda *args, calls=started: calls.append(args)
+        try:
+            trainer.step()
+            error = None
+        except DataError as problem:
+            error = str(problem)
+        found.append({"error": error, "started": len(started), "iteration": trainer.iteration})
+    return found
 
 
-@pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("name", ["one rank", "TP2", "PP2", "DP2"])
-def test_a_bad_row_is_the_same_error_on_every_rank(ranks, scenes, data, name, kind):
+def test_a_bad_row_is_the_same_error_on_every_rank(ranks, scenes, data, name):
     size, sizes = LAYOUTS[name]
     # The last row of the step: with two replicas the second one reads it, alone.
-    path = data(*(row(scenes) for _ in range(GLOBAL_BATCH - 1)), bad_row(scenes, kind))
-    found = ranks(size, on_rank_bad_row, digits_run(scenes, path, **sizes))
-    for rank in found:
-        assert rank == found[0]
-    assert found[0]["error"].startswith(f"{where(path, GLOBAL_BATCH - 1)}: ")
-    assert BAD[kind] in found[0]["error"] and "\n" not in found[0]["error"]
-    assert (found[0]["started"], found[0]["iteration"]) == (0, 0)
+    good = [row()] * (GLOBAL_BATCH - 1)
+    paths = {kind: data(*good, bad_row(kind)) for kind in BAD}
+    runs = [digits_run(scenes, path, **sizes) for path in paths.values()]
+    everywhere = ranks(size, on_rank_bad_rows, *runs)
+    assert all(rank == everywhere[0] for rank in everywhere)
+    for (kind, path), found in zip(paths.items(), everywhere[0], strict=True):
+        assert found["error"].startswith(f"{where(path, GLOBAL_BATCH - 1)}: "), kind
+        assert BAD[kind] in found["error"] and "\n" not in found["error"]
+        assert (found["started"], found["iteration"]) == (0, 0)
 
 
 def test_of_two_bad_rows_the_first_replicas_is_told(ranks, scenes, data):
-    rows = [bad_row(scenes, "marks"), row(scenes), row(scenes), bad_row(scenes, "missing image")]
+    rows = [bad_row("marks"), row(), row(), bad_row("missing image")]
     path = data(*rows)
-    found = ranks(2, on_rank_bad_row, digits_run(scenes, path))
-    assert [rank["error"].startswith(f"{where(path, 0)}: ") for rank in found] == [True, True]
+    for (found,) in ranks(2, on_rank_bad_rows, digits_run(scenes, path)):
+        assert found["error"].startswith(f"{where(path, 0)}: ")
 
 
-def on_rank_construction(run) -> str:
-    try:
-        Trainer(run, groups.build(run.parallel))
-    except DataError as problem:
-        return str(problem)
-    return "no error"
+def on_rank_construction(*runs) -> list[str]:
+    made = groups.build(runs[0].parallel)
+    errors = []
+    for run in runs:
+        try:
+            Trainer(run, made)
+            errors.append("no error")
+        except DataError as problem:
+            errors.append(str(problem))
+    return errors
 
 
 @pytest.mark.parametrize("name", ["one rank", "PP2", "DP2"])
-def test_an_empty_dataset_is_one_error_on_every_rank(ranks, scenes, tmp_path, name):
+def test_data_that_cannot_be_opened_is_one_error_on_every_rank(ranks, scenes, tmp_path, name):
     size, sizes = LAYOUTS[name]
     (tmp_path / "empty.jsonl").write_text("\n")
-    run = digits_run(scenes, tmp_path / "empty.jsonl", **sizes)
-    expected = f"{tmp_path}/empty.jsonl: 0 rows; a dataset needs at least 1"
-    assert ranks(size, on_rank_construction, run) == [expected] * size
-
-
-def test_other_settings_of_the_data_are_one_error_on_every_rank(ranks, scenes):
-    for settings, words in (
-        (dict(tokenizer_model=""), "tokenizer_model is not set"),
-        (dict(tokenizer_model="nowhere"), "'nowhere' is neither"),
-        (dict(vocab_size=64), "the model's vocab_size is 64"),
-        (dict(train_data=[]), "train_data has 0 phases"),
-    ):
-        first, second = ranks(2, on_rank_construction, digits_run(scenes, **PP2, **settings))
-        assert words in first and first == second
+    words = {
+        f"{tmp_path}/empty.jsonl: 0 rows": digits_run(scenes, tmp_path / "empty.jsonl", **sizes),
+        "none.jsonl: there is no such file": digits_run(scenes, "none.jsonl", **sizes),
+        "train_data has 0 phases": digits_run(scenes, train_data=[], **sizes),
+        "tokenizer_model is not set": digits_run(scenes, tokenizer_model="", **sizes),
+        "'nowhere' is neither": digits_run(scenes, tokenizer_model="nowhere", **sizes),
+        "the model's vocab_size is 64": digits_run(scenes, vocab_size=64, **sizes),
+    }
+    everywhere = ranks(size, on_rank_construction, *words.values())
+    assert all(rank == everywhere[0] for rank in everywhere)
+    for expected, error in zip(words, everywhere[0], strict=True):
+        assert expected in error and "\n" not in error
 
 
 # ---- skipping ----
 
 
-def on_rank_train(run, steps: int = 2) -> tuple[list[dict], set[str]]:
-    """The metrics of each step, and the parameters that are no longer as they were."""
-    trainer = new_trainer(run)
-    before = parameters(trainer)
-    metrics = [trainer.step() for _ in range(steps)]
-    after = parameters(trainer)
-    return metrics, {name for name in after if not torch.equal(after[name], before[name])}
+def on_rank_train(steps: int, *runs) -> list[tuple[list[dict], set[str]]]:
+    """Of each run, the metrics of each step, and the parameters no longer as they were."""
+    made = groups.build(runs[0].parallel)
+    found = []
+    for run in runs:
+        trainer = Trainer(run, made)
+        before = parameters(trainer)
+        metrics = [trainer.step() for _ in range(steps)]
+        after = parameters(trainer)
+        found.append((metrics, {n for n in after if not torch.equal(after[n], before[n])}))
+    return found
 
 
 @pytest.mark.parametrize("name", ["one rank", "TP2", "PP2", "DP2"])
-@pytest.mark.parametrize("bad", [(3,), (2, 3), (0, 2)])
-def test_skipped_rows_are_counted_and_training_goes_on(ranks, scenes, data, name, bad):
+def test_skipped_rows_are_counted_and_training_goes_on(ranks, scenes, data, name):
     """(2, 3) are a whole microbatch, and with two replicas all that the second one has."""
     size, sizes = LAYOUTS[name]
-    kinds = list(BAD)
-    rows = [bad_row(scenes, kinds[i % 3]) if i in bad else row(scenes) for i in range(GLOBAL_BATCH)]
-    run = digits_run(scenes, data(*rows), on_bad_sample="skip", **sizes)
-    for metrics, _ in ranks(size, on_rank_train, run):
-        for step in metrics:  # the second step reads the same rows in another order
-            assert step["skipped samples"] == len(bad)
-            assert math.isfinite(step["lm loss"]) and step["lm loss"] > 0
-            assert math.isfinite(step["grad norm"]) and step["grad norm"] > 0
-            assert math.isfinite(step["load_balancing_loss"])
-        assert metrics[1]["consumed samples"] == 2 * GLOBAL_BATCH
+    kinds, cases, runs = list(BAD), [(3,), (2, 3), (0, 2)], []
+    for bad in cases:
+        rows = [bad_row(kinds[i % 3]) if i in bad else row() for i in range(GLOBAL_BATCH)]
+        runs.append(digits_run(scenes, data(*rows), on_bad_sample="skip", **sizes))
+    for rank in ranks(size, on_rank_train, 2, *runs):
+        for bad, (metrics, _) in zip(cases, rank, strict=True):
+            for step in metrics:  # the second step reads the same rows in another order
+                assert step["skipped samples"] == len(bad)
+                assert math.isfinite(step["lm loss"]) and step["lm loss"] > 0
+                assert math.isfinite(step["grad norm"]) and step["grad norm"] > 0
+                assert math.isfinite(step["load_balancing_loss"])
+            assert metrics[1]["consumed samples"] == 2 * GLOBAL_BATCH
 
 
 def test_skipping_rows_is_training_without_them(ranks, scenes, data):
     """Not only finite: the loss and the gradient of the rows that are left."""
-    rows = [row(scenes, question=f"<image>How many {n}?", answer=str(n)) for n in range(4)]
-    kept = [rows[0], rows[1], bad_row(scenes, "marks"), bad_row(scenes, "too long")]
+    rows = [row(question=f"<image>How many {n}?", answer=str(n)) for n in range(4)]
+    kept = [rows[0], rows[1], bad_row("marks"), bad_row("too long")]
     run = digits_run(scenes, data(*kept), on_bad_sample="skip")
-    skipping = ranks(1, on_rank_train, run, 1)[0][0][0]
-    run = digits_run(scenes, data(*rows[:2]), global_batch_size=2)
-    plain = ranks(1, on_rank_train, run, 1)[0][0][0]
+    alone = digits_run(scenes, data(*rows[:2]), global_batch_size=2)
+    (((skipping,), _), ((plain,), _)) = ranks(1, on_rank_train, 1, run, alone)[0]
     for name in ("lm loss", "grad norm", "tokens"):
         # Two of the four rows, perhaps in the other order: sums of fp32 in another order.
         assert skipping[name] == pytest.approx(plain[name], rel=1e-5), name
@@ -184,9 +194,9 @@ def test_skipping_rows_is_training_without_them(ranks, scenes, data):
 @pytest.mark.parametrize("name", ["one rank", "DP2"])
 def test_a_step_of_skipped_rows_alone_changes_nothing_but_the_count(ranks, scenes, data, name):
     size, sizes = LAYOUTS[name]
-    rows = [bad_row(scenes, "marks") for _ in range(GLOBAL_BATCH)]
+    rows = [bad_row("marks") for _ in range(GLOBAL_BATCH)]
     run = digits_run(scenes, data(*rows), on_bad_sample="skip", weight_decay=0.0, **sizes)
-    for metrics, changed in ranks(size, on_rank_train, run, 1):
+    for ((metrics, changed),) in ranks(size, on_rank_train, 1, run):
         assert metrics[0]["skipped samples"] == GLOBAL_BATCH and metrics[0]["tokens"] == 0
         assert (metrics[0]["lm loss"], metrics[0]["grad norm"]) == (0.0, 0.0)
         assert not changed
@@ -202,10 +212,11 @@ def test_text_only_rows_train_beside_images(ranks, scenes, data, name):
     size, sizes = LAYOUTS[name.split()[0] if name != "one rank" else name]
     if name.endswith("overlapped"):
         sizes = sizes | dict(overlap_grad_reduce=True, overlap_param_gather=True)
-    text = [row(scenes, question=f"How many {n}?", image=None) for n in range(2)]
-    run = digits_run(scenes, data(*text, row(scenes), row(scenes)), **sizes)
-    expected = ranks(1, on_rank_train, digits_run(scenes, run.data.train_data[0].path), 2)[0][0]
-    for metrics, _ in ranks(size, on_rank_train, run):
+    text = [row(question=f"How many {n}?", image=None) for n in range(2)]
+    run = digits_run(scenes, data(*text, row(), row()), **sizes)
+    plain = digits_run(scenes, run.data.train_data[0].path)
+    ((expected, _),) = ranks(1, on_rank_train, 2, plain)[0]
+    for ((metrics, _),) in ranks(size, on_rank_train, 2, run):
         for step, alone in zip(metrics, expected, strict=True):
             # As in test_loop.LOSS_TOLERANCE.
             assert step["lm loss"] == pytest.approx(alone["lm loss"], rel=1e-5)

@@ -110,15 +110,19 @@ def test_a_run_cut_anywhere_goes_on_to_the_bit(ranks, scenes, tmp_path, name):
 LOSS_TOLERANCE = 1e-5
 
 
-def on_rank_losses(run, steps: int = 4) -> list[dict]:
-    trainer = new_trainer(run)
-    move_looks_off_zero(trainer.engine)
-    return [trainer.step() for _ in range(steps)]
+def on_rank_losses(*runs) -> list[list[dict]]:
+    made = groups.build(runs[0].parallel)
+    found = []
+    for run in runs:
+        trainer = loop.Trainer(run, made)
+        move_looks_off_zero(trainer.engine)
+        found.append([trainer.step() for _ in range(4)])
+    return found
 
 
 @pytest.fixture(scope="module")
 def one_rank_losses(ranks, scenes):
-    return ranks(1, on_rank_losses, digits_run(scenes))[0]
+    return ranks(1, on_rank_losses, digits_run(scenes))[0][0]
 
 
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
@@ -133,7 +137,7 @@ MORE_LAYOUTS = LAYOUTS | {
 @pytest.mark.parametrize("name", [name for name in MORE_LAYOUTS if name != "one rank"])
 def test_losses_do_not_depend_on_the_layout(ranks, scenes, one_rank_losses, name):
     size, sizes = MORE_LAYOUTS[name]
-    found = ranks(size, on_rank_losses, digits_run(scenes, **sizes))
+    found = [metrics for (metrics,) in ranks(size, on_rank_losses, digits_run(scenes, **sizes))]
     for step, expected in enumerate(one_rank_losses):
         for rank in range(size):
             metrics = found[rank][step]
@@ -150,8 +154,8 @@ def test_losses_do_not_depend_on_the_layout(ranks, scenes, one_rank_losses, name
 
 def test_the_tolerance_would_notice_a_module_that_is_not_updated(ranks, scenes, one_rank_losses):
     """Least is the router: the loss of the fourth step is off by 1.6e-4."""
-    for module in MODULES:
-        other = ranks(1, on_rank_losses, digits_run(scenes, **{f"freeze_{module}": True}))[0]
+    runs = [digits_run(scenes, **{f"freeze_{module}": True}) for module in MODULES]
+    for module, other in zip(MODULES, ranks(1, on_rank_losses, *runs)[0], strict=True):
         gap = abs(other[3]["lm loss"] / one_rank_losses[3]["lm loss"] - 1)
         assert gap > 10 * LOSS_TOLERANCE, module
 
@@ -159,29 +163,34 @@ def test_the_tolerance_would_notice_a_module_that_is_not_updated(ranks, scenes, 
 # ---- which parameters learn ----
 
 
-def on_rank_change(run, steps: int) -> dict[str, bool]:
-    """name -> whether any bit of the parameter changed."""
-    trainer = new_trainer(run)
-    move_looks_off_zero(trainer.engine)
-    before = parameters(trainer)
-    for _ in range(steps):
+def on_rank_change(*runs) -> list[dict[str, bool]]:
+    """Of each run, name -> whether any bit of the parameter changed in two steps."""
+    made = groups.build(runs[0].parallel)
+    found = []
+    for run in runs:
+        trainer = loop.Trainer(run, made)
+        move_looks_off_zero(trainer.engine)
+        before = parameters(trainer)
         trainer.step()
-    return {name: not torch.equal(p, before[name]) for name, p in parameters(trainer).items()}
+        trainer.step()
+        after = parameters(trainer)
+        found.append({name: not torch.equal(after[name], before[name]) for name in after})
+    return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_frozen_module_stays_and_the_others_learn(ranks, scenes, module):
-    changed = ranks(1, on_rank_change, digits_run(scenes, **{f"freeze_{module}": True}), 2)[0]
-    frozen = {name for name in changed if module_of(name) == module}
-    assert frozen
-    assert {name for name in changed if not changed[name]} == frozen
+def test_a_frozen_module_stays_and_the_others_learn(ranks, scenes):
+    runs = [digits_run(scenes, **{f"freeze_{module}": True}) for module in MODULES]
+    for module, changed in zip(MODULES, ranks(1, on_rank_change, *runs)[0], strict=True):
+        frozen = {name for name in changed if module_of(name) == module}
+        assert frozen
+        assert {name for name in changed if not changed[name]} == frozen
 
 
 def test_a_stage_without_anything_to_learn(ranks, scenes):
     """Aligning the projector alone leaves the second stage nothing to update; gradients pass
     through it all the same."""
     freeze = {f"freeze_{module}": True for module in MODULES if module != "projector"}
-    first, second = ranks(2, on_rank_change, digits_run(scenes, **PP2, **freeze), 2)
+    (first,), (second,) = ranks(2, on_rank_change, digits_run(scenes, **PP2, **freeze))
     assert {name for name, changed in first.items() if changed} == {
         name for name in first if module_of(name) == "projector"
     }
@@ -338,8 +347,14 @@ POISONS = {
 }
 
 
-@pytest.mark.parametrize("distributed_optimizer", [True, False])
-@pytest.mark.parametrize("case", POISONS)
+# Without the distributed optimizer gradients are summed and normed over other groups.
+SHARED_GRADIENTS = ("a gradient of one replica", "a gradient of one rank's experts")
+
+
+@pytest.mark.parametrize(
+    ("case", "distributed_optimizer"),
+    [(case, True) for case in POISONS] + [(case, False) for case in SHARED_GRADIENTS],
+)
 def test_a_number_that_is_not_finite_stops_every_rank_before_the_update(
     ranks, scenes, case, distributed_optimizer
 ):
@@ -396,8 +411,7 @@ def on_rank_stop(run, folder, asked: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", ["PP2", "DP2"])
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize(("name", "asked"), [("PP2", 1), ("DP2", 0), ("DP2", 1)])
 def test_one_rank_asked_to_stop_stops_all_after_the_same_step(ranks, scenes, tmp_path, name, asked):
     size, sizes = LAYOUTS[name]
     found = ranks(size, on_rank_stop, digits_run(scenes, **sizes), tmp_path, asked)
