@@ -257,7 +257,8 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             saved = now
         if eval_interval and now % eval_interval == 0 and now < total:
             results, _ = evaluate(trainer.engine, trainer.tokenizer, lambda: trainer.stop_requested)
-            log.log(now, _accuracies(results))
+            if results:
+                log.log(now, _accuracies(results))
     if run.checkpoint.save and saved != trainer.iteration:
         trainer.save()
     elif trainer.iteration < total and not run.checkpoint.save and trainer.is_logger:

@@ -82,14 +82,25 @@ def on_rank_bad_rows(*runs) -> list[dict]:
     found = []
     for run in runs:
         trainer = Trainer(run, made)
-        started = []
-        trainer.engine.forward_backward = lambda *args, calls=started: calls.append(args)
+        before = parameters(trainer)
+        forward_backward, started = trainer.engine.forward_backward, []
+
+        def noted(*args, forward_backward=forward_backward, started=started):
+            started.append(1)
+            return forward_backward(*args)
+
+        trainer.engine.forward_backward = noted
         try:
             trainer.step()
             error = None
         except DataError as problem:
             error = str(problem)
-        found.append({"error": error, "started": len(started), "iteration": trainer.iteration})
+        after = parameters(trainer)
+        unchanged = all(torch.equal(after[name], before[name]) for name in after)
+        found.append(
+            {"error": error, "started": len(started), "iteration": trainer.iteration,
+             "unchanged": unchanged}
+        )  # fmt: skip
     return found
 
 
@@ -105,7 +116,7 @@ def test_a_bad_row_is_the_same_error_on_every_rank(ranks, scenes, data, name):
     for (kind, path), found in zip(paths.items(), everywhere[0], strict=True):
         assert found["error"].startswith(f"{where(path, GLOBAL_BATCH - 1)}: "), kind
         assert BAD[kind] in found["error"] and "\n" not in found["error"]
-        assert (found["started"], found["iteration"]) == (0, 0)
+        assert (found["started"], found["iteration"], found["unchanged"]) == (0, 0, True)
 
 
 def test_of_two_bad_rows_the_first_replicas_is_told(ranks, scenes, data):
@@ -138,11 +149,32 @@ def test_data_that_cannot_be_opened_is_one_error_on_every_rank(ranks, scenes, tm
         "tokenizer_model is not set": digits_run(scenes, tokenizer_model="", **sizes),
         "'nowhere' is neither": digits_run(scenes, tokenizer_model="nowhere", **sizes),
         "the model's vocab_size is 64": digits_run(scenes, vocab_size=64, **sizes),
+        "nothing.jsonl: there is no such file": digits_run(
+            scenes, valid_data=str(tmp_path / "nothing.jsonl"), **sizes
+        ),
     }
     everywhere = ranks(size, on_rank_construction, *words.values())
     assert all(rank == everywhere[0] for rank in everywhere)
     for expected, error in zip(words, everywhere[0], strict=True):
         assert expected in error and "\n" not in error
+
+
+def on_rank_broken_reader(run) -> str:
+    made = groups.build(run.parallel)
+
+    def read():
+        raise OSError(5, "Input/output error")
+
+    try:
+        receive(made, read)
+    except DataError as problem:
+        return str(problem)
+    return "no error"
+
+
+def test_a_reader_that_fails_in_any_way_leaves_nobody_waiting(ranks, scenes):
+    expected = "reading failed: OSError: [Errno 5] Input/output error"
+    assert ranks(2, on_rank_broken_reader, digits_run(scenes, **PP2)) == [expected] * 2
 
 
 # ---- skipping ----
@@ -192,14 +224,16 @@ def test_skipping_rows_is_training_without_them(ranks, scenes, data):
 
 
 @pytest.mark.parametrize("name", ["one rank", "DP2"])
-def test_a_step_of_skipped_rows_alone_changes_nothing_but_the_count(ranks, scenes, data, name):
+def test_a_step_of_skipped_rows_alone_is_an_error(ranks, scenes, data, name):
     size, sizes = LAYOUTS[name]
-    rows = [bad_row("marks") for _ in range(GLOBAL_BATCH)]
-    run = digits_run(scenes, data(*rows), on_bad_sample="skip", weight_decay=0.0, **sizes)
-    for ((metrics, changed),) in ranks(size, on_rank_train, 1, run):
-        assert metrics[0]["skipped samples"] == GLOBAL_BATCH and metrics[0]["tokens"] == 0
-        assert (metrics[0]["lm loss"], metrics[0]["grad norm"]) == (0.0, 0.0)
-        assert not changed
+    path = data(*(bad_row("marks") for _ in range(GLOBAL_BATCH)))
+    run = digits_run(scenes, path, on_bad_sample="skip", **sizes)
+    everywhere = ranks(size, on_rank_bad_rows, run)
+    assert all(rank == everywhere[0] for rank in everywhere)
+    (found,) = everywhere[0]
+    assert found["error"].startswith("every row of a step was left out, the first because: ")
+    assert f"{where(path, 0)}: {BAD['marks']}" in found["error"] and "\n" not in found["error"]
+    assert found["iteration"] == 0 and found["unchanged"]
 
 
 # ---- text beside images ----

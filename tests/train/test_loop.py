@@ -27,10 +27,13 @@ from trainers import (
 
 from megatron_mm.checkpoint.hashing import parameter_hash, state_hash
 from megatron_mm.config.schema import DataPhase
+from megatron_mm.data.errors import DataError
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.layout import layouts
+from megatron_mm.train import evaluate as evaluation
 from megatron_mm.train import loop
 from megatron_mm.train.errors import NonFiniteError
+from megatron_mm.train.metrics import read_metrics
 from megatron_mm.train.optimizer import module_of
 
 MODULES = ("vision", "projector", "language", "clvr", "router")
@@ -335,11 +338,11 @@ def rows_in(message: str) -> set[str]:
 
 
 POISONS = {
-    "a weight, one rank": (poison_weight, "one rank", "loss nan"),
-    "a weight, PP2": (poison_weight, "PP2", "loss nan"),
-    "a weight, TP2": (poison_weight, "TP2", "loss nan"),
-    "an image of one replica": (poison_image, "DP2", "loss nan"),
-    "an image of one replica, EP2": (poison_image, "EP2", "loss nan"),
+    "a weight, one rank": (poison_weight, "one rank", "lm loss nan"),
+    "a weight, PP2": (poison_weight, "PP2", "lm loss nan"),
+    "a weight, TP2": (poison_weight, "TP2", "lm loss nan"),
+    "an image of one replica": (poison_image, "DP2", "lm loss nan"),
+    "an image of one replica, EP2": (poison_image, "EP2", "lm loss nan"),
     "a gradient, one rank": (poison_gradient, "one rank", "gradient norm"),
     "a gradient of one replica": (poison_gradient, "DP2", "gradient norm"),
     "a gradient of one stage": (poison_gradient, "PP2", "gradient norm"),
@@ -422,9 +425,43 @@ def test_one_rank_asked_to_stop_stops_all_after_the_same_step(ranks, scenes, tmp
     assert (tmp_path / "saved" / "latest").read_text().strip() == "iter_0000002"
     saved = json.loads((tmp_path / "saved" / "iter_0000002" / "run.json").read_text())
     assert (saved["iteration"], saved["loader"]) == (2, {"consumed_samples": 8})
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in lines] == [1, 2]
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [record["iteration"] for record in records] == [1, 2]
     assert not (tmp_path / "out" / "results.json").exists()  # a stopped run is not evaluated
+
+
+def on_rank_stop_in_evaluation(run, folder) -> dict:
+    """The second rank is asked to stop while the evaluation after step 2 goes on."""
+    run.logging.output_dir, run.checkpoint.save = str(folder / "out"), str(folder / "saved")
+    run.evaluation.eval_interval, run.evaluation.eval_batch_size = 2, 4
+    seen = []
+    step, answer = loop.Trainer.step, evaluation.answer
+
+    def step_and_note(trainer):
+        seen.append(trainer)
+        return step(trainer)
+
+    def answer_then_ask(*args):
+        seen.append("round")
+        if seen[0].groups.world.rank() == 1:
+            seen[0].request_stop()
+        return answer(*args)
+
+    loop.Trainer.step, evaluation.answer = step_and_note, answer_then_ask
+    try:
+        trainer = loop.train(run, groups.build(run.parallel))
+    finally:
+        loop.Trainer.step, evaluation.answer = step, answer
+    return {"iteration": trainer.iteration, "rounds": seen.count("round")}
+
+
+def test_a_stop_does_not_wait_for_an_evaluation(ranks, scenes, tmp_path):
+    run = digits_run(scenes, **PP2)  # 24 questions, 4 at a time: six rounds
+    for state in ranks(2, on_rank_stop_in_evaluation, run, tmp_path):
+        assert state == {"iteration": 2, "rounds": 2}
+    assert (tmp_path / "saved" / "latest").read_text().strip() == "iter_0000002"
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [record["iteration"] for record in records] == [1, 2]
 
 
 def on_rank_interval(run, folder) -> int:
@@ -438,3 +475,23 @@ def test_saves_every_interval_and_at_the_end(ranks, scenes, tmp_path):
     assert ranks(2, on_rank_interval, run, tmp_path) == [3, 3]
     saved = sorted(path.name for path in (tmp_path / "saved").iterdir())
     assert saved == ["iter_0000002", "iter_0000003", "latest"]
+
+
+def on_rank_outputs(run) -> str:
+    try:
+        loop.train(run, groups.build(run.parallel))
+    except DataError as problem:
+        return str(problem)
+    return "no error"
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "save"])
+def test_outputs_that_cannot_be_written_are_one_error_before_the_first_step(
+    ranks, scenes, tmp_path, setting
+):
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    settings = {"output_dir": str(tmp_path / "out")} | {setting: str(tmp_path / "taken")}
+    first, second = ranks(2, on_rank_outputs, digits_run(scenes, **settings))
+    assert first == second and first.startswith("cannot write the run's output: ")
+    assert str(tmp_path / "taken") in first
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl") == []
