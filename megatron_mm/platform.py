@@ -141,6 +141,8 @@ def _all_gather(original):
         lengths = {part.shape[0] if part.dim() else 1 for part in tensor_list}
         if len(lengths) <= 1 and (not tensor.dim() or tensor.shape[0] in lengths):
             return original(tensor_list, tensor, group=group, async_op=async_op)
+        if async_op:
+            raise RuntimeError("gloo gathers parts of different lengths only with async_op=False")
         longest = max(lengths)
         padded = tensor.new_zeros((longest, *tensor.shape[1:]))
         padded[: tensor.shape[0]] = tensor

@@ -54,7 +54,9 @@ class StreamContext:
         rotary_dim = int(language.kv_channels * language.rotary_percent)
         tokens = segments.total
         padding = None
-        if batch.num_real_tokens < tokens:
+        # A batch of padding alone (every row was skipped) counts as tokens: the balancing loss of
+        # no token is 0 / 0. Nothing in it is supervised, so neither loss has any weight.
+        if 0 < batch.num_real_tokens < tokens:
             shard = tokens // tp.size()
             first = tp.rank() * shard
             positions = torch.arange(first, first + shard, device=batch.tokens_T.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -117,7 +117,7 @@ class Engine:
         pg, config = self.groups.pg, self.inner.config
         common = {
             "forward_step_func": forward_step,
-            "data_iterator": (_computable(batch).to(platform.device()) for batch in batches),
+            "data_iterator": (batch.to(platform.device()) for batch in batches),
             "model": self.model,
             "num_microbatches": len(batches),
             "seq_length": self.run.data.seq_length,  # shapes are exchanged, not derived from it
@@ -132,10 +132,3 @@ class Engine:
         return forward_backward_pipelining_without_interleaving(
             **common, p2p_communicator=communicator
         )
-
-
-def _computable(batch: Microbatch) -> Microbatch:
-    """A microbatch whose rows were all skipped is padding only, and the balancing loss of no
-    token is 0 / 0. Its padding passes for tokens instead: with nothing supervised, neither
-    loss has any weight."""
-    return batch if batch.num_real_tokens else replace(batch, num_real_tokens=len(batch.tokens_T))
