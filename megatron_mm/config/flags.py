@@ -38,10 +38,11 @@ def flag_name(leaf: Leaf) -> str:
     return "--" + leaf.name.replace("_", "-")
 
 
-def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """The parser of all flags; values stay text until `parse_flags` reads them."""
     parser = _Parser(
-        prog=prog,
+        prog="python -m megatron_mm.train",
+        usage="%(prog)s --config FILE [--flag value ...]",
         allow_abbrev=False,  # an abbreviation changes its meaning when a setting is added
         argument_default=argparse.SUPPRESS,
         description="Flags override the YAML file; the YAML file overrides the preset.",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,17 @@ class MemoryMap:
     patches: Segments  # of the memory, by sample; every sample has a row, some of length 0
     visible: torch.Tensor  # bool [samples, width of the stream, width of the memory]
     coordinates_M2: torch.Tensor  # float32 (y, x), 0..1
+
+    @cached_property
+    def sees(self) -> torch.Tensor:
+        """bool [samples, 1, width of the stream, 1]: which positions see any patch."""
+        return self.visible.any(-1)[:, None, :, None]
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """bool [samples, 1, width of the stream, width of the memory] for attention. Softmax
+        over nothing is NaN, so positions that see nothing may see all; `sees` mends it after."""
+        return self.visible.unsqueeze(1) | ~self.sees
 
     @classmethod
     def build(
@@ -133,14 +145,12 @@ class Look(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         query = stream.to_rectangle(query).transpose(1, 2)
         key, value = (memory.patches.to_rectangle(x).transpose(1, 2) for x in (key, value))
-        sees = memory.visible.any(-1)  # softmax over nothing is NaN: let those rows see all
-        mask = (memory.visible | ~sees.unsqueeze(-1)).unsqueeze(1)
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        found = torch.where(sees[:, None, :, None], found, 0.0)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=memory.mask)
+        found = torch.where(memory.sees, found, 0.0)
         if record is not None:
             scores = query @ key.transpose(-1, -2) * self.head_dim**-0.5
             weights = scores.masked_fill(~memory.visible.unsqueeze(1), -torch.inf).softmax(-1)
-            record.append(torch.where(sees[:, None, :, None], weights, 0.0).detach())
+            record.append(torch.where(memory.sees, weights, 0.0).detach())
         found = stream.to_stream(found.transpose(1, 2)).reshape(tokens, 1, -1)
         return self.linear_proj(found)[0]
 
