@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_without_interleaving,
 )
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
@@ -43,6 +44,7 @@ class Engine:
 
     @classmethod
     def create(cls, run: RunConfig, groups: Groups) -> Engine:
+        destroy_moe_metrics_tracker()  # process-wide, and as long as the last model was deep
         model = build(run, groups.pg)
         freeze(model, run.training)
         parallel = run.parallel
