@@ -1,4 +1,4 @@
-"""The training loop on real ranks: resuming, layouts, freezing, decay, bad numbers, stopping.
+"""The training loop on real ranks: resuming, layouts, stopping.
 
 A function that starts with `on_rank_` runs on every rank; the test compares what they return.
 """
@@ -6,9 +6,7 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 from __future__ import annotations
 
 import json
-import math
 import random
-import re
 
 import numpy as np
 import pytest
@@ -16,27 +14,22 @@ import torch
 from trainers import (
     EP2,
     LAYOUTS,
+    MODULES,
     PP2,
     TP2,
     batch_hash,
     digits_run,
     move_looks_off_zero,
-    new_trainer,
-    parameters,
+    peek,
 )
 
 from megatron_mm.checkpoint.hashing import parameter_hash, state_hash
 from megatron_mm.config.schema import DataPhase
 from megatron_mm.data.errors import DataError
 from megatron_mm.parallel import groups
-from megatron_mm.parallel.layout import layouts
 from megatron_mm.train import evaluate as evaluation
 from megatron_mm.train import loop
-from megatron_mm.train.errors import NonFiniteError
 from megatron_mm.train.metrics import read_metrics
-from megatron_mm.train.optimizer import module_of
-
-MODULES = ("vision", "projector", "language", "clvr", "router")
 
 # ---- stop and resume ----
 
@@ -161,226 +154,6 @@ def test_the_tolerance_would_notice_a_module_that_is_not_updated(ranks, scenes, 
     for module, other in zip(MODULES, ranks(1, on_rank_losses, *runs)[0], strict=True):
         gap = abs(other[3]["lm loss"] / one_rank_losses[3]["lm loss"] - 1)
         assert gap > 10 * LOSS_TOLERANCE, module
-
-
-# ---- which parameters learn ----
-
-
-def on_rank_change(*runs) -> list[dict[str, bool]]:
-    """Of each run, name -> whether any bit of the parameter changed in two steps."""
-    made = groups.build(runs[0].parallel)
-    found = []
-    for run in runs:
-        trainer = loop.Trainer(run, made)
-        move_looks_off_zero(trainer.engine)
-        before = parameters(trainer)
-        trainer.step()
-        trainer.step()
-        after = parameters(trainer)
-        found.append({name: not torch.equal(after[name], before[name]) for name in after})
-    return found
-
-
-def test_a_frozen_module_stays_and_the_others_learn(ranks, scenes):
-    runs = [digits_run(scenes, **{f"freeze_{module}": True}) for module in MODULES]
-    for module, changed in zip(MODULES, ranks(1, on_rank_change, *runs)[0], strict=True):
-        frozen = {name for name in changed if module_of(name) == module}
-        assert frozen
-        assert {name for name in changed if not changed[name]} == frozen
-
-
-def test_a_stage_without_anything_to_learn(ranks, scenes):
-    """Aligning the projector alone leaves the second stage nothing to update; gradients pass
-    through it all the same."""
-    freeze = {f"freeze_{module}": True for module in MODULES if module != "projector"}
-    (first,), (second,) = ranks(2, on_rank_change, digits_run(scenes, **PP2, **freeze))
-    assert {name for name, changed in first.items() if changed} == {
-        name for name in first if module_of(name) == "projector"
-    }
-    assert second and not any(second.values())
-
-
-def test_modules_are_told_apart_by_name():
-    expected = {
-        "vision.vit.layers.0.norm1.weight": "vision",
-        "vision.vit.embedding.class_token": "vision",
-        "vision.projector.linear_fc1.weight": "projector",
-        "vision.memory_proj.weight": "clvr",
-        "language.looks.0.linear_q.weight": "clvr",
-        "language.layers.3.moe.inner.router.weight": "router",
-        "language.layers.3.moe.inner.experts.down": "language",
-        "embedding.weight": "language",
-        "output_layer.weight": "language",
-    }
-    assert {name: module_of(name) for name in expected} == expected
-
-
-# ---- rates and decay ----
-
-RATES = {"vision": 0.5, "projector": 2.0, "language": 1.0, "clvr": 3.0, "router": 0.25}
-
-
-def on_rank_decay(run) -> tuple[dict[str, float], set]:
-    """name -> by what factor a step with zero gradients shrinks each parameter."""
-    trainer = new_trainer(run)
-    engine = trainer.engine
-    for _, param, _ in layouts(engine.inner):
-        param.data.uniform_(0.5, 1.5)  # no zeros, on which decay would not be seen
-    engine.optimizer.reload_model_params()
-    before = parameters(trainer)
-    engine.model.zero_grad_buffer()
-    engine.optimizer.zero_grad()
-    engine.gradient_norm()
-    engine.update()
-    factors = {}
-    for name, param in parameters(trainer).items():
-        ratio = param.double() / before[name].double()
-        # fp32: one rounding of the product, 6e-8.
-        assert float(ratio.max() - ratio.min()) < 1e-6, name
-        factors[name] = float(ratio.mean())
-    return factors, {(g["max_lr"], g["wd_mult"]) for g in engine.optimizer.param_groups}
-
-
-def spared(name: str) -> bool:
-    """Norms, biases, A_log, dt_bias, layer scales, class token and positions."""
-    parts = name.split(".")
-    return (
-        any("norm" in part for part in parts)
-        or parts[-1] in ("bias", "patch_bias", "A_log", "dt_bias", "scale1", "scale2")
-        or parts[-1] in ("class_token", "positions")
-    )
-
-
-@pytest.mark.parametrize("name", ["one rank", "DP2"])
-def test_rates_and_weight_decay_by_name(ranks, scenes, name):
-    """With zero gradients AdamW does p -> p (1 - rate x decay): one step shows both the rate
-    and the decay of every parameter."""
-    rates = {f"lr_mult_{m}": rate for m, rate in RATES.items() if m != "language"}
-    size, sizes = LAYOUTS[name]
-    run = digits_run(
-        scenes, lr=1e-3, weight_decay=100.0, lr_decay_style="constant", **rates, **sizes
-    )
-    for factors, in_groups in ranks(size, on_rank_decay, run):
-        assert {module_of(name) for name in factors} == set(MODULES)
-        kept = {name for name in factors if spared(name)}
-        assert kept and len(kept) < len(factors)
-        for name, factor in factors.items():
-            expected = 1.0 if name in kept else 1.0 - 1e-3 * RATES[module_of(name)] * 100.0
-            assert factor == pytest.approx(expected, abs=1e-6), name
-        assert {rate for rate, _ in in_groups} <= {1e-3 * rate for rate in RATES.values()}
-        assert {wd for _, wd in in_groups} == {0.0, 1.0}
-
-
-# ---- numbers that are not finite ----
-
-
-def poison_weight(trainer) -> None:
-    for name, param, _ in layouts(trainer.engine.inner):
-        if name == "final_norm.weight":
-            param.data[0] = torch.nan
-    trainer.engine.optimizer.reload_model_params()
-
-
-def poison_image(trainer) -> None:
-    """On the second of two replicas only, in its last microbatch."""
-    read = trainer.loader.next_batch
-
-    def poisoned():
-        batches = read()
-        if trainer.groups.pg.dp.rank() == 1:
-            batches[-1].pixels_NCHW[0, 0, 0, 0] = torch.nan
-        return batches
-
-    trainer.loader.next_batch = poisoned
-
-
-def poison_gradient(trainer, suffix: str = "linear_fc2.weight") -> None:
-    """On the last rank only; the loss stays finite."""
-    if trainer.groups.world.rank() == trainer.groups.world.size() - 1:
-        params = [p for name, p, _ in layouts(trainer.engine.inner) if name.endswith(suffix)]
-        params[-1].register_hook(lambda gradient: gradient * math.inf)
-
-
-def poison_expert_gradient(trainer) -> None:
-    """Of experts that the first rank does not have."""
-    poison_gradient(trainer, "experts.down")
-
-
-def on_rank_poisoned(run, poison) -> dict:
-    trainer = new_trainer(run)
-    trainer.step()
-    poison(trainer)
-    updates = []
-    update, trainer.engine.update = trainer.engine.update, lambda: updates.append(update())
-    before = parameter_hash(trainer.engine)
-    read = [name for batch in peek(trainer) for name in batch.samples]
-    try:
-        trainer.step()
-        error = None
-    except NonFiniteError as problem:
-        error = str(problem)
-    unchanged = parameter_hash(trainer.engine) == before
-    return {
-        "error": error, "updates": len(updates), "unchanged": unchanged,
-        "iteration": trainer.iteration, "read": read,
-    }  # fmt: skip
-
-
-def peek(trainer) -> list:
-    position = trainer.loader.consumed_samples
-    batches = trainer.loader.next_batch()
-    trainer.loader.consumed_samples = position
-    return batches
-
-
-def rows_in(message: str) -> set[str]:
-    return set(re.findall(r"\S+\.jsonl:\d+", message))
-
-
-POISONS = {
-    "a weight, one rank": (poison_weight, "one rank", "lm loss nan"),
-    "a weight, PP2": (poison_weight, "PP2", "lm loss nan"),
-    "a weight, TP2": (poison_weight, "TP2", "lm loss nan"),
-    "an image of one replica": (poison_image, "DP2", "lm loss nan"),
-    "an image of one replica, EP2": (poison_image, "EP2", "lm loss nan"),
-    "a gradient, one rank": (poison_gradient, "one rank", "gradient norm"),
-    "a gradient of one replica": (poison_gradient, "DP2", "gradient norm"),
-    "a gradient of one stage": (poison_gradient, "PP2", "gradient norm"),
-    "a gradient of one rank's experts": (poison_expert_gradient, "EP2", "gradient norm"),
-}
-
-
-# Without the distributed optimizer gradients are summed and normed over other groups.
-SHARED_GRADIENTS = ("a gradient of one replica", "a gradient of one rank's experts")
-
-
-@pytest.mark.parametrize(
-    ("case", "distributed_optimizer"),
-    [(case, True) for case in POISONS] + [(case, False) for case in SHARED_GRADIENTS],
-)
-def test_a_number_that_is_not_finite_stops_every_rank_before_the_update(
-    ranks, scenes, case, distributed_optimizer
-):
-    poison, name, message = POISONS[case]
-    size, sizes = LAYOUTS[name]
-    run = digits_run(
-        scenes, micro_batch_size=1, use_distributed_optimizer=distributed_optimizer, **sizes
-    )
-    found = ranks(size, on_rank_poisoned, run, poison)
-    assert len({rank["error"] for rank in found}) == 1
-    for rank in found:
-        assert rank["error"] and rank["error"].startswith(message), rank["error"]
-        assert "\n" not in rank["error"]
-        assert "at iteration 2: nothing was updated" in rank["error"]
-        assert (rank["updates"], rank["unchanged"], rank["iteration"]) == (0, True, 1)
-        read = {row for other in found for row in other["read"]}
-        named = rows_in(rank["error"])
-        if message == "gradient norm":  # its sum has no microbatch: the whole step
-            assert named == read and len(read) == 4
-        elif case == "an image of one replica":  # that microbatch and no other
-            assert named == {found[1]["read"][-1]}
-        else:  # experts shared by replicas hand a NaN on, so the other's loss may be named
-            assert len(named) == 1 and named <= read
 
 
 # ---- stopping ----

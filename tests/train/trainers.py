@@ -23,6 +23,7 @@ PP2 = dict(pipeline_model_parallel_size=2)
 EP2 = dict(expert_model_parallel_size=2)
 # Ranks and settings. What is left of the ranks is data parallel; the distributed optimizer
 # is on by default.
+MODULES = ("vision", "projector", "language", "clvr", "router")
 LAYOUTS = {
     "one rank": (1, {}),
     "TP2": (2, TP2),
@@ -90,3 +91,10 @@ def batch_hash(batch: Microbatch, without: tuple[str, ...] = ()) -> str:
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p, _ in layouts(trainer.engine.inner)}
+
+
+def peek(trainer) -> list:
+    position = trainer.loader.consumed_samples
+    batches = trainer.loader.next_batch()
+    trainer.loader.consumed_samples = position
+    return batches
