@@ -128,10 +128,8 @@ class MultimodalModel(MegatronModule):
     def _wire_shape(self, batch: Microbatch, manifest: Manifest) -> WireShape:
         tp = self.pg.tp.size()
         rows = memory_rows(batch, self.model_config, tp) // tp if manifest.memory else 0
-        return WireShape(
-            len(batch.tokens_T) // tp, rows, memory_hidden_size(self.model_config),
-            manifest.refinements,
-        )  # fmt: skip
+        width = memory_hidden_size(self.model_config)
+        return WireShape(len(batch.tokens_T) // tp, rows, width, manifest.refinements)
 
     def _embed(self, batch: Microbatch) -> Payload:
         hidden = self.embedding(batch.tokens_T)  # [T, H], whole on every rank

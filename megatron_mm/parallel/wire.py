@@ -41,8 +41,7 @@ def pack(payload: Payload, shape: WireShape) -> torch.Tensor:
     if shape.memory_rows:
         parts.append(payload.memory_M1C.reshape(-1, 1, hidden.shape[-1]))
     parts += [payload.refinements[pair] for pair in shape.refinements]
-    packed = torch.cat(parts)
-    return packed if packed._base is None and len(parts) > 1 else packed.clone()
+    return torch.cat(parts)
 
 
 def unpack(packed: torch.Tensor, shape: WireShape) -> Payload:

@@ -15,6 +15,7 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.data.evalset import EvalItem, EvalSet
 from megatron_mm.data.scoring import chance, score
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.layout import layouts
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.feed import agree, receive
@@ -134,6 +135,22 @@ def evaluate(
     return results, records
 
 
+def write_record(groups: Groups, path: Path, record: dict, indent: int | None = None) -> None:
+    """The first rank writes `record` as JSON. Every rank calls it.
+
+    Raises:
+        DataError: on every rank, if it cannot be written.
+    """
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=indent) + "\n")
+        except OSError as problem:
+            error = f"cannot write {path}: {problem}"
+    agree(groups, error)
+
+
 def write_results(
     engine: Engine, results: Results, folder: Path, *, iteration: int, seconds: float
 ) -> None:
@@ -142,8 +159,6 @@ def write_results(
     sizes = {name: math.prod(layout.global_shape) for name, _, layout in layouts(engine.inner)}
     parts: list = [None] * groups.world.size()
     dist.all_gather_object(parts, sizes, group=groups.world)
-    if dist.get_rank() != 0:
-        return
     parallel = run.parallel
     record = {
         "skills": results,
@@ -161,5 +176,4 @@ def write_results(
             for stage in model_stages(run.model, parallel)
         ],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(groups, folder / "results.json", record, indent=1)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_mm.config import parse_pattern
 from megatron_mm.data.evalset import EvalItem, EvalSet
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.train.engine import Engine
+from megatron_mm.train.evaluate import write_record
 from megatron_mm.train.feed import receive, share
 from megatron_mm.train.generate import with_answers
 from megatron_mm.train.probe import Looks, Routes, probe
@@ -23,7 +22,7 @@ PROBED_PER_KEY = 32  # questions behind the experts-by-skill map, in one microba
 
 
 def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], folder: Path) -> None:
-    """Probe the first answered questions of every key and write folder/evaluation.json.
+    """Probe some answered questions of every key and write folder/evaluation.json.
 
     Args:
         records: of `evaluate`, the same on every rank. Every rank calls it.
@@ -48,9 +47,8 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
                 shown["looks"] = _looks(engine, tokenizer, items[i], answers[i], looks, i)
                 examples.append(shown)
     engine.model.train()
-    if dist.get_rank() == 0:
-        record = {"examples": examples, "experts": _experts(load)}
-        (folder / "evaluation.json").write_text(json.dumps(record) + "\n")
+    record = {"examples": examples, "experts": _experts(load)}
+    write_record(engine.groups, folder / "evaluation.json", record)
 
 
 def _probe_records(
@@ -96,7 +94,7 @@ def _looks(
     if rows * columns != len(where):
         return []  # patches of several resolutions do not lie on one grid
     order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
-    layers = [layer for layer in parse_pattern(engine.run.model.hybrid_layer_pattern)]
+    layers = parse_pattern(engine.run.model.hybrid_layer_pattern)
     found = []
     for pair in sorted(looks):
         at = next(n for n, la in enumerate(layers) if la.kind == "L" and la.pair == pair)

@@ -24,7 +24,7 @@ from trainers import (
 )
 
 from megatron_mm.checkpoint.hashing import parameter_hash, state_hash
-from megatron_mm.config.schema import DataPhase
+from megatron_mm.config.schema import DataPhase, ParallelConfig
 from megatron_mm.data.errors import DataError
 from megatron_mm.parallel import groups
 from megatron_mm.train import evaluate as evaluation
@@ -268,3 +268,19 @@ def test_outputs_that_cannot_be_written_are_one_error_before_the_first_step(
     assert first == second and first.startswith("cannot write the run's output: ")
     assert str(tmp_path / "taken") in first
     assert read_metrics(tmp_path / "out" / "metrics.jsonl") == []
+
+
+def on_rank_record(path) -> str:
+    made = groups.build(ParallelConfig(pipeline_model_parallel_size=2))
+    try:
+        evaluation.write_record(made, path, {"a": 1})
+    except DataError as problem:
+        return str(problem)
+    return path.read_text()
+
+
+def test_a_record_that_cannot_be_written_is_everyones_error(ranks, tmp_path):
+    assert ranks(2, on_rank_record, tmp_path / "new" / "a.json") == ['{"a": 1}\n'] * 2
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    first, second = ranks(2, on_rank_record, tmp_path / "taken" / "a.json")
+    assert first == second and first.startswith(f"cannot write {tmp_path / 'taken' / 'a.json'}: ")
