@@ -142,10 +142,10 @@ def copy_vision(ledger: Ledger, config, theirs: str, ours: str) -> None:
 
 
 def copy_attention(ledger: Ledger, text, theirs: str, ours: str) -> None:
-    """Ours per key/value head: [(query, gate) of each query head of the group, key, value]."""
-    groups = text.num_key_value_heads
+    """Ours per query head i of a group: [query, gate, i-th slice of the key, of the value]."""
+    heads = text.num_attention_heads
     split = [ledger.take(f"{theirs}{x}_proj.weight") for x in "qkv"]
-    rows = torch.cat([x.reshape(groups, -1, x.shape[-1]) for x in split], dim=1)
+    rows = torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in split], dim=1)
     ledger.put(ours + "linear_qkv.weight", rows.flatten(0, 1))
     ledger.move(theirs + "o_proj.weight", ours + "linear_proj.weight")
     ledger.move(theirs + "q_norm.weight", ours + "q_norm.weight")

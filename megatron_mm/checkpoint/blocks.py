@@ -52,7 +52,7 @@ def replicas(engine: Engine) -> dict[str, tuple[int, int]]:
     pg = engine.groups.pg
     result: dict[str, tuple[int, int]] = {}
     for expert, across, data in ((False, pg.tp, pg.dp_cp), (True, pg.tp_ep, pg.expt_dp)):
-        offsets = {n: layout.offset for n, _, layout in layouts(engine.inner)
+        offsets = {n: layout.offset for n, _, layout in layouts(*engine.chunks)
                    if layout.expert == expert}  # fmt: skip
         held: list[dict] = [offsets]
         if across.size() > 1:
@@ -69,7 +69,7 @@ def expected_shapes(engine: Engine, *, with_optimizer: bool) -> Shapes:
     """Whole shape of every tensor that a checkpoint of this model has. Collective over pg.pp:
     ranks of one stage have the same names and whole shapes."""
     mine: Shapes = {}
-    for name, param, layout in layouts(engine.inner):
+    for name, param, layout in layouts(*engine.chunks):
         mine[weight_key(name)] = layout.global_shape
         if with_optimizer and param.requires_grad:
             for kind in kinds_saved(param):
@@ -91,7 +91,7 @@ def empty_blocks(
     def want(key: str, layout: ParamLayout, dtype: torch.dtype) -> None:
         wanted[key] = block(key, layout, torch.empty(layout.local_shape, dtype=dtype))
 
-    for name, param, layout in layouts(engine.inner):
+    for name, param, layout in layouts(*engine.chunks):
         if weight_key(name) in stored:
             want(weight_key(name), layout, param.dtype)
     if with_optimizer:

@@ -16,11 +16,11 @@ from megatron_mm.parallel.groups import Groups
 class Engine(Protocol):
     run: RunConfig
     groups: Groups
-    model: DistributedDataParallel
+    models: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
     @property
-    def inner(self) -> nn.Module:
-        """The model inside the data-parallel wrapper."""
+    def chunks(self) -> list[nn.Module]:
+        """The pipeline stages inside the data-parallel wrappers."""
         ...

@@ -28,7 +28,7 @@ def _add(digest: Any, label: str, value: Any) -> None:
 def parameter_hash(engine: Engine) -> str:
     """sha256 over the names and the bits of this rank's parameters."""
     digest = hashlib.sha256()
-    for name, param, _ in layouts(engine.inner):
+    for name, param, _ in layouts(*engine.chunks):
         _add(digest, name, param)
     return digest.hexdigest()
 

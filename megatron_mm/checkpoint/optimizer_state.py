@@ -120,7 +120,7 @@ def _owned(engine: Engine) -> tuple[dict[torch.Tensor, Owned], bool]:
 
 
 def trainable(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter, ParamLayout]]:
-    return (entry for entry in layouts(engine.inner) if entry[1].requires_grad)
+    return (entry for entry in layouts(*engine.chunks) if entry[1].requires_grad)
 
 
 def owned(engine: Engine) -> dict[str, Owned]:

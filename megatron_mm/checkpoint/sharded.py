@@ -86,17 +86,18 @@ def _settle(engine: Engine) -> None:
     """With overlapped gathers a rank has new weights only where it owns them until the next
     forward pass: finish that now."""
     if engine.run.parallel.overlap_param_gather:
-        engine.model.start_param_sync(force_sync=True)
+        for model in engine.models:
+            model.start_param_sync(force_sync=True)
 
 
 def _snapshot(engine: Engine) -> tuple[list, set[int]]:
     """The blocks that this rank writes, and the step counts of its stage. Collective."""
     replicas = blocks.replicas(engine)
     mine = {name for name, copy in replicas.items() if not any(copy)}
-    saved = {name: blocks.kinds_saved(param) for name, param, _ in layouts(engine.inner)}
+    saved = {name: blocks.kinds_saved(param) for name, param, _ in layouts(*engine.chunks)}
     state = optimizer_state.collect(engine, lambda kind, n: n in mine and kind in saved[n])
     tensors = []
-    for name, param, layout in layouts(engine.inner):
+    for name, param, layout in layouts(*engine.chunks):
         if name in mine:
             tensors.append(blocks.block(blocks.weight_key(name), layout, param))
             for kind in saved[name] if name in state else ():
@@ -191,7 +192,7 @@ def _check_precision(config: dict, engine: Engine, finetune: bool) -> None:
 @torch.no_grad()
 def _apply(engine: Engine, tensors: dict[str, torch.Tensor], run: dict, finetune: bool) -> None:
     """Nothing here waits for another rank or reads a file."""
-    for name, param, layout in layouts(engine.inner):
+    for name, param, layout in layouts(*engine.chunks):
         value = tensors.get(blocks.weight_key(name))
         if value is not None:
             param.data.view(layout.local_shape).copy_(value)

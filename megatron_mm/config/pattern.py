@@ -34,7 +34,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """The consecutive sub-layers that one pipeline stage holds."""
+    """The consecutive sub-layers that one pipeline stage holds. With virtual stages, stage i
+    is on pipeline rank i % pipeline_model_parallel_size."""
 
     index: int
     layers: tuple[Layer, ...]
@@ -121,6 +122,7 @@ def model_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[Stage, .
     model's full pattern, so it is checked against that before the looks are dropped."""
     pattern, layout = effective_pattern(model), parallel.pipeline_model_parallel_layout
     size = parallel.pipeline_model_parallel_size
+    size *= parallel.virtual_pipeline_model_parallel_size or 1
     if layout is not None:
         _same_layers(model.hybrid_layer_pattern, layout)
         layout = layout if pattern == model.hybrid_layer_pattern else without_clvr(layout)
@@ -144,8 +146,8 @@ def _same_layers(pattern: str, layout: str) -> None:
     )
 
 
-def stages(pattern: str, pipeline_size: int, layout: str | None = None) -> tuple[Stage, ...]:
-    """Deals the pattern's sub-layers to `pipeline_size` stages, by `layout` or balanced.
+def stages(pattern: str, size: int, layout: str | None = None) -> tuple[Stage, ...]:
+    """Deals the pattern's sub-layers to `size` stages, by `layout` or balanced.
 
     Without a layout the largest stage is as small as possible, where G, * and E cost 1
     and L and J nothing; among such splits boundaries between an L and its J come first,
@@ -153,20 +155,20 @@ def stages(pattern: str, pipeline_size: int, layout: str | None = None) -> tuple
     the vision model) and so may the last (it has the output layer), but no other.
 
     Raises ConfigError when the layout is not this pattern, its number of stages is not
-    `pipeline_size`, or there are fewer sub-layers than stages.
+    `size`, or there are fewer sub-layers than stages.
     """
     layers = parse_pattern(pattern)
-    if pipeline_size < 1:
-        raise ConfigError(f"pipeline_model_parallel_size {pipeline_size}; allowed: 1 or more")
+    if size < 1:
+        raise ConfigError(f"pipeline_model_parallel_size {size}; allowed: 1 or more")
     if layout is None:
-        cuts = _balanced_cuts(layers, pipeline_size)
+        cuts = _balanced_cuts(layers, size)
     else:
         _same_layers(pattern, layout)
         parts = _squeeze(layout).split("|")
-        if len(parts) != pipeline_size:
+        if len(parts) != size:
             raise ConfigError(
                 f"pipeline_model_parallel_layout {layout!r} has {len(parts)} stages; "
-                f"allowed: pipeline_model_parallel_size {pipeline_size}"
+                f"allowed: pipeline_model_parallel_size {size}, virtual stages counted"
             )
         for index, part in enumerate(parts[1:-1], start=1):
             if not part:
@@ -193,7 +195,7 @@ def _balanced_cuts(layers: Sequence[Layer], size: int) -> list[int]:
     if size > done[-1]:
         raise ConfigError(
             f"pipeline_model_parallel_size {size} is more than the {done[-1]} G, * and E of "
-            f"hybrid_layer_pattern; allowed: 1 to {done[-1]}"
+            f"hybrid_layer_pattern (virtual stages counted); allowed: 1 to {done[-1]}"
         )
     # Unit costs on a line: the smallest possible largest stage is simply the rounded-up mean.
     largest = -(-done[-1] // size)

@@ -16,6 +16,9 @@ from typing import Literal
 
 VisionMemory = Literal["none", "thumbnail", "tiles"]
 ImageStream = Literal["thumbnail", "tiles", "all"]
+# core_attn: whatever mixes positions (attention, delta rule, look), without its projections;
+# moe: a whole mixture of experts; vision: a whole layer of the ViT.
+RecomputeModule = Literal["core_attn", "moe", "vision"]
 
 
 @dataclass
@@ -103,10 +106,15 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    # Stages per pipeline rank, dealt round-robin (interleaved 1F1B).
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None  # default: tensor_model_parallel_size
-    # hybrid_layer_pattern with `|` at the stage boundaries; default: balanced by layers.
+    # hybrid_layer_pattern with `|` at the stage boundaries, in the order of the model;
+    # default: balanced by cost.
     pipeline_model_parallel_layout: str | None = None
+    overlap_p2p_comm: bool | None = None  # default: with virtual stages, and only with them
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -161,6 +169,11 @@ class TrainingConfig:
     global_batch_size: int = 1
     seed: int = 1234
     bf16: bool = False
+    # full: only the input of every recompute_num_layers sub-layers is kept; selective: the
+    # insides of recompute_modules are not.
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_num_layers: int = 2
+    recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
     freeze_vision: bool = False
     freeze_projector: bool = False
     freeze_language: bool = False

@@ -44,6 +44,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_language(run.model, run.parallel)
     _check_vision(run.model, run.parallel)
     _check_pattern(run.model, run.parallel)
+    _check_pipeline(run.parallel)
     _check_data(run)
     _check_training(run)
     if world_size is not None:
@@ -53,18 +54,19 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
 def data_parallel_size(run: RunConfig, world_size: int) -> int:
     """How many model replicas `world_size` ranks hold. Raises ConfigError if none fits."""
     tp = run.parallel.tensor_model_parallel_size
+    cp = run.parallel.context_parallel_size
     pp = run.parallel.pipeline_model_parallel_size
-    sizes = "tensor_model_parallel_size * pipeline_model_parallel_size"
-    _divides("world_size", world_size, f"{sizes} ({tp} * {pp} =)", tp * pp)
-    return world_size // (tp * pp)
+    sizes = "tensor_model_parallel_size * context_parallel_size * pipeline_model_parallel_size"
+    _divides("world_size", world_size, f"{sizes} ({tp} * {cp} * {pp} =)", tp * cp * pp)
+    return world_size // (tp * cp * pp)
 
 
-def _divides(key: str, value: int, by_key: str, by: int, note: str = "") -> None:
+def _divides(key: str, value: int, by_key: str, by: int) -> None:
     if value < 1 or value % by:
         nearest = -(-max(value, 1) // by) * by
         raise ConfigError(
             f"{key} {value} does not divide by {by_key} {by}; "
-            f"allowed: a multiple of {by}, such as {nearest}{note}"
+            f"allowed: a multiple of {by}, such as {nearest}"
         )
 
 
@@ -93,18 +95,29 @@ def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
     _divides("vocab_size", lm.vocab_size, *by_tp)
     _divides("hidden_size", lm.hidden_size, *by_tp)
     _divides("num_attention_heads", lm.num_attention_heads, "num_query_groups", lm.num_query_groups)
-    _divides("num_attention_heads", lm.num_attention_heads, *by_tp)
-    one_group_per_rank = (
-        f"; sizes up to num_query_groups {lm.num_query_groups} work, "
-        f"replicating a group over ranks is not supported yet"
-    )
+    # Context parallelism exchanges the sequence for heads inside a layer.
+    cp = parallel.context_parallel_size
+    by_heads = by_tp
+    if cp > 1:
+        by_heads = (f"tensor_model_parallel_size * context_parallel_size ({tp} * {cp} =)", tp * cp)
+    _divides("num_attention_heads", lm.num_attention_heads, *by_heads)
+    per_group = lm.num_attention_heads // lm.num_query_groups
+    for ranks in (tp, tp * cp):
+        per_rank = lm.num_attention_heads // ranks
+        _require(
+            per_rank % per_group == 0 or per_group % per_rank == 0,
+            "num_query_groups",
+            lm.num_query_groups,
+            f"one whose {per_group} heads a group divide, or are divided by, the {per_rank} heads "
+            f"of a rank",
+        )
+    _divides("kv_channels", lm.kv_channels, "heads of a query group", per_group)
     _require(
         lm.untie_embeddings_and_output_weights,
         "untie_embeddings_and_output_weights",
         lm.untie_embeddings_and_output_weights,
         "true; tied embeddings cannot be trained yet",
     )
-    _divides("num_query_groups", lm.num_query_groups, *by_tp, note=one_group_per_rank)
     rotary = lm.kv_channels * lm.rotary_percent
     _require(
         0 < lm.rotary_percent <= 1 and rotary == int(rotary) and rotary % 2 == 0,
@@ -113,7 +126,7 @@ def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
         f"a share of kv_channels {lm.kv_channels} that is an even number of features "
         f"(this one is {rotary:g})",
     )
-    _divides("linear_num_key_heads", lm.linear_num_key_heads, *by_tp)
+    _divides("linear_num_key_heads", lm.linear_num_key_heads, *by_heads)
     _divides(
         "linear_num_value_heads",
         lm.linear_num_value_heads,
@@ -148,8 +161,7 @@ def _check_vision(model: ModelConfig, parallel: ParallelConfig) -> None:
         return
     heads = vit.vision_num_attention_heads
     _divides("vision_hidden_size", vit.vision_hidden_size, "vision_num_attention_heads", heads)
-    _divides("vision_num_attention_heads", heads, *by_tp)
-    _divides("vision_hidden_size", vit.vision_hidden_size, *by_tp)
+    # Heads that do not divide are padded; the features are never split but by heads.
     _divides("vision_ffn_hidden_size", vit.vision_ffn_hidden_size, *by_tp)
     _divides("image_size", vit.image_size, "patch_size", vit.patch_size)
     side = f"patches per side (image_size {vit.image_size} / patch_size {vit.patch_size} =)"
@@ -172,6 +184,23 @@ def _check_pattern(model: ModelConfig, parallel: ParallelConfig) -> None:
         # On the wire, rows of the memory are folded into rows of the hidden size.
         width = model.fusion.memory_hidden_size or model.language.hidden_size // 4
         _divides("hidden_size", model.language.hidden_size, "memory_hidden_size", width)
+
+
+def _check_pipeline(parallel: ParallelConfig) -> None:
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    interleaved = (virtual or 1) > 1
+    if interleaved:
+        size = parallel.pipeline_model_parallel_size
+        allowed = "2 or more with virtual_pipeline_model_parallel_size"
+        _require(size > 1, "pipeline_model_parallel_size", size, allowed)
+    overlap = parallel.overlap_p2p_comm
+    _require(
+        overlap is None or overlap == interleaved,
+        "overlap_p2p_comm",
+        overlap,
+        f"none or {str(interleaved).lower()} with virtual_pipeline_model_parallel_size {virtual}; "
+        f"the interleaved schedule computes wrong gradients without it, the plain one lacks it",
+    )
 
 
 def _check_data(run: RunConfig) -> None:
@@ -253,3 +282,7 @@ def _check_world(run: RunConfig, world_size: int) -> None:
     micro = train.micro_batch_size
     by_key = f"micro_batch_size * data_parallel_size ({micro} * {dp} =)"
     _divides("global_batch_size", train.global_batch_size, by_key, micro * dp)
+    if (par.virtual_pipeline_model_parallel_size or 1) > 1:
+        microbatches = train.global_batch_size // (micro * dp)
+        key = f"the number of microbatches (global_batch_size / ({micro} * {dp}) =)"
+        _divides(key, microbatches, "pipeline_model_parallel_size", pp)

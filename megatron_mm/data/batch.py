@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+# Shapes follow from these: asking a GPU for them would stop it.
+ON_CPU = ("cu_seqlens", "stream_positions", "memory_visible_M2")
+
 
 @dataclass
 class Microbatch:
@@ -30,9 +33,10 @@ class Microbatch:
     skipped: list[str] = field(default_factory=list)  # rows left out, with the reason
 
     def to(self, device: torch.device | str) -> Microbatch:
+        """Everything that is computed with; lengths and positions are read on the CPU."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
+            if isinstance(getattr(self, f.name), torch.Tensor) and f.name not in ON_CPU
         }
         return replace(self, **moved)

@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 from megatron_mm.config import ModelConfig
 from megatron_mm.model.linear import column, row
 from megatron_mm.model.norms import RMSNorm
+from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.layout import constant, normal
 
@@ -54,28 +55,38 @@ class MemoryMap:
 
     @classmethod
     def build(
-        cls, stream: Segments, visible_M2: torch.Tensor, coordinates_M2: torch.Tensor, rows: int
+        cls,
+        stream: Segments,
+        local: Segments,
+        visible_M2: torch.Tensor,
+        coordinates_M2: torch.Tensor,
+        rows: int,
     ) -> MemoryMap:
         """Args:
-        visible_M2: [from, to) of the stream for each patch, patches ordered by sample.
+        stream, local: all samples, and the pieces of them that look here.
+        visible_M2: [from, to) of the whole stream for each patch, patches ordered by sample;
+            on the CPU.
         rows: length of the padded memory; the rows past M belong to no sample.
         """
-        patches = len(visible_M2)
         ends = stream.starts + stream.lengths
         sample = torch.searchsorted(ends, visible_M2[:, 1].contiguous())
+        here = slice(local.first, local.first + local.count)
         lengths = torch.bincount(sample, minlength=stream.count)
-        starts = lengths.cumsum(0) - lengths
+        starts = (lengths.cumsum(0) - lengths)[here]
+        lengths = lengths[here]
         width = max(1, int(lengths.max()))
-        memory = Segments(starts, lengths, width, rows)
-        visible_from = stream.starts.new_full((stream.count, width), stream.total)
-        if patches:
-            cells = memory.valid
-            visible_from[cells] = visible_M2[:, 0]
-        position = stream.starts[:, None] + torch.arange(stream.width, device=ends.device)
+        memory = Segments(starts, lengths, width, rows, local.device)
+        visible_from = torch.full((local.count, width), stream.total)
+        cells = memory.valid
+        first, last = int(starts[0]), int(starts[-1] + lengths[-1])
+        visible_from[cells] = visible_M2[first:last, 0]
+        position = local.origin + local.starts[:, None] + torch.arange(local.width)
         visible = position[:, :, None] >= visible_from[:, None, :]
+        visible = (visible & cells[:, None, :]).to(local.device, non_blocking=True)
+        patches = len(visible_M2)
         padded = coordinates_M2.new_zeros(rows, 2)
         padded[:patches] = coordinates_M2
-        return cls(memory, visible & memory.valid[:, None, :], padded)
+        return cls(memory, visible, padded)
 
 
 def coordinate_features(coordinates_M2: torch.Tensor) -> torch.Tensor:
@@ -91,8 +102,15 @@ class Look(nn.Module):
     A position that may see no patch gets exactly zero.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, tp: ProcessGroup):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        tp: ProcessGroup,
+        recompute: bool = False,
+    ):
         super().__init__()
+        self.recompute = recompute
         language, fusion = model.language, model.fusion
         self.head_dim = fusion.clvr_kv_channels
         width = fusion.clvr_num_attention_heads * self.head_dim
@@ -143,16 +161,36 @@ class Look(nn.Module):
             features = coordinate_features(memory.coordinates_M2).to(key.dtype)
             key = key + self.linear_coordinates(features)[0].view_as(key)
         query, key = self.q_norm(query), self.k_norm(key)
-        query = stream.to_rectangle(query).transpose(1, 2)
-        key, value = (memory.patches.to_rectangle(x).transpose(1, 2) for x in (key, value))
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=memory.mask)
-        found = torch.where(memory.sees, found, 0.0)
         if record is not None:
-            scores = query @ key.transpose(-1, -2) * self.head_dim**-0.5
-            weights = scores.masked_fill(~memory.visible.unsqueeze(1), -torch.inf).softmax(-1)
-            record.append(torch.where(memory.sees, weights, 0.0).detach())
-        found = stream.to_stream(found.transpose(1, 2)).reshape(tokens, 1, -1)
-        return self.linear_proj(found)[0]
+            record.append(attention_weights(query, key, stream, memory))
+        found = core(self.recompute, memory_attention, query, key, value, stream, memory)
+        return self.linear_proj(found.reshape(tokens, 1, -1))[0]
+
+
+def memory_attention(
+    query_ThD: torch.Tensor,
+    key_MhD: torch.Tensor,
+    value_MhD: torch.Tensor,
+    stream: Segments,
+    memory: MemoryMap,
+) -> torch.Tensor:
+    """What each position finds in the patches that it may see, [T, h, D]; exactly 0 if none."""
+    query = stream.to_rectangle(query_ThD).transpose(1, 2)
+    key, value = (memory.patches.to_rectangle(x).transpose(1, 2) for x in (key_MhD, value_MhD))
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=memory.mask)
+    found = torch.where(memory.sees, found, 0.0)
+    return stream.to_stream(found.transpose(1, 2))
+
+
+def attention_weights(
+    query_ThD: torch.Tensor, key_MhD: torch.Tensor, stream: Segments, memory: MemoryMap
+) -> torch.Tensor:
+    """The weights of `memory_attention`, [samples, h, width, patches], for reports."""
+    query = stream.to_rectangle(query_ThD).transpose(1, 2)
+    key = memory.patches.to_rectangle(key_MhD).transpose(1, 2)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    weights = scores.masked_fill(~memory.visible.unsqueeze(1), -torch.inf).softmax(-1)
+    return torch.where(memory.sees, weights, 0.0).detach()
 
 
 def memory_hidden_size(model: ModelConfig) -> int:

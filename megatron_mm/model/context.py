@@ -7,16 +7,17 @@ crosses the wire.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch.distributed import ProcessGroup
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm.config import Layer, ModelConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.clvr import MemoryMap, memory_hidden_size
 from megatron_mm.model.rotary import rotary_table
 from megatron_mm.model.segments import Segments
+from megatron_mm.parallel.sequence import part, shard, take
 
 
 def memory_rows(batch: Microbatch, model: ModelConfig, tp_size: int) -> int:
@@ -30,50 +31,59 @@ def memory_rows(batch: Microbatch, model: ModelConfig, tp_size: int) -> int:
 class StreamContext:
     """
     Attributes:
-        rotary: (cos, sin), each [T, rotary_dim] in fp32.
+        segments: of the whole stream.
+        local: of this context-parallel rank's part of it.
+        rotary: (cos, sin) of the part, each [T / CP, rotary_dim] in fp32.
         padding_1t: bool, True on this rank's positions that are padding; None without padding.
-        supervised_tokens: of the whole microbatch.
+        supervised_tokens: of the whole microbatch, a scalar.
+        memory: for the looks of this stage, seen from the part.
+        recomputing: the pass is a repetition for the backward pass.
         looks: pair -> attention weights, filled when recording (evaluation only).
         watch: called with every layer and its output (parity tests, diagnostics).
     """
 
     segments: Segments
+    local: Segments
     rotary: tuple[torch.Tensor, torch.Tensor]
     padding_1t: torch.Tensor | None
-    supervised_tokens: float
+    supervised_tokens: torch.Tensor
     memory: MemoryMap | None
+    recomputing: bool = False
     looks: dict[int, list[torch.Tensor]] | None = None
-    watch: Callable[[Layer, torch.Tensor], None] | None = field(default=None)
+    watch: Callable[[Layer, torch.Tensor], None] | None = None
 
     @classmethod
     def build(
-        cls, batch: Microbatch, model: ModelConfig, tp: ProcessGroup, with_memory: bool
+        cls, batch: Microbatch, model: ModelConfig, pg: ProcessGroupCollection, with_memory: bool
     ) -> StreamContext:
-        language = model.language
-        segments = Segments.from_cu_seqlens(batch.cu_seqlens)
+        language, device = model.language, batch.tokens_T.device
+        segments = Segments.from_cu_seqlens(batch.cu_seqlens, device)
         rotary_dim = int(language.kv_channels * language.rotary_percent)
         tokens = segments.total
+        mine = part(tokens, pg.cp)
+        local = segments.within(mine)
         padding = None
         # A batch of padding alone (every row was skipped) counts as tokens: the balancing loss of
         # no token is 0 / 0. Nothing in it is supervised, so neither loss has any weight.
         if 0 < batch.num_real_tokens < tokens:
-            shard = tokens // tp.size()
-            first = tp.rank() * shard
-            positions = torch.arange(first, first + shard, device=batch.tokens_T.device)
+            held = shard(tokens, pg)
+            positions = torch.arange(held.start, held.stop, device=device)
             padding = (positions >= batch.num_real_tokens).unsqueeze(0)
         memory = None
         if with_memory:
             memory = MemoryMap.build(
                 segments,
+                local,
                 batch.memory_visible_M2,
                 batch.memory_coordinates_M2,
-                memory_rows(batch, model, tp.size()),
+                memory_rows(batch, model, pg.tp.size()),
             )
         return cls(
             segments,
-            rotary_table(batch.position_ids_T, rotary_dim, language.rotary_base),
+            local,
+            rotary_table(take(batch.position_ids_T, mine), rotary_dim, language.rotary_base),
             padding,
-            float(batch.loss_mask_T.sum()),
+            batch.loss_mask_T.sum(),
             memory,
         )
 
@@ -81,5 +91,5 @@ class StreamContext:
         return None if self.looks is None else self.looks.setdefault(pair, [])
 
     def tap(self, layer: Layer, hidden_t1H: torch.Tensor) -> None:
-        if self.watch is not None:
+        if self.watch is not None and not self.recomputing:
             self.watch(layer, hidden_t1H)

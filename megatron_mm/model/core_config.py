@@ -15,12 +15,14 @@ def language_config(run: RunConfig) -> TransformerConfig:
     """For the language stack, and for the schedule, DDP and optimizer."""
     language, parallel, training = run.model.language, run.parallel, run.training
     tp = parallel.tensor_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    interleaved = virtual > 1
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     return TransformerConfig(
         num_layers=num_layers(effective_pattern(run.model)),
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_attention_heads,
-        num_query_groups=language.num_query_groups,
+        num_query_groups=language.num_attention_heads,  # grouping is our attention's business
         kv_channels=language.kv_channels,
         ffn_hidden_size=language.moe_ffn_hidden_size,
         layernorm_epsilon=language.layernorm_epsilon,
@@ -41,13 +43,17 @@ def language_config(run: RunConfig) -> TransformerConfig:
         moe_token_dispatcher_type="alltoall",
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if interleaved else None,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or tp,
         sequence_parallel=tp > 1,  # never without: see DESIGN, partial gradients
         # The stream's length differs between microbatches; the schedule exchanges shapes.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
-        batch_p2p_comm=True,
-        overlap_p2p_comm=False,
+        # The interleaved schedule is silently wrong with batched exchanges, and 1F1B does not
+        # know overlapped ones (DESIGN 4.4).
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
         calculate_per_token_loss=True,
         perform_initialization=False,  # parallel/layout.py does it, whatever the layout
         gradient_accumulation_fusion=False,
@@ -59,13 +65,14 @@ def language_config(run: RunConfig) -> TransformerConfig:
 
 def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerConfig:
     """For the linears of the ViT and the projector: no sequence parallelism, no experts."""
-    vision = run.model.vision
+    vision, tp = run.model.vision, language.tensor_model_parallel_size
+    heads = -(-vision.vision_num_attention_heads // tp) * tp  # padded
     return replace(
         language,
         num_layers=vision.vision_num_layers,
         hidden_size=vision.vision_hidden_size,
-        num_attention_heads=vision.vision_num_attention_heads,
-        num_query_groups=vision.vision_num_attention_heads,
+        num_attention_heads=heads,
+        num_query_groups=heads,
         kv_channels=vision.vision_hidden_size // vision.vision_num_attention_heads,
         ffn_hidden_size=vision.vision_ffn_hidden_size,
         sequence_parallel=False,
@@ -74,6 +81,6 @@ def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerCon
         moe_shared_expert_intermediate_size=None,
         moe_shared_expert_gate=False,
         expert_model_parallel_size=1,
-        expert_tensor_parallel_size=language.tensor_model_parallel_size,
+        expert_tensor_parallel_size=tp,
         gated_linear_unit=False,
     )

@@ -5,6 +5,9 @@ fused projection out per rank; this one runs anywhere, restarts its state at eve
 and groups the rows of its projection by key head, so a whole checkpoint does not depend
 on the tensor-parallel size.
 
+Under context parallelism the ranks trade their part of the sequence for a part of the heads
+around the convolution and the delta rule; the gate and the output norm stay at home.
+
 Shapes: t this rank's sequence shard, T whole stream, k local key heads, v value heads per
 key head, K and V head widths.
 """
@@ -13,16 +16,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from megatron_mm.config import LanguageConfig
 from megatron_mm.model.gdn_kernels import causal_conv, gated_delta_rule
 from megatron_mm.model.linear import column, row
 from megatron_mm.model.norms import GatedRMSNorm
+from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.layout import constant, normal, place, uniform
+from megatron_mm.parallel.sequence import heads_to_sequence, part, sequence_to_heads, take
 
 
 class GatedDeltaNet(nn.Module):
@@ -32,9 +37,16 @@ class GatedDeltaNet(nn.Module):
     """
 
     def __init__(
-        self, language: LanguageConfig, config: TransformerConfig, tp: ProcessGroup, out_std: float
+        self,
+        language: LanguageConfig,
+        config: TransformerConfig,
+        pg: ProcessGroupCollection,
+        out_std: float,
+        recompute: bool = False,
     ):
         super().__init__()
+        self.recompute = recompute
+        tp, self.cp = pg.tp, pg.cp
         self.key_heads = language.linear_num_key_heads // tp.size()
         self.values_per_key = language.linear_num_value_heads // language.linear_num_key_heads
         self.key_dim = language.linear_key_head_dim
@@ -77,17 +89,33 @@ class GatedDeltaNet(nn.Module):
         tokens = fused.shape[0]
         fused = fused.view(tokens, self.key_heads, sum(self.widths))
         qkv_width = sum(self.widths[:3])
-        qkv, z, b, a = fused.split([qkv_width, *self.widths[3:]], dim=-1)
-        qkv = segments.to_rectangle(qkv.reshape(tokens, -1))
-        qkv = causal_conv(qkv, self.conv_weight)
-        qkv = qkv.view(*qkv.shape[:2], self.key_heads, qkv_width)
+        qkv, z, ba = fused.split([qkv_width, self.widths[3], sum(self.widths[4:])], dim=-1)
+        if self.cp.size() > 1:
+            travels = sequence_to_heads(torch.cat((qkv, ba), dim=-1), self.cp)
+            qkv, ba = travels.split([qkv_width, sum(self.widths[4:])], dim=-1)
+        mixed = core(self.recompute, self._mix, qkv, ba, segments)
+        mixed = heads_to_sequence(mixed, self.cp)
+        mixed = self.out_norm(mixed, z.reshape(tokens, -1, self.value_dim))
+        return self.out_proj(mixed.reshape(tokens, 1, -1))[0]
+
+    def _mix(self, qkv_TkW: torch.Tensor, ba_Tk2v: torch.Tensor, segments: Segments):
+        """Convolution and delta rule over whole samples, [T, k * v, V], for the key heads that
+        this context-parallel rank computes."""
+        tokens, heads, qkv_width = qkv_TkW.shape
+        mine = part(self.key_heads, self.cp)
+        conv = take(self.conv_weight.view(self.key_heads, qkv_width, -1), mine).flatten(0, 1)
+        A_log, dt_bias = (
+            take(x.view(self.key_heads, -1), mine).flatten() for x in (self.A_log, self.dt_bias)
+        )
+        qkv = segments.to_rectangle(qkv_TkW.reshape(tokens, -1))
+        qkv = causal_conv(qkv, conv)
+        qkv = qkv.view(*qkv.shape[:2], heads, qkv_width)
         query, key, value = qkv.split(self.widths[:3], dim=-1)
         value = value.reshape(*value.shape[:2], -1, self.value_dim)
         # Each key head serves several value heads.
         query, key = (x.repeat_interleave(self.values_per_key, dim=2) for x in (query, key))
-        log_decay = -self.A_log.float().exp() * F.softplus(
-            a.reshape(tokens, -1).float() + self.dt_bias
-        )
+        b, a = ba_Tk2v.chunk(2, dim=-1)
+        log_decay = -A_log.float().exp() * F.softplus(a.reshape(tokens, -1).float() + dt_bias)
         beta = b.reshape(tokens, -1).sigmoid()
         mixed = gated_delta_rule(
             query,
@@ -96,6 +124,4 @@ class GatedDeltaNet(nn.Module):
             segments.to_rectangle(log_decay),
             segments.to_rectangle(beta),
         )
-        mixed = segments.to_stream(mixed)
-        mixed = self.out_norm(mixed, z.reshape(tokens, -1, self.value_dim))
-        return self.out_proj(mixed.reshape(tokens, 1, -1))[0]
+        return segments.to_stream(mixed)

@@ -23,11 +23,13 @@ def column(
     tp: ProcessGroup,
     bias: bool = False,
     constant_input: bool = False,
+    whole_outputs: int | None = None,
 ) -> nn.Module:
     """y = x W^T with the outputs split over `tp`.
 
     Under sequence parallelism the input is this rank's shard of the sequence and is gathered
-    inside. A `constant_input` is whole on every rank and needs no gradient.
+    inside. A `constant_input` is whole on every rank and needs no gradient. Outputs past
+    `whole_outputs` are padding.
     """
     layer = ColumnParallelLinear(
         inputs,
@@ -39,9 +41,10 @@ def column(
         disable_grad_reduce=constant_input,
     )
     layer.sequence_parallel = layer.sequence_parallel and not constant_input
-    place(layer.weight, init, split={0: tp})
+    whole = None if whole_outputs is None else {0: whole_outputs}
+    place(layer.weight, init, split={0: tp}, whole=whole)
     if bias:
-        place(layer.bias, constant(0.0), split={0: tp})
+        place(layer.bias, constant(0.0), split={0: tp}, whole=whole)
     return layer
 
 
@@ -53,9 +56,10 @@ def row(
     init: Initializer,
     tp: ProcessGroup,
     bias: bool = False,
+    whole_inputs: int | None = None,
 ) -> nn.Module:
     """y = x W^T with the inputs split over `tp`; the sum is whole, or scattered over the
-    sequence under sequence parallelism."""
+    sequence under sequence parallelism. Inputs past `whole_inputs` are padding."""
     layer = RowParallelLinear(
         inputs,
         outputs,
@@ -66,7 +70,8 @@ def row(
         skip_bias_add=False,
         tp_group=tp,
     )
-    place(layer.weight, init, split={1: tp})
+    whole = None if whole_inputs is None else {1: whole_inputs}
+    place(layer.weight, init, split={1: tp}, whole=whole)
     if bias:
         place(layer.bias, constant(0.0), partial_gradient=config.sequence_parallel)
     return layer

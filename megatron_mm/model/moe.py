@@ -10,10 +10,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mm.model.context import StreamContext
 from megatron_mm.model.experts import GroupedExperts
 from megatron_mm.parallel.layout import normal, place
 
@@ -28,12 +31,23 @@ class Router(TopKRouter):
     what it says on every layout.
     """
 
-    supervised_tokens: float = 0.0  # of the current microbatch
+    supervised_tokens: torch.Tensor | float = 0.0  # of the current microbatch
+    recomputing = False  # a repeated pass is not logged again
 
-    def attach_and_log_load_balancing_loss(self, *args, valid_token_count=None, **kwargs):
-        # The parent multiplies by the size of the group again.
-        share = self.supervised_tokens / self.tp_cp_group.size()
-        return super().attach_and_log_load_balancing_loss(*args, valid_token_count=share, **kwargs)
+    def attach_and_log_load_balancing_loss(
+        self, activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **_
+    ):
+        if not self.recomputing:
+            get_moe_metrics_tracker().record(
+                aux_loss_name,
+                aux_loss / aux_loss_coeff,
+                self.layer_number,
+                self.config.num_layers,
+                reduce_group=reduce_group,
+                needs_dp_avg=True,
+            )
+        # Every rank of tp_cp has its own positions' share of the loss.
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss * self.supervised_tokens)
 
 
 class MixtureOfExperts(MoELayer):
@@ -72,9 +86,8 @@ class MixtureOfExperts(MoELayer):
         place(fc1, normal(std), split={1: pg.tp}, view=(2, half, fc1.shape[1]))
         place(fc2, normal(out_std), split={1: pg.tp})
 
-    def forward(
-        self, hidden_t1H: torch.Tensor, padding_1t: torch.Tensor | None, supervised_tokens: float
-    ) -> torch.Tensor:
-        """[t, 1, H] -> [t, 1, H]; padding is bool, True where a position is padding."""
-        self.router.supervised_tokens = supervised_tokens
-        return super().forward(hidden_t1H, padding_mask=padding_1t)[0]
+    def forward(self, hidden_t1H: torch.Tensor, context: StreamContext) -> torch.Tensor:
+        """[t, 1, H] -> [t, 1, H]"""
+        self.router.supervised_tokens = context.supervised_tokens
+        self.router.recomputing = context.recomputing
+        return super().forward(hidden_t1H, padding_mask=context.padding_1t)[0]

@@ -1,4 +1,4 @@
-"""The fused model: one pipeline stage of it.
+"""The fused model: one pipeline stage of it. With virtual stages a rank holds several.
 
 The first stage holds the ViT, the projector and the embedding; the last one the final norm
 and the output layer; every stage its share of the layers. What crosses between them is
@@ -12,8 +12,12 @@ from collections.abc import Callable
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm import platform
@@ -25,24 +29,31 @@ from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.linear import ReplicatedLinear, column, vocab_embedding
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.projector import Projector
+from megatron_mm.model.recompute import Recompute
 from megatron_mm.model.stack import Stack
 from megatron_mm.model.vision import InternViT
 from megatron_mm.parallel.layout import initialize, normal
+from megatron_mm.parallel.sequence import part, take
 from megatron_mm.parallel.wire import Payload, WireShape, pack, unpack
 
 
 class VisionTower(nn.Module):
-    """Tiles to stream tokens and memory rows, whole on every tensor-parallel rank."""
+    """Tiles to stream tokens and memory rows, whole on every tensor- and context-parallel rank.
 
-    def __init__(self, run: RunConfig, config, tp, with_memory: bool):
+    Context-parallel ranks share the tiles of the ViT among them and gather its features.
+    """
+
+    def __init__(
+        self, run: RunConfig, config: TransformerConfig, pg: ProcessGroupCollection, memory: bool
+    ):
         super().__init__()
-        model = run.model
+        model, self.cp = run.model, pg.cp
         inner = vision_config(run, config)
         self.size = model.vision.image_size
-        self.vit = InternViT(model.vision, inner, tp)
-        self.projector = Projector(model, inner, tp)
+        self.vit = InternViT(model.vision, inner, pg.tp, Recompute.of(run.training).vision)
+        self.projector = Projector(model, inner, pg.tp)
         self.memory_proj = None
-        if with_memory:
+        if memory:
             self.memory_proj = ReplicatedLinear(
                 model.vision.vision_hidden_size,
                 memory_hidden_size(model),
@@ -50,6 +61,17 @@ class VisionTower(nn.Module):
                 bias=True,
                 dtype=config.params_dtype,
             )
+
+    def _features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """[N, P * P, V]"""
+        if self.cp.size() == 1:
+            return self.vit(pixels_NCHW)
+        tiles = len(pixels_NCHW)
+        padding = pixels_NCHW.new_zeros(-tiles % self.cp.size(), *pixels_NCHW.shape[1:])
+        padded = torch.cat((pixels_NCHW, padding))
+        mine = self.vit(take(padded, part(len(padded), self.cp)))
+        # Backward it sums what every rank's tokens and looks ask of the features.
+        return gather_from_sequence_parallel_region(mine, group=self.cp)[:tiles]
 
     def forward(self, batch: Microbatch, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(stream tokens [k, H], memory [rows, C], zero beyond the batch's patches).
@@ -60,7 +82,7 @@ class VisionTower(nn.Module):
         pixels, empty = batch.pixels_NCHW, len(batch.pixels_NCHW) == 0
         if empty:
             pixels = pixels.new_zeros(1, 3, self.size, self.size)
-        features = self.vit(pixels)
+        features = self._features(pixels)
         stream = self.projector(features if empty else features[batch.stream_tiles])
         stream = stream.flatten(0, 1)
         memory = None
@@ -75,14 +97,19 @@ class VisionTower(nn.Module):
 
 
 class MultimodalModel(MegatronModule):
-    """Stage `pg.pp.rank()` of the model.
+    """One stage of the model, the `chunk`-th of this pipeline rank.
 
     forward(batch) returns logits [T, 1, V / TP] on the last stage, else the packed tensor for
     the next one.
     """
 
-    def __init__(self, run: RunConfig, pg: ProcessGroupCollection):
-        config = language_config(run)
+    def __init__(
+        self,
+        run: RunConfig,
+        pg: ProcessGroupCollection,
+        config: TransformerConfig,
+        chunk: int = 0,
+    ):
         super().__init__(config)
         # megatron-core's schedule and gradient reduction ask for these two.
         self.model_type = ModelType.encoder_or_decoder
@@ -92,7 +119,7 @@ class MultimodalModel(MegatronModule):
         pattern = effective_pattern(run.model)
         plan = model_stages(run.model, run.parallel)
         boundaries = wire(plan)
-        index = pg.pp.rank()
+        index = chunk * pg.pp.size() + pg.pp.rank()
         stage = plan[index]
         self.pre_process, self.post_process = index == 0, index == len(plan) - 1
         self.arrives: Manifest | None = None if self.pre_process else boundaries[index - 1]
@@ -105,11 +132,11 @@ class MultimodalModel(MegatronModule):
         self.vision = self.embedding = self.final_norm = self.output_layer = None
         if self.pre_process:
             if run.model.vision is not None:
-                self.vision = VisionTower(run, config, pg.tp, self.has_looks)
+                self.vision = VisionTower(run, config, pg, self.has_looks)
             self.embedding = vocab_embedding(
                 language.vocab_size, language.hidden_size, config=config, init=init, tp=pg.tp
             )
-        self.language = Stack(run.model, config, pg, stage)
+        self.language = Stack(run, config, pg, stage)
         if self.post_process:
             self.final_norm = RMSNorm(
                 language.hidden_size,
@@ -129,19 +156,17 @@ class MultimodalModel(MegatronModule):
         tp = self.pg.tp.size()
         rows = memory_rows(batch, self.model_config, tp) // tp if manifest.memory else 0
         width = memory_hidden_size(self.model_config)
-        return WireShape(len(batch.tokens_T) // tp, rows, width, manifest.refinements)
+        tokens = len(batch.tokens_T) // self.pg.tp_cp.size()
+        return WireShape(tokens, rows, width, manifest.refinements)
 
     def _embed(self, batch: Microbatch) -> Payload:
-        hidden = self.embedding(batch.tokens_T)  # [T, H], whole on every rank
+        mine = part(len(batch.tokens_T), self.pg.cp)
+        hidden = self.embedding(take(batch.tokens_T, mine))  # [T / CP, H], on every TP rank
         memory = None
         if self.vision is not None:
             rows = memory_rows(batch, self.model_config, self.pg.tp.size())
             stream, memory = self.vision(batch, rows)
-            stream = stream.to(hidden.dtype)
-            if len(batch.stream_positions):
-                hidden = hidden.index_copy(0, batch.stream_positions, stream)
-            else:
-                hidden = hidden + stream.sum()  # zero, but part of the graph
+            hidden = self._fill_in(hidden, stream.to(hidden.dtype), batch.stream_positions, mine)
         hidden = hidden.unsqueeze(1)
         memory = None if memory is None else memory.unsqueeze(1)
         if self.config.sequence_parallel:
@@ -150,6 +175,22 @@ class MultimodalModel(MegatronModule):
                 memory = scatter_to_sequence_parallel_region(memory, group=self.pg.tp)
         return Payload(hidden, memory)
 
+    def _fill_in(
+        self,
+        hidden_TH: torch.Tensor,
+        stream_kH: torch.Tensor,
+        positions: torch.Tensor,
+        mine: range,
+    ) -> torch.Tensor:
+        """Put the image tokens (at ascending positions of the whole stream) in their places."""
+        bounds = torch.tensor([mine.start, mine.stop])
+        first, last = torch.searchsorted(positions, bounds).tolist()
+        if first == last:
+            # Nothing to fill in, but the ViT's collectives run backward on every rank.
+            return hidden_TH + 0.0 * stream_kH.sum()
+        places = (positions[first:last] - mine.start).to(hidden_TH.device, non_blocking=True)
+        return hidden_TH.index_copy(0, places, stream_kH[first:last])
+
     def forward(
         self, batch: Microbatch, looks: dict[int, list[torch.Tensor]] | None = None
     ) -> torch.Tensor:
@@ -157,7 +198,7 @@ class MultimodalModel(MegatronModule):
         Args:
             looks: if given, filled with the attention weights of this stage's looks, by pair.
         """
-        context = StreamContext.build(batch, self.model_config, self.pg.tp, self.looks_here)
+        context = StreamContext.build(batch, self.model_config, self.pg, self.looks_here)
         context.looks, context.watch = looks, self.watch
         if self.pre_process:
             payload = self._embed(batch)
@@ -169,8 +210,14 @@ class MultimodalModel(MegatronModule):
         return self.output_layer(self.final_norm(payload.hidden_T1H))[0]
 
 
-def build(run: RunConfig, pg: ProcessGroupCollection) -> MultimodalModel:
-    """This rank's stage, initialised from the seed alone, on this rank's device."""
-    model = MultimodalModel(run, pg)
-    initialize(model, run.training.seed)
-    return model.to(platform.device())
+def build(run: RunConfig, pg: ProcessGroupCollection) -> list[MultimodalModel]:
+    """This rank's stages, initialised from the seed alone, on this rank's device."""
+    config = language_config(run)
+    chunks = [
+        MultimodalModel(run, pg, config, chunk)
+        for chunk in range(run.parallel.virtual_pipeline_model_parallel_size or 1)
+    ]
+    for model in chunks:
+        initialize(model, run.training.seed)
+        model.to(platform.device())
+    return chunks

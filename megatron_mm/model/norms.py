@@ -82,13 +82,16 @@ class FullWidthRMSNorm(nn.Module):
 
     InternViT-6B normalises queries and keys over all heads together, so the mean square
     needs the whole group: the sum of squares is reduced forward and its gradient backward.
+    Features past `size` are padding, and zero.
     """
 
-    def __init__(self, local_size: int, eps: float, *, tp: ProcessGroup, dtype: torch.dtype):
+    def __init__(
+        self, size: int, local_size: int, eps: float, *, tp: ProcessGroup, dtype: torch.dtype
+    ):
         super().__init__()
-        self.eps, self.tp = eps, tp
+        self.size, self.eps, self.tp = size, eps, tp
         self.weight = nn.Parameter(torch.empty(local_size, dtype=dtype))
-        place(self.weight, constant(1.0), split={0: tp})
+        place(self.weight, constant(1.0), split={0: tp}, whole={0: size})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
@@ -96,5 +99,4 @@ class FullWidthRMSNorm(nn.Module):
         square = copy_to_tensor_model_parallel_region(
             reduce_from_tensor_model_parallel_region(square, group=self.tp), group=self.tp
         )
-        width = x.shape[-1] * self.tp.size()
-        return self.weight * (wide * torch.rsqrt(square / width + self.eps)).type_as(x)
+        return self.weight * (wide * torch.rsqrt(square / self.size + self.eps)).type_as(x)

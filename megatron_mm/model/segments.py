@@ -3,6 +3,9 @@
 A microbatch is one stream of T tokens. Kernels that mix positions (attention, delta
 rule, look) see it as a rectangle [samples, longest, ...], padded on the right, where
 causality keeps the padding from reaching any real position.
+
+Lengths and indices are worked out on the CPU, where the batch keeps them, so nothing here
+waits for a GPU.
 """
 
 from __future__ import annotations
@@ -15,17 +18,40 @@ import torch
 
 @dataclass(frozen=True)
 class Segments:
-    """Row r of the rectangle holds stream positions starts[r] .. starts[r] + lengths[r]."""
+    """Row r of the rectangle holds stream positions starts[r] .. starts[r] + lengths[r].
 
-    starts: torch.Tensor  # int64 [samples]
-    lengths: torch.Tensor  # int64 [samples]; 0 is allowed
+    Attributes:
+        first: number of the sample in row 0.
+        origin: position 0 here, in the whole stream.
+    """
+
+    starts: torch.Tensor  # int64 [samples], on the CPU
+    lengths: torch.Tensor  # int64 [samples], on the CPU; 0 is allowed
     width: int  # of the rectangle: the longest length, at least 1
     total: int  # positions in the stream
+    device: torch.device | str = "cpu"  # of what is rearranged
+    first: int = 0
+    origin: int = 0
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> Segments:
+    def from_cu_seqlens(
+        cls, cu_seqlens: torch.Tensor, device: torch.device | str = "cpu"
+    ) -> Segments:
         lengths = cu_seqlens.diff()
-        return cls(cu_seqlens[:-1], lengths, max(1, int(lengths.max())), int(cu_seqlens[-1]))
+        width = max(1, int(lengths.max()))
+        return cls(cu_seqlens[:-1], lengths, width, int(cu_seqlens[-1]), device)
+
+    def within(self, positions: range) -> Segments:
+        """The pieces of the samples that lie in a part of the stream."""
+        if len(positions) == self.total:
+            return self
+        starts = self.starts.clamp(min=positions.start)
+        lengths = (self.starts + self.lengths).clamp(max=positions.stop) - starts
+        (there,) = (lengths > 0).nonzero(as_tuple=True)  # consecutive samples
+        first, last = int(there[0]), int(there[-1]) + 1
+        starts, lengths = starts[first:last] - positions.start, lengths[first:last]
+        total, width = len(positions), int(lengths.max())
+        return Segments(starts, lengths, width, total, self.device, first, positions.start)
 
     @property
     def count(self) -> int:
@@ -39,22 +65,20 @@ class Segments:
 
     @cached_property
     def valid(self) -> torch.Tensor:
-        """bool [samples, width]: which cells hold a position."""
-        columns = torch.arange(self.width, device=self.starts.device)
-        return columns < self.lengths[:, None]
+        """bool [samples, width], on the CPU: which cells hold a position."""
+        return torch.arange(self.width) < self.lengths[:, None]
 
     @cached_property
     def gather_index(self) -> torch.Tensor:
         """int64 [samples * width]: the stream position of each cell; padding repeats one."""
-        columns = torch.arange(self.width, device=self.starts.device)
         last = (self.lengths - 1).clamp(min=0)[:, None]
-        index = self.starts[:, None] + torch.minimum(columns, last)
-        return index.clamp(max=self.total - 1).flatten()
+        index = self.starts[:, None] + torch.minimum(torch.arange(self.width), last)
+        return index.clamp(max=self.total - 1).flatten().to(self.device, non_blocking=True)
 
     @cached_property
     def scatter_index(self) -> torch.Tensor:
         """int64 [total]: the cell of each stream position."""
-        return self.valid.flatten().nonzero().flatten()
+        return self.valid.flatten().nonzero().flatten().to(self.device, non_blocking=True)
 
     def to_rectangle(self, x: torch.Tensor) -> torch.Tensor:
         """[total, ...] -> [samples, width, ...]"""

@@ -6,18 +6,21 @@ and under every layout; looks and injections never shift them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mm.config import ModelConfig, Stage, effective_pattern, num_layers
+from megatron_mm.config import Layer, RunConfig, Stage, effective_pattern, num_layers
 from megatron_mm.model.attention import GatedAttention
 from megatron_mm.model.clvr import Look
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.gdn import GatedDeltaNet
 from megatron_mm.model.moe import MixtureOfExperts
 from megatron_mm.model.norms import RMSNorm
+from megatron_mm.model.recompute import Recompute, recomputed
 from megatron_mm.parallel.wire import Payload
 
 
@@ -40,29 +43,27 @@ class Stack(nn.Module):
     refinement aside, J adds it."""
 
     def __init__(
-        self,
-        model: ModelConfig,
-        config: TransformerConfig,
-        pg: ProcessGroupCollection,
-        stage: Stage,
+        self, run: RunConfig, config: TransformerConfig, pg: ProcessGroupCollection, stage: Stage
     ):
         super().__init__()
-        self.stage = stage
-        language = model.language
+        model, language = run.model, run.model.language
+        self.recompute = Recompute.of(run.training)
+        self.blocks = _blocks(stage.layers, self.recompute.sublayers)
         eps = language.layernorm_epsilon
         std = language.init_method_std
         # GPT-2's rule: residual branches start smaller the deeper the model.
         out_std = std / (2 * num_layers(effective_pattern(model))) ** 0.5
         self.layers = nn.ModuleDict()
         self.looks = nn.ModuleDict()
+        again = self.recompute.core_attn
         for layer in stage.layers:
             if layer.kind == "L":
-                self.looks[str(layer.pair)] = Look(model, config, pg.tp)
+                self.looks[str(layer.pair)] = Look(model, config, pg.tp, again)
             if layer.kind in "G*E":
                 if layer.kind == "G":
-                    inner = GatedDeltaNet(language, config, pg.tp, out_std)
+                    inner = GatedDeltaNet(language, config, pg, out_std, again)
                 elif layer.kind == "*":
-                    inner = GatedAttention(language, config, pg.tp, out_std)
+                    inner = GatedAttention(language, config, pg, out_std, again)
                 else:
                     inner = MixtureOfExperts(config, pg, layer.number, std, out_std)
                 key, part = str(layer.number), "moe" if layer.kind == "E" else "mixer"
@@ -71,20 +72,30 @@ class Stack(nn.Module):
                 self.layers[key][part] = SubLayer(inner, language.hidden_size, eps, config)
 
     def forward(self, payload: Payload, context: StreamContext) -> Payload:
+        for block in self.blocks:
+            if self.recompute.sublayers is None:
+                payload = self._block(block, payload, context)
+            else:
+                payload = recomputed(self._block, block, payload, context, context=context)
+        return payload
+
+    def _block(self, layers: Sequence[Layer], payload: Payload, context: StreamContext) -> Payload:
         hidden, waiting = payload.hidden_T1H, dict(payload.refinements)
-        for layer in self.stage.layers:
+        for layer in layers:
             if layer.kind == "L":
                 look = self.looks[str(layer.pair)]
                 record = context.look_record(layer.pair)
                 waiting[layer.pair] = look(
-                    hidden, payload.memory_M1C, context.segments, context.memory, record
+                    hidden, payload.memory_M1C, context.local, context.memory, record
                 )
             elif layer.kind == "J":
                 hidden = hidden + waiting.pop(layer.pair)
             elif layer.kind == "E":
-                hidden = self.layers[str(layer.number)]["moe"](
-                    hidden, context.padding_1t, context.supervised_tokens
-                )
+                moe = self.layers[str(layer.number)]["moe"]
+                if self.recompute.moe:
+                    hidden = recomputed(moe, hidden, context, context=context)
+                else:
+                    hidden = moe(hidden, context)
             elif layer.kind == "*":
                 hidden = self.layers[str(layer.number)]["mixer"](
                     hidden, context.segments, context.rotary
@@ -93,3 +104,15 @@ class Stack(nn.Module):
                 hidden = self.layers[str(layer.number)]["mixer"](hidden, context.segments)
             context.tap(layer, hidden)
         return Payload(hidden, payload.memory_M1C, waiting)
+
+
+def _blocks(layers: Sequence[Layer], size: int | None) -> list[tuple[Layer, ...]]:
+    """The sub-layers in blocks of `size`; looks and injections go with what stands before."""
+    if size is None:
+        return [tuple(layers)]
+    blocks: list[list[Layer]] = [[]]
+    for layer in layers:
+        if layer.kind in "G*E" and sum(other.kind in "G*E" for other in blocks[-1]) == size:
+            blocks.append([])
+        blocks[-1].append(layer)
+    return [tuple(block) for block in blocks]

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from megatron_mm.config import VisionConfig
 from megatron_mm.model.linear import column, row
 from megatron_mm.model.norms import FullWidthRMSNorm, VisionLayerNorm, VisionRMSNorm
+from megatron_mm.model.recompute import recomputed
 from megatron_mm.parallel.layout import constant, normal, place
 
 NORMS = {"LayerNorm": VisionLayerNorm, "RMSNorm": VisionRMSNorm}
@@ -61,23 +62,34 @@ class VisionEmbedding(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention inside a tile; the rows of the fused projection are [q, k, v] per head."""
+    """Full attention inside a tile; the rows of the fused projection are [q, k, v] per head.
+
+    Heads that the ranks do not divide (InternViT-6B has 25) are padded with heads of zeros,
+    which add nothing and get no gradient.
+    """
 
     def __init__(self, vision: VisionConfig, config: TransformerConfig, tp: ProcessGroup):
         super().__init__()
         width = vision.vision_hidden_size
-        self.heads = vision.vision_num_attention_heads // tp.size()
+        self.heads = -(-vision.vision_num_attention_heads // tp.size())
         self.head_dim = width // vision.vision_num_attention_heads
         init, dtype = normal(vision.vision_init_method_std), config.params_dtype
         common = {"config": config, "init": init, "tp": tp}
-        self.linear_qkv = column(width, 3 * width, bias=vision.vision_add_qkv_bias, **common)
-        self.linear_proj = row(width, width, bias=True, **common)
+        local = self.heads * self.head_dim
+        padded = local * tp.size()
+        self.linear_qkv = column(
+            width,
+            3 * padded,
+            bias=vision.vision_add_qkv_bias,
+            whole_outputs=3 * width,
+            **common,
+        )
+        self.linear_proj = row(padded, width, bias=True, whole_inputs=width, **common)
         self.q_norm = self.k_norm = None
         if vision.vision_qk_layernorm:
-            local = width // tp.size()
             eps = 1e-6  # fixed in the reference, whatever the layers' epsilon
-            self.q_norm = FullWidthRMSNorm(local, eps, tp=tp, dtype=dtype)
-            self.k_norm = FullWidthRMSNorm(local, eps, tp=tp, dtype=dtype)
+            self.q_norm = FullWidthRMSNorm(width, local, eps, tp=tp, dtype=dtype)
+            self.k_norm = FullWidthRMSNorm(width, local, eps, tp=tp, dtype=dtype)
 
     def forward(self, hidden_NSV: torch.Tensor) -> torch.Tensor:
         fused, _ = self.linear_qkv(hidden_NSV)
@@ -118,8 +130,11 @@ class VisionLayer(nn.Module):
 class InternViT(nn.Module):
     """Tiles to patch features. `config` must have sequence parallelism off."""
 
-    def __init__(self, vision: VisionConfig, config: TransformerConfig, tp: ProcessGroup):
+    def __init__(
+        self, vision: VisionConfig, config: TransformerConfig, tp: ProcessGroup, recompute: bool
+    ):
         super().__init__()
+        self.recompute = recompute
         self.embedding = VisionEmbedding(vision, config.params_dtype)
         self.layers = nn.ModuleList(
             VisionLayer(vision, config, tp) for _ in range(vision.vision_num_layers)
@@ -129,5 +144,5 @@ class InternViT(nn.Module):
         """[N, 3, height, width] -> [N, P * P, V], the class token left out."""
         hidden = self.embedding(pixels_NCHW)
         for layer in self.layers:
-            hidden = layer(hidden)
+            hidden = recomputed(layer, hidden) if self.recompute else layer(hidden)
         return hidden[:, 1:]

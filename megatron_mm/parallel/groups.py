@@ -22,7 +22,7 @@ class Groups:
     Attributes:
         pg: megatron-core's collection, passed to every constructor.
         replica: gloo group of the ranks that compute one data-parallel replica together
-            (tensor x pipeline); its first rank reads the data for all of them.
+            (tensor x context x pipeline); its first rank reads the data for all of them.
         world: gloo group of everybody, for decisions taken together.
     """
 
@@ -35,16 +35,19 @@ class Groups:
         return self.replica.rank() == 0
 
     @property
-    def stage(self) -> int:
-        return self.pg.pp.rank()
-
-    @property
     def is_first_stage(self) -> bool:
-        return self.stage == 0
+        """With virtual stages: whether this rank holds the model's first stage."""
+        return self.pg.pp.rank() == 0
 
     @property
     def is_last_stage(self) -> bool:
-        return self.stage == self.pg.pp.size() - 1
+        """With virtual stages: whether this rank holds the model's last stage."""
+        return self.pg.pp.rank() == self.pg.pp.size() - 1
+
+    @property
+    def pad_multiple(self) -> int:
+        """The stream's length divides by this: every rank holds an equal shard of it."""
+        return self.pg.tp_cp.size()
 
 
 def start(parallel: ParallelConfig) -> None:
@@ -70,6 +73,7 @@ def build(parallel: ParallelConfig) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         create_gloo_process_groups=True,
@@ -78,11 +82,12 @@ def build(parallel: ParallelConfig) -> Groups:
     pg = ProcessGroupCollection.use_mpu_process_groups()
     # The groups on which ranks agree must give up as soon as the others do.
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-    members = [None] * dist.get_world_size()
-    dist.all_gather_object(members, tuple(dist.get_process_group_ranks(pg.mp)))
+    turns: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(turns, pg.dp.rank())
     replica = None
-    for ranks in sorted(set(members)):
-        group = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+    for turn in range(pg.dp.size()):
+        ranks = [rank for rank, other in enumerate(turns) if other == turn]
+        group = dist.new_group(ranks, timeout=timeout, backend="gloo")
         if dist.get_rank() in ranks:
             replica = group
     return Groups(pg, replica, dist.new_group(timeout=timeout, backend="gloo"))

@@ -25,7 +25,9 @@ class ParamLayout:
     """The local parameter, viewed as `local_shape`, is the block at `offset` of `global_shape`.
 
     The view may have more dimensions than the parameter: a GLU's gate and up halves are
-    a dimension of their own, so that each half is split over ranks by itself.
+    a dimension of their own, so that each half is split over ranks by itself. Where the
+    block reaches past the whole tensor the parameter is padded (25 heads on 2 ranks): those
+    elements are zero, stay zero, and are in no checkpoint.
     """
 
     global_shape: tuple[int, ...]
@@ -36,8 +38,19 @@ class ParamLayout:
     expert: bool = False  # replicated over the expert-data-parallel group, not over data-parallel
 
     @property
+    def held_shape(self) -> tuple[int, ...]:
+        """The local shape without padding; empty where a rank holds padding only."""
+        sizes = zip(self.local_shape, self.offset, self.global_shape, strict=True)
+        return tuple(max(0, min(n, whole - o)) for n, o, whole in sizes)
+
+    @property
     def block(self) -> tuple[slice, ...]:
-        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.local_shape, strict=True))
+        """Of the whole tensor: what is held here."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.held_shape, strict=True))
+
+    def held(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a tensor of the parameter's size: a view of shape `held_shape`."""
+        return tensor.view(self.local_shape)[tuple(slice(n) for n in self.held_shape)]
 
 
 def normal(std: float) -> Initializer:
@@ -63,6 +76,7 @@ def place(
     *,
     split: dict[int, ProcessGroup] | None = None,
     view: tuple[int, ...] | None = None,
+    whole: dict[int, int] | None = None,
     rows_drawn_alone: bool = False,
     partial_gradient: bool = False,
     expert: bool = False,
@@ -72,6 +86,7 @@ def place(
     Args:
         split: view dimension -> process group; the group's ranks hold equal consecutive blocks.
         view: local shape of the view; default the parameter's own shape.
+        whole: sizes of whole dimensions that are less than their ranks' blocks together.
         partial_gradient: replicated over tensor-parallel ranks that each see other positions or
             heads, so its gradient must be summed over them (DESIGN: never silent).
     """
@@ -82,6 +97,8 @@ def place(
     for dim, group in (split or {}).items():
         sizes[dim] = local[dim] * group.size()
         offset[dim] = local[dim] * group.rank()
+    for dim, size in (whole or {}).items():
+        sizes[dim] = size
     param.param_layout = ParamLayout(
         tuple(sizes), local, tuple(offset), init, rows_drawn_alone, expert
     )
@@ -96,14 +113,16 @@ def place(
         param.tensor_model_parallel = True
 
 
-def layouts(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, ParamLayout]]:
-    """(global name, parameter, layout) of every parameter; names hold global layer numbers."""
-    for name, param in model.named_parameters():
-        name = name.removeprefix("module.")
-        layout = getattr(param, "param_layout", None)
-        if layout is None:
-            raise ValueError(f"parameter {name} has no layout: call place() where it is made")
-        yield name, param, layout
+def layouts(*models: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, ParamLayout]]:
+    """(global name, parameter, layout) of every parameter of a rank's pipeline stages; names
+    hold global layer numbers."""
+    for model in models:
+        for name, param in model.named_parameters():
+            name = name.removeprefix("module.")
+            layout = getattr(param, "param_layout", None)
+            if layout is None:
+                raise ValueError(f"parameter {name} has no layout: call place() where it is made")
+            yield name, param, layout
 
 
 def _generator(seed: int, name: str, row: int = 0) -> torch.Generator:
@@ -118,9 +137,10 @@ def initialize(model: torch.nn.Module, seed: int) -> None:
     Draws in fp32 on the CPU, then slices, so the same seed gives the same model everywhere.
     """
     for name, param, layout in layouts(model):
-        target = param.data.view(layout.local_shape)
+        param.data.zero_()
+        target = layout.held(param.data)
         if layout.rows_drawn_alone:
-            for i in range(layout.local_shape[0]):
+            for i in range(layout.held_shape[0]):
                 row = layout.offset[0] + i
                 whole = torch.empty(layout.global_shape[1:], dtype=torch.float32)
                 layout.init(whole, _generator(seed, name, row))

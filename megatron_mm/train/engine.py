@@ -17,9 +17,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
     forward_backward_pipelining_without_interleaving,
 )
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
@@ -32,43 +34,68 @@ from megatron_mm.train.optimizer import build_optimizer, build_scheduler, freeze
 
 @dataclass
 class Engine:
+    """
+    Attributes:
+        models: this rank's pipeline stages, each wrapped by DDP; one without virtual stages.
+    """
+
     run: RunConfig
     groups: Groups
-    model: DistributedDataParallel
+    models: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
     @property
-    def inner(self) -> MultimodalModel:
-        return self.model.module
+    def chunks(self) -> list[MultimodalModel]:
+        """This rank's pipeline stages, in the order of the model."""
+        return [wrapped.module for wrapped in self.models]
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.chunks[0].config
 
     @classmethod
     def create(cls, run: RunConfig, groups: Groups) -> Engine:
         destroy_moe_metrics_tracker()  # process-wide, and as long as the last model was deep
-        model = build(run, groups.pg)
-        freeze(model, run.training)
-        parallel = run.parallel
+        chunks = build(run, groups.pg)
+        config, parallel = chunks[0].config, run.parallel
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
             grad_reduce_in_fp32=True,
         )
-        wrapped = DistributedDataParallel(model.config, ddp, model, pg_collection=groups.pg)
-        config = model.config
+        models = []
+        for number, chunk in enumerate(chunks):
+            freeze(chunk, run.training)
+            models.append(
+                DistributedDataParallel(
+                    config,
+                    ddp,
+                    chunk,
+                    disable_bucketing=number > 0,  # only the first has communication to hide
+                    pg_collection=groups.pg,
+                )
+            )
         config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = wrapped.no_sync
+        config.no_sync_func = _each(models, "no_sync")
         if parallel.overlap_grad_reduce:
-            config.grad_sync_func = wrapped.start_grad_sync
+            config.grad_sync_func = _each(models, "start_grad_sync")
         if parallel.overlap_param_gather:
-            config.param_sync_func = wrapped.start_param_sync
-        optimizer = build_optimizer(run, wrapped, groups.pg)
+            config.param_sync_func = _each(models, "start_param_sync")
+        optimizer = build_optimizer(run, models, groups.pg)
         config.grad_scale_func = optimizer.scale_loss
-        return cls(run, groups, wrapped, optimizer, build_scheduler(run, optimizer))
+        return cls(run, groups, models, optimizer, build_scheduler(run, optimizer))
+
+    def training(self, mode: bool) -> None:
+        """Switch every stage to training or to evaluation."""
+        for model in self.models:
+            model.train(mode)
 
     def forward_backward(self, batches: Sequence[Microbatch], objective: Objective) -> list:
         """Accumulate the gradients of one step; the objective's sums on the last stage."""
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         pg = self.groups.pg
 
@@ -116,11 +143,15 @@ class Engine:
             batch = next(iterator)
             return model(batch, **model_kwargs), partial(finish, batch=batch)
 
-        pg, config = self.groups.pg, self.inner.config
+        pg, wanted = self.groups.pg, len(batches)
+        if len(self.models) > 1 and forward_only:
+            # The interleaved schedule takes whole rounds of microbatches only.
+            batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
+        device = platform.device()
         common = {
             "forward_step_func": forward_step,
-            "data_iterator": (batch.to(platform.device()) for batch in batches),
-            "model": self.model,
+            "data_iterator": [(b.to(device) for b in batches) for _ in self.models],
+            "model": self.models,
             "num_microbatches": len(batches),
             "seq_length": self.run.data.seq_length,  # shapes are exchanged, not derived from it
             "micro_batch_size": self.run.training.micro_batch_size,
@@ -130,7 +161,13 @@ class Engine:
         }
         if pg.pp.size() == 1:
             return forward_backward_no_pipelining(**common)
-        communicator = P2PCommunicator(pp_group=pg.pp, config=config)
-        return forward_backward_pipelining_without_interleaving(
-            **common, p2p_communicator=communicator
-        )
+        common["p2p_communicator"] = P2PCommunicator(pp_group=pg.pp, config=self.config)
+        if len(self.models) > 1:
+            return forward_backward_pipelining_with_interleaving(**common)[:wanted]
+        return forward_backward_pipelining_without_interleaving(**common)
+
+
+def _each(models: list[DistributedDataParallel], method: str) -> Callable | list[Callable]:
+    """What the schedules expect: one function, or with virtual stages one of each."""
+    functions = [getattr(model, method) for model in models]
+    return functions if len(functions) > 1 else functions[0]

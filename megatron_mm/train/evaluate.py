@@ -110,11 +110,11 @@ def evaluate(
     questions, keys = open_questions(engine, tokenizer)
     replica, replicas = groups.pg.dp.rank(), groups.pg.dp.size()
     records = []
-    engine.model.eval()
+    engine.training(False)
     for round_ in _rounds(keys, engine.run.evaluation.eval_batch_size, replicas):
         found = answer(engine, tokenizer, questions, round_[replica], stop())
         if found is None:
-            engine.model.train()
+            engine.training(True)
             return {}, []
         asked, texts = found
         for (index, item), text in zip(asked, texts, strict=True):
@@ -122,7 +122,7 @@ def evaluate(
             record |= {"truth": item.ground_truth, "scorer": item.scorer}
             record["score"] = score(item.scorer, text, item.ground_truth)
             records.append(record)
-    engine.model.train()
+    engine.training(True)
     parts: list = [None] * groups.world.size()
     dist.all_gather_object(parts, records, group=groups.world)
     records = sorted((r for part in parts for r in part), key=lambda r: r["index"])
@@ -156,7 +156,7 @@ def write_results(
 ) -> None:
     """results.json: the accuracies, and what was trained where. Every rank calls it."""
     run, groups = engine.run, engine.groups
-    sizes = {name: math.prod(layout.global_shape) for name, _, layout in layouts(engine.inner)}
+    sizes = {name: math.prod(layout.global_shape) for name, _, layout in layouts(*engine.chunks)}
     parts: list = [None] * groups.world.size()
     dist.all_gather_object(parts, sizes, group=groups.world)
     parallel = run.parallel

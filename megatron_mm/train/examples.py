@@ -34,7 +34,7 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
     questions = EvalSet(engine.run.data.valid_data, engine.run, tokenizer)
     examples: list[dict] = []
     load: dict[str, Routes] = {}
-    engine.model.eval()
+    engine.training(False)
     for turn, key in enumerate(sorted(by_key)):
         # Keys ask about the same images in the same order: begin elsewhere for each.
         first = turn * SHOWN_PER_KEY % max(1, len(by_key[key]) - PROBED_PER_KEY)
@@ -46,7 +46,7 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
                 shown = _example(chosen[i], items[i], folder)
                 shown["looks"] = _looks(engine, tokenizer, items[i], answers[i], looks, i)
                 examples.append(shown)
-    engine.model.train()
+    engine.training(True)
     record = {"examples": examples, "experts": _experts(load)}
     write_record(engine.groups, folder / "evaluation.json", record)
 
@@ -65,7 +65,7 @@ def _probe_records(
     ids = [[*tokenizer.encode(r["prediction"]), tokenizer.message_end_id] for r in records]
     longest = max(map(len, ids))
     padded = [row + [tokenizer.pad_id] * (longest - len(row)) for row in ids]
-    batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, groups.pg.tp.size())
+    batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, groups.pad_multiple)
     lengths = prompts.cu_seqlens.diff().tolist()
     looks, routes = probe(engine, share(groups, [batch])[0], lengths)
     return items, ids, looks, routes

@@ -72,8 +72,8 @@ def share(groups: Groups, batches: Sequence[Microbatch]) -> list[Microbatch]:
     whole = []
     for index, (batch, shape) in enumerate(zip(received, shapes, strict=True)):
         pixels = batches[index].pixels_NCHW if groups.is_reader else torch.empty(shape)
-        if groups.pg.tp.size() > 1 and pixels.numel():
+        if groups.pg.tp_cp.size() > 1 and pixels.numel():
             pixels = pixels.to(platform.device()).contiguous()
-            dist.broadcast(pixels, group=groups.pg.tp, group_src=0)
+            dist.broadcast(pixels, group=groups.pg.tp_cp, group_src=0)
         whole.append(replace(batch, pixels_NCHW=pixels))
     return whole

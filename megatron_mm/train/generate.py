@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.parallel.groups import Groups
+from megatron_mm.parallel.sequence import part
 from megatron_mm.train.engine import Engine
 
 
@@ -66,14 +67,18 @@ def with_answers(
 def _greedy(logits_T1V: torch.Tensor, batch: Microbatch, groups: Groups) -> torch.Tensor:
     """int64 [samples]: the best next token of each sample; ties go to the lower id."""
     real = batch.cu_seqlens[1:][batch.cu_seqlens[1:] <= batch.num_real_tokens]
-    best, index = logits_T1V[real - 1, 0].float().max(-1)
-    tp = groups.pg.tp
-    if tp.size() == 1:
+    pg = groups.pg
+    mine = part(len(batch.tokens_T), pg.cp)
+    place = (real - 1 - mine.start).clamp(0, len(mine) - 1)  # elsewhere: any row, not counted
+    here = ((real - 1 >= mine.start) & (real - 1 < mine.stop)).to(logits_T1V.device)
+    best, index = logits_T1V[place.to(logits_T1V.device), 0].float().max(-1)
+    if pg.tp_cp.size() == 1:
         return index
-    index = index + tp.rank() * logits_T1V.shape[-1]
-    bests, indices = ([torch.empty_like(x) for _ in range(tp.size())] for x in (best, index))
-    dist.all_gather(bests, best, group=tp)
-    dist.all_gather(indices, index, group=tp)
+    best = torch.where(here, best, -torch.inf)
+    index = index + pg.tp.rank() * logits_T1V.shape[-1]
+    bests, indices = ([torch.empty_like(x) for _ in range(pg.tp_cp.size())] for x in (best, index))
+    dist.all_gather(bests, best, group=pg.tp_cp)
+    dist.all_gather(indices, index, group=pg.tp_cp)
     winner = torch.stack(bests).argmax(0, keepdim=True)
     return torch.stack(indices).gather(0, winner)[0]
 
@@ -92,12 +97,15 @@ def generate(
     parallelism the forward passes of all replicas belong together.
     """
     groups = engine.groups
-    tp = groups.pg.tp.size()
     answers = [torch.empty(len(p.cu_seqlens) - 1, 0, dtype=torch.int64) for p in prompts]
     done = [torch.zeros(len(a), dtype=torch.bool) for a in answers]
-    last = (groups.pg.pp.size() - 1) * tp  # in the replica: first TP rank of the last stage
+    # In the replica: the first rank of the last stage.
+    last = groups.replica.size() - groups.replica.size() // groups.pg.pp.size()
     for _ in range(max_new_tokens):
-        batches = [with_answers(p, a, pad_id, tp) for p, a in zip(prompts, answers, strict=True)]
+        batches = [
+            with_answers(p, a, pad_id, groups.pad_multiple)
+            for p, a in zip(prompts, answers, strict=True)
+        ]
         found = engine.forward(batches, lambda logits, batch: _greedy(logits, batch, groups))
         active = torch.zeros(1, dtype=torch.int64)
         for i in range(len(prompts)):

@@ -171,7 +171,7 @@ class Trainer:
             iteration=self.iteration,
             force_initialize=True,
             track_names="load_balancing_loss",
-            num_layers=self.engine.inner.config.num_layers,
+            num_layers=self.engine.config.num_layers,
             total_loss_dict=losses,
             pg_collection=self.groups.pg,
         )
@@ -195,7 +195,7 @@ def _open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader]:
             tokenizer,
             data_parallel_rank=groups.pg.dp.rank(),
             data_parallel_size=groups.pg.dp.size(),
-            pad_multiple=groups.pg.tp.size(),
+            pad_multiple=groups.pad_multiple,
         )
     except DataError as problem:
         error = str(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import chain
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -45,14 +46,17 @@ def freeze(model: torch.nn.Module, training: TrainingConfig) -> None:
             param.requires_grad_(False)
 
 
-def _overrides(run: RunConfig, model: torch.nn.Module) -> dict[ParamKey, ParamGroupOverride]:
+def _overrides(
+    run: RunConfig, models: list[DistributedDataParallel]
+) -> dict[ParamKey, ParamGroupOverride]:
     """One entry per (module, decays) pair whose settings differ from the default.
 
     Predicates carry the identity of their parameters: megatron-core hands them tensors only.
     """
     settings = run.optimizer
     members: dict[tuple[float, float], set[int]] = {}
-    for name, param in model.named_parameters():
+    named = chain.from_iterable(model.module.named_parameters() for model in models)
+    for name, param in named:
         module = module_of(name)
         rate = 1.0 if module == "language" else getattr(settings, f"lr_mult_{module}")
         members.setdefault((rate, float(decays(name, param))), set()).add(id(param))
@@ -72,7 +76,7 @@ def _overrides(run: RunConfig, model: torch.nn.Module) -> dict[ParamKey, ParamGr
 
 
 def build_optimizer(
-    run: RunConfig, model: DistributedDataParallel, pg: ProcessGroupCollection
+    run: RunConfig, models: list[DistributedDataParallel], pg: ProcessGroupCollection
 ) -> MegatronOptimizer:
     """AdamW; the distributed optimizer unless switched off."""
     settings = run.optimizer
@@ -94,8 +98,8 @@ def build_optimizer(
         warnings.simplefilter("ignore")
         return get_megatron_optimizer(
             config,
-            [model],
-            config_overrides=_overrides(run, model.module),
+            models,
+            config_overrides=_overrides(run, models),
             use_gloo_process_groups=False,
             pg_collection=pg,
         )

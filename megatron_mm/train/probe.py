@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.moe import Router
+from megatron_mm.model.segments import Segments
+from megatron_mm.parallel.sequence import part, shard, take
 from megatron_mm.train.engine import Engine
 
 # pair -> per sample [answer tokens, patches of that sample], averaged over heads
@@ -27,9 +30,7 @@ Routes = dict[int, torch.Tensor]
 def _recorded_routes(engine: Engine, sample_of_T: torch.Tensor, samples: int) -> Iterator[Routes]:
     """Counts of this rank's shard of the stream, filled while the context is open."""
     routes: Routes = {}
-    tp = engine.groups.pg.tp
-    shard = len(sample_of_T) // tp.size()
-    mine = sample_of_T[tp.rank() * shard : (tp.rank() + 1) * shard]
+    mine = take(sample_of_T, shard(len(sample_of_T), engine.groups.pg))
     hooks = []
 
     def count(layer: int):
@@ -40,7 +41,7 @@ def _recorded_routes(engine: Engine, sample_of_T: torch.Tensor, samples: int) ->
 
         return hook
 
-    for module in engine.inner.modules():
+    for module in chain.from_iterable(chunk.modules() for chunk in engine.chunks):
         if isinstance(module, Router):
             layer = module.layer_number - 1
             hooks.append(module.register_forward_hook(count(layer)))
@@ -70,11 +71,17 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
     weights: dict[int, list[torch.Tensor]] = {}
     with _recorded_routes(engine, sample_of_T, samples) as routes:
         engine.forward([batch], lambda logits, batch: None, looks=weights)
-    looks: Looks = {}
-    for pair, (recorded,) in weights.items():  # [samples, heads, width, patches]
-        mean = recorded.float().mean(1).cpu()
-        looks[pair] = [mean[i, prompt_lengths[i] - 1 : int(lengths[i]) - 1] for i in range(samples)]
     groups = engine.groups
+    stream = Segments.from_cu_seqlens(batch.cu_seqlens)
+    local = stream.within(part(stream.total, groups.pg.cp))
+    patches = _patches(batch, samples)
+    looks: Looks = {}
+    for pair, recorded in weights.items():
+        seen = recorded[0].float().mean(1).cpu()  # [samples here, width, patches]
+        looks[pair] = [
+            _answer_rows(seen, stream, local, sample, prompt_lengths[sample], patches[sample])
+            for sample in range(samples)
+        ]
     parts: list = [None] * groups.replica.size()
     dist.all_gather_object(parts, (looks, routes), group=groups.replica)
     if not groups.is_reader:
@@ -82,8 +89,32 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
     return _merge(parts, groups.pg.tp.size())
 
 
+def _patches(batch: Microbatch, samples: int) -> list[int]:
+    """How many patches of the memory belong to each sample."""
+    owner = torch.searchsorted(batch.cu_seqlens[1:], batch.memory_visible_M2[:, 1].contiguous())
+    return torch.bincount(owner, minlength=samples)[:samples].tolist()
+
+
+def _answer_rows(
+    seen: torch.Tensor, stream: Segments, local: Segments, sample: int, prompt: int, patches: int
+) -> torch.Tensor:
+    """[answer tokens, patches] of one sample; zero where another context-parallel rank holds
+    the position."""
+    rows = torch.zeros(int(stream.lengths[sample]) - prompt, patches)
+    place = sample - local.first
+    if not 0 <= place < local.count:
+        return rows
+    # Position of the piece's first token within its sample; the answer's first row is at prompt-1.
+    begins = int(local.origin + local.starts[place] - stream.starts[sample]) - (prompt - 1)
+    first, stop = max(0, begins), min(len(rows), begins + int(local.lengths[place]))
+    if first < stop:
+        rows[first:stop] = seen[place, first - begins : stop - begins, :patches]
+    return rows
+
+
 def _merge(parts: list[tuple[Looks, Routes]], tp_size: int) -> tuple[Looks, Routes]:
-    """Heads are split over tensor-parallel ranks, and so are the positions of the routes."""
+    """Heads are split over tensor-parallel ranks, positions over context-parallel ones, and the
+    positions of the routes over both."""
     looks: Looks = {}
     routes: Routes = defaultdict(lambda: torch.zeros(()))
     for some_looks, some_routes in parts:

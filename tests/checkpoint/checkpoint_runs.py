@@ -47,7 +47,7 @@ def train(engine: Engine, steps) -> None:
     pg = engine.groups.pg
     for step in steps:
         batches = [
-            microbatch(engine.run.model, 10 * step + i, images, pg.tp.size())
+            microbatch(engine.run.model, 10 * step + i, images, engine.groups.pad_multiple)
             for i, images in enumerate(MICROBATCHES)
         ]
         engine.forward_backward(batches[pg.dp.rank() :: pg.dp.size()], SupervisedFineTuning())
@@ -70,7 +70,7 @@ def whole(engine: Engine) -> dict[str, torch.Tensor]:
     """
     state = collect(engine)
     mine = {}
-    for name, param, layout in layouts(engine.inner):
+    for name, param, layout in layouts(*engine.chunks):
         values = {"weight": param.detach().clone(), **state.get(name, {})}
         for kind in ("weight", *KINDS):
             if kind in values:

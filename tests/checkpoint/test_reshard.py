@@ -116,7 +116,7 @@ def written_elements(run) -> dict[str, tuple[int, int]]:
     shares = blocks.replicas(engine)
     return {
         name: (0 if any(shares[name]) else param.numel(), math.prod(layout.global_shape))
-        for name, param, layout in layouts(engine.inner)
+        for name, param, layout in layouts(*engine.chunks)
     }
 
 

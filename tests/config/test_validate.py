@@ -20,7 +20,7 @@ def test_data_parallel_size():
     assert data_parallel_size(run, 8) == 1
     assert data_parallel_size(run, 24) == 3
     for world_size in (4, 12, 0):
-        with pytest.raises(ConfigError, match=rf"world_size {world_size} .*\(2 \* 4 =\) 8"):
+        with pytest.raises(ConfigError, match=rf"world_size {world_size} .*\(2 \* 1 \* 4 =\) 8"):
             data_parallel_size(run, world_size)
 
 
@@ -42,9 +42,41 @@ CASES = [
     ),
     ("--num-attention-heads 5", "num_attention_heads 5 does not divide by num_query_groups 2"),
     (
-        "--tensor-model-parallel-size 4",
-        f"num_query_groups 2 does not divide by {TP} 4; allowed: a multiple of 4, such as 4; "
-        "sizes up to num_query_groups 2 work, replicating a group over ranks is not supported yet",
+        "--num-attention-heads 12 --linear-num-key-heads 6 --linear-num-value-heads 6 "
+        "--kv-channels 24 --tensor-model-parallel-size 3",
+        "num_query_groups is 2; allowed: one whose 6 heads a group divide, or are divided by, the "
+        "4 heads of a rank",
+    ),
+    (
+        "--linear-num-key-heads 4 --tensor-model-parallel-size 2 --context-parallel-size 4",
+        "num_attention_heads 4 does not divide by tensor_model_parallel_size * "
+        "context_parallel_size (2 * 4 =) 8",
+    ),
+    (
+        "--context-parallel-size 4",
+        "linear_num_key_heads 2 does not divide by tensor_model_parallel_size * "
+        "context_parallel_size (1 * 4 =) 4",
+    ),
+    ("--kv-channels 25", "kv_channels 25 does not divide by heads of a query group 2"),
+    (
+        "--virtual-pipeline-model-parallel-size 2",
+        "pipeline_model_parallel_size is 1; allowed: 2 or more with "
+        "virtual_pipeline_model_parallel_size",
+    ),
+    (
+        "--pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2 "
+        "--no-overlap-p2p-comm",
+        "overlap_p2p_comm is False; allowed: none or true with "
+        "virtual_pipeline_model_parallel_size 2",
+    ),
+    (
+        "--pipeline-model-parallel-size 2 --overlap-p2p-comm",
+        "overlap_p2p_comm is True; allowed: none or false with "
+        "virtual_pipeline_model_parallel_size None",
+    ),
+    (
+        "--pipeline-model-parallel-size 4 --virtual-pipeline-model-parallel-size 3",
+        "pipeline_model_parallel_size 12 is more than the 8 ",
     ),
     (
         "--linear-num-key-heads 1 --tensor-model-parallel-size 2",
@@ -78,10 +110,6 @@ CASES = [
     (
         "--vision-hidden-size 66",
         "vision_hidden_size 66 does not divide by vision_num_attention_heads 4",
-    ),
-    (
-        "--vision-num-attention-heads 1 --tensor-model-parallel-size 2",
-        f"vision_num_attention_heads 1 does not divide by {TP} 2",
     ),
     (
         "--vision-ffn-hidden-size 129 --tensor-model-parallel-size 2",
@@ -158,6 +186,13 @@ def test_refused(flags, words):
             "pipeline_model_parallel_size (1 * 4 * 1 =) 4; allowed: a multiple of 4, such as 8",
         ),
         (
+            "--global-batch-size 6 --pipeline-model-parallel-size 2 "
+            "--virtual-pipeline-model-parallel-size 2",
+            4,
+            "the number of microbatches (global_batch_size / (1 * 2) =) 3 does not divide by "
+            "pipeline_model_parallel_size 2",
+        ),
+        (
             "--global-batch-size 6 --micro-batch-size 2",
             2,
             "global_batch_size 6 does not divide by micro_batch_size * data_parallel_size "
@@ -190,7 +225,6 @@ def test_looks_without_a_memory_are_a_legal_control_arm():
     validate(run_with(flags))
 
 
-def test_the_6b_vision_model_is_refused_where_its_25_heads_do_not_divide():
-    run = run_with("--tensor-model-parallel-size 2", preset="mm-80b")
-    with pytest.raises(ConfigError, match="vision_num_attention_heads 25 does not divide by .* 2"):
-        validate(run)
+@pytest.mark.parametrize("tp", [2, 4, 8, 16])
+def test_the_80b_model_splits_its_2_key_value_groups_and_25_vision_heads(tp):
+    validate(run_with(f"--tensor-model-parallel-size {tp}", preset="mm-80b"))

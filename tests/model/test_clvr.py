@@ -29,13 +29,13 @@ PATCHES = 16  # of a tile of the small model
 @torch.no_grad()
 def test_a_new_model_is_the_base_model_to_the_bit(pg):
     batch = microbatch(small_run().model, seed=1)
-    model = build(small_run(), pg)
+    model = build(small_run(), pg)[0]
     assert len(model.language.looks) == 2
     logits = model(batch)
-    base = build(small_run(vision_memory="none"), pg)
+    base = build(small_run(vision_memory="none"), pg)[0]
     assert not len(base.language.looks) and base.vision.memory_proj is None
     assert torch.equal(logits, base(batch))
-    assert torch.equal(logits, build(small_run("GE *E GE *E"), pg)(batch))
+    assert torch.equal(logits, build(small_run("GE *E GE *E"), pg)[0](batch))
     # It is the zero out-projection that does it, not a look that is never run.
     assert relative(off_zero(model)(batch), logits) > 1e-2
 
@@ -57,7 +57,7 @@ class Stage:
         for name, param in self.look.named_parameters():
             if "norm" in name:
                 param.data.normal_(0, 0.2, generator=g)
-        self.context = StreamContext.build(self.batch, run.model, pg.tp, with_memory=True)
+        self.context = StreamContext.build(self.batch, run.model, pg, with_memory=True)
         rows = memory_rows(self.batch, run.model, 1)
         self.hidden = torch.randn(len(self.batch.tokens_T), 1, 64, generator=g)
         self.memory = torch.randn(rows, 1, 32, generator=g)
@@ -145,7 +145,7 @@ def test_a_look_by_hand(pg, double):
     """Attention written out for every position, patch and head, from the weights' layout."""
     run = small_run()
     stage = Stage(pg, mixed(run.model), run)
-    look, heads, width = stage.look, 2, 16
+    look, heads, width = stage.look, 4, 16
     patches = len(stage.batch.memory_visible_M2)
     query = look.linear_q(look.query_norm(stage.hidden))[0].view(-1, heads, width)
     memory = look.memory_norm(stage.memory[:patches, 0])
@@ -182,18 +182,18 @@ def test_a_look_by_hand(pg, double):
 @torch.no_grad()
 def test_recorded_weights_of_the_whole_model(pg):
     run = small_run()
-    model = off_zero(build(run, pg)).eval()
+    model = off_zero(build(run, pg)[0]).eval()
     batch = pack(run.model, mixed(run.model))
     looks = {}
     logits = model(batch, looks=looks)
     assert torch.equal(logits, model(batch)), "recording changes nothing"
     assert sorted(looks) == [0, 1] and all(len(weights) == 1 for weights in looks.values())
-    context = StreamContext.build(batch, run.model, pg.tp, with_memory=True)
+    context = StreamContext.build(batch, run.model, pg, with_memory=True)
     sees = context.memory.visible.any(-1)[:, None]
     for (weights,) in looks.values():
         # The sum of up to 48 fp32 weights.
         torch.testing.assert_close(
-            weights.sum(-1), sees.float().expand(-1, 2, -1), rtol=0, atol=1e-6
+            weights.sum(-1), sees.float().expand(-1, 4, -1), rtol=0, atol=1e-6
         )
         assert not weights[~context.memory.visible[:, None].expand_as(weights)].any()
     assert not torch.equal(looks[0][0], looks[1][0])
@@ -204,7 +204,7 @@ def test_recorded_weights_of_the_whole_model(pg):
 def test_what_a_look_found_is_added_where_it_is_injected(pg, pattern):
     """The k-th J adds the refinement of the k-th L and nothing else; an L adds nothing."""
     run = small_run(pattern)
-    model = off_zero(build(run, pg)).eval()
+    model = off_zero(build(run, pg)[0]).eval()
     found, states = {}, []
     for pair, look in model.language.looks.items():
         look.register_forward_hook(lambda m, i, out, pair=int(pair): found.setdefault(pair, out))
@@ -238,7 +238,7 @@ def changed_positions(model, before, after) -> torch.Tensor:
 @pytest.mark.parametrize("offset", [0, 3, 5, 9, 12, 20])
 def test_a_later_token_changes_no_earlier_logit(pg, double, offset):
     run = small_run()
-    model = off_zero(build(run, pg)).eval()
+    model = off_zero(build(run, pg)[0]).eval()
     s = sample(run.model, 4, (2, 1), text=5)
     text = [i for i in range(len(s)) if i not in s.stream_positions]
     at = text[min(offset, len(text) - 1)]
@@ -255,7 +255,7 @@ def test_who_sees_which_image(pg, double, image, part):
     """Two images of two tiles. Their tiles are in the memory only, so between the images the
     first one's count and the second one's do not; a thumbnail counts where it stands."""
     run = small_run()  # thumbnail in the stream, tiles in the memory
-    model = off_zero(build(run, pg)).eval()
+    model = off_zero(build(run, pg)[0]).eval()
     s = sample(run.model, 4, (2, 2), text=5)
     pixels = s.pixels.clone()
     pixels[3 * image + (1 if part == "tile" else 2)] += 1.0
@@ -268,7 +268,7 @@ def test_who_sees_which_image(pg, double, image, part):
 @torch.no_grad()
 def test_between_two_images_only_the_first_is_looked_at(pg):
     run = small_run()
-    model = off_zero(build(run, pg)).eval()
+    model = off_zero(build(run, pg)[0]).eval()
     s = sample(run.model, 4, (2, 2), text=5)
     looks = {}
     model(pack(run.model, [s]), looks=looks)
@@ -308,7 +308,7 @@ def test_memory_map_by_hand():
     of the rectangle, and yet the memory is not the rectangle."""
     stream = Segments.from_cu_seqlens(torch.tensor([0, 3, 7]))
     visible, coordinates = torch.tensor([[4, 7], [5, 7]]), torch.rand(2, 2)
-    map_ = MemoryMap.build(stream, visible, coordinates, rows=4)
+    map_ = MemoryMap.build(stream, stream, visible, coordinates, rows=4)
     memory = torch.tensor([10.0, 20.0, 0.0, 0.0])
     assert map_.patches.to_rectangle(memory)[1].tolist() == [10.0, 20.0]
     assert map_.visible.tolist() == [

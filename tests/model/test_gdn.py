@@ -146,7 +146,7 @@ def test_causal_conv_is_torchs(length, width):
 @pytest.fixture(scope="module")
 def layer(pg):
     run = small_run()
-    made = GatedDeltaNet(run.model.language, language_config(run), pg.tp, out_std=0.1)
+    made = GatedDeltaNet(run.model.language, language_config(run), pg, out_std=0.1)
     initialize(made, seed=3)
     with torch.no_grad():  # slow decays: a state that is not reset is seen from far away
         made.A_log.fill_(-5.0)

@@ -133,7 +133,7 @@ def test_a_view_must_hold_the_parameter():
 
 
 def test_every_parameter_of_the_model_has_a_layout(pg):
-    model = build(small_run(), pg)
+    model = build(small_run(), pg)[0]
     found = {name: (param, layout) for name, param, layout in layouts(model)}
     assert set(found) == {name for name, _ in model.named_parameters()}
     for name, (param, layout) in found.items():
@@ -162,7 +162,7 @@ STDS = {  # of small_run: init_method_std 0.1, four layers; vision_init_method_s
 
 
 def test_the_model_starts_with_the_standard_deviations_asked_for(pg):
-    params = dict(build(small_run(), pg).named_parameters())
+    params = dict(build(small_run(), pg)[0].named_parameters())
     for name, std in STDS.items():
         # Five times the sampling error std / sqrt(2 n).
         allowed = 5 * std / (2 * params[name].numel()) ** 0.5

@@ -31,7 +31,7 @@ SIX_B = dict(vision_normalization="RMSNorm", vision_add_qkv_bias=False, vision_q
 
 def pair(model: ModelConfig, pg, dtype: torch.dtype = torch.float32):
     hf = transformers_model(model).to(dtype)
-    ours = build(RunConfig(model=model), pg).to(dtype).eval()
+    ours = build(RunConfig(model=model), pg)[0].to(dtype).eval()
     copy_weights(hf, ours)
     return hf, ours
 
@@ -219,7 +219,7 @@ def test_vision_tower_on_other_sizes(pg, style, size):
     ).eval()
     randomise(hf, 1)
     run = RunConfig(model=model)
-    ours = InternViT(model.vision, vision_config(run, language_config(run)), pg.tp)
+    ours = InternViT(model.vision, vision_config(run, language_config(run)), pg.tp, False)
     ledger = Ledger(hf, ours)
     copy_vision(ledger, hf.config, "", "")
     ledger.close()

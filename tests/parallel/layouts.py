@@ -27,6 +27,8 @@ def parallel_config(**sizes) -> ParallelConfig:
     names = {
         "tp": "tensor_model_parallel_size",
         "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size",
+        "cp": "context_parallel_size",
         "ep": "expert_model_parallel_size",
         "etp": "expert_tensor_parallel_size",
     }
@@ -36,7 +38,7 @@ def parallel_config(**sizes) -> ParallelConfig:
 def off_zero(engine: Engine) -> None:
     """Move every out-projection of a look away from zero, alike on every layout: while it is
     zero, a memory without gradient passes every gradient test."""
-    for name, param, layout in layouts(engine.inner):
+    for name, param, layout in layouts(*engine.chunks):
         if ".looks." in name and name.endswith("linear_proj.weight"):
             whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(3))
             param.data.copy_(whole[layout.block] * 0.2)
@@ -58,7 +60,7 @@ def detach_memory_on_the_wire(engine: Engine) -> None:
 
 def forget_reduction(engine: Engine, suffix: str) -> None:
     """Leave the partial gradients of these parameters unsummed over tensor-parallel ranks."""
-    for name, param, _ in layouts(engine.inner):
+    for name, param, _ in layouts(*engine.chunks):
         if name.endswith(suffix):
             assert param.sequence_parallel, f"{name} has no reduction to forget"
             param.sequence_parallel = False
@@ -100,7 +102,7 @@ def step_gradients(
     made = groups.build(parallel)
     engine = Engine.create(run, made)
     off_zero(engine)
-    multiple = pad_multiple or parallel.tensor_model_parallel_size
+    multiple = pad_multiple or made.pad_multiple
     batches = steps_batches(run, multiple)
     dp, rank = made.pg.dp.size(), made.pg.dp.rank()
     pack = multimodal.pack
@@ -117,8 +119,28 @@ def step_gradients(
         loss.zero_()
     dist.all_reduce(loss)
     blocks = {
-        name: (layout.global_shape, layout.block, param.main_grad.clone().view(layout.local_shape))
-        for name, param, layout in layouts(engine.inner)
+        name: (layout.global_shape, layout.block, layout.held(param.main_grad).clone())
+        for name, param, layout in layouts(*engine.chunks)
         if param.requires_grad
     }
     return float(loss[0] / loss[1]), gather(blocks)
+
+
+def saved_bytes(run: RunConfig) -> int:
+    """Bytes of the distinct tensors that one forward pass leaves for the backward pass,
+    parameters not counted. On one rank."""
+    made = groups.build(ParallelConfig())
+    (model,) = multimodal.build(run, made.pg)
+    batch = steps_batches(run, 1)[0]
+    known = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(batch)
+    return sum(storage.nbytes() for storage in kept.values())

@@ -277,7 +277,7 @@ def on_rank_receive(run) -> dict:
         "reader": made.is_reader,
         "calls": len(calls),
         "stopping": stopping,
-        "stage": made.stage,
+        "stage": made.pg.pp.rank(),
         "tables": [batch_hash(b, without=("pixels_NCHW",)) for b in batches],
         "pixels": [b.pixels_NCHW.untyped_storage().nbytes() for b in batches],
         "whole": [batch_hash(b) for b in batches],
@@ -285,7 +285,7 @@ def on_rank_receive(run) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", ["TP2", "PP2", "DP2", "TP2xPP2"])
+@pytest.mark.parametrize("name", ["TP2", "PP2", "DP2", "CP2", "TP2xPP2", "PP2xVPP2xCP2"])
 def test_a_replica_shares_what_its_reader_read(ranks, scenes, name):
     size, sizes = LAYOUTS[name]
     found = ranks(size, on_rank_receive, digits_run(scenes, **sizes))

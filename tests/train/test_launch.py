@@ -144,8 +144,8 @@ def test_a_bad_row_ends_the_launch_with_one_line(config, tmp_path):
 REFUSED = {
     "an unknown flag": (["--tensor-parallel", "2"], "unknown flag --tensor-parallel"),
     "a size that does not divide": (
-        ["--tensor-model-parallel-size", "2", "--num-query-groups", "1"],
-        "num_query_groups 1 does not divide by tensor_model_parallel_size 2",
+        ["--tensor-model-parallel-size", "2", "--linear-num-key-heads", "1"],
+        "linear_num_key_heads 1 does not divide by tensor_model_parallel_size 2",
     ),
     "too few ranks": (["--tensor-model-parallel-size", "2"], "world_size 1 does not divide"),
     "no such file": (["--config", "nowhere.yaml"], "nowhere.yaml"),

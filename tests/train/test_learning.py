@@ -81,11 +81,11 @@ def on_rank_decay(run) -> tuple[dict[str, float], set]:
     """name -> by what factor a step with zero gradients shrinks each parameter."""
     trainer = new_trainer(run)
     engine = trainer.engine
-    for _, param, _ in layouts(engine.inner):
+    for _, param, _ in layouts(*engine.chunks):
         param.data.uniform_(0.5, 1.5)  # no zeros, on which decay would not be seen
     engine.optimizer.reload_model_params()
     before = parameters(trainer)
-    engine.model.zero_grad_buffer()
+    engine.models[0].zero_grad_buffer()
     engine.optimizer.zero_grad()
     engine.gradient_norm()
     engine.update()

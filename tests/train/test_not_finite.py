@@ -23,7 +23,7 @@ from megatron_mm.train.errors import NonFiniteError
 
 
 def poison_weight(trainer) -> None:
-    for name, param, _ in layouts(trainer.engine.inner):
+    for name, param, _ in layouts(*trainer.engine.chunks):
         if name == "final_norm.weight":
             param.data[0] = torch.nan
     trainer.engine.optimizer.reload_model_params()
@@ -45,7 +45,7 @@ def poison_image(trainer) -> None:
 def poison_gradient(trainer, suffix: str = "linear_fc2.weight") -> None:
     """On the last rank only; the loss stays finite."""
     if trainer.groups.world.rank() == trainer.groups.world.size() - 1:
-        params = [p for name, p, _ in layouts(trainer.engine.inner) if name.endswith(suffix)]
+        params = [p for name, p, _ in layouts(*trainer.engine.chunks) if name.endswith(suffix)]
         params[-1].register_hook(lambda gradient: gradient * math.inf)
 
 

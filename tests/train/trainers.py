@@ -20,6 +20,8 @@ from megatron_mm.train.loop import Trainer
 
 TP2 = dict(tensor_model_parallel_size=2)
 PP2 = dict(pipeline_model_parallel_size=2)
+CP2 = dict(context_parallel_size=2)
+VPP2 = dict(virtual_pipeline_model_parallel_size=2)
 EP2 = dict(expert_model_parallel_size=2)
 # Ranks and settings. What is left of the ranks is data parallel; the distributed optimizer
 # is on by default.
@@ -30,7 +32,10 @@ LAYOUTS = {
     "PP2": (2, PP2),
     "EP2": (2, EP2),
     "DP2": (2, {}),
+    "CP2": (2, CP2),
+    "PP2xVPP2": (2, PP2 | VPP2),
     "TP2xPP2": (4, TP2 | PP2),
+    "PP2xVPP2xCP2": (4, PP2 | VPP2 | CP2),
 }
 # Two stages of it exchange a refinement that waits for its J.
 PATTERN = "GE L *E J"
@@ -68,10 +73,10 @@ def new_trainer(run: RunConfig) -> Trainer:
 def move_looks_off_zero(engine: Engine) -> None:
     """A new look adds nothing until its out-projection is trained; give it a say, alike on
     every layout."""
-    for name, param, layout in layouts(engine.inner):
+    for name, param, layout in layouts(*engine.chunks):
         if ".looks." in name and name.endswith("linear_proj.weight"):
             whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(3))
-            param.data.view(layout.local_shape).copy_(whole[layout.block] * 0.2)
+            layout.held(param.data).copy_(whole[layout.block] * 0.2)
     engine.optimizer.reload_model_params()
 
 
@@ -90,7 +95,7 @@ def batch_hash(batch: Microbatch, without: tuple[str, ...] = ()) -> str:
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p, _ in layouts(trainer.engine.inner)}
+    return {name: p.detach().clone() for name, p, _ in layouts(*trainer.engine.chunks)}
 
 
 def peek(trainer) -> list:
