@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NoReturn, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 from megatron_mm.config.errors import ConfigError
 from megatron_mm.config.schema import DataPhase, RunConfig
@@ -60,8 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
         if inner is bool:
             options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         elif get_origin(inner) is list:
-            phases = inner == list[DataPhase]
-            options = {"nargs": "+", "metavar": "PATH[:SAMPLES]" if phases else "NUMBER"}
+            (item,) = get_args(inner)
+            word = {DataPhase: "PATH[:SAMPLES]", float: "NUMBER"}.get(item)
+            options = {"nargs": "+", "metavar": word or expected(item).replace(", ", "|")}
         else:
             word = {int: "INT", float: "FLOAT", str: "TEXT"}.get(inner)
             options = {"metavar": word or expected(inner).replace(", ", "|")}

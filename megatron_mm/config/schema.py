@@ -19,6 +19,7 @@ ImageStream = Literal["thumbnail", "tiles", "all"]
 # core_attn: whatever mixes positions (attention, delta rule, look), without its projections;
 # moe: a whole mixture of experts; vision: a whole layer of the ViT.
 RecomputeModule = Literal["core_attn", "moe", "vision"]
+LoraTarget = Literal["language", "vision", "projector"]
 
 
 @dataclass
@@ -182,6 +183,22 @@ class TrainingConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters on the linears of whole modules; off unless `lora_rank` is set.
+
+    A target's own parameters are frozen, whatever its freeze flag says, and its adapters
+    train. Modules that are no target (the router and CLVR among them) follow their flags.
+    """
+
+    lora_rank: int | None = None
+    lora_alpha: float = 32.0  # what adapters add is scaled by lora_alpha / lora_rank
+    lora_targets: list[LoraTarget] = field(default_factory=lambda: ["language"])
+
+    def adapts(self, module: str) -> bool:
+        return self.lora_rank is not None and module in self.lora_targets
+
+
+@dataclass
 class CheckpointConfig:
     save: str | None = None
     save_interval: int | None = None  # steps; default: only at the end
@@ -214,6 +231,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

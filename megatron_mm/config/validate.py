@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_mm.config.errors import ConfigError
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
-from megatron_mm.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_mm.config.schema import LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_mm.config.tree import leaves, optional
 
 # Numbers are positive, but these may be zero (a rate, a weight or a count that is off).
@@ -47,6 +47,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_pipeline(run.parallel)
     _check_data(run)
     _check_training(run)
+    _check_lora(run)
     if world_size is not None:
         _check_world(run, world_size)
 
@@ -231,7 +232,8 @@ def _check_data(run: RunConfig) -> None:
 def _check_training(run: RunConfig) -> None:
     opt, train, par = run.optimizer, run.training, run.parallel
     modules = ("vision", "projector", "language", "clvr", "router")
-    if all(getattr(train, f"freeze_{module}") for module in modules):
+    trains = [run.lora.adapts(m) or not getattr(train, f"freeze_{m}") for m in modules]
+    if not any(trains):
         raise ConfigError("every module is frozen; allowed: at least 1 of the 5 freeze flags false")
     phases = [phase.samples for phase in run.data.train_data]
     if phases and phases[-1] is not None:
@@ -259,6 +261,21 @@ def _check_training(run: RunConfig) -> None:
     ):
         off = "false" if value is True else "none"
         _require(not value or bool(other), key, value, f"{off}, or this value with {needed}")
+
+
+def _check_lora(run: RunConfig) -> None:
+    lora, targets = run.lora, run.lora.lora_targets
+    if lora.lora_rank is None:
+        default = LoraConfig()
+        for key in ("lora_alpha", "lora_targets"):
+            value, off = getattr(lora, key), getattr(default, key)
+            _require(value == off, key, value, f"{off!r}, or this value with lora_rank")
+        return
+    allowed = "at least one of language, vision, projector, each once"
+    _require(targets and len({*targets}) == len(targets), "lora_targets", targets, allowed)
+    if run.model.vision is None:
+        allowed = "['language'], because model.vision is none"
+        _require(targets == ["language"], "lora_targets", targets, allowed)
 
 
 def _expert_tp(parallel: ParallelConfig) -> int:

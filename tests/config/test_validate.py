@@ -163,6 +163,12 @@ CASES = [
     ("--finetune", "finetune is True; allowed: false, or this value with load"),
     ("--eval-interval 5", "eval_interval is 5; allowed: none, or this value with valid_data"),
     ("--overlap-param-gather", "overlap_param_gather is True; allowed: false, or true with use_"),
+    ("--lora-rank 0", "lora.lora_rank is 0; allowed: more than 0"),
+    ("--lora-rank 4 --lora-alpha 0", "lora.lora_alpha is 0.0; allowed: more than 0"),
+    ("--lora-alpha 8", "lora_alpha is 8.0; allowed: 32.0, or this value with lora_rank"),
+    ("--lora-targets vision", "lora_targets is ['vision']; allowed: ['language'], or this value"),
+    ("--lora-rank 4 --lora-targets vision vision", "at least one of language, vision, projector"),
+    ("--lora-rank 4 --lora-targets clvr", "lora-targets[0] is 'clvr'; allowed: language, vision"),
 ]
 
 
@@ -216,6 +222,20 @@ def test_text_only_models_cannot_look():
         validate(run)
     run = load(None, [*flags.split(), "--vision-memory", "tiles"])
     with pytest.raises(ConfigError, match="vision_memory is 'tiles'; allowed: none"):
+        validate(run)
+
+
+def test_adapters_learn_where_everything_else_is_frozen():
+    modules = ("vision", "projector", "language", "clvr", "router")
+    flags = " ".join(f"--freeze-{module}" for module in modules)
+    validate(run_with(f"{flags} --lora-rank 4 --lora-targets projector"))
+
+
+def test_adapters_need_the_module_they_adapt():
+    flags = ["--preset", "qwen3-next-80b-a3b", "--seq-length", "128", "--lora-rank", "4"]
+    validate(load(None, flags))
+    run = load(None, [*flags, "--lora-targets", "language", "vision"])
+    with pytest.raises(ConfigError, match=r"\['language'\], because model.vision is none"):
         validate(run)
 
 
