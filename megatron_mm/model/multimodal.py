@@ -27,6 +27,7 @@ from megatron_mm.model.clvr import memory_hidden_size
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.linear import ReplicatedLinear, column, vocab_embedding
+from megatron_mm.model.lora import add_lora
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.projector import Projector
 from megatron_mm.model.recompute import Recompute
@@ -218,6 +219,7 @@ def build(run: RunConfig, pg: ProcessGroupCollection) -> list[MultimodalModel]:
         for chunk in range(run.parallel.virtual_pipeline_model_parallel_size or 1)
     ]
     for model in chunks:
+        add_lora(model, run.lora, pg.tp)
         initialize(model, run.training.seed)
         model.to(platform.device())
     return chunks

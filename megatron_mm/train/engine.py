@@ -67,7 +67,7 @@ class Engine:
         )
         models = []
         for number, chunk in enumerate(chunks):
-            freeze(chunk, run.training)
+            freeze(chunk, run)
             models.append(
                 DistributedDataParallel(
                     config,

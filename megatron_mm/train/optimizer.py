@@ -17,7 +17,8 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mm.config import RunConfig, TrainingConfig
+from megatron_mm.config import RunConfig
+from megatron_mm.model.lora import is_adapter
 
 
 def module_of(name: str) -> str:
@@ -39,10 +40,13 @@ def decays(name: str, param: torch.Tensor) -> bool:
     return param.dim() > 1 and not name.endswith(("class_token", "positions"))
 
 
-def freeze(model: torch.nn.Module, training: TrainingConfig) -> None:
-    """Switch off the gradients of every module whose freeze flag is set."""
+def freeze(model: torch.nn.Module, run: RunConfig) -> None:
+    """Switch off the gradients of every module whose freeze flag is set, and of what LoRA
+    adapts; adapters always learn."""
     for name, param in model.named_parameters():
-        if getattr(training, f"freeze_{module_of(name)}"):
+        module = module_of(name)
+        frozen = run.lora.adapts(module) or getattr(run.training, f"freeze_{module}")
+        if frozen and not is_adapter(name):
             param.requires_grad_(False)
 
 
