@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_mm.checkpoint.errors import CheckpointError
-from megatron_mm.config import ConfigError, ModelConfig, from_dict, to_dict, without_clvr
+from megatron_mm.config import (
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    from_dict,
+    to_dict,
+    without_clvr,
+)
+from megatron_mm.model.lora import is_adapter
 
 # How a model starts or trains, not what it computes: may change between save and load.
 NOT_THE_MODEL = {
@@ -52,17 +60,32 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
         )
 
 
+def check_adapters(stored: dict, lora: LoraConfig) -> None:
+    """Raises CheckpointError if adapters there would add something else here: rank and alpha
+    scale them. Whether there are any, and beside which linears, the tensors say."""
+    try:
+        there = from_dict(LoraConfig, stored, "lora")
+    except ConfigError as error:
+        raise CheckpointError(f"its run.json describes no adapters: {error}") from None
+    if there.lora_rank is None or lora.lora_rank is None:
+        return
+    for key in ("lora_rank", "lora_alpha"):
+        a, b = getattr(there, key), getattr(lora, key)
+        if a != b:
+            raise CheckpointError(f"it holds other adapters: {key} is {a} there and {b} here")
+
+
 def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
     """Compare key -> whole shape.
 
     Returns:
-        Keys that the checkpoint lacks and may lack: CLVR's, when fine-tuning.
+        Keys that the checkpoint lacks and may lack: CLVR's and adapters', when fine-tuning.
 
     Raises:
         CheckpointError: tensors are missing, of another shape, or foreign.
     """
     missing = sorted(expected.keys() - stored.keys())
-    added = [key for key in missing if finetune and key.startswith(CLVR)]
+    added = [key for key in missing if finetune and (key.startswith(CLVR) or is_adapter(key))]
     missing = [key for key in missing if key not in set(added)]
     foreign = sorted(stored.keys() - expected.keys())
     if finetune:
@@ -84,5 +107,12 @@ def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
         hint = ""
         if any(key.startswith("optimizer.") for key in missing + foreign):
             hint = "; optimizer state fits only the same trainable modules, else use finetune"
+        # Without them it would be another model than the one that was trained.
+        adapters = [key for key in foreign if key.startswith("model.") and is_adapter(key)]
+        if adapters:
+            hint = (
+                f"; {len(adapters)} of them (first {adapters[0]}) are LoRA's: "
+                "set lora_rank and lora_targets as there, or merge them first (tools/merge_lora.py)"
+            )
         raise CheckpointError(f"of {len(expected)} tensors expected, {'; '.join(words)}{hint}")
     return added

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import megatron_mm
 from megatron_mm.checkpoint import blocks, folders, optimizer_state, rng, storage
-from megatron_mm.checkpoint.compatible import check_model, check_tensors
+from megatron_mm.checkpoint.compatible import check_adapters, check_model, check_tensors
 from megatron_mm.checkpoint.engine import Engine
 from megatron_mm.checkpoint.errors import CheckpointError, together
 from megatron_mm.config import to_dict
@@ -132,12 +132,12 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     Args:
         folder: a checkpoint, or the folder of checkpoints whose `latest` names one.
         finetune: weights only. Optimizer, schedule and generators stay as they are; CLVR's
-            parameters that the checkpoint lacks stay as initialised.
+            and adapters' parameters that the checkpoint lacks stay as initialised.
 
     Returns:
         "iteration", "consumed_samples" (None if the loader has no such number), "loader",
         "extra", "config" as saved; "folder" that was read; "rng_restored" (same layout only);
-        "initialized": names of CLVR parameters that were not in the checkpoint.
+        "initialized": names of the parameters that were not in the checkpoint.
 
     Raises:
         CheckpointError: it does not fit or is damaged (on every rank, before anything changed).
@@ -153,6 +153,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     expected = blocks.expected_shapes(engine, with_optimizer=not finetune)
     with together(groups, doing):
         check_model(run["config"]["model"], engine.run.model, finetune=finetune)
+        check_adapters(run["config"].get("lora", {}), engine.run.lora)
         _check_precision(run["config"], engine, finetune)
         stored, index = storage.read_index(path)
         added = check_tensors(stored, expected, finetune=finetune)

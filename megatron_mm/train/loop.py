@@ -58,8 +58,10 @@ class Trainer:
                 self.seconds = state["extra"].get("seconds", 0.0)
                 self.loader.load_state_dict(state["loader"])
             elif state["initialized"] and self.is_logger:
-                names = ", ".join(state["initialized"])
-                print(f"new in this model, as initialised: {names}", file=sys.stderr)
+                names, most = state["initialized"], 8  # adapters may be thousands
+                more = f" and {len(names) - most} more" if len(names) > most else ""
+                words = f"new in this model, as initialised: {', '.join(names[:most])}{more}"
+                print(words, file=sys.stderr)
         self.stop_requested = False
 
     @property
