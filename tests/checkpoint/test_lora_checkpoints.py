@@ -58,7 +58,11 @@ def test_a_base_is_loaded_and_adapters_start_as_initialised(ranks, base, paralle
 
 RESUMED = {
     "TP2": (TP2, TARGETS, {}),
-    "bf16 DP2": ({}, ("language",), dict(bf16=True)),
+    "bf16 DP2 overlapped": (
+        dict(overlap_grad_reduce=True, overlap_param_gather=True),
+        ("language",),
+        dict(bf16=True),
+    ),
     "PP2, nothing to train on the last stage": (
         PP2,
         ("projector",),
