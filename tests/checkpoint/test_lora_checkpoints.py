@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from batches import microbatch
 from checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
 from test_bad_checkpoints import refused
@@ -151,32 +152,35 @@ def test_merged_computes_the_same(ranks, adapted, tmp_path, size, parallel):
     assert "missing (first optimizer." in message and "else use finetune" in message
 
 
-def environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def test_the_tool_merges_on_two_tensor_parallel_ranks(ranks, adapted, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    flags = ["--load", str(adapted[0]), "--save", str(tmp_path), "--tensor-model-parallel-size=2"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", "tools/merge_lora.py", *flags],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"merged: {tmp_path}/iter_0000003"
-    check_merged(ranks, adapted, tmp_path)
-    run = json.loads((tmp_path / "iter_0000003" / "run.json").read_text())
-    assert run["layout"]["tp"] == 2 and run["config"]["lora"]["lora_rank"] is None
-
-
-@pytest.fixture(scope="module")
-def tool():
-    """tools/merge_lora.py as a module; `main` answers before it starts a job."""
+def load_tool():
+    """tools/merge_lora.py as a module."""
     spec = importlib.util.spec_from_file_location("merge_lora", ROOT / "tools" / "merge_lora.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def launched(port: int, flags: list[str]) -> tuple[int, str]:
+    """The tool's exit status and output in a job of its own, as torchrun would start it."""
+    names = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "MASTER_PORT": port}
+    dist.destroy_process_group()
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        for name, value in (names | {"MASTER_ADDR": "127.0.0.1"}).items():
+            patch.setenv(name, str(value))
+        return load_tool().main(flags), out.getvalue()
+
+
+def test_the_tool_merges_on_two_tensor_parallel_ranks(ranks, adapted, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--load", str(adapted[0]), "--save", str(tmp_path), "--tensor-model-parallel-size=2"]
+    said = ranks(2, launched, port, flags)
+    assert said == [(0, f"merged: {tmp_path}/iter_0000003\n"), (0, "")]
+    check_merged(ranks, adapted, tmp_path)
+    run = json.loads((tmp_path / "iter_0000003" / "run.json").read_text())
+    assert run["layout"]["tp"] == 2 and run["config"]["lora"]["lora_rank"] is None
 
 
 @pytest.mark.parametrize(
@@ -194,9 +198,9 @@ def tool():
         ),
     ],
 )
-def test_the_tool_refuses_in_one_line(tool, base, adapted, tmp_path, capsys, flags, status, words):
+def test_the_tool_refuses_in_one_line(base, adapted, tmp_path, capsys, flags, status, words):
     folders = {"base": base[0], "adapted": adapted[0], "new": tmp_path / "new"}
-    assert tool.main(flags.format(**folders).split()) == status
+    assert load_tool().main(flags.format(**folders).split()) == status
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert line.startswith("error: ") and words.format(**folders) in line
