@@ -41,6 +41,8 @@ TARGETS = {
     "vision": "vision.vit.",
     "projector": "vision.projector.",
 }
+# What makes the first hidden state of a target that has layers; frozen with its target.
+EMBEDDINGS = {"language": "embedding", "vision": "vision.vit.embedding"}
 # The last name of every linear in them; what a linear splits is read from its weight's layout.
 LINEARS = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2")
 
@@ -118,16 +120,26 @@ def _add(linear: nn.Module, inputs: tuple, output: tuple) -> tuple:
     return y + linear.lora(inputs[0]), bias
 
 
+def _ask_for_gradient(embedding: nn.Module, inputs: tuple, hidden: torch.Tensor) -> torch.Tensor:
+    """Forward hook: what a frozen embedding returns needs no gradient by itself, but a layer
+    that is recomputed in the backward pass (torch's reentrant checkpoint, megatron-core's) gives
+    its adapters none unless what enters it needs one."""
+    return hidden.requires_grad_() if torch.is_grad_enabled() else hidden
+
+
 def add_lora(model: nn.Module, lora: LoraConfig, tp: ProcessGroup) -> None:
     """Give every linear of every target in this stage an adapter; nothing if LoRA is off.
 
-    Call it before parameters are initialised and wrapped.
+    Call it before parameters are initialised and wrapped; train.optimizer.freeze() does the rest.
     """
-    prefixes = tuple(prefix for module, prefix in TARGETS.items() if lora.adapts(module))
-    for name, linear in [*model.named_modules()]:
+    prefixes = tuple(prefix for target, prefix in TARGETS.items() if lora.adapts(target))
+    embeddings = [path for target, path in EMBEDDINGS.items() if lora.adapts(target)]
+    for name, module in [*model.named_modules()]:
         if name.startswith(prefixes) and name.rpartition(".")[2] in LINEARS:
-            linear.lora = LoRA(linear, lora.lora_rank, lora.lora_alpha, tp)
-            linear.lora.hook = linear.register_forward_hook(_add)
+            module.lora = LoRA(module, lora.lora_rank, lora.lora_alpha, tp)
+            module.lora.hook = module.register_forward_hook(_add)
+        elif name in embeddings:
+            module.register_forward_hook(_ask_for_gradient)
 
 
 def adapted(model: nn.Module) -> Iterator[nn.Module]:

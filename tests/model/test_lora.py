@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import microbatch, small_run
+from torch.utils.checkpoint import checkpoint
 
 from megatron_mm.config import LoraConfig
 from megatron_mm.model.lora import adapted, is_adapter, merge
 from megatron_mm.model.multimodal import build
+from megatron_mm.train.optimizer import freeze
 
 TARGETS = ["language", "vision", "projector"]
 ADAPTERS = {"language": 8, "vision": 8, "projector": 2}  # linears of `GE*E` and two ViT layers
@@ -70,6 +72,34 @@ def test_a_bias_is_added_once(pg):
     linear = model.vision.vit.layers[0].linear_fc2
     torch.nn.init.ones_(linear.bias)
     assert torch.equal(linear(torch.zeros(2, 3, 72))[0], torch.ones(2, 3, 40))
+
+
+def recomputed(module: torch.nn.Module) -> None:
+    """Reentrant, as megatron-core's own: without an input that needs a gradient, nothing inside
+    gets one."""
+    forward = module.forward
+    module.forward = lambda x, *rest: checkpoint(forward, x, *rest, use_reentrant=True)
+
+
+@pytest.mark.parametrize("target", ["language", "vision"])
+def test_adapters_in_a_recomputed_first_layer_learn(pg, target):
+    """Nothing below them learns, neither the embedding nor the ViT."""
+    run = run_with(target)
+    for module in ("vision", "projector", "language", "clvr", "router"):
+        setattr(run.training, f"freeze_{module}", True)
+    found = []
+    for again in (False, True):
+        model = build(run, pg)
+        freeze(model, run)
+        move_b(model)
+        if again:
+            first = model.language.layers["0"]["mixer"], model.vision.vit.layers[0]
+            recomputed(first[target == "vision"])
+        model(microbatch(run.model, 5)).square().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert len(found[0]) == 2 * ADAPTERS[target]
+    assert all(map(is_adapter, found[0])) and found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], grad) for name, grad in found[0].items())
 
 
 # Merging rounds W + dW once, the adapters round B (A x) at every linear: fp32's 6e-8 grown
