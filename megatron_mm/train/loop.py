@@ -58,7 +58,7 @@ class Trainer:
                 self.seconds = state["extra"].get("seconds", 0.0)
                 self.loader.load_state_dict(state["loader"])
             elif state["initialized"] and self.is_logger:
-                names, most = state["initialized"], 8  # adapters may be thousands
+                names, most = state["initialized"], 4  # adapters may be thousands
                 more = f" and {len(names) - most} more" if len(names) > most else ""
                 words = f"new in this model, as initialised: {', '.join(names[:most])}{more}"
                 print(words, file=sys.stderr)
