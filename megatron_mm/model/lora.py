@@ -41,8 +41,6 @@ TARGETS = {
     "vision": "vision.vit.",
     "projector": "vision.projector.",
 }
-# What makes the first hidden state of a target that has layers; frozen with its target.
-EMBEDDINGS = {"language": "embedding", "vision": "vision.vit.embedding"}
 # The last name of every linear in them; what a linear splits is read from its weight's layout.
 LINEARS = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2")
 
@@ -69,12 +67,12 @@ class LoRA(nn.Module):
         self.scale, self.tp, self.sequence_parallel = alpha / rank, tp, linear.sequence_parallel
         # A GLU's outputs are two dimensions of the view: B is split within each half, like W.
         *outputs, inputs = layout.local_shape
-        pairs = zip(layout.global_shape, layout.local_shape, strict=True)
-        split = [dim for dim, (whole, here) in enumerate(pairs) if whole != here]
+        split = layout.split
         if len(split) > 1:
             raise ValueError(f"a weight split along dimensions {split} cannot have an adapter")
-        self.splits_inputs = split == [len(outputs)]
+        self.splits_inputs = split == (len(outputs),)
         self.splits_outputs = bool(split) and not self.splits_inputs
+        whole = {dim: layout.global_shape[dim] for dim in split}  # what is past it is padding
         like = {"dtype": weight.dtype, "device": weight.device}
         self.a = nn.Parameter(torch.empty(rank, inputs, **like))
         self.b = nn.Parameter(torch.empty(math.prod(outputs), rank, **like))
@@ -83,12 +81,14 @@ class LoRA(nn.Module):
             self.a,
             uniform(-bound, bound),
             split={1: tp} if self.splits_inputs else None,
+            whole={1: layout.global_shape[-1]} if self.splits_inputs else None,
             partial_gradient=self.sequence_parallel and self.splits_outputs,
         )
         place(
             self.b,
             constant(0.0),
             split={split[0]: tp} if self.splits_outputs else None,
+            whole=whole if self.splits_outputs else None,
             view=(*outputs, rank),
             partial_gradient=self.sequence_parallel and self.splits_inputs,
         )
@@ -120,26 +120,16 @@ def _add(linear: nn.Module, inputs: tuple, output: tuple) -> tuple:
     return y + linear.lora(inputs[0]), bias
 
 
-def _ask_for_gradient(embedding: nn.Module, inputs: tuple, hidden: torch.Tensor) -> torch.Tensor:
-    """Forward hook: what a frozen embedding returns needs no gradient by itself, but a layer
-    that is recomputed in the backward pass (torch's reentrant checkpoint, megatron-core's) gives
-    its adapters none unless what enters it needs one."""
-    return hidden.requires_grad_() if torch.is_grad_enabled() else hidden
-
-
 def add_lora(model: nn.Module, lora: LoraConfig, tp: ProcessGroup) -> None:
     """Give every linear of every target in this stage an adapter; nothing if LoRA is off.
 
     Call it before parameters are initialised and wrapped; train.optimizer.freeze() does the rest.
     """
     prefixes = tuple(prefix for target, prefix in TARGETS.items() if lora.adapts(target))
-    embeddings = [path for target, path in EMBEDDINGS.items() if lora.adapts(target)]
     for name, module in [*model.named_modules()]:
         if name.startswith(prefixes) and name.rpartition(".")[2] in LINEARS:
             module.lora = LoRA(module, lora.lora_rank, lora.lora_alpha, tp)
             module.lora.hook = module.register_forward_hook(_add)
-        elif name in embeddings:
-            module.register_forward_hook(_ask_for_gradient)
 
 
 def adapted(model: nn.Module) -> Iterator[nn.Module]:

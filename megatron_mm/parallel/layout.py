@@ -35,6 +35,7 @@ class ParamLayout:
     offset: tuple[int, ...]
     init: Initializer
     rows_drawn_alone: bool = False  # draw one index of dim 0 at a time (experts)
+    split: tuple[int, ...] = ()  # dimensions of the view that ranks share
     expert: bool = False  # replicated over the expert-data-parallel group, not over data-parallel
 
     @property
@@ -99,8 +100,9 @@ def place(
         offset[dim] = local[dim] * group.rank()
     for dim, size in (whole or {}).items():
         sizes[dim] = size
+    shared = tuple(dim for dim, group in (split or {}).items() if group.size() > 1)
     param.param_layout = ParamLayout(
-        tuple(sizes), local, tuple(offset), init, rows_drawn_alone, expert
+        tuple(sizes), local, tuple(offset), init, rows_drawn_alone, shared, expert
     )
     # What megatron-core's gradient reduction and clipping read.
     param.sequence_parallel = partial_gradient

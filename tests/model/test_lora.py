@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import microbatch, small_run
-from torch.utils.checkpoint import checkpoint
 
 from megatron_mm.config import LoraConfig
 from megatron_mm.model.lora import adapted, is_adapter, merge
@@ -38,7 +37,7 @@ def move_b(model) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_start_is_the_base_to_the_bit(pg, target, bf16):
-    base, ours = build(run_with(bf16=bf16), pg), build(run_with(target, bf16=bf16), pg)
+    base, ours = build(run_with(bf16=bf16), pg)[0], build(run_with(target, bf16=bf16), pg)[0]
     own = dict(ours.named_parameters())
     assert sum(is_adapter(name) for name in own) == 2 * ADAPTERS[target]
     for name, param in base.named_parameters():
@@ -50,11 +49,11 @@ def test_the_start_is_the_base_to_the_bit(pg, target, bf16):
 
 
 def test_off_is_the_default(pg):
-    assert not [*adapted(build(run_with(), pg))]
+    assert not [*adapted(build(run_with(), pg)[0])]
 
 
 def test_an_adapter_adds_alpha_over_r_times_b_a_x(pg):
-    model = build(run_with(*TARGETS), pg)
+    model = build(run_with(*TARGETS), pg)[0]
     linear = model.language.layers["1"]["mixer"].inner.linear_qkv
     x = torch.randn(5, 1, 64)
     base, _ = linear(x)
@@ -68,17 +67,10 @@ def test_an_adapter_adds_alpha_over_r_times_b_a_x(pg):
 
 
 def test_a_bias_is_added_once(pg):
-    model = build(run_with(*TARGETS), pg)
+    model = build(run_with(*TARGETS), pg)[0]
     linear = model.vision.vit.layers[0].linear_fc2
     torch.nn.init.ones_(linear.bias)
     assert torch.equal(linear(torch.zeros(2, 3, 72))[0], torch.ones(2, 3, 40))
-
-
-def recomputed(module: torch.nn.Module) -> None:
-    """Reentrant, as megatron-core's own: without an input that needs a gradient, nothing inside
-    gets one."""
-    forward = module.forward
-    module.forward = lambda x, *rest: checkpoint(forward, x, *rest, use_reentrant=True)
 
 
 @pytest.mark.parametrize("target", ["language", "vision"])
@@ -88,13 +80,11 @@ def test_adapters_in_a_recomputed_first_layer_learn(pg, target):
     for module in ("vision", "projector", "language", "clvr", "router"):
         setattr(run.training, f"freeze_{module}", True)
     found = []
-    for again in (False, True):
-        model = build(run, pg)
+    for granularity in (None, "full"):
+        run.training.recompute_granularity = granularity
+        model = build(run, pg)[0]
         freeze(model, run)
         move_b(model)
-        if again:
-            first = model.language.layers["0"]["mixer"], model.vision.vit.layers[0]
-            recomputed(first[target == "vision"])
         model(microbatch(run.model, 5)).square().sum().backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert len(found[0]) == 2 * ADAPTERS[target]
@@ -108,7 +98,7 @@ TOLERANCE = 5e-6
 
 
 def test_merged_is_the_same_function_without_adapters(pg):
-    base, model = build(run_with(), pg), build(run_with(*TARGETS), pg)
+    base, model = build(run_with(), pg)[0], build(run_with(*TARGETS), pg)[0]
     move_b(model)
     expected = logits(model)
     assert merge(model) == sum(ADAPTERS.values())
@@ -120,7 +110,7 @@ def test_merged_is_the_same_function_without_adapters(pg):
 
 
 def test_merging_rounds_once_in_bf16(pg):
-    model = build(run_with("language", bf16=True), pg)
+    model = build(run_with("language", bf16=True), pg)[0]
     move_b(model)
     linear = model.language.layers["0"]["moe"].inner.shared_experts.linear_fc1
     weight, lora = linear.weight.detach().clone(), linear.lora
