@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megatron_mm.config.cost import Costs, costs
 from megatron_mm.config.errors import ConfigError
-from megatron_mm.config.schema import ModelConfig, ParallelConfig
+from megatron_mm.config.schema import ModelConfig, RunConfig
 
 MIXERS = "G*"
 LETTERS = "G*ELJ"
+UNIT = Costs()
 
 
 @dataclass(frozen=True)
@@ -117,16 +119,18 @@ def effective_pattern(model: ModelConfig) -> str:
     return without_clvr(model.hybrid_layer_pattern) if blind else model.hybrid_layer_pattern
 
 
-def model_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[Stage, ...]:
-    """The stages of a run: `stages` of the effective pattern. A layout is written for the
-    model's full pattern, so it is checked against that before the looks are dropped."""
+def model_stages(run: RunConfig) -> tuple[Stage, ...]:
+    """The stages of a run: `stages` of the effective pattern, balanced by what each letter, the
+    vision model and the output layer cost. A layout is written for the model's full pattern, so
+    it is checked against that before the looks are dropped."""
+    model, parallel = run.model, run.parallel
     pattern, layout = effective_pattern(model), parallel.pipeline_model_parallel_layout
     size = parallel.pipeline_model_parallel_size
     size *= parallel.virtual_pipeline_model_parallel_size or 1
     if layout is not None:
         _same_layers(model.hybrid_layer_pattern, layout)
         layout = layout if pattern == model.hybrid_layer_pattern else without_clvr(layout)
-    return stages(pattern, size, layout)
+    return stages(pattern, size, layout, costs(run))
 
 
 def _squeeze(pattern: str) -> str:
@@ -146,13 +150,16 @@ def _same_layers(pattern: str, layout: str) -> None:
     )
 
 
-def stages(pattern: str, size: int, layout: str | None = None) -> tuple[Stage, ...]:
+def stages(
+    pattern: str, size: int, layout: str | None = None, cost: Costs = UNIT
+) -> tuple[Stage, ...]:
     """Deals the pattern's sub-layers to `size` stages, by `layout` or balanced.
 
-    Without a layout the largest stage is as small as possible, where G, * and E cost 1
-    and L and J nothing; among such splits boundaries between an L and its J come first,
-    then even stages. In a layout the first stage may be empty (it has the embedding and
-    the vision model) and so may the last (it has the output layer), but no other.
+    Without a layout the most expensive stage is as cheap as possible; among such splits the
+    evenest is taken (least sum of squares), and of equals the one with more boundaries between
+    an L and its J. Every stage gets a G, * or E. In a layout the first stage may be empty (it
+    has the embedding and the vision model) and so may the last (it has the output layer), but
+    no other.
 
     Raises ConfigError when the layout is not this pattern, its number of stages is not
     `size`, or there are fewer sub-layers than stages.
@@ -161,7 +168,7 @@ def stages(pattern: str, size: int, layout: str | None = None) -> tuple[Stage, .
     if size < 1:
         raise ConfigError(f"pipeline_model_parallel_size {size}; allowed: 1 or more")
     if layout is None:
-        cuts = _balanced_cuts(layers, size)
+        cuts = _balanced_cuts(layers, size, cost)
     else:
         _same_layers(pattern, layout)
         parts = _squeeze(layout).split("|")
@@ -183,37 +190,56 @@ def stages(pattern: str, size: int, layout: str | None = None) -> tuple[Stage, .
     return tuple(Stage(index, layers[start:stop]) for index, (start, stop) in bounds)
 
 
-def _balanced_cuts(layers: Sequence[Layer], size: int) -> list[int]:
+def _balanced_cuts(layers: Sequence[Layer], size: int, cost: Costs) -> list[int]:
     """Boundaries 0 = c0 < c1 < ... < c_size = len(layers) of the balanced split."""
-    done = [0]  # done[i]: cost of the first i sub-layers
+    done, held = [0.0], [0]  # of the first i sub-layers: cost, and how many G, * and E
     waiting = [False]  # waiting[i]: a boundary after i sub-layers is between an L and its J
     in_flight = 0
     for layer in layers:
-        done.append(done[-1] + (layer.kind in "G*E"))
+        done.append(done[-1] + cost.letters[layer.kind])
+        held.append(held[-1] + (layer.kind in "G*E"))
         in_flight += (layer.kind == "L") - (layer.kind == "J")
         waiting.append(in_flight > 0)
-    if size > done[-1]:
+    if size > held[-1]:
         raise ConfigError(
-            f"pipeline_model_parallel_size {size} is more than the {done[-1]} G, * and E of "
-            f"hybrid_layer_pattern (virtual stages counted); allowed: 1 to {done[-1]}"
+            f"pipeline_model_parallel_size {size} is more than the {held[-1]} G, * and E of "
+            f"hybrid_layer_pattern (virtual stages counted); allowed: 1 to {held[-1]}"
         )
-    # Unit costs on a line: the smallest possible largest stage is simply the rounded-up mean.
-    largest = -(-done[-1] // size)
-    # best[i]: (boundaries that split a pair, minus the sum of squared costs, cuts) for the
-    # best way to deal the first i sub-layers. The first two add up, so prefixes stay optimal.
-    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [0])}
-    for _ in range(size):
-        longer: dict[int, tuple[int, int, list[int]]] = {}
-        for start, (splits, evenness, cuts) in best.items():
-            for stop in range(start + 1, len(layers) + 1):
-                cost = done[stop] - done[start]
-                if cost > largest:
+    # For the best way to deal the first i sub-layers to the stages so far: largest[i] stage,
+    # then best[i]: (minus the sum of squares, boundaries that split a pair, cuts) among the
+    # ways whose stages are within the largest of all. Both are optimal for every prefix.
+    end = len(layers)
+
+    def of_stage(stage: int, start: int, stop: int) -> float:
+        return (
+            done[stop] - done[start] + cost.first * (stage == 0) + cost.last * (stage == size - 1)
+        )
+
+    largest: dict[int, float] = {0: 0.0}
+    for stage in range(size):
+        largest = {
+            stop: min(
+                max(before, of_stage(stage, start, stop))
+                for start, before in largest.items()
+                if held[start] < held[stop]
+            )
+            for stop in range(1, end + 1)
+            if any(held[start] < held[stop] for start in largest)
+        }
+    limit = largest[end] * (1 + 1e-9)
+    best: dict[int, tuple[float, int, list[int]]] = {0: (0.0, 0, [0])}
+    for stage in range(size):
+        longer: dict[int, tuple[float, int, list[int]]] = {}
+        for start, (evenness, splits, cuts) in best.items():
+            for stop in range(start + 1, end + 1):
+                here = of_stage(stage, start, stop)
+                if here > limit:
                     break
-                score = splits + waiting[stop], evenness - cost * cost
-                if cost and (stop not in longer or score > longer[stop][:2]):
+                score = evenness - here * here, splits + waiting[stop]
+                if held[start] < held[stop] and (stop not in longer or score > longer[stop][:2]):
                     longer[stop] = *score, [*cuts, stop]
         best = longer
-    return best[len(layers)][2]
+    return best[end][2]
 
 
 def wire(stages: Sequence[Stage]) -> tuple[Manifest, ...]:

@@ -43,7 +43,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_signs(run)
     _check_language(run.model, run.parallel)
     _check_vision(run.model, run.parallel)
-    _check_pattern(run.model, run.parallel)
+    _check_pattern(run)
     _check_pipeline(run.parallel)
     _check_data(run)
     _check_training(run)
@@ -170,7 +170,8 @@ def _check_vision(model: ModelConfig, parallel: ParallelConfig) -> None:
     _divides(side, patches, "pixel_shuffle_factor", fusion.pixel_shuffle_factor)
 
 
-def _check_pattern(model: ModelConfig, parallel: ParallelConfig) -> None:
+def _check_pattern(run: RunConfig) -> None:
+    model, parallel = run.model, run.parallel
     layers = parse_pattern(model.hybrid_layer_pattern)
     looks = sum(layer.kind == "L" for layer in layers)
     if model.vision is None and looks:
@@ -178,7 +179,7 @@ def _check_pattern(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"hybrid_layer_pattern {model.hybrid_layer_pattern!r} has {looks} L but model.vision "
             f"is none; allowed: a pattern without L and J"
         )
-    model_stages(model, parallel)  # raises when the layout does not fit
+    model_stages(run)  # raises when the layout does not fit
     if "L" in effective_pattern(model):
         heads, tp = model.fusion.clvr_num_attention_heads, parallel.tensor_model_parallel_size
         _divides("clvr_num_attention_heads", heads, "tensor_model_parallel_size", tp)

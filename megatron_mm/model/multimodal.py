@@ -118,7 +118,7 @@ class MultimodalModel(MegatronModule):
         self.model_config, self.pg = run.model, pg
         language = run.model.language
         pattern = effective_pattern(run.model)
-        plan = model_stages(run.model, run.parallel)
+        plan = model_stages(run)
         boundaries = wire(plan)
         index = chunk * pg.pp.size() + pg.pp.rank()
         stage = plan[index]

@@ -171,9 +171,6 @@ def write_results(
             "expert_model_parallel_size": parallel.expert_model_parallel_size,
             "data_parallel_size": groups.pg.dp.size(),
         },
-        "stages": [
-            " ".join(layer.kind for layer in stage.layers)
-            for stage in model_stages(run.model, parallel)
-        ],
+        "stages": [" ".join(layer.kind for layer in stage.layers) for stage in model_stages(run)],
     }
     write_record(groups, folder / "results.json", record, indent=1)

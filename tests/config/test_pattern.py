@@ -9,6 +9,7 @@ from megatron_mm.config import (
     Layer,
     Manifest,
     ParallelConfig,
+    RunConfig,
     effective_pattern,
     model_stages,
     num_layers,
@@ -18,6 +19,7 @@ from megatron_mm.config import (
     wire,
     without_clvr,
 )
+from megatron_mm.config.cost import Costs
 
 
 def letters(some_stages) -> str:
@@ -109,29 +111,54 @@ def test_bad_layouts(size, layout, words):
         assert word in str(error.value)
 
 
+COSTS = {
+    "unit": Costs(),
+    "a large ViT": Costs(first=5.0),
+    "real": Costs({"G": 3.0, "*": 4.5, "E": 7.25, "L": 1.5, "J": 0.0}, first=9.0, last=6.0),
+}
+
+
 @pytest.mark.parametrize("pattern", ["GE L GE J *E GE", "GEGEGE*E" * 3, "L GE L J J GE *E", "LJGE"])
-def test_balanced_split_is_the_best_there_is(pattern):
-    """Against every possible split: the smallest largest stage, and then the most boundaries
-    between a look and its injection that such a split can have."""
-    layers = parse_pattern(pattern)
+@pytest.mark.parametrize("name", COSTS)
+def test_balanced_split_is_the_best_there_is(pattern, name):
+    """Against every possible split: the cheapest largest stage, then the evenest, then the most
+    boundaries between a look and its injection."""
+    layers, cost = parse_pattern(pattern), COSTS[name]
     total = sum(layer.kind in "G*E" for layer in layers)
 
     def waiting(cut: int) -> bool:
         kinds = [layer.kind for layer in layers[:cut]]
         return kinds.count("L") > kinds.count("J")
 
+    def score(parts: list, splits: int) -> tuple[float, float, int]:
+        each = [sum(cost.letters[layer.kind] for layer in part) for part in parts]
+        each[0] += cost.first
+        each[-1] += cost.last
+        return max(each), sum(x * x for x in each), -splits
+
     for size in range(1, min(total, 4) + 1):
-        found = stages(pattern, size)
+        found = stages(pattern, size, cost=cost)
         assert len(found) == size
         assert tuple(layer for stage in found for layer in stage.layers) == layers
         options = []
         for cuts in combinations(range(1, len(layers)), size - 1):
             bounds = zip((0, *cuts), (*cuts, len(layers)), strict=True)
-            each = [sum(layer.kind in "G*E" for layer in layers[a:b]) for a, b in bounds]
-            if min(each) > 0:
-                options.append((max(each), -sum(map(waiting, cuts))))
+            parts = [layers[a:b] for a, b in bounds]
+            if all(any(layer.kind in "G*E" for layer in part) for part in parts):
+                options.append(score(parts, sum(map(waiting, cuts))))
         chosen = sum(bool(manifest.refinements) for manifest in wire(found))
-        assert (max(costs(found)), -chosen) == min(options)
+        assert score([stage.layers for stage in found], chosen) == min(options)
+
+
+def test_the_stage_with_the_vision_model_or_a_look_holds_fewer_layers():
+    run = RunConfig(model=preset("mm-80b"))
+    run.parallel.pipeline_model_parallel_size = 4
+    found = costs(model_stages(run))
+    assert found[0] < min(found[1:])
+    run.training.freeze_vision = True  # no backward pass through it
+    assert costs(model_stages(run))[0] >= found[0]
+    heavy = Costs({"G": 1.0, "*": 1.0, "E": 1.0, "L": 4.0, "J": 0.0})
+    assert costs(stages("GE L GEGE*E J GEGE*E", 2, cost=heavy)) == [5, 9]
 
 
 def test_balanced_split_is_even_where_it_can_be():
@@ -191,14 +218,15 @@ def test_effective_pattern_drops_looks_that_have_nothing_to_look_at():
     parallel = ParallelConfig(
         pipeline_model_parallel_size=2, pipeline_model_parallel_layout="GELGE|J*EGE"
     )
+    run = RunConfig(model=model, parallel=parallel)
     assert effective_pattern(model) == model.hybrid_layer_pattern
-    assert letters(model_stages(model, parallel)) == "GELGE|J*EGE"
+    assert letters(model_stages(run)) == "GELGE|J*EGE"
     model.fusion.vision_memory = "none"
     assert effective_pattern(model) == "GEGE*EGE"
-    assert letters(model_stages(model, parallel)) == "GEGE|*EGE"
+    assert letters(model_stages(run)) == "GEGE|*EGE"
     # The layout is still held against the pattern it was written for.
     parallel.pipeline_model_parallel_layout = "GEGE|*EGE"
     with pytest.raises(ConfigError, match="letter 3 is G, allowed: L"):
-        model_stages(model, parallel)
+        model_stages(run)
     model.vision, model.fusion.vision_memory = None, "tiles"
     assert effective_pattern(model) == "GEGE*EGE"
