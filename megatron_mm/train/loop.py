@@ -167,17 +167,21 @@ class Trainer:
     def _load_balance(self, microbatches: int) -> float:
         """Mean over layers and microbatches of the balancing loss before its coefficient
         (1 is perfect balance)."""
-        losses: dict[str, torch.Tensor] = {}
-        get_moe_metrics_tracker().report(
+        name, layers = "load_balancing_loss", self.engine.config.num_layers
+        tracker, losses = get_moe_metrics_tracker(), {}
+        # A rank whose stages have no experts knows no group to sum over, and would report
+        # less than the others (moe_logging.py:282).
+        tracker.ensure_initialized(name, layers)
+        tracker.metrics[name].reduce_group = self.groups.pg.tp_cp
+        tracker.report(
             loss_scale=1.0 / microbatches,
             iteration=self.iteration,
-            force_initialize=True,
-            track_names="load_balancing_loss",
-            num_layers=self.engine.config.num_layers,
+            track_names=name,
+            num_layers=layers,
             total_loss_dict=losses,
             pg_collection=self.groups.pg,
         )
-        return float(losses["load_balancing_loss"])
+        return float(losses[name])
 
     def save(self) -> None:
         folder = Path(self.run.checkpoint.save)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from trainers import (
+    CP2,
     EP2,
     LAYOUTS,
     MODULES,
     PP2,
     TP2,
+    VPP2,
     batch_hash,
     digits_run,
     move_looks_off_zero,
@@ -127,6 +129,10 @@ MORE_LAYOUTS = LAYOUTS | {
     "EP2 without distributed optimizer": (2, EP2 | dict(use_distributed_optimizer=False)),
     "DP2 overlapped": (2, OVERLAP),
     "PP2 overlapped": (2, PP2 | OVERLAP),
+    "PP2xVPP2 overlapped": (2, PP2 | VPP2 | OVERLAP),
+    "CP2 overlapped": (2, CP2 | OVERLAP),
+    # The balancing loss is not counted again in the repeated pass.
+    "one rank, recomputing": (1, dict(recompute_granularity="full")),
 }
 
 
