@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -100,9 +101,11 @@ class Life:
             _, self.start, clean = pipe.recv()
             assert clean, "the server that forks did not import this, or has threads"
 
-    def kill(self, ranks: list[int], saves: int, seconds: float) -> int:
-        """SIGKILL some ranks so many saves and seconds from now; the others must end by
-        themselves.
+    def kill(
+        self, ranks: list[int], saves: int, seconds: float, until: Callable[[], object]
+    ) -> int:
+        """SIGKILL some ranks so many saves from now, once `until` is true, and seconds later;
+        the others must end by themselves.
 
         Returns:
             The last iteration of which rank 0 was told that its save is under way.
@@ -111,6 +114,10 @@ class Life:
         for _ in range(saves):
             assert self._pipes[0].poll(PATIENCE), "a victim hangs"
             last = self._pipes[0].recv()[1]
+        deadline = time.monotonic() + PATIENCE
+        while not until():
+            assert time.monotonic() < deadline, "what the kill waits for does not happen"
+            time.sleep(0.002)
         time.sleep(seconds)
         for rank in ranks:
             self.processes[rank].kill()
