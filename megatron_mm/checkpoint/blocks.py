@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_mm.checkpoint.engine import Engine
+from megatron_mm.checkpoint.engine import Engine, parameters
 from megatron_mm.checkpoint.optimizer_state import MOMENTS, owned, trainable
-from megatron_mm.parallel.layout import ParamLayout, layouts
+from megatron_mm.parallel.layout import ParamLayout
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -29,18 +29,35 @@ def kinds_saved(param: torch.Tensor) -> tuple[str, ...]:
 def block(
     key: str, layout: ParamLayout, data: torch.Tensor, replica: tuple[int, ...] = (0,)
 ) -> ShardedTensor:
-    """megatron-core's description of `data`, seen through the layout's view."""
-    data = data.detach().contiguous().view(layout.local_shape)
+    """megatron-core's description of `data`, shaped like the parameter, as a block of the whole.
+
+    The one place that knows how a parameter lies in its block, with its inverse below.
+    """
+    data = layout.held(data.detach().contiguous())
     return ShardedTensor(
         key,
         data,
         data.dtype,
-        layout.local_shape,
+        layout.held_shape,
         layout.global_shape,
         layout.offset,
         None,  # no regular grid is promised
         replica,
     )
+
+
+def unblock(data: torch.Tensor | None, layout: ParamLayout, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `block`: what was read (None: padding only), shaped like the parameter, in
+    fp32 on the CPU."""
+    whole = torch.zeros(like.shape)
+    if data is not None:
+        layout.held(whole).copy_(data)
+    return whole
+
+
+def is_padding(layout: ParamLayout) -> bool:
+    """No element of this block is in any checkpoint."""
+    return 0 in layout.held_shape
 
 
 def replicas(engine: Engine) -> dict[str, tuple[int, int]]:
@@ -52,8 +69,8 @@ def replicas(engine: Engine) -> dict[str, tuple[int, int]]:
     pg = engine.groups.pg
     result: dict[str, tuple[int, int]] = {}
     for expert, across, data in ((False, pg.tp, pg.dp_cp), (True, pg.tp_ep, pg.expt_dp)):
-        offsets = {n: layout.offset for n, _, layout in layouts(*engine.chunks)
-                   if layout.expert == expert}  # fmt: skip
+        every = parameters(engine)
+        offsets = {n: layout.offset for n, _, layout in every if layout.expert == expert}
         held: list[dict] = [offsets]
         if across.size() > 1:
             held = [{}] * across.size()
@@ -69,7 +86,7 @@ def expected_shapes(engine: Engine, *, with_optimizer: bool) -> Shapes:
     """Whole shape of every tensor that a checkpoint of this model has. Collective over pg.pp:
     ranks of one stage have the same names and whole shapes."""
     mine: Shapes = {}
-    for name, param, layout in layouts(*engine.chunks):
+    for name, param, layout in parameters(engine):
         mine[weight_key(name)] = layout.global_shape
         if with_optimizer and param.requires_grad:
             for kind in kinds_saved(param):
@@ -88,15 +105,16 @@ def empty_blocks(
     """Buffers on the CPU for what this rank needs from a checkpoint that has `stored`."""
     wanted: dict[str, ShardedTensor] = {}
 
-    def want(key: str, layout: ParamLayout, dtype: torch.dtype) -> None:
-        wanted[key] = block(key, layout, torch.empty(layout.local_shape, dtype=dtype))
+    def want(key: str, layout: ParamLayout, param: torch.Tensor, dtype: torch.dtype) -> None:
+        if not is_padding(layout):
+            wanted[key] = block(key, layout, torch.empty(param.shape, dtype=dtype))
 
-    for name, param, layout in layouts(*engine.chunks):
+    for name, param, layout in parameters(engine):
         if weight_key(name) in stored:
-            want(weight_key(name), layout, param.dtype)
+            want(weight_key(name), layout, param, param.dtype)
     if with_optimizer:
         mine = owned(engine)  # the rest of a parameter's state is other ranks' business
         for name, param, layout in trainable(engine):
             for kind in kinds_saved(param) if name in mine else ():
-                want(state_key(kind, name), layout, torch.float32)
+                want(state_key(kind, name), layout, param, torch.float32)
     return wanted

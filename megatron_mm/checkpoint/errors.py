@@ -8,14 +8,12 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mm.parallel.groups import Groups
-
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read. One line; the same on every rank."""
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     if isinstance(error, CheckpointException):  # torch's own agreement: rank -> (error, traceback)
         error = min(error.failures.items())[1][0]
     text = " ".join(str(error).split())
@@ -23,8 +21,8 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def together(groups: Groups, doing: str) -> Iterator[None]:
-    """What fails inside on any rank raises CheckpointError on all of them afterwards.
+def together(group: dist.ProcessGroup, doing: str) -> Iterator[None]:
+    """What fails inside on any rank of a gloo group raises CheckpointError on all of them after.
 
     The block must not wait for other ranks, unless what it calls fails on all ranks at once.
     """
@@ -33,9 +31,9 @@ def together(groups: Groups, doing: str) -> Iterator[None]:
         yield
     # Whatever it was, the other ranks wait to hear of it. torch's is no Exception (api.py:25).
     except (Exception, CheckpointException) as error:
-        cause, problem = error, _one_line(error)
-    problems: list[str | None] = [None] * groups.world.size()
-    dist.all_gather_object(problems, problem, group=groups.world)
+        cause, problem = error, one_line(error)
+    problems: list[str | None] = [None] * group.size()
+    dist.all_gather_object(problems, problem, group=group)
     failed = [rank for rank, found in enumerate(problems) if found]
     if not failed:
         return

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from megatron_mm.checkpoint import rng
-from megatron_mm.checkpoint.engine import Engine
+from megatron_mm.checkpoint.engine import Engine, parameters
 from megatron_mm.checkpoint.optimizer_state import KINDS, owned
-from megatron_mm.parallel.layout import layouts
 
 
 def _add(digest: Any, label: str, value: Any) -> None:
@@ -28,7 +27,7 @@ def _add(digest: Any, label: str, value: Any) -> None:
 def parameter_hash(engine: Engine) -> str:
     """sha256 over the names and the bits of this rank's parameters."""
     digest = hashlib.sha256()
-    for name, param, _ in layouts(*engine.chunks):
+    for name, param, _ in parameters(engine):
         _add(digest, name, param)
     return digest.hexdigest()
 

@@ -17,8 +17,8 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_mm.checkpoint.engine import Engine
-from megatron_mm.parallel.layout import ParamLayout, layouts
+from megatron_mm.checkpoint.engine import Engine, parameters
+from megatron_mm.parallel.layout import ParamLayout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)
@@ -120,7 +120,7 @@ def _owned(engine: Engine) -> tuple[dict[torch.Tensor, Owned], bool]:
 
 
 def trainable(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter, ParamLayout]]:
-    return (entry for entry in layouts(*engine.chunks) if entry[1].requires_grad)
+    return (entry for entry in parameters(engine) if entry[1].requires_grad)
 
 
 def owned(engine: Engine) -> dict[str, Owned]:
@@ -167,7 +167,8 @@ def collect(
             for kind in KINDS:
                 for name, tensor in _gather(part, kind, by_param, shared):
                     if keep(kind, name):
-                        state[name][kind] = tensor.cpu()
+                        # A copy even on the CPU: else each would keep the whole chunk alive.
+                        state[name][kind] = tensor.to("cpu", copy=True)
     return {name: state[name] for name, _, _ in trainable(engine)}
 
 

@@ -10,16 +10,16 @@ for ever. torch's writer, which it builds on, agrees on failures by itself.
 from __future__ import annotations
 
 import io
-import json
-import os
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -29,13 +29,14 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.futures import Future
 
-from megatron_mm.checkpoint.errors import CheckpointError
-from megatron_mm.parallel.groups import Groups
+from megatron_mm.checkpoint import sealed
+from megatron_mm.checkpoint.errors import CheckpointError, one_line
 
 METADATA = ".metadata"
+INDEX_FILES = (CONFIG_FNAME, METADATA)
 
 
 class Writer(FileSystemWriter):
@@ -52,14 +53,14 @@ class Writer(FileSystemWriter):
             raise (hidden or error) from None
 
 
-def write_tensors(blocks: Iterable[ShardedTensor], folder: Path, groups: Groups) -> None:
+def write_tensors(blocks: Iterable[ShardedTensor], folder: Path, group: dist.ProcessGroup) -> None:
     """Write each rank's blocks to `__<rank>_0.distcp`; rank 0 adds the index.
 
     Every rank must call it. Raises torch's CheckpointException on every rank if one fails or
     the blocks of all ranks do not tile the whole tensors exactly once.
     """
     items: dict[str, Any] = {b.key: CheckpointableShardedTensor.from_sh_ten(b) for b in blocks}
-    if groups.world.rank() == 0:
+    if group.rank() == 0:
         common = io.BytesIO()
         torch.save([{}], common)  # what dist_checkpointing.load asks for; ours is in run.json
         items[ShardedObject("common_state", None, (1,), (0,)).unique_key] = common
@@ -67,37 +68,14 @@ def write_tensors(blocks: Iterable[ShardedTensor], folder: Path, groups: Groups)
         items,
         storage_writer=Writer(folder, sync_files=True, thread_count=1),
         planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        process_group=groups.world,
+        process_group=group,
     )
 
 
-def write_format(folder: Path) -> None:
+def write_format(folder: Path) -> dict[str, int]:
+    """Say in megatron-core's words what lies here; the CRC-32 of every file of the index."""
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Raises TypeError for a value that JSON does not have."""
-    text = json.dumps(content, indent=1, sort_keys=True)
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def write_object(path: Path, content: Any) -> None:
-    with path.open("wb") as stream:
-        torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder (new files, renames) survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return {name: zlib.crc32((folder / name).read_bytes()) for name in INDEX_FILES}
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -129,38 +107,49 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """torch's reader with an index that cannot run code, and with its zip checksums looked at:
-    torch writes them but skips them when reading, and a flipped bit would pass for a weight."""
+    """torch's reader of a folder whose index is known, with its zip checksums looked at: torch
+    writes them but skips them when reading, and a flipped bit would pass for a weight."""
+
+    def __init__(self, folder: Path, index: Metadata):
+        super().__init__(folder)
+        self._index = index
+        self._block = "no block"
 
     def _slice_file(self, file: io.IOBase, info: Any) -> io.BytesIO:
+        self._block = f"{info.relative_path} is damaged in the block at byte {info.offset}"
         content = io.BytesIO(super()._slice_file(file, info).read())  # one saved block
-        try:
-            with zipfile.ZipFile(content) as archive:
-                damaged = archive.testzip()
-        except zipfile.BadZipFile:
-            damaged = "header"
-        if damaged:
-            raise CheckpointError(
-                f"{info.relative_path} is damaged in the block at byte {info.offset}"
-            )
+        with zipfile.ZipFile(content) as archive:
+            if archive.testzip():
+                raise CheckpointError(self._block)
         content.seek(0)
         return content
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
+        try:
+            return super().read_data(plan, planner)
+        except (CheckpointError, OSError):
+            raise
+        # A wrong bit among lengths and offsets makes zipfile and torch fail in many ways.
+        except Exception as error:
+            raise CheckpointError(f"{self._block}: {one_line(error)}") from error
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
-            return _IndexUnpickler(stream).load()
+        return self._index
 
 
-def read_index(folder: Path) -> tuple[dict[str, tuple[int, ...]], Metadata]:
+def read_index(
+    folder: Path, checksums: dict[str, int]
+) -> tuple[dict[str, tuple[int, ...]], Metadata]:
     """(whole shape of every stored tensor, the index).
 
-    Raises CheckpointError if the folder is no complete checkpoint.
+    Raises CheckpointError if the folder is no complete checkpoint or these files are damaged.
     """
-    for name in (CONFIG_FNAME, METADATA):
+    for name in INDEX_FILES:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
+    content = {n: sealed.read_bytes(folder / n, checksums.get(n)) for n in INDEX_FILES}
     try:
-        index = Reader(folder).read_metadata()
+        index = _IndexUnpickler(io.BytesIO(content[METADATA])).load()
         entries = index.state_dict_metadata.items()
         shapes = {k: tuple(e.size) for k, e in entries if isinstance(e, TensorStorageMetadata)}
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
@@ -168,14 +157,17 @@ def read_index(folder: Path) -> tuple[dict[str, tuple[int, ...]], Metadata]:
     return shapes, index
 
 
-def check_files(folder: Path, index: Metadata) -> None:
-    """Raises CheckpointError for a shard file that is missing or too short."""
+def check_files(folder: Path, index: Metadata, rank: int = 0, ranks: int = 1) -> None:
+    """Look at every `ranks`-th shard file, starting from number `rank`.
+
+    Raises CheckpointError if one is missing or too short.
+    """
     needed: dict[str, int] = {}
     for info in index.storage_data.values():
         end = info.offset + info.length
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), end)
     wrong = []
-    for name, size in sorted(needed.items()):
+    for name, size in sorted(needed.items())[rank::ranks]:
         path = folder / name
         if not path.is_file():
             wrong.append(f"{name} is missing")
@@ -183,19 +175,17 @@ def check_files(folder: Path, index: Metadata) -> None:
             wrong.append(f"{name} has {found} of {size} bytes")
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise CheckpointError(
-            f"{folder}: {len(wrong)} of {len(needed)} shard files are unusable: {wrong[0]}{more}"
-        )
+        raise CheckpointError(f"{folder}: of {len(needed)} shard files {wrong[0]}{more}")
 
 
-def read_tensors(blocks: dict[str, ShardedTensor], folder: Path) -> None:
+def read_tensors(blocks: dict[str, ShardedTensor], folder: Path, index: Metadata) -> None:
     """Fill the blocks' data from the checkpoint. Local: no rank waits for another."""
     items = {key: CheckpointableShardedTensor.from_sh_ten(b) for key, b in blocks.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch remarks that it reads without collectives
         checkpoint.load(
             items,
-            storage_reader=Reader(folder),
+            storage_reader=Reader(folder, index),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             no_dist=True,
         )

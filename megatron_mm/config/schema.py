@@ -202,6 +202,8 @@ class LoraConfig:
 class CheckpointConfig:
     save: str | None = None
     save_interval: int | None = None  # steps; default: only at the end
+    async_save: bool = False  # training goes on while a checkpoint is written
+    keep_last_checkpoints: int | None = None  # delete older ones once a newer is complete
     load: str | None = None
     finetune: bool = False  # load weights only: no optimizer, RNG or data position
 

@@ -257,6 +257,13 @@ def _check_training(run: RunConfig) -> None:
     _require(needs or not value, "overlap_param_gather", value, allowed)
     for key, needed, value, other in (
         ("save_interval", "save", run.checkpoint.save_interval, run.checkpoint.save),
+        ("async_save", "save", run.checkpoint.async_save, run.checkpoint.save),
+        (
+            "keep_last_checkpoints",
+            "save",
+            run.checkpoint.keep_last_checkpoints,
+            run.checkpoint.save,
+        ),
         ("finetune", "load", run.checkpoint.finetune, run.checkpoint.load),
         ("eval_interval", "valid_data", run.evaluation.eval_interval, run.data.valid_data),
     ):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import RunConfig, to_dict
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.errors import DataError
@@ -62,6 +63,11 @@ class Trainer:
                 more = f" and {len(names) - most} more" if len(names) > most else ""
                 words = f"new in this model, as initialised: {', '.join(names[:most])}{more}"
                 print(words, file=sys.stderr)
+        self.saver = Saver(
+            self.engine,
+            asynchronous=run.checkpoint.async_save,
+            keep_last=run.checkpoint.keep_last_checkpoints,
+        )
         self.stop_requested = False
 
     @property
@@ -80,6 +86,8 @@ class Trainer:
             NonFiniteError: before the update (on every rank).
         """
         begin = time.perf_counter()
+        if self.saver.failed:
+            self.request_stop()  # seen by all ranks at this step; saving once more says why
         position = self.loader.consumed_samples
         batches, stopping = receive(self.groups, self.loader.next_batch, self.stop_requested)
         if stopping:
@@ -183,10 +191,11 @@ class Trainer:
         )
         return float(losses[name])
 
-    def save(self) -> None:
+    def save(self) -> float:
+        """Save, or start to (`async_save`); for how many seconds training stood still."""
         folder = Path(self.run.checkpoint.save)
         extra = {"seconds": self.seconds}
-        sharded.save(self.engine, self.loader.state_dict(), folder, self.iteration, extra)
+        return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
 
 
 def _open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader]:
@@ -219,6 +228,7 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
         if finished and run.data.valid_data:
             _finish(trainer, log)
     finally:
+        trainer.saver.close()
         log.close()
         signal.signal(signal.SIGTERM, previous)
     return trainer
@@ -257,10 +267,12 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
         if metrics is None:
             break
         now = trainer.iteration
-        log.log(now, metrics)
-        if save_interval and now % save_interval == 0:
-            trainer.save()
-            saved = now
+        try:
+            if save_interval and now % save_interval == 0:
+                metrics["save stall"] = trainer.save()
+                saved = now
+        finally:
+            log.log(now, metrics)  # a step that cannot be saved was done all the same
         if eval_interval and now % eval_interval == 0 and now < total:
             results, _ = evaluate(trainer.engine, trainer.tokenizer, lambda: trainer.stop_requested)
             if results:
@@ -269,6 +281,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
         trainer.save()
     elif trainer.iteration < total and not run.checkpoint.save and trainer.is_logger:
         print(f"stopped at step {trainer.iteration}; nothing was saved", file=sys.stderr)
+    trainer.saver.finish()
     return trainer.iteration >= total
 
 

@@ -42,19 +42,30 @@ def create(run: RunConfig, made: groups.Groups | None = None) -> Engine:
     return Engine.create(run, made or groups.build(run.parallel))
 
 
-def train(engine: Engine, steps) -> None:
-    """One optimizer step for each number in `steps`, on microbatches drawn from it."""
-    pg = engine.groups.pg
+def train(engine: Engine, steps, images_of=MICROBATCHES) -> list[float]:
+    """One optimizer step for each number in `steps`, on microbatches drawn from it.
+
+    Returns:
+        The mean loss per supervised token before each step, on every rank.
+    """
+    pg, losses = engine.groups.pg, []
     for step in steps:
         batches = [
             microbatch(engine.run.model, 10 * step + i, images, engine.groups.pad_multiple)
-            for i, images in enumerate(MICROBATCHES)
+            for i, images in enumerate(images_of)
         ]
-        engine.forward_backward(batches[pg.dp.rank() :: pg.dp.size()], SupervisedFineTuning())
+        mine = batches[pg.dp.rank() :: pg.dp.size()]
+        sums = engine.forward_backward(mine, SupervisedFineTuning())
+        total = torch.zeros(2, dtype=torch.float64)
+        if engine.groups.is_last_stage and pg.tp.rank() == 0:
+            total += sum(entry["lm loss"].double() for entry in sums)
+        dist.all_reduce(total, group=engine.groups.world)
+        losses.append(float(total[0] / total[1]))
         engine.gradient_norm()
         engine.update()
         # What augmentation or sampling would do to the generators.
         torch.rand(3), np.random.rand(), random.random()
+    return losses
 
 
 def scramble() -> None:
@@ -74,7 +85,7 @@ def whole(engine: Engine) -> dict[str, torch.Tensor]:
         values = {"weight": param.detach().clone(), **state.get(name, {})}
         for kind in ("weight", *KINDS):
             if kind in values:
-                block = values[kind].float().view(layout.local_shape)
+                block = layout.held(values[kind].float())
                 mine[f"{kind}.{name}"] = (layout.global_shape, layout.block, block)
         if name in state:
             mine[f"step.{name}"] = ((1,), (slice(0, 1),), state[name]["step"].float().view(1))

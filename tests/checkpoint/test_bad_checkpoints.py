@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from checkpoint_runs import create, tiny_run, train_and_save
 
-from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint import sealed, sharded, storage
 from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.checkpoint.hashing import state_hash
 
@@ -49,24 +48,21 @@ def refused(ranks, folder, run=None, size=2, finetune=False) -> str:
     return message
 
 
-def edit_json(path: Path, change) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
 def edit_index(folder: Path, change) -> None:
     path = folder / NAME / ".metadata"
     index = pickle.loads(path.read_bytes())
     change(index.state_dict_metadata)
     path.write_bytes(pickle.dumps(index))
+    run = sealed.read_json(folder / NAME / "run.json")  # seal it again, as an attacker would
+    run["checksums"] |= storage.write_format(folder / NAME)
+    sealed.write_json(folder / NAME / "run.json", run)
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp"])
 def test_a_missing_shard_file(ranks, folder, file):
     (folder / NAME / file).unlink()
     message = refused(ranks, folder)
-    assert f"1 of 2 shard files are unusable: {file} is missing" in message
+    assert f"of 2 shard files {file} is missing" in message
 
 
 def test_a_truncated_shard_file(ranks, folder):
@@ -114,8 +110,10 @@ def test_no_folder_at_all_and_an_empty_one(ranks, tmp_path):
 def test_a_damaged_run_file(ranks, folder):
     (folder / NAME / "run.json").write_text('{"format": 1,')
     assert "run.json is damaged" in refused(ranks, folder)
-    (folder / NAME / "run.json").write_text('{"config": {"model": {}}}')
-    assert "run.json has no adam_step" in refused(ranks, folder)
+    (folder / NAME / "run.json").write_text('{"format": 1}')
+    assert "run.json has no checksum" in refused(ranks, folder)
+    sealed.write_json(folder / NAME / "run.json", {"format": 1})
+    assert "run.json has format 1; this version: 2" in refused(ranks, folder)
 
 
 def test_a_missing_generator_file(ranks, folder):

@@ -52,7 +52,7 @@ def interrupted(run: RunConfig, folder: Path) -> dict[str, str]:
     again = create(run, engine.groups)
     seen["fresh"] = parameter_hash(again)
     state = sharded.load(again, folder)
-    assert (state["iteration"], state["consumed_samples"], state["rng_restored"]) == (3, 6, True)
+    assert (state["iteration"], state["loader"]) == (3, {"consumed_samples": 6})
     seen["loaded"] = state_hash(again)
     train(again, range(3, 5))
     seen["end again"] = state_hash(again)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_runs import create, load_whole, tiny_run, train, train_and_save
 
-from megatron_mm.checkpoint import sharded, storage
+from megatron_mm.checkpoint import sealed, sharded
 from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.checkpoint.hashing import parameter_hash
 
@@ -23,17 +23,17 @@ def fails_after_a_good_one(run, folder: Path, how: str, culprit: int) -> tuple[s
     good = parameter_hash(engine)
     train(engine, range(1, 2))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    written = storage.write_object
+    write = sealed.write_bytes
     try:
         if dist.get_rank() == culprit and how == "disk full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # EFBIG from write()
         elif dist.get_rank() == culprit:
-            storage.write_object = _broken
+            sealed.write_bytes = _broken
         with pytest.raises(CheckpointError) as caught:
             sharded.save(engine, {}, folder, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        storage.write_object = written
+        sealed.write_bytes = write
     assert not (folder / "iter_0000002").exists()
     again = create(run, engine.groups)
     state = sharded.load(again, folder)
@@ -65,17 +65,17 @@ def test_a_failure_on_one_rank_is_everyones(ranks, tmp_path, how, culprit):
 def killed_while_saving(run, folder: Path) -> None:
     engine = create(run)
     sharded.save(engine, {}, folder, 1)
-    write = storage.write_json
+    write = sealed.write_json
 
     def killed(*args):
         raise SystemExit  # no clean-up of ours runs
 
-    storage.write_json = killed
+    sealed.write_json = killed
     try:
         with pytest.raises(SystemExit):
             sharded.save(engine, {}, folder, 2)
     finally:
-        storage.write_json = write
+        sealed.write_json = write
 
 
 def test_a_killed_save_leaves_the_one_before(ranks, tmp_path):
@@ -89,7 +89,7 @@ def test_saving_an_iteration_again_replaces_it(ranks, tmp_path):
     ranks(1, train_and_save, tiny_run(seed=1), tmp_path)
     expected = ranks(1, train_and_save, tiny_run(seed=2), tmp_path)[0]
     state, tensors = ranks(1, load_whole, tiny_run(), tmp_path)[0]
-    assert state["folder"].name == "iter_0000002"
+    assert state["iteration"] == 2
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000002", "latest"]
 

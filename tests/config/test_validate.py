@@ -160,6 +160,15 @@ CASES = [
     ("--tensor-model-parallel-size 0", f"parallel.{TP} is 0; allowed: more than 0"),
     ("--save-interval 0 --save x", "checkpoint.save_interval is 0; allowed: more than 0"),
     ("--save-interval 5", "save_interval is 5; allowed: none, or this value with save"),
+    ("--async-save", "async_save is True; allowed: false, or this value with save"),
+    (
+        "--keep-last-checkpoints 2",
+        "keep_last_checkpoints is 2; allowed: none, or this value with save",
+    ),
+    (
+        "--keep-last-checkpoints 0 --save x",
+        "checkpoint.keep_last_checkpoints is 0; allowed: more than 0",
+    ),
     ("--finetune", "finetune is True; allowed: false, or this value with load"),
     ("--eval-interval 5", "eval_interval is 5; allowed: none, or this value with valid_data"),
     ("--overlap-param-gather", "overlap_param_gather is True; allowed: false, or true with use_"),

@@ -1,0 +1,167 @@
+"""A checkpoint in two halves: what a rank holds is copied first, and written afterwards.
+
+`take` needs the engine and all its process groups. `write` needs neither engine nor
+device, only the copy and one gloo group, so it can run while training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+
+import megatron_mm
+from megatron_mm.checkpoint import blocks, folders, optimizer_state, rng, sealed, storage
+from megatron_mm.checkpoint.engine import Engine, parameters, settle
+from megatron_mm.checkpoint.errors import CheckpointError, together
+from megatron_mm.config import to_dict
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes. Shares no memory with the engine: later steps cannot change it.
+
+    Attributes:
+        tensors: this rank's blocks, on the CPU.
+        generators: the content of its generator file.
+        run: what run.json will say; checksums of the files that are known already included.
+    """
+
+    iteration: int
+    tensors: list[ShardedTensor]
+    generators: bytes
+    run: dict
+
+
+def take(engine: Engine, loader_state: dict, iteration: int, extra: dict | None = None) -> Snapshot:
+    """Copy what this rank will write. Every rank calls it, in the training thread.
+
+    Raises:
+        CheckpointError: on every rank; `loader_state` or `extra` is no JSON, or parameters
+            disagree about the number of steps.
+    """
+    settle(engine)
+    tensors, steps = _tensors(engine)
+    buffer = io.BytesIO()
+    torch.save(rng.capture(), buffer)
+    generators = buffer.getvalue()
+    notes: list = [None] * engine.groups.world.size()
+    dist.all_gather_object(notes, (steps, zlib.crc32(generators)), group=engine.groups.world)
+    run = {
+        "format": folders.FORMAT,
+        "megatron_mm": megatron_mm.__version__,
+        "iteration": iteration,
+        "layout": layout_of(engine),
+        "adam_step": 0,
+        "scheduler": engine.scheduler.state_dict(),
+        "loader": loader_state,
+        "extra": extra or {},
+        "config": to_dict(engine.run),
+        "checksums": {rng_name(rank): checksum for rank, (_, checksum) in enumerate(notes)},
+    }
+    with together(engine.groups.world, f"cannot save iteration {iteration}"):
+        run["adam_step"] = _same_step(set().union(*(found for found, _ in notes)))
+        if dist.get_rank() == 0:
+            run = json.loads(json.dumps(run))  # a copy of all that others may still change
+    return Snapshot(iteration, tensors, generators, run)
+
+
+def _tensors(engine: Engine) -> tuple[list[ShardedTensor], set[int]]:
+    """Copies of the blocks that this rank writes, and the step counts of its stage."""
+    replicas = blocks.replicas(engine)
+    mine = {name for name, copy in replicas.items() if not any(copy)}
+    saved = {name: blocks.kinds_saved(param) for name, param, _ in parameters(engine)}
+    state = optimizer_state.collect(engine, lambda kind, n: n in mine and kind in saved[n])
+    tensors = []
+    for name, param, layout in parameters(engine):
+        if name in mine and not blocks.is_padding(layout):
+            weight = param.detach().to("cpu", copy=True)
+            tensors.append(blocks.block(blocks.weight_key(name), layout, weight))
+            for kind in saved[name] if name in state else ():
+                key = blocks.state_key(kind, name)
+                tensors.append(blocks.block(key, layout, state[name][kind]))
+    return tensors, {int(entry["step"]) for entry in state.values()}
+
+
+def _same_step(steps: set[int]) -> int:
+    if len(steps) > 1:
+        raise CheckpointError(f"parameters took different numbers of steps: {sorted(steps)}")
+    return max(steps, default=0)
+
+
+def rng_name(rank: int) -> str:
+    return f"rng_{rank:05d}.pt"
+
+
+def layout_of(engine: Engine) -> dict[str, int]:
+    pg = engine.groups.pg
+    sizes = {
+        "tp": pg.tp,
+        "pp": pg.pp,
+        "cp": pg.cp,
+        "ep": pg.ep,
+        "expert_tp": pg.expt_tp,
+        "dp": pg.dp,
+    }
+    return {name: group.size() for name, group in sizes.items()}
+
+
+def write(
+    snapshot: Snapshot, folder: Path, group: dist.ProcessGroup, keep_last: int | None = None
+) -> Path:
+    """Write `folder/iter_<iteration>` and point `folder/latest` to it. Every rank calls it.
+
+    Args:
+        group: a gloo group of all ranks that no other thread uses meanwhile.
+        keep_last: then delete older checkpoints until so many are left.
+
+    Raises:
+        CheckpointError: a rank could not write (on every rank). Earlier checkpoints are intact
+            and what was written of this one is gone.
+    """
+    leader = group.rank() == 0
+    final = folder / folders.name_of(snapshot.iteration)
+    partial = folders.with_suffix(final, folders.PARTIAL)
+    try:
+        _write(snapshot, partial, final, group, f"cannot save {final}")
+    except CheckpointError:
+        if leader:
+            with contextlib.suppress(OSError):
+                folders.clear_leftovers(folder)
+        raise
+    if leader and keep_last:
+        try:
+            folders.prune(folder, keep_last, snapshot.iteration)
+        except OSError as error:  # no reason to stop: what had to be saved is saved
+            print(f"warning: could not delete old checkpoints: {error}", file=sys.stderr)
+    return final
+
+
+def _write(
+    snapshot: Snapshot, partial: Path, final: Path, group: dist.ProcessGroup, doing: str
+) -> None:
+    leader = group.rank() == 0
+    with together(group, doing):
+        if leader:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            folders.clear_leftovers(final.parent)
+            partial.mkdir()
+    with together(group, doing):
+        storage.write_tensors(snapshot.tensors, partial, group)
+    with together(group, doing):
+        sealed.write_bytes(partial / rng_name(group.rank()), snapshot.generators)
+        if leader:
+            checksums = snapshot.run["checksums"] | storage.write_format(partial)
+            sealed.write_json(partial / folders.RUN, snapshot.run | {"checksums": checksums})
+            sealed.sync_folder(partial)
+    with together(group, doing):
+        if leader:
+            folders.publish(partial, final)
