@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_mm.config import LanguageConfig
-from megatron_mm.model.gdn_kernels import causal_conv, gated_delta_rule
+from megatron_mm.model.gdn_kernels import stream_conv, stream_delta_rule
 from megatron_mm.model.linear import column, row
 from megatron_mm.model.norms import GatedRMSNorm
 from megatron_mm.model.segments import Segments
@@ -78,24 +78,14 @@ class GatedDeltaNet(nn.Module):
         fused = fused.view(tokens, self.key_heads, sum(self.widths))
         qkv_width = sum(self.widths[:3])
         qkv, z, b, a = fused.split([qkv_width, *self.widths[3:]], dim=-1)
-        qkv = segments.to_rectangle(qkv.reshape(tokens, -1))
-        qkv = causal_conv(qkv, self.conv_weight)
-        qkv = qkv.view(*qkv.shape[:2], self.key_heads, qkv_width)
+        qkv = stream_conv(qkv.reshape(tokens, -1), self.conv_weight, segments.sizes)
+        qkv = qkv.view(tokens, self.key_heads, qkv_width)
         query, key, value = qkv.split(self.widths[:3], dim=-1)
-        value = value.reshape(*value.shape[:2], -1, self.value_dim)
-        # Each key head serves several value heads.
-        query, key = (x.repeat_interleave(self.values_per_key, dim=2) for x in (query, key))
+        value = value.reshape(tokens, -1, self.value_dim)
         log_decay = -self.A_log.float().exp() * F.softplus(
             a.reshape(tokens, -1).float() + self.dt_bias
         )
         beta = b.reshape(tokens, -1).sigmoid()
-        mixed = gated_delta_rule(
-            query,
-            key,
-            value,
-            segments.to_rectangle(log_decay),
-            segments.to_rectangle(beta),
-        )
-        mixed = segments.to_stream(mixed)
+        mixed = stream_delta_rule(query, key, value, log_decay, beta, segments.sizes)
         mixed = self.out_norm(mixed, z.reshape(tokens, -1, self.value_dim))
         return self.out_proj(mixed.reshape(tokens, 1, -1))[0]

@@ -1,0 +1,103 @@
+"""How time and memory are measured, and where."""
+
+from __future__ import annotations
+
+import gc
+import platform as machine
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Processor, threads and the versions that the numbers depend on."""
+    cpu = machine.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if "name" in x]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": torch.multiprocessing.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": machine.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "megatron-core")},
+    }
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of one call, and what it returned."""
+    begin = time.perf_counter()
+    result = function()
+    return time.perf_counter() - begin, result
+
+
+def interleave(
+    sides: Sequence[Callable[[int], Any]], rounds: int, warmup: int
+) -> list[list[tuple[float, Any]]]:
+    """`sides[s](round)` for every round, side by side; (seconds, result) per side and round.
+
+    Whatever else the machine does then slows all sides alike, and the order within a
+    round is turned every time. The rounds of warm-up come first and are left out.
+    """
+    found: list[list[tuple[float, Any]]] = [[] for _ in sides]
+    order = list(range(len(sides)))
+    for number in range(-warmup, rounds):
+        for side in order:
+            measured = timed(lambda side=side: sides[side](number + warmup))
+            if number >= 0:
+                found[side].append(measured)
+        order.append(order.pop(0))
+    return found
+
+
+def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, Any]:
+    """Ratio of the medians, and the quartiles of the ratios of single rounds."""
+    paired = sorted(a / b for a, b in zip(slower, faster, strict=True))
+    low, _, high = statistics.quantiles(paired, n=4) if len(paired) > 1 else paired * 3
+    return {
+        "ratio": round(statistics.median(slower) / statistics.median(faster), 3),
+        "ratio_quartiles": [round(low, 3), round(high, 3)],
+        "rounds": len(paired),
+    }
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of every tensor storage that Python can reach, by address."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.layout is torch.strided:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+class MemoryTracker:
+    """Peak of the tensor bytes that one side holds, optimizer state and gradients included.
+
+    What stays between steps is the storages that appeared since the tracker was made.
+    What a step adds is summed from the allocator's own events, which torch's profiler
+    reports: temporaries inside an operator count too, and so do tensors only autograd holds.
+    """
+
+    def __init__(self) -> None:
+        self.before = set(_storages())
+
+    def peak(self, step: Callable[[], Any]) -> dict[str, int]:
+        """Of one more step; the side must have done one before, so that its state exists."""
+        kept = sum(n for key, n in _storages().items() if key not in self.before)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            step()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        live = highest = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            highest = max(highest, live)
+        return {"peak_bytes": kept + highest, "kept_bytes": kept, "step_bytes": highest}
