@@ -7,6 +7,7 @@ import platform as machine
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def interleave(
     order = list(range(len(sides)))
     for number in range(-warmup, rounds):
         for side in order:
-            measured = timed(lambda side=side: sides[side](number + warmup))
+            measured = timed(partial(sides[side], number + warmup))
             if number >= 0:
                 found[side].append(measured)
         order.append(order.pop(0))
