@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,41 +31,46 @@ def environment() -> dict[str, Any]:
     }
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of one call, and what it returned."""
-    begin = time.perf_counter()
+class Timed(NamedTuple):
+    """Of one call: wall clock, processor time of this process, what the call returned."""
+
+    seconds: float
+    cpu: float
+    result: Any
+
+
+def timed(function: Callable[[], Any]) -> Timed:
+    begin, cpu = time.perf_counter(), time.process_time()
     result = function()
-    return time.perf_counter() - begin, result
+    return Timed(time.perf_counter() - begin, time.process_time() - cpu, result)
 
 
-def interleave(
-    sides: Sequence[Callable[[int], Any]], rounds: int, warmup: int
-) -> list[list[tuple[float, Any]]]:
-    """`sides[s](round)` for every round, side by side; (seconds, result) per side and round.
+def interleave(sides: Sequence[Callable[[int], Any]], rounds: int) -> list[list[Timed]]:
+    """`sides[s](round)` for every round, side by side.
 
     Whatever else the machine does then slows all sides alike, and the order within a
-    round is turned every time. The rounds of warm-up come first and are left out.
+    round is turned every time.
     """
-    found: list[list[tuple[float, Any]]] = [[] for _ in sides]
+    found: list[list[Timed]] = [[] for _ in sides]
     order = list(range(len(sides)))
-    for number in range(-warmup, rounds):
+    for number in range(rounds):
         for side in order:
-            measured = timed(partial(sides[side], number + warmup))
-            if number >= 0:
-                found[side].append(measured)
+            found[side].append(timed(partial(sides[side], number)))
         order.append(order.pop(0))
     return found
 
 
-def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, Any]:
-    """Ratio of the medians, and the quartiles of the ratios of single rounds."""
-    paired = sorted(a / b for a, b in zip(slower, faster, strict=True))
-    low, _, high = statistics.quantiles(paired, n=4) if len(paired) > 1 else paired * 3
-    return {
-        "ratio": round(statistics.median(slower) / statistics.median(faster), 3),
-        "ratio_quartiles": [round(low, 3), round(high, 3)],
-        "rounds": len(paired),
-    }
+def ratios(slower: Sequence[Timed], faster: Sequence[Timed]) -> dict[str, Any]:
+    """`ratio` of the medians of wall clock and the quartiles of the ratios of single rounds;
+    the same of processor time, which other programs disturb less."""
+    made: dict[str, Any] = {"rounds": len(slower)}
+    for name, field in (("ratio", "seconds"), ("cpu_ratio", "cpu")):
+        a, b = ([getattr(run, field) for run in side] for side in (slower, faster))
+        paired = [x / y for x, y in zip(a, b, strict=True)]
+        low, _, high = statistics.quantiles(paired, n=4) if len(paired) > 1 else paired * 3
+        made[name] = round(statistics.median(a) / statistics.median(b), 3)
+        made[f"{name}_quartiles"] = [round(low, 3), round(high, 3)]
+    return made
 
 
 def _storages() -> dict[int, int]:

@@ -78,18 +78,17 @@ class Theirs:
         """Try every way on a batch and keep the fastest; seconds of each, the better of two."""
         seconds = {}
         for padded, experts in product((True, False), EXPERTS):
-            self._use(padded, experts)
+            self.use(f"{'padded' if padded else 'one by one'}, {experts}")
             calls = self.prepare(batch)
-            runs = [timed(lambda calls=calls: self._gradients(calls))[0] for _ in range(3)]
-            seconds[f"{'padded' if padded else 'one by one'}, {experts}"] = min(runs[1:])
+            runs = [timed(lambda calls=calls: self._gradients(calls)).seconds for _ in range(3)]
+            seconds[self.way] = min(runs[1:])
         self.optimizer.zero_grad(set_to_none=True)
-        self.way = min(seconds, key=seconds.get)
-        layout, experts = self.way.split(", ")
-        self._use(layout == "padded", experts)
+        self.use(min(seconds, key=seconds.get))
         return {way: round(value, 4) for way, value in seconds.items()}
 
-    def _use(self, padded: bool, experts: str) -> None:
-        self.padded = padded
+    def use(self, way: str) -> None:
+        layout, experts = way.split(", ")
+        self.way, self.padded = way, layout == "padded"
         self.model.model.language_model.set_experts_implementation(experts)
 
     def prepare(self, batch: Microbatch) -> list[dict[str, Any]]:
