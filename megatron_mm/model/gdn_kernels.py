@@ -137,10 +137,12 @@ class _DeltaRule(torch.autograd.Function):
         scores = decay * _bmm(q, k.transpose(-1, -2)).unsqueeze(2)
         d_scores = _bmm(d_out, new.transpose(-1, -2))
         d_new = _bmm(scores.transpose(-1, -2), d_out)
-        d_q, d_k, d_total = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(total)
+        d_q, d_k = torch.zeros_like(q), torch.zeros_like(k)
+        # of G by what leaves the chunk's start, and of G_C - G by what stays until its end
+        d_total, d_until = torch.zeros_like(total), torch.zeros_like(total)
         if states is not None:
             _scan_backward(
-                q, k, total, d_out, new, reads, states, d_new, d_k, d_total, plan
+                q, k, total, d_out, new, reads, states, d_new, d_k, d_total, d_until, plan
             )  # completes d_new
         d_right = _solve(linked * strength, d_new, transposed=True)
         # d_right U^T is minus the gradient of A, which is linked * beta below the diagonal.
@@ -148,11 +150,11 @@ class _DeltaRule(torch.autograd.Function):
         scores.mul_(d_scores)
         linked = linked * d_linked
         d_beta = (d_right * value).sum(-1) + linked.tril(-1).sum(-1)
-        # D's logarithm: minus what leaves, plus what arrives. The diagonal is fixed at 1; its
-        # terms, the largest of all, would only cancel in the sum over a sample and leave
-        # A_log's gradient at 1e-4 instead of 1e-6.
+        # The decay from j to i holds the decays of the steps t in j < t <= i: add up exactly
+        # those pairs. Through G, whose gradient is row sums less column sums, everything
+        # else would have to cancel, the diagonal included; A_log's gradient shows it.
         moved = scores.addcmul_(linked, strength).tril_(-1)
-        d_total += moved.sum(-1) - moved.sum(-2)
+        before = moved.cumsum(-1).tril_(-1).sum(-2)  # at t - 1 for step t
         d_scores.mul_(decay)
         d_linked.mul_(decay).mul_(strength).tril_(-1)
         d_scores, d_linked = d_scores.sum(2), d_linked.sum(2)
@@ -171,6 +173,7 @@ class _DeltaRule(torch.autograd.Function):
             d_total[first:] -= against * beta[first:]
         d_value = d_right * strength
         d_log_decay = d_total.flip(-1).cumsum(-1).flip(-1)
+        d_log_decay[..., 1:] += (before + d_until.cumsum(-1))[..., :-1]
         d_query = _norm_backward(d_q, query, q_scale, query.shape[-1])
         d_key = _norm_backward(d_k, key, k_scale, 1)
         return d_query, d_key, d_value, d_log_decay, d_beta, None
@@ -208,8 +211,10 @@ def _scan(new, reads, k, total, plan: ChunkPlan) -> torch.Tensor:
     return states
 
 
-def _scan_backward(q, k, total, d_out, new, reads, states, d_new, d_k, d_total, plan) -> None:
-    """Adds to d_new, d_k, d_total what comes through the states, last step first."""
+def _scan_backward(
+    q, k, total, d_out, new, reads, states, d_new, d_k, d_total, d_until, plan
+) -> None:
+    """Adds to d_new, d_k, d_total, d_until what comes through the states, last step first."""
     first, steps = plan.active[0], plan.steps
     d_after = None  # of the states at the step after
     for index in reversed(range(len(steps))):
@@ -224,9 +229,7 @@ def _scan_backward(q, k, total, d_out, new, reads, states, d_new, d_k, d_total, 
             d_new[rows] += _bmm(keys * until, d_after)
             written = _bmm(new[rows], d_after.transpose(-1, -2)).mul_(until)
             d_k[rows] += written.sum(2)
-            fading = (written * keys).sum(-1)
-            d_total[rows] -= fading
-            d_total[rows, ..., -1] += fading.sum(-1)
+            d_until[rows] = (written * keys).sum(-1)
         if not index:
             return
         d_state = _bmm(
