@@ -56,7 +56,8 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
 
     Returns:
         "iteration", "loader" and "extra" as saved; "initialized": names of CLVR's and
-        adapters' parameters that were not in the checkpoint. Generators are restored on the same layout only.
+        adapters' parameters that were not in the checkpoint. Generators are restored on the
+        same layout only.
 
     Raises:
         CheckpointError: it does not fit or is damaged (on every rank, before anything changed).

@@ -54,6 +54,48 @@ def tiny() -> ModelConfig:
     )
 
 
+def small() -> ModelConfig:
+    """About 31 M parameters in the proportions of the 80B model: two blocks of three GDN layers
+    and one attention layer, 16 experts of which 4 serve a token. Trains on a workstation."""
+    return ModelConfig(
+        hybrid_layer_pattern="GEGE L GE*E J GEGEGE*E",
+        language=LanguageConfig(
+            vocab_size=8192,
+            hidden_size=256,
+            init_method_std=0.055,  # 0.02 * sqrt(2048 / 256)
+            max_position_embeddings=8192,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=64,
+            rotary_base=100_000.0,
+            linear_key_head_dim=64,
+            linear_value_head_dim=64,
+            linear_num_key_heads=4,
+            linear_num_value_heads=8,
+            num_experts=16,
+            moe_router_topk=4,
+            moe_ffn_hidden_size=192,
+            moe_shared_expert_intermediate_size=192,
+        ),
+        vision=VisionConfig(
+            vision_num_layers=6,
+            vision_hidden_size=192,
+            vision_ffn_hidden_size=768,
+            vision_num_attention_heads=6,
+            vision_layer_scale_init=1.0,  # as in tiny: from scratch 0.1 barely starts to learn
+            vision_init_method_std=0.045,  # 0.02 * sqrt(1024 / 192)
+            image_size=112,
+        ),
+        fusion=FusionConfig(
+            image_stream="thumbnail",
+            vision_memory="tiles",
+            memory_hidden_size=128,
+            clvr_num_attention_heads=4,
+            clvr_kv_channels=64,
+        ),
+    )
+
+
 def qwen3_next_80b_a3b() -> ModelConfig:
     """Qwen3-Next-80B-A3B alone, text only, at the published sizes (the schema's defaults)."""
     return ModelConfig(hybrid_layer_pattern=QWEN3_NEXT_BLOCK * 12, vision=None)
@@ -89,7 +131,12 @@ def internvit_6b() -> VisionConfig:
     )
 
 
-PRESETS = {"tiny": tiny, "qwen3-next-80b-a3b": qwen3_next_80b_a3b, "mm-80b": mm_80b}
+PRESETS = {
+    "tiny": tiny,
+    "small": small,
+    "qwen3-next-80b-a3b": qwen3_next_80b_a3b,
+    "mm-80b": mm_80b,
+}
 VISION_PRESETS = {"internvit-300m": internvit_300m, "internvit-6b": internvit_6b}
 
 

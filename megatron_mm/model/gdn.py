@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm.config import LanguageConfig
-from megatron_mm.model.gdn_kernels import causal_conv, gated_delta_rule
+from megatron_mm.model.gdn_kernels import stream_conv, stream_delta_rule
 from megatron_mm.model.linear import column, row
 from megatron_mm.model.norms import GatedRMSNorm
 from megatron_mm.model.recompute import core
@@ -107,21 +107,10 @@ class GatedDeltaNet(nn.Module):
         A_log, dt_bias = (
             take(x.view(self.key_heads, -1), mine).flatten() for x in (self.A_log, self.dt_bias)
         )
-        qkv = segments.to_rectangle(qkv_TkW.reshape(tokens, -1))
-        qkv = causal_conv(qkv, conv)
-        qkv = qkv.view(*qkv.shape[:2], heads, qkv_width)
-        query, key, value = qkv.split(self.widths[:3], dim=-1)
-        value = value.reshape(*value.shape[:2], -1, self.value_dim)
-        # Each key head serves several value heads.
-        query, key = (x.repeat_interleave(self.values_per_key, dim=2) for x in (query, key))
+        qkv = stream_conv(qkv_TkW.reshape(tokens, -1), conv, segments.sizes)
+        query, key, value = qkv.view(tokens, heads, qkv_width).split(self.widths[:3], dim=-1)
+        value = value.reshape(tokens, -1, self.value_dim)
         b, a = ba_Tk2v.chunk(2, dim=-1)
         log_decay = -A_log.float().exp() * F.softplus(a.reshape(tokens, -1).float() + dt_bias)
         beta = b.reshape(tokens, -1).sigmoid()
-        mixed = gated_delta_rule(
-            query,
-            key,
-            value,
-            segments.to_rectangle(log_decay),
-            segments.to_rectangle(beta),
-        )
-        return segments.to_stream(mixed)
+        return stream_delta_rule(query, key, value, log_decay, beta, segments.sizes)

@@ -5,25 +5,32 @@ Per head, with decay a_t = exp(g_t), write strength b_t, key k_t, value v_t, que
 
     S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T        o_t = S_t^T q_t
 
-Shapes: N rows (samples), L positions, h heads, K key width, V value width.
+Within a chunk whose first state is S, with G the running sum of g, D_ij = exp(G_i - G_j):
+
+    (I + A) U = b V - b e^G K S      A = strictly lower part of b (K K^T) D
+    O = e^G Q S + P U                P = lower part of (Q K^T) D
+    S' = e^{G_C} S + (e^{G_C - G} K)^T U
+
+The work inside chunks is batched over all of them; only U and S' go from chunk to chunk. The
+backward pass is written out by hand: autograd would keep a dozen [C, C] and [C, K] tensors a
+chunk and pass over each of them several times.
+
+Shapes: T positions of the stream, B chunks (chunks.py), C positions of a chunk, k key heads,
+r value heads per key head, K key width, V value width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-CHUNK = 64
+from megatron_mm.model.chunks import ChunkPlan, chunk_length, chunk_plan, to_cells, to_stream
 
-
-def l2_normalise(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x / sqrt(sum(x^2) + eps) over the last dimension, as FLA and transformers do."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
-
-
-def chunk_length(length: int) -> int:
-    """Short rows are one chunk of their own length: no padding, no recurrence over chunks."""
-    return min(length, CHUNK)
+EPS = 1e-6  # of the l2 norms, as in FLA and transformers
 
 
 def gated_delta_rule(
@@ -33,87 +40,264 @@ def gated_delta_rule(
     log_decay: torch.Tensor,
     beta: torch.Tensor,
 ) -> torch.Tensor:
-    """Every position's read-out, from a zero state.
+    """Every position's read-out, from a zero state, for rows of one length.
 
     Args:
-        query, key: [N, L, h, K], not yet normalised.
-        value: [N, L, h, V].
-        log_decay, beta: [N, L, h]; log_decay <= 0, beta in (0, 1).
+        query, key: [rows, L, k, K], not yet normalised.
+        value: [rows, L, k * r, V]; each key head serves r neighbouring value heads.
+        log_decay, beta: [rows, L, k * r]; log_decay <= 0, beta in (0, 1).
     Returns:
-        [N, L, h, V] in the dtype of value; computed in fp32.
+        [rows, L, k * r, V] in the dtype of value; computed in fp32.
     """
-    rows, length, heads, key_width = key.shape
-    size = chunk_length(length)
-    chunks = -(-length // size)
+    rows, length = key.shape[:2]
+    flat = (x.flatten(0, 1) for x in (query, key, value, log_decay, beta))
+    return stream_delta_rule(*flat, lengths=(length,) * rows).view(rows, length, *value.shape[2:])
 
-    def chunked(x: torch.Tensor) -> torch.Tensor:
-        """[N, L, h, ...] -> [N, h, chunks, size, ...], zero padded on the right, in fp32."""
-        x = x.float()
-        if chunks * size != length:
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, chunks * size - length))
-        return x.transpose(1, 2).reshape(rows, heads, chunks, size, *x.shape[3:])
 
-    q = chunked(l2_normalise(query.float()) * key_width**-0.5)
-    k = chunked(l2_normalise(key.float()))
-    v, g, b = chunked(value), chunked(log_decay), chunked(beta)
+def stream_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    lengths: Sequence[int],
+) -> torch.Tensor:
+    """The same for samples of any `lengths` laid end to end: every argument and the result
+    without the rows, [T, ...]. Each sample starts from a zero state."""
+    heads, values = key.shape[1], value.shape[1] // key.shape[1]
+    size = chunk_length(max(lengths), key.shape[-1], value.shape[-1])
+    plan = chunk_plan(tuple(lengths), size, value.device)
+    q, k, v, g, b = (
+        to_cells(x.float(), plan) for x in (query, key, value, log_decay, beta)
+    )  # [B, C, heads, ...]
+    out = _DeltaRule.apply(
+        q.transpose(1, 2).contiguous(),
+        k.transpose(1, 2).contiguous(),
+        v.unflatten(2, (heads, values)).permute(0, 2, 3, 1, 4).contiguous(),
+        g.unflatten(2, (heads, values)).permute(0, 2, 3, 1).contiguous(),
+        b.unflatten(2, (heads, values)).permute(0, 2, 3, 1).contiguous(),
+        plan,
+    )  # [B, k, r, C, V]
+    return to_stream(out.permute(0, 3, 1, 2, 4).flatten(2, 3), plan).to(value.dtype)
 
-    total = g.cumsum(-1)  # log of the decay since the chunk began
-    # Decay from j to i. Above the diagonal it is 0 (exp would overflow there). On it, it is 1 by
-    # definition: left to autograd, its gradient, the largest of all, would only cancel in
-    # the sums over total, and leave A_log's gradient at 1e-4 instead of 1e-6.
-    earlier = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
-    fixed = torch.full((size, size), -torch.inf, device=g.device).triu(1)
-    decay = torch.where(earlier, total.unsqueeze(-1) - total.unsqueeze(-2), fixed).exp()
 
-    k_beta = k * b.unsqueeze(-1)
-    k_t = k.transpose(-1, -2)
-    # Within a chunk the writes depend on each other: (I + A) U = beta V. solve_triangular
-    # with unitriangular=True reads only below the diagonal of A.
-    system = (k_beta @ k_t) * decay
-    scores = (q @ k_t) * decay
-    writes = v * b.unsqueeze(-1)
-    if chunks == 1:  # the state before the only chunk is zero
-        solved = torch.linalg.solve_triangular(system, writes, upper=False, unitriangular=True)
-        out = scores @ solved
-    else:
-        reads = k_beta * total.exp().unsqueeze(-1)
-        solved = torch.linalg.solve_triangular(
-            system, torch.cat((writes, reads), -1), upper=False, unitriangular=True
+def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b over the last two dimensions; the leading ones are equal."""
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
+
+
+def _solve(system: torch.Tensor, right: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """(I + A)^-1 right, or with (I + A)^T; only what is below A's diagonal is read."""
+    if transposed:
+        system = system.transpose(-1, -2)
+    return torch.linalg.solve_triangular(system, right, upper=transposed, unitriangular=True)
+
+
+class _DeltaRule(torch.autograd.Function):
+    """query, key [B, k, C, K]; value [B, k, r, C, V]; log_decay, beta [B, k, r, C];
+    out [B, k, r, C, V]. Chunks are ordered as `ChunkPlan` says: step by step."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, log_decay, beta, plan: ChunkPlan):
+        q_scale = _inverse_norm(query).mul_(query.shape[-1] ** -0.5)
+        k_scale = _inverse_norm(key)
+        q, k = query * q_scale, key * k_scale
+        total = log_decay.cumsum(-1)
+        # Above the diagonal D is 0 (exp would overflow there), on it 1.
+        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_(max=0.0).exp_().tril_()
+        k_t = k.transpose(-1, -2)
+        linked = decay * _bmm(k, k_t).unsqueeze(2)  # A without beta, and with a diagonal
+        scores = decay * _bmm(q, k_t).unsqueeze(2)
+        system = linked * beta.unsqueeze(-1)
+        new = _solve(system, value * beta.unsqueeze(-1))
+        first, reads, states = plan.active[0], None, None
+        if len(plan.active) > 1:
+            since = total[first:].exp().unsqueeze(-1)
+            strength = beta[first:].unsqueeze(-1) * since
+            reads = _solve(system[first:], strength * k[first:].unsqueeze(2))
+            states = _scan(new, reads, k, total, plan)  # completes `new`
+        out = _bmm(scores, new)
+        if states is not None:
+            out[first:] += _bmm(q[first:].unsqueeze(2) * since, states)
+        ctx.plan = plan
+        ctx.save_for_backward(
+            query, key, q_scale, k_scale, value, beta, total, decay, linked, new, reads, states
         )
-        out = _scan(q, k, solved, scores, total, value.shape[-1])
-    out = out.reshape(rows, heads, chunks * size, -1)[:, :, :length]
-    return out.transpose(1, 2).to(value.dtype)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        query, key, q_scale, k_scale, value, beta, total, decay, linked, new, reads, states = (
+            ctx.saved_tensors
+        )
+        plan, first = ctx.plan, ctx.plan.active[0]
+        q, k, strength = query * q_scale, key * k_scale, beta.unsqueeze(-1)
+        d_out = d_out.contiguous()
+        scores = decay * _bmm(q, k.transpose(-1, -2)).unsqueeze(2)
+        d_scores = _bmm(d_out, new.transpose(-1, -2))
+        d_new = _bmm(scores.transpose(-1, -2), d_out)
+        d_q, d_k = torch.zeros_like(q), torch.zeros_like(k)
+        # of G by what leaves the chunk's start, and of G_C - G by what stays until its end
+        d_total, d_until = torch.zeros_like(total), torch.zeros_like(total)
+        if states is not None:
+            _scan_backward(
+                q, k, total, d_out, new, reads, states, d_new, d_k, d_total, d_until, plan
+            )  # completes d_new
+        d_right = _solve(linked * strength, d_new, transposed=True)
+        # d_right U^T is minus the gradient of A, which is linked * beta below the diagonal.
+        d_linked = _bmm(d_right, new.transpose(-1, -2)).neg_()
+        scores.mul_(d_scores)
+        linked = linked * d_linked
+        d_beta = (d_right * value).sum(-1) + linked.tril(-1).sum(-1)
+        # The decay from j to i holds the decays of the steps t in j < t <= i: add up exactly
+        # those pairs. Through G, whose gradient is row sums less column sums, everything
+        # else would have to cancel, the diagonal included; A_log's gradient shows it.
+        moved = scores.addcmul_(linked, strength).tril_(-1)
+        before = moved.cumsum(-1).tril_(-1).sum(-2)  # at t - 1 for step t
+        d_scores.mul_(decay)
+        d_linked.mul_(decay).mul_(strength).tril_(-1)
+        d_scores, d_linked = d_scores.sum(2), d_linked.sum(2)
+        d_q += _bmm(d_scores, k)
+        d_k += _bmm(d_scores.transpose(-1, -2), q)
+        d_k += _bmm(d_linked + d_linked.transpose(-1, -2), k)
+        if states is not None:
+            since, kept = total[first:].exp().unsqueeze(-1), states.transpose(-1, -2)
+            read = _bmm(d_out[first:], kept).mul_(since)  # d of (Q S), by Q
+            d_q[first:] += read.sum(2)
+            d_total[first:] += (read * q[first:].unsqueeze(2)).sum(-1)
+            read = _bmm(d_right[first:], kept).mul_(since)  # d of (-K S), by K
+            against = (read * k[first:].unsqueeze(2)).sum(-1)
+            d_k[first:] -= read.mul_(strength[first:]).sum(2)
+            d_beta[first:] -= against
+            d_total[first:] -= against * beta[first:]
+        d_value = d_right * strength
+        d_log_decay = d_total.flip(-1).cumsum(-1).flip(-1)
+        d_log_decay[..., 1:] += (before + d_until.cumsum(-1))[..., :-1]
+        d_query = _norm_backward(d_q, query, q_scale, query.shape[-1])
+        d_key = _norm_backward(d_k, key, k_scale, 1)
+        return d_query, d_key, d_value, d_log_decay, d_beta, None
 
 
-def _scan(q, k, solved, scores, total, value_width: int) -> torch.Tensor:
-    """Carry the state [N, h, K, V] over the chunks; the arguments are [N, h, chunks, size, ...]."""
-    writes, reads = solved.split([value_width, solved.shape[-1] - value_width], dim=-1)
-    q_decayed = q * total.exp().unsqueeze(-1)
-    k_rest = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).transpose(-1, -2)
-    chunk_decay = total[..., -1].exp()[..., None, None]
-    state, outs = None, []
-    for i in range(q.shape[2]):
-        new = writes[:, :, i]
-        out = None
-        if state is not None:
-            new = new - reads[:, :, i] @ state
-            out = q_decayed[:, :, i] @ state
-        inside = scores[:, :, i] @ new
-        outs.append(inside if out is None else out + inside)
-        added = k_rest[:, :, i] @ new
-        state = added if state is None else state * chunk_decay[:, :, i] + added
-    return torch.stack(outs, dim=2)
+def _inverse_norm(x: torch.Tensor) -> torch.Tensor:
+    return x.square().sum(-1, keepdim=True).add_(EPS).rsqrt_()
+
+
+def _norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, width: int
+) -> torch.Tensor:
+    """Through y = x scale, scale = 1 / sqrt(width (sum(x^2) + eps))."""
+    along = (grad * x).sum(-1, keepdim=True).mul_(scale.square()).mul_(width)
+    return grad.addcmul_(x, along, value=-1.0).mul_(scale)
+
+
+def _scan(new, reads, k, total, plan: ChunkPlan) -> torch.Tensor:
+    """The states [chunks after the first step, k, r, K, V] at the start of each chunk; what
+    they predict is taken from `new`, in place. `reads` has no rows of the first step."""
+    first, steps = plan.active[0], plan.steps
+    groups, value_width = new.shape[1:3], new.shape[-1]
+    states = new.new_empty(len(reads), *groups, k.shape[-1], value_width)
+    for step, count in zip(steps[:-1], plan.active[1:], strict=True):
+        rows = slice(step.start, step.start + count)  # the chunks that have a successor
+        last = total[rows, ..., -1:]
+        keys = k[rows].unsqueeze(2) * (last - total[rows]).exp_().unsqueeze(-1)
+        after = slice(step.stop - first, step.stop - first + count)
+        state = _bmm(keys.transpose(-1, -2), new[rows])
+        if step.start:
+            before = slice(step.start - first, step.start - first + count)
+            state.addcmul_(states[before], last.exp().unsqueeze(-1))
+        states[after] = state
+        new[step.stop : step.stop + count] -= _bmm(reads[after], state)
+    return states
+
+
+def _scan_backward(
+    q, k, total, d_out, new, reads, states, d_new, d_k, d_total, d_until, plan
+) -> None:
+    """Adds to d_new, d_k, d_total, d_until what comes through the states, last step first."""
+    first, steps = plan.active[0], plan.steps
+    d_after = None  # of the states at the step after
+    for index in reversed(range(len(steps))):
+        step = steps[index]
+        here = slice(step.start - first, step.stop - first)
+        count = 0 if d_after is None else len(d_after)
+        rows = slice(step.start, step.start + count)
+        last = total[rows, ..., -1:]
+        if count:
+            until = (last - total[rows]).exp_().unsqueeze(-1)
+            keys = k[rows].unsqueeze(2)
+            d_new[rows] += _bmm(keys * until, d_after)
+            written = _bmm(new[rows], d_after.transpose(-1, -2)).mul_(until)
+            d_k[rows] += written.sum(2)
+            d_until[rows] = (written * keys).sum(-1)
+        if not index:
+            return
+        d_state = _bmm(
+            (q[step].unsqueeze(2) * total[step].exp().unsqueeze(-1)).transpose(-1, -2), d_out[step]
+        )
+        d_state -= _bmm(reads[here].transpose(-1, -2), d_new[step])
+        if count:
+            carried = d_after * last.exp().unsqueeze(-1)
+            d_state[:count] += carried
+            d_total[rows, ..., -1] += (states[here][:count] * carried).sum((-1, -2))
+        d_after = d_state
 
 
 def causal_conv(x_NLC: torch.Tensor, weight_CW: torch.Tensor) -> torch.Tensor:
-    """Depthwise causal convolution over L, then silu, as a sum of W shifted products.
+    """`stream_conv` for rows of one length, [N, L, C] -> [N, L, C]."""
+    rows, length, _ = x_NLC.shape
+    return stream_conv(x_NLC.flatten(0, 1), weight_CW, (length,) * rows).view_as(x_NLC)
 
-    On the CPU this is several times faster than a grouped conv1d with so short a kernel.
+
+def stream_conv(
+    x_TC: torch.Tensor, weight_CW: torch.Tensor, lengths: Sequence[int]
+) -> torch.Tensor:
+    """Depthwise causal convolution over each sample of the stream, then silu: [T, C].
+
+    A sum of W shifted products: on the CPU several times faster than a grouped conv1d.
     """
-    width = weight_CW.shape[1]
-    length = x_NLC.shape[1]
-    padded = F.pad(x_NLC, (0, 0, width - 1, 0))
-    out = padded[:, width - 1 :] * weight_CW[:, width - 1]
-    for i in range(width - 1):
-        out = out + padded[:, i : i + length] * weight_CW[:, i]
-    return F.silu(out)
+    index = padded_index(tuple(lengths), weight_CW.shape[1] - 1, x_TC.device)
+    return _Convolution.apply(x_TC, weight_CW, index)
+
+
+@lru_cache(maxsize=32)
+def padded_index(lengths: tuple[int, ...], pad: int, device: torch.device) -> torch.Tensor:
+    """int64 [T]: where each position goes when `pad` empty rows stand before every sample."""
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return (torch.arange(len(sample)) + pad * (sample + 1)).to(device)
+
+
+class _Convolution(torch.autograd.Function):
+    """By hand, because autograd keeps and adds up every shifted product."""
+
+    @staticmethod
+    def forward(ctx, x_TC, weight_CW, index_T):
+        taps = weight_CW.t().contiguous()  # [W, C]
+        pad = len(taps) - 1
+        samples = int(index_T[-1] + 1 - len(index_T)) // pad if pad else 0
+        padded = x_TC.new_zeros(len(x_TC) + pad * samples, x_TC.shape[1])
+        padded.index_copy_(0, index_T, x_TC)
+        rows = len(padded) - pad
+        mixed = padded[pad:] * taps[pad]
+        for tap in range(pad):
+            mixed.addcmul_(padded[tap : tap + rows], taps[tap])
+        mixed = mixed.index_select(0, index_T - pad)
+        ctx.save_for_backward(padded, taps, index_T, mixed)
+        return F.silu(mixed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        padded, taps, index_T, mixed = ctx.saved_tensors
+        pad = len(taps) - 1
+        d_mixed = torch.zeros_like(padded)
+        d_mixed.index_copy_(0, index_T, torch.ops.aten.silu_backward(d_out, mixed))
+        rows = len(padded) - pad
+        d_padded = d_mixed * taps[pad]
+        d_taps = torch.empty_like(taps)
+        for tap in range(pad + 1):
+            shifted = d_mixed[pad:]
+            torch.sum(padded[tap : tap + rows] * shifted, 0, out=d_taps[tap])
+            if tap < pad:
+                d_padded[tap : tap + rows].addcmul_(shifted, taps[tap])
+        return d_padded.index_select(0, index_T), d_taps.t(), None

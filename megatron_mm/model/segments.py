@@ -58,6 +58,11 @@ class Segments:
         return len(self.starts)
 
     @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The lengths as numbers; one look at the device for all layers."""
+        return tuple(self.lengths.tolist())
+
+    @cached_property
     def is_rectangle(self) -> bool:
         """The stream itself already is the rectangle: every row is full, in order."""
         full = self.count * self.width

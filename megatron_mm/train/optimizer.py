@@ -100,13 +100,20 @@ def build_optimizer(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             config,
             models,
             config_overrides=_overrides(run, models),
             use_gloo_process_groups=False,
             pg_collection=pg,
         )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if isinstance(inner, torch.optim.AdamW):  # neither apex nor Transformer Engine is there
+            # One pass over each tensor instead of ten; megatron-core has no word for it.
+            for group in inner.param_groups:
+                group["fused"] = True
+    return optimizer
 
 
 def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

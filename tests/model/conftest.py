@@ -23,6 +23,15 @@ def pg():
     groups.stop()
 
 
+@pytest.fixture(autouse=True)
+def own_moe_metrics():
+    """megatron-core keeps them for the process, and as long as the first model was deep."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+    yield
+    destroy_moe_metrics_tracker()
+
+
 class Double(TorchFunctionMode):
     """Where either side asks for fp32, it gets fp64."""
 

@@ -1,0 +1,109 @@
+"""How time and memory are measured, and where."""
+
+from __future__ import annotations
+
+import gc
+import platform as machine
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Processor, threads and the versions that the numbers depend on."""
+    cpu = machine.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if "name" in x]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": torch.multiprocessing.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": machine.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "megatron-core")},
+    }
+
+
+class Timed(NamedTuple):
+    """Of one call: wall clock, processor time of this process, what the call returned."""
+
+    seconds: float
+    cpu: float
+    result: Any
+
+
+def timed(function: Callable[[], Any]) -> Timed:
+    begin, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return Timed(time.perf_counter() - begin, time.process_time() - cpu, result)
+
+
+def interleave(sides: Sequence[Callable[[int], Any]], rounds: int) -> list[list[Timed]]:
+    """`sides[s](round)` for every round, side by side.
+
+    Whatever else the machine does then slows all sides alike, and the order within a
+    round is turned every time.
+    """
+    found: list[list[Timed]] = [[] for _ in sides]
+    order = list(range(len(sides)))
+    for number in range(rounds):
+        for side in order:
+            found[side].append(timed(partial(sides[side], number)))
+        order.append(order.pop(0))
+    return found
+
+
+def ratios(slower: Sequence[Timed], faster: Sequence[Timed]) -> dict[str, Any]:
+    """`ratio` of the medians of wall clock and the quartiles of the ratios of single rounds;
+    the same of processor time, which other programs disturb less."""
+    made: dict[str, Any] = {"rounds": len(slower)}
+    for name, field in (("ratio", "seconds"), ("cpu_ratio", "cpu")):
+        a, b = ([getattr(run, field) for run in side] for side in (slower, faster))
+        paired = [x / y for x, y in zip(a, b, strict=True)]
+        low, _, high = statistics.quantiles(paired, n=4) if len(paired) > 1 else paired * 3
+        made[name] = round(statistics.median(a) / statistics.median(b), 3)
+        made[f"{name}_quartiles"] = [round(low, 3), round(high, 3)]
+    return made
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of every tensor storage that Python can reach, by address."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.layout is torch.strided:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+class MemoryTracker:
+    """Peak of the tensor bytes that one side holds, optimizer state and gradients included.
+
+    What stays between steps is the storages that appeared since the tracker was made.
+    What a step adds is summed from the allocator's own events, which torch's profiler
+    reports: temporaries inside an operator count too, and so do tensors only autograd holds.
+    """
+
+    def __init__(self) -> None:
+        self.before = set(_storages())
+
+    def peak(self, step: Callable[[], Any]) -> dict[str, int]:
+        """Of one more step; the side must have done one before, so that its state exists."""
+        kept = sum(n for key, n in _storages().items() if key not in self.before)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            step()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        live = highest = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            highest = max(highest, live)
+        return {"peak_bytes": kept + highest, "kept_bytes": kept, "step_bytes": highest}
