@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.engine import Engine
@@ -96,8 +97,10 @@ def generate(
     answers = [torch.empty(len(p.cu_seqlens) - 1, 0, dtype=torch.int64) for p in prompts]
     done = [torch.zeros(len(a), dtype=torch.bool) for a in answers]
     last = (groups.pg.pp.size() - 1) * tp  # in the replica: first TP rank of the last stage
+    multiple = token_multiple(engine.run)
     for _ in range(max_new_tokens):
-        batches = [with_answers(p, a, pad_id, tp) for p, a in zip(prompts, answers, strict=True)]
+        pairs = zip(prompts, answers, strict=True)
+        batches = [with_answers(prompt, given, pad_id, multiple) for prompt, given in pairs]
         found = engine.forward(batches, lambda logits, batch: _greedy(logits, batch, groups))
         active = torch.zeros(1, dtype=torch.int64)
         for i in range(len(prompts)):
