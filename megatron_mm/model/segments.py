@@ -38,6 +38,13 @@ class Segments:
         return full == self.total == int(self.lengths.sum())
 
     @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """int64 [samples that are not empty + 1]: where each begins, then the total. For kernels
+        that take the packed stream; some refuse an empty sample."""
+        starts = self.starts[self.lengths > 0]
+        return torch.cat((starts, starts.new_tensor([self.total])))
+
+    @cached_property
     def valid(self) -> torch.Tensor:
         """bool [samples, width]: which cells hold a position."""
         columns = torch.arange(self.width, device=self.starts.device)

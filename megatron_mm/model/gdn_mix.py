@@ -1,0 +1,58 @@
+"""What mixes positions in a gated DeltaNet layer: convolution, then delta rule."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from megatron_mm.model.gdn_kernels import causal_conv, gated_delta_rule
+from megatron_mm.model.segments import Segments
+
+
+class HeadWidths(NamedTuple):
+    """Of one key head: K features of its key, V of each of the r values that it serves."""
+
+    key: int
+    value: int
+    values: int
+
+    @property
+    def rows(self) -> list[int]:
+        """Channels of q, k and v in one key head's block."""
+        return [self.key, self.key, self.values * self.value]
+
+
+def split_heads(
+    qkv: torch.Tensor, widths: HeadWidths
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[..., k * (2 K + r V)] -> query and key [..., k, K], value [..., k * r, V]."""
+    blocks = qkv.reshape(*qkv.shape[:-1], -1, sum(widths.rows))
+    query, key, value = blocks.split(widths.rows, dim=-1)
+    return query, key, value.reshape(*qkv.shape[:-1], -1, widths.value)
+
+
+def convolve_and_scan(
+    qkv_TC: torch.Tensor,
+    conv_weight_CW: torch.Tensor,
+    log_decay_Th: torch.Tensor,
+    beta_Th: torch.Tensor,
+    segments: Segments,
+    widths: HeadWidths,
+) -> torch.Tensor:
+    """In torch, on the rectangle of samples; state and convolution restart at every sample.
+
+    Args:
+        qkv_TC: for every key head its [q, k, v].
+        log_decay_Th: fp32, for every value head; <= 0.
+        beta_Th: write strength, in (0, 1).
+    Returns:
+        [T, value heads, V]
+    """
+    qkv = causal_conv(segments.to_rectangle(qkv_TC), conv_weight_CW)
+    query, key, value = split_heads(qkv, widths)
+    query, key = (x.repeat_interleave(widths.values, dim=2) for x in (query, key))
+    mixed = gated_delta_rule(
+        query, key, value, segments.to_rectangle(log_decay_Th), segments.to_rectangle(beta_Th)
+    )
+    return segments.to_stream(mixed)
