@@ -6,30 +6,16 @@ Shapes: T whole stream, t this rank's sequence shard (T / TP), h local heads, D 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_mm.config import LanguageConfig
-from megatron_mm.model.linear import column, row
+from megatron_mm.model.backend import Backend
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.rotary import apply_rotary
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.layout import normal
-
-
-def causal_attention(
-    query_ThD: torch.Tensor, key_ThD: torch.Tensor, value_ThD: torch.Tensor, segments: Segments
-) -> torch.Tensor:
-    """Softmax attention inside each sample, [T, h, D]; key and value may have fewer heads."""
-    query, key, value = (
-        segments.to_rectangle(x).transpose(1, 2) for x in (query_ThD, key_ThD, value_ThD)
-    )
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return segments.to_stream(mixed.transpose(1, 2))
 
 
 class GatedAttention(nn.Module):
@@ -39,16 +25,24 @@ class GatedAttention(nn.Module):
     """
 
     def __init__(
-        self, language: LanguageConfig, config: TransformerConfig, tp: ProcessGroup, out_std: float
+        self,
+        language: LanguageConfig,
+        config: TransformerConfig,
+        tp: ProcessGroup,
+        out_std: float,
+        backend: Backend,
     ):
         super().__init__()
+        self.core_attention = backend.core_attention()
         self.head_dim = language.kv_channels
         self.groups = language.num_query_groups // tp.size()
         self.heads_per_group = language.num_attention_heads // language.num_query_groups
         rows = language.num_query_groups * (2 * self.heads_per_group + 2) * self.head_dim
         init = normal(language.init_method_std)
-        self.linear_qkv = column(language.hidden_size, rows, config=config, init=init, tp=tp)
-        self.linear_proj = row(
+        self.linear_qkv = backend.column(
+            language.hidden_size, rows, config=config, init=init, tp=tp
+        )
+        self.linear_proj = backend.row(
             language.num_attention_heads * self.head_dim,
             language.hidden_size,
             config=config,
@@ -74,6 +68,6 @@ class GatedAttention(nn.Module):
         query, gate = query_gate.reshape(tokens, -1, 2 * self.head_dim).chunk(2, dim=-1)
         query = apply_rotary(self.q_norm(query), *rotary)
         key = apply_rotary(self.k_norm(key.squeeze(2)), *rotary)
-        mixed = causal_attention(query, key, value.squeeze(2), segments)
+        mixed = self.core_attention(query, key, value.squeeze(2), segments)
         gated = (mixed * gate.sigmoid()).reshape(tokens, 1, -1)
         return self.linear_proj(gated)[0]

@@ -18,8 +18,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_mm.config import LanguageConfig
-from megatron_mm.model.gdn_kernels import causal_conv, gated_delta_rule
-from megatron_mm.model.linear import column, row
+from megatron_mm.model.backend import Backend
+from megatron_mm.model.gdn_mix import HeadWidths
 from megatron_mm.model.norms import GatedRMSNorm
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.layout import constant, normal, place, uniform
@@ -32,9 +32,15 @@ class GatedDeltaNet(nn.Module):
     """
 
     def __init__(
-        self, language: LanguageConfig, config: TransformerConfig, tp: ProcessGroup, out_std: float
+        self,
+        language: LanguageConfig,
+        config: TransformerConfig,
+        tp: ProcessGroup,
+        out_std: float,
+        backend: Backend,
     ):
         super().__init__()
+        self.mix = backend.mix
         self.key_heads = language.linear_num_key_heads // tp.size()
         self.values_per_key = language.linear_num_value_heads // language.linear_num_key_heads
         self.key_dim = language.linear_key_head_dim
@@ -45,7 +51,7 @@ class GatedDeltaNet(nn.Module):
         self.widths += [self.values_per_key, self.values_per_key]
         all_key_heads = language.linear_num_key_heads
         dtype, std = config.params_dtype, language.init_method_std
-        self.in_proj = column(
+        self.in_proj = backend.column(
             language.hidden_size,
             all_key_heads * sum(self.widths),
             config=config,
@@ -63,7 +69,7 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(value_heads, dtype=dtype))
         place(self.dt_bias, constant(1.0), split={0: tp})
         self.out_norm = GatedRMSNorm(self.value_dim, language.layernorm_epsilon, dtype=dtype)
-        self.out_proj = row(
+        self.out_proj = backend.row(
             all_key_heads * value_rows,
             language.hidden_size,
             config=config,
@@ -78,24 +84,12 @@ class GatedDeltaNet(nn.Module):
         fused = fused.view(tokens, self.key_heads, sum(self.widths))
         qkv_width = sum(self.widths[:3])
         qkv, z, b, a = fused.split([qkv_width, *self.widths[3:]], dim=-1)
-        qkv = segments.to_rectangle(qkv.reshape(tokens, -1))
-        qkv = causal_conv(qkv, self.conv_weight)
-        qkv = qkv.view(*qkv.shape[:2], self.key_heads, qkv_width)
-        query, key, value = qkv.split(self.widths[:3], dim=-1)
-        value = value.reshape(*value.shape[:2], -1, self.value_dim)
-        # Each key head serves several value heads.
-        query, key = (x.repeat_interleave(self.values_per_key, dim=2) for x in (query, key))
         log_decay = -self.A_log.float().exp() * F.softplus(
             a.reshape(tokens, -1).float() + self.dt_bias
         )
         beta = b.reshape(tokens, -1).sigmoid()
-        mixed = gated_delta_rule(
-            query,
-            key,
-            value,
-            segments.to_rectangle(log_decay),
-            segments.to_rectangle(beta),
-        )
-        mixed = segments.to_stream(mixed)
+        widths = HeadWidths(self.key_dim, self.value_dim, self.values_per_key)
+        qkv = qkv.reshape(tokens, -1)
+        mixed = self.mix(qkv, self.conv_weight, log_decay, beta, segments, widths)
         mixed = self.out_norm(mixed, z.reshape(tokens, -1, self.value_dim))
         return self.out_proj(mixed.reshape(tokens, 1, -1))[0]

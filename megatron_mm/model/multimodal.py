@@ -19,6 +19,7 @@ from torch import nn
 from megatron_mm import platform
 from megatron_mm.config import Manifest, RunConfig, effective_pattern, model_stages, wire
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.backend import choose
 from megatron_mm.model.clvr import memory_hidden_size
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
@@ -82,6 +83,7 @@ class MultimodalModel(MegatronModule):
     """
 
     def __init__(self, run: RunConfig, pg: ProcessGroupCollection):
+        backend = choose(run.backend)
         config = language_config(run)
         super().__init__(config)
         # megatron-core's schedule and gradient reduction ask for these two.
@@ -109,7 +111,7 @@ class MultimodalModel(MegatronModule):
             self.embedding = vocab_embedding(
                 language.vocab_size, language.hidden_size, config=config, init=init, tp=pg.tp
             )
-        self.language = Stack(run.model, config, pg, stage)
+        self.language = Stack(run.model, config, pg, stage, backend)
         if self.post_process:
             self.final_norm = RMSNorm(
                 language.hidden_size,

@@ -6,6 +6,8 @@ and under every layout; looks and injections never shift them.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -13,6 +15,7 @@ from torch import nn
 
 from megatron_mm.config import ModelConfig, Stage, effective_pattern, num_layers
 from megatron_mm.model.attention import GatedAttention
+from megatron_mm.model.backend import Backend
 from megatron_mm.model.clvr import Look
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.gdn import GatedDeltaNet
@@ -22,17 +25,31 @@ from megatron_mm.parallel.wire import Payload
 
 
 class SubLayer(nn.Module):
-    """Pre-norm residual around a mixer or a mixture of experts."""
+    """Pre-norm residual around a mixer or a mixture of experts.
 
-    def __init__(self, inner: nn.Module, hidden_size: int, eps: float, config: TransformerConfig):
+    The precision is entered here and not around the stack, so that a recomputed layer runs in
+    it again.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        hidden_size: int,
+        eps: float,
+        config: TransformerConfig,
+        backend: Backend,
+        layer: int,
+    ):
         super().__init__()
+        self.precision = partial(backend.precision, config, layer)
         self.norm = RMSNorm(
             hidden_size, eps, partial_gradient=config.sequence_parallel, dtype=config.params_dtype
         )
         self.inner = inner
 
     def forward(self, hidden_t1H: torch.Tensor, *args) -> torch.Tensor:
-        return hidden_t1H + self.inner(self.norm(hidden_t1H), *args)
+        with self.precision():
+            return hidden_t1H + self.inner(self.norm(hidden_t1H), *args)
 
 
 class Stack(nn.Module):
@@ -45,9 +62,11 @@ class Stack(nn.Module):
         config: TransformerConfig,
         pg: ProcessGroupCollection,
         stage: Stage,
+        backend: Backend,
     ):
         super().__init__()
         self.stage = stage
+        self.precision = partial(backend.precision, config, None)
         language = model.language
         eps = language.layernorm_epsilon
         std = language.init_method_std
@@ -60,17 +79,23 @@ class Stack(nn.Module):
                 self.looks[str(layer.pair)] = Look(model, config, pg.tp)
             if layer.kind in "G*E":
                 if layer.kind == "G":
-                    inner = GatedDeltaNet(language, config, pg.tp, out_std)
+                    inner = GatedDeltaNet(language, config, pg.tp, out_std, backend)
                 elif layer.kind == "*":
-                    inner = GatedAttention(language, config, pg.tp, out_std)
+                    inner = GatedAttention(language, config, pg.tp, out_std, backend)
                 else:
-                    inner = MixtureOfExperts(config, pg, layer.number, std, out_std)
+                    inner = MixtureOfExperts(config, pg, layer.number, std, out_std, backend)
                 key, part = str(layer.number), "moe" if layer.kind == "E" else "mixer"
                 if key not in self.layers:
                     self.layers[key] = nn.ModuleDict()
-                self.layers[key][part] = SubLayer(inner, language.hidden_size, eps, config)
+                self.layers[key][part] = SubLayer(
+                    inner, language.hidden_size, eps, config, backend, layer.number
+                )
 
     def forward(self, payload: Payload, context: StreamContext) -> Payload:
+        with self.precision():
+            return self._forward(payload, context)
+
+    def _forward(self, payload: Payload, context: StreamContext) -> Payload:
         hidden, waiting = payload.hidden_T1H, dict(payload.refinements)
         for layer in self.stage.layers:
             if layer.kind == "L":
