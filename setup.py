@@ -44,7 +44,10 @@ setup(
         "packaging",
     ],
     extras_require={
-        "cuda": ["transformer-engine[pytorch]", "flash-linear-attention"],
+        # Transformer Engine's torch part is compiled against the torch that is installed, so it
+        # is not here but a second command (README, "On a GPU"): pip would build it in an
+        # environment of its own. CUDA 13 is what torch 2.11 from PyPI is built with.
+        "cuda": ["transformer-engine[core_cu13]>=2.20,<3", "flash-linear-attention>=0.6"],
         "dev": ["pytest", "ruff"],
     },
 )

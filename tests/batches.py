@@ -67,6 +67,24 @@ def small_run(pattern: str = "GE L *E GE L J *E J", **fusion) -> RunConfig:
     return run
 
 
+def aligned_run(fp8_recipe: str | None = None, transformer_impl: str = "transformer_engine"):
+    """In bf16, with sizes that products in FP8 can take, mxfp8 included. A token goes to all
+    experts: where it goes to some, rounding changes which, and two runs soon have little in
+    common."""
+    run = small_run()
+    language = run.model.language
+    language.num_query_groups, language.kv_channels = 2, 32
+    language.linear_num_key_heads, language.linear_num_value_heads = 8, 16
+    language.linear_key_head_dim = language.linear_value_head_dim = 16
+    language.moe_router_topk = language.num_experts
+    language.moe_ffn_hidden_size = language.moe_shared_expert_intermediate_size = 32
+    run.training.bf16 = True
+    run.backend.transformer_impl = transformer_impl
+    if fp8_recipe is not None:
+        run.backend.fp8_format, run.backend.fp8_recipe = "hybrid", fp8_recipe
+    return run
+
+
 def microbatch(
     model: ModelConfig, seed: int, images: tuple[int, ...] = (1, 0, 2), pad_multiple: int = 1
 ) -> Microbatch:

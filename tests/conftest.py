@@ -17,6 +17,17 @@ def ranks():
     pool.stop()
 
 
+@pytest.fixture
+def job():
+    """A job of one rank on the GPU."""
+    from megatron_mm.config import ParallelConfig
+    from megatron_mm.parallel import groups
+
+    groups.start(ParallelConfig())
+    yield groups.build(ParallelConfig())
+    groups.stop()
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")

@@ -11,16 +11,6 @@ from megatron_mm import platform
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def job():
-    from megatron_mm.config import ParallelConfig
-    from megatron_mm.parallel import groups
-
-    groups.start(ParallelConfig())
-    yield groups.build(ParallelConfig())
-    groups.stop()
-
-
 def test_the_platform_file_redirects_nothing(job):
     assert platform.install() is False
     assert platform.backend() == "nccl"

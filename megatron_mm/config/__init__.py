@@ -16,8 +16,10 @@ from megatron_mm.config.pattern import (
     wire,
     without_clvr,
 )
+from megatron_mm.config.precision import fp8_alignment, token_multiple
 from megatron_mm.config.presets import preset, vision_preset
 from megatron_mm.config.schema import (
+    BackendConfig,
     CheckpointConfig,
     DataConfig,
     DataPhase,
@@ -36,6 +38,7 @@ from megatron_mm.config.schema import (
 from megatron_mm.config.validate import data_parallel_size, validate
 
 __all__ = [
+    "BackendConfig",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "data_parallel_size",
     "dump_yaml",
     "effective_pattern",
+    "fp8_alignment",
     "from_dict",
     "from_transformers_dict",
     "load",
@@ -68,6 +72,7 @@ __all__ = [
     "stages",
     "to_dict",
     "to_transformers_dict",
+    "token_multiple",
     "validate",
     "vision_preset",
     "wire",

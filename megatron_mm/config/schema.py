@@ -20,6 +20,7 @@ ImageStream = Literal["thumbnail", "tiles", "all"]
 # moe: a whole mixture of experts; vision: a whole layer of the ViT.
 RecomputeModule = Literal["core_attn", "moe", "vision"]
 LoraTarget = Literal["language", "vision", "projector"]
+Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
 
 @dataclass
@@ -120,6 +121,28 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     distributed_timeout_minutes: int = 10
+
+
+@dataclass
+class BackendConfig:
+    """Whose code computes the language stack; the model and its checkpoints are the same.
+
+    `local` is torch, on any device. `transformer_engine` needs CUDA, bf16 and Transformer Engine,
+    and runs the stack's linears and routed experts in FP8 once `fp8_format` is set.
+    """
+
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    # auto: flash-linear-attention on a GPU that has it, else torch.
+    gdn_kernel: Literal["auto", "torch", "fla"] = "auto"
+    fp8_format: Literal["hybrid", "e4m3"] | None = None  # hybrid: gradients in e5m2
+    # Megatron's default is delayed. It keeps a history of maxima that checkpoints do not hold, so
+    # the first step after a resume rounds otherwise; the other recipes keep nothing.
+    fp8_recipe: Fp8Recipe = "tensorwise"
+    fp8_amax_history_len: int = 1  # steps; delayed only
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"  # delayed only
+    first_last_layers_bf16: bool = False  # keep some layers at both ends out of FP8
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
 
 
 @dataclass
@@ -230,6 +253,7 @@ class EvaluationConfig:
 class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_mm.config.errors import ConfigError
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
+from megatron_mm.config.precision import check_backend
 from megatron_mm.config.schema import LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_mm.config.tree import leaves, optional
 
@@ -48,6 +49,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_data(run)
     _check_training(run)
     _check_lora(run)
+    check_backend(run)
     if world_size is not None:
         _check_world(run, world_size)
 

@@ -10,33 +10,19 @@ tensor-parallel rank, g key/value groups they belong to, n = h / CP, D kv_channe
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm.config import LanguageConfig
-from megatron_mm.model.linear import column, row
+from megatron_mm.model.backend import Backend
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.recompute import core
 from megatron_mm.model.rotary import apply_rotary
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.layout import normal
 from megatron_mm.parallel.sequence import heads_to_sequence, sequence_to_heads
-
-
-def causal_attention(
-    query_ThD: torch.Tensor, key_ThD: torch.Tensor, value_ThD: torch.Tensor, segments: Segments
-) -> torch.Tensor:
-    """Softmax attention inside each sample, [T, h, D]; key and value may have fewer heads."""
-    query, key, value = (
-        segments.to_rectangle(x).transpose(1, 2) for x in (query_ThD, key_ThD, value_ThD)
-    )
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return segments.to_stream(mixed.transpose(1, 2))
 
 
 class GatedAttention(nn.Module):
@@ -54,9 +40,11 @@ class GatedAttention(nn.Module):
         config: TransformerConfig,
         pg: ProcessGroupCollection,
         out_std: float,
+        backend: Backend,
         recompute: bool = False,
     ):
         super().__init__()
+        self.core_attention = backend.core_attention()
         self.recompute = recompute
         self.tp, self.cp = pg.tp, pg.cp
         self.head_dim = language.kv_channels
@@ -64,8 +52,10 @@ class GatedAttention(nn.Module):
         self.kv_slice = self.head_dim // self.heads_per_group
         rows = language.num_attention_heads * 2 * (self.head_dim + self.kv_slice)
         init = normal(language.init_method_std)
-        self.linear_qkv = column(language.hidden_size, rows, config=config, init=init, tp=pg.tp)
-        self.linear_proj = row(
+        self.linear_qkv = backend.column(
+            language.hidden_size, rows, config=config, init=init, tp=pg.tp
+        )
+        self.linear_proj = backend.row(
             language.num_attention_heads * self.head_dim,
             language.hidden_size,
             config=config,
@@ -93,7 +83,7 @@ class GatedAttention(nn.Module):
         key = apply_rotary(self.k_norm(key), *rotary)
         if self.cp.size() > 1:
             query, key, value = self._trade(query, key, value)
-        mixed = core(self.recompute, causal_attention, query, key, value, segments)
+        mixed = core(self.recompute, self.core_attention, query, key, value, segments)
         mixed = heads_to_sequence(mixed, self.cp)
         gated = (mixed * gate.sigmoid()).reshape(tokens, 1, -1)
         return self.linear_proj(gated)[0]

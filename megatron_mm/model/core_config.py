@@ -14,6 +14,7 @@ from megatron_mm.config import RunConfig, effective_pattern, num_layers
 def language_config(run: RunConfig) -> TransformerConfig:
     """For the language stack, and for the schedule, DDP and optimizer."""
     language, parallel, training = run.model.language, run.parallel, run.training
+    backend = run.backend
     tp = parallel.tensor_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     interleaved = virtual > 1
@@ -57,6 +58,14 @@ def language_config(run: RunConfig) -> TransformerConfig:
         calculate_per_token_loss=True,
         perform_initialization=False,  # parallel/layout.py does it, whatever the layout
         gradient_accumulation_fusion=False,
+        transformer_impl=backend.transformer_impl,
+        fp8=backend.fp8_format,
+        fp8_recipe=backend.fp8_recipe,
+        fp8_amax_history_len=backend.fp8_amax_history_len,
+        fp8_amax_compute_algo=backend.fp8_amax_compute_algo,
+        first_last_layers_bf16=backend.first_last_layers_bf16,
+        num_layers_at_start_in_bf16=backend.num_layers_at_start_in_bf16,
+        num_layers_at_end_in_bf16=backend.num_layers_at_end_in_bf16,
         bf16=training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -64,7 +73,7 @@ def language_config(run: RunConfig) -> TransformerConfig:
 
 
 def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerConfig:
-    """For the linears of the ViT and the projector: no sequence parallelism, no experts."""
+    """For the linears of the ViT and the projector: no sequence parallelism, no experts, no FP8."""
     vision, tp = run.model.vision, language.tensor_model_parallel_size
     heads = -(-vision.vision_num_attention_heads // tp) * tp  # padded
     return replace(
@@ -76,6 +85,8 @@ def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerCon
         kv_channels=vision.vision_hidden_size // vision.vision_num_attention_heads,
         ffn_hidden_size=vision.vision_ffn_hidden_size,
         sequence_parallel=False,
+        fp8=None,
+        first_last_layers_bf16=False,
         num_moe_experts=None,
         moe_ffn_hidden_size=None,
         moe_shared_expert_intermediate_size=None,

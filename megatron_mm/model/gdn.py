@@ -21,8 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm.config import LanguageConfig
-from megatron_mm.model.gdn_kernels import stream_conv, stream_delta_rule
-from megatron_mm.model.linear import column, row
+from megatron_mm.model.backend import Backend
+from megatron_mm.model.gdn_mix import HeadWidths
 from megatron_mm.model.norms import GatedRMSNorm
 from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
@@ -42,9 +42,11 @@ class GatedDeltaNet(nn.Module):
         config: TransformerConfig,
         pg: ProcessGroupCollection,
         out_std: float,
+        backend: Backend,
         recompute: bool = False,
     ):
         super().__init__()
+        self.mix = backend.mix
         self.recompute = recompute
         tp, self.cp = pg.tp, pg.cp
         self.key_heads = language.linear_num_key_heads // tp.size()
@@ -57,7 +59,7 @@ class GatedDeltaNet(nn.Module):
         self.widths += [self.values_per_key, self.values_per_key]
         all_key_heads = language.linear_num_key_heads
         dtype, std = config.params_dtype, language.init_method_std
-        self.in_proj = column(
+        self.in_proj = backend.column(
             language.hidden_size,
             all_key_heads * sum(self.widths),
             config=config,
@@ -75,7 +77,7 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(value_heads, dtype=dtype))
         place(self.dt_bias, constant(1.0), split={0: tp})
         self.out_norm = GatedRMSNorm(self.value_dim, language.layernorm_epsilon, dtype=dtype)
-        self.out_proj = row(
+        self.out_proj = backend.row(
             all_key_heads * value_rows,
             language.hidden_size,
             config=config,
@@ -101,16 +103,15 @@ class GatedDeltaNet(nn.Module):
     def _mix(self, qkv_TkW: torch.Tensor, ba_Tk2v: torch.Tensor, segments: Segments):
         """Convolution and delta rule over whole samples, [T, k * v, V], for the key heads that
         this context-parallel rank computes."""
-        tokens, heads, qkv_width = qkv_TkW.shape
+        tokens, _, qkv_width = qkv_TkW.shape
         mine = part(self.key_heads, self.cp)
         conv = take(self.conv_weight.view(self.key_heads, qkv_width, -1), mine).flatten(0, 1)
         A_log, dt_bias = (
             take(x.view(self.key_heads, -1), mine).flatten() for x in (self.A_log, self.dt_bias)
         )
-        qkv = stream_conv(qkv_TkW.reshape(tokens, -1), conv, segments.sizes)
-        query, key, value = qkv.view(tokens, heads, qkv_width).split(self.widths[:3], dim=-1)
-        value = value.reshape(tokens, -1, self.value_dim)
         b, a = ba_Tk2v.chunk(2, dim=-1)
         log_decay = -A_log.float().exp() * F.softplus(a.reshape(tokens, -1).float() + dt_bias)
         beta = b.reshape(tokens, -1).sigmoid()
-        return stream_delta_rule(query, key, value, log_decay, beta, segments.sizes)
+        qkv = qkv_TkW.reshape(tokens, -1)
+        widths = HeadWidths(self.key_dim, self.value_dim, self.values_per_key)
+        return self.mix(qkv, conv, log_decay, beta, segments, widths)

@@ -7,8 +7,6 @@ from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -16,8 +14,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mm.model.backend import Backend
 from megatron_mm.model.context import StreamContext
-from megatron_mm.model.experts import GroupedExperts
 from megatron_mm.parallel.layout import normal, place
 
 
@@ -65,12 +63,10 @@ class MixtureOfExperts(MoELayer):
         layer: int,
         std: float,
         out_std: float,
+        backend: Backend,
     ):
-        shared = partial(
-            SharedExpertMLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-        )
-        experts = partial(GroupedExperts, std=std, out_std=out_std)
+        shared = partial(SharedExpertMLP, submodules=backend.shared_expert)
+        experts = partial(backend.experts, std=std, out_std=out_std)
         super().__init__(
             config,
             MoESubmodules(experts=experts, shared_experts=shared, router=Router),

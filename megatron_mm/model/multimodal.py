@@ -23,6 +23,7 @@ from torch import nn
 from megatron_mm import platform
 from megatron_mm.config import Manifest, RunConfig, effective_pattern, model_stages, wire
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.backend import Backend, choose
 from megatron_mm.model.clvr import memory_hidden_size
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
@@ -109,6 +110,7 @@ class MultimodalModel(MegatronModule):
         run: RunConfig,
         pg: ProcessGroupCollection,
         config: TransformerConfig,
+        backend: Backend,
         chunk: int = 0,
     ):
         super().__init__(config)
@@ -137,7 +139,7 @@ class MultimodalModel(MegatronModule):
             self.embedding = vocab_embedding(
                 language.vocab_size, language.hidden_size, config=config, init=init, tp=pg.tp
             )
-        self.language = Stack(run, config, pg, stage)
+        self.language = Stack(run, config, pg, stage, backend)
         if self.post_process:
             self.final_norm = RMSNorm(
                 language.hidden_size,
@@ -213,9 +215,10 @@ class MultimodalModel(MegatronModule):
 
 def build(run: RunConfig, pg: ProcessGroupCollection) -> list[MultimodalModel]:
     """This rank's stages, initialised from the seed alone, on this rank's device."""
+    backend = choose(run.backend)
     config = language_config(run)
     chunks = [
-        MultimodalModel(run, pg, config, chunk)
+        MultimodalModel(run, pg, config, backend, chunk)
         for chunk in range(run.parallel.virtual_pipeline_model_parallel_size or 1)
     ]
     for model in chunks:

@@ -69,6 +69,14 @@ class Segments:
         return full == self.total == int(self.lengths.sum())
 
     @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """int64 [samples that are not empty + 1]: where each begins, then the total. For kernels
+        that take the packed stream; some refuse an empty sample."""
+        starts = self.starts[self.lengths > 0]
+        whole = torch.cat((starts, starts.new_tensor([self.total])))
+        return whole.to(self.device, non_blocking=True)
+
+    @cached_property
     def valid(self) -> torch.Tensor:
         """bool [samples, width], on the CPU: which cells hold a position."""
         return torch.arange(self.width) < self.lengths[:, None]

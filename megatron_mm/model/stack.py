@@ -7,6 +7,7 @@ and under every layout; looks and injections never shift them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,6 +16,7 @@ from torch import nn
 
 from megatron_mm.config import Layer, RunConfig, Stage, effective_pattern, num_layers
 from megatron_mm.model.attention import GatedAttention
+from megatron_mm.model.backend import Backend
 from megatron_mm.model.clvr import Look
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.gdn import GatedDeltaNet
@@ -25,17 +27,31 @@ from megatron_mm.parallel.wire import Payload
 
 
 class SubLayer(nn.Module):
-    """Pre-norm residual around a mixer or a mixture of experts."""
+    """Pre-norm residual around a mixer or a mixture of experts.
 
-    def __init__(self, inner: nn.Module, hidden_size: int, eps: float, config: TransformerConfig):
+    The precision is entered here and not around the stack, so that a recomputed layer runs in
+    it again.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        hidden_size: int,
+        eps: float,
+        config: TransformerConfig,
+        backend: Backend,
+        layer: int,
+    ):
         super().__init__()
+        self.precision = partial(backend.precision, config, layer)
         self.norm = RMSNorm(
             hidden_size, eps, partial_gradient=config.sequence_parallel, dtype=config.params_dtype
         )
         self.inner = inner
 
     def forward(self, hidden_t1H: torch.Tensor, *args) -> torch.Tensor:
-        return hidden_t1H + self.inner(self.norm(hidden_t1H), *args)
+        with self.precision():
+            return hidden_t1H + self.inner(self.norm(hidden_t1H), *args)
 
 
 class Stack(nn.Module):
@@ -43,10 +59,16 @@ class Stack(nn.Module):
     refinement aside, J adds it."""
 
     def __init__(
-        self, run: RunConfig, config: TransformerConfig, pg: ProcessGroupCollection, stage: Stage
+        self,
+        run: RunConfig,
+        config: TransformerConfig,
+        pg: ProcessGroupCollection,
+        stage: Stage,
+        backend: Backend,
     ):
         super().__init__()
         model, language = run.model, run.model.language
+        self.precision = partial(backend.precision, config, None)
         self.recompute = Recompute.of(run.training)
         self.blocks = _blocks(stage.layers, self.recompute.sublayers)
         eps = language.layernorm_epsilon
@@ -61,22 +83,25 @@ class Stack(nn.Module):
                 self.looks[str(layer.pair)] = Look(model, config, pg.tp, again)
             if layer.kind in "G*E":
                 if layer.kind == "G":
-                    inner = GatedDeltaNet(language, config, pg, out_std, again)
+                    inner = GatedDeltaNet(language, config, pg, out_std, backend, again)
                 elif layer.kind == "*":
-                    inner = GatedAttention(language, config, pg, out_std, again)
+                    inner = GatedAttention(language, config, pg, out_std, backend, again)
                 else:
-                    inner = MixtureOfExperts(config, pg, layer.number, std, out_std)
+                    inner = MixtureOfExperts(config, pg, layer.number, std, out_std, backend)
                 key, part = str(layer.number), "moe" if layer.kind == "E" else "mixer"
                 if key not in self.layers:
                     self.layers[key] = nn.ModuleDict()
-                self.layers[key][part] = SubLayer(inner, language.hidden_size, eps, config)
+                self.layers[key][part] = SubLayer(
+                    inner, language.hidden_size, eps, config, backend, layer.number
+                )
 
     def forward(self, payload: Payload, context: StreamContext) -> Payload:
-        for block in self.blocks:
-            if self.recompute.sublayers is None:
-                payload = self._block(block, payload, context)
-            else:
-                payload = recomputed(self._block, block, payload, context, context=context)
+        with self.precision():
+            for block in self.blocks:
+                if self.recompute.sublayers is None:
+                    payload = self._block(block, payload, context)
+                else:
+                    payload = recomputed(self._block, block, payload, context, context=context)
         return payload
 
     def _block(self, layers: Sequence[Layer], payload: Payload, context: StreamContext) -> Payload:

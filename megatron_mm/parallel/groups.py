@@ -44,11 +44,6 @@ class Groups:
         """With virtual stages: whether this rank holds the model's last stage."""
         return self.pg.pp.rank() == self.pg.pp.size() - 1
 
-    @property
-    def pad_multiple(self) -> int:
-        """The stream's length divides by this: every rank holds an equal shard of it."""
-        return self.pg.tp_cp.size()
-
 
 def start(parallel: ParallelConfig) -> None:
     """Join the job that torchrun started; alone, start a job of one.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.config import parse_pattern
+from megatron_mm.config import parse_pattern, token_multiple
 from megatron_mm.data.evalset import EvalItem, EvalSet
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.train.engine import Engine
@@ -65,7 +65,8 @@ def _probe_records(
     ids = [[*tokenizer.encode(r["prediction"]), tokenizer.message_end_id] for r in records]
     longest = max(map(len, ids))
     padded = [row + [tokenizer.pad_id] * (longest - len(row)) for row in ids]
-    batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, groups.pad_multiple)
+    multiple = token_multiple(engine.run)
+    batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, multiple)
     lengths = prompts.cu_seqlens.diff().tolist()
     looks, routes = probe(engine, share(groups, [batch])[0], lengths)
     return items, ids, looks, routes

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import part
@@ -103,7 +104,7 @@ def generate(
     last = groups.replica.size() - groups.replica.size() // groups.pg.pp.size()
     for _ in range(max_new_tokens):
         batches = [
-            with_answers(p, a, pad_id, groups.pad_multiple)
+            with_answers(p, a, pad_id, token_multiple(engine.run))
             for p, a in zip(prompts, answers, strict=True)
         ]
         found = engine.forward(batches, lambda logits, batch: _greedy(logits, batch, groups))

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.saver import Saver
-from megatron_mm.config import RunConfig, to_dict
+from megatron_mm.config import RunConfig, to_dict, token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.loader import TrainLoader
@@ -210,7 +210,7 @@ def _open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader]:
             tokenizer,
             data_parallel_rank=groups.pg.dp.rank(),
             data_parallel_size=groups.pg.dp.size(),
-            pad_multiple=groups.pad_multiple,
+            pad_multiple=token_multiple(run),
         )
     except DataError as problem:
         error = str(problem)

@@ -12,7 +12,7 @@ from batches import microbatch, small_run
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.optimizer_state import KINDS, collect
-from megatron_mm.config import ParallelConfig, RunConfig
+from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.layout import layouts
 from megatron_mm.train.engine import Engine
@@ -51,7 +51,7 @@ def train(engine: Engine, steps, images_of=MICROBATCHES) -> list[float]:
     pg, losses = engine.groups.pg, []
     for step in steps:
         batches = [
-            microbatch(engine.run.model, 10 * step + i, images, engine.groups.pad_multiple)
+            microbatch(engine.run.model, 10 * step + i, images, token_multiple(engine.run))
             for i, images in enumerate(images_of)
         ]
         mine = batches[pg.dp.rank() :: pg.dp.size()]

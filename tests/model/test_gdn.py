@@ -9,6 +9,7 @@ from batches import small_run
 from samples import relative
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
+from megatron_mm.model.backend import choose
 from megatron_mm.model.core_config import language_config
 from megatron_mm.model.gdn import GatedDeltaNet
 from megatron_mm.model.gdn_kernels import causal_conv, gated_delta_rule
@@ -146,7 +147,8 @@ def test_causal_conv_is_torchs(length, width):
 @pytest.fixture(scope="module")
 def layer(pg):
     run = small_run()
-    made = GatedDeltaNet(run.model.language, language_config(run), pg, out_std=0.1)
+    config, backend = language_config(run), choose(run.backend)
+    made = GatedDeltaNet(run.model.language, config, pg, out_std=0.1, backend=backend)
     initialize(made, seed=3)
     with torch.no_grad():  # slow decays: a state that is not reset is seen from far away
         made.A_log.fill_(-5.0)

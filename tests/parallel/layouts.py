@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from batches import microbatch
 
-from megatron_mm.config import ParallelConfig, RunConfig
+from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
 from megatron_mm.model import multimodal
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.layout import layouts
@@ -102,7 +102,7 @@ def step_gradients(
     made = groups.build(parallel)
     engine = Engine.create(run, made)
     off_zero(engine)
-    multiple = pad_multiple or made.pad_multiple
+    multiple = pad_multiple or token_multiple(run)
     batches = steps_batches(run, multiple)
     dp, rank = made.pg.dp.size(), made.pg.dp.rank()
     pack = multimodal.pack

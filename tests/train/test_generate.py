@@ -17,7 +17,7 @@ from hf_weights import IMAGE_TOKEN, copy_weights, transformers_model
 from trainers import LAYOUTS, digits_run
 
 from megatron_mm.checkpoint.hashing import parameter_hash
-from megatron_mm.config import RunConfig
+from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.collate import collate
 from megatron_mm.data.evalset import EvalSet
 from megatron_mm.data.layout import image_settings
@@ -124,7 +124,7 @@ def on_rank_generate(run: RunConfig, stop_id: int) -> dict:
 
     def watched(batches, finish):
         def note(logits, batch):
-            if engine.groups.pad_multiple == 1:
+            if token_multiple(engine.run) == 1:
                 ends = batch.cu_seqlens[1:][batch.cu_seqlens[1:] <= batch.num_real_tokens] - 1
                 best = logits[ends, 0].topk(2).values
                 margins.append(float((best[:, 0] - best[:, 1]).min()))

@@ -1,0 +1,111 @@
+"""What FP8 asks of a run: sizes that its matrix products can take, and settings that fit together.
+
+A product in FP8 has rows of 16 bytes: every dimension it sums over is a multiple of 16 (32 for
+mxfp8, whose scaling blocks are that long). Forward that is the inputs, for the input's gradient
+the outputs, for the weight's gradient the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_mm.config.errors import ConfigError
+from megatron_mm.config.pattern import num_layers
+from megatron_mm.config.schema import LanguageConfig, ParallelConfig, RunConfig
+
+
+def fp8_alignment(run: RunConfig) -> int:
+    """What tokens and features are multiples of in the language stack; 1 without FP8."""
+    if run.backend.fp8_format is None:
+        return 1
+    return 32 if run.backend.fp8_recipe == "mxfp8" else 16
+
+
+def token_multiple(run: RunConfig) -> int:
+    """A microbatch is padded to a multiple of it: ranks hold equal, aligned shards."""
+    parallel = run.parallel
+    shards = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return shards * fp8_alignment(run)
+
+
+def _features(lm: LanguageConfig, par: ParallelConfig) -> Iterator[tuple[str, int]]:
+    """(setting and its meaning, features on one rank) of both sides of every linear in FP8."""
+    tp = par.tensor_model_parallel_size
+    expert_tp = par.expert_tensor_parallel_size or tp
+    heads, groups, width = lm.num_attention_heads, lm.num_query_groups, lm.kv_channels
+    per_key = lm.linear_num_value_heads // lm.linear_num_key_heads
+    value_rows = per_key * lm.linear_value_head_dim
+    key_head = 2 * (lm.linear_key_head_dim + value_rows + per_key)  # q, k, v, z, b, a
+    yield "hidden_size", lm.hidden_size
+    yield "kv_channels: attention's heads together", heads * width // tp
+    yield "kv_channels: rows of linear_qkv", 2 * (heads + groups) * width // tp
+    yield (
+        "linear_value_head_dim: value heads together",
+        (lm.linear_num_key_heads * value_rows // tp),
+    )
+    yield "linear_num_key_heads: rows of in_proj", lm.linear_num_key_heads * key_head // tp
+    shared = lm.moe_shared_expert_intermediate_size // tp
+    yield "moe_shared_expert_intermediate_size", shared
+    yield "moe_ffn_hidden_size", lm.moe_ffn_hidden_size // expert_tp
+
+
+def check_backend(run: RunConfig) -> None:
+    """Raises ConfigError for settings of the backend that cannot work together."""
+    backend, fp8 = run.backend, run.backend.fp8_format
+    engine = backend.transformer_impl == "transformer_engine"
+    if engine and not run.training.bf16:
+        raise ConfigError(
+            "transformer_impl is 'transformer_engine'; allowed: 'local', or bf16 true"
+        )
+    if fp8 is None:
+        if backend.first_last_layers_bf16:
+            raise ConfigError(
+                "first_last_layers_bf16 is true; allowed: false, or true with fp8_format"
+            )
+        return
+    if not engine:
+        raise ConfigError(
+            f"fp8_format is {fp8!r}; allowed: none, or {fp8} with transformer_impl "
+            f"transformer_engine"
+        )
+    by = fp8_alignment(run)
+    for key, size in _features(run.model.language, run.parallel):
+        if size % by:
+            raise ConfigError(
+                f"{key} {size} on a tensor-parallel rank does not divide by {by}; allowed with "
+                f"fp8_recipe {backend.fp8_recipe}: a multiple of {by}"
+            )
+    if backend.fp8_recipe == "delayed":
+        _check_delayed(run)
+    if backend.first_last_layers_bf16:
+        _check_first_last(run)
+
+
+def _check_delayed(run: RunConfig) -> None:
+    """A layer that runs again would enter its maxima into the history twice."""
+    training = run.training
+    if training.recompute_granularity == "full":
+        again = "'full'"
+    elif training.recompute_granularity == "selective" and "moe" in training.recompute_modules:
+        again = "'selective' with moe"
+    else:
+        return
+    raise ConfigError(
+        f"recompute_granularity is {again}; allowed with fp8_recipe delayed: 'selective' with "
+        f"core_attn or vision, or none; or another recipe"
+    )
+
+
+def _check_first_last(run: RunConfig) -> None:
+    backend = run.backend
+    if backend.fp8_recipe == "delayed":
+        # It reduces its maxima once a step, on leaving FP8, which the layers must not do singly.
+        raise ConfigError("first_last_layers_bf16 is true; allowed: false with fp8_recipe delayed")
+    layers = num_layers(run.model.hybrid_layer_pattern)
+    most = layers // run.parallel.pipeline_model_parallel_size
+    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(backend, key) > most:
+            raise ConfigError(
+                f"{key} is {getattr(backend, key)}; allowed: 1 to {most} "
+                f"(num_layers {layers} / pipeline_model_parallel_size)"
+            )
