@@ -146,7 +146,10 @@ def test_floats_take_ints_and_text_without_a_dot(write):
         ("data: {image_mean: 0.5}", ["data.image_mean is 0.5", "allowed: a list of float"]),
         ("data: {image_mean: [0.5, x]}", ["data.image_mean[1] is 'x'", "allowed: float"]),
         ("data: {train_data: [a]}", ["train_data[0] is 'a'", "keys path, samples"]),
-        ("data: {train_data: [{file: a}]}", ["data.train_data[0]: file", "allowed: path, samples"]),
+        (
+            "data: {train_data: [{file: a}]}",
+            ["data.train_data[0]: file", "mixture, path, samples"],
+        ),
         ("data: {train_data: [{path: a, samples: x}]}", ["train_data[0].samples is 'x'", "int"]),
         ("training: {seed: 1, bf16: true, seed: 2}", ["line 1", "key seed is given twice"]),
         ("- 1", ["holds a list", "allowed: a mapping of sections"]),

@@ -107,7 +107,7 @@ CASES = [
     ("--train-data a b", "train_data[0].samples is None; allowed: above 0, or none in the last"),
     ("--train-data a:0 b", "train_data[0].samples is 0; allowed: above 0"),
     ("--train-data a:3 b:0", "train_data[1].samples is 0; allowed: above 0, or none (last"),
-    ("--train-data :3", "train_data[0].path is ''; allowed: the path of a JSONL file"),
+    ("--train-data :3", "train_data[0].path is ''; allowed: a .jsonl or .parquet file"),
     ("--image-mean 0.5", "image_mean is [0.5]; allowed: 3 numbers"),
     ("--image-std 1 0 1", "image_std is [1.0, 0.0, 1.0]; allowed: 3 numbers above 0"),
     ("--no-use-thumbnail", "use_thumbnail is False; allowed: true, because image_stream"),
