@@ -12,7 +12,7 @@ from megatron_mm.data.collate import collate
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.order import Order, PhaseSize
 from megatron_mm.data.plan import InOrder, Packed, assign
-from megatron_mm.data.reader import Place, Reader
+from megatron_mm.data.reader import Place, Reader, in_worker
 from megatron_mm.data.rows import open_source
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.sizes import Sizes
@@ -119,7 +119,7 @@ class TrainLoader:
         `Microbatch.skipped`."""
         if self._num_workers and self._pool is None:
             arguments = self._reader.for_workers(self._num_workers)
-            self._pool = self._sizes.pool = WorkerPool(self._num_workers, Reader, arguments)
+            self._pool = self._sizes.pool = WorkerPool(self._num_workers, in_worker, arguments)
         try:
             step = self._ahead.popleft() if self._ahead else self._plan_step()
             if self._pool is not None and step.error is None:

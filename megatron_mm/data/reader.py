@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from megatron_mm.config.schema import RunConfig
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.rows import Source
@@ -33,7 +35,8 @@ class Reader:
         self._made_from = (run, tokenizer, sources)
 
     def for_workers(self, number: int) -> tuple[Any, ...]:
-        """The arguments of a Reader in each of `number` processes; they share the cache's size."""
+        """The arguments of `in_worker` in each of `number` processes; together they cache as
+        much as one reader does."""
         return (*self._made_from, CACHE_BYTES // number)
 
     def where(self, place: Place) -> str:
@@ -64,3 +67,9 @@ class Reader:
         except Exception as error:  # whatever it is, the row that it came from must be told
             reason = " ".join(str(error).split())
             return f"{where}: reading failed: {type(error).__name__}: {reason}"
+
+
+def in_worker(*arguments: Any) -> Reader:
+    """A Reader in a process of its own. One thread: there are as many workers as wanted."""
+    torch.set_num_threads(1)
+    return Reader(*arguments)

@@ -156,9 +156,6 @@ def _work(pipe: Connection, make: Callable[..., Any], args: tuple[Any, ...]) -> 
     # until then; they end with it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
-
-    torch.set_num_threads(1)
     worker, broken = None, None
     try:
         worker = make(*args)
