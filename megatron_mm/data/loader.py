@@ -77,7 +77,7 @@ class TrainLoader:
             parts = _parts(phase)
             opened = [open_source(part.path) for part in parts]
             weights = tuple(part.weight for part in parts)
-            sizes.append(PhaseSize(tuple(map(len, opened)), weights, phase.samples))
+            sizes.append(PhaseSize(tuple(s.blocks for s in opened), weights, phase.samples))
             sources += opened
         self._order = Order(sizes, training.seed)
         self._reader = Reader(run, tokenizer, sources)

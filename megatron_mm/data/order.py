@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_mm.data.blocks import WINDOW_BYTES, Block, shuffled
 from megatron_mm.data.errors import DataError
 
 # Weights that are no small whole numbers to each other are rounded to shares of this many slots.
@@ -25,9 +26,12 @@ MAX_PERIOD = 2**16
 
 
 class PhaseSize(NamedTuple):
-    rows: tuple[int, ...]  # of each source
+    sources: tuple[Sequence[Block], ...]  # the rows of each source, as they are read
     weights: tuple[float, ...]
     samples: int | None  # samples to draw in all; None: without end
+
+    def rows(self, source: int) -> int:
+        return sum(block.rows for block in self.sources[source])
 
 
 class Position(NamedTuple):
@@ -103,6 +107,7 @@ class Order:
 
     def __init__(self, phases: Sequence[PhaseSize], seed: int) -> None:
         self._phases, self._seed = list(phases), seed
+        self._rows = [[p.rows(source) for source in range(len(p.sources))] for p in phases]
         self._deals = []
         for number, phase in enumerate(phases, start=1):
             where = f"train_data: phase {number}"
@@ -123,7 +128,7 @@ class Order:
         for index, (phase, deal) in enumerate(zip(self._phases, self._deals, strict=True)):
             if phase.samples is None or number < start + phase.samples:
                 source, drawn = deal.locate(number - start)
-                return Position(index, source, *divmod(drawn, phase.rows[source]))
+                return Position(index, source, *divmod(drawn, self._rows[index][source]))
             start += phase.samples
         raise DataError(
             f"train_data: sample {number + 1} is asked for but the phases hold {start}; raise "
@@ -137,10 +142,12 @@ class Order:
         if key not in self._epochs:
             # A first source is seeded as if it were alone in its phase.
             seed = [self._seed, phase, epoch, source] if source else [self._seed, phase, epoch]
-            rows = self._phases[phase].rows[source]
-            self._epochs[key] = np.random.default_rng(seed).permutation(rows)
+            sources = self._phases[phase].sources
+            self._epochs[key] = shuffled(
+                sources[source], np.random.default_rng(seed), WINDOW_BYTES // len(sources)
+            )
             # 8 bytes a row: of each source the epoch that is read, and the next or the last.
-            if len(self._epochs) > 2 * len(self._phases[phase].rows):
+            if len(self._epochs) > 2 * len(sources):
                 self._epochs.popitem(last=False)
         self._epochs.move_to_end(key)
         return phase, source, int(self._epochs[key][index])

@@ -12,16 +12,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_mm.data.blocks import WINDOW_BYTES, Block
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.forms import check_columns, normalise_row
 
-# Row groups kept in memory by each process that reads. Parquet is decoded by the row group,
-# so shuffled rows are cheap only while a group is small (some 100 rows with images) or kept.
-CACHE_BYTES = 256 * 2**20
+# Parquet is decoded by the row group. Two windows: at the end of one the next has begun.
+CACHE_BYTES = 2 * WINDOW_BYTES
+
+# The row groups this process read last, of all files together; at least one.
+_groups: OrderedDict[tuple[Path, int, int], pa.Table] = OrderedDict()
 
 
 class ParquetRows:
-    """Random access to the rows of a parquet file, row group by row group, never the whole.
+    """Random access to the rows of a parquet file, row group by row group, never the whole. No
+    file stays open: a dataset may have thousands.
 
     Row numbers count from 1. Raises DataError at construction for a file that is missing, no
     parquet, empty or without a conversation column, and on access for one that is damaged.
@@ -29,31 +33,22 @@ class ParquetRows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # A file that is written again is another one to the cache.
+        self._version = path.stat().st_mtime_ns
         if not os.access(path, os.R_OK):
             raise DataError(f"{path}: may not be read; correct its permissions")
-        self._open()
-        metadata = self._file.metadata
-        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._starts = [0, *accumulate(groups)]
-        if not len(self):
-            raise DataError(f"{path}: 0 rows; a dataset needs at least 1")
-        check_columns(self._file.schema_arrow.names, str(path))
-
-    def _open(self) -> None:
         try:
-            self._file = pq.ParquetFile(self.path)
+            with pq.ParquetFile(path) as file:
+                metadata, names = file.metadata, file.schema_arrow.names
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{self.path}: cannot be read as parquet ({reason})") from error
-        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker opens the file for itself.
-        return {"path": self.path, "_starts": self._starts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+            raise DataError(f"{path}: cannot be read as parquet ({reason})") from error
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        self.blocks = [Block(group.num_rows, group.total_byte_size) for group in groups]
+        self._starts = [0, *accumulate(block.rows for block in self.blocks)]
+        if not len(self):
+            raise DataError(f"{path}: 0 rows; a dataset needs at least 1")
+        check_columns(names, str(path))
 
     @property
     def folder(self) -> Path:
@@ -79,11 +74,11 @@ class ParquetRows:
         return normalise_row(row, where)
 
     def _group(self, number: int) -> pa.Table:
-        if number in self._groups:
-            self._groups.move_to_end(number)
-            return self._groups[number]
-        table = self._file.read_row_group(number)
-        self._groups[number] = table
-        while len(self._groups) > 1 and sum(t.nbytes for t in self._groups.values()) > CACHE_BYTES:
-            self._groups.popitem(last=False)
-        return table
+        key = (self.path, self._version, number)
+        if key not in _groups:
+            with pq.ParquetFile(self.path) as file:
+                _groups[key] = file.read_row_group(number)
+            while len(_groups) > 1 and sum(t.nbytes for t in _groups.values()) > CACHE_BYTES:
+                _groups.popitem(last=False)
+        _groups.move_to_end(key)
+        return _groups[key]

@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_mm.data.blocks import Block
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.forms import normalise_row
 
@@ -21,6 +22,7 @@ class RowFile(Protocol):
     Pickling it hands another process the index, not the rows."""
 
     folder: Path
+    blocks: list[Block]  # of rows that are read together
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -36,6 +38,10 @@ class Source:
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for file in self.files for block in file.blocks]
 
     def locate(self, index: int) -> tuple[RowFile, int]:
         """The file of row `index` (from 0) and the row's index in it."""
@@ -102,6 +108,10 @@ class Rows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [Block(len(self), 0)]
 
     @property
     def folder(self) -> Path:

@@ -120,6 +120,12 @@ CASES = [
         "--train-data a.jsonl:8 b.jsonl:8 --train-iters 5 --global-batch-size 4",
         "train_data holds 16 samples in its 2 phases, but train_iters * global_batch_size is 20",
     ),
+    ("--num-workers=-1", "num_workers is -1; allowed: 0 or more"),
+    ("--max-image-tokens 0", "max_image_tokens is 0; allowed: more than 0"),
+    (
+        "--image-stream all --max-image-tokens 600 --seq-length 512",
+        "max_image_tokens is 600; allowed: 1 to seq_length 512",
+    ),
     ("--memory-hidden-size 40", "hidden_size 96 does not divide by memory_hidden_size 40"),
     ("--lr 0", "optimizer.lr is 0.0; allowed: more than 0"),
     ("--lr=-0.1", "optimizer.lr is -0.1; allowed: more than 0"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_mm.config.schema import DataPhase
+from megatron_mm.data.blocks import Block
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.evalset import EvalSet
 from megatron_mm.data.loader import TrainLoader
@@ -22,7 +23,7 @@ def names(batch):
 
 
 def test_locate():
-    phases = [PhaseSize((4,), (1.0,), samples=6), PhaseSize((3,), (1.0,), samples=None)]
+    phases = [PhaseSize(([Block(4, 0)],), (1.0,), 6), PhaseSize(([Block(3, 0)],), (1.0,), None)]
     order = Order(phases, seed=0)
     assert [tuple(order.locate(n)) for n in (0, 3, 4, 5, 6, 8, 9, 3006)] == [
         (0, 0, 0, 0), (0, 0, 0, 3), (0, 0, 1, 0), (0, 0, 1, 1),

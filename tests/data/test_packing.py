@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import traces
 
+from megatron_mm.data.blocks import Block
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.order import Order, PhaseSize
 from megatron_mm.data.packing import pack, spread
@@ -22,7 +23,7 @@ def trace():
 
 def plan(sizes, packs, samples=None, skip_bad=False, seed=0):
     """Over `sizes` in shuffled epochs. `samples`: how many in all, default endless."""
-    order = Order([PhaseSize((len(sizes),), (1.0,), samples)], seed)
+    order = Order([PhaseSize(([Block(len(sizes), 0)],), (1.0,), samples)], seed)
     return Packed(order, packs, CAPACITY, lambda n: sizes[order.row(n)[2]], skip_bad)
 
 
