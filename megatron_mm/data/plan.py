@@ -146,7 +146,8 @@ class Packed:
         """Also takes the state of a run that did not pack."""
         self._position = int(state.get("position", state["consumed_samples"]))
         self._held = [int(number) for number in state.get("held", [])]
-        self._sizes = {n: size for n, size in self._sizes.items() if n in set(self._held)}
+        held = set(self._held)
+        self._sizes = {n: size for n, size in self._sizes.items() if n in held}
 
 
 def assign(step: Step, num_ranks: int) -> list[list[int]]:

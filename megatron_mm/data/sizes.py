@@ -41,13 +41,15 @@ class Sizes:
                 self._remember(places, self.pool.result(ticket))
         return self._known[place]
 
-    def forget(self) -> None:
-        """What was asked of the workers is not wanted any more."""
+    def forget(self, before: int | None = None) -> None:
+        """What was asked of the workers, or that of chunks below `before`, is not wanted now."""
+        chunks = [chunk for chunk in self._asked if before is None or chunk < before]
+        dropped = [self._asked.pop(chunk)[0] for chunk in chunks]
         if self.pool is not None:
-            self.pool.forget([ticket for ticket, _ in self._asked.values()])
-        self._asked.clear()
+            self.pool.forget(dropped)
 
     def _ask(self, pool: WorkerPool, first: int) -> None:
+        self.forget(first)  # all of their samples were known before they were called for
         for chunk in range(first, first + AHEAD):
             numbers = range(chunk * CHUNK, (chunk + 1) * CHUNK)
             if self._order.length is not None:

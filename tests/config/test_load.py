@@ -232,7 +232,7 @@ def test_a_mixture_and_the_data_flags(tmp_path):
         "    - {mixture: [{path: a.jsonl, weight: 3}, {path: b.parquet}], samples: 1000}\n"
         "    - {path: c.jsonl}\n"
     )
-    flags = "--packing --num-workers 4 --max-image-tokens 3072".split()
+    flags = ["--packing", "--num-workers", "4", "--max-image-tokens", "3072"]
     data = load(str(path), flags).data
     first, second = data.train_data
     assert [(s.path, s.weight) for s in first.mixture] == [("a.jsonl", 3.0), ("b.parquet", 1.0)]

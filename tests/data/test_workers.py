@@ -94,7 +94,7 @@ def test_a_bad_row_and_a_killed_worker_are_one_line(run, tokenizer, write_rows, 
         DataError, match=r"rows.jsonl:\d and 1 rows with it: the data worker .* signal 9; lower"
     ) as caught:
         made.next_batch()
-    assert "\n" not in str(caught.value) and time.monotonic() - begin < 10
+    assert "\n" not in str(caught.value) and time.monotonic() - begin < 30
     made.close()
 
 
