@@ -32,6 +32,7 @@ setup(
         "transformers>=5.5,<6",
         "sentencepiece",
         "numpy",
+        "pyarrow",  # parquet data
         "pillow",
         "pyyaml",
         "psutil",  # megatron-core's dist_checkpointing imports it without declaring it

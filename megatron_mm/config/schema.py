@@ -146,20 +146,38 @@ class BackendConfig:
 
 
 @dataclass
+class DataSource:
+    """One part of a mixture. Of every n samples, weight / (sum of weights) * n come from it,
+    give or take one; each source goes through shuffled epochs of its own."""
+
+    path: str = ""
+    weight: float = 1.0  # 0 switches the source off
+
+
+@dataclass
 class DataPhase:
-    """One leg of the curriculum: a JSONL file read in shuffled epochs until `samples` are used."""
+    """One leg of the curriculum: a file, or a mixture of files, read in shuffled epochs until
+    `samples` are used. A path is .jsonl or .parquet, or a pattern with * that names several."""
 
     path: str = ""
     samples: int | None = None  # None: until training ends (only the last phase may)
+    mixture: list[DataSource] = field(default_factory=list)  # instead of `path`
 
 
 @dataclass
 class DataConfig:
     train_data: list[DataPhase] = field(default_factory=list)
-    valid_data: str | None = None  # JSONL evaluated per skill
+    valid_data: str | None = None  # JSONL or parquet evaluated per skill
     tokenizer_model: str = ""  # a SentencePiece .model file or a Hugging Face folder
     seq_length: int = 4096  # longest sample in tokens; a longer one is an error, never cut
+    # Packing: a microbatch is filled with whole samples up to micro_batch_size * seq_length
+    # tokens, and global_batch_size counts the seq_length-token places of a step, not samples.
+    packing: bool = False
+    num_workers: int = 0  # processes that read ahead for each replica's reader; 0: in the reader
     max_num_tiles: int = 12  # InternVL dynamic tiling, thumbnail not counted
+    # Of all images of a row together, at tokens_per_tile for every tile that the ViT sees;
+    # a row beyond it gets fewer tiles per image. Default: no limit but seq_length.
+    max_image_tokens: int | None = None
     use_thumbnail: bool = True
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])

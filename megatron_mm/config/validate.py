@@ -12,7 +12,13 @@ from typing import Any
 from megatron_mm.config.errors import ConfigError
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
-from megatron_mm.config.schema import LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_mm.config.schema import (
+    DataPhase,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from megatron_mm.config.tree import leaves, optional
 
 # Numbers are positive, but these may be zero (a rate, a weight or a count that is off).
@@ -31,6 +37,7 @@ MAY_BE_ZERO = frozenset(
         "lr_mult_projector",
         "lr_mult_clvr",
         "lr_mult_router",
+        "num_workers",
     )
 )
 
@@ -212,9 +219,14 @@ def _check_data(run: RunConfig) -> None:
     longest = run.model.language.max_position_embeddings
     allowed = f"1 to max_position_embeddings {longest}"
     _require(data.seq_length <= longest, "seq_length", data.seq_length, allowed)
+    allowed = f"1 to seq_length {data.seq_length}, or none"
+    fine = data.max_image_tokens is None or data.max_image_tokens <= data.seq_length
+    stream_holds_all = run.model.vision is not None and fusion.image_stream == "all"
+    fine = fine or not stream_holds_all  # tiles beside the stream may well be more
+    _require(fine, "max_image_tokens", data.max_image_tokens, allowed)
     for index, phase in enumerate(phases):
         key = f"train_data[{index}]"
-        _require(bool(phase.path), f"{key}.path", phase.path, "the path of a JSONL file")
+        _check_sources(phase, key)
         last = index == len(phases) - 1
         allowed = f"above 0, or none {'(last phase)' if last else 'in the last phase only'}"
         fine = last if phase.samples is None else phase.samples > 0
@@ -232,6 +244,20 @@ def _check_data(run: RunConfig) -> None:
         )
 
 
+def _check_sources(phase: DataPhase, key: str) -> None:
+    if not phase.mixture:
+        _require(bool(phase.path), f"{key}.path", phase.path, "a .jsonl or .parquet file")
+        return
+    _require(not phase.path, f"{key}.path", phase.path, "none beside a mixture")
+    for index, source in enumerate(phase.mixture):
+        at = f"{key}.mixture[{index}]"
+        _require(bool(source.path), f"{at}.path", source.path, "a .jsonl or .parquet file")
+        fine = 0 <= source.weight < float("inf")  # NaN is neither
+        _require(fine, f"{at}.weight", source.weight, "0 or more")
+    weights = [source.weight for source in phase.mixture]
+    _require(sum(weights) > 0, f"{key}.mixture weights", weights, "at least 1 above 0")
+
+
 def _check_training(run: RunConfig) -> None:
     opt, train, par = run.optimizer, run.training, run.parallel
     modules = ("vision", "projector", "language", "clvr", "router")
@@ -239,7 +265,8 @@ def _check_training(run: RunConfig) -> None:
     if not any(trains):
         raise ConfigError("every module is frozen; allowed: at least 1 of the 5 freeze flags false")
     phases = [phase.samples for phase in run.data.train_data]
-    if phases and phases[-1] is not None:
+    # Packed samples are known to suffice only once their lengths are known.
+    if phases and phases[-1] is not None and not run.data.packing:
         needed, held = train.train_iters * train.global_batch_size, sum(phases)
         if held < needed:
             raise ConfigError(

@@ -51,7 +51,8 @@ def encode_row(
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
             f"{where}: 0 assistant turns among {len(messages)} messages; "
-            "training needs at least 1 answer"
+            "training needs at least 1 answer (in verl's form: as the last message of 'prompt', "
+            "or as 'response')"
         )
     encoded = _encode_messages(messages, where, tokenizer, image_token_counts)
     return _check_length(encoded, where, seq_length)

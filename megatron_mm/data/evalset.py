@@ -10,7 +10,7 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.chat import check_messages
 from megatron_mm.data.collate import collate
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.rows import Rows
+from megatron_mm.data.rows import open_source
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.scoring import SCORERS, result_key
 from megatron_mm.data.tokenizer import Tokenizer
@@ -27,11 +27,11 @@ class EvalItem:
     form: str
     scorer: str
     key: str  # what its result is reported under
-    images: list[Path]
+    images: list[Path]  # those that are files; images inside the row have no path
 
 
 class EvalSet:
-    """The rows of a JSONL file as questions, in file order.
+    """The rows of a JSONL or parquet file as questions, in file order.
 
     A row without `ground_truth` is compared with its last answer; without `scorer`, exactly.
     `limit` keeps the first rows only. Raises DataError for a missing or empty file at
@@ -41,7 +41,7 @@ class EvalSet:
     def __init__(
         self, path: str | Path, run: RunConfig, tokenizer: Tokenizer, limit: int | None = None
     ) -> None:
-        self._rows = Rows(path)
+        self._rows = open_source(path)
         self._builder = SampleBuilder(run, tokenizer)
         self._length = len(self._rows) if limit is None else min(limit, len(self._rows))
 
@@ -50,15 +50,18 @@ class EvalSet:
 
     def key(self, index: int) -> str:
         """What the result of a row is reported under, without building its sample."""
+        file, index = self._rows.locate(index)
+        row = file[index]
         try:
-            return result_key(self._rows[index])
+            return result_key(row)
         except DataError as error:
-            raise DataError(f"{self._rows.where(index)}: {error}") from None
+            raise DataError(f"{file.where(index)}: {error}") from None
 
     def __getitem__(self, index: int) -> EvalItem:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        row, where = self._rows[index], self._rows.where(index)
+        file, index = self._rows.locate(index)
+        row, where = file[index], file.where(index)
         messages = check_messages(row, where)
         truth, scorer = row.get("ground_truth"), row.get("scorer") or "exact"
         if truth is None and messages[-1]["role"] == "assistant":
@@ -74,14 +77,14 @@ class EvalSet:
             )
         questions = [m["content"] for m in messages if m["role"] == "user"]
         return EvalItem(
-            sample=self._builder.prompt(row, where, self._rows.folder),
+            sample=self._builder.prompt(row, where, file.folder),
             question=questions[-1] if questions else "",
             ground_truth=truth,
             skill=row.get("skill") or "all",
             form=row.get("form") or "direct",
             scorer=scorer,
             key=result_key(row),
-            images=[self._rows.folder / name for name in row.get("images") or []],
+            images=[file.folder / i for i in row.get("images") or [] if isinstance(i, str)],
         )
 
     def collate(self, items: list[EvalItem], pad_multiple: int = 1) -> Microbatch:

@@ -6,10 +6,14 @@ its own, cut, and (when there is more than one tile) joined by a thumbnail of th
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -46,48 +50,97 @@ def resolve_image_path(folder: Path, name: str, where: str) -> Path:
     if os.path.isabs(name) or relative == ".." or relative.startswith(".." + os.sep):
         raise DataError(
             f"{where}: image path {name!r} leaves the data folder; "
-            "use a path relative to the JSONL file"
+            "use a path relative to the data file"
         )
     return folder / relative
 
 
-def load_image(path: Path, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode `path` completely as 8-bit RGB; every failure is a DataError naming `where`."""
+@dataclass(frozen=True)
+class ImageFile:
+    """Where the bytes of an image are: a file of its own, or inside a row."""
+
+    name: str  # for messages
+    path: Path | None = None
+    held: bytes | None = None
+
+    def open(self) -> BinaryIO:
+        """Raises DataError (without the row) for a file that is absent or empty."""
+        if self.held is None and not self.path.is_file():
+            raise DataError(f"{self.name} does not exist; correct the path in the row")
+        size = self.path.stat().st_size if self.held is None else len(self.held)
+        if not size:
+            raise DataError(f"{self.name} has 0 bytes; write the file again")
+        return self.path.open("rb") if self.held is None else io.BytesIO(self.held)
+
+
+def find_image(image: str | bytes, number: int, folder: Path, where: str) -> ImageFile:
+    """The image that a row names by a path below `folder`, or holds. `number` counts from 1."""
+    if isinstance(image, bytes):
+        return ImageFile(f"image {number} (in the row)", held=image)
+    path = resolve_image_path(folder, image, where)
+    return ImageFile(f"image {path}", path)
+
+
+def load_image(image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode `image` completely as 8-bit RGB (CMYK and palettes are converted, transparency is
+    dropped); every failure is a DataError naming `where`."""
+    with _opened(image, where, max_pixels) as opened:
+        return opened.convert("RGB")
+
+
+def image_size(
+    image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """(width, height), read from the header: no pixel is decoded. Raises as `load_image` does
+    for all that the header tells."""
+    with _opened(image, where, max_pixels) as opened:
+        return opened.size
+
+
+@contextmanager
+def _opened(image: ImageFile | Path, where: str, max_pixels: int) -> Iterator[Image.Image]:
+    if isinstance(image, Path):
+        image = ImageFile(f"image {image}", image)
     try:
-        if not path.is_file():
-            raise DataError(f"{where}: image {path} does not exist; correct the path in the row")
-        if path.stat().st_size == 0:
-            raise DataError(f"{where}: image {path} has 0 bytes; write the file again")
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DataError(
-                    f"{where}: image {path} has {width}x{height} = {width * height} pixels, "
-                    f"the limit is {max_pixels}; shrink the image"
-                )
-            if width < 1 or height < 1:
-                raise DataError(f"{where}: image {path} is {width}x{height}; it holds no pixel")
-            if image.mode[0] in "IF":
-                # PIL would clip these to white instead of scaling them.
-                raise DataError(
-                    f"{where}: image {path} has mode {image.mode} (more than 8 bits a channel); "
-                    "save it with 8 bits"
-                )
-            return image.convert("RGB")
-    except DataError:
-        raise
+        with image.open() as file, Image.open(file) as opened:
+            _check_header(opened, image.name, max_pixels)
+            yield opened
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"{where}: image {path} is beyond the limit of {max_pixels} pixels; shrink it"
+            f"{where}: {image.name} is beyond the limit of {max_pixels} pixels; shrink it"
         ) from error
     # PIL goes by the content, not the name, and its decoders raise whatever they like.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{where}: image {path} cannot be decoded ({reason}); replace the file"
+            f"{where}: {image.name} cannot be decoded ({reason}); replace the file"
         ) from error
 
 
+def _check_header(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(
+            f"{name} has {width}x{height} = {width * height} pixels, the limit is {max_pixels}; "
+            "shrink the image"
+        )
+    if width < 1 or height < 1:
+        raise DataError(f"{name} is {width}x{height}; it holds no pixel")
+    # PIL would clip these to white instead of scaling them, or drop the lower bits unasked.
+    deep = any(str(part.args).endswith((";16B", ";16L", ";16N")) for part in image.tile)
+    if image.mode[0] in "IF" or deep:
+        raise DataError(
+            f"{name} has mode {image.mode} (more than 8 bits a channel); save it with 8 bits"
+        )
+    # Which frame does the question mean? A camera's MPO holds the same photo several times.
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise DataError(f"{name} has {frames} frames, 1 is allowed; save the frame you mean")
+
+
+@lru_cache(maxsize=4096)
 def plan_tiles(
     width: int, height: int, *, image_size: int, max_num_tiles: int, use_thumbnail: bool
 ) -> TilePlan:

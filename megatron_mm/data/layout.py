@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from megatron_mm.config.schema import RunConfig
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.images import TilePlan
+from megatron_mm.data.images import TilePlan, plan_tiles
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class ImageSettings:
     patch_size: int
     pixel_shuffle_factor: int
     max_num_tiles: int
+    max_image_tokens: int | None
     use_thumbnail: bool
     image_stream: str
     vision_memory: str
@@ -66,6 +69,7 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
         patch_size=vision.patch_size,
         pixel_shuffle_factor=fusion.pixel_shuffle_factor,
         max_num_tiles=data.max_num_tiles,
+        max_image_tokens=data.max_image_tokens,
         use_thumbnail=data.use_thumbnail,
         image_stream=fusion.image_stream,
         vision_memory=fusion.vision_memory,
@@ -92,6 +96,56 @@ def select_tiles(plan: TilePlan, choice: str) -> list[int]:
         f"cannot take {choice!r} from a {plan.rows}x{plan.cols} grid without a thumbnail; "
         "set use_thumbnail"
     )
+
+
+def used_tiles(plan: TilePlan, settings: ImageSettings) -> list[int]:
+    """The tiles that the ViT sees: those of the stream and those of the memory."""
+    stream = select_tiles(plan, settings.image_stream)
+    return sorted({*stream, *select_tiles(plan, settings.vision_memory)})
+
+
+def plan_images(
+    sizes: Sequence[tuple[int, int]], settings: ImageSettings | None, where: str
+) -> list[TilePlan]:
+    """The grid of every image of a row, from their (width, height). `settings` may be None if
+    there is no image.
+
+    If the tiles that the ViT sees cost more than `max_image_tokens`, all images are tiled
+    again as if `max_num_tiles` were lower, down to 1, until they fit: the largest such limit
+    counts, and it is the same for all of them. Raises DataError if even 1 tile each is too much.
+    """
+    if not sizes:
+        return []
+    budget, per_tile = settings.max_image_tokens, settings.tokens_per_tile
+    cost = 0
+    for most in range(settings.max_num_tiles, 0, -1):
+        plans = [
+            plan_tiles(
+                *size,
+                image_size=settings.image_size,
+                max_num_tiles=most,
+                use_thumbnail=settings.use_thumbnail,
+            )
+            for size in sizes
+        ]
+        if budget is None:
+            return plans
+        cost = per_tile * sum(len(used_tiles(plan, settings)) for plan in plans)
+        if cost <= budget:
+            return plans
+    raise DataError(
+        f"{where}: {len(sizes)} images need {cost} tokens at 1 tile each, max_image_tokens is "
+        f"{budget}; use fewer images or raise max_image_tokens"
+    )
+
+
+@lru_cache(maxsize=1024)
+def memory_coordinates(plan: TilePlan, settings: ImageSettings) -> torch.Tensor:
+    """Centres (y, x) of the patches a look may attend to, tile by tile, float32 [M, 2]. One
+    tensor is shared by all images of the same grid: not to be written to."""
+    tiles = select_tiles(plan, settings.vision_memory)
+    centres = [patch_centres(plan, tile, settings.patches_per_side) for tile in tiles]
+    return torch.cat([torch.zeros(0, 2), *centres])
 
 
 def patch_centres(plan: TilePlan, tile: int, patches_per_side: int) -> torch.Tensor:

@@ -1,53 +1,49 @@
-"""Which samples a rank trains on next: resumable, and the same under any layout."""
+"""The microbatches that a rank trains on: resumable, and the same under any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-
-from megatron_mm.config.schema import RunConfig
+from megatron_mm.config.schema import DataPhase, DataSource, RunConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.rows import Rows
-from megatron_mm.data.sample import Sample, SampleBuilder
+from megatron_mm.data.order import Order, PhaseSize
+from megatron_mm.data.plan import InOrder, Packed, assign
+from megatron_mm.data.reader import Place, Reader, in_worker
+from megatron_mm.data.rows import open_source
+from megatron_mm.data.sample import Sample
+from megatron_mm.data.sizes import Sizes
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.workers import WorkerPool
 
 
-class PhaseSize(NamedTuple):
-    rows: int  # rows in the file
-    samples: int | None  # samples to draw in all; None: without end
+@dataclass
+class _Planned:
+    """A step that is decided, and perhaps being read by workers."""
 
-
-class Position(NamedTuple):
-    phase: int
-    epoch: int
-    index: int  # within the epoch's shuffled order
-
-
-def locate(consumed: int, phases: Sequence[PhaseSize]) -> Position:
-    """Where global sample number `consumed` (from 0) lies. Raises DataError past the end."""
-    start = 0
-    for number, phase in enumerate(phases):
-        if phase.samples is None or consumed < start + phase.samples:
-            epoch, index = divmod(consumed - start, phase.rows)
-            return Position(number, epoch, index)
-        start += phase.samples
-    raise DataError(
-        f"train_data: sample {consumed + 1} is asked for but the phases hold {start}; raise "
-        "`samples` of the last phase (or leave it out) or lower train_iters"
-    )
+    places: list[list[Place]]  # of each of this rank's microbatches
+    skipped: list[str]  # rows left out that this rank reports
+    after: dict[str, Any]  # the state once the step was trained on
+    tickets: list[int] = field(default_factory=list)  # of each microbatch, if workers read it
+    error: DataError | None = None  # what planning it met, to be raised when its turn comes
 
 
 class TrainLoader:
     """The microbatches of one data-parallel rank.
 
-    Microbatch m of rank r holds the global samples
+    Without packing, microbatch m of rank r holds the global samples
     `consumed + (m * data_parallel_size + r) * micro_batch_size + [0, micro_batch_size)`, so
-    the samples of a step depend on neither the layout nor the rank. The only state is
-    `consumed_samples`. Raises DataError at construction for unusable settings or files.
+    the samples of a step depend on neither the layout nor the rank. With packing, the step is
+    made of global_batch_size / micro_batch_size packs (see `plan.py`), likewise the same under
+    any layout, and handed to ranks so that their tokens and tiles are even.
+
+    With `num_workers` the next step is read while this one is trained on; the microbatches are
+    the same to the bit. `state_dict` is the state after the last step that `next_batch` gave
+    out, whatever has been read ahead. Workers start with the first step and end with `close`
+    or the process. Raises DataError at construction for unusable settings or files.
     """
 
     def __init__(
@@ -69,76 +65,131 @@ class TrainLoader:
                 f"{data_parallel_size} = {per_step}"
             )
         if not data.train_data:
-            raise DataError("train_data has 0 phases; name at least 1 JSONL file")
+            raise DataError("train_data has 0 phases; name at least 1 JSONL or parquet file")
         self.num_microbatches = training.global_batch_size // per_step
-        self._global_batch_size = training.global_batch_size
-        self._micro_batch_size = training.micro_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._pad_multiple = pad_multiple
-        self._seed = training.seed
+        self._num_workers = data.num_workers
         self._skip_bad = data.on_bad_sample == "skip"
-        self._builder = SampleBuilder(run, tokenizer)
-        self._rows = [Rows(phase.path) for phase in data.train_data]
-        self._phases = [
-            PhaseSize(len(rows), phase.samples)
-            for rows, phase in zip(self._rows, data.train_data, strict=True)
-        ]
-        for number, phase in enumerate(self._phases, start=1):
-            if phase.samples is not None and phase.samples < 1:
-                raise DataError(
-                    f"train_data: phase {number} has samples {phase.samples}; use at least 1"
-                )
-            if phase.samples is None and number < len(self._phases):
-                raise DataError(
-                    f"train_data: phase {number} of {len(self._phases)} has no `samples`; only "
-                    "the last phase may be endless"
-                )
-        self._order: tuple[tuple[int, int], np.ndarray] | None = None
-        self.consumed_samples = consumed_samples
+        sources, sizes, self._first_source = [], [], []
+        for phase in data.train_data:
+            self._first_source.append(len(sources))
+            parts = _parts(phase)
+            opened = [open_source(part.path) for part in parts]
+            weights = tuple(part.weight for part in parts)
+            sizes.append(PhaseSize(tuple(s.blocks for s in opened), weights, phase.samples))
+            sources += opened
+        self._order = Order(sizes, training.seed)
+        self._reader = Reader(run, tokenizer, sources)
+        self._sizes = Sizes(self._order, self._reader, self._place)
+        total = self.num_microbatches * data_parallel_size
+        self._plan: InOrder | Packed
+        if data.packing:
+            capacity = training.micro_batch_size * data.seq_length
+            self._plan = Packed(self._order, total, capacity, self._sizes, self._skip_bad)
+        else:
+            self._plan = InOrder(self._order, total, training.micro_batch_size)
+        self._pool: WorkerPool | None = None
+        self._ahead: deque[_Planned] = deque()
+        self.load_state_dict({"consumed_samples": consumed_samples})
 
-    def next_batch(self) -> list[Microbatch]:
-        """This rank's microbatches of the next step. A bad row raises DataError, or under
-        `on_bad_sample: skip` is left out and named in `Microbatch.skipped`."""
-        base, size = self.consumed_samples, self._micro_batch_size
-        # Every rank checks the whole step, so that none is left waiting for one that failed.
-        locate(base + self._global_batch_size - 1, self._phases)
-        batch = []
-        for m in range(self.num_microbatches):
-            start = base + (m * self._size + self._rank) * size
-            batch.append(self._microbatch(range(start, start + size)))
-        self.consumed_samples = base + self._global_batch_size
-        return batch
+    @property
+    def consumed_samples(self) -> int:
+        """Samples trained on or left out."""
+        return self._state["consumed_samples"]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed_samples": self.consumed_samples}
+    @consumed_samples.setter
+    def consumed_samples(self, value: int) -> None:
+        self.load_state_dict({"consumed_samples": value})
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values; of any rank that reads, since all of them agree."""
+        return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.consumed_samples = int(state["consumed_samples"])
+        """Go on from there. Also without packing what was saved with it, and the reverse, where
+        no held sample would be lost; else raises DataError."""
+        self._drop_ahead()
+        self._plan.load_state_dict(state)
+        self._state = self._plan.state_dict()
 
-    def _microbatch(self, numbers: range) -> Microbatch:
-        samples: list[Sample] = []
-        skipped: list[str] = []
-        for number in numbers:
-            phase, index = self._row_index(number)
-            rows = self._rows[phase]
-            try:
-                where = rows.where(index)
-                samples.append(self._builder.training(rows[index], where, rows.folder))
-            except DataError as error:
-                if not self._skip_bad:
-                    raise
-                skipped.append(str(error))
+    def next_batch(self) -> list[Microbatch]:
+        """This rank's microbatches of the next step. A bad row raises DataError and leaves the
+        position as it was, or under `on_bad_sample: skip` is left out and named in
+        `Microbatch.skipped`."""
+        if self._num_workers and self._pool is None:
+            arguments = self._reader.for_workers(self._num_workers)
+            self._pool = self._sizes.pool = WorkerPool(self._num_workers, in_worker, arguments)
+        try:
+            step = self._ahead.popleft() if self._ahead else self._plan_step()
+            if self._pool is not None and step.error is None:
+                self._ahead.append(self._plan_step())
+            if step.error is not None:
+                raise step.error
+            batch = [self._microbatch(step, m) for m in range(self.num_microbatches)]
+        except BaseException:
+            self.load_state_dict(self._state)
+            raise
+        self._state = step.after
+        return batch
+
+    def pass_over(self) -> None:
+        """A step that this rank's reader read. Its state is known here without packing only;
+        the state to be saved is a reader's."""
+        if isinstance(self._plan, InOrder):
+            self._plan.next_step()
+            self._state = self._plan.state_dict()
+
+    def close(self) -> None:
+        """End the workers, if there are any."""
+        self._drop_ahead()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = self._sizes.pool = None
+
+    def _plan_step(self) -> _Planned:
+        try:
+            step = self._plan.next_step()
+        except DataError as error:
+            return _Planned([], [], {}, error=error)
+        mine = assign(step, self._size)[self._rank]
+        places = [[self._place(n) for n in step.microbatches[m]] for m in mine]
+        skipped = step.skipped if self._rank == 0 else []
+        planned = _Planned(places, skipped, self._plan.state_dict())
+        if self._pool is not None:
+            for microbatch in places:
+                at = self._reader.describe(microbatch)
+                planned.tickets.append(self._pool.submit("build", microbatch, at))
+        return planned
+
+    def _microbatch(self, step: _Planned, number: int) -> Microbatch:
+        if self._pool is not None:
+            found = self._pool.result(step.tickets[number])
+        else:
+            found = self._reader.build(step.places[number])
+        bad = [text for text in found if isinstance(text, str)]
+        if bad and not self._skip_bad:
+            raise DataError(bad[0])
         return collate(
-            samples,
-            settings=self._builder.settings,
-            pad_id=self._builder.tokenizer.pad_id,
+            [sample for sample in found if isinstance(sample, Sample)],
+            settings=self._reader.builder.settings,
+            pad_id=self._reader.builder.tokenizer.pad_id,
             pad_multiple=self._pad_multiple,
-            skipped=skipped,
+            skipped=[*(step.skipped if number == 0 else []), *bad],
         )
 
-    def _row_index(self, number: int) -> tuple[int, int]:
-        phase, epoch, index = locate(number, self._phases)
-        if self._order is None or self._order[0] != (phase, epoch):
-            generator = np.random.default_rng([self._seed, phase, epoch])
-            self._order = ((phase, epoch), generator.permutation(self._phases[phase].rows))
-        return phase, int(self._order[1][index])
+    def _drop_ahead(self) -> None:
+        if self._pool is not None:
+            self._pool.forget([ticket for step in self._ahead for ticket in step.tickets])
+        self._ahead.clear()
+        self._sizes.forget()
+
+    def _place(self, number: int) -> Place:
+        phase, source, row = self._order.row(number)
+        return Place(self._first_source[phase] + source, row)
+
+
+def _parts(phase: DataPhase) -> list[DataSource]:
+    if phase.mixture and phase.path:
+        raise DataError(f"train_data: {phase.path} stands beside a mixture; use one of the two")
+    return phase.mixture or [DataSource(phase.path)]

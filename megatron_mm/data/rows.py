@@ -1,14 +1,72 @@
-"""A JSONL file read one row at a time."""
+"""Files of rows, read one row at a time: JSONL here, parquet next door, or several of them."""
 
 from __future__ import annotations
 
 import json
 import os
 from array import array
+from bisect import bisect_right
+from dataclasses import dataclass
+from glob import glob
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from megatron_mm.data.blocks import Block
 from megatron_mm.data.errors import DataError
+from megatron_mm.data.forms import normalise_row
+
+
+class RowFile(Protocol):
+    """One file: its rows in our form (see `forms.py`), and where relative image paths start.
+    Pickling it hands another process the index, not the rows."""
+
+    folder: Path
+    blocks: list[Block]  # of rows that are read together
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def where(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one or several files, one after the other. Raises as its files do."""
+
+    files: list[RowFile]
+    starts: list[int]  # of each file, then the number of rows
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for file in self.files for block in file.blocks]
+
+    def locate(self, index: int) -> tuple[RowFile, int]:
+        """The file of row `index` (from 0) and the row's index in it."""
+        number = bisect_right(self.starts, index) - 1
+        return self.files[number], index - self.starts[number]
+
+
+def open_source(path: str | Path) -> Source:
+    """The file at `path`, or in order of their names all files that its pattern (`*`, `?`)
+    matches. Raises DataError for a missing, empty or unreadable file."""
+    names = [str(path)]
+    if any(mark in names[0] for mark in "*?") and not Path(path).exists():
+        names = sorted(glob(names[0], recursive=True))
+        if not names:
+            raise DataError(f"{path}: 0 files match; correct the data path")
+    files = [_open_file(Path(name)) for name in names]
+    return Source(files, [0, *accumulate(map(len, files))])
+
+
+def _open_file(path: Path) -> RowFile:
+    if path.suffix == ".parquet" and path.is_file():
+        from megatron_mm.data.parquet import ParquetRows  # pyarrow is slow to import
+
+        return ParquetRows(path)
+    return Rows(path)
 
 
 class Rows:
@@ -36,7 +94,24 @@ class Rows:
                 start += len(line)
         if not self._starts:
             raise DataError(f"{self.path}: 0 rows; a dataset needs at least 1")
-        self._file = self.path.open("rb")
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._file = self.path.open("rb")
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [Block(len(self), 0)]
 
     @property
     def folder(self) -> Path:
@@ -64,4 +139,4 @@ class Rows:
             raise DataError(
                 f"{self.where(index)}: a row must be a JSON object, this is a {type(row).__name__}"
             )
-        return row
+        return normalise_row(row, self.where(index))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,34 @@ import torch
 from megatron_mm.config.schema import RunConfig
 from megatron_mm.data.chat import Encoded, encode_prompt, encode_row
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.images import TilePlan, cut_tiles, load_image, plan_tiles, resolve_image_path
-from megatron_mm.data.layout import ImageSettings, image_settings, patch_centres, select_tiles
+from megatron_mm.data.images import (
+    ImageFile,
+    TilePlan,
+    cut_tiles,
+    find_image,
+    image_size,
+    load_image,
+)
+from megatron_mm.data.layout import (
+    ImageSettings,
+    image_settings,
+    memory_coordinates,
+    plan_images,
+    select_tiles,
+    used_tiles,
+)
 from megatron_mm.data.tokenizer import Tokenizer
 
 # Cut tiles kept in memory by each rank; small images then cost nothing after one epoch.
 CACHE_BYTES = 256 * 2**20
+MAX_SIZES = 10**5  # widths and heights of images kept, some 20 MB
+
+
+class Size(NamedTuple):
+    """What a sample costs: tokens of the stream, tiles through the ViT."""
+
+    tokens: int
+    tiles: int
 
 
 @dataclass
@@ -30,7 +52,19 @@ class SampleImage:
     stream: list[int]  # indices into `tiles`
     memory: list[int]  # indices into `tiles`
     memory_coordinates_M2: torch.Tensor  # float32 (y, x) of the memory's patch centres
-    start: int = 0  # position of the first stream token in the sample
+    start: int  # position of the first stream token in the sample
+
+    @staticmethod
+    def of(plan: TilePlan, tiles: np.ndarray, settings: ImageSettings, start: int) -> SampleImage:
+        used = used_tiles(plan, settings)
+        return SampleImage(
+            tiles,
+            plan,
+            stream=[used.index(t) for t in select_tiles(plan, settings.image_stream)],
+            memory=[used.index(t) for t in select_tiles(plan, settings.vision_memory)],
+            memory_coordinates_M2=memory_coordinates(plan, settings),
+            start=start,
+        )
 
 
 @dataclass
@@ -40,11 +74,18 @@ class Sample:
     loss_mask_T: torch.Tensor  # float32, 1 where the label is supervised
     images: list[SampleImage]
     where: str  # "file:row"
-    row: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+class _Draft(NamedTuple):
+    """A sample whose pixels have not been read."""
+
+    files: list[ImageFile]
+    plans: list[TilePlan]
+    encoded: Encoded
 
 
 class SampleBuilder:
-    """Turns rows into samples; keeps the most recently used images, already cut."""
+    """Turns rows into samples; keeps the most recently used image files, already cut."""
 
     def __init__(
         self, run: RunConfig, tokenizer: Tokenizer, cache_bytes: int = CACHE_BYTES
@@ -58,8 +99,9 @@ class SampleBuilder:
         self.settings = image_settings(run)
         self.tokenizer = tokenizer
         self.seq_length = run.data.seq_length
-        self._cache: OrderedDict[Path, SampleImage] = OrderedDict()
-        self._free_bytes = cache_bytes
+        self._cache: OrderedDict[tuple[Path | None, TilePlan], np.ndarray] = OrderedDict()
+        self._cache_bytes, self._held_bytes = cache_bytes, 0
+        self._sizes: dict[Path | None, tuple[int, int]] = {}
 
     def training(self, row: dict[str, Any], where: str, folder: Path) -> Sample:
         """The whole conversation, its answers supervised. Raises DataError."""
@@ -69,63 +111,70 @@ class SampleBuilder:
         """The conversation up to where the last answer begins. Raises DataError."""
         return self._build(encode_prompt, row, where, folder)
 
-    def _build(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> Sample:
+    def measure(self, row: dict[str, Any], where: str, folder: Path) -> Size:
+        """The size that `training` would have, from the text and the headers of the images.
+        Raises DataError for all that is wrong with the row but pixels that cannot be decoded."""
+        draft = self._draft(encode_row, row, where, folder)
+        tiles = sum(len(used_tiles(plan, self.settings)) for plan in draft.plans)
+        return Size(len(draft.encoded.tokens), tiles)
+
+    def _draft(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> _Draft:
         names = row.get("images")
         names = [] if names is None else names
         if not isinstance(names, list):
-            raise DataError(f"{where}: 'images' must be a list of paths")
+            raise DataError(f"{where}: 'images' must be a list of paths or bytes")
         if names and self.settings is None:
             raise DataError(
                 f"{where}: {len(names)} images but the model has no vision; remove them or set "
                 "model.vision"
             )
-        images = [self._image(resolve_image_path(folder, n, where), where) for n in names]
-        per_tile = self.settings.tokens_per_tile if self.settings else 0
-        counts = [len(image.stream) * per_tile for image in images]
+        files = [find_image(n, i, folder, where) for i, n in enumerate(names, start=1)]
+        plans = plan_images([self._size(f, where) for f in files], self.settings, where)
+        stream = [select_tiles(plan, self.settings.image_stream) for plan in plans]
+        counts = [len(tiles) * self.settings.tokens_per_tile for tiles in stream]
         encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length)
-        for image, start in zip(images, encoded.image_starts, strict=True):
-            image.start = start
+        return _Draft(files, plans, encoded)
+
+    def _build(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> Sample:
+        draft = self._draft(encode, row, where, folder)
+        encoded = draft.encoded
+        images = [
+            SampleImage.of(plan, self._tiles(file, plan, where), self.settings, start)
+            for file, plan, start in zip(
+                draft.files, draft.plans, encoded.image_starts, strict=True
+            )
+        ]
         tokens_T = torch.tensor(encoded.tokens, dtype=torch.int64)
         labels_T = torch.full_like(tokens_T, self.tokenizer.pad_id)
         labels_T[:-1] = tokens_T[1:]
         mask_T = torch.tensor([*encoded.supervised[1:], False], dtype=torch.float32)
-        return Sample(tokens_T, labels_T, mask_T, images, where, row)
+        return Sample(tokens_T, labels_T, mask_T, images, where)
 
-    def _image(self, path: Path, where: str) -> SampleImage:
-        found = self._cache.get(path)
-        if found is None:
-            found = prepare_image(path, where, self.settings)
-            self._free_bytes -= found.tiles.nbytes
-            while self._free_bytes < 0 and self._cache:
-                self._free_bytes += self._cache.popitem(last=False)[1].tiles.nbytes
-            if self._free_bytes < 0:  # larger than the whole cache
-                self._free_bytes += found.tiles.nbytes
-            else:
-                self._cache[path] = found
-        else:
-            self._cache.move_to_end(path)
-        # A copy, because `start` belongs to one sample; the tiles themselves are shared.
-        return replace(found)
+    def _size(self, file: ImageFile, where: str) -> tuple[int, int]:
+        """(width, height); of files read before, from memory."""
+        if file.path in self._sizes:
+            return self._sizes[file.path]
+        size = image_size(file, where)
+        if file.path is not None:
+            if len(self._sizes) >= MAX_SIZES:
+                self._sizes.clear()
+            self._sizes[file.path] = size
+        return size
 
-
-def prepare_image(path: Path, where: str, settings: ImageSettings) -> SampleImage:
-    """Decode and cut one image, keeping only tiles that the stream or the memory uses."""
-    image = load_image(path, where)
-    plan = plan_tiles(
-        *image.size,
-        image_size=settings.image_size,
-        max_num_tiles=settings.max_num_tiles,
-        use_thumbnail=settings.use_thumbnail,
-    )
-    stream = select_tiles(plan, settings.image_stream)
-    memory = select_tiles(plan, settings.vision_memory)
-    used = sorted({*stream, *memory})
-    tiles = np.ascontiguousarray(cut_tiles(image, plan, settings.image_size)[used])
-    centres = [patch_centres(plan, tile, settings.patches_per_side) for tile in memory]
-    return SampleImage(
-        tiles,
-        plan,
-        stream=[used.index(tile) for tile in stream],
-        memory=[used.index(tile) for tile in memory],
-        memory_coordinates_M2=torch.cat([torch.zeros(0, 2), *centres]),
-    )
+    def _tiles(self, file: ImageFile, plan: TilePlan, where: str) -> np.ndarray:
+        """The tiles that the model uses, uint8 [N, S, S, 3], decoded and cut or remembered."""
+        key = (file.path, plan)
+        found = self._cache.get(key)
+        if found is not None:
+            self._cache.move_to_end(key)
+            return found
+        image = load_image(file, where)
+        used = used_tiles(plan, self.settings)
+        found = np.ascontiguousarray(cut_tiles(image, plan, self.settings.image_size)[used])
+        if file.path is None or found.nbytes > self._cache_bytes:
+            return found
+        self._cache[key] = found
+        self._held_bytes += found.nbytes
+        while self._held_bytes > self._cache_bytes:
+            self._held_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return found

@@ -38,6 +38,11 @@ class Tokenizer:
     special_tokens: dict[str, int]
     encode: Callable[[str], list[int]]
     decode_plain: Callable[[list[int]], str]
+    path: str  # what it was loaded from
+
+    def __reduce__(self):
+        # Another process loads it again: its functions cannot travel.
+        return load_tokenizer, (self.path,)
 
     def padded_vocab_size(self, multiple: int = 64) -> int:
         """The smallest model vocabulary that holds this tokenizer, in whole `multiple`s."""
@@ -128,6 +133,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
         special_tokens=special,
         encode=model.encode,
         decode_plain=model.decode,
+        path=str(path),
     )
 
 
@@ -150,6 +156,7 @@ def _from_huggingface(path: Path) -> Tokenizer:
         special_tokens=special,
         encode=lambda text: model.encode(text, add_special_tokens=False),
         decode_plain=lambda ids: model.decode(ids, clean_up_tokenization_spaces=False),
+        path=str(path),
     )
 
 

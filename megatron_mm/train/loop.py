@@ -88,12 +88,13 @@ class Trainer:
         begin = time.perf_counter()
         if self.saver.failed:
             self.request_stop()  # seen by all ranks at this step; saving once more says why
-        position = self.loader.consumed_samples
+        position = self.loader.state_dict()
         batches, stopping = receive(self.groups, self.loader.next_batch, self.stop_requested)
         if stopping:
-            self.loader.consumed_samples = position  # what was read is read again on resume
+            self.loader.load_state_dict(position)  # what was read is read again on resume
             return None
-        self.loader.consumed_samples = position + self.run.training.global_batch_size
+        if not self.groups.is_reader:
+            self.loader.pass_over()
         losses = self.engine.forward_backward(batches, self.objective)
         metrics = self._totals(losses, batches)
         norm = self.engine.gradient_norm()
@@ -109,7 +110,6 @@ class Trainer:
         return metrics | {
             "load_balancing_loss": self._load_balance(len(batches)),
             "grad norm": norm,
-            "consumed samples": self.loader.consumed_samples,
             "iteration time": time.perf_counter() - begin,
         }
 
@@ -131,6 +131,9 @@ class Trainer:
             tokens = sum(batch.num_real_tokens for batch in batches)
             mine["tokens"] = [tokens, 0.0]
             mine["skipped samples"] = [sum(len(batch.skipped) for batch in batches), 0.0]
+            mine["trained samples"] = [sum(len(batch.samples) for batch in batches), 0.0]
+        if dist.get_rank() == 0:  # a reader; with packing only readers know
+            mine["consumed samples"] = [self.loader.consumed_samples, 0.0]
         skipped = [why for batch in batches for why in batch.skipped][:3]
         notes: list = [None] * self.groups.world.size()
         note = (mine, self._problem(losses, batches), skipped if self.groups.is_reader else [])
@@ -147,9 +150,9 @@ class Trainer:
                 total = totals.setdefault(name, [0.0, 0.0])
                 total[0] += pair[0]
                 total[1] += pair[1]
-        if totals["skipped samples"][0] >= self.run.training.global_batch_size:
+        if not totals.pop("trained samples")[0]:
             raise DataError(f"every row of a step was left out, the first because: {reasons[0]}")
-        counts = ("tokens", "skipped samples")
+        counts = ("tokens", "skipped samples", "consumed samples")
         return {n: a if n in counts else a / max(b, 1.0) for n, (a, b) in totals.items()}
 
     def _problem(self, losses: list[Sums], batches: list[Microbatch]) -> str | None:
@@ -229,6 +232,7 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
             _finish(trainer, log)
     finally:
         trainer.saver.close()
+        trainer.loader.close()
         log.close()
         signal.signal(signal.SIGTERM, previous)
     return trainer

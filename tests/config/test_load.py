@@ -146,7 +146,10 @@ def test_floats_take_ints_and_text_without_a_dot(write):
         ("data: {image_mean: 0.5}", ["data.image_mean is 0.5", "allowed: a list of float"]),
         ("data: {image_mean: [0.5, x]}", ["data.image_mean[1] is 'x'", "allowed: float"]),
         ("data: {train_data: [a]}", ["train_data[0] is 'a'", "keys path, samples"]),
-        ("data: {train_data: [{file: a}]}", ["data.train_data[0]: file", "allowed: path, samples"]),
+        (
+            "data: {train_data: [{file: a}]}",
+            ["data.train_data[0]: file", "mixture, path, samples"],
+        ),
         ("data: {train_data: [{path: a, samples: x}]}", ["train_data[0].samples is 'x'", "int"]),
         ("training: {seed: 1, bf16: true, seed: 2}", ["line 1", "key seed is given twice"]),
         ("- 1", ["holds a list", "allowed: a mapping of sections"]),
@@ -220,3 +223,21 @@ def test_config_flag_wins_over_the_path(write):
 )
 def test_bad_flags(argv, words):
     refused(words, load, None, argv)
+
+
+def test_a_mixture_and_the_data_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "data:\n  train_data:\n"
+        "    - {mixture: [{path: a.jsonl, weight: 3}, {path: b.parquet}], samples: 1000}\n"
+        "    - {path: c.jsonl}\n"
+    )
+    flags = ["--packing", "--num-workers", "4", "--max-image-tokens", "3072"]
+    data = load(str(path), flags).data
+    first, second = data.train_data
+    assert [(s.path, s.weight) for s in first.mixture] == [("a.jsonl", 3.0), ("b.parquet", 1.0)]
+    assert (first.path, first.samples, second.path, second.mixture) == ("", 1000, "c.jsonl", [])
+    assert (data.packing, data.num_workers, data.max_image_tokens) == (True, 4, 3072)
+    path.write_text("data: {train_data: [{mixture: [{path: a, weight: .nan}]}]}")
+    with pytest.raises(ConfigError, match=r"mixture\[0\].weight is nan; allowed: float"):
+        load(str(path))

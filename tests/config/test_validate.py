@@ -135,7 +135,7 @@ CASES = [
     ("--train-data a b", "train_data[0].samples is None; allowed: above 0, or none in the last"),
     ("--train-data a:0 b", "train_data[0].samples is 0; allowed: above 0"),
     ("--train-data a:3 b:0", "train_data[1].samples is 0; allowed: above 0, or none (last"),
-    ("--train-data :3", "train_data[0].path is ''; allowed: the path of a JSONL file"),
+    ("--train-data :3", "train_data[0].path is ''; allowed: a .jsonl or .parquet file"),
     ("--image-mean 0.5", "image_mean is [0.5]; allowed: 3 numbers"),
     ("--image-std 1 0 1", "image_std is [1.0, 0.0, 1.0]; allowed: 3 numbers above 0"),
     ("--no-use-thumbnail", "use_thumbnail is False; allowed: true, because image_stream"),
@@ -147,6 +147,12 @@ CASES = [
     (
         "--train-data a.jsonl:8 b.jsonl:8 --train-iters 5 --global-batch-size 4",
         "train_data holds 16 samples in its 2 phases, but train_iters * global_batch_size is 20",
+    ),
+    ("--num-workers=-1", "num_workers is -1; allowed: 0 or more"),
+    ("--max-image-tokens 0", "max_image_tokens is 0; allowed: more than 0"),
+    (
+        "--image-stream all --max-image-tokens 600 --seq-length 512",
+        "max_image_tokens is 600; allowed: 1 to seq_length 512",
     ),
     ("--memory-hidden-size 40", "hidden_size 96 does not divide by memory_hidden_size 40"),
     ("--lr 0", "optimizer.lr is 0.0; allowed: more than 0"),

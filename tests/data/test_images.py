@@ -1,5 +1,8 @@
 """Tiling against cases worked out by hand, and every way an image can be bad."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.data.images import (
     TilePlan,
     cut_tiles,
+    image_size,
     load_image,
     normalise,
     plan_tiles,
@@ -145,3 +149,68 @@ def test_paths_stay_in_the_data_folder(tmp_path):
     for name in ("", None, 3):
         with pytest.raises(DataError, match="r:1: "):
             resolve_image_path(tmp_path, name, "r:1")
+
+
+def _chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png(width, height, depth, colour, data=b""):
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_a_channel_are_refused_and_not_reduced(tmp_path, colour, channels):
+    (tmp_path / "deep.png").write_bytes(
+        _png(4, 4, 16, colour, 4 * (b"\0" + b"\x12\x34" * 4 * channels))
+    )
+    for read in (load_image, image_size):
+        with pytest.raises(DataError, match=r"r:1: .*more than 8 bits a channel"):
+            read(tmp_path / "deep.png", "r:1")
+
+
+def test_ordinary_16_bit_pixels_are_fine(tmp_path):
+    """A BMP of 5-6-5 bits has 16 bits a pixel, not a channel."""
+    header = struct.pack("<2sIHHI", b"BM", 14 + 40 + 12 + 8, 0, 0, 14 + 40 + 12)
+    header += struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    (tmp_path / "a.bmp").write_bytes(header + masks + struct.pack("<4H", *[0xF800] * 4))
+    assert load_image(tmp_path / "a.bmp", "r:1").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(("side", "what"), [(9000, "81000000 pixels, the limit is"), (50_000, "")])
+def test_a_decompression_bomb_is_not_decoded(tmp_path, side, what):
+    """Some 100 bytes that claim gigabytes; PIL itself raises for the larger one."""
+    (tmp_path / "bomb.png").write_bytes(_png(side, side, 8, 2))
+    for read in (load_image, image_size):
+        with pytest.raises(DataError, match=f"r:1: .*(?={what}).*; shrink") as caught:
+            read(tmp_path / "bomb.png", "r:1")
+        assert "limit" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    Image.new("RGB", (16, 16), (200, 30, 90)).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    with Image.open(tmp_path / "a.jpg") as stored:
+        assert stored.mode == "CMYK"
+    pixel = np.array(load_image(tmp_path / "a.jpg", "r:1"))[8, 8]
+    assert np.abs(pixel.astype(int) - (200, 30, 90)).max() <= 4  # JPEG at quality 95
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_an_image_of_several_frames_is_refused(tmp_path, kind):
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 90, 180)]
+    path = tmp_path / f"moving.{kind}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match="has 3 frames, 1 is allowed; save the frame you mean"):
+        load_image(path, "r:1")
+    frames[0].save(tmp_path / f"still.{kind}")
+    assert load_image(tmp_path / f"still.{kind}", "r:1").size == (8, 8)
+
+
+def test_the_size_is_read_without_decoding(tmp_path):
+    path = _save(tmp_path / "cut.png", (64, 48), cut=200)
+    assert image_size(path, "r:1") == (64, 48)
+    with pytest.raises(DataError, match="r:1: .*cannot be decoded"):
+        load_image(path, "r:1")

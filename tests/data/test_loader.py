@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from megatron_mm.config.schema import DataPhase
+from megatron_mm.data.blocks import Block
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.evalset import EvalSet
-from megatron_mm.data.loader import PhaseSize, TrainLoader, locate
+from megatron_mm.data.loader import TrainLoader
+from megatron_mm.data.order import Order, PhaseSize
 from megatron_mm.data.rows import Rows
 
 
@@ -21,13 +23,14 @@ def names(batch):
 
 
 def test_locate():
-    phases = [PhaseSize(rows=4, samples=6), PhaseSize(rows=3, samples=None)]
-    assert [tuple(locate(n, phases)) for n in (0, 3, 4, 5, 6, 8, 9, 3006)] == [
-        (0, 0, 0), (0, 0, 3), (0, 1, 0), (0, 1, 1),
-        (1, 0, 0), (1, 0, 2), (1, 1, 0), (1, 1000, 0),
+    phases = [PhaseSize(([Block(4, 0)],), (1.0,), 6), PhaseSize(([Block(3, 0)],), (1.0,), None)]
+    order = Order(phases, seed=0)
+    assert [tuple(order.locate(n)) for n in (0, 3, 4, 5, 6, 8, 9, 3006)] == [
+        (0, 0, 0, 0), (0, 0, 0, 3), (0, 0, 1, 0), (0, 0, 1, 1),
+        (1, 0, 0, 0), (1, 0, 0, 2), (1, 0, 1, 0), (1, 0, 1000, 0),
     ]  # fmt: skip
     with pytest.raises(DataError, match="sample 7 is asked for but the phases hold 6"):
-        locate(6, phases[:1])
+        Order(phases[:1], seed=0).locate(6)
 
 
 def test_the_samples_of_a_step_do_not_depend_on_the_layout(run, tokenizer):

@@ -1,0 +1,42 @@
+"""Shuffling rows that are read by the block, such as the row groups of parquet.
+
+In a plain shuffle the next row is in another block nearly always, and each costs the decoding
+of a whole block. So a source too large to be kept is shuffled in windows: the blocks are
+shuffled, as many as can be kept make a window, and the rows of a window are shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+WINDOW_BYTES = 128 * 2**20
+
+
+class Block(NamedTuple):
+    """Rows that are read together. `num_bytes` is 0 where each row is read by itself."""
+
+    rows: int
+    num_bytes: int
+
+
+def shuffled(
+    blocks: Sequence[Block], generator: np.random.Generator, window_bytes: int = WINDOW_BYTES
+) -> np.ndarray:
+    """All rows of `blocks` in a new order, int64. If they fit into one window it is
+    `generator.permutation` of the rows, whatever the blocks."""
+    rows = np.array([block.rows for block in blocks])
+    if sum(block.num_bytes for block in blocks) <= window_bytes:
+        return generator.permutation(int(rows.sum()))
+    starts = np.cumsum(rows) - rows
+    windows: list[list[np.ndarray]] = []
+    room = -1
+    for number in generator.permutation(len(blocks)):
+        room -= blocks[number].num_bytes
+        if room < 0:
+            windows.append([])
+            room = window_bytes - blocks[number].num_bytes
+        windows[-1].append(np.arange(starts[number], starts[number] + rows[number]))
+    return np.concatenate([generator.permutation(np.concatenate(window)) for window in windows])

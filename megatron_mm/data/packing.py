@@ -1,0 +1,115 @@
+"""Which samples share a microbatch, and which data-parallel rank computes it.
+
+Two pure functions of sizes. `pack` fills bins with whole samples of a buffer: nearly full of
+tokens, and alike in image tiles, because a ViT step takes as long as its most loaded rank.
+`spread` hands the bins to ranks; it alone knows how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_mm.data.sample import Size
+
+
+def pack(sizes: Sequence[Size], num_bins: int, capacity: int) -> list[list[int]]:
+    """Bins of indices into `sizes`, which come in the order in which they wait.
+
+    Every size has 1 to `capacity` tokens; no bin exceeds it, no index comes twice, each bin is
+    in order of waiting. The first sample always finds a place, so every sample is at the head
+    of the buffer sooner or later and none waits for ever.
+
+    1. The samples that have waited longest, about as many as the bins can hold, are placed in
+       decreasing length: with images into the bin of the fewest tiles, text into the fullest.
+    2. Gaps are filled from the rest of the buffer, largest fit first, each bin seeking images
+       only while it has fewer tiles than the mean.
+    """
+    tokens = np.array([size.tokens for size in sizes], dtype=np.int64)
+    tiles = np.array([size.tiles for size in sizes], dtype=np.int64)
+    free = np.full(num_bins, capacity, dtype=np.int64)
+    load = np.zeros(num_bins, dtype=np.int64)
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+
+    def place(index: int, chosen: int) -> None:
+        bins[chosen].append(index)
+        free[chosen] -= tokens[index]
+        load[chosen] += tiles[index]
+
+    first = int(np.searchsorted(np.cumsum(tokens), num_bins * capacity, side="right"))
+    eldest = sorted(range(1, first), key=lambda i: (-tokens[i], i))
+    left = list(range(max(first, 1), len(sizes)))
+    for index in [0, *eldest] if len(sizes) else []:
+        room = np.flatnonzero(free >= tokens[index])
+        if not len(room):
+            left.append(index)
+            continue
+        # Among equals, the fullest; lexsort's last key counts most.
+        keys = (free[room], load[room]) if tiles[index] else (load[room], free[room])
+        place(index, int(room[np.lexsort(keys)[0]]))
+    _fill(tokens, tiles, left, free, load, place)
+    return [sorted(chosen) for chosen in bins]
+
+
+def _fill(tokens, tiles, left, free, load, place) -> None:
+    """Step 2 of `pack`."""
+    text = sorted((int(tokens[i]), -i) for i in left if not tiles[i])
+    images = sorted((int(tokens[i]), -i) for i in left if tiles[i])
+    target = load.mean()
+    for chosen in np.argsort(-free, kind="stable"):
+        while True:
+            pools = (images, text) if load[chosen] < target else (text, images)
+            fits = [(pool, bisect_right(pool, (int(free[chosen]), 0))) for pool in pools]
+            pool, end = next(((p, e) for p, e in fits if e), (None, 0))
+            if pool is None:
+                break
+            place(-pool.pop(end - 1)[1], int(chosen))
+
+
+def spread(loads: Sequence[Size], num_ranks: int) -> list[list[int]]:
+    """For each rank the bins (indices into `loads`) it computes, equally many for all.
+
+    Evens out the sums of tokens and of tiles over ranks: bins go out in decreasing tiles to
+    the rank that has the fewest, then the rank that is furthest from the mean swaps bins as
+    long as that lowers the sum of squared relative deviations. Every rank computes its bins in
+    decreasing tiles: ranks that exchange tokens between experts then meet at like steps.
+    """
+    per_rank = len(loads) // num_ranks
+    load_B2 = np.array(loads, dtype=np.float64).reshape(len(loads), 2)
+    # In units of the mean of a rank; a step without images has no tiles to divide by.
+    load_B2 /= np.maximum(load_B2.sum(0) / num_ranks, 1.0)
+    owner_B = np.zeros(len(loads), dtype=np.int64)
+    sums_R2, held_R = np.zeros((num_ranks, 2)), np.zeros(num_ranks, dtype=np.int64)
+    for index in np.lexsort((np.arange(len(loads)), -load_B2[:, 0], -load_B2[:, 1])):
+        open_ = np.flatnonzero(held_R < per_rank)
+        rank = open_[np.lexsort((sums_R2[open_, 0], sums_R2[open_, 1]))[0]]
+        owner_B[index], held_R[rank] = rank, held_R[rank] + 1
+        sums_R2[rank] += load_B2[index]
+    for _ in range(4 * len(loads)):
+        if not _swap(load_B2, owner_B, sums_R2):
+            break
+    by_tiles = sorted(range(len(loads)), key=lambda i: (-loads[i].tiles, -loads[i].tokens, i))
+    return [[i for i in by_tiles if owner_B[i] == rank] for rank in range(num_ranks)]
+
+
+def _swap(load_B2: np.ndarray, owner_B: np.ndarray, sums_R2: np.ndarray) -> bool:
+    """The best swap that helps one of the ranks furthest from the mean; whether there is one."""
+    far = ((sums_R2 - 1.0) ** 2).sum(1)
+    for worst in np.argsort(-far, kind="stable")[:4]:
+        mine, others = np.flatnonzero(owner_B == worst), np.flatnonzero(owner_B != worst)
+        move_MO2 = load_B2[others][None] - load_B2[mine][:, None]  # what `worst` would gain
+        theirs_O2 = sums_R2[owner_B[others]]
+        # Of (s + d)^2 + (t - d)^2 against s^2 + t^2, the means cancel.
+        change_MO2 = 2.0 * move_MO2 * (sums_R2[worst] - theirs_O2[None] + move_MO2)
+        change_MO = change_MO2[..., 0] + change_MO2[..., 1]
+        if not change_MO.size or change_MO.min() > -1e-9:  # below it, rounding could go round
+            continue
+        at_mine, at_other = np.unravel_index(int(change_MO.argmin()), change_MO.shape)
+        a, b = mine[at_mine], others[at_other]
+        sums_R2[worst] += move_MO2[at_mine, at_other]
+        sums_R2[owner_B[b]] -= move_MO2[at_mine, at_other]
+        owner_B[a], owner_B[b] = owner_B[b], worst
+        return True
+    return False

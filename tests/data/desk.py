@@ -1,0 +1,25 @@
+"""What the workers of some tests do. Imports no torch: each of them starts anew."""
+
+import time
+
+from megatron_mm.data.errors import DataError
+
+
+class Desk:
+    """What the workers of these tests do."""
+
+    def __init__(self, fails=False):
+        if fails:
+            raise DataError("tokenizer_model is gone")
+
+    def double(self, number):
+        return 2 * number
+
+    def big(self, number):
+        return bytes(number)
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+
+    def divide(self, number):
+        return 1 / number
