@@ -16,7 +16,7 @@ from megatron_mm.config import RunConfig, preset
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.images import cut_tiles, plan_tiles
-from megatron_mm.data.layout import image_settings, patch_centres, select_tiles
+from megatron_mm.data.layout import ImageSettings, image_settings, used_tiles
 from megatron_mm.data.sample import Sample, SampleImage
 
 
@@ -67,8 +67,7 @@ def make_samples(run: RunConfig, shape: Shape, seed: int) -> list[Sample]:
         question = len(words) // 2
         tokens, images = list(words[:question]), []
         if with_image:
-            image = _cut(Image.fromarray(pixels), settings)
-            image.start = len(tokens)
+            image = _cut(Image.fromarray(pixels), settings, len(tokens))
             tokens += [image_token(run)] * (len(image.stream) * settings.tokens_per_tile)
             images.append(image)
         tokens = torch.tensor([*tokens, *words[question:]], dtype=torch.int64)
@@ -78,24 +77,15 @@ def make_samples(run: RunConfig, shape: Shape, seed: int) -> list[Sample]:
     return samples
 
 
-def _cut(image: Image.Image, settings) -> SampleImage:
+def _cut(image: Image.Image, settings: ImageSettings, start: int) -> SampleImage:
     plan = plan_tiles(
         *image.size,
         image_size=settings.image_size,
         max_num_tiles=settings.max_num_tiles,
         use_thumbnail=settings.use_thumbnail,
     )
-    stream = select_tiles(plan, settings.image_stream)
-    memory = select_tiles(plan, settings.vision_memory)
-    used = sorted({*stream, *memory})
-    centres = [patch_centres(plan, tile, settings.patches_per_side) for tile in memory]
-    return SampleImage(
-        np.ascontiguousarray(cut_tiles(image, plan, settings.image_size)[used]),
-        plan,
-        stream=[used.index(tile) for tile in stream],
-        memory=[used.index(tile) for tile in memory],
-        memory_coordinates_M2=torch.cat([torch.zeros(0, 2), *centres]),
-    )
+    tiles = cut_tiles(image, plan, settings.image_size)[used_tiles(plan, settings)]
+    return SampleImage.of(plan, np.ascontiguousarray(tiles), settings, start)
 
 
 def make_batch(run: RunConfig, samples: list[Sample]) -> Microbatch:
