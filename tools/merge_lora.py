@@ -48,6 +48,8 @@ def stored_run(path: Path, stored: dict, given: RunConfig, world_size: int) -> R
 
     Raises ConfigError if it has no adapters, would be overwritten, or does not fit the layout.
     """
+    # The same parameters under any backend, and nothing is computed here.
+    stored = {key: value for key, value in stored.items() if key != "backend"}
     run = replace(from_dict(RunConfig, stored), parallel=given.parallel)
     if run.lora.lora_rank is None:
         raise ConfigError(f"{path} has no adapters: nothing to merge")
@@ -59,7 +61,7 @@ def stored_run(path: Path, stored: dict, given: RunConfig, world_size: int) -> R
     # Nothing is trained: how long and on what batches it was says nothing about this layout.
     training = TrainingConfig(global_batch_size=data_parallel_size(run, world_size))
     data = replace(run.data, train_data=[])
-    validate(RunConfig(run.model, run.parallel, data, training=training, lora=run.lora), world_size)
+    validate(replace(run, data=data, training=training), world_size)
     return run
 
 

@@ -40,6 +40,6 @@ def parameters(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter, ParamL
 def settle(engine: Engine) -> None:
     """With overlapped gathers a rank has new weights only where it owns them until the next
     forward pass: finish that now."""
-    if engine.run.parallel.overlap_param_gather:
-        for model in engine.models:
+    for model in engine.models:
+        if model.ddp_config.overlap_param_gather:
             model.start_param_sync(force_sync=True)

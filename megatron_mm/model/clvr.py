@@ -25,7 +25,7 @@ from megatron_mm.config import ModelConfig
 from megatron_mm.model.linear import column, row
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.recompute import core
-from megatron_mm.model.segments import Segments
+from megatron_mm.model.segments import Buckets, Segments, similar
 from megatron_mm.parallel.layout import constant, normal
 
 COORDINATE_FREQUENCIES = 6  # 2^0 .. 2^5 half periods over the image
@@ -35,12 +35,12 @@ COORDINATE_STD = 0.2
 
 
 @dataclass(frozen=True)
-class MemoryMap:
-    """Who may look at which patch, in the rectangle [samples, longest, patches of a sample]."""
+class View:
+    """Samples of similar size that look: who may see which patch, as one rectangle."""
 
-    patches: Segments  # of the memory, by sample; every sample has a row, some of length 0
+    stream: Segments
+    patches: Segments  # of the memory; the same samples
     visible: torch.Tensor  # bool [samples, width of the stream, width of the memory]
-    coordinates_M2: torch.Tensor  # float32 (y, x), 0..1
 
     @cached_property
     def sees(self) -> torch.Tensor:
@@ -52,6 +52,24 @@ class MemoryMap:
         """bool [samples, 1, width of the stream, width of the memory] for attention. Softmax
         over nothing is NaN, so positions that see nothing may see all; `sees` mends it after."""
         return self.visible.unsqueeze(1) | ~self.sees
+
+
+@dataclass(frozen=True)
+class MemoryMap:
+    """Who may look at which patch. Samples without patches are in no view.
+
+    Attributes:
+        samples: int64, those of each view, counted in `local`.
+    """
+
+    local: Segments
+    samples: list[torch.Tensor]
+    views: list[View]
+    coordinates_M2: torch.Tensor  # float32 (y, x), 0..1
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        return Buckets([view.stream for view in self.views])
 
     @classmethod
     def build(
@@ -73,20 +91,26 @@ class MemoryMap:
         here = slice(local.first, local.first + local.count)
         lengths = torch.bincount(sample, minlength=stream.count)
         starts = (lengths.cumsum(0) - lengths)[here]
-        lengths = lengths[here]
-        width = max(1, int(lengths.max()))
-        memory = Segments(starts, lengths, width, rows, local.device)
-        visible_from = torch.full((local.count, width), stream.total)
-        cells = memory.valid
-        first, last = int(starts[0]), int(starts[-1] + lengths[-1])
-        visible_from[cells] = visible_M2[first:last, 0]
-        position = local.origin + local.starts[:, None] + torch.arange(local.width)
-        visible = position[:, :, None] >= visible_from[:, None, :]
-        visible = (visible & cells[:, None, :]).to(local.device, non_blocking=True)
+        width = max(1, int(lengths[here].max()))
+        memory = Segments(starts, lengths[here], width, rows, local.device)
+        groups = similar(torch.stack((local.lengths, memory.lengths), 1))
+        views = [
+            _view(local.pick(group), memory.pick(group), local.origin, visible_M2[:, 0])
+            for group in groups
+        ]
         patches = len(visible_M2)
         padded = coordinates_M2.new_zeros(rows, 2)
         padded[:patches] = coordinates_M2
-        return cls(memory, visible, padded)
+        return cls(local, groups, views, padded)
+
+
+def _view(stream: Segments, patches: Segments, origin: int, visible_from_M: torch.Tensor) -> View:
+    index = patches.starts[:, None] + torch.arange(patches.width)
+    visible_from = visible_from_M[index.clamp(max=len(visible_from_M) - 1)]  # [samples, patches]
+    position = origin + stream.starts[:, None] + torch.arange(stream.width)
+    visible = position[:, :, None] >= visible_from[:, None, :]
+    visible &= patches.valid[:, None, :]
+    return View(stream, patches, visible.to(stream.device, non_blocking=True))
 
 
 def coordinate_features(coordinates_M2: torch.Tensor) -> torch.Tensor:
@@ -132,7 +156,7 @@ class Look(nn.Module):
             self.linear_coordinates = column(
                 4 * COORDINATE_FREQUENCIES,
                 width,
-                constant_input=True,
+                gathered_input=True,
                 **(common | {"init": normal(COORDINATE_STD)}),
             )
         self.linear_proj = row(
@@ -143,14 +167,14 @@ class Look(nn.Module):
         self,
         hidden_t1H: torch.Tensor,
         memory_m1C: torch.Tensor,
-        stream: Segments,
         memory: MemoryMap,
         record: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """[t, 1, H] -> [t, 1, H].
 
         Args:
-            record: if given, the attention weights [samples, h, width, patches] are appended.
+            record: if given, extended by the attention weights of each sample that has a piece
+                here, [h, its positions here, its patches].
         """
         query, _ = self.linear_q(self.query_norm(hidden_t1H))
         fused, _ = self.linear_kv(self.memory_norm(memory_m1C))
@@ -162,35 +186,43 @@ class Look(nn.Module):
             key = key + self.linear_coordinates(features)[0].view_as(key)
         query, key = self.q_norm(query), self.k_norm(key)
         if record is not None:
-            record.append(attention_weights(query, key, stream, memory))
-        found = core(self.recompute, memory_attention, query, key, value, stream, memory)
+            record.extend(attention_weights(query, key, memory))
+        found = core(self.recompute, memory_attention, query, key, value, memory)
         return self.linear_proj(found.reshape(tokens, 1, -1))[0]
 
 
 def memory_attention(
-    query_ThD: torch.Tensor,
-    key_MhD: torch.Tensor,
-    value_MhD: torch.Tensor,
-    stream: Segments,
-    memory: MemoryMap,
+    query_ThD: torch.Tensor, key_MhD: torch.Tensor, value_MhD: torch.Tensor, memory: MemoryMap
 ) -> torch.Tensor:
     """What each position finds in the patches that it may see, [T, h, D]; exactly 0 if none."""
-    query = stream.to_rectangle(query_ThD).transpose(1, 2)
-    key, value = (memory.patches.to_rectangle(x).transpose(1, 2) for x in (key_MhD, value_MhD))
-    found = F.scaled_dot_product_attention(query, key, value, attn_mask=memory.mask)
-    found = torch.where(memory.sees, found, 0.0)
-    return stream.to_stream(found.transpose(1, 2))
+    if not memory.views:  # the parameters still take part, with gradients of zero
+        return 0.0 * (query_ThD + key_MhD.sum() + value_MhD.sum())
+    found = []
+    for view in memory.views:
+        query = view.stream.to_rectangle(query_ThD).transpose(1, 2)
+        key, value = (view.patches.to_rectangle(x).transpose(1, 2) for x in (key_MhD, value_MhD))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=view.mask)
+        found.append(torch.where(view.sees, mixed, 0.0).transpose(1, 2))
+    return memory.buckets.join(found)
 
 
 def attention_weights(
-    query_ThD: torch.Tensor, key_MhD: torch.Tensor, stream: Segments, memory: MemoryMap
-) -> torch.Tensor:
-    """The weights of `memory_attention`, [samples, h, width, patches], for reports."""
-    query = stream.to_rectangle(query_ThD).transpose(1, 2)
-    key = memory.patches.to_rectangle(key_MhD).transpose(1, 2)
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    weights = scores.masked_fill(~memory.visible.unsqueeze(1), -torch.inf).softmax(-1)
-    return torch.where(memory.sees, weights, 0.0).detach()
+    query_ThD: torch.Tensor, key_MhD: torch.Tensor, memory: MemoryMap
+) -> list[torch.Tensor]:
+    """The weights of `memory_attention` of every sample, [h, its length, its patches], for
+    reports."""
+    lengths = memory.local.lengths.tolist()
+    weights = [query_ThD.new_zeros(query_ThD.shape[1], length, 0) for length in lengths]
+    for samples, view in zip(memory.samples, memory.views, strict=True):
+        query = view.stream.to_rectangle(query_ThD).transpose(1, 2)
+        key = view.patches.to_rectangle(key_MhD).transpose(1, 2)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        found = scores.masked_fill(~view.visible.unsqueeze(1), -torch.inf).softmax(-1)
+        found = torch.where(view.sees, found, 0.0).detach()
+        patches = view.patches.lengths.tolist()
+        for n, of_sample, count in zip(samples.tolist(), found, patches, strict=True):
+            weights[n] = of_sample[:, : lengths[n], :count]
+    return weights
 
 
 def memory_hidden_size(model: ModelConfig) -> int:

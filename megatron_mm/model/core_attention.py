@@ -15,10 +15,13 @@ def causal_attention(
     query_ThD: torch.Tensor, key_ThD: torch.Tensor, value_ThD: torch.Tensor, segments: Segments
 ) -> torch.Tensor:
     """Softmax attention inside each sample, [T, h, D]; key and value may have fewer heads."""
-    query, key, value = (
-        segments.to_rectangle(x).transpose(1, 2) for x in (query_ThD, key_ThD, value_ThD)
-    )
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return segments.to_stream(mixed.transpose(1, 2))
+    mixed = []
+    for bucket in segments.buckets.parts:
+        query, key, value = (
+            bucket.to_rectangle(x).transpose(1, 2) for x in (query_ThD, key_ThD, value_ThD)
+        )
+        found = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        mixed.append(found.transpose(1, 2))
+    return segments.buckets.join(mixed)

@@ -22,14 +22,14 @@ def column(
     init: Initializer,
     tp: ProcessGroup,
     bias: bool = False,
-    constant_input: bool = False,
+    gathered_input: bool = False,
     whole_outputs: int | None = None,
 ) -> nn.Module:
     """y = x W^T with the outputs split over `tp`.
 
     Under sequence parallelism the input is this rank's shard of the sequence and is gathered
-    inside. A `constant_input` is whole on every rank and needs no gradient. Outputs past
-    `whole_outputs` are padding.
+    inside. A `gathered_input` is whole on every rank already, and its gradient is this rank's
+    part of a sum that the caller takes, if it is needed. Outputs past `whole_outputs` are padding.
     """
     layer = ColumnParallelLinear(
         inputs,
@@ -38,9 +38,9 @@ def column(
         init_method=None,
         bias=bias,
         tp_group=tp,
-        disable_grad_reduce=constant_input,
+        disable_grad_reduce=gathered_input,
     )
-    layer.sequence_parallel = layer.sequence_parallel and not constant_input
+    layer.sequence_parallel = layer.sequence_parallel and not gathered_input
     whole = None if whole_outputs is None else {0: whole_outputs}
     place(layer.weight, init, split={0: tp}, whole=whole)
     if bias:

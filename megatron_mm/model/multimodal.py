@@ -101,8 +101,7 @@ class VisionTower(nn.Module):
 class MultimodalModel(MegatronModule):
     """One stage of the model, the `chunk`-th of this pipeline rank.
 
-    forward(batch) returns logits [T, 1, V / TP] on the last stage, else the packed tensor for
-    the next one.
+    forward(batch) returns logits on the last stage, else the packed tensor for the next one.
     """
 
     def __init__(
@@ -148,7 +147,12 @@ class MultimodalModel(MegatronModule):
                 dtype=dtype,
             )
             self.output_layer = column(
-                language.hidden_size, language.vocab_size, config=config, init=init, tp=pg.tp
+                language.hidden_size,
+                language.vocab_size,
+                config=config,
+                init=init,
+                tp=pg.tp,
+                gathered_input=True,
             )
 
     def set_input_tensor(self, tensor) -> None:
@@ -194,12 +198,32 @@ class MultimodalModel(MegatronModule):
         places = (positions[first:last] - mine.start).to(hidden_TH.device, non_blocking=True)
         return hidden_TH.index_copy(0, places, stream_kH[first:last])
 
+    def _logits(
+        self, hidden_t1H: torch.Tensor, positions: torch.Tensor | None, first: int
+    ) -> torch.Tensor:
+        if self.config.sequence_parallel:
+            # Backward, the parts of the gradient from every slice of the vocabulary are summed.
+            hidden_t1H = gather_from_sequence_parallel_region(hidden_t1H, group=self.pg.tp)
+        if positions is not None:
+            rows = (positions - first).to(hidden_t1H.device, non_blocking=True)
+            hidden_t1H = hidden_t1H.index_select(0, rows)
+        return self.output_layer(hidden_t1H)[0]
+
     def forward(
-        self, batch: Microbatch, looks: dict[int, list[torch.Tensor]] | None = None
+        self,
+        batch: Microbatch,
+        positions: torch.Tensor | None = None,
+        looks: dict[int, list[torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """
         Args:
+            positions: int64 [K] on the CPU, where in the stream logits are wanted; all of them in
+                this context-parallel rank's part of it. None: everywhere there. The output layer
+                computes no others.
             looks: if given, filled with the attention weights of this stage's looks, by pair.
+
+        Returns:
+            logits [K, 1, V / TP] on the last stage, else the wire's tensor.
         """
         context = StreamContext.build(batch, self.model_config, self.pg, self.looks_here)
         context.looks, context.watch = looks, self.watch
@@ -210,7 +234,8 @@ class MultimodalModel(MegatronModule):
         payload = self.language(payload, context)
         if self.leaves is not None:
             return pack(payload, self._wire_shape(batch, self.leaves))
-        return self.output_layer(self.final_norm(payload.hidden_T1H))[0]
+        first = part(len(batch.tokens_T), self.pg.cp).start
+        return self._logits(self.final_norm(payload.hidden_T1H), positions, first)
 
 
 def build(run: RunConfig, pg: ProcessGroupCollection) -> list[MultimodalModel]:

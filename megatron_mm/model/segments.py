@@ -1,8 +1,9 @@
-"""Samples laid end to end, and the rectangle that batched kernels want.
+"""Samples laid end to end, and the rectangles that batched kernels want.
 
-A microbatch is one stream of T tokens. Kernels that mix positions (attention, delta
-rule, look) see it as a rectangle [samples, longest, ...], padded on the right, where
-causality keeps the padding from reaching any real position.
+A microbatch is one stream of T tokens. Attention and looks see it as rectangles [samples,
+longest, ...], padded on the right, where causality keeps the padding from reaching any real
+position. Samples of similar size share a rectangle, so that a long one among short ones
+does not make the others cost what it costs.
 
 Lengths and indices are worked out on the CPU, where the batch keeps them, so nothing here
 waits for a GPU.
@@ -10,10 +11,37 @@ waits for a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
+# A rectangle may hold so many times the pairs (query, key) of its samples; or else so many more
+# pairs, which cost no more than another call of the kernel.
+WASTE, FREE_PAIRS = 0.5, 1 << 14
+
+
+def similar(pairs_N2: torch.Tensor) -> list[torch.Tensor]:
+    """Samples, as (queries, keys), in groups that one rectangle may hold: int64 indices, each
+    group ascending. Samples without any query or key are in no group."""
+    groups: list[list[int]] = []
+    order = sorted(range(len(pairs_N2)), key=lambda n: pairs_N2[n].flip(0).tolist(), reverse=True)
+    box, used = (0, 0), 0
+    for n in order:
+        queries, keys = pairs_N2[n].tolist()
+        if not queries * keys:
+            continue
+        grown = max(box[0], queries), max(box[1], keys)
+        held = used + queries * keys
+        count = len(groups[-1]) + 1 if groups else 1
+        if groups and count * grown[0] * grown[1] - held <= max(WASTE * held, FREE_PAIRS):
+            groups[-1].append(n)
+            box, used = grown, held
+        else:
+            groups.append([n])
+            box, used = (queries, keys), queries * keys
+    return [torch.tensor(sorted(group)) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -53,9 +81,25 @@ class Segments:
         total, width = len(positions), int(lengths.max())
         return Segments(starts, lengths, width, total, self.device, first, positions.start)
 
+    def pick(self, samples: torch.Tensor) -> Segments:
+        """Only these samples, of the same stream."""
+        lengths = self.lengths[samples]
+        width = max(1, int(lengths.max()))
+        return Segments(self.starts[samples], lengths, width, self.total, self.device)
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """The samples in groups of similar length, for attention inside each sample."""
+        groups = similar(torch.stack((self.lengths, self.lengths), 1))
+        return Buckets([self.pick(group) for group in groups])
+
     @property
     def count(self) -> int:
         return len(self.starts)
+
+    @property
+    def cells(self) -> int:
+        return self.count * self.width
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -65,8 +109,7 @@ class Segments:
     @cached_property
     def is_rectangle(self) -> bool:
         """The stream itself already is the rectangle: every row is full, in order."""
-        full = self.count * self.width
-        return full == self.total == int(self.lengths.sum())
+        return self.cells == self.total == int(self.lengths.sum())
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
@@ -88,18 +131,39 @@ class Segments:
         index = self.starts[:, None] + torch.minimum(torch.arange(self.width), last)
         return index.clamp(max=self.total - 1).flatten().to(self.device, non_blocking=True)
 
-    @cached_property
-    def scatter_index(self) -> torch.Tensor:
-        """int64 [total]: the cell of each stream position."""
-        return self.valid.flatten().nonzero().flatten().to(self.device, non_blocking=True)
-
     def to_rectangle(self, x: torch.Tensor) -> torch.Tensor:
         """[total, ...] -> [samples, width, ...]"""
         if not self.is_rectangle:
             x = x.index_select(0, self.gather_index)
         return x.reshape(self.count, self.width, *x.shape[1:])
 
-    def to_stream(self, x: torch.Tensor) -> torch.Tensor:
-        """[samples, width, ...] -> [total, ...]"""
-        x = x.reshape(self.count * self.width, *x.shape[2:])
-        return x if self.is_rectangle else x.index_select(0, self.scatter_index)
+
+@dataclass(frozen=True)
+class Buckets:
+    """Samples of one stream in groups, each of which is computed as a rectangle."""
+
+    parts: Sequence[Segments]
+
+    @cached_property
+    def _complete(self) -> bool:
+        return sum(int(part.lengths.sum()) for part in self.parts) == self.parts[0].total
+
+    @cached_property
+    def _cells(self) -> torch.Tensor:
+        """int64 [total]: the cell of each position among those of all parts, and one more."""
+        before, whole = 0, torch.full((self.parts[0].total,), sum(p.cells for p in self.parts))
+        for part in self.parts:
+            every = part.starts[:, None] + torch.arange(part.width)
+            whole[every[part.valid]] = before + part.valid.flatten().nonzero().flatten()
+            before += part.cells
+        return whole.to(self.parts[0].device, non_blocking=True)
+
+    def join(self, rectangles: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[samples, width, ...] of each part to the stream [total, ...]; zero where no part has
+        the position."""
+        cells = [rectangle.flatten(0, 1) for rectangle in rectangles]
+        if len(cells) == 1 and self.parts[0].is_rectangle:
+            return cells[0]
+        if not self._complete:
+            cells.append(cells[0].new_zeros(1, *cells[0].shape[1:]))
+        return torch.cat(cells).index_select(0, self._cells)

@@ -110,9 +110,7 @@ class Stack(nn.Module):
             if layer.kind == "L":
                 look = self.looks[str(layer.pair)]
                 record = context.look_record(layer.pair)
-                waiting[layer.pair] = look(
-                    hidden, payload.memory_M1C, context.local, context.memory, record
-                )
+                waiting[layer.pair] = look(hidden, payload.memory_M1C, context.memory, record)
             elif layer.kind == "J":
                 hidden = hidden + waiting.pop(layer.pair)
             elif layer.kind == "E":

@@ -24,6 +24,14 @@ def part(length: int, group: ProcessGroup) -> range:
     return range(group.rank() * size, (group.rank() + 1) * size)
 
 
+def held_positions(positions: torch.Tensor, length: int, cp: ProcessGroup) -> torch.Tensor:
+    """Those of some positions of a sequence that lie in this rank's part. If none does, the first
+    of the part: what is computed for them is then never empty."""
+    mine = part(length, cp)
+    held = positions[(positions >= mine.start) & (positions < mine.stop)]
+    return held if len(held) else torch.tensor([mine.start])
+
+
 def shard(length: int, pg: ProcessGroupCollection) -> range:
     """The positions whose hidden state this rank holds between layers: of the context
     part, its tensor-parallel part."""

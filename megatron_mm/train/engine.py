@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,8 +28,15 @@ from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.parallel.groups import Groups
+from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.train.objective import Objective
-from megatron_mm.train.optimizer import build_optimizer, build_scheduler, freeze
+from megatron_mm.train.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    clip_and_step,
+    distributes,
+    freeze,
+)
 
 
 @dataclass
@@ -59,10 +66,11 @@ class Engine:
         destroy_moe_metrics_tracker()  # process-wide, and as long as the last model was deep
         chunks = build(run, groups.pg)
         config, parallel = chunks[0].config, run.parallel
+        distributed = distributes(run, groups.pg)
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            use_distributed_optimizer=distributed,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
+            overlap_param_gather=distributed and parallel.overlap_param_gather,
             grad_reduce_in_fp32=True,
         )
         models = []
@@ -81,7 +89,7 @@ class Engine:
         config.no_sync_func = _each(models, "no_sync")
         if parallel.overlap_grad_reduce:
             config.grad_sync_func = _each(models, "start_grad_sync")
-        if parallel.overlap_param_gather:
+        if ddp.overlap_param_gather:
             config.param_sync_func = _each(models, "start_param_sync")
         optimizer = build_optimizer(run, models, groups.pg)
         config.grad_scale_func = optimizer.scale_loss
@@ -99,19 +107,23 @@ class Engine:
         self.optimizer.zero_grad()
         pg = self.groups.pg
 
-        def finish(output: torch.Tensor, batch: Microbatch):
-            return objective.loss(output, batch, pg)
+        def finish(output: torch.Tensor, batch: Microbatch, positions: torch.Tensor):
+            return objective.loss(output, batch, positions, pg)
 
-        return self._schedule(batches, finish, forward_only=False)
+        return self._schedule(batches, objective.positions, finish, forward_only=False)
 
     def gradient_norm(self) -> float:
         """Over every parameter of the model, before clipping; the same on every rank."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
-    def update(self) -> None:
-        """Clip, step, advance the schedule."""
-        self.optimizer.step()
+    def update(self, gradient_norm: float) -> None:
+        """Clip, step, advance the schedule.
+
+        Args:
+            gradient_norm: what `gradient_norm` returned for these gradients.
+        """
+        clip_and_step(self.optimizer, gradient_norm, self.run.optimizer.clip_grad)
         self.scheduler.step(increment=1)
 
     def learning_rate(self) -> float:
@@ -121,36 +133,49 @@ class Engine:
     def forward(
         self,
         batches: Sequence[Microbatch],
+        positions: Callable[[Microbatch], torch.Tensor],
         finish: Callable,
         looks: dict[int, list[torch.Tensor]] | None = None,
     ) -> list:
-        """Forward passes only: `finish(logits, batch)` per microbatch on the last stage.
+        """Forward passes only: `finish(logits, batch, positions)` per microbatch on the last
+        stage, where both callables mean what they mean in `Objective`.
 
         Args:
             looks: if given, filled with the attention weights of this stage's looks.
         """
 
-        def collect(output: torch.Tensor, batch: Microbatch, non_loss_data: bool = True):
-            return finish(output, batch)
+        def collect(output: torch.Tensor, non_loss_data: bool = True, **which):
+            return finish(output, **which)
 
         with torch.no_grad():
-            return self._schedule(batches, collect, forward_only=True, looks=looks)
+            return self._schedule(batches, positions, collect, forward_only=True, looks=looks)
 
     def _schedule(
-        self, batches: Sequence[Microbatch], finish: Callable, forward_only: bool, **model_kwargs
+        self,
+        batches: Sequence[Microbatch],
+        positions: Callable[[Microbatch], torch.Tensor],
+        finish: Callable,
+        forward_only: bool,
+        **model_kwargs,
     ) -> list:
-        def forward_step(iterator, model):
-            batch = next(iterator)
-            return model(batch, **model_kwargs), partial(finish, batch=batch)
+        pg, device, wanted = self.groups.pg, platform.device(), len(batches)
 
-        pg, wanted = self.groups.pg, len(batches)
+        def feed() -> Iterator[tuple[Microbatch, torch.Tensor]]:
+            for batch in batches:
+                held = held_positions(positions(batch), len(batch.tokens_T), pg.cp)
+                yield batch.to(device), held
+
+        def forward_step(iterator, model):
+            batch, held = next(iterator)
+            output = model(batch, positions=held, **model_kwargs)
+            return output, partial(finish, batch=batch, positions=held)
+
         if len(self.models) > 1 and forward_only:
             # The interleaved schedule takes whole rounds of microbatches only.
             batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
-        device = platform.device()
         common = {
             "forward_step_func": forward_step,
-            "data_iterator": [(b.to(device) for b in batches) for _ in self.models],
+            "data_iterator": [feed() for _ in self.models],
             "model": self.models,
             "num_microbatches": len(batches),
             "seq_length": self.run.data.seq_length,  # shapes are exchanged, not derived from it

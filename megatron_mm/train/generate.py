@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.parallel.groups import Groups
-from megatron_mm.parallel.sequence import part
 from megatron_mm.train.engine import Engine
 
 
@@ -65,18 +65,25 @@ def with_answers(
     )
 
 
-def _greedy(logits_T1V: torch.Tensor, batch: Microbatch, groups: Groups) -> torch.Tensor:
+def last_positions(batch: Microbatch) -> torch.Tensor:
+    """Where the next token of each sample is predicted; the padding tail is no sample."""
+    ends = batch.cu_seqlens[1:]
+    return ends[ends <= batch.num_real_tokens] - 1
+
+
+def _greedy(
+    logits_K1V: torch.Tensor, batch: Microbatch, positions: torch.Tensor, groups: Groups
+) -> torch.Tensor:
     """int64 [samples]: the best next token of each sample; ties go to the lower id."""
-    real = batch.cu_seqlens[1:][batch.cu_seqlens[1:] <= batch.num_real_tokens]
-    pg = groups.pg
-    mine = part(len(batch.tokens_T), pg.cp)
-    place = (real - 1 - mine.start).clamp(0, len(mine) - 1)  # elsewhere: any row, not counted
-    here = ((real - 1 >= mine.start) & (real - 1 < mine.stop)).to(logits_T1V.device)
-    best, index = logits_T1V[place.to(logits_T1V.device), 0].float().max(-1)
+    pg, last = groups.pg, last_positions(batch)
+    values, ids = logits_K1V[:, 0].float().max(-1)
+    best = values.new_full((len(last),), -torch.inf)
+    index = torch.zeros_like(best, dtype=torch.int64)
+    # Of a sample whose end another context-parallel rank holds, nothing is known here.
+    here, wanted = torch.isin(last, positions), torch.isin(positions, last)
+    best[here], index[here] = values[wanted], ids[wanted] + pg.tp.rank() * logits_K1V.shape[-1]
     if pg.tp_cp.size() == 1:
         return index
-    best = torch.where(here, best, -torch.inf)
-    index = index + pg.tp.rank() * logits_T1V.shape[-1]
     bests, indices = ([torch.empty_like(x) for _ in range(pg.tp_cp.size())] for x in (best, index))
     dist.all_gather(bests, best, group=pg.tp_cp)
     dist.all_gather(indices, index, group=pg.tp_cp)
@@ -107,7 +114,7 @@ def generate(
             with_answers(p, a, pad_id, token_multiple(engine.run))
             for p, a in zip(prompts, answers, strict=True)
         ]
-        found = engine.forward(batches, lambda logits, batch: _greedy(logits, batch, groups))
+        found = engine.forward(batches, last_positions, partial(_greedy, groups=groups))
         active = torch.zeros(1, dtype=torch.int64)
         for i in range(len(prompts)):
             token = found[i].cpu() if groups.is_last_stage else torch.empty(len(done[i])).long()

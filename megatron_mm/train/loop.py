@@ -104,7 +104,7 @@ class Trainer:
                 f"the batch was {self._rows_of(batches)}"
             )
         metrics["learning rate"] = self.engine.learning_rate()
-        self.engine.update()
+        self.engine.update(norm)
         self.iteration += 1
         self.seconds += time.perf_counter() - begin
         return metrics | {

@@ -13,6 +13,7 @@ from megatron.core.optimizer import (
     ParamKey,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -79,10 +80,17 @@ def _overrides(
     return overrides
 
 
+def distributes(run: RunConfig, pg: ProcessGroupCollection) -> bool:
+    """Whether there are replicas to share the optimizer's work. Without them the distributed
+    optimizer would only copy every gradient and parameter once more."""
+    replicas = max(pg.dp_cp.size(), pg.expt_dp.size())
+    return run.parallel.use_distributed_optimizer and replicas > 1
+
+
 def build_optimizer(
     run: RunConfig, models: list[DistributedDataParallel], pg: ProcessGroupCollection
 ) -> MegatronOptimizer:
-    """AdamW; the distributed optimizer unless switched off."""
+    """AdamW; the distributed optimizer where there are replicas, unless switched off."""
     settings = run.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -95,8 +103,8 @@ def build_optimizer(
         clip_grad=settings.clip_grad,
         bf16=run.training.bf16,
         params_dtype=torch.bfloat16 if run.training.bf16 else torch.float32,
-        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
-        overlap_param_gather=run.parallel.overlap_param_gather,
+        use_distributed_optimizer=distributes(run, pg),
+        overlap_param_gather=distributes(run, pg) and run.parallel.overlap_param_gather,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -114,6 +122,15 @@ def build_optimizer(
             for group in inner.param_groups:
                 group["fused"] = True
     return optimizer
+
+
+def clip_and_step(optimizer: MegatronOptimizer, gradient_norm: float, clip_grad: float) -> None:
+    """`optimizer.step()` with the norm already known. After `prepare_grads`."""
+    if clip_grad > 0.0:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, gradient_norm)
+    optimizer.step_with_ready_grads()
 
 
 def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

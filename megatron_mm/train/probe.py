@@ -69,15 +69,16 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
     covered = int(lengths.sum())
     sample_of_T[:covered] = torch.arange(samples).repeat_interleave(lengths)
     weights: dict[int, list[torch.Tensor]] = {}
+    nowhere = torch.zeros(0, dtype=torch.int64)
     with _recorded_routes(engine, sample_of_T, samples) as routes:
-        engine.forward([batch], lambda logits, batch: None, looks=weights)
+        engine.forward([batch], lambda batch: nowhere, lambda logits, **_: None, looks=weights)
     groups = engine.groups
     stream = Segments.from_cu_seqlens(batch.cu_seqlens)
     local = stream.within(part(stream.total, groups.pg.cp))
     patches = _patches(batch, samples)
     looks: Looks = {}
     for pair, recorded in weights.items():
-        seen = recorded[0].float().mean(1).cpu()  # [samples here, width, patches]
+        seen = [weights.float().mean(0).cpu() for weights in recorded]
         looks[pair] = [
             _answer_rows(seen, stream, local, sample, prompt_lengths[sample], patches[sample])
             for sample in range(samples)
@@ -96,10 +97,19 @@ def _patches(batch: Microbatch, samples: int) -> list[int]:
 
 
 def _answer_rows(
-    seen: torch.Tensor, stream: Segments, local: Segments, sample: int, prompt: int, patches: int
+    seen: list[torch.Tensor],
+    stream: Segments,
+    local: Segments,
+    sample: int,
+    prompt: int,
+    patches: int,
 ) -> torch.Tensor:
     """[answer tokens, patches] of one sample; zero where another context-parallel rank holds
-    the position."""
+    the position.
+
+    Args:
+        seen: of each sample that has a piece here, [its positions here, its patches].
+    """
     rows = torch.zeros(int(stream.lengths[sample]) - prompt, patches)
     place = sample - local.first
     if not 0 <= place < local.count:
@@ -108,7 +118,7 @@ def _answer_rows(
     begins = int(local.origin + local.starts[place] - stream.starts[sample]) - (prompt - 1)
     first, stop = max(0, begins), min(len(rows), begins + int(local.lengths[place]))
     if first < stop:
-        rows[first:stop] = seen[place, first - begins : stop - begins, :patches]
+        rows[first:stop] = seen[place][first - begins : stop - begins]
     return rows
 
 

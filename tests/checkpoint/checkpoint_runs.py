@@ -61,8 +61,7 @@ def train(engine: Engine, steps, images_of=MICROBATCHES) -> list[float]:
             total += sum(entry["lm loss"].double() for entry in sums)
         dist.all_reduce(total, group=engine.groups.world)
         losses.append(float(total[0] / total[1]))
-        engine.gradient_norm()
-        engine.update()
+        engine.update(engine.gradient_norm())
         # What augmentation or sampling would do to the generators.
         torch.rand(3), np.random.rand(), random.random()
     return losses

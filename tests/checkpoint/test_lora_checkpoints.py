@@ -85,7 +85,9 @@ def test_resume_is_exact_to_the_bit(ranks, tmp_path, name):
 @torch.no_grad()
 def logits(engine) -> torch.Tensor:
     """Of one rank; [T, 1, V]."""
-    (found,) = engine.forward([microbatch(engine.run.model, 77)], lambda output, batch: output)
+    batch = microbatch(engine.run.model, 77)
+    everywhere = torch.arange(len(batch.tokens_T))
+    (found,) = engine.forward([batch], lambda batch: everywhere, lambda output, **_: output)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from batches import microbatch, small_run
 from samples import off_zero, pack, relative, sample
 
+from megatron_mm.model import segments
 from megatron_mm.model.clvr import COORDINATE_FREQUENCIES, Look, MemoryMap
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config
@@ -68,7 +69,7 @@ class Stage:
         if coordinates is not None:
             map_ = replace(map_, coordinates_M2=coordinates)
         memory = self.memory if memory is None else memory
-        return self.look(self.hidden, memory, self.context.segments, map_, record)
+        return self.look(self.hidden, memory, map_, record)
 
     def sees(self) -> torch.Tensor:
         """bool [T, M], straight from the batch: patch m is seen from `from` up to `to`."""
@@ -141,11 +142,17 @@ def test_order_of_patches_counts_only_through_coordinates(pg, double):
 
 
 @torch.no_grad()
-def test_a_look_by_hand(pg, double):
-    """Attention written out for every position, patch and head, from the weights' layout."""
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_look_by_hand(pg, double, monkeypatch, views):
+    """Attention written out for every position, patch and head, from the weights' layout; the
+    two samples with images in one rectangle or in two."""
+    if views == 2:
+        monkeypatch.setattr(segments, "WASTE", 0)
+        monkeypatch.setattr(segments, "FREE_PAIRS", 0)
     run = small_run()
     stage = Stage(pg, mixed(run.model), run)
     look, heads, width = stage.look, 4, 16
+    assert len(stage.context.memory.views) == views
     patches = len(stage.batch.memory_visible_M2)
     query = look.linear_q(look.query_norm(stage.hidden))[0].view(-1, heads, width)
     memory = look.memory_norm(stage.memory[:patches, 0])
@@ -169,14 +176,11 @@ def test_a_look_by_hand(pg, double):
     record = []
     assert relative(stage(record=record)[:, 0], expected) <= DOUBLE_TOLERANCE
     # What is recorded is what was used.
-    (recorded,) = record
-    segments, memory_map = stage.context.segments, stage.context.memory
-    for n, (start, length) in enumerate(zip(segments.starts, segments.lengths, strict=True)):
-        first, count = memory_map.patches.starts[n], memory_map.patches.lengths[n]
-        part = recorded[n, :, :length, :count]
-        mine = weights[:, start : start + length, first : first + count]
+    stream, ends = stage.context.segments, stage.batch.memory_visible_M2[:, 1]
+    assert len(record) == stream.count
+    for part, start, length in zip(record, stream.starts, stream.lengths, strict=True):
+        mine = weights[:, start : start + length, ends == start + length]
         torch.testing.assert_close(part, mine, rtol=0, atol=1e-12)
-        assert not recorded[n, :, :, count:].any()
 
 
 @torch.no_grad()
@@ -187,16 +191,17 @@ def test_recorded_weights_of_the_whole_model(pg):
     looks = {}
     logits = model(batch, looks=looks)
     assert torch.equal(logits, model(batch)), "recording changes nothing"
-    assert sorted(looks) == [0, 1] and all(len(weights) == 1 for weights in looks.values())
-    context = StreamContext.build(batch, run.model, pg, with_memory=True)
-    sees = context.memory.visible.any(-1)[:, None]
-    for (weights,) in looks.values():
-        # The sum of up to 48 fp32 weights.
-        torch.testing.assert_close(
-            weights.sum(-1), sees.float().expand(-1, 4, -1), rtol=0, atol=1e-6
-        )
-        assert not weights[~context.memory.visible[:, None].expand_as(weights)].any()
-    assert not torch.equal(looks[0][0], looks[1][0])
+    assert sorted(looks) == [0, 1]
+    starts, (first, last) = batch.cu_seqlens.tolist(), batch.memory_visible_M2.unbind(1)
+    for pair in looks.values():
+        for weights, start, end in zip(pair, starts[:-1], starts[1:], strict=True):
+            visible = torch.arange(start, end)[:, None] >= first[last == end]
+            assert weights.shape == (4, *visible.shape)
+            sees = visible.any(-1).float().expand(4, -1)
+            # The sum of up to 48 fp32 weights.
+            torch.testing.assert_close(weights.sum(-1), sees, rtol=0, atol=1e-6)
+            assert not weights[:, ~visible].any()
+    assert not torch.equal(looks[0][1], looks[1][1])
 
 
 @pytest.mark.parametrize("pattern", [PATTERN, "GE L GE L J J *E", "L GE J LJ *E"])
@@ -272,34 +277,13 @@ def test_between_two_images_only_the_first_is_looked_at(pg):
     s = sample(run.model, 4, (2, 2), text=5)
     looks = {}
     model(pack(run.model, [s]), looks=looks)
-    (weights,) = looks[0]  # [1, h, T, 64]: two tiles of 16 patches per image
+    (weights,) = looks[0]  # [h, T, 64]: two tiles of 16 patches per image
     one, two = s.image_ends
-    first, second = weights[0, :, :, :32], weights[0, :, :, 32:]
-    assert not weights[0, :, :one].any()
+    first, second = weights[:, :, :32], weights[:, :, 32:]
+    assert not weights[:, :one].any()
     assert (first[:, one:] > 0).all()
     assert not second[:, :two].any()
     assert (second[:, two:] > 0).all()
-
-
-# --- segments -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lengths", [(3,), (2, 2), (4, 1, 2), (0, 3), (3, 0, 0, 2), (0, 0), (1, 1)])
-@pytest.mark.parametrize("spare", [0, 1, 2, 3, 4])
-def test_segments_there_and_back(lengths, spare):
-    """`spare` rows belong to no sample, as in a padded memory; a sample may have none."""
-    count = torch.tensor(lengths)
-    starts = count.cumsum(0) - count
-    total = sum(lengths) + spare
-    if not total:
-        return
-    segments = Segments(starts, count, max(1, *lengths), total)
-    x = torch.arange(1.0, total + 1)[:, None].expand(-1, 3)
-    rectangle = segments.to_rectangle(x)
-    assert rectangle.shape == (len(lengths), segments.width, 3)
-    for row, start, length in zip(rectangle, starts, lengths, strict=True):
-        assert torch.equal(row[:length], x[start : start + length])
-    assert torch.equal(segments.to_stream(rectangle), x[: sum(lengths)])
 
 
 @torch.no_grad()
@@ -309,10 +293,11 @@ def test_memory_map_by_hand():
     stream = Segments.from_cu_seqlens(torch.tensor([0, 3, 7]))
     visible, coordinates = torch.tensor([[4, 7], [5, 7]]), torch.rand(2, 2)
     map_ = MemoryMap.build(stream, stream, visible, coordinates, rows=4)
+    (view,) = map_.views
+    assert [samples.tolist() for samples in map_.samples] == [[1]]
     memory = torch.tensor([10.0, 20.0, 0.0, 0.0])
-    assert map_.patches.to_rectangle(memory)[1].tolist() == [10.0, 20.0]
-    assert map_.visible.tolist() == [
-        [[False, False]] * 4,
+    assert view.patches.to_rectangle(memory).tolist() == [[10.0, 20.0]]
+    assert view.visible.tolist() == [
         [[False, False], [True, False], [True, True], [True, True]],
     ]
     assert torch.equal(map_.coordinates_M2[:2], coordinates)

@@ -122,15 +122,14 @@ def on_rank_generate(run: RunConfig, stop_id: int) -> dict:
     margins = []
     forward = engine.forward
 
-    def watched(batches, finish):
-        def note(logits, batch):
+    def watched(batches, positions, finish):
+        def note(logits, batch, positions):
             if token_multiple(engine.run) == 1:
-                ends = batch.cu_seqlens[1:][batch.cu_seqlens[1:] <= batch.num_real_tokens] - 1
-                best = logits[ends, 0].topk(2).values
+                best = logits[:, 0].topk(2).values
                 margins.append(float((best[:, 0] - best[:, 1]).min()))
-            return finish(logits, batch)
+            return finish(logits, batch, positions)
 
-        return forward(batches, note)
+        return forward(batches, positions, note)
 
     engine.forward = watched
     settings = dict(stop_id=stop_id, pad_id=tokenizer.pad_id, max_new_tokens=NEW_TOKENS)

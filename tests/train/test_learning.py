@@ -87,8 +87,7 @@ def on_rank_decay(run) -> tuple[dict[str, float], set]:
     before = parameters(trainer)
     engine.models[0].zero_grad_buffer()
     engine.optimizer.zero_grad()
-    engine.gradient_norm()
-    engine.update()
+    engine.update(engine.gradient_norm())
     factors = {}
     for name, param in parameters(trainer).items():
         ratio = param.double() / before[name].double()

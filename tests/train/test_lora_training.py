@@ -75,7 +75,7 @@ def on_rank_fit(run, steps: int) -> tuple[list[float], list[float]]:
             total, count = sums["lm loss"]
             losses.append(float(total / count))
         norms.append(engine.gradient_norm())
-        engine.update()
+        engine.update(norms[-1])
     return losses, norms
 
 

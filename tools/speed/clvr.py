@@ -88,7 +88,7 @@ def compare(
     sides = {key: Ours(run, groups) for key, run in runs.items()}
     flops = {key: [counted(sides[key], batch) for batch in drawn[key]] for key in runs}
     found = interleave(
-        [lambda i, key=key: sides[key].step(drawn[key][i % BATCHES]) for key in runs],
+        [lambda i, key=key: sides[key].step([drawn[key][i % BATCHES]]) for key in runs],
         rounds + warmup,
     )
     looking, blind, full = (side[warmup:] for side in found)

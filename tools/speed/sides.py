@@ -24,6 +24,7 @@ from speed.models import image_token
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from hf_weights import copy_weights  # noqa: E402
 
+LAYOUTS = ("padded", "one by one")  # all samples in a rectangle, or each alone
 EXPERTS = ("eager", "grouped_mm")  # batched_mm copies the weights for every token: out of memory
 
 
@@ -34,11 +35,10 @@ class Ours:
         self.engine = Engine.create(run, groups)
         self.objective = SupervisedFineTuning()
 
-    def step(self, batch: Microbatch) -> float:
-        (sums,) = self.engine.forward_backward([batch], self.objective)
-        self.engine.gradient_norm()
-        self.engine.update()
-        total, count = sums["lm loss"].tolist()
+    def step(self, batches: list[Microbatch]) -> float:
+        found = self.engine.forward_backward(batches, self.objective)
+        self.engine.update(self.engine.gradient_norm())
+        total, count = sum(sums["lm loss"] for sums in found).tolist()
         return total / count
 
 
@@ -78,8 +78,8 @@ class Theirs:
         """Try every way on a batch and keep the fastest; processor seconds of each, the
         better of two."""
         seconds = {}
-        for padded, experts in product((True, False), EXPERTS):
-            self.use(f"{'padded' if padded else 'one by one'}, {experts}")
+        for way in product(LAYOUTS, EXPERTS):
+            self.use(", ".join(way))
             calls = self.prepare(batch)
             runs = [timed(lambda calls=calls: self._gradients(calls)).cpu for _ in range(3)]
             seconds[self.way] = min(runs[1:])
