@@ -20,7 +20,7 @@ from victims import INTERVAL, STEPS, Life
 from megatron_mm.checkpoint import folders, sharded
 from megatron_mm.checkpoint.hashing import state_hash
 
-KILLS = int(os.environ.get("KILLS", "16"))
+KILLS = int(os.environ.get("KILLS", "10"))
 CHAIN = 30  # iterations; a folder that got further starts anew, to bound the reference run
 LAYOUTS = {"1": (1, {}), "PP2": (2, dict(pp=2)), "DP2": (2, {})}
 
