@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import fields
 from functools import reduce
 from pathlib import Path
@@ -13,6 +14,9 @@ from megatron_mm.config import RunConfig, preset
 from megatron_mm.config.schema import DataPhase
 from megatron_mm.config.tree import leaves
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.rows import Rows
+from megatron_mm.data.sample import Sample, SampleBuilder
+from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.layout import layouts
 from megatron_mm.train.engine import Engine
@@ -103,3 +107,24 @@ def peek(trainer) -> list:
     batches = trainer.loader.next_batch()
     trainer.loader.consumed_samples = position
     return batches
+
+
+def prompts_of(run: RunConfig, path) -> list[Sample]:
+    builder = SampleBuilder(run, load_tokenizer(run.data.tokenizer_model))
+    rows = Rows(path)
+    return [builder.prompt(rows[i], rows.where(i), rows.folder) for i in range(len(rows))]
+
+
+def random_engine(run: RunConfig) -> Engine:
+    engine = Engine.create(run, groups.build(run.parallel))
+    # A new model mostly repeats a function of its last token. At this scale every part of it,
+    # the look too, has a say, and the answers depend on the image.
+    for name, param, layout in layouts(*engine.chunks):
+        if param.dim() > 1:
+            seed = zlib.crc32(name.encode())
+            whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(seed))
+            scale = 1.0 if name == "embedding.weight" else layout.global_shape[-1] ** -0.5
+            layout.held(param.data).copy_(whole[layout.block] * scale)
+    engine.optimizer.reload_model_params()
+    engine.training(False)
+    return engine
