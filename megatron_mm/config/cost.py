@@ -62,13 +62,14 @@ def attention(lm: LanguageConfig, tokens: int) -> float:
 
 
 def experts(lm: LanguageConfig, tokens: int) -> float:
-    """Router, the chosen experts and the shared one, each a gated MLP."""
+    """Router, the chosen experts and the shared one with its gate, each a gated MLP."""
     width = lm.moe_router_topk * lm.moe_ffn_hidden_size + lm.moe_shared_expert_intermediate_size
-    return 2.0 * tokens * lm.hidden_size * (lm.num_experts + 3 * width)
+    return 2.0 * tokens * lm.hidden_size * (lm.num_experts + 1 + 3 * width)
 
 
 def look(run: RunConfig, tokens: int) -> float:
-    """Projections of the hidden state and of the memory, and attention between them."""
+    """Projections of the hidden state and of the memory, and attention between them. Those of the
+    coordinates are left out."""
     lm, fusion = run.model.language, run.model.fusion
     width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
     memory_width = fusion.memory_hidden_size or lm.hidden_size // 4
@@ -83,7 +84,7 @@ def vision(vit: VisionConfig, tiles: int) -> float:
     """The ViT over that many tiles."""
     positions, width = _patches(vit) + 1, vit.vision_hidden_size
     layer = positions * width * (4 * width + 2 * vit.vision_ffn_hidden_size + 2 * positions)
-    embedding = positions * width * 3 * vit.patch_size**2
+    embedding = _patches(vit) * width * 3 * vit.patch_size**2
     return 2.0 * tiles * (vit.vision_num_layers * layer + embedding)
 
 
