@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_mm.config.schema import RunConfig
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.blocks import BlockCache
 from megatron_mm.data.chat import check_messages
 from megatron_mm.data.collate import collate
 from megatron_mm.data.errors import DataError
@@ -41,7 +42,7 @@ class EvalSet:
     def __init__(
         self, path: str | Path, run: RunConfig, tokenizer: Tokenizer, limit: int | None = None
     ) -> None:
-        self._rows = open_source(path)
+        self._rows = open_source(path, BlockCache())
         self._builder = SampleBuilder(run, tokenizer)
         self._length = len(self._rows) if limit is None else min(limit, len(self._rows))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_mm.config.schema import DataPhase, DataSource, RunConfig
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.blocks import BlockCache
 from megatron_mm.data.collate import collate
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.order import Order, PhaseSize
@@ -72,10 +73,11 @@ class TrainLoader:
         self._num_workers = data.num_workers
         self._skip_bad = data.on_bad_sample == "skip"
         sources, sizes, self._first_source = [], [], []
+        cache = BlockCache()
         for phase in data.train_data:
             self._first_source.append(len(sources))
             parts = _parts(phase)
-            opened = [open_source(part.path) for part in parts]
+            opened = [open_source(part.path, cache) for part in parts]
             weights = tuple(part.weight for part in parts)
             sizes.append(PhaseSize(tuple(s.blocks for s in opened), weights, phase.samples))
             sources += opened

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections import OrderedDict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_mm.data.blocks import WINDOW_BYTES, Block
+from megatron_mm.data.blocks import Block, BlockCache
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.forms import check_columns, normalise_row
-
-# Parquet is decoded by the row group. Two windows: at the end of one the next has begun.
-CACHE_BYTES = 2 * WINDOW_BYTES
-
-# The row groups this process read last, of all files together; at least one.
-_groups: OrderedDict[tuple[Path, int, int], pa.Table] = OrderedDict()
 
 
 class ParquetRows:
@@ -31,8 +24,8 @@ class ParquetRows:
     parquet, empty or without a conversation column, and on access for one that is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, cache: BlockCache) -> None:
+        self.path, self._cache = path, cache
         # A file that is written again is another one to the cache.
         self._version = path.stat().st_mtime_ns
         if not os.access(path, os.R_OK):
@@ -74,11 +67,8 @@ class ParquetRows:
         return normalise_row(row, where)
 
     def _group(self, number: int) -> pa.Table:
-        key = (self.path, self._version, number)
-        if key not in _groups:
+        def read() -> pa.Table:
             with pq.ParquetFile(self.path) as file:
-                _groups[key] = file.read_row_group(number)
-            while len(_groups) > 1 and sum(t.nbytes for t in _groups.values()) > CACHE_BYTES:
-                _groups.popitem(last=False)
-        _groups.move_to_end(key)
-        return _groups[key]
+                return file.read_row_group(number)
+
+        return self._cache.get((self.path, self._version, number), read)

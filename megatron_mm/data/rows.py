@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_mm.data.blocks import Block
+from megatron_mm.data.blocks import Block, BlockCache
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.forms import normalise_row
 
@@ -49,23 +49,27 @@ class Source:
         return self.files[number], index - self.starts[number]
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, cache: BlockCache) -> Source:
     """The file at `path`, or in order of their names all files that its pattern (`*`, `?`)
-    matches. Raises DataError for a missing, empty or unreadable file."""
+    matches. Raises DataError for a missing, empty or unreadable file.
+
+    Args:
+        cache: for what is read by the block; other sources may share it.
+    """
     names = [str(path)]
     if any(mark in names[0] for mark in "*?") and not Path(path).exists():
         names = sorted(glob(names[0], recursive=True))
         if not names:
             raise DataError(f"{path}: 0 files match; correct the data path")
-    files = [_open_file(Path(name)) for name in names]
+    files = [_open_file(Path(name), cache) for name in names]
     return Source(files, [0, *accumulate(map(len, files))])
 
 
-def _open_file(path: Path) -> RowFile:
+def _open_file(path: Path, cache: BlockCache) -> RowFile:
     if path.suffix == ".parquet" and path.is_file():
         from megatron_mm.data.parquet import ParquetRows  # pyarrow is slow to import
 
-        return ParquetRows(path)
+        return ParquetRows(path, cache)
     return Rows(path)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_mm.data.blocks import BlockCache
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.evalset import EvalSet
 from megatron_mm.data.parquet import ParquetRows
@@ -25,7 +26,7 @@ def write_parquet(path, rows, **options):
 
 
 def build_all(run, tokenizer, path):
-    source = open_source(path)
+    source = open_source(path, BlockCache())
     return Reader(run, tokenizer, [source]).build([Place(0, n) for n in range(len(source))])
 
 
@@ -66,7 +67,8 @@ def test_parquet_holds_the_same_samples_as_jsonl(run, tokenizer, three, kind):
 def test_a_row_is_read_with_its_group_only(tmp_path, monkeypatch):
     rows = [{"messages": [{"role": "user", "content": f"{n}"}]} for n in range(100)]
     path = write_parquet(tmp_path / "rows.parquet", rows, row_group_size=10)
-    made, read = ParquetRows(path), []
+    cache = BlockCache()
+    made, read = ParquetRows(path, cache), []
     whole = pq.ParquetFile.read_row_group
     monkeypatch.setattr(
         pq.ParquetFile, "read_row_group", lambda s, n: read.append(n) or whole(s, n)
@@ -75,7 +77,7 @@ def test_a_row_is_read_with_its_group_only(tmp_path, monkeypatch):
     for index in (57, 50, 99, 3, 58):
         assert made[index]["messages"][0]["content"] == str(index)
     assert read == [5, 9, 0] and min(block.num_bytes for block in made.blocks) > 0
-    monkeypatch.setattr("megatron_mm.data.parquet.CACHE_BYTES", 0)
+    cache.limit = 0
     assert made[10]["messages"] and made[57]["messages"] and read == [5, 9, 0, 1, 5]
     again = pickle.loads(pickle.dumps(made))
     assert len(again) == 100 and again[57] == made[57]
@@ -131,7 +133,7 @@ def test_several_files_under_one_name(run, tokenizer, tmp_path, make_row):
         )
     rows = [make_row("p", "1") | {"images": None}]
     write_parquet(tmp_path / "part3.parquet", rows)
-    source = open_source(tmp_path / "part*")
+    source = open_source(tmp_path / "part*", BlockCache())
     assert len(source) == 6
     names = [file.where(i).rpartition("/")[2] for file, i in map(source.locate, range(6))]
     assert names == [
@@ -141,7 +143,7 @@ def test_several_files_under_one_name(run, tokenizer, tmp_path, make_row):
     ]
     assert len(EvalSet(tmp_path / "part*.jsonl", run, tokenizer)) == 5
     with pytest.raises(DataError, match=r"none\*.jsonl: 0 files match"):
-        open_source(tmp_path / "none*.jsonl")
+        open_source(tmp_path / "none*.jsonl", BlockCache())
 
 
 def test_files_that_are_no_parquet(tmp_path):
@@ -163,7 +165,7 @@ def test_files_that_are_no_parquet(tmp_path):
     ):
         path = tmp_path / f"{name}.parquet"
         with pytest.raises(DataError, match=what) as caught:
-            open_source(path)
+            open_source(path, BlockCache())
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
@@ -176,7 +178,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
     start = column.dictionary_page_offset or column.data_page_offset
     data[start : start + 40] = bytes(40)
     path.write_bytes(data)
-    made = ParquetRows(path)
+    made = ParquetRows(path, BlockCache())
     assert made[49]["messages"]
     with pytest.raises(DataError, match=r"rows.parquet:51: row group 2 is damaged") as caught:
         made[50]
@@ -221,7 +223,7 @@ def test_a_budget_lowers_the_tiles_of_all_images_alike(
     run, tokenizer, write_rows, make_row, budget, tiles
 ):
     run.data.max_image_tokens = budget
-    source = open_source(write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)))
+    source = open_source(write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)), BlockCache())
     reader = Reader(run, tokenizer, [source])
     (sample,) = reader.build([Place(0, 0)])
     assert [len(image.tiles) for image in sample.images] == [tiles // 3] * 3
@@ -235,7 +237,7 @@ def test_a_budget_counts_what_the_vit_sees_not_only_the_stream(
     run, tokenizer, write_rows, make_row
 ):
     run.model.fusion.image_stream, run.model.fusion.vision_memory = "thumbnail", "tiles"
-    source = open_source(write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)))
+    source = open_source(write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)), BlockCache())
     for budget, tiles in ((36, 9), (35, 3)):
         run.data.max_image_tokens = budget
         ((_, seen),) = Reader(run, tokenizer, [source]).measure([Place(0, 0)])
@@ -245,7 +247,7 @@ def test_a_budget_counts_what_the_vit_sees_not_only_the_stream(
 def test_a_row_of_200_images_is_fitted_or_refused(run, tokenizer, write_rows, make_row):
     run.data.seq_length = 2048
     path = two_hundred(write_rows, make_row)
-    row, builder = open_source(path).files[0][0], SampleBuilder(run, tokenizer)
+    row, builder = open_source(path, BlockCache()).files[0][0], SampleBuilder(run, tokenizer)
     with pytest.raises(DataError, match=r"r:1: 28\d\d tokens, seq_length is 2048"):
         builder.training(row, "r:1", path.parent)
     run.data.max_image_tokens = 900
