@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_mm.config.schema import DataPhase, DataSource, RunConfig
@@ -28,6 +31,7 @@ class _Planned:
     places: list[list[Place]]  # of each of this rank's microbatches
     skipped: list[str]  # rows left out that this rank reports
     after: dict[str, Any]  # the state once the step was trained on
+    fingerprint: int = 0  # of the whole step, the same for every rank
     tickets: list[int] = field(default_factory=list)  # of each microbatch, if workers read it
     error: DataError | None = None  # what planning it met, to be raised when its turn comes
 
@@ -91,6 +95,21 @@ class TrainLoader:
             self._plan = Packed(self._order, total, capacity, self._sizes, self._skip_bad)
         else:
             self._plan = InOrder(self._order, total, training.micro_batch_size)
+        # What sample numbers mean: a state goes on with the same samples only in the same order.
+        self.order = {
+            "seed": training.seed,
+            "phases": [
+                [
+                    phase.samples,
+                    [
+                        [Path(p.path).name, p.weight, sum(b.rows for b in blocks)]
+                        for p, blocks in zip(_parts(phase), size.sources, strict=True)
+                    ],
+                ]
+                for phase, size in zip(data.train_data, sizes, strict=True)
+            ],
+        }
+        self.fingerprint = 0  # of the step that next_batch gave out last: the whole job's
         self._pool: WorkerPool | None = None
         self._ahead: deque[_Planned] = deque()
         self.load_state_dict({"consumed_samples": consumed_samples})
@@ -132,7 +151,7 @@ class TrainLoader:
         except BaseException:
             self.load_state_dict(self._state)
             raise
-        self._state = step.after
+        self._state, self.fingerprint = step.after, step.fingerprint
         return batch
 
     def pass_over(self) -> None:
@@ -157,7 +176,9 @@ class TrainLoader:
         mine = assign(step, self._size)[self._rank]
         places = [[self._place(n) for n in step.microbatches[m]] for m in mine]
         skipped = step.skipped if self._rank == 0 else []
-        planned = _Planned(places, skipped, self._plan.state_dict())
+        after = self._plan.state_dict()
+        whole = json.dumps([step.microbatches, len(step.skipped), after])
+        planned = _Planned(places, skipped, after, zlib.crc32(whole.encode()))
         if self._pool is not None:
             for microbatch in places:
                 at = self._reader.describe(microbatch)

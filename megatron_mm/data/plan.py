@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from megatron_mm.data.errors import DataError
+from megatron_mm.data.errors import DataError, EndOfData
 from megatron_mm.data.order import Order
 from megatron_mm.data.packing import pack, spread
 from megatron_mm.data.sample import Size
@@ -83,11 +83,11 @@ class Packed:
         self._sizes: dict[int, Size] = {}
 
     def next_step(self) -> Step:
-        """When finite phases run out the last steps hold what is left. Raises DataError when
-        nothing is, and for a bad sample."""
+        """When finite phases run out the last steps hold what is left. Raises EndOfData when
+        nothing is, DataError for a bad sample."""
         skipped = self._fill()
         if not self._held:
-            raise DataError(
+            raise EndOfData(
                 f"train_data: the phases' {self._order.length} samples are used up; raise "
                 "`samples` of the last phase (or leave it out) or lower train_iters"
             )

@@ -64,6 +64,8 @@ class Reader:
             return turn(file[index], where, file.folder)
         except DataError as error:
             return str(error)
+        except MemoryError:  # no fault of the row
+            raise
         except Exception as error:  # whatever it is, the row that it came from must be told
             reason = " ".join(str(error).split())
             return f"{where}: reading failed: {type(error).__name__}: {reason}"

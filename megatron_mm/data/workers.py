@@ -115,12 +115,18 @@ class WorkerPool:
         while numbers:
             for pipe in wait(list(numbers)):
                 try:
-                    ticket, answer = pickle.loads(pipe.recv_bytes())
-                except (OSError, EOFError, pickle.UnpicklingError):
-                    self._bury(numbers.pop(pipe))
+                    content = pipe.recv_bytes()
+                except Exception:  # whatever it is, nothing comes through this pipe any more
+                    number = numbers.pop(pipe)
+                    self._processes[number].kill()
+                    self._bury(number)
                     continue
                 with self._changed:
-                    self._waiting[numbers[pipe]].popleft()
+                    ticket, at = self._waiting[numbers[pipe]].popleft()
+                    try:
+                        _, answer = pickle.loads(content)
+                    except Exception as error:  # memory ran out, say; someone waits for it
+                        answer = ("failed", f"{at}: {_one_line(error)}")
                     self._answer(ticket, answer)
 
     def _bury(self, number: int) -> None:

@@ -40,12 +40,19 @@ class View:
 
     stream: Segments
     patches: Segments  # of the memory; the same samples
-    visible: torch.Tensor  # bool [samples, width of the stream, width of the memory]
+    position: torch.Tensor  # int64 [samples, width of the stream], in the whole stream
+    visible_from: torch.Tensor  # int64 [samples, width of the memory], likewise
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """bool [samples, width of the stream, width of the memory]"""
+        return self.position[:, :, None] >= self.visible_from[:, None, :]
 
     @cached_property
     def sees(self) -> torch.Tensor:
         """bool [samples, 1, width of the stream, 1]: which positions see any patch."""
-        return self.visible.any(-1)[:, None, :, None]
+        first = self.visible_from.amin(-1, keepdim=True)
+        return (self.position >= first)[:, None, :, None]
 
     @cached_property
     def mask(self) -> torch.Tensor:
@@ -95,7 +102,7 @@ class MemoryMap:
         memory = Segments(starts, lengths[here], width, rows, local.device)
         groups = similar(torch.stack((local.lengths, memory.lengths), 1))
         views = [
-            _view(local.pick(group), memory.pick(group), local.origin, visible_M2[:, 0])
+            _view(local.pick(group), memory.pick(group), local.origin, visible_M2[:, 0], ends[-1])
             for group in groups
         ]
         patches = len(visible_M2)
@@ -104,13 +111,20 @@ class MemoryMap:
         return cls(local, groups, views, padded)
 
 
-def _view(stream: Segments, patches: Segments, origin: int, visible_from_M: torch.Tensor) -> View:
+def _view(
+    stream: Segments,
+    patches: Segments,
+    origin: int,
+    visible_from_M: torch.Tensor,
+    never: torch.Tensor,
+) -> View:
     index = patches.starts[:, None] + torch.arange(patches.width)
-    visible_from = visible_from_M[index.clamp(max=len(visible_from_M) - 1)]  # [samples, patches]
+    visible_from = visible_from_M[index.clamp(max=len(visible_from_M) - 1)]
+    visible_from = torch.where(patches.valid, visible_from, never)
     position = origin + stream.starts[:, None] + torch.arange(stream.width)
-    visible = position[:, :, None] >= visible_from[:, None, :]
-    visible &= patches.valid[:, None, :]
-    return View(stream, patches, visible.to(stream.device, non_blocking=True))
+    position = position.clamp(max=never - 1)  # padding of the rectangle sees what the last sees
+    moved = (x.to(stream.device, non_blocking=True) for x in (position, visible_from))
+    return View(stream, patches, *moved)
 
 
 def coordinate_features(coordinates_M2: torch.Tensor) -> torch.Tensor:

@@ -243,12 +243,6 @@ def _scan_backward(
         d_after = d_state
 
 
-def causal_conv(x_NLC: torch.Tensor, weight_CW: torch.Tensor) -> torch.Tensor:
-    """`stream_conv` for rows of one length, [N, L, C] -> [N, L, C]."""
-    rows, length, _ = x_NLC.shape
-    return stream_conv(x_NLC.flatten(0, 1), weight_CW, (length,) * rows).view_as(x_NLC)
-
-
 def stream_conv(
     x_TC: torch.Tensor, weight_CW: torch.Tensor, lengths: Sequence[int]
 ) -> torch.Tensor:
@@ -257,7 +251,7 @@ def stream_conv(
     A sum of W shifted products: on the CPU several times faster than a grouped conv1d.
     """
     index = padded_index(tuple(lengths), weight_CW.shape[1] - 1, x_TC.device)
-    return _Convolution.apply(x_TC, weight_CW, index)
+    return _Convolution.apply(x_TC, weight_CW, index, len(lengths))
 
 
 @lru_cache(maxsize=32)
@@ -271,10 +265,9 @@ class _Convolution(torch.autograd.Function):
     """By hand, because autograd keeps and adds up every shifted product."""
 
     @staticmethod
-    def forward(ctx, x_TC, weight_CW, index_T):
+    def forward(ctx, x_TC, weight_CW, index_T, samples: int):
         taps = weight_CW.t().contiguous()  # [W, C]
         pad = len(taps) - 1
-        samples = int(index_T[-1] + 1 - len(index_T)) // pad if pad else 0
         padded = x_TC.new_zeros(len(x_TC) + pad * samples, x_TC.shape[1])
         padded.index_copy_(0, index_T, x_TC)
         rows = len(padded) - pad
@@ -300,4 +293,4 @@ class _Convolution(torch.autograd.Function):
             torch.sum(padded[tap : tap + rows] * shifted, 0, out=d_taps[tap])
             if tap < pad:
                 d_padded[tap : tap + rows].addcmul_(shifted, taps[tap])
-        return d_padded.index_select(0, index_T), d_taps.t(), None
+        return d_padded.index_select(0, index_T), d_taps.t(), None, None

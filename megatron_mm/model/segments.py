@@ -145,18 +145,17 @@ class Buckets:
     parts: Sequence[Segments]
 
     @cached_property
-    def _complete(self) -> bool:
-        return sum(int(part.lengths.sum()) for part in self.parts) == self.parts[0].total
-
-    @cached_property
-    def _cells(self) -> torch.Tensor:
-        """int64 [total]: the cell of each position among those of all parts, and one more."""
-        before, whole = 0, torch.full((self.parts[0].total,), sum(p.cells for p in self.parts))
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64, positions of the stream in order, and the cell of each among those of all
+        parts."""
+        before, cell = 0, torch.full((self.parts[0].total,), -1)
         for part in self.parts:
             every = part.starts[:, None] + torch.arange(part.width)
-            whole[every[part.valid]] = before + part.valid.flatten().nonzero().flatten()
+            cell[every[part.valid]] = before + part.valid.flatten().nonzero().flatten()
             before += part.cells
-        return whole.to(self.parts[0].device, non_blocking=True)
+        (positions,) = (cell >= 0).nonzero(as_tuple=True)
+        device = self.parts[0].device
+        return tuple(x.to(device, non_blocking=True) for x in (positions, cell[positions]))
 
     def join(self, rectangles: Sequence[torch.Tensor]) -> torch.Tensor:
         """[samples, width, ...] of each part to the stream [total, ...]; zero where no part has
@@ -164,6 +163,9 @@ class Buckets:
         cells = [rectangle.flatten(0, 1) for rectangle in rectangles]
         if len(cells) == 1 and self.parts[0].is_rectangle:
             return cells[0]
-        if not self._complete:
-            cells.append(cells[0].new_zeros(1, *cells[0].shape[1:]))
-        return torch.cat(cells).index_select(0, self._cells)
+        positions, of_position = self._places
+        found = torch.cat(cells).index_select(0, of_position)
+        if len(positions) == self.parts[0].total:
+            return found
+        whole = found.new_zeros(self.parts[0].total, *found.shape[1:])
+        return whole.index_copy(0, positions, found)

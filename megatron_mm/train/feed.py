@@ -19,41 +19,58 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.parallel.groups import Groups
 
 
-def agree(groups: Groups, error: str | None, stop: bool = False) -> bool:
+def agree(
+    groups: Groups, error: DataError | str | None, stop: bool = False, plan: int | None = None
+) -> bool:
     """Whether any rank wants to stop; every rank must call it.
 
+    Args:
+        plan: of a reader, what it takes the whole job's step to be made of.
     Raises:
-        DataError: on every rank, the first rank's error, if any rank has one.
+        DataError: on every rank, the first rank's error, if any rank has one, or if readers
+            have different plans.
     """
     notes: list = [None] * groups.world.size()
-    dist.all_gather_object(notes, (error, stop), group=groups.world)
-    for note, _ in notes:
+    dist.all_gather_object(notes, (error, stop, plan), group=groups.world)
+    for note, _, _ in notes:
         if note is not None:
-            raise DataError(note)
-    return any(wants for _, wants in notes)
+            raise note if isinstance(note, DataError) else DataError(note)
+    plans = {plan: rank for rank, (_, _, plan) in enumerate(notes) if plan is not None}
+    if len(plans) > 1:
+        one, other, *_ = sorted(plans.values())
+        raise DataError(
+            f"ranks {one} and {other} plan different steps: a data file differs between their "
+            "machines, or one of them could not read a row; make the files the same and resume"
+        )
+    return any(wants for _, wants, _ in notes)
 
 
 def receive(
-    groups: Groups, read: Callable[[], list[Microbatch]], stop: bool = False
+    groups: Groups,
+    read: Callable[[], list[Microbatch]],
+    stop: bool = False,
+    plan: Callable[[], int] | None = None,
 ) -> tuple[list[Microbatch], bool]:
     """The microbatches that the replica's reader read, and whether any rank wants to stop.
 
     Args:
         read: called on the reader only; may raise DataError.
         stop: this rank's wish (a signal arrived).
+        plan: called after `read`; see `agree`.
     Raises:
         DataError: on every rank of the job, if any reader's `read` raised it.
     """
-    batches, error = [], None
+    batches, error, planned = [], None, None
     if groups.is_reader:
         try:
             batches = read()
+            planned = plan() if plan else None
         except DataError as problem:
-            error = str(problem)
+            error = problem
         # Nobody may be left waiting for a reader that failed, for whatever reason.
         except Exception as problem:
             error = f"reading failed: {type(problem).__name__}: {problem}"
-    stopping = agree(groups, error, stop)
+    stopping = agree(groups, error, stop, planned)
     return share(groups, batches), stopping
 
 

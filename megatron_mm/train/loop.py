@@ -6,6 +6,7 @@ layout; both are settings.
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sys
@@ -20,7 +21,7 @@ from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import RunConfig, to_dict, token_multiple
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.errors import DataError
+from megatron_mm.data.errors import DataError, EndOfData
 from megatron_mm.data.loader import TrainLoader
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.parallel.groups import Groups
@@ -58,6 +59,7 @@ class Trainer:
                 self.iteration = state["iteration"]
                 self.seconds = state["extra"].get("seconds", 0.0)
                 self.loader.load_state_dict(state["loader"])
+                self._check_order(state["extra"].get("data"))
             elif state["initialized"] and self.is_logger:
                 names, most = state["initialized"], 4  # adapters may be thousands
                 more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -69,6 +71,19 @@ class Trainer:
             keep_last=run.checkpoint.keep_last_checkpoints,
         )
         self.stop_requested = False
+
+    def _check_order(self, saved: dict | None) -> None:
+        """Say so if the numbers in the loader's state now mean other samples."""
+        here = self.loader.order
+        if saved is None or saved == here or not self.is_logger:
+            return
+        what = next(key for key in here if saved.get(key) != here[key])
+        print(
+            f"warning: the data's order is not the checkpoint's: {what} was "
+            f"{json.dumps(saved.get(what))} and is {json.dumps(here[what])}; samples may be "
+            "repeated or left out",
+            file=sys.stderr,
+        )
 
     @property
     def is_logger(self) -> bool:
@@ -89,7 +104,14 @@ class Trainer:
         if self.saver.failed:
             self.request_stop()  # seen by all ranks at this step; saving once more says why
         position = self.loader.state_dict()
-        batches, stopping = receive(self.groups, self.loader.next_batch, self.stop_requested)
+        loader = self.loader
+        try:
+            batches, stopping = receive(
+                self.groups, loader.next_batch, self.stop_requested, lambda: loader.fingerprint
+            )
+        except DataError:
+            loader.load_state_dict(position)  # some readers had read, others had not
+            raise
         if stopping:
             self.loader.load_state_dict(position)  # what was read is read again on resume
             return None
@@ -197,7 +219,7 @@ class Trainer:
     def save(self) -> float:
         """Save, or start to (`async_save`); for how many seconds training stood still."""
         folder = Path(self.run.checkpoint.save)
-        extra = {"seconds": self.seconds}
+        extra = {"seconds": self.seconds, "data": self.loader.order}
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
 
 
@@ -266,8 +288,21 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
     run, total = trainer.run, trainer.run.training.train_iters
     save_interval, eval_interval = run.checkpoint.save_interval, run.evaluation.eval_interval
     saved = trainer.iteration if run.checkpoint.load and not run.checkpoint.finetune else None
+    begun, ended = trainer.iteration, False
     while trainer.iteration < total:
-        metrics = trainer.step()
+        try:
+            metrics = trainer.step()
+        except DataError as error:
+            ended = isinstance(error, EndOfData) and trainer.iteration > begun
+            if not ended:
+                # All ranks are here, and what they trained until now need not be lost.
+                if run.checkpoint.save and trainer.iteration not in (begun, saved):
+                    trainer.save()
+                    trainer.saver.finish()
+                raise
+            if trainer.is_logger:
+                print(f"ending at step {trainer.iteration} of {total}: {error}", file=sys.stderr)
+            break
         if metrics is None:
             break
         now = trainer.iteration
@@ -283,10 +318,10 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
                 log.log(now, _accuracies(results))
     if run.checkpoint.save and saved != trainer.iteration:
         trainer.save()
-    elif trainer.iteration < total and not run.checkpoint.save and trainer.is_logger:
+    elif trainer.iteration < total and not (ended or run.checkpoint.save) and trainer.is_logger:
         print(f"stopped at step {trainer.iteration}; nothing was saved", file=sys.stderr)
     trainer.saver.finish()
-    return trainer.iteration >= total
+    return ended or trainer.iteration >= total
 
 
 def _finish(trainer: Trainer, log: MetricsLogger) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_runs import create, tiny_run, train_and_save
+from fingerprints import state_hash
 
 from megatron_mm.checkpoint import sealed, sharded, storage
 from megatron_mm.checkpoint.errors import CheckpointError
-from megatron_mm.checkpoint.hashing import state_hash
 
 NAME = "iter_0000001"
 

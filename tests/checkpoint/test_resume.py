@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from checkpoint_runs import create, scramble, tiny_run, train
+from fingerprints import parameter_hash, state_hash
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint.hashing import parameter_hash, state_hash
 from megatron_mm.config import RunConfig
 
 PLAIN = dict(use_distributed_optimizer=False)

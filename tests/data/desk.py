@@ -23,3 +23,17 @@ class Desk:
 
     def divide(self, number):
         return 1 / number
+
+    def unreadable(self, _):
+        return Unreadable()
+
+
+class Unreadable:
+    """Its bytes arrive and cannot be made an object of."""
+
+    def __reduce__(self):
+        return no_memory, ()
+
+
+def no_memory():
+    raise MemoryError("no memory for the answer")

@@ -103,6 +103,9 @@ def test_a_pool_fails_in_one_line_and_never_hangs():
     ticket = pool.submit("divide", 0, "rows.jsonl:1")
     with pytest.raises(DataError, match="a data worker failed: ZeroDivisionError: division by"):
         pool.result(ticket)
+    ticket = pool.submit("unreadable", 0, "rows.jsonl:2")
+    with pytest.raises(DataError, match="rows.jsonl:2: .*MemoryError: no memory for the answer"):
+        pool.result(ticket)
     # Far more than a pipe holds, answered in turn, taken in any order, or not at all.
     tickets = [pool.submit("big", 2_000_000 + n, "x") for n in range(8)]
     doubled = pool.submit("double", 4, "x")

@@ -12,10 +12,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from batches import microbatch, small_model
+from fingerprints import parameter_hash
 from hf_weights import IMAGE_TOKEN, copy_weights, transformers_model
 from trainers import LAYOUTS, digits_run, prompts_of, random_engine
 
-from megatron_mm.checkpoint.hashing import parameter_hash
 from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.collate import collate
 from megatron_mm.data.evalset import EvalSet

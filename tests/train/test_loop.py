@@ -11,6 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from fingerprints import parameter_hash, state_hash
 from trainers import (
     CP2,
     EP2,
@@ -25,7 +26,6 @@ from trainers import (
     peek,
 )
 
-from megatron_mm.checkpoint.hashing import parameter_hash, state_hash
 from megatron_mm.config.schema import DataPhase, ParallelConfig
 from megatron_mm.data.errors import DataError
 from megatron_mm.parallel import groups

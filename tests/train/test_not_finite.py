@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from fingerprints import parameter_hash
 from trainers import (
     LAYOUTS,
     digits_run,
@@ -17,7 +18,6 @@ from trainers import (
     peek,
 )
 
-from megatron_mm.checkpoint.hashing import parameter_hash
 from megatron_mm.parallel.layout import layouts
 from megatron_mm.train.errors import NonFiniteError
 

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from fingerprints import state_hash
 from trainers import PP2, digits_run
 
 from megatron_mm.checkpoint import sealed
 from megatron_mm.checkpoint.errors import CheckpointError
-from megatron_mm.checkpoint.hashing import state_hash
 from megatron_mm.parallel import groups
 from megatron_mm.train import loop
 from megatron_mm.train.metrics import read_metrics
