@@ -124,6 +124,18 @@ class Reader(FileSystemReader):
         content.seek(0)
         return content
 
+    def tensor(self, info: Any) -> torch.Tensor:
+        """The block at a place in a file. Raises CheckpointError if it is damaged."""
+        self._block = f"{info.relative_path} is damaged in the block at byte {info.offset}"
+        try:
+            with (Path(self.path) / info.relative_path).open("rb") as file:
+                content = self._slice_file(file, info)
+            return torch.load(content, map_location="cpu", weights_only=True)
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self._block}: {one_line(error)}") from error
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
         try:
             return super().read_data(plan, planner)
@@ -160,10 +172,12 @@ def read_index(
 def check_files(folder: Path, index: Metadata, rank: int = 0, ranks: int = 1) -> None:
     """Look at every `ranks`-th shard file, starting from number `rank`.
 
-    Raises CheckpointError if one is missing or too short.
+    Raises CheckpointError if one is missing or too short, or is no file of this folder.
     """
     needed: dict[str, int] = {}
     for info in index.storage_data.values():
+        if Path(info.relative_path).name != info.relative_path:
+            raise CheckpointError(f"{folder / METADATA} names {info.relative_path!r}, not a file")
         end = info.offset + info.length
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), end)
     wrong = []
