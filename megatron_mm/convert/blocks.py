@@ -132,15 +132,12 @@ class BlockReader:
     def ranges(self, key: str) -> Iterator[tuple[int, int]]:
         """(first, last) of the first dimension, in order, such that no block crosses a border:
         reading range by range reads every block once."""
-        end = 0
-        for first, last in sorted(
-            (c.offsets[0], c.offsets[0] + c.sizes[0])
-            for c in self._index.state_dict_metadata[key].chunks
-        ):
-            if first >= end:
-                if end:
-                    yield begin, end
-                begin, end = first, last
+        begin = end = 0
+        chunks = self._index.state_dict_metadata[key].chunks
+        for first, last in sorted((c.offsets[0], c.offsets[0] + c.sizes[0]) for c in chunks):
+            if first >= end > begin:
+                yield begin, end
+                begin = first
             end = max(end, last)
         yield begin, end
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_mm.checkpoint.errors import CheckpointError
 
-class ConvertError(RuntimeError):
+
+class ConvertError(CheckpointError):
     """A conversion cannot be done. One line that names the tensor or the file."""

@@ -21,11 +21,12 @@ from megatron_mm.config import (
 )
 from megatron_mm.config.released import in_transformers_words
 from megatron_mm.convert.errors import ConvertError
-from megatron_mm.convert.hf_files import Stored, open_folder
+from megatron_mm.convert.hf_files import INDEX, PICKLES, Stored, open_folder
 from megatron_mm.convert.plan import EMBEDDING, HEAD, LOOKS, PROJECTOR, Plan, read_plan
 from megatron_mm.parallel.layout import ParamLayout
 
 CONFIG, CLVR_KEY, IMAGE_CONTEXT = "config.json", "clvr", "<IMG_CONTEXT>"
+NOTES = "huggingface"  # what a checkpoint's `extra` keeps of `Source.notes`
 # What travels along with the weights, by name. Code does not.
 TRAVELS = (
     "tokenizer*.json",
@@ -63,6 +64,11 @@ class Source:
     def plan(self, parameters: Mapping[str, ParamLayout]) -> Plan:
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         return read_plan(self.model, parameters, shapes, new=self.new, tied=self.tied)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the way back needs and no setting of ours says."""
+        return {"image_token_id": self.image_token_id, "tied": self.tied}
 
     def read(self, name: str, first: int | None, last: int | None) -> torch.Tensor:
         return self.tensors[name].read(first, last)
@@ -112,8 +118,18 @@ def open_source(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
             tensors = tensors | more
     image = _image_token(hf, config, model)
     folders = [hf] if hf_vision is None else [hf_vision, hf]  # the language model's win
-    assets = {p.name: p for f in folders for pattern in TRAVELS for p in sorted(f.glob(pattern))}
+    assets = {path.name: path for folder in folders for path in travelling(folder)}
     return Source(hf, model, tied, image, tensors, new, list(assets.values()))
+
+
+def travelling(folder: Path) -> list[Path]:
+    """The files of a folder that travel along."""
+    return [p for pattern in TRAVELS for p in sorted(folder.glob(pattern)) if p.is_file()]
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has tensors of any kind, or an index of them."""
+    return any(p.suffix in (".safetensors", *PICKLES) or p.name == INDEX for p in folder.glob("*"))
 
 
 def _fused(text: dict, hf: Path, hf_vision: Path) -> dict[str, Any]:

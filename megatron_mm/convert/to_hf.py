@@ -29,7 +29,7 @@ from megatron_mm.convert.hf_writer import (
     write_index,
 )
 from megatron_mm.convert.plan import EMBEDDING, HEAD, Link, write_links
-from megatron_mm.convert.source import equal_bits
+from megatron_mm.convert.source import NOTES, equal_bits, travelling
 from megatron_mm.convert.to_megatron import ASSETS, check_space
 from megatron_mm.convert.work import nbytes, progress, share
 from megatron_mm.model.blueprint import blueprint
@@ -42,7 +42,7 @@ class Checkpoint:
     Attributes:
         path: of the one checkpoint, not of a folder of them.
         carried: names of theirs that travelled beside the model.
-        notes: what a conversion wrote down: "image_token_id", "tied", "initialized".
+        notes: what a conversion wrote down, `Source.notes`.
     """
 
     path: Path
@@ -59,8 +59,11 @@ class Checkpoint:
 
     @property
     def assets(self) -> list[Path]:
-        folder = self.path / ASSETS
-        return sorted(folder.iterdir()) if folder.is_dir() else []
+        """Of the folder that it was converted from; else of the tokenizer it was trained with."""
+        for folder in (self.path / ASSETS, Path(self.run.data.tokenizer_model or ASSETS)):
+            if folder.is_dir():
+                return travelling(folder)
+        return []
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -78,7 +81,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if added:
         raise CheckpointError(f"of {len(expected)} tensors expected, {added[0]} is missing")
     carried = [k.removeprefix(CARRIED_PREFIX) for k in shapes if k.startswith(CARRIED_PREFIX)]
-    notes = (stored.get("extra") or {}).get("huggingface") or {}
+    notes = (stored.get("extra") or {}).get(NOTES) or {}
     reader = BlockReader(path, index)
     return Checkpoint(path, run, stored["iteration"], reader, parameters, carried, notes)
 

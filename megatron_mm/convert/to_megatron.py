@@ -24,7 +24,7 @@ from megatron_mm.config import RunConfig, data_parallel_size, to_dict
 from megatron_mm.convert.blocks import BLOCK_BYTES, Block, BlockWriter, write_index
 from megatron_mm.convert.errors import ConvertError
 from megatron_mm.convert.plan import Link, Plan
-from megatron_mm.convert.source import Source
+from megatron_mm.convert.source import NOTES, Source
 from megatron_mm.convert.work import nbytes, progress, row_ranges, share
 from megatron_mm.parallel.layout import ParamLayout, draw
 
@@ -131,7 +131,7 @@ def convert(
         blocks = _write(source, plan, parameters, work, run, partial, group, doing, dtype, quiet)
         with together(group, doing):
             if leader:
-                _finish(source, plan, blocks, run, partial)
+                _finish(source, blocks, run, partial)
                 folders.publish(partial, final)
     except CheckpointError:
         if leader:
@@ -179,7 +179,7 @@ def _write(source, plan, parameters, work, run, partial, group, doing, dtype, qu
     return [block for part in every for block in part]
 
 
-def _finish(source: Source, plan: Plan, blocks: list[Block], run: RunConfig, partial: Path) -> None:
+def _finish(source: Source, blocks: list[Block], run: RunConfig, partial: Path) -> None:
     write_index(partial, blocks)
     (partial / ASSETS).mkdir()
     for path in source.assets:
@@ -207,13 +207,7 @@ def _finish(source: Source, plan: Plan, blocks: list[Block], run: RunConfig, par
         "adam_step": 0,
         "scheduler": {},
         "loader": {},
-        "extra": {
-            "huggingface": {
-                "image_token_id": source.image_token_id,
-                "tied": source.tied,
-                "initialized": plan.new,
-            }
-        },
+        "extra": {NOTES: source.notes},
         "config": to_dict(run),
         "checksums": storage.write_format(partial),
     }

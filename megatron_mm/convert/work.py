@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 from tqdm import tqdm
 
-T = TypeVar("T")
 
-
-def share(jobs: Sequence[T], size: Callable[[T], int], rank: int, ranks: int) -> list[T]:
+def share[T](jobs: Sequence[T], size: Callable[[T], int], rank: int, ranks: int) -> list[T]:
     """The jobs of one rank, in their order: each goes to the rank that has least so far, the
     largest first. Every rank comes to the same answer by itself."""
     if ranks == 1:

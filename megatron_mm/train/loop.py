@@ -19,6 +19,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import RunConfig, to_dict, token_multiple
+from megatron_mm.convert.live import load_hf
+from megatron_mm.convert.source import NOTES
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.loader import TrainLoader
@@ -50,25 +52,40 @@ class Trainer:
             open_questions(self.engine, self.tokenizer)
         self.objective = OBJECTIVES[run.training.objective]()
         self.iteration, self.seconds = 0, 0.0
-        if run.checkpoint.load:
+        self.notes: dict = {}  # of a conversion, for the way back
+        if run.checkpoint.load_hf:
+            found = load_hf(
+                self.engine, Path(run.checkpoint.load_hf), self.tokenizer.image_context_id
+            )
+            self.notes = found.notes
+            self._tell(found.initialized, found.ignored)
+        elif run.checkpoint.load:
             state = sharded.load(
                 self.engine, Path(run.checkpoint.load), finetune=run.checkpoint.finetune
             )
+            self.notes = state["extra"].get(NOTES, {})
             if not run.checkpoint.finetune:
                 self.iteration = state["iteration"]
                 self.seconds = state["extra"].get("seconds", 0.0)
                 self.loader.load_state_dict(state["loader"])
-            elif state["initialized"] and self.is_logger:
-                names, most = state["initialized"], 4  # adapters may be thousands
-                more = f" and {len(names) - most} more" if len(names) > most else ""
-                words = f"new in this model, as initialised: {', '.join(names[:most])}{more}"
-                print(words, file=sys.stderr)
+            else:
+                self._tell(state["initialized"], state["ignored"])
         self.saver = Saver(
             self.engine,
             asynchronous=run.checkpoint.async_save,
             keep_last=run.checkpoint.keep_last_checkpoints,
         )
         self.stop_requested = False
+
+    def _tell(self, initialized: list[str], ignored: list[str], most: int = 4) -> None:
+        """What a start from other weights left as it was, and what it left out."""
+        for names, what in (
+            (initialized, "new in this model, as initialised"),
+            (ignored, "not trained by this model, left out"),
+        ):
+            if names and self.is_logger:
+                more = f" and {len(names) - most} more" if len(names) > most else ""
+                print(f"{what}: {', '.join(names[:most])}{more}", file=sys.stderr)
 
     @property
     def is_logger(self) -> bool:
@@ -198,6 +215,8 @@ class Trainer:
         """Save, or start to (`async_save`); for how many seconds training stood still."""
         folder = Path(self.run.checkpoint.save)
         extra = {"seconds": self.seconds}
+        if self.notes:
+            extra[NOTES] = self.notes
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
 
 
