@@ -232,7 +232,7 @@ HEADERS = {
     "a hole": header({"a": entry(0, 16), "b": entry(20, 36)}, 36),
     "an unknown dtype": header({"a": entry(0, 16, dtype="Q9")}, 16),
     "a name given twice": header(
-        '{"a": ' + json.dumps(entry(0, 16)) + ', "a": ' + json.dumps(entry(16, 32)) + '}', 32
+        '{"a": ' + json.dumps(entry(0, 16)) + ', "a": ' + json.dumps(entry(16, 32)) + "}", 32
     ),
     "deeply nested": header("[" * 100_000, 0),
 }
