@@ -2,7 +2,7 @@
 
     python tests/convert/meta_names.py < config.json
 
-`torch.device("meta")` reaches a constructor only where `megatron_mm.platform` is not installed.
+Nothing of ours is imported: what it says is transformers' word alone.
 """
 
 from __future__ import annotations
