@@ -2,36 +2,67 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from folders import SIX_B, assert_same, base_model, read_all, save_fused, save_text
 from hf_weights import transformers_model
+from megatron.core import parallel_state
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def call(tool: str, *args, ranks: int = 1) -> subprocess.CompletedProcess:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-    return subprocess.run(
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def call(capsys):
+    """`call(tool, *flags)` in this process; each costs some ten seconds of imports otherwise."""
+
+    def run(tool: str, *args) -> Done:
+        capsys.readouterr()
+        spec = importlib.util.spec_from_file_location(tool[:-3], ROOT / "tools" / tool)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        status = module.main([str(arg) for arg in args])
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        return Done(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def done(call):
+    def run(tool: str, *args) -> str:
+        found = call(tool, *args)
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    return run
+
+
+def torchrun(tool: str, *args) -> str:
+    """By two ranks, in processes of their own."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    found = subprocess.run(
         [*start, str(ROOT / "tools" / tool), *map(str, args)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-
-
-def done(tool: str, *args, **how) -> str:
-    found = call(tool, *args, **how)
     assert found.returncode == 0, found.stderr
     return found.stdout
 
@@ -43,18 +74,17 @@ def folder(tmp_path_factory):
     return made
 
 
-def test_there_and_back_by_two_ranks(folder, tmp_path):
+def test_there_and_back_by_two_ranks(folder, tmp_path, call, done):
     token = {"id": 95, "content": "<IMG_CONTEXT>", "special": True}
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [token]}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "evil.py").write_text("raise SystemExit")
-    said = done(
+    said = torchrun(
         "hf_to_megatron.py",
         *("--hf", folder, "--out", tmp_path / "mega", "--tensor-model-parallel-size", 2),
-        ranks=2,
     )
     assert "-> 91 of ours" in said and "converted:" in said
-    done("megatron_to_hf.py", "--checkpoint", tmp_path / "mega", "--out", tmp_path / "out", ranks=2)
+    done("megatron_to_hf.py", "--checkpoint", tmp_path / "mega", "--out", tmp_path / "out")
     assert_same(read_all(tmp_path / "out"), read_all(folder))
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
@@ -73,7 +103,7 @@ def test_there_and_back_by_two_ranks(folder, tmp_path):
     assert found.returncode == 1 and f"1 tensors differ (first {name}" in found.stderr
 
 
-def test_dry_runs(folder, tmp_path):
+def test_dry_runs(folder, tmp_path, call, done):
     args = ("--hf", folder, "--out", tmp_path / "mega", "--dry-run")
     looks = ("--hybrid-layer-pattern", "GE L *E GE J *E", "--vision-memory", "tiles")
     said = done("hf_to_megatron.py", *args, *looks)
@@ -104,13 +134,13 @@ def test_dry_runs(folder, tmp_path):
         (("--dtype", "int4"), "--dtype"),
     ],
 )
-def test_settings_that_are_wrong(folder, tmp_path, args, words):
+def test_settings_that_are_wrong(folder, tmp_path, call, args, words):
     found = call("hf_to_megatron.py", "--hf", folder, "--out", tmp_path / "mega", *args)
     assert found.returncode == 2 and words in found.stderr
     assert found.stderr.count("\n") == 1 and not (tmp_path / "mega").exists()
 
 
-def test_a_text_only_folder(tmp_path):
+def test_a_text_only_folder(tmp_path, done):
     save_text(tmp_path / "in")
     said = done("hf_to_megatron.py", "--hf", tmp_path / "in", "--out", tmp_path / "mega")
     assert "carried along, not trained (3)" in said
