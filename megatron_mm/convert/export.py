@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,25 @@ import torch
 from megatron_mm.config import (
     ConfigError,
     ModelConfig,
-    parse_pattern,
+    RunConfig,
+    effective_pattern,
+    to_dict,
     to_transformers_dict,
     without_clvr,
 )
 from megatron_mm.convert.errors import ConvertError
-from megatron_mm.convert.source import CONFIG, IMAGE_CONTEXT, tokenizer_id
+from megatron_mm.convert.source import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
+from megatron_mm.data.layout import image_settings
+from megatron_mm.model.clvr import memory_hidden_size
+
+REMOTE = Path(__file__).parent / "remote"
+CODE = ("configuration_clvr.py", "modeling_clvr.py", "processing_clvr.py")
+TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 
 
 def has_clvr(model: ModelConfig) -> bool:
-    return any(layer.kind in "LJ" for layer in parse_pattern(model.hybrid_layer_pattern))
+    """Whether a look is computed: the pattern has one, and there is a memory to look at."""
+    return model.vision is not None and "L" in effective_pattern(model)
 
 
 def small_files(
@@ -40,10 +49,48 @@ def small_files(
     files = {path.name: path.read_bytes() for path in assets}
     config = model_config(checkpoint, assets, tied)
     config["dtype"] = str(max(dtypes, key=lambda d: d.itemsize)).removeprefix("torch.")
+    if has_clvr(checkpoint.model):
+        files |= {name: (REMOTE / name).read_bytes() for name in CODE}
+        if not any(name.startswith("chat_template") for name in files):
+            files[TEMPLATE] = (REMOTE / TEMPLATE).read_bytes()
+        files[PROCESSOR] = _json(processor_config(checkpoint.run))
+        config |= clvr_config(checkpoint.model)
     if not any(name.startswith("tokenizer") for name in files):
         lines.append("no tokenizer travelled along: name its folder with --assets")
-    files[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    files[CONFIG] = _json(config)
     return files
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def clvr_config(model: ModelConfig) -> dict[str, Any]:
+    """What config.json says beyond transformers' own model, and who computes it."""
+    return {
+        "model_type": "internvl_clvr",
+        "architectures": ["CLVRForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "configuration_clvr.CLVRConfig",
+            "AutoModelForImageTextToText": "modeling_clvr.CLVRForConditionalGeneration",
+            "AutoProcessor": "processing_clvr.CLVRProcessor",
+        },
+        CLVR_KEY: {
+            "hybrid_layer_pattern": model.hybrid_layer_pattern,
+            "fusion": to_dict(model.fusion),
+            "memory_hidden_size": memory_hidden_size(model),
+        },
+    }
+
+
+def processor_config(run: RunConfig) -> dict[str, Any]:
+    """How the run that trained the model cut its images."""
+    settings = image_settings(run)
+    return {
+        "processor_class": "CLVRProcessor",
+        "auto_map": {"AutoProcessor": "processing_clvr.CLVRProcessor"},
+        "tiles": asdict(settings) | {"tokens_per_tile": settings.tokens_per_tile},
+    }
 
 
 def model_config(checkpoint: Any, assets: Iterable[Path], tied: bool) -> dict[str, Any]:

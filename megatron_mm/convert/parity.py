@@ -138,7 +138,8 @@ def our_outputs(
     found: dict[int, torch.Tensor] = {}
 
     def watch(layer, hidden):
-        found[layer.number] = hidden[:, 0].clone()  # the last letter of a layer stays
+        if layer.number is not None:
+            found[layer.number] = hidden[:, 0].clone()  # the later of a layer's two stays
 
     model.watch = watch
     try:
@@ -161,7 +162,7 @@ def their_outputs(hf, run: RunConfig, case: Case) -> list[tuple[str, torch.Tenso
             inputs["pixel_values"] = batch.pixels_NCHW[batch.stream_tiles]
     states: list[torch.Tensor] = []
     inner = hf.model.language_model if run.model.vision is not None else hf.model
-    if hasattr(inner, "watch"):  # our remote code: after injections too, as `our_outputs`
+    if hasattr(inner, "watch"):  # the code of an export, which calls no layer as a whole
         inner.watch = lambda number, hidden: states.append((number, hidden[0]))
         try:
             logits = hf(**inputs).logits[0]

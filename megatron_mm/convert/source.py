@@ -97,6 +97,8 @@ def open_source(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
         ConfigError: the config describes a model that is not ours.
     """
     config = in_transformers_words(read_json(hf / CONFIG))
+    if CLVR_KEY in config:  # an export of ours
+        config["model_type"] = "internvl"
     new: tuple[tuple[str, ...], ...] = (LOOKS,)
     if hf_vision is not None:
         config = _fused(config, hf, hf_vision)

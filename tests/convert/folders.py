@@ -23,6 +23,7 @@ from megatron_mm.convert.plan import Plan
 from megatron_mm.convert.source import NOTES, Source, check_source, open_source
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.parallel import groups
+from megatron_mm.parallel.layout import layouts
 from megatron_mm.train.engine import Engine
 
 PATTERN = "GE *E GE *E"
@@ -224,3 +225,18 @@ def through_training(folder: Path, out: Path, parallel: dict, bf16: bool, stacke
     assert state["initialized"] == [] and state["ignored"] == []
     sharded.save(engine, {}, out / "saved", 1, {NOTES: state["extra"][NOTES]})
     to_folder(out / "saved", out / "hf", stacked=stacked)
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every parameter as a whole tensor, on every rank. Asserts that nothing is missing."""
+    mine = [
+        (name, layout.global_shape, layout.block, layout.held(param.detach()))
+        for name, param, layout in layouts(*engine.chunks)
+    ]
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    result: dict[str, torch.Tensor] = {}
+    for name, shape, block, values in (entry for part in parts for entry in part):
+        result.setdefault(name, torch.full(shape, float("nan")))[block] = values
+    assert not any(tensor.isnan().any() for tensor in result.values())
+    return result
