@@ -98,8 +98,10 @@ def randomise(engine: Engine) -> None:
             param.add_(torch.empty_like(param).normal_(0.0, 0.2, generator=g))
         elif ".looks." in name and name.endswith("linear_proj.weight"):
             param.normal_(0.0, 0.3, generator=g)
-        elif "vit" in name or "projector" in name or "embedding" in name:
+        elif "vit" in name or "projector" in name:
             param.mul_(3)
+        elif name.startswith("embedding"):  # else a token mostly repeats itself
+            param.mul_(0.3)
 
 
 @pytest.fixture(scope="module", params=[("thumbnail", "tiles"), ("all", "thumbnail")])
@@ -160,7 +162,8 @@ def test_greedy_tokens(exported):
     begin = inputs["input_ids"].shape[1]
     found = hf.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert found[:, begin:].tolist() == ours.tolist()
-    assert len({tuple(row) for row in ours.tolist()}) == len(rows)  # not one answer for all
+    # Not one answer for all, nor one token for ever.
+    assert len({tuple(row) for row in ours.tolist()}) >= 6 and len(ours.unique()) > 30
     blind = dict(inputs) | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
     other = hf.generate(**blind, max_new_tokens=NEW_TOKENS, do_sample=False)
     changed = (other != found).any(1).tolist()
