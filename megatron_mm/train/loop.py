@@ -52,24 +52,25 @@ class Trainer:
             open_questions(self.engine, self.tokenizer)
         self.objective = OBJECTIVES[run.training.objective]()
         self.iteration, self.seconds = 0, 0.0
-        self.notes: dict = {}  # of a conversion, for the way back
+        notes: dict = {}  # of a conversion, for the way back
         if run.checkpoint.load_hf:
             found = load_hf(
                 self.engine, Path(run.checkpoint.load_hf), self.tokenizer.image_context_id
             )
-            self.notes = found.notes
+            notes = found.notes
             self._tell(found.initialized, found.ignored)
         elif run.checkpoint.load:
             state = sharded.load(
                 self.engine, Path(run.checkpoint.load), finetune=run.checkpoint.finetune
             )
-            self.notes = state["extra"].get(NOTES, {})
+            notes = state["extra"].get(NOTES, {})
             if not run.checkpoint.finetune:
                 self.iteration = state["iteration"]
                 self.seconds = state["extra"].get("seconds", 0.0)
                 self.loader.load_state_dict(state["loader"])
             else:
                 self._tell(state["initialized"], state["ignored"])
+        self.notes = notes | {"image_token_id": self.tokenizer.image_context_id}
         self.saver = Saver(
             self.engine,
             asynchronous=run.checkpoint.async_save,
@@ -214,9 +215,7 @@ class Trainer:
     def save(self) -> float:
         """Save, or start to (`async_save`); for how many seconds training stood still."""
         folder = Path(self.run.checkpoint.save)
-        extra = {"seconds": self.seconds}
-        if self.notes:
-            extra[NOTES] = self.notes
+        extra = {"seconds": self.seconds, NOTES: self.notes}
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
 
 
