@@ -86,15 +86,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(path, run, stored["iteration"], reader, parameters, carried, notes)
 
 
-def is_tied(checkpoint: Checkpoint, rows: int = 4096) -> bool:
+def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the output layer may be left out again: it was tied, and is still the same."""
     if not checkpoint.notes.get("tied"):
         return False
-    read, size = checkpoint.reader.read, checkpoint.model.language.vocab_size
-    return all(
-        equal_bits(*(read(weight_key(n), i, min(i + rows, size)) for n in (EMBEDDING, HEAD)))
-        for i in range(0, size, rows)
-    )
+    read, ends = checkpoint.reader.read, [weight_key(n) for n in (EMBEDDING, HEAD)]
+    ranges = checkpoint.reader.ranges(ends[0])
+    return all(equal_bits(*(read(key, first, last) for key in ends)) for first, last in ranges)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ def exported(request, tmp_path_factory):
     for name in ("tokenizer", "rows"):
         (root / name).mkdir()
     make_tokenizer(root / "tokenizer")
+    prompts(root / "rows")  # writes the images
     run = clvr_run(root / "tokenizer", *request.param)
     groups.start(ParallelConfig())
     engine = Engine.create(run, groups.build(run.parallel))
@@ -177,10 +178,13 @@ def test_every_layer(exported):
     ours = parity.our_model(checkpoint, engine.groups)
     image = json.loads((root / "hf" / "config.json").read_text())["image_token_id"]
     cases = parity.built_in_cases(RunConfig(model=run.model), image)
+    tokenizer = load_tokenizer(root / "hf")  # what travelled along
+    given = (tokenizer, "what stands here?", root / "rows" / "1.png")
+    cases.append(parity.given_case(RunConfig(model=run.model), *given))
     found = list(
         parity.compare_outputs(checkpoint, ours, theirs, RunConfig(model=run.model), cases)
     )
-    assert len(found) == 3 * 6 and max(f.size for f in found) <= parity.TOLERANCE, found
+    assert len(found) == 4 * 6 and max(f.size for f in found) <= parity.TOLERANCE, found
     with torch.no_grad():  # a look that sees something else is noticed where it is injected
         theirs.clvr.looks["0"].linear_kv.weight.mul_(1.01)
     found = list(

@@ -24,11 +24,16 @@ from folders import (
     to_folder,
 )
 from hf_weights import transformers_model
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from megatron_mm.checkpoint import storage
-from megatron_mm.convert import to_hf
+from megatron_mm.checkpoint import sharded, storage
+from megatron_mm.config import ParallelConfig, RunConfig
+from megatron_mm.convert import to_hf, to_megatron
+from megatron_mm.model.multimodal import build
 from megatron_mm.parallel import groups
+from megatron_mm.train.engine import Engine
 
 TP, PP, EP, VPP, ETP = (
     "tensor_model_parallel_size",
@@ -102,8 +107,6 @@ def test_every_tensor_was_off_its_default(source):
 
 @pytest.fixture
 def job():
-    from megatron_mm.config import ParallelConfig
-
     groups.start(ParallelConfig())
     yield
     dist.destroy_process_group()
@@ -139,6 +142,18 @@ def test_text_only_with_what_is_carried(job, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def load_for_training(folder: Path, out: Path) -> dict:
+    source = to_checkpoint(folder, out)
+    run = RunConfig(model=source.model)
+    return sharded.load(Engine.create(run, groups.build(run.parallel)), out, finetune=True)
+
+
+def test_training_leaves_out_what_is_carried(ranks, tmp_path):
+    carried = [name for name in save_text(tmp_path / "in") if name.startswith("mtp.")]
+    state = ranks(1, load_for_training, tmp_path / "in", tmp_path / "mega")[0]
+    assert sorted(state["ignored"]) == sorted(f"carried.{name}" for name in carried)
+
+
 @pytest.mark.parametrize("style", ["300M", "6B"])
 def test_the_release_of_internvl(job, tmp_path, style):
     """Its names, written down a second time in folders.py, give what transformers' names give."""
@@ -153,10 +168,6 @@ def test_the_release_of_internvl(job, tmp_path, style):
 
 
 def test_a_fusion_starts_from_two_folders(job, tmp_path):
-    from megatron_mm.config import RunConfig
-    from megatron_mm.convert import to_megatron
-    from megatron_mm.model.multimodal import build
-
     model = base_model()
     hf = transformers_model(model)
     text = save_text(tmp_path / "text", mtp=False)
@@ -205,9 +216,6 @@ def test_layouts_of_conversion_do_not_matter(ranks, source, tmp_path):
 
 def test_dist_checkpointing_reads_it(job, tmp_path):
     """megatron-core's own reader, with its own (trusting) way of reading the index."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
     save_fused(tmp_path / "in")
     to_checkpoint(tmp_path / "in", tmp_path / "mega")
     opened = to_hf.open_checkpoint(tmp_path / "mega")
@@ -260,8 +268,6 @@ def test_untied_by_training(job, tmp_path):
 
 def test_small_blocks_and_shards(job, tmp_path, monkeypatch):
     """Experts in several blocks, tensors in many files: the seams are nowhere to be seen."""
-    from megatron_mm.convert import to_megatron
-
     monkeypatch.setattr(to_megatron, "BLOCK_BYTES", 30_000)
     save_fused(tmp_path / "in", shard=SHARD)
     to_checkpoint(tmp_path / "in", tmp_path / "mega")

@@ -10,7 +10,6 @@ from trainers import PP2, TP2, digits_run, move_looks_off_zero, new_trainer
 
 from megatron_mm.config import ConfigError, validate
 from megatron_mm.convert import to_hf
-from megatron_mm.convert.source import NOTES
 
 
 def train_and_export(scenes: Path, out: Path) -> float:
@@ -27,7 +26,7 @@ def train_and_export(scenes: Path, out: Path) -> float:
 
 
 def first_loss(scenes: Path, layout: dict, **start) -> tuple[float, dict]:
-    trainer = new_trainer(digits_run(scenes, **layout, seed=77, **start))
+    trainer = new_trainer(digits_run(scenes, **layout, **start))
     trainer.loader.load_state_dict(trainer.loader.state_dict() | {"consumed_samples": 8})
     return trainer.step()["lm loss"], trainer.notes
 
@@ -40,9 +39,9 @@ def test_training_goes_on(ranks, scenes, tmp_path, name, size, layout):
     assert live == pytest.approx(expected, abs=1e-5)
     other, _ = ranks(1, first_loss, scenes, {})[0]
     assert abs(other - expected) > 1e-2
-    assert set(notes) == {"image_token_id", "tied"} and NOTES
+    assert set(notes) == {"image_token_id", "tied"}
 
 
 def test_two_starts_are_refused(scenes):
-    with pytest.raises(ConfigError, match="load_hf is a; allowed: none, or this value without"):
+    with pytest.raises(ConfigError, match="load_hf is .a.; allowed: none, or this value without"):
         validate(digits_run(scenes, load_hf="a", load="b"))
