@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megatron_mm.checkpoint.blocks import weight_key
@@ -17,12 +16,12 @@ from megatron_mm.convert.errors import ConvertError
 from megatron_mm.convert.export import has_clvr
 from megatron_mm.convert.live import fill
 from megatron_mm.convert.plan import Plan
-from megatron_mm.convert.source import Source, equal_bits
+from megatron_mm.convert.source import CONFIG, Source, equal_bits, read_json
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
-from megatron_mm.data.images import load_image
-from megatron_mm.data.layout import image_settings, plan_images, select_tiles
-from megatron_mm.data.sample import Sample, SampleImage
+from megatron_mm.data.layout import image_settings, plan_images, used_tiles
+from megatron_mm.data.sample import Sample, SampleBuilder, SampleImage
+from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.layout import layouts
@@ -85,13 +84,7 @@ def built_in_cases(run: RunConfig, image_token_id: int | None, seed: int = 0) ->
         pixels = (columns * side, rows * side)
         (plan,) = plan_images([pixels], settings, "built-in image")
         tiles = torch.randint(0, 256, (plan.num_tiles, side, side, 3), generator=g)
-        used = sorted(
-            {
-                *select_tiles(plan, settings.image_stream),
-                *select_tiles(plan, settings.vision_memory),
-            }
-        )
-        cells = np.ascontiguousarray(tiles[used].to(torch.uint8).numpy())
+        cells = tiles[used_tiles(plan, settings)].to(torch.uint8).numpy()
         tokens = words(8)
         image = SampleImage.of(plan, cells, settings, len(tokens))
         count = len(image.stream) * settings.tokens_per_tile
@@ -100,14 +93,11 @@ def built_in_cases(run: RunConfig, image_token_id: int | None, seed: int = 0) ->
     return cases
 
 
-def given_case(run: RunConfig, tokenizer, prompt: str, image: Path | None) -> Case:
+def given_case(run: RunConfig, tokenizer: Tokenizer, prompt: str, image: Path | None) -> Case:
     """The user's prompt after the user's image, as a chat. Raises DataError."""
-    from megatron_mm.data.sample import SampleBuilder
-
     builder = SampleBuilder(run, tokenizer)
     images = []
     if image is not None:
-        load_image(image, "--image")
         prompt, images = "<image>" + prompt, [image.name]
     row = {"messages": [{"role": "user", "content": prompt}], "images": images}
     folder = image.parent if image is not None else Path()
@@ -197,8 +187,6 @@ def clvr_inputs(batch) -> dict[str, torch.Tensor]:
 def load_transformers(folder: Path, trust_remote_code: bool):
     """The folder's model in fp32, with plain attention and experts."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from megatron_mm.convert.source import CONFIG, read_json
 
     config = read_json(folder / CONFIG)
     fused = "vision_config" in config
