@@ -71,10 +71,9 @@ class Link:
             each = ([read(n, None, None) for n in self.named(e)] for e in range(first, last))
         rest, whole = self.shape[1:], None
         for i, parts in enumerate(each):
-            made = self.transform.ours(parts, rest)
             if whole is None:
-                whole = made.new_empty((last - first, *rest))
-            whole[i] = made
+                whole = parts[0].new_empty((last - first, *rest))
+            self.transform.ours(parts, rest, whole[i])
         return whole
 
     def make_theirs(self, ours: torch.Tensor, first: int) -> Iterator[tuple[str, torch.Tensor]]:

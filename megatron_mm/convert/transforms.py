@@ -30,15 +30,22 @@ class Transform:
         None where the elements keep their order."""
         return None
 
-    def ours(self, theirs: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
-        """Our tensor of `shape`, made of theirs."""
+    def ours(
+        self, theirs: Sequence[torch.Tensor], shape: Shape, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Our tensor of `shape`, made of theirs; in `out` if that is given."""
+        order = self.order()
+        if order is None and out is not None:
+            sizes = [tensor.numel() for tensor in theirs]
+            for part, tensor in zip(out.view(-1).split(sizes), theirs, strict=True):
+                part.copy_(tensor.reshape(-1))
+            return out
         flat = theirs[0].reshape(-1)
         if len(theirs) > 1:
             flat = torch.cat([tensor.reshape(-1) for tensor in theirs])
-        order = self.order()
         if order is not None:
             flat = flat.view(len(order), -1).index_select(0, order)
-        return flat.view(shape)
+        return flat.view(shape) if out is None else out.copy_(flat.view(shape))
 
     def theirs(self, ours: torch.Tensor) -> list[torch.Tensor]:
         """Their tensors, made of ours. The inverse of `ours`."""

@@ -111,6 +111,7 @@ def test_transforms_are_their_own_inverse(transform, shape):
     theirs = transform.theirs(ours)
     assert [tuple(t.shape) for t in theirs] == transform.shapes(shape)
     assert torch.equal(transform.ours(theirs, shape), ours)
+    assert torch.equal(transform.ours(theirs, shape, torch.zeros_like(ours)), ours)
     again = transform.theirs(transform.ours([t + 1000 for t in theirs], shape))
     assert all(torch.equal(a, b + 1000) for a, b in zip(again, theirs, strict=True))
 
