@@ -24,7 +24,7 @@ from folders import (
     to_folder,
 )
 from hf_weights import transformers_model
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -109,6 +109,8 @@ def test_every_tensor_was_off_its_default(source):
 def job():
     groups.start(ParallelConfig())
     yield
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
