@@ -16,6 +16,7 @@ import importlib.metadata
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._device import _device_constructors
 
 MEGATRON_CORE_VERSION = "0.19.2"
 CPU = torch.device("cpu")
@@ -269,6 +270,10 @@ def install() -> bool:
             f"without CUDA, megatron_mm needs megatron-core {MEGATRON_CORE_VERSION} "
             f"(found {found}): pip install megatron-core=={MEGATRON_CORE_VERSION}"
         )
+    # Which factories `with torch.device(...)` reaches is looked up once and remembered, by the
+    # functions themselves: before they are replaced, else the context reaches none of them, and
+    # `from_pretrained`, which builds models on "meta", leaves its buffers without values.
+    _device_constructors()
     # Torch first: importing megatron already asks for the current device.
     for table in (TORCH_REDIRECTS, MEGATRON_REDIRECTS):
         for redirect in table:

@@ -62,3 +62,14 @@ def test_clvr(benchmark):
     assert sum(tokens["looking"]) < sum(tokens["full"])
     assert 1.0 < found["clvr_flops_ratio"] < 2.0
     assert found["summary_over_full_stream"]["rounds"] == 2
+
+
+def test_convert_against_a_copy(benchmark, tmp_path):
+    arguments = f"convert --gigabytes 0.1 --rounds 1 --warmup 0 --folder {tmp_path}"
+    found = benchmark(*arguments.split())
+    assert found["bytes"] > 0.1e9 and found["tensors"] > 50 and found["copy"]["ratio"] == 1
+    for side in ("hf_to_megatron", "megatron_to_hf"):
+        assert found[side]["ratio"] > 0 and found[side]["bytes_per_second"] > 0
+        # Python, torch and megatron-core alone are half of what is allowed here.
+        assert 0 < found[side]["peak_bytes"] < found["allowed_peak_bytes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

@@ -165,3 +165,11 @@ def test_reduce_scatter(ranks, case):
     for to, output in enumerate(outputs):
         expected = sum(part_of(10 * rank + to, lengths[to]) for rank in range(len(lengths)))
         assert torch.equal(output, expected)  # small integers: exact in any order
+
+
+def test_a_device_context_still_reaches_the_factories():
+    """transformers builds what it loads on "meta"; what is not on meta it takes for finished."""
+    with torch.device("meta"):
+        made = [torch.empty(2), torch.zeros(2), torch.arange(2), torch.nn.Linear(2, 2).weight]
+    assert all(tensor.is_meta for tensor in made)
+    assert torch.empty(2).device.type == "cpu"

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Speed of this package: python tools/benchmark.py {train,gdn,clvr} [--json FILE]
+"""Speed of this package: python tools/benchmark.py {train,gdn,clvr,convert} [--json FILE]
 
 train   training steps of the fused model against transformers' (tokens per second, memory)
 gdn     the gated delta rule alone, forward and backward, against transformers'
 clvr    what looks cost, and what a short stream with a memory saves
+convert Hugging Face folders to checkpoints and back, against a plain copy of the folder
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ def _parser() -> argparse.ArgumentParser:
         if name != "gdn":
             command.add_argument("--models", nargs="+", default=["tiny", "small"])
             command.add_argument("--samples", type=int, help="per step; default: of the model")
+    command = commands.add_parser("convert")
+    command.add_argument("--json", type=Path, help="where to write the numbers")
+    command.add_argument("--rounds", type=int, default=3, help="timed, of each side")
+    command.add_argument("--warmup", type=int, default=1, help="rounds before them")
+    command.add_argument("--threads", type=int, default=1)
+    command.add_argument("--gigabytes", type=float, default=4.2, help="of the synthetic model")
+    command.add_argument("--folder", type=Path, help="where to work; default: the temporary one")
     return parser
 
 
@@ -46,7 +54,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_mm.parallel import groups
 
     torch.set_num_threads(args.threads)
-    from speed import clvr, gdn, train
+    from speed import clvr, convert, gdn, train
     from speed.measure import environment
 
     result = {"command": args.command, "environment": environment()}
@@ -54,6 +62,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         return result | {"shapes": gdn.compare(args.rounds, args.warmup)}
     groups.start(ParallelConfig())
     try:
+        if args.command == "convert":
+            found = convert.compare(args.rounds, args.warmup, args.gigabytes, args.folder)
+            return result | found
         built = groups.build(ParallelConfig())
         compare = train.compare if args.command == "train" else clvr.compare
         result["models"] = {

@@ -25,6 +25,9 @@ NOT_THE_MODEL = {
     "vision.vision_init_method_std",
     "vision.vision_layer_scale_init",
 }
+# Tensors of a converted folder that no parameter holds (multi-token prediction): kept beside the
+# model for the way back.
+CARRIED_PREFIX = "carried."
 # CLVR's own parameters: what a base model does not have.
 CLVR = ("model.language.looks.", "model.vision.memory_proj.")
 
@@ -89,7 +92,8 @@ def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
     missing = [key for key in missing if key not in set(added)]
     foreign = sorted(stored.keys() - expected.keys())
     if finetune:
-        foreign = [key for key in foreign if not key.startswith(("optimizer.", *CLVR))]
+        ignored = ("optimizer.", CARRIED_PREFIX, *CLVR)
+        foreign = [key for key in foreign if not key.startswith(ignored)]
     shared = sorted(stored.keys() & expected.keys())
     misshaped = [key for key in shared if tuple(stored[key]) != tuple(expected[key])]
     words = []

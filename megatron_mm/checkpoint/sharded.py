@@ -16,7 +16,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.checkpoint import blocks, folders, optimizer_state, rng, sealed, storage
-from megatron_mm.checkpoint.compatible import check_adapters, check_model, check_tensors
+from megatron_mm.checkpoint.compatible import (
+    CARRIED_PREFIX,
+    check_adapters,
+    check_model,
+    check_tensors,
+)
 from megatron_mm.checkpoint.engine import Engine, parameters, settle
 from megatron_mm.checkpoint.errors import CheckpointError, together
 from megatron_mm.checkpoint.snapshot import layout_of, rng_name, take, write
@@ -56,8 +61,8 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
 
     Returns:
         "iteration", "loader" and "extra" as saved; "initialized": names of CLVR's and
-        adapters' parameters that were not in the checkpoint. Generators are restored on the
-        same layout only.
+        adapters' parameters that were not in the checkpoint; "ignored": keys of what a
+        conversion carried along. Generators are restored on the same layout only.
 
     Raises:
         CheckpointError: it does not fit or is damaged (on every rank, before anything changed).
@@ -96,6 +101,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
         "loader": run["loader"],
         "extra": run["extra"],
         "initialized": [key.removeprefix("model.") for key in added],
+        "ignored": [key for key in stored if key.startswith(CARRIED_PREFIX)],
     }
 
 

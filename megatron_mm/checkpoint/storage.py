@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import warnings
 import zipfile
 import zlib
@@ -106,6 +107,62 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class _View(io.RawIOBase):
+    """A file made of bytes that are not copied."""
+
+    def __init__(self, content: torch.Tensor):
+        self._bytes, self._at = memoryview(content.numpy()), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {0: 0, 1: self._at, 2: len(self._bytes)}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._bytes[self._at : self._at + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+def _in_place(content: torch.Tensor) -> torch.Tensor:
+    """The one tensor of what `torch.save` wrote, as a view of its bytes, checksums looked at.
+
+    Its pickle is read for shape and strides alone, by torch's restricted unpickler.
+    """
+    found = None
+    with zipfile.ZipFile(_View(content)) as archive:
+        for entry in archive.infolist():
+            if entry.filename.endswith("/data/0"):
+                found = entry
+            else:
+                archive.read(entry)  # raises BadZipFile for a wrong checksum
+    if found is None:
+        raise CheckpointError("it holds no tensor")
+    # A local header is 30 bytes, then a name and padding whose lengths it gives.
+    head = content[found.header_offset : found.header_offset + 30].numpy().tobytes()
+    begin = found.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
+    data = content[begin : begin + found.file_size]
+    if found.compress_type or len(data) != found.file_size:
+        raise CheckpointError("it is not stored as torch stores it")
+    if zlib.crc32(data.numpy()) != found.CRC:
+        raise CheckpointError("its checksum is another")
+    meta = torch.load(_View(content), map_location="meta", weights_only=True)
+    whole = data.clone() if begin % meta.element_size() else data
+    whole = whole.view(meta.dtype)
+    return whole.as_strided(
+        meta.size(), meta.stride(), whole.storage_offset() + meta.storage_offset()
+    )
+
+
 class Reader(FileSystemReader):
     """torch's reader of a folder whose index is known, with its zip checksums looked at: torch
     writes them but skips them when reading, and a flipped bit would pass for a weight."""
@@ -123,6 +180,23 @@ class Reader(FileSystemReader):
                 raise CheckpointError(self._block)
         content.seek(0)
         return content
+
+    def tensor(self, info: Any) -> torch.Tensor:
+        """The block at a place in a file, read once and copied never. Raises CheckpointError if
+        it is damaged."""
+        self._block = f"{info.relative_path} is damaged in the block at byte {info.offset}"
+        content = torch.empty(info.length, dtype=torch.uint8)
+        try:
+            path = Path(self.path) / info.relative_path
+            with path.open("rb") as file:
+                file.seek(info.offset)
+                if file.readinto(content.numpy()) != info.length:
+                    raise CheckpointError("the file ends in it")
+            return _in_place(content)
+        except OSError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self._block}: {one_line(error)}") from error
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
         try:
@@ -160,10 +234,12 @@ def read_index(
 def check_files(folder: Path, index: Metadata, rank: int = 0, ranks: int = 1) -> None:
     """Look at every `ranks`-th shard file, starting from number `rank`.
 
-    Raises CheckpointError if one is missing or too short.
+    Raises CheckpointError if one is missing or too short, or is no file of this folder.
     """
     needed: dict[str, int] = {}
     for info in index.storage_data.values():
+        if Path(info.relative_path).name != info.relative_path:
+            raise CheckpointError(f"{folder / METADATA} names {info.relative_path!r}, not a file")
         end = info.offset + info.length
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), end)
     wrong = []

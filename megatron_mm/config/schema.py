@@ -246,6 +246,7 @@ class CheckpointConfig:
     async_save: bool = False  # training goes on while a checkpoint is written
     keep_last_checkpoints: int | None = None  # delete older ones once a newer is complete
     load: str | None = None
+    load_hf: str | None = None  # a Hugging Face folder: weights only, instead of `load`
     finetune: bool = False  # load weights only: no optimizer, RNG or data position
 
 

@@ -298,6 +298,8 @@ def _check_training(run: RunConfig) -> None:
     ):
         off = "false" if value is True else "none"
         _require(not value or bool(other), key, value, f"{off}, or this value with {needed}")
+    both = run.checkpoint.load_hf and run.checkpoint.load
+    _require(not both, "load_hf", run.checkpoint.load_hf, "none, or this value without load")
 
 
 def _check_lora(run: RunConfig) -> None:

@@ -143,11 +143,16 @@ def initialize(model: torch.nn.Module, seed: int) -> None:
         target = layout.held(param.data)
         if layout.rows_drawn_alone:
             for i in range(layout.held_shape[0]):
-                row = layout.offset[0] + i
-                whole = torch.empty(layout.global_shape[1:], dtype=torch.float32)
-                layout.init(whole, _generator(seed, name, row))
+                whole = draw(layout, name, seed, layout.offset[0] + i)
                 target[i].copy_(whole[layout.block[1:]])
         else:
-            whole = torch.empty(layout.global_shape, dtype=torch.float32)
-            layout.init(whole, _generator(seed, name))
-            target.copy_(whole[layout.block])
+            target.copy_(draw(layout, name, seed)[layout.block])
+
+
+def draw(layout: ParamLayout, name: str, seed: int, row: int = 0) -> torch.Tensor:
+    """The whole parameter `name` at its start, in fp32 on the CPU; where rows are drawn alone
+    (experts), only that `row` of it."""
+    shape = layout.global_shape[1:] if layout.rows_drawn_alone else layout.global_shape
+    whole = torch.empty(shape, dtype=torch.float32)
+    layout.init(whole, _generator(seed, name, row))
+    return whole

@@ -6,7 +6,6 @@ layout; both are settings.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -17,9 +16,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import RunConfig, to_dict, token_multiple
+from megatron_mm.convert.source import NOTES
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.errors import DataError, EndOfData
 from megatron_mm.data.loader import TrainLoader
@@ -33,6 +32,7 @@ from megatron_mm.train.feed import agree, receive
 from megatron_mm.train.metrics import MetricsLogger
 from megatron_mm.train.objective import OBJECTIVES, Sums
 from megatron_mm.train.report import accuracy_table, write_report
+from megatron_mm.train.start import start
 
 
 class Trainer:
@@ -50,40 +50,16 @@ class Trainer:
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
             open_questions(self.engine, self.tokenizer)
         self.objective = OBJECTIVES[run.training.objective]()
-        self.iteration, self.seconds = 0, 0.0
-        if run.checkpoint.load:
-            state = sharded.load(
-                self.engine, Path(run.checkpoint.load), finetune=run.checkpoint.finetune
-            )
-            if not run.checkpoint.finetune:
-                self.iteration = state["iteration"]
-                self.seconds = state["extra"].get("seconds", 0.0)
-                self.loader.load_state_dict(state["loader"])
-                self._check_order(state["extra"].get("data"))
-            elif state["initialized"] and self.is_logger:
-                names, most = state["initialized"], 4  # adapters may be thousands
-                more = f" and {len(names) - most} more" if len(names) > most else ""
-                words = f"new in this model, as initialised: {', '.join(names[:most])}{more}"
-                print(words, file=sys.stderr)
+        image_token = self.tokenizer.image_context_id
+        begun = start(self.engine, self.loader, run.checkpoint, image_token)
+        self.iteration, self.seconds = begun.iteration, begun.seconds
+        self.notes = begun.notes | {"image_token_id": image_token}
         self.saver = Saver(
             self.engine,
             asynchronous=run.checkpoint.async_save,
             keep_last=run.checkpoint.keep_last_checkpoints,
         )
         self.stop_requested = False
-
-    def _check_order(self, saved: dict | None) -> None:
-        """Say so if the numbers in the loader's state now mean other samples."""
-        here = self.loader.order
-        if saved is None or saved == here or not self.is_logger:
-            return
-        what = next(key for key in here if saved.get(key) != here[key])
-        print(
-            f"warning: the data's order is not the checkpoint's: {what} was "
-            f"{json.dumps(saved.get(what))} and is {json.dumps(here[what])}; samples may be "
-            "repeated or left out",
-            file=sys.stderr,
-        )
 
     @property
     def is_logger(self) -> bool:
@@ -219,7 +195,7 @@ class Trainer:
     def save(self) -> float:
         """Save, or start to (`async_save`); for how many seconds training stood still."""
         folder = Path(self.run.checkpoint.save)
-        extra = {"seconds": self.seconds, "data": self.loader.order}
+        extra = {"seconds": self.seconds, "data": self.loader.order, NOTES: self.notes}
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
 
 

@@ -1,0 +1,131 @@
+"""The small files of a folder that transformers loads: config, tokenizer, remote code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mm.config import (
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    effective_pattern,
+    to_dict,
+    to_transformers_dict,
+    without_clvr,
+)
+from megatron_mm.convert.errors import ConvertError
+from megatron_mm.convert.source import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
+from megatron_mm.data.layout import image_settings
+from megatron_mm.model.clvr import memory_hidden_size
+
+REMOTE = Path(__file__).parent / "remote"
+CODE = ("configuration_clvr.py", "modeling_clvr.py", "processing_clvr.py")
+TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
+
+
+def has_clvr(model: ModelConfig) -> bool:
+    """Whether a look is computed: the pattern has one, and there is a memory to look at."""
+    return model.vision is not None and "L" in effective_pattern(model)
+
+
+def small_files(
+    checkpoint: Any,
+    assets: Iterable[Path],
+    tied: bool,
+    dtypes: set[torch.dtype],
+    lines: list[str],
+) -> dict[str, bytes]:
+    """name -> content of everything beside the tensors. Adds to `lines` what is lacking.
+
+    Raises ConvertError where transformers could not compute the model, or where nothing says
+    which token stands for an image.
+    """
+    files = {path.name: path.read_bytes() for path in assets}
+    config = model_config(checkpoint, assets, tied)
+    config["dtype"] = str(max(dtypes, key=lambda d: d.itemsize)).removeprefix("torch.")
+    if has_clvr(checkpoint.model):
+        files |= {name: (REMOTE / name).read_bytes() for name in CODE}
+        if not any(name.startswith("chat_template") for name in files):
+            files[TEMPLATE] = (REMOTE / TEMPLATE).read_bytes()
+        files[PROCESSOR] = _json(processor_config(checkpoint.run))
+        config |= clvr_config(checkpoint.model)
+    if not any(name.startswith("tokenizer") for name in files):
+        lines.append("no tokenizer travelled along: name its folder with --assets")
+    files[CONFIG] = _json(config)
+    return files
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def clvr_config(model: ModelConfig) -> dict[str, Any]:
+    """What config.json says beyond transformers' own model, and who computes it."""
+    return {
+        "model_type": "internvl_clvr",
+        "architectures": ["CLVRForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "configuration_clvr.CLVRConfig",
+            "AutoModelForImageTextToText": "modeling_clvr.CLVRForConditionalGeneration",
+            "AutoProcessor": "processing_clvr.CLVRProcessor",
+        },
+        CLVR_KEY: {
+            "hybrid_layer_pattern": model.hybrid_layer_pattern,
+            "fusion": to_dict(model.fusion),
+            "memory_hidden_size": memory_hidden_size(model),
+        },
+    }
+
+
+def processor_config(run: RunConfig) -> dict[str, Any]:
+    """How the run that trained the model cut its images."""
+    settings = image_settings(run)
+    return {
+        "processor_class": "CLVRProcessor",
+        "auto_map": {"AutoProcessor": "processing_clvr.CLVRProcessor"},
+        "tiles": asdict(settings) | {"tokens_per_tile": settings.tokens_per_tile},
+    }
+
+
+def model_config(checkpoint: Any, assets: Iterable[Path], tied: bool) -> dict[str, Any]:
+    """config.json as transformers' own class writes it."""
+    from transformers import InternVLConfig, Qwen3NextConfig  # seconds to import
+
+    model = checkpoint.model
+    base = replace(model, hybrid_layer_pattern=without_clvr(model.hybrid_layer_pattern))
+    base.language = replace(base.language, untie_embeddings_and_output_weights=not tied)
+    image = None if model.vision is None else _image_token(checkpoint, list(assets))
+    try:
+        words = to_transformers_dict(base, image)
+    except ConfigError as error:
+        raise ConvertError(f"{checkpoint.path}: {error}") from None
+    words.pop("model_type")
+    kind = Qwen3NextConfig if model.vision is None else InternVLConfig
+    made = kind(**words).to_diff_dict()
+    name = "Qwen3NextForCausalLM" if model.vision is None else "InternVLForConditionalGeneration"
+    made["architectures"] = [name]
+    made["tie_word_embeddings"] = tied  # written even where it equals a default
+    return made
+
+
+def _image_token(checkpoint: Any, assets: list[Path]) -> int:
+    noted = checkpoint.notes.get("image_token_id")
+    found = tokenizer_id(assets[0].parent, IMAGE_CONTEXT) if assets else None
+    if noted is not None and found is not None and noted != found:
+        raise ConvertError(
+            f"{assets[0].parent}: {IMAGE_CONTEXT} is {found} in the tokenizer, {noted} in the "
+            "checkpoint"
+        )
+    image = noted if found is None else found
+    if image is None:
+        raise ConvertError(
+            f"{checkpoint.path} does not say which token is {IMAGE_CONTEXT}: name the tokenizer's "
+            "folder with --assets"
+        )
+    return image

@@ -1,0 +1,178 @@
+"""A folder of safetensors, read with suspicion.
+
+Headers are read by ourselves and every number in them is checked against the file before a
+tensor is touched; pickled weights are never opened. Contents are read straight into the
+tensor that is asked for, a slice of its first dimension if that is all that is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_mm.convert.errors import ConvertError
+from megatron_mm.convert.transforms import Shape
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+MOST_HEADER = 100 * 2**20  # bytes; the format's own limit
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: where its bytes begin, and what they are."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, first: int | None = None, last: int | None = None) -> torch.Tensor:
+        """The tensor, or its indices first..last-1 of dimension 0. Raises ConvertError."""
+        shape, begin = self.shape, self.offset
+        if first is not None:
+            row = math.prod(shape[1:]) * self.dtype.itemsize
+            shape, begin = (last - first, *shape[1:]), begin + first * row
+        raw = torch.empty(math.prod(shape) * self.dtype.itemsize, dtype=torch.uint8)
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(begin)
+            view, done = memoryview(raw.numpy()), 0
+            while done < len(view):
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise ConvertError(f"{self.file} ended {len(view) - done} bytes too early")
+                done += count
+        return raw.view(self.dtype).view(shape)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of one file.
+
+    Raises ConvertError unless the header describes exactly the bytes that follow it.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        first = stream.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or not 2 <= length <= min(MOST_HEADER, size - 8):
+            raise ConvertError(f"{path} is no safetensors file: {size} bytes, header {length}")
+        text = stream.read(length)
+    try:
+        entries = json.loads(text, object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+        found = {name: _entry(path, 8 + length, entry) for name, entry in entries.items()}
+    except ConvertError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConvertError(f"{path} has a header that cannot be read: {error!r}") from None
+    at = 8 + length
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != at:
+            raise ConvertError(f"{path}: {name} begins at byte {tensor.offset}, expected {at}")
+        at += tensor.nbytes
+    if at != size:
+        raise ConvertError(f"{path} has {size} bytes, its header describes {at}")
+    return found
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} is given twice")
+    return made
+
+
+def _entry(path: Path, base: int, entry: dict) -> Stored:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if entry["dtype"] not in DTYPES:
+        raise ConvertError(f"{path}: dtype {entry['dtype']!r} is unknown")
+    whole = [type(n) is int and n >= 0 for n in (begin, end, *shape)]
+    stored = Stored(path, base + begin, DTYPES[entry["dtype"]], shape)
+    if not all(whole) or stored.nbytes != end - begin:
+        raise ConvertError(
+            f"{path}: a tensor of shape {list(shape)} and dtype {entry['dtype']} has "
+            f"{stored.nbytes} bytes, its header says {begin} to {end}"
+        )
+    return stored
+
+
+def open_folder(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a model's folder, from the headers alone.
+
+    Raises ConvertError for a folder without safetensors, an index that names a file outside
+    of it or disagrees with the files, or a damaged file.
+    """
+    if not folder.is_dir():
+        raise ConvertError(f"{folder} is not a folder")
+    index = folder / INDEX
+    if index.is_file():
+        return _from_index(folder, index)
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickled:
+        raise ConvertError(
+            f"{folder / pickled[0]} is pickled and could run code: not opened; "
+            "save the model as safetensors first"
+        )
+    raise ConvertError(f"{folder} has neither {INDEX} nor {SINGLE}")
+
+
+def _from_index(folder: Path, index: Path) -> dict[str, Stored]:
+    try:
+        places = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConvertError(f"{index} is no index: {error!r}") from None
+    tensors: dict[str, Stored] = {}
+    for name in files:
+        # A link to elsewhere is what Hugging Face's cache is made of; a path is not.
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(".safetensors")
+        ):
+            raise ConvertError(f"{index} names {name!r}; allowed: a .safetensors file beside it")
+        if not (folder / name).is_file():
+            raise ConvertError(f"{folder / name} is missing; {index.name} names it")
+        held = read_header(folder / name)
+        for tensor in held:
+            if places.get(tensor) != name:
+                raise ConvertError(
+                    f"{folder / name} holds {tensor}, which {index.name} places in "
+                    f"{places.get(tensor)!r}"
+                )
+        tensors |= held
+    absent = sorted(places.keys() - tensors.keys())
+    if absent:
+        raise ConvertError(
+            f"{folder / places[absent[0]]} does not hold {absent[0]}, which {index.name} places "
+            "there"
+        )
+    return tensors

@@ -1,0 +1,133 @@
+"""A folder of sharded safetensors whose every byte has its place before the first is written.
+
+Names, shapes and dtypes are known beforehand, so headers and index are written first, with the
+files at their full size; then any rank writes any part of any tensor where it belongs.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_mm.checkpoint import sealed
+from megatron_mm.convert.hf_files import INDEX, NAMES, SINGLE
+from megatron_mm.convert.transforms import Shape
+from megatron_mm.convert.work import nbytes
+
+SHARD_BYTES = 5 * 10**9
+PIECE = 2**30  # Linux writes at most 2 GiB in one call
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor goes."""
+
+    file: str
+    offset: int
+    dtype: torch.dtype
+    shape: Shape
+
+
+def lay_out(
+    tensors: Sequence[tuple[str, Shape, torch.dtype]], shard_bytes: int = SHARD_BYTES
+) -> tuple[dict[str, Place], dict[str, bytes], dict[str, int]]:
+    """Fill files in the order of `tensors`, none beyond `shard_bytes` unless by one tensor.
+
+    Returns:
+        (name -> place, file -> first bytes, file -> size).
+    """
+    shards: list[list[tuple[str, Shape, torch.dtype]]] = [[]]
+    held = 0
+    for name, shape, dtype in tensors:
+        size = nbytes(shape, dtype.itemsize)
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append((name, shape, dtype))
+        held += size
+    places, heads, sizes = {}, {}, {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header: dict = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, shape, dtype in shard:
+            end = at + nbytes(shape, dtype.itemsize)
+            header[name] = {
+                "dtype": NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [at, end],
+            }
+            at = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        heads[file] = len(text).to_bytes(8, "little") + text
+        sizes[file] = len(heads[file]) + at
+        for name, shape, dtype in shard:
+            begin = len(heads[file]) + header[name]["data_offsets"][0]
+            places[name] = Place(file, begin, dtype, tuple(shape))
+    return places, heads, sizes
+
+
+def create_files(folder: Path, heads: dict[str, bytes], sizes: dict[str, int]) -> None:
+    """Make every file at its full size. Raises OSError where the disk cannot hold it."""
+    for file, head in heads.items():
+        with (folder / file).open("wb") as stream:
+            stream.write(head)
+            stream.flush()
+            try:
+                os.posix_fallocate(stream.fileno(), 0, sizes[file])
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # cannot reserve
+                    raise
+                stream.truncate(sizes[file])
+
+
+def write_index(folder: Path, places: dict[str, Place]) -> None:
+    files = sorted({place.file for place in places.values()})
+    if files == [SINGLE]:
+        return
+    total = sum(nbytes(p.shape, p.dtype.itemsize) for p in places.values())
+    content = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: place.file for name, place in sorted(places.items())},
+    }
+    sealed.write_bytes(folder / INDEX, (json.dumps(content, indent=2) + "\n").encode())
+
+
+class TensorWriter(AbstractContextManager):
+    """One rank's hand on the files; on leaving, what it wrote is on disk."""
+
+    def __init__(self, folder: Path, places: dict[str, Place]):
+        self._folder, self._places = folder, places
+        self._open: dict[str, int] = {}
+
+    def write(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
+        """A tensor, or its indices `first`... of dimension 0, in its file's dtype."""
+        place = self._places[name]
+        if place.file not in self._open:
+            self._open[place.file] = os.open(self._folder / place.file, os.O_WRONLY)
+        handle = self._open[place.file]
+        row = nbytes(place.shape[1:], place.dtype.itemsize)
+        at = place.offset + first * row
+        content = tensor.to(place.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        view, done = memoryview(content), 0
+        while done < len(view):
+            done += os.pwrite(handle, view[done : done + PIECE], at + done)
+
+    def __exit__(self, *_) -> None:
+        try:
+            for handle in self._open.values():
+                os.fsync(handle)
+        finally:
+            for handle in self._open.values():
+                os.close(handle)
+            self._open.clear()

@@ -1,0 +1,98 @@
+"""Weights straight from a Hugging Face folder into a running model, on any layout.
+
+Every rank reads what it holds and nothing else: whole tensors of theirs for most parameters,
+of the experts only its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mm.checkpoint.compatible import check_model
+from megatron_mm.checkpoint.engine import Engine, parameters, settle
+from megatron_mm.checkpoint.errors import together
+from megatron_mm.config import to_dict
+from megatron_mm.convert.errors import ConvertError
+from megatron_mm.convert.source import check_source, open_source
+from megatron_mm.model.blueprint import blueprint
+from megatron_mm.model.lora import is_adapter
+from megatron_mm.parallel.layout import ParamLayout
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """
+    Attributes:
+        initialized: names of parameters that stay as the seed made them.
+        ignored: tensors of the folder that nothing here trains.
+        notes: for checkpoints of this run, `Source.notes`.
+    """
+
+    initialized: list[str]
+    ignored: list[str]
+    notes: dict[str, Any]
+
+
+def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> Loaded:
+    """Overwrite the engine's weights. Every rank calls it.
+
+    Args:
+        image_token_id: of the tokenizer that this run trains with.
+
+    Raises:
+        CheckpointError: the folder is damaged or of another model (on every rank, before
+            anything changed), or could not be read to the end (on every rank).
+    """
+    group, doing = engine.groups.world, f"cannot load {folder}"
+    with together(group, doing):
+        source = open_source(folder)
+        check_model(to_dict(source.model), engine.run.model, finetune=True)
+        # CLVR and the way images enter are this run's; the base is the folder's.
+        source.model = engine.run.model
+        whole = blueprint(engine.run.model)
+        plan = source.plan(whole)
+        check_source(source, plan)
+        there = source.image_token_id
+        if None not in (there, image_token_id) and there != image_token_id:
+            raise ConvertError(
+                f"image_token_id is {there} there, {image_token_id} in this run's tokenizer"
+            )
+    links = {link.ours: link for link in plan.links}
+    added: list[str] = []
+    settle(engine)  # else a gather under way would overwrite what is loaded
+    with together(group, doing):
+        for name, param, layout in parameters(engine):
+            if name in links:
+                link = links[name]
+                fill(param, layout, lambda a, b, k=link: k.make_ours(source.read, a, b))
+            elif not is_adapter(name) and name not in plan.new:
+                raise ConvertError(f"{name} has no tensor there")
+    added = plan.new + sorted(name for name, _, _ in parameters(engine) if is_adapter(name))
+    engine.optimizer.reload_model_params()
+    return Loaded(added, plan.carried, source.notes)
+
+
+@torch.no_grad()
+def fill(
+    param: torch.Tensor, layout: ParamLayout, read: Callable[[int, int], torch.Tensor]
+) -> None:
+    """Put this rank's block into a parameter.
+
+    Args:
+        read: (first, last) -> those indices of the whole tensor's first dimension if its rows
+            are drawn alone (experts), else the whole.
+    """
+    target = layout.held(param.data)
+    if not target.numel():
+        return
+    if not layout.rows_drawn_alone:
+        target.copy_(read(0, layout.global_shape[0])[layout.block])
+        return
+    rows, *rest = layout.block
+    for i in range(rows.start, rows.stop):  # one expert at a time
+        target[i - rows.start].copy_(read(i, i + 1)[0][tuple(rest)])

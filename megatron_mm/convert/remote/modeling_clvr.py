@@ -1,0 +1,271 @@
+"""InternVL around Qwen3-Next whose layers look at the image again. Travels with exported weights.
+
+An intermediate layer's hidden state queries the patch features before the pixel shuffle (the
+memory); what a look (L) finds is added where the pattern says (J). Prompts are batched with
+padding on the left; greedy search and sampling decode with a cache that keeps the memory's
+keys and values.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import InternVLForConditionalGeneration
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.internvl.modeling_internvl import (
+    InternVLCausalLMOutputWithPast,
+    InternVLModel,
+)
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextModel, Qwen3NextRMSNorm
+
+from .configuration_clvr import CLVRConfig
+
+FREQUENCIES = 6  # of the coordinates: 2^0 .. 2^5 half periods over the image
+
+
+def read_pattern(pattern: str) -> list[tuple[str, int]]:
+    """(letter, number) of every sub-layer: of the layer for G, * and E, of the pair for L, J."""
+    counts = dict.fromkeys("G*ELJ", 0)
+    found, layers = [], 0
+    for letter in pattern:
+        if letter in "G*":
+            found.append((letter, layers))
+            layers += 1
+        elif letter == "E":
+            found.append((letter, layers - 1))
+        elif letter in "LJ":
+            found.append((letter, counts[letter]))
+            counts[letter] += 1
+    return found
+
+
+class Memory:
+    """Patches of a batch of prompts as a rectangle [B, P], and each look's keys and values."""
+
+    def __init__(self, rows, coordinates, sample, visible_from, batch: int):
+        counts = torch.bincount(sample, minlength=batch)
+        width = int(counts.max()) if len(sample) else 0
+        place = torch.arange(len(sample), device=sample.device)
+        place = place - (counts.cumsum(0) - counts)[sample]  # patches are ordered by sample
+        self.rows = rows.new_zeros(batch, width, rows.shape[-1])
+        self.rows[sample, place] = rows
+        self.coordinates = coordinates.new_zeros(batch, width, 2)
+        self.coordinates[sample, place] = coordinates
+        never = torch.iinfo(torch.int64).max
+        self.visible_from = torch.full((batch, width), never, device=sample.device)
+        self.visible_from[sample, place] = visible_from
+        self.projected = {}
+
+
+class CLVRLook(nn.Module):
+    def __init__(self, config: CLVRConfig):
+        super().__init__()
+        text, extra = config.text_config, config.clvr
+        self.dim = extra["fusion"]["clvr_kv_channels"]
+        width = extra["fusion"]["clvr_num_attention_heads"] * self.dim
+        hidden, memory, eps = text.hidden_size, extra["memory_hidden_size"], text.rms_norm_eps
+        self.query_norm = Qwen3NextRMSNorm(hidden, eps)
+        self.memory_norm = Qwen3NextRMSNorm(memory, eps)
+        self.linear_q = nn.Linear(hidden, width, bias=False)
+        self.linear_kv = nn.Linear(memory, 2 * width, bias=False)  # [key, value] of each head
+        self.q_norm = Qwen3NextRMSNorm(self.dim, eps)
+        self.k_norm = Qwen3NextRMSNorm(self.dim, eps)
+        self.linear_coordinates = None
+        if extra["fusion"]["memory_coordinates"]:
+            self.linear_coordinates = nn.Linear(4 * FREQUENCIES, width, bias=False)
+        self.linear_proj = nn.Linear(width, hidden, bias=False)
+
+    def project(self, memory: Memory):
+        """Keys and values of the memory, [B, heads, P, dim]."""
+        fused = self.linear_kv(self.memory_norm(memory.rows))
+        key, value = fused.view(*fused.shape[:2], -1, 2 * self.dim).chunk(2, dim=-1)
+        if self.linear_coordinates is not None:
+            exponent = torch.arange(FREQUENCIES, device=key.device)
+            angles = memory.coordinates.unsqueeze(-1) * (math.pi * 2.0**exponent)
+            features = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(2)
+            key = key + self.linear_coordinates(features.to(key.dtype)).view_as(key)
+        return self.k_norm(key).transpose(1, 2), value.transpose(1, 2)
+
+    def forward(self, hidden: torch.Tensor, memory: Memory, first: int, pair: int):
+        """What each position finds, [B, T, H]; exactly 0 where no image stands before it.
+
+        `first` is the place of the first position in its padded row.
+        """
+        if pair not in memory.projected:
+            memory.projected[pair] = self.project(memory)
+        key, value = memory.projected[pair]
+        query = self.linear_q(self.query_norm(hidden))
+        query = self.q_norm(query.view(*query.shape[:2], -1, self.dim)).transpose(1, 2)
+        place = torch.arange(first, first + hidden.shape[1], device=hidden.device)
+        visible = place[None, :, None] >= memory.visible_from[:, None, :]
+        sees = visible.any(-1)[:, None, :, None]
+        mask = visible.unsqueeze(1) | ~sees  # softmax over nothing is NaN
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        found = torch.where(sees, found, 0.0)
+        return self.linear_proj(found.transpose(1, 2).flatten(2))
+
+
+class CLVRParts(nn.Module):
+    def __init__(self, config: CLVRConfig):
+        super().__init__()
+        pairs = sum(letter == "L" for letter in config.clvr["hybrid_layer_pattern"])
+        self.memory_proj = nn.Linear(
+            config.vision_config.hidden_size, config.clvr["memory_hidden_size"]
+        )
+        self.looks = nn.ModuleDict({str(pair): CLVRLook(config) for pair in range(pairs)})
+
+
+class CLVRTextModel(Qwen3NextModel):
+    """Qwen3-Next's layers, run letter by letter."""
+
+    watch = None  # diagnostics: (layer, hidden) as each layer ends
+
+    def forward(
+        self,
+        inputs_embeds,
+        letters,
+        looks,
+        memory=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        first = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            count = inputs_embeds.shape[1]
+            position_ids = torch.arange(first, first + count, device=inputs_embeds.device)[None]
+        about = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        causal, recurrent = create_causal_mask(**about), create_recurrent_attention_mask(**about)
+        hidden, waiting = inputs_embeds, {}
+        rotary = self.rotary_emb(hidden, position_ids)
+        for letter, number in letters:
+            if letter == "L":
+                if memory is not None:
+                    waiting[number] = looks[str(number)](hidden, memory, first, number)
+                continue
+            if letter == "J":
+                hidden = hidden + waiting.pop(number) if number in waiting else hidden
+                continue
+            layer = self.layers[number]
+            if letter == "G":
+                hidden = hidden + layer.linear_attn(
+                    hidden_states=layer.input_layernorm(hidden),
+                    cache_params=past_key_values,
+                    attention_mask=recurrent,
+                )
+            elif letter == "*":
+                hidden = (
+                    hidden
+                    + layer.self_attn(
+                        hidden_states=layer.input_layernorm(hidden),
+                        attention_mask=causal,
+                        position_ids=position_ids,
+                        past_key_values=past_key_values,
+                        position_embeddings=rotary,
+                    )[0]
+                )
+            else:
+                found = layer.mlp(layer.post_attention_layernorm(hidden))
+                hidden = hidden + (found[0] if isinstance(found, tuple) else found)
+                if self.watch is not None:
+                    self.watch(number, hidden)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden), past_key_values=past_key_values
+        )
+
+
+class CLVRModel(InternVLModel):
+    config_class = CLVRConfig
+
+    def __init__(self, config: CLVRConfig):
+        super().__init__(config)
+        self.language_model = CLVRTextModel(config.text_config)
+        self.post_init()
+
+
+class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
+    config_class = CLVRConfig
+
+    def __init__(self, config: CLVRConfig):
+        super().__init__(config)
+        self.model = CLVRModel(config)
+        self.clvr = CLVRParts(config)
+        self.letters = read_pattern(config.clvr["hybrid_layer_pattern"])
+        self.post_init()
+
+    def see(self, pixel_values, stream_tiles, memory_tiles):
+        """(image tokens [k, H], memory rows [M, C]) of tiles [N, 3, S, S]."""
+        pixels = pixel_values.to(self.model.vision_tower.dtype)
+        features = self.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+        stream = features[stream_tiles]
+        side = math.isqrt(stream.shape[1])
+        stream = stream.reshape(len(stream), side, side, -1)
+        stream = self.model.pixel_shuffle(stream, scale_factor=self.config.downsample_ratio)
+        stream = self.model.multi_modal_projector(stream.flatten(1, 2))
+        return stream.flatten(0, 1), self.clvr.memory_proj(features[memory_tiles].flatten(0, 1))
+
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        stream_tiles=None,
+        memory_tiles=None,
+        memory_coordinates=None,
+        memory_sample=None,
+        memory_visible_from=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        logits_to_keep=0,
+        use_cache=None,
+        **kwargs,
+    ):
+        """The image arguments are what the processor of this folder makes: which tiles stand in the
+        token stream, which in the memory, and of every memory patch its centre (y, x), its prompt
+        and the first place of the padded prompt that may look at it."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        cached = use_cache if use_cache is not None else self.config.text_config.use_cache
+        if cached and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        memory = getattr(past_key_values, "clvr", None)
+        if pixel_values is not None and len(pixel_values):
+            stream, rows = self.see(pixel_values, stream_tiles, memory_tiles)
+            batch = len(inputs_embeds)
+            memory = Memory(rows, memory_coordinates, memory_sample, memory_visible_from, batch)
+            here = (input_ids == self.config.image_token_id).unsqueeze(-1)
+            if int(here.sum()) != len(stream):
+                raise ValueError(f"{int(here.sum())} image tokens, {len(stream)} image features")
+            inputs_embeds = inputs_embeds.masked_scatter(here, stream.to(inputs_embeds.dtype))
+            if past_key_values is not None:
+                past_key_values.clvr = memory
+        outputs = self.model.language_model(
+            inputs_embeds,
+            self.letters,
+            self.clvr.looks,
+            memory,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size)
+        return InternVLCausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+        )

@@ -1,0 +1,152 @@
+"""Text and images to what the model of this folder takes. Travels with exported weights.
+
+An image is stretched to the grid of square tiles whose aspect ratio is closest to its own, cut,
+and joined by a thumbnail of the whole. `image_stream` says which tiles stand in the token
+stream, `vision_memory` which of them the looks may attend to.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+IMAGE_MARK = "<image>"
+START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+
+
+def grid_of(width: int, height: int, size: int, most: int) -> tuple[int, int]:
+    """(rows, columns) of at most `most` tiles of `size` pixels."""
+    grids = [(r, c) for c in range(1, most + 1) for r in range(1, most // c + 1)]
+    grids.sort(key=lambda grid: (grid[0] * grid[1], grid[1]))
+    best, best_distance = (1, 1), float("inf")
+    for rows, columns in grids:
+        distance = abs(width / height - columns / rows)
+        fills = width * height > 0.5 * size**2 * rows * columns
+        if distance < best_distance or (distance == best_distance and fills):
+            best, best_distance = (rows, columns), distance
+    return best
+
+
+class CLVRProcessor(ProcessorMixin):
+    attributes = ["tokenizer"]
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, tokenizer=None, chat_template=None, tiles=None, **kwargs):
+        self.tiles = tiles
+        super().__init__(tokenizer, chat_template=chat_template)
+
+    def _tiles(self, image: Image.Image, most: int):
+        """(used tiles uint8 [N, S, S, 3], stream, memory: indices into them, centres [M, 2])"""
+        s = self.tiles
+        size = s["image_size"]
+        rows, columns = grid_of(*image.size, size, most)
+        grid = rows * columns
+        thumbnail = s["use_thumbnail"] and grid > 1
+
+        def choose(what: str) -> list[int]:
+            if what == "none":
+                return []
+            if what == "all":
+                return list(range(grid + thumbnail))
+            return list(range(grid)) if what == "tiles" or grid == 1 else [grid]
+
+        stream, memory = choose(s["image_stream"]), choose(s["vision_memory"])
+        used = sorted({*stream, *memory})
+        image = image.convert("RGB")
+
+        def resized(w: int, h: int) -> np.ndarray:
+            small = image if image.size == (w, h) else image.resize((w, h), Image.BICUBIC)
+            return np.asarray(small)
+
+        canvas = resized(columns * size, rows * size)
+        cut = canvas.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4)
+        cut = cut.reshape(grid, size, size, 3)
+        if thumbnail:
+            cut = np.concatenate([cut, resized(size, size)[None]])
+        centres = [self._centres(tile, rows, columns) for tile in memory]
+        return (
+            cut[used],
+            [used.index(tile) for tile in stream],
+            [used.index(tile) for tile in memory],
+            torch.cat([torch.zeros(0, 2), *centres]),
+        )
+
+    def _centres(self, tile: int, rows: int, columns: int) -> torch.Tensor:
+        """Of a tile's patches, (y, x) in fractions of the image; the thumbnail covers it all."""
+        side = self.tiles["image_size"] // self.tiles["patch_size"]
+        row, column = divmod(tile, columns)
+        if tile >= rows * columns:
+            rows, columns, row, column = 1, 1, 0, 0
+        centres = (torch.arange(side, dtype=torch.float32) + 0.5) / side
+        y, x = torch.meshgrid((row + centres) / rows, (column + centres) / columns, indexing="ij")
+        return torch.stack([y.flatten(), x.flatten()], dim=-1)
+
+    def _cut(self, images):
+        """All images of a prompt, with fewer tiles each if they would be too many tokens."""
+        s = self.tiles
+        for most in range(s["max_num_tiles"], 0, -1):
+            found = [self._tiles(image, most) for image in images]
+            cost = s["tokens_per_tile"] * sum(len(tiles) for tiles, *_ in found)
+            if s["max_image_tokens"] is None or cost <= s["max_image_tokens"]:
+                return found
+        raise ValueError(f"{len(images)} images need {cost} tokens at one tile each")
+
+    def __call__(self, images=None, text=None, return_tensors="pt", **kwargs) -> BatchFeature:
+        """
+        Args:
+            images: of all prompts, in the order of their `<image>` marks.
+            text: a prompt or a list of them.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        images = list(images or [])
+        if images and isinstance(images[0], (list, tuple)):
+            images = [image for some in images for image in some]
+        marks = sum(t.count(IMAGE_MARK) for t in texts)
+        if marks != len(images):
+            raise ValueError(f"{marks} {IMAGE_MARK} marks but {len(images)} images")
+        encode, of = self.tokenizer.encode, self.tokenizer.convert_tokens_to_ids
+        per_tile = self.tiles["tokens_per_tile"]
+        rows, pixels, stream, memory, centres, sample, visible = [], [], [], [], [], [], []
+        tiles = 0
+        for number, prompt in enumerate(texts):
+            pieces = prompt.split(IMAGE_MARK)
+            mine, images = images[: len(pieces) - 1], images[len(pieces) - 1 :]
+            cut = self._cut(mine) if mine else []
+            ids = []
+            for piece, words in enumerate(pieces):
+                if piece:
+                    used, in_stream, in_memory, places = cut[piece - 1]
+                    ids += [of(START), *[of(CONTEXT)] * (len(in_stream) * per_tile)]
+                    pixels.append(used)
+                    stream += [tiles + tile for tile in in_stream]
+                    memory += [tiles + tile for tile in in_memory]
+                    centres.append(places)
+                    sample += [number] * len(places)
+                    visible += [len(ids)] * len(places)
+                    ids.append(of(END))
+                    tiles += len(used)
+                ids += encode(words, add_special_tokens=False) if words else []
+            rows.append(ids)
+        longest = max(len(ids) for ids in rows)
+        before = torch.tensor([longest - len(ids) for ids in rows])
+        pad = self.tokenizer.pad_token_id or 0
+        data = {
+            "input_ids": torch.tensor([[pad] * (longest - len(ids)) + ids for ids in rows]),
+            "attention_mask": (torch.arange(longest) >= before[:, None]).long(),
+        }
+        if pixels:
+            mean, std = (
+                torch.tensor(self.tiles[name], dtype=torch.float32).view(3, 1, 1)
+                for name in ("mean", "std")
+            )
+            scaled = torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).float() / 255.0
+            owner = torch.tensor(sample, dtype=torch.int64)
+            data |= {
+                "pixel_values": ((scaled - mean) / std).contiguous(),
+                "stream_tiles": torch.tensor(stream, dtype=torch.int64),
+                "memory_tiles": torch.tensor(memory, dtype=torch.int64),
+                "memory_coordinates": torch.cat(centres),
+                "memory_sample": owner,
+                "memory_visible_from": torch.tensor(visible, dtype=torch.int64) + before[owner],
+            }
+        return BatchFeature(data)

@@ -1,0 +1,258 @@
+"""From a sharded checkpoint, of whatever layout, to a folder that transformers loads."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.checkpoint import folders, sealed, storage
+from megatron_mm.checkpoint.blocks import weight_key
+from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
+from megatron_mm.checkpoint.errors import CheckpointError, together
+from megatron_mm.config import ModelConfig, RunConfig, from_dict
+from megatron_mm.convert import export
+from megatron_mm.convert.blocks import BlockReader
+from megatron_mm.convert.errors import ConvertError
+from megatron_mm.convert.hf_writer import (
+    SHARD_BYTES,
+    Place,
+    TensorWriter,
+    create_files,
+    lay_out,
+    write_index,
+)
+from megatron_mm.convert.plan import EMBEDDING, HEAD, Link, write_links
+from megatron_mm.convert.source import NOTES, equal_bits, travelling
+from megatron_mm.convert.to_megatron import ASSETS, check_space
+from megatron_mm.convert.work import nbytes, progress, share
+from megatron_mm.model.blueprint import blueprint
+from megatron_mm.parallel.layout import ParamLayout
+
+
+@dataclass
+class Checkpoint:
+    """
+    Attributes:
+        path: of the one checkpoint, not of a folder of them.
+        carried: names of theirs that travelled beside the model.
+        notes: what a conversion wrote down, `Source.notes`.
+    """
+
+    path: Path
+    run: RunConfig
+    iteration: int
+    reader: BlockReader
+    parameters: Mapping[str, ParamLayout]
+    carried: list[str]
+    notes: dict[str, Any]
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.run.model
+
+    @property
+    def assets(self) -> list[Path]:
+        """Of the folder that it was converted from; else of the tokenizer it was trained with."""
+        for folder in (self.path / ASSETS, Path(self.run.data.tokenizer_model or ASSETS)):
+            if folder.is_dir():
+                return travelling(folder)
+        return []
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Its index and settings, checked against its model; no pickle in it is trusted.
+
+    Raises CheckpointError.
+    """
+    path, stored = folders.resolve(folder)
+    run = from_dict(RunConfig, stored["config"])
+    shapes, index = storage.read_index(path, stored["checksums"])
+    storage.check_files(path, index)
+    parameters = blueprint(run.model)
+    expected = {weight_key(name): layout.global_shape for name, layout in parameters.items()}
+    added = check_tensors(shapes, expected, finetune=True)
+    if added:
+        raise CheckpointError(f"of {len(expected)} tensors expected, {added[0]} is missing")
+    carried = [k.removeprefix(CARRIED_PREFIX) for k in shapes if k.startswith(CARRIED_PREFIX)]
+    notes = (stored.get("extra") or {}).get(NOTES) or {}
+    reader = BlockReader(path, index)
+    return Checkpoint(path, run, stored["iteration"], reader, parameters, carried, notes)
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the output layer may be left out again: it was tied, and is still the same."""
+    if not checkpoint.notes.get("tied"):
+        return False
+    read, ends = checkpoint.reader.read, [weight_key(n) for n in (EMBEDDING, HEAD)]
+    ranges = checkpoint.reader.ranges(ends[0])
+    return all(equal_bits(*(read(key, first, last) for key in ends)) for first, last in ranges)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is read at once: a link, some indices of a counted one, or a carried tensor."""
+
+    bytes: int
+    link: Link | None = None
+    first: int = 0
+    last: int = 0
+    carried: str | None = None
+
+
+def jobs(checkpoint: Checkpoint, links: list[Link]) -> list[Job]:
+    reader, found = checkpoint.reader, []
+    for link in links:
+        key = weight_key(link.ours)
+        size = reader.dtype(key).itemsize
+        if not link.counted:
+            found.append(Job(nbytes(link.shape, size), link))
+            continue
+        row = nbytes(link.shape[1:], size)
+        found += [Job((b - a) * row, link, a, b) for a, b in reader.ranges(key)]
+    for name in checkpoint.carried:
+        key = CARRIED_PREFIX + name
+        found.append(Job(nbytes(reader.shape(key), reader.dtype(key).itemsize), carried=name))
+    return found
+
+
+def outputs(
+    checkpoint: Checkpoint, links: list[Link], dtype: torch.dtype | None
+) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(name, shape, dtype) of every tensor to be written, in the order of reading."""
+    reader, found = checkpoint.reader, []
+    for link in links:
+        kind = dtype or reader.dtype(weight_key(link.ours))
+        found += [(name, tuple(shape), kind) for name, shape in link.theirs()]
+    for name in checkpoint.carried:
+        key = CARRIED_PREFIX + name
+        found.append((name, reader.shape(key), reader.dtype(key)))
+    return found
+
+
+def convert(
+    checkpoint: Checkpoint,
+    target: Path,
+    group: dist.ProcessGroup,
+    *,
+    stacked: bool = False,
+    dtype: torch.dtype | None = None,
+    assets: list[Path] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    quiet: bool = False,
+) -> list[str]:
+    """Write the folder `target`, which must not exist. Every rank calls it.
+
+    Args:
+        group: gloo group of everybody.
+        stacked: the experts of a layer as one tensor (save_original_format=False).
+        dtype: of the model's tensors; None: as they are.
+        assets: tokenizer and processor files; None: those that came with the checkpoint.
+
+    Returns:
+        Lines for the report.
+
+    Raises:
+        CheckpointError: on every rank; `target` was not made.
+    """
+    leader = group.rank() == 0
+    doing = f"cannot convert {checkpoint.path} to {target}"
+    partial = folders.with_suffix(target, folders.PARTIAL)
+    lines: list[str] = []
+    with together(group, doing):
+        tied = is_tied(checkpoint)
+        if checkpoint.notes.get("tied") and not tied:
+            lines.append("the output layer is no longer the embedding: written untied")
+        links = write_links(checkpoint.model, checkpoint.parameters, _spelling(checkpoint, stacked))
+        links = [link for link in links if not (tied and link.ours == HEAD)]
+        written = outputs(checkpoint, links, dtype)
+        places, heads, sizes = lay_out(written, shard_bytes)
+        if leader:
+            _prepare(checkpoint, target, partial, assets, tied, places, heads, sizes, lines)
+    try:
+        _write(checkpoint, links, partial, places, group, doing, quiet)
+        with together(group, doing):
+            if leader:
+                sealed.sync_folder(partial)
+                partial.rename(target)
+                sealed.sync_folder(target.parent)
+    except CheckpointError:
+        if leader:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(partial)
+        raise
+    return lines
+
+
+def _spelling(checkpoint: Checkpoint, stacked: bool) -> str:
+    if checkpoint.model.vision is None:
+        return "text-stacked" if stacked else "text"
+    # Remote code has no conversions of its own: its folders hold the names inside the model.
+    return "stacked" if stacked or export.has_clvr(checkpoint.model) else "transformers"
+
+
+def _prepare(
+    checkpoint: Checkpoint,
+    target: Path,
+    partial: Path,
+    assets: list[Path] | None,
+    tied: bool,
+    places: dict[str, Place],
+    heads: dict[str, bytes],
+    sizes: dict[str, int],
+    lines: list[str],
+) -> None:
+    """All that can be known to be wrong, before the first byte; then the small files."""
+    if target.exists():
+        raise ConvertError(f"{target} exists: nothing is overwritten")
+    assets = checkpoint.assets if assets is None else assets
+    files = export.small_files(checkpoint, assets, tied, {p.dtype for p in places.values()}, lines)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if partial.exists():
+        shutil.rmtree(partial)  # of a killed run
+    check_space(target.parent, sum(sizes.values()))
+    partial.mkdir()
+    try:
+        create_files(partial, heads, sizes)
+        write_index(partial, places)
+        for name, content in files.items():
+            sealed.write_bytes(partial / name, content)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _write(
+    checkpoint: Checkpoint,
+    links: list[Link],
+    partial: Path,
+    places: dict[str, Place],
+    group: dist.ProcessGroup,
+    doing: str,
+    quiet: bool,
+) -> None:
+    mine = share(jobs(checkpoint, links), lambda job: job.bytes, group.rank(), group.size())
+    total, shown = sum(job.bytes for job in mine), group.rank() == 0 and not quiet
+    read = checkpoint.reader.read
+    with (
+        together(group, doing),
+        TensorWriter(partial, places) as writer,
+        progress(total, "to Hugging Face", shown) as done,
+    ):
+        for job in mine:
+            if job.carried is not None:
+                writer.write(job.carried, read(CARRIED_PREFIX + job.carried))
+            elif job.link.counted:
+                ours = read(weight_key(job.link.ours), job.first, job.last)
+                for name, tensor in job.link.make_theirs(ours, job.first):
+                    writer.write(name, tensor, 0 if job.link.separate else job.first)
+            else:
+                for name, tensor in job.link.make_theirs(read(weight_key(job.link.ours)), 0):
+                    writer.write(name, tensor)
+            done(job.bytes)

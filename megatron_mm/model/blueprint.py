@@ -1,0 +1,31 @@
+"""The parameters of a model without the model: names and whole shapes, from its config alone.
+
+The model's own constructors run, on one rank, with tensors that have a shape but no memory;
+so there is no second description of what a model is made of. 80B parameters take a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch._C._distributed_c10d import FakeProcessGroup
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_mm.config import ModelConfig, RunConfig
+from megatron_mm.model.backend import choose
+from megatron_mm.model.core_config import language_config
+from megatron_mm.model.multimodal import MultimodalModel
+from megatron_mm.parallel.layout import ParamLayout, layouts
+
+
+def blueprint(model: ModelConfig) -> dict[str, ParamLayout]:
+    """Global name -> layout of every parameter, as one rank would hold it. Needs no job."""
+    pg = ProcessGroupCollection()
+    for field in fields(ProcessGroupCollection):
+        setattr(pg, field.name, FakeProcessGroup._create_internal(0, 1))
+    run = RunConfig(model=model)
+    # What megatron-core compares with a number as it is built (a range of local experts) is real.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        built = MultimodalModel(run, pg, language_config(run), choose(run.backend))
+    return {name: layout for name, _, layout in layouts(built)}

@@ -1,0 +1,81 @@
+"""What a run starts from: nothing, a checkpoint to go on from, or weights of another."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mm.checkpoint import sharded
+from megatron_mm.config import CheckpointConfig
+from megatron_mm.convert.live import load_hf
+from megatron_mm.convert.source import NOTES
+from megatron_mm.data.loader import TrainLoader
+from megatron_mm.train.engine import Engine
+
+
+@dataclass
+class Start:
+    """
+    Attributes:
+        iteration: optimizer steps done.
+        seconds: of training, so far.
+        notes: of a conversion, for the way back.
+    """
+
+    iteration: int = 0
+    seconds: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def start(
+    engine: Engine, loader: TrainLoader, checkpoint: CheckpointConfig, image_token: int
+) -> Start:
+    """Load what the settings name into the engine and, to go on, the loader. Every rank calls it.
+
+    Raises:
+        CheckpointError: on every rank, before anything has changed.
+    """
+    if checkpoint.load_hf:
+        found = load_hf(engine, Path(checkpoint.load_hf), image_token)
+        _tell(found.initialized, found.ignored)
+        return Start(notes=found.notes)
+    if not checkpoint.load:
+        return Start()
+    state = sharded.load(engine, Path(checkpoint.load), finetune=checkpoint.finetune)
+    extra = state["extra"]
+    notes = extra.get(NOTES, {})
+    if checkpoint.finetune:
+        _tell(state["initialized"], state["ignored"])
+        return Start(notes=notes)
+    loader.load_state_dict(state["loader"])
+    _tell_order(extra.get("data"), loader.order)
+    return Start(state["iteration"], extra.get("seconds", 0.0), notes)
+
+
+def _tell(initialized: list[str], ignored: list[str], most: int = 4) -> None:
+    """What a start from other weights left as it was, and what it left out."""
+    for names, what in (
+        (initialized, "new in this model, as initialised"),
+        (ignored, "not trained by this model, left out"),
+    ):
+        if names and dist.get_rank() == 0:
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            print(f"{what}: {', '.join(names[:most])}{more}", file=sys.stderr)
+
+
+def _tell_order(saved: dict | None, here: dict) -> None:
+    """Say so if the numbers in the loader's state now mean other samples."""
+    if saved is None or saved == here or dist.get_rank():
+        return
+    what = next(key for key in here if saved.get(key) != here[key])
+    print(
+        f"warning: the data's order is not the checkpoint's: {what} was "
+        f"{json.dumps(saved.get(what))} and is {json.dumps(here[what])}; samples may be "
+        "repeated or left out",
+        file=sys.stderr,
+    )

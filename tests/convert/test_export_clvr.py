@@ -1,0 +1,213 @@
+"""A folder that carries its own code computes what we compute, and says what we say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from batches import small_run
+from folders import assert_same, planned, read_all, to_checkpoint, to_folder
+from megatron.core import parallel_state
+from PIL import Image
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from megatron_mm.checkpoint import sharded
+from megatron_mm.config import ParallelConfig, RunConfig
+from megatron_mm.convert import parity, to_hf
+from megatron_mm.convert.source import travelling
+from megatron_mm.data.collate import collate
+from megatron_mm.data.layout import image_settings
+from megatron_mm.data.sample import SampleBuilder
+from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from megatron_mm.parallel import groups
+from megatron_mm.parallel.layout import layouts
+from megatron_mm.train.engine import Engine
+from megatron_mm.train.generate import generate
+
+# A look between a mixer and its experts, two in flight at once, one injected at once.
+PATTERN = "GE L *LE GE J *E J GE LJ"
+NEW_TOKENS = 64
+SIZES = [(16, 16), (48, 16), (16, 33), (70, 40)]  # pixels; tiles are 16 wide
+
+
+def make_tokenizer(folder: Path) -> None:
+    model = FastTokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    model.train_from_iterator(["user assistant what stands in cell"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
+    special = list(SPECIAL_TOKENS.values())
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.pad_token = SPECIAL_TOKENS["pad_id"]
+    tokenizer.save_pretrained(folder)
+
+
+def prompts(folder: Path) -> list[dict]:
+    """Eight rows: no image, one, two; of several tile counts, at the front and later."""
+    g = np.random.default_rng(0)
+    for number, (width, height) in enumerate(SIZES):
+        pixels = g.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    texts = [
+        ("what stands in cell 3?", []),
+        ("<image>what is it?", [0]),
+        ("<image>and here?", [1]),
+        ("look at this: <image> what stands there?", [2]),
+        ("<image>", [3]),
+        ("<image>and<image>are they the same?", [1, 2]),
+        ("first <image>, then <image>: which is larger?", [3, 0]),
+        ("a b c d e f g h", []),
+    ]
+    return [
+        {
+            "messages": [{"role": "user", "content": text}],
+            "images": [f"{number}.png" for number in images],
+        }
+        for text, images in texts
+    ]
+
+
+def clvr_run(folder: Path, stream: str, memory: str) -> RunConfig:
+    run = small_run(PATTERN, image_stream=stream, vision_memory=memory)
+    run.model.language.vocab_size = 288
+    run.data.tokenizer_model = str(folder)
+    run.data.max_num_tiles, run.data.seq_length = 4, 512
+    return run
+
+
+@torch.no_grad()
+def randomise(engine: Engine) -> None:
+    """No norm and no look at its start; what the model says depends on what it sees."""
+    g = torch.Generator().manual_seed(5)
+    for name, param, _ in layouts(*engine.chunks):
+        if param.dim() == 1:
+            param.add_(torch.empty_like(param).normal_(0.0, 0.2, generator=g))
+        elif ".looks." in name and name.endswith("linear_proj.weight"):
+            param.normal_(0.0, 0.3, generator=g)
+        elif "vit" in name or "projector" in name:
+            param.mul_(3)
+        elif name.startswith("embedding"):  # else a token mostly repeats itself
+            param.mul_(0.3)
+
+
+@pytest.fixture(scope="module", params=[("thumbnail", "tiles"), ("all", "thumbnail")])
+def exported(request, tmp_path_factory):
+    """(run, engine, folder of its tokenizer, rows, checkpoint `mega` and export `hf`)"""
+    root = tmp_path_factory.mktemp("clvr")
+    for name in ("tokenizer", "rows"):
+        (root / name).mkdir()
+    make_tokenizer(root / "tokenizer")
+    prompts(root / "rows")  # writes the images
+    run = clvr_run(root / "tokenizer", *request.param)
+    groups.start(ParallelConfig())
+    engine = Engine.create(run, groups.build(run.parallel))
+    randomise(engine)
+    sharded.save(engine, {}, root / "mega", 7)
+    to_folder(root / "mega", root / "hf")
+    yield run, engine, root
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def load(folder: Path):
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, attn_implementation="eager"
+    ).eval()
+
+
+def test_greedy_tokens(exported):
+    """Eight prompts of different lengths and images in one padded batch, as a user would."""
+    run, engine, root = exported
+    rows = prompts(root / "rows")
+    tokenizer, settings = load_tokenizer(root / "tokenizer"), image_settings(run)
+    builder = SampleBuilder(run, tokenizer)
+    samples = [builder.prompt(row, "row", root / "rows") for row in rows]
+    batch = collate(samples, settings=settings, pad_id=tokenizer.pad_id)
+    engine.training(False)
+    (ours,) = generate(
+        engine, [batch], stop_id=-1, pad_id=tokenizer.pad_id, max_new_tokens=NEW_TOKENS
+    )
+    processor = AutoProcessor.from_pretrained(root / "hf", trust_remote_code=True)
+    chats = [
+        processor.apply_chat_template(row["messages"], add_generation_prompt=True) for row in rows
+    ]
+    images = [Image.open(root / "rows" / name) for row in rows for name in row["images"]]
+    inputs = processor(images=images, text=chats)
+    for sample, ids, mask in zip(
+        samples, inputs["input_ids"], inputs["attention_mask"], strict=True
+    ):
+        assert ids[mask.bool()].tolist() == sample.tokens_T.tolist()
+    for mine, theirs in (
+        (batch.pixels_NCHW, "pixel_values"),
+        (batch.stream_tiles, "stream_tiles"),
+        (batch.memory_tiles, "memory_tiles"),
+        (batch.memory_coordinates_M2, "memory_coordinates"),
+    ):
+        assert torch.equal(inputs[theirs], mine), theirs
+    hf = load(root / "hf")
+    begin = inputs["input_ids"].shape[1]
+    found = hf.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert found[:, begin:].tolist() == ours.tolist()
+    # Not one answer for all, nor one token for ever.
+    assert len({tuple(row) for row in ours.tolist()}) >= 6 and len(ours.unique()) > 30
+    blind = dict(inputs) | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
+    other = hf.generate(**blind, max_new_tokens=NEW_TOKENS, do_sample=False)
+    changed = (other != found).any(1).tolist()
+    assert changed == [bool(row["images"]) for row in rows]
+
+
+def test_every_layer(exported):
+    run, engine, root = exported
+    checkpoint = to_hf.open_checkpoint(root / "mega")
+    theirs = parity.load_transformers(root / "hf", trust_remote_code=True)
+    ours = parity.our_model(checkpoint, engine.groups)
+    image = json.loads((root / "hf" / "config.json").read_text())["image_token_id"]
+    cases = parity.built_in_cases(RunConfig(model=run.model), image)
+    tokenizer = load_tokenizer(root / "hf")  # what travelled along
+    given = (tokenizer, "what stands here?", root / "rows" / "1.png")
+    cases.append(parity.given_case(RunConfig(model=run.model), *given))
+    found = list(
+        parity.compare_outputs(checkpoint, ours, theirs, RunConfig(model=run.model), cases)
+    )
+    assert len(found) == 4 * 6 and max(f.size for f in found) <= parity.TOLERANCE, found
+    with torch.no_grad():  # a look that sees something else is noticed where it is injected
+        theirs.clvr.looks["0"].linear_kv.weight.mul_(1.01)
+    found = list(
+        parity.compare_outputs(checkpoint, ours, theirs, RunConfig(model=run.model), cases[1:])
+    )
+    first = next(f for f in found if f.size > parity.TOLERANCE)
+    assert first.where == "layer 3"
+
+
+def test_round_trip(exported, tmp_path):
+    """Read again, it is the same model with the same looks, and the same tensors."""
+    run, _, root = exported
+    source, plan, _ = planned(root / "hf")
+    assert not plan.new and source.model.fusion == run.model.fusion
+    assert source.model.hybrid_layer_pattern == PATTERN
+    to_checkpoint(root / "hf", tmp_path / "again")
+    to_folder(tmp_path / "again", tmp_path / "hf")
+    assert_same(read_all(tmp_path / "hf"), read_all(root / "hf"))
+    names = {path.name for path in travelling(root / "hf")}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
+
+
+def test_nothing_runs_unasked(exported):
+    _, _, root = exported
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoConfig.from_pretrained(root / "hf", trust_remote_code=False)

@@ -1,0 +1,168 @@
+"""The table against what does not come from it: weights copied by hand, transformers' own names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from batches import small_model
+from folders import SIX_B, base_model, planned, save_fused
+from hf_weights import OURS_ALONE, copy_weights
+
+from megatron_mm.config import ParallelConfig, RunConfig, preset, to_transformers_dict, without_clvr
+from megatron_mm.convert import plan as planning
+from megatron_mm.convert import report
+from megatron_mm.convert.errors import ConvertError
+from megatron_mm.convert.plan import LOOKS, PROJECTOR, find_row, read_plan, write_links
+from megatron_mm.convert.table import ROWS
+from megatron_mm.convert.transforms import ByHead, Joined, Stacked, Transform
+from megatron_mm.model.blueprint import blueprint
+from megatron_mm.model.multimodal import build
+from megatron_mm.parallel import groups
+
+MODELS = {"300M and CLVR": small_model(), "6B": replace(base_model(**SIX_B))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("hf")
+    return made, save_fused(made)
+
+
+@pytest.fixture
+def by_hand(folder):
+    """(our tensors as tests/hf_weights.py copies them, the folder)"""
+    path, hf = folder
+    groups.start(ParallelConfig())
+    model = build(RunConfig(model=base_model()), groups.build(ParallelConfig()).pg)[0]
+    copy_weights(hf, model)
+    yield dict(model.named_parameters()), path
+    groups.stop()
+
+
+def differing(by_hand) -> list[str]:
+    """Names of ours that the table makes otherwise than the copy by hand."""
+    expected, path = by_hand
+    source, plan, _ = planned(path)
+    made = {k.ours: k.make_ours(source.read, 0, k.shape[0]) for k in plan.links}
+    assert made.keys() == {n for n in expected if not n.startswith(OURS_ALONE)}
+    return [n for n, t in made.items() if not torch.equal(t.flatten(), expected[n].flatten())]
+
+
+def test_the_table_makes_what_is_copied_by_hand(by_hand):
+    assert differing(by_hand) == []
+
+
+def test_two_experts_exchanged_are_noticed(by_hand, monkeypatch):
+    named = planning.Link.named
+
+    def exchanged(link, expert):
+        return named(link, {0: 1, 1: 0}.get(expert, expert))
+
+    monkeypatch.setattr(planning.Link, "named", exchanged)
+    assert len(differing(by_hand)) == 8  # gate_up and down of four layers
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)))
+def test_no_row_can_be_missing(folder, number):
+    """Each serves a tensor, and without it nothing is converted."""
+    rows = [row for i, row in enumerate(ROWS) if i != number]
+    served = []
+    for model in MODELS.values():
+        parameters = blueprint(model)
+        served += [n for n in parameters if find_row(n, ROWS)[0] is ROWS[number]]
+        if not served:
+            continue
+        with pytest.raises(ConvertError, match="in no row of the table"):
+            write_links(model, parameters, "transformers", rows=rows)
+        with pytest.raises(ConvertError, match="in no row of the table"):
+            read_plan(model, parameters, {}, rows=rows)
+        break
+    assert served
+
+
+def test_no_tensor_is_served_twice():
+    for model in MODELS.values():
+        for spelling in ("transformers", "stacked", "internvl"):
+            links = write_links(model, blueprint(model), spelling)
+            names = [name for link in links for name, _ in link.theirs()]
+            assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    "transform, shape",
+    [
+        (Transform(), (3, 4)),
+        (Stacked(2), (2, 5, 3)),
+        (Joined(), (2, 5, 3)),
+        (ByHead(3, (2, 1, 4)), (21, 5)),
+        (ByHead(3, (2, 1, 4), fused=True), (21,)),
+        (ByHead(4, (2, 2, 3), fused=True, unit=True), (28, 6)),
+    ],
+)
+def test_transforms_are_their_own_inverse(transform, shape):
+    """Both ways round, on numbers that are all different."""
+    ours = torch.randperm(torch.Size(shape).numel()).view(shape)
+    theirs = transform.theirs(ours)
+    assert [tuple(t.shape) for t in theirs] == transform.shapes(shape)
+    assert torch.equal(transform.ours(theirs, shape), ours)
+    assert torch.equal(transform.ours(theirs, shape, torch.zeros_like(ours)), ours)
+    again = transform.theirs(transform.ours([t + 1000 for t in theirs], shape))
+    assert all(torch.equal(a, b + 1000) for a, b in zip(again, theirs, strict=True))
+
+
+def test_heads_that_do_not_make_the_shape_are_refused():
+    with pytest.raises(ValueError, match="3 heads of 7 rows"):
+        ByHead(3, (2, 1, 4)).shapes((20, 5))
+
+
+def shapes_of(links) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for link in links for name, shape in link.theirs()}
+
+
+def meta(words: dict) -> list[dict[str, tuple[int, ...]]]:
+    """Of transformers' model: [names inside it, names as it saves them], with shapes."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("meta_names.py")],
+        input=json.dumps(words),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [{n: tuple(s) for n, s in found.items()} for found in json.loads(done.stdout)]
+
+
+def total(shapes: dict) -> int:
+    return sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+
+
+def test_the_published_80b_and_6b():
+    """Every tensor of the real sizes, by name and shape, from the config alone."""
+    model = preset("mm-80b")
+    base = replace(model, hybrid_layer_pattern=without_clvr(model.hybrid_layer_pattern))
+    words = to_transformers_dict(base, image_token_id=151671)
+    inside, saved = meta(words)
+    parameters = blueprint(model)
+    clvr = [n for n in parameters if n.startswith(LOOKS)]
+    base_parameters = {n: p for n, p in parameters.items() if n not in clvr}
+    assert shapes_of(write_links(base, base_parameters, "stacked")) == inside
+    assert shapes_of(write_links(base, base_parameters, "transformers")) == saved
+    fused = report.published(base, base_parameters, separate=False)
+    assert report.totals(fused, 2) == (len(saved), total(saved))
+    assert len(saved) > 74_000 and total(saved) > 170e9
+
+    _, published = meta(to_transformers_dict(replace(base, vision=None)))
+    needed = {n: p for n, p in base_parameters.items() if not n.startswith(PROJECTOR)}
+    apart = report.published(base, needed, separate=True)
+    found = shapes_of(apart)
+    assert {n: s for n, s in found.items() if n in published} == published
+    # of the ViT, as released: 45 layers of 13 tensors (weight of qkv, weight and bias of three
+    # linears, four norms' weights, two scales) and 4 of the embedding
+    assert len(found) - len(published) == 45 * 13 + 4
+    vision = {n: s for n, s in inside.items() if n.startswith("model.vision_tower.")}
+    assert report.totals(apart, 2) == (len(found), total(published) + total(vision))

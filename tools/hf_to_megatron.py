@@ -1,0 +1,127 @@
+"""A Hugging Face folder to a megatron checkpoint, exactly.
+
+    python tools/hf_to_megatron.py --hf DIR --out DIR
+    torchrun --nproc-per-node 8 tools/hf_to_megatron.py --hf QWEN3_NEXT --hf-vision INTERNVIT \\
+        --out DIR --tensor-model-parallel-size 4 --expert-model-parallel-size 8
+    python tools/hf_to_megatron.py --hf DIR --out DIR --dry-run
+
+Two folders start a fusion: the projector is new, and so is CLVR where
+`--hybrid-layer-pattern` has looks; both are drawn from `--seed` and named in the report. What
+is written loads on any layout (`--finetune --load DIR`); the layout flags are checked against
+the model's sizes and noted. A dry run writes nothing and needs no weights: config.json will do.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_mm.config import (
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    data_parallel_size,
+    from_dict,
+    to_dict,
+    validate,
+    without_clvr,
+)
+from megatron_mm.config.flags import parse_flags
+from megatron_mm.config.tree import merge
+
+
+def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
+    """The folder's model with what flags add to it, on the layout that they describe.
+
+    Raises ConfigError for a flag that says nothing about either, and for sizes that do not fit.
+    """
+    tree = to_dict(RunConfig(model=model))
+    for path, value in parse_flags(argv).values.items():
+        known = path[:2] == ("model", "fusion") or path[-1] in ("hybrid_layer_pattern", "seed")
+        if path[0] != "parallel" and not known:
+            flag = "--" + path[-1].replace("_", "-")
+            raise ConfigError(
+                f"{flag} is not for converting; allowed: the layout, --seed, "
+                "--hybrid-layer-pattern and how images enter"
+            )
+        for key in reversed(path):
+            value = {key: value}
+        tree = merge(tree, value)
+    run = from_dict(RunConfig, tree)
+    pattern = without_clvr(run.model.hybrid_layer_pattern)
+    if pattern != without_clvr(model.hybrid_layer_pattern):
+        raise ConfigError(
+            f"--hybrid-layer-pattern has the layers {pattern}, the folder's model "
+            f"{without_clvr(model.hybrid_layer_pattern)}; allowed: the same with L and J between"
+        )
+    p = run.parallel
+    dense = p.tensor_model_parallel_size * p.context_parallel_size
+    etp = p.expert_tensor_parallel_size or p.tensor_model_parallel_size
+    experts = etp * p.expert_model_parallel_size
+    world = p.pipeline_model_parallel_size * math.lcm(dense, experts)
+    batch = data_parallel_size(run, world) * p.pipeline_model_parallel_size
+    run.training = replace(run.training, global_batch_size=batch)
+    validate(run, world)
+    run.training = TrainingConfig(seed=run.training.seed)
+    return run
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0; 1 if a folder cannot be read or written; 2 for wrong settings."""
+    # megatron-core's notices, as in training
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    from megatron_mm import platform
+
+    platform.install()
+
+    from megatron_mm.checkpoint.errors import CheckpointError, together
+    from megatron_mm.convert import report, to_megatron
+    from megatron_mm.convert.job import DTYPES, Parser, run_job
+    from megatron_mm.convert.source import check_source, has_weights, open_source
+    from megatron_mm.model.blueprint import blueprint
+
+    parser = Parser(__doc__)
+    parser.add_argument("--hf", type=Path, required=True)
+    parser.add_argument("--hf-vision", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as the folder has it")
+    parser.add_argument("--dry-run", action="store_true")
+
+    def work(group) -> list[str]:
+        args, rest = parser.parse_known_args(argv)
+        dtype = DTYPES.get(args.dtype)
+        folders = [args.hf] if args.hf_vision is None else [args.hf, args.hf_vision]
+        with together(group, f"cannot convert {args.hf}"):
+            weights = not args.dry_run or any(has_weights(folder) for folder in folders)
+            source = open_source(args.hf, args.hf_vision, weights=weights)
+        run = target_run(source.model, rest)
+        source.model = run.model
+        parameters = blueprint(run.model)
+        if not weights:
+            return report.expected_lines(source, parameters, args.hf_vision is not None)
+        plan = source.plan(parameters)
+        lines = report.plan_lines(source, plan, dtype)
+        if args.dry_run:
+            if plan.problem():
+                print("\n".join(lines))
+                raise CheckpointError(f"{args.hf}: {plan.problem()}")
+            return [*lines, "dry run: nothing was written"]
+        with together(group, f"cannot convert {args.hf}"):
+            check_source(source, plan)
+        run.training.bf16 = to_megatron.dtype_of(source, plan, dtype) == DTYPES["bf16"]
+        made = to_megatron.convert(source, plan, parameters, run, args.out, group, dtype=dtype)
+        return [*lines, f"converted: {made}"]
+
+    return run_job(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
