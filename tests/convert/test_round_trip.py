@@ -22,6 +22,7 @@ from folders import (
     through_training,
     to_checkpoint,
     to_folder,
+    weights,
 )
 from hf_weights import transformers_model
 from megatron.core import dist_checkpointing, parallel_state
@@ -33,6 +34,7 @@ from megatron_mm.config import ParallelConfig, RunConfig
 from megatron_mm.convert import to_hf, to_megatron
 from megatron_mm.model.multimodal import build
 from megatron_mm.parallel import groups
+from megatron_mm.parallel.layout import layouts
 from megatron_mm.train.engine import Engine
 
 TP, PP, EP, VPP, ETP = (
@@ -198,17 +200,27 @@ def test_a_fusion_starts_from_two_folders(job, tmp_path):
     assert len(found) == len(text) + len(expected) + 6 and vision
 
 
-def same_blocks(folder: Path, first: Path, second: Path) -> None:
-    to_checkpoint(folder, first, {TP: 2, EP: 2, ETP: 1})
-    if dist.get_rank() == 0:
-        assert second.is_dir()
+def on_pp4(*folders: Path) -> list[dict[str, torch.Tensor]]:
+    """The whole parameters of an engine after each load."""
+    _, sizes = layout(1, 4, 1)
+    model = to_hf.open_checkpoint(folders[0]).model
+    run = RunConfig(model=model, parallel=ParallelConfig(**sizes))
+    engine = Engine.create(run, groups.build(run.parallel))
+    found = []
+    for folder in folders:
+        sharded.load(engine, folder, finetune=True)
+        found.append(weights(engine))
+        for _, param, _ in layouts(*engine.chunks):
+            param.data.zero_()
+    return found if dist.get_rank() == 0 else []
 
 
 def test_layouts_of_conversion_do_not_matter(ranks, source, tmp_path):
-    """TP2 x EP2 by two ranks, one rank alone: the same tensors, read here block by block."""
+    """TP2 x EP2 by two ranks, one rank alone: the same tensors, read by PP4 and block by block."""
     folder, _ = source("fp32", 1)
     ranks(1, to_checkpoint, folder, tmp_path / "one")
-    ranks(2, same_blocks, folder, tmp_path / "two", tmp_path / "one")
+    ranks(2, to_checkpoint, folder, tmp_path / "two", {TP: 2, EP: 2, ETP: 1})
+    assert_same(*ranks(4, on_pp4, tmp_path / "one", tmp_path / "two")[0])
     one, two = (to_hf.open_checkpoint(tmp_path / name) for name in ("one", "two"))
     for name in one.parameters:
         assert torch.equal(*(c.reader.read(f"model.{name}") for c in (one, two))), name
