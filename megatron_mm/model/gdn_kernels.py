@@ -7,7 +7,7 @@ Per head, with decay a_t = exp(g_t), write strength b_t, key k_t, value v_t, que
 
 Within a chunk whose first state is S, with G the running sum of g, D_ij = exp(G_i - G_j):
 
-    (I + A) U = b V - b e^G K S      A = strictly lower part of b (K K^T) D
+    U = T (b V - b e^G K S)          T = (I + A)^-1, A = strictly lower part of b (K K^T) D
     O = e^G Q S + P U                P = lower part of (Q K^T) D
     S' = e^{G_C} S + (e^{G_C - G} K)^T U
 
@@ -86,11 +86,13 @@ def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
 
 
-def _solve(system: torch.Tensor, right: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-    """(I + A)^-1 right, or with (I + A)^T; only what is below A's diagonal is read."""
-    if transposed:
-        system = system.transpose(-1, -2)
-    return torch.linalg.solve_triangular(system, right, upper=transposed, unitriangular=True)
+def _inverse(system: torch.Tensor) -> torch.Tensor:
+    """(I + A)^-1; only what is below A's diagonal is read. Products with it are much faster than
+    a triangular solve for each of the three right sides."""
+    eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    return torch.linalg.solve_triangular(
+        system, eye.expand_as(system), upper=False, unitriangular=True
+    )
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -108,29 +110,53 @@ class _DeltaRule(torch.autograd.Function):
         k_t = k.transpose(-1, -2)
         linked = decay * _bmm(k, k_t).unsqueeze(2)  # A without beta, and with a diagonal
         scores = decay * _bmm(q, k_t).unsqueeze(2)
-        system = linked * beta.unsqueeze(-1)
-        new = _solve(system, value * beta.unsqueeze(-1))
+        inverse = _inverse(linked * beta.unsqueeze(-1))
+        new = _bmm(inverse, value * beta.unsqueeze(-1))
         first, reads, states = plan.active[0], None, None
         if len(plan.active) > 1:
             since = total[first:].exp().unsqueeze(-1)
             strength = beta[first:].unsqueeze(-1) * since
-            reads = _solve(system[first:], strength * k[first:].unsqueeze(2))
+            reads = _bmm(inverse[first:], strength * k[first:].unsqueeze(2))
             states = _scan(new, reads, k, total, plan)  # completes `new`
         out = _bmm(scores, new)
         if states is not None:
             out[first:] += _bmm(q[first:].unsqueeze(2) * since, states)
         ctx.plan = plan
         ctx.save_for_backward(
-            query, key, q_scale, k_scale, value, beta, total, decay, linked, new, reads, states
+            query,
+            key,
+            q_scale,
+            k_scale,
+            value,
+            beta,
+            total,
+            decay,
+            linked,
+            inverse,
+            new,
+            reads,
+            states,
         )
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        query, key, q_scale, k_scale, value, beta, total, decay, linked, new, reads, states = (
-            ctx.saved_tensors
-        )
+        (
+            query,
+            key,
+            q_scale,
+            k_scale,
+            value,
+            beta,
+            total,
+            decay,
+            linked,
+            inverse,
+            new,
+            reads,
+            states,
+        ) = ctx.saved_tensors
         plan, first = ctx.plan, ctx.plan.active[0]
         q, k, strength = query * q_scale, key * k_scale, beta.unsqueeze(-1)
         d_out = d_out.contiguous()
@@ -144,7 +170,7 @@ class _DeltaRule(torch.autograd.Function):
             _scan_backward(
                 q, k, total, d_out, new, reads, states, d_new, d_k, d_total, d_until, plan
             )  # completes d_new
-        d_right = _solve(linked * strength, d_new, transposed=True)
+        d_right = _bmm(inverse.transpose(-1, -2), d_new)
         # d_right U^T is minus the gradient of A, which is linked * beta below the diagonal.
         d_linked = _bmm(d_right, new.transpose(-1, -2)).neg_()
         scores.mul_(d_scores)

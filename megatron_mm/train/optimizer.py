@@ -13,7 +13,6 @@ from megatron.core.optimizer import (
     ParamKey,
     get_megatron_optimizer,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -126,10 +125,12 @@ def build_optimizer(
 
 def clip_and_step(optimizer: MegatronOptimizer, gradient_norm: float, clip_grad: float) -> None:
     """`optimizer.step()` with the norm already known. After `prepare_grads`."""
-    if clip_grad > 0.0:
+    scale = clip_grad / (gradient_norm + 1.0e-6)  # as clip_grad_by_total_norm_fp32 has it
+    if 0.0 < scale < 1.0:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, clip_grad, gradient_norm)
+            gradients = [p.grad for p in part.get_parameters() if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, scale)
     optimizer.step_with_ready_grads()
 
 
