@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import random
 import socket
 from pathlib import Path
 
@@ -173,10 +174,17 @@ def launched(port: int, flags: list[str]) -> tuple[int, str]:
         return load_tool().main(flags), out.getvalue()
 
 
+def free_port() -> int:
+    """Below those that the system hands out: gloo's connections take them meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+
+
 def test_the_tool_merges_on_two_tensor_parallel_ranks(ranks, adapted, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = ["--load", str(adapted[0]), "--save", str(tmp_path), "--tensor-model-parallel-size=2"]
     said = ranks(2, launched, port, flags)
     assert said == [(0, f"merged: {tmp_path}/iter_0000003\n"), (0, "")]
