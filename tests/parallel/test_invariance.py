@@ -23,8 +23,8 @@ from layouts import (
 from megatron_mm.config import RunConfig
 
 # fp32 sums in another order. The worst seen is 3.1e-6 (dt_bias and A_log, whose gradients are
-# differences of large terms); pipeline layouts are equal to the bit. A lost reduction or a detached tensor
-# gives more than 1e-2, as the tests at the end assert.
+# differences of large terms); pipeline layouts are equal to the bit. A lost reduction or a
+# detached tensor gives more than 1e-2, as the tests at the end assert.
 TOLERANCE = 1e-5
 BROKEN = 1e-2
 
