@@ -13,6 +13,8 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import logging
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -252,6 +254,14 @@ def _owner(path: str):
     module, _, cls = path.partition(":")
     owner = importlib.import_module(module)
     return getattr(owner, cls) if cls else owner
+
+
+def quiet() -> None:
+    """Silence megatron-core's notices about optional packages and its own interfaces. For entry
+    scripts, before `install`, whose imports already bring them."""
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def install() -> bool:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_mm import platform
 
+    platform.quiet()
     platform.install()
     import torch
 
@@ -78,11 +77,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    # megatron-core's and transformers' notices about packages that are not there
+    # notices about packages that are not there
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     result = json.dumps(_measure(args), indent=1)
     print(result)
     if args.json:

@@ -11,22 +11,16 @@ they part, with the relative difference. `--tensors-only` leaves the second half
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 if all is equal; 1 if something differs or cannot be read; 2 for wrong
     settings."""
-    # megatron-core's notices, as in training
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
     from megatron_mm import platform
 
+    platform.quiet()
     platform.install()
 
     from megatron_mm.config import ParallelConfig, RunConfig

@@ -13,10 +13,8 @@ the model's sizes and noted. A dry run writes nothing and needs no weights: conf
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,13 +71,9 @@ def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
 
 def main(argv: list[str]) -> int:
     """Exit status: 0; 1 if a folder cannot be read or written; 2 for wrong settings."""
-    # megatron-core's notices, as in training
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
     from megatron_mm import platform
 
+    platform.quiet()
     platform.install()
 
     from megatron_mm.checkpoint.errors import CheckpointError, together

@@ -11,21 +11,15 @@ checkpoint was converted from, or from `--assets`.
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0; 1 if a folder cannot be read or written; 2 for wrong settings."""
-    # megatron-core's notices, as in training
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
     from megatron_mm import platform
 
+    platform.quiet()
     platform.install()
 
     from megatron_mm.checkpoint.errors import CheckpointError, together

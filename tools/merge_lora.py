@@ -11,10 +11,8 @@ precision. The result holds weights only: a run starts from it with `--finetune 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,13 +66,9 @@ def stored_run(path: Path, stored: dict, given: RunConfig, world_size: int) -> R
 def main(argv: list[str]) -> int:
     """Exit status: 0; 1 if the checkpoint cannot be read or written; 2 for wrong settings."""
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    # megatron-core's notices, as in training
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
     from megatron_mm import platform
 
+    platform.quiet()
     platform.install()
 
     from megatron_mm.checkpoint import folders

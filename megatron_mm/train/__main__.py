@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 
 
 def main(argv: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
-    # megatron-core's notices about optional packages and about its own interfaces
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
     from megatron_mm.config import ConfigError, load, validate
 
     try:
@@ -27,6 +20,7 @@ def main(argv: list[str]) -> int:
 
     from megatron_mm import platform
 
+    platform.quiet()
     try:
         platform.install()
     except RuntimeError as error:
