@@ -51,7 +51,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "epsilon_high": 4.0,
         "filter_groups": False,
     },
-    # arXiv 2402.14740, section 3.2
+    # arXiv 2402.14740
     "rloo": _CLIP
     | {
         "advantage_estimator": "rloo",

@@ -39,13 +39,13 @@ def grpo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
 
 
 def dr_grpo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
-    """r - mean over the group: Dr. GRPO, arXiv 2503.20783, section 3.2."""
+    """r - mean over the group: Dr. GRPO, arXiv 2503.20783."""
     del std_floor
     return _zero_where_idle(rewards_PG, rewards_PG - _moments(rewards_PG)[0])
 
 
 def rloo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
-    """r - mean of the group's others: RLOO, arXiv 2402.14740, section 3.2. That is
+    """r - mean of the group's others: RLOO, arXiv 2402.14740. That is
     n / (n - 1) * (r - mean) of n valid rewards."""
     del std_floor
     count_P1 = _valid(rewards_PG).sum(1, keepdim=True)

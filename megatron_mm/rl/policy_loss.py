@@ -68,8 +68,8 @@ def clip(tokens: Tokens, rl: RLConfig) -> TokenLoss:
     """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A).
 
     GRPO, arXiv 2402.03300, eq. 3; with epsilon_high above epsilon DAPO's clip-higher, arXiv
-    2503.14476, eq. 8; with `delta` the dual clip, arXiv 1912.09729, eq. 5: where A < 0 the
-    loss is at most -delta A.
+    2503.14476, eq. 8; with `delta` the dual clip, arXiv 1912.09729: where A < 0 the loss is
+    at most -delta A.
     """
     return _clipped(ratio(tokens.logprobs_K - tokens.old_logprobs_K), tokens.advantages_K, rl)
 
@@ -111,7 +111,7 @@ def cispo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
 
 
 def reinforce(tokens: Tokens, rl: RLConfig) -> TokenLoss:
-    """-A log p, without any ratio: RLOO, arXiv 2402.14740, eq. 6 with section 3.2's advantage."""
+    """-A log p, without any ratio: the REINFORCE that RLOO, arXiv 2402.14740, goes back to."""
     del rl
     never_K = torch.zeros_like(tokens.mask_K)
     return TokenLoss(-tokens.advantages_K * tokens.logprobs_K, never_K, never_K)

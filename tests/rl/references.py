@@ -26,7 +26,7 @@ def token_loss(name, theta, frozen, case, rl, i, t):
     low, high = 1 - rl.epsilon, 1 + rl.epsilon_high
     if name == "clip":  # 2402.03300 eq. 3, 2503.14476 eq. 8
         value = min(r * advantage, clamp(r, low, high) * advantage)
-        if rl.delta is not None and advantage < 0:  # 1912.09729 eq. 5
+        if rl.delta is not None and advantage < 0:  # 1912.09729
             value = max(value, rl.delta * advantage)
         return -value
     if name == "gspo":  # 2507.18071 eq. 5 to 7: the ratio of the whole completion, no sg
