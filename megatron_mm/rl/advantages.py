@@ -111,6 +111,23 @@ def compute_advantages(
     return Advantages(advantages_PG, total_PG, kept_PG, _group_sums(total_PG, kept_PG))
 
 
+def component_sums(
+    rewards_PGC: torch.Tensor, failed_PGC: torch.Tensor, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """[numerator, denominator] of `rewards/<name>/mean` over the completions that each reward
+    could judge, and of `rewards/<name>/frac_failed` over all."""
+    sums = {}
+    for c, name in enumerate(names):
+        valid_PG = _valid(rewards_PGC[..., c]) & ~failed_PGC[..., c]
+        total = torch.where(valid_PG, rewards_PGC[..., c], 0.0).double().sum()
+        failed = failed_PGC[..., c].double()
+        sums[f"rewards/{name}/mean"] = torch.stack((total, valid_PG.double().sum()))
+        sums[f"rewards/{name}/frac_failed"] = torch.stack(
+            (failed.sum(), torch.ones_like(failed).sum())
+        )
+    return sums
+
+
 def keep_groups(metric_PG: torch.Tensor) -> torch.Tensor:
     """bool [P]: the groups to train on under DAPO's dynamic sampling, arXiv 2503.14476, eq. 11:
     those whose completions differ in `metric` (accuracy or reward), NaN left out."""

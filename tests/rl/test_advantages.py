@@ -10,6 +10,7 @@ import torch
 from megatron_mm.rl.advantages import (
     EPSILON,
     ESTIMATORS,
+    component_sums,
     compute_advantages,
     keep_groups,
     kl_in_reward,
@@ -132,6 +133,18 @@ def test_zero_groups_are_counted_among_those_alive():
     assert sums["frac_reward_zero_std"].tolist() == [2, 3]
     assert sums["reward_std"].tolist() == pytest.approx([math.sqrt(0.5), 3])
     assert sums["frac_reward_failed"].tolist() == [3, 8]
+
+
+def test_each_reward_is_reported_by_itself():
+    rewards, failed = parts([[[1.0, NAN], [0.0, 4.0], [NAN, NAN]]])
+    failed[0, 2, 0] = True
+    sums = component_sums(rewards, failed, ["exact", "other"])
+    assert {name: pair.tolist() for name, pair in sums.items()} == {
+        "rewards/exact/mean": [1.0, 2.0],
+        "rewards/exact/frac_failed": [1.0, 3.0],
+        "rewards/other/mean": [4.0, 1.0],
+        "rewards/other/frac_failed": [0.0, 3.0],
+    }
 
 
 def test_numbers_of_weights_and_rewards_must_agree():

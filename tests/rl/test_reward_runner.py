@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from megatron_mm.rl.errors import RLError
+from megatron_mm.rl.rewards import process
 from megatron_mm.rl.rewards.runner import RewardRunner
 
 HERE = Path(__file__).parent
@@ -188,6 +189,25 @@ def test_a_function_that_cannot_be_loaded_is_one_line_at_once(spec, message):
     with pytest.raises(RLError) as caught:
         RewardRunner([spec], num_workers=1)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_when_no_worker_can_be_started_again_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEAL", str(tmp_path / "seal"))
+    with RewardRunner(["unstartable.last_time"], num_workers=1) as runner:
+        found = score(runner, ["a", "b", "c"])
+        assert [f.reason for f in found.failures] == [
+            "the worker ended with exit code 5",
+            *["no reward worker can be started (3 tries)"] * 2,
+        ]
+        (tmp_path / "seal").unlink()
+        assert score(runner, ["a"]).failures[0].reason == "the worker ended with exit code 5"
+
+
+def test_a_module_that_takes_for_ever_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEAL", str(tmp_path / "slow"))
+    monkeypatch.setattr(process, "START_SECONDS", 1.0)
+    with pytest.raises(RLError, match="a reward worker cannot start: took longer than 1 s"):
+        RewardRunner(["unstartable.last_time"], num_workers=2)
 
 
 def test_columns_of_another_length_are_refused():

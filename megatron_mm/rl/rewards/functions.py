@@ -11,20 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mm.rl.errors import RLError
-from megatron_mm.rl.rewards import structured, text
+from megatron_mm.rl.rewards.text import text_of
 
-BUILT_IN: dict[str, Callable[..., Any]] = {
-    "exact": text.exact,
-    "scorer": text.scorer,
-    "multiple_choice": text.multiple_choice,
-    "numeric": structured.numeric,
-    "math": structured.math_equal,
-    "box_iou": structured.box_iou,
-    "anls": text.anls,
-    "tags": text.tags,
-    "pattern": text.pattern,
-    "soft_overlong": text.soft_overlong,
-    "json_match": structured.json_match,
+_HERE = "megatron_mm.rl.rewards"
+
+# Name: dotted path, so that only what is used is imported.
+BUILT_IN: dict[str, str] = {
+    "exact": f"{_HERE}.text.exact",
+    "scorer": f"{_HERE}.text.scorer",
+    "multiple_choice": f"{_HERE}.text.multiple_choice",
+    "numeric": f"{_HERE}.structured.numeric",
+    "math": f"{_HERE}.mathematics.math_equal",
+    "box_iou": f"{_HERE}.structured.box_iou",
+    "anls": f"{_HERE}.text.anls",
+    "tags": f"{_HERE}.text.tags",
+    "pattern": f"{_HERE}.text.pattern",
+    "soft_overlong": f"{_HERE}.text.soft_overlong",
+    "json_match": f"{_HERE}.structured.json_match",
 }
 
 
@@ -128,7 +131,7 @@ class RewardFunction:
         def of(column: str) -> Any:
             return given[column][i] if column in given else None
 
-        values = {"solution_str": text.text_of(given["completions"][i])}
+        values = {"solution_str": text_of(given["completions"][i])}
         values |= {key: of(key) for key in ("data_source", "ground_truth", "extra_info")}
         parameters = inspect.signature(self._function).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -146,9 +149,7 @@ def _finish(result: Any) -> Any:
 
 def load_function(path: str) -> Callable[..., Any]:
     """The function of a built-in name or dotted path. Raises RLError, in one line."""
-    if path in BUILT_IN:
-        return BUILT_IN[path]
-    module, _, name = path.rpartition(".")
+    module, _, name = BUILT_IN.get(path, path).rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:

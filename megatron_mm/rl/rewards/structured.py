@@ -1,15 +1,14 @@
-"""Rewards that read the completion as a number, as mathematics, as boxes or as JSON."""
+"""Rewards that read the completion as a number, as boxes or as JSON."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_mm.rl.rewards.text import Rewards, each, text_of
+from megatron_mm.rl.rewards.text import Rewards, each
 
 # A sign belongs to a number unless something stands right before it: 5-3 ends in 3.
 _NUMBER = (
@@ -42,26 +41,6 @@ def last_number(text: str) -> float | None:
         return None
     value = float(found[-1].replace(",", "").replace("\u2212", "-"))
     return value if math.isfinite(value) else None
-
-
-def math_equal(completions, ground_truth, **columns) -> Rewards:
-    """1 if the completion's answer equals the truth as mathematics (1/2, 0.5, \\frac12), by
-    math-verify; None where the truth cannot be read. The time limit is that of the call."""
-    from math_verify import parse, verify  # brings sympy, 2 s
-
-    # It warns of every call without a time limit of its own.
-    for name in ("math_verify.parser", "math_verify.grader"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-    def read(text: str) -> list[Any]:
-        return parse(text, parsing_timeout=None)
-
-    rewards: Rewards = []
-    for completion, truth in zip(completions, ground_truth, strict=True):
-        gold = [] if truth is None else read(str(truth)) or read(f"${truth}$")
-        answer = read(text_of(completion)) if gold else []
-        rewards.append(float(verify(gold, answer, timeout_seconds=None)) if gold else None)
-    return rewards
 
 
 def box_iou(completions, ground_truth, threshold: float | None = None, **columns) -> Rewards:
