@@ -97,6 +97,16 @@ def test_all_samples_may_fail(by_word):
     assert flat(found) == [None] * 5 and len(found.failures) == 5
 
 
+def test_a_reward_that_always_hangs_does_not_hold_up_the_step():
+    with RewardRunner(["misbehaving.by_word", "exact"], num_workers=2, timeout=0.2) as runner:
+        found = score(runner, ["sleep"] * 40, ground_truth=["sleep"] * 40)
+    reasons = [f.reason for f in found.failures]
+    late = reasons.count("took longer than 0.2 s")
+    assert 10 <= late <= 11 and len(reasons) == 40  # two workers may be at it together
+    assert reasons.count("given up after 10 calls that took longer than 0.2 s") == 40 - late
+    assert [row[1] for row in found.values] == [1.0] * 40
+
+
 def test_printing_megabytes_costs_nothing_and_shows_nothing(by_word, capfd):
     assert flat(score(by_word, ["print", "print"])) == [1.0, 1.0]
     shown = capfd.readouterr()

@@ -20,6 +20,7 @@ class Lost(NamedTuple):
     """In place of an answer: the worker has to be replaced."""
 
     reason: str
+    timed_out: bool = False
 
 
 class RewardProcess:
@@ -82,5 +83,6 @@ def answers(workers: Sequence[RewardProcess]) -> list[tuple[RewardProcess, Any]]
             except Exception:  # the pipe has closed, perhaps in the middle of an answer
                 found.append((worker, Lost(f"the worker {worker.how_it_ended()}")))
         elif time.monotonic() >= worker.deadline:
-            found.append((worker, Lost(f"took longer than {worker.limit:g} s")))
+            late = Lost(f"took longer than {worker.limit:g} s", timed_out=True)
+            found.append((worker, late))
     return found

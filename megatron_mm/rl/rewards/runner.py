@@ -13,43 +13,19 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_mm.rl.errors import RLError
 from megatron_mm.rl.rewards.functions import parse_specs
 from megatron_mm.rl.rewards.process import Lost, RewardProcess, answers
-from megatron_mm.rl.rewards.worker import Call, Ready, Score, one_line
+from megatron_mm.rl.rewards.result import Rewards, Task
+from megatron_mm.rl.rewards.worker import Call, Ready, one_line
 
+# Calls of one reward that may run out of time within one `score`: other ranks wait for this one,
+# and give up on it after `distributed_timeout_minutes`.
+MAX_TIMEOUTS = 10
 MAX_STARTS = 3  # failed starts in a row before the waiting samples are given up
-
-
-@dataclass(frozen=True)
-class Failure:
-    sample: int
-    name: str  # of the reward
-    reason: str
-
-
-@dataclass
-class Rewards:
-    """Of N samples and C rewards."""
-
-    names: list[str]
-    # NaN where a reward does not apply (None) and where it failed
-    values: list[list[float]]  # [N][C]
-    failed: list[list[bool]]  # [N][C]
-    failures: list[Failure] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # worker time by reward
-
-
-class _Task(NamedTuple):
-    """Some samples for one function."""
-
-    function: int
-    start: int
-    stop: int
 
 
 class RewardRunner:
@@ -134,30 +110,35 @@ class RewardRunner:
                     f"{key} has {len(values)} values, completions {count}; give one for each"
                 )
         given = {"completions": completions} | lists
-        nan, rewarded = float("nan"), range(len(self.names))
-        rewards = Rewards(
-            self.names,
-            [[nan for _ in rewarded] for _ in range(count)],
-            [[False for _ in rewarded] for _ in range(count)],
-            seconds=dict.fromkeys(self.names, 0.0),
-        )
+        rewards, rewarded = Rewards.empty(self.names, count), range(len(self.names))
         starts = range(0, count, self._batch_size)
         pending = deque(
-            _Task(f, i, min(i + self._batch_size, count)) for i, f in product(starts, rewarded)
+            Task(f, i, min(i + self._batch_size, count)) for i, f in product(starts, rewarded)
         )
         self._failed_starts = 0
+        self._timeouts = [0 for _ in rewarded]
         while pending or any(worker.task for worker in self._workers):
             self._fill_up()
             if not self._workers:
                 for task in pending:
-                    _record(rewards, task, f"no reward worker can be started ({MAX_STARTS} tries)")
+                    rewards.record(task, f"no reward worker can be started ({MAX_STARTS} tries)")
                 break
             for worker in self._workers:
-                if pending and worker.ready and worker.task is None:
-                    self._send(worker, pending.popleft(), given, rewards)
+                if worker.ready and worker.task is None:
+                    self._give_up(pending, rewards)
+                    if pending:
+                        self._send(worker, pending.popleft(), given, rewards)
             self._take_in(rewards)
         rewards.failures.sort(key=lambda f: (f.sample, self.names.index(f.name)))
         return rewards
+
+    def _give_up(self, pending: deque[Task], rewards: Rewards) -> None:
+        """Record, for the tasks that come next, rewards that hang again and again."""
+        while pending and self._timeouts[pending[0].function] >= MAX_TIMEOUTS:
+            reason = (
+                f"given up after {MAX_TIMEOUTS} calls that took longer than {self._timeout:g} s"
+            )
+            rewards.record(pending.popleft(), reason)
 
     def _fill_up(self) -> None:
         """Replace workers that are gone."""
@@ -185,7 +166,7 @@ class RewardRunner:
     def _send(
         self,
         worker: RewardProcess,
-        task: _Task,
+        task: Task,
         given: Mapping[str, Sequence[Any]],
         rewards: Rewards,
     ) -> None:
@@ -205,10 +186,10 @@ class RewardRunner:
             routed = None if routed is None else list(routed[part])
             worker.pipe.send(Call(function, *lists, columns, routed))
         except OSError:
-            _record(rewards, task, f"the worker {worker.how_it_ended()}")
+            rewards.record(task, f"the worker {worker.how_it_ended()}")
             self._lose(worker)
         except Exception as error:  # a value that cannot be pickled; nothing was written
-            _record(rewards, task, f"cannot be sent to a worker: {one_line(error)}")
+            rewards.record(task, f"cannot be sent to a worker: {one_line(error)}")
             worker.task = None
         worker.set_limit(self._timeout)
 
@@ -222,21 +203,11 @@ class RewardRunner:
             if worker.task is not None:
                 rewards.seconds[self.names[worker.task.function]] += time.monotonic() - worker.since
                 lost = isinstance(answer, Lost)
-                _record(rewards, worker.task, answer.reason if lost else answer)
+                self._timeouts[worker.task.function] += lost and answer.timed_out
+                rewards.record(worker.task, answer.reason if lost else answer)
                 worker.task = None
             if isinstance(answer, Lost) or not worker.ready:
                 self._lose(worker)
-
-
-def _record(rewards: Rewards, task: _Task, answer: list[Score] | str) -> None:
-    for place, sample in enumerate(range(task.start, task.stop)):
-        score = Score(None, answer) if isinstance(answer, str) else answer[place]
-        if score.reason is not None:
-            name = rewards.names[task.function]
-            rewards.failed[sample][task.function] = True
-            rewards.failures.append(Failure(sample, name, score.reason))
-        elif score.value is not None:
-            rewards.values[sample][task.function] = score.value
 
 
 def _closer(runner: weakref.ref[RewardRunner]) -> Callable[[], None]:
