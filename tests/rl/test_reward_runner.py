@@ -163,6 +163,27 @@ def test_routes_go_only_to_functions_that_name_them():
     assert found.values == [[12.0, 0.0], [24.0, 0.0]]
 
 
+def test_columns_go_only_to_functions_that_can_take_them():
+    """Built-in rewards name what they need: no image travels to them."""
+    column = [lambda: "cannot be sent"]
+    with RewardRunner(["exact", "misbehaving.batch_of"], num_workers=1) as runner:
+        found = score(runner, ["a"], ground_truth=["a"], images=column)
+    assert found.values[0][0] == 1.0 and found.failed == [[False, True]]
+
+
+def test_an_interrupted_call_leaves_nothing_behind(by_word, monkeypatch):
+    from megatron_mm.rl.rewards import runner
+
+    def interrupted(workers):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "answers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(by_word, ["die", "a"])
+    assert flat(score(by_word, ["a", "b"])) == [1.0, 1.0]
+
+
 def test_verls_compute_score():
     with RewardRunner(["misbehaving.compute_score"], num_workers=1) as runner:
         found = score(
@@ -192,6 +213,7 @@ def test_a_missing_column_is_a_recorded_failure():
         ("exact(1)", "cannot be read"),
         ("exact(ignore_case=f())", "cannot be read"),
         ("exact(**{})", "cannot be read"),
+        ("exact(ignorecase=True)", "takes no argument 'ignorecase'; it takes completions"),
         ("misbehaving.routes(key=1)", "takes no argument 'key'; it takes completions, routed"),
     ],
 )

@@ -95,12 +95,14 @@ class RewardFunction:
         self._verl = {"solution_str", "ground_truth"} <= parameters.keys()
         keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         unknown = [key for key in spec.options if key not in parameters]
-        if unknown and not keywords:
+        if unknown and (not keywords or spec.path in BUILT_IN):
             raise RLError(
                 f"reward {spec.path} takes no argument {unknown[0]!r}; "
                 f"it takes {', '.join(parameters)}"
             )
-        self.wants = None if keywords and not self._verl else frozenset(parameters)
+        # Built-in ones have **columns only to be called as TRL calls them.
+        named = self._verl or not keywords or spec.path in BUILT_IN
+        self.wants = frozenset(parameters) if named else None
         if self._verl:
             self.wants |= {"data_source", "extra_info"}
         self.wants_routes = "routed_experts" in parameters

@@ -100,8 +100,7 @@ class RewardRunner:
         Raises RLError if the arguments differ in length; never for what a function does.
         """
         count = len(completions)
-        columns = dict(columns or {})
-        lists = {"prompts": prompts, "completion_ids": completion_ids} | columns
+        lists = dict(columns or {}) | {"prompts": prompts, "completion_ids": completion_ids}
         if routed_experts is not None:
             lists["routed_experts"] = routed_experts
         for key, values in lists.items():
@@ -109,12 +108,14 @@ class RewardRunner:
                 raise RLError(
                     f"{key} has {len(values)} values, completions {count}; give one for each"
                 )
-        given = {"completions": completions} | lists
+        given = lists | {"completions": completions}
         rewards, rewarded = Rewards.empty(self.names, count), range(len(self.names))
         starts = range(0, count, self._batch_size)
         pending = deque(
             Task(f, i, min(i + self._batch_size, count)) for i, f in product(starts, rewarded)
         )
+        for worker in [w for w in self._workers if w.task]:  # an interrupted call's
+            self._lose(worker)
         self._failed_starts = 0
         self._timeouts = [0 for _ in rewarded]
         while pending or any(worker.task for worker in self._workers):
@@ -123,7 +124,7 @@ class RewardRunner:
                 for task in pending:
                     rewards.record(task, f"no reward worker can be started ({MAX_STARTS} tries)")
                 break
-            for worker in self._workers:
+            for worker in [*self._workers]:
                 if worker.ready and worker.task is None:
                     self._give_up(pending, rewards)
                     if pending:
@@ -156,7 +157,10 @@ class RewardRunner:
         worker.kill()
 
     def _first_answer(self, worker: RewardProcess) -> Ready:
-        answer = next((a for w, a in answers([worker]) if w is worker), None)
+        found = []
+        while not found:
+            found = answers([worker])
+        answer = found[0][1]
         if not isinstance(answer, Ready):
             reason = answer.reason if isinstance(answer, Lost) else answer
             raise RLError(f"a reward worker cannot start: {reason}")
