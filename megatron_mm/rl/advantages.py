@@ -55,9 +55,9 @@ def rloo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
 
 def reinforce_plus_plus(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
     """The reward itself: REINFORCE++, arXiv 2501.03262, still to be whitened over the tokens of
-    the whole batch (`whiten`)."""
+    all completions that are kept (`whiten`)."""
     del std_floor
-    return rewards_PG.nan_to_num(nan=0.0)
+    return rewards_PG.masked_fill(rewards_PG.isnan(), 0.0)
 
 
 # By name. REINFORCE++ with a baseline takes away the group's mean; both variants are whitened.
@@ -165,8 +165,8 @@ def _valid(rewards: torch.Tensor) -> torch.Tensor:
 
 def _idle(rewards_PG: torch.Tensor) -> torch.Tensor:
     """bool [P]: fewer than two valid rewards, or all of them equal: nothing to learn from."""
-    highest_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(1)
-    lowest_P = rewards_PG.nan_to_num(nan=torch.inf).amin(1)
+    highest_P = rewards_PG.masked_fill(rewards_PG.isnan(), -torch.inf).amax(1)
+    lowest_P = rewards_PG.masked_fill(rewards_PG.isnan(), torch.inf).amin(1)
     return (highest_P <= lowest_P) | (_valid(rewards_PG).sum(1) < 2)
 
 

@@ -48,8 +48,8 @@ class Tokens:
         return self.completion_K >= 0
 
     def of_completion(self, values_N: torch.Tensor) -> torch.Tensor:
-        """[K]: each token its completion's value (anything where there is none)."""
-        return values_N[self.completion_K.clamp(min=0)]
+        """[K]: each token its completion's value, 1 where there is none."""
+        return _of_completion(values_N, self.completion_K)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def loss_denominator(
     2503.20783, a constant in place of a completion's own length).
 
     Args:
-        lengths_N: of all completions of the minibatch on all ranks, those left out excepted.
+        lengths_N: of all completions of the minibatch on all ranks, those left out excepted. If
+            none is left it is 0, and so is every numerator.
     """
     if mode == "token-mean":
         return lengths_N.sum()
@@ -188,7 +189,7 @@ def truncated_importance_weights(
     """
     log_K = (old_logprobs_K - rollout_logprobs_K).detach()
     if level == "sequence":
-        log_K = completion_sums(log_K, completion_K, num_completions)[completion_K.clamp(min=0)]
+        log_K = _of_completion(completion_sums(log_K, completion_K, num_completions), completion_K)
     return ratio(log_K).clamp(max=threshold)
 
 
@@ -205,6 +206,11 @@ def completion_sums(
     here_K = completion_K >= 0
     sums_N = values_K.new_zeros(num_completions)
     return sums_N.index_add(0, completion_K[here_K], values_K[here_K])
+
+
+def _of_completion(values_N: torch.Tensor, completion_K: torch.Tensor) -> torch.Tensor:
+    # -1 takes the last one, which is no completion's; there may be none at all.
+    return torch.cat((values_N, values_N.new_ones(1)))[completion_K]
 
 
 def _cleaned(tokens: Tokens) -> Tokens:

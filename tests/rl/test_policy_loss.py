@@ -219,6 +219,22 @@ def test_what_is_left_out_is_not_there(policy):
 
 
 @pytest.mark.parametrize("policy", ["clip", "gspo", "sapo", "cispo", "reinforce"])
+@pytest.mark.parametrize("lengths", [[], [0, 4]])
+def test_a_part_without_a_token_adds_nothing(policy, lengths):
+    """A rank that holds none of a microbatch's tokens is given some other position."""
+    rl = resolve_algorithm(RLConfig(policy_loss=policy, beta=0.1))
+    logprobs = torch.tensor([-torch.inf], requires_grad=True)
+    anything, nothing = torch.tensor([torch.nan]), torch.tensor([-1])
+    tokens = Tokens(logprobs, anything, anything, nothing, torch.tensor(lengths), anything)
+    numerator, sums = policy_loss(tokens, rl)
+    numerator.backward()
+    assert numerator == 0 and logprobs.grad.tolist() == [0.0]
+    assert not any(pair.any() for pair in sums.values())
+    weights = truncated_importance_weights(anything, anything, nothing, 0, "sequence", 2.0)
+    assert weights.shape == (1,)
+
+
+@pytest.mark.parametrize("policy", ["clip", "gspo", "sapo", "cispo", "reinforce"])
 @pytest.mark.parametrize("advantage", [-1.0, 1.0])
 def test_a_ratio_far_off_gives_no_nan(policy, advantage):
     logprobs = torch.tensor([-0.1, -300.0, -0.1], requires_grad=True)
