@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_mm.rl.errors import RLError
+
 
 @dataclass(frozen=True)
 class RouteCounts:
@@ -24,6 +26,11 @@ class RouteCounts:
     counts: torch.Tensor
 
     def __add__(self, other: RouteCounts) -> RouteCounts:
+        if other.sizes != self.sizes:
+            raise RLError(
+                f"route counts of sizes {self.sizes} and {other.sizes} (layers, experts, skills, "
+                "tokens) cannot be added; count both for one model and one list of skills"
+            )
         cells = torch.cat((self.cells, other.cells))
         cells, where = cells.unique(return_inverse=True)
         counts = torch.zeros(len(cells), dtype=torch.int64)

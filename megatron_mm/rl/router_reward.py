@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_mm.rl.errors import RLError
+
 # Columns of the sums of `hit_sums`.
 HITS, CHANCE, COUNT, EARNED = range(4)
 
@@ -35,11 +37,18 @@ def hit_sums(
         fp64 [N, S, 4], summed over positions and layers: the share of the k slots that fell into
         the cluster of the position's skill, the share that a chance router would give it (the
         cluster's size over E), how many there were, and the first minus the second where correct.
+    Raises RLError for a labelled position whose route is no expert, as where none was recorded.
     """
     skills, layers, experts = member_SLE.shape
     sums = torch.zeros(num_completions * skills, 4, dtype=torch.float64, device=skill_T.device)
     labelled = (skill_T >= 0).nonzero().flatten()
     skill_T, routes_TLk = skill_T[labelled], routes_TLk[labelled].long()
+    odd = routes_TLk[(routes_TLk < 0) | (routes_TLk >= experts)]
+    if len(odd):
+        raise RLError(
+            f"{len(odd)} routes of labelled positions are no expert (the first is {int(odd[0])}, "
+            f"experts are 0 to {experts - 1}); label only positions whose routes were recorded"
+        )
     correct_T, row_T = correct_T[labelled], completion_T[labelled] * skills + skill_T
     size_SL = member_SLE.sum(2)
     for layer in range(layers):

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from megatron_mm.rl.errors import RLError
 from megatron_mm.rl.route_counts import (
     choose_clusters,
     count_routes,
@@ -74,6 +75,12 @@ def test_counts_are_those_of_a_loop_and_add_up():
     ]
     both = parts[0] + parts[1]
     assert torch.equal(both.cells, whole.cells) and torch.equal(both.counts, whole.counts)
+
+
+def test_counts_of_another_model_do_not_add():
+    other = count_routes(*routes_of("noise", 10, 0), E + 1, S, V)
+    with pytest.raises(RLError, match=r"\(2, 8, 4, 12\) and \(2, 9, 4, 12\)"):
+        counted("noise", 10) + other
 
 
 def test_lift_equals_its_definition():

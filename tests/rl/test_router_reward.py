@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron_mm.rl.errors import RLError
 from megatron_mm.rl.router_reward import (
     cluster_log_mass,
     hit_rates,
@@ -98,6 +99,16 @@ def test_never_below_zero_and_nothing_without_a_span():
     away[:, :, 0] = True
     missed = routes.masked_fill(routes == 0, 1)
     assert not router_reward(hit_sums(missed, skill, correct, completion, N, away)).any()
+
+
+@pytest.mark.parametrize("route", [-1, E])
+def test_a_route_that_was_not_recorded_is_no_expert(route):
+    routes, skill, correct, completion, member = make()
+    routes[skill == 1, 2, 0] = route
+    with pytest.raises(RLError, match=f"the first is {route}, experts are 0 to 7"):
+        hit_sums(routes, skill, correct, completion, N, member)
+    skill[skill == 1] = -1  # where nothing is labelled it does not matter
+    hit_sums(routes, skill, correct, completion, N, member)
 
 
 def mass(logits, s, cluster):
