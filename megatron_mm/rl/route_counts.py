@@ -58,10 +58,22 @@ def count_routes(
     vocab_size: int,
 ) -> RouteCounts:
     """Counts over positions. `routes_TLk`: int16 experts; `skill_T`: -1 is left out; `token_T`:
-    the token that stands at the position (what the router saw, not what was sampled there)."""
+    the token that stands at the position (what the router saw, not what was sampled there).
+    Raises RLError for one of them beyond its number, which would be counted as another's."""
     layers = routes_TLk.shape[1]
     here = skill_T >= 0
     routes_TLk, skill_T, token_T = routes_TLk[here].long(), skill_T[here], token_T[here]
+    for what, values, size in (
+        ("expert", routes_TLk, num_experts),
+        ("skill", skill_T, num_skills),
+        ("token", token_T, vocab_size),
+    ):
+        odd = values[(values < 0) | (values >= size)]
+        if len(odd):
+            raise RLError(
+                f"{len(odd)} routes name {what} {int(odd[0])}, there are 0 to {size - 1}; "
+                "count only what was recorded, with the sizes of its model"
+            )
     layer_L1 = torch.arange(layers).unsqueeze(1)
     cells = layer_L1 * num_experts + routes_TLk
     cells = cells * num_skills + skill_T[:, None, None]

@@ -77,6 +77,15 @@ def test_counts_are_those_of_a_loop_and_add_up():
     assert torch.equal(both.cells, whole.cells) and torch.equal(both.counts, whole.counts)
 
 
+def test_what_is_beyond_the_sizes_is_not_counted_as_another():
+    routes, skill, token = routes_of("noise", 10, 0)
+    for what, sizes in (("expert", (4, S, V)), ("skill", (E, 2, V)), ("token", (E, S, 5))):
+        with pytest.raises(RLError, match=f"routes name {what} "):
+            count_routes(routes, skill, token, *sizes)
+    with pytest.raises(RLError, match="routes name expert -1, there are 0 to 7"):
+        count_routes(routes.where(routes > 0, -1), skill, token, E, S, V)
+
+
 def test_counts_of_another_model_do_not_add():
     other = count_routes(*routes_of("noise", 10, 0), E + 1, S, V)
     with pytest.raises(RLError, match=r"\(2, 8, 4, 12\) and \(2, 9, 4, 12\)"):

@@ -63,7 +63,7 @@ def test_several_rewards_of_several_kinds():
 
 @pytest.fixture(scope="module")
 def by_word():
-    with RewardRunner(["misbehaving.by_word"], num_workers=2, timeout=1.0) as runner:
+    with RewardRunner(["misbehaving.by_word"], num_workers=2, timeout=2.0) as runner:
         yield runner
 
 
@@ -74,9 +74,9 @@ def by_word():
         ("exit", "SystemExit: 3"),
         ("die", "the worker ended with exit code 7"),
         ("segfault", "the worker ended with signal 11"),
-        ("sleep", "took longer than 1 s"),
-        ("regex", "took longer than 1 s"),
-        ("child", "took longer than 1 s"),
+        ("sleep", "took longer than 2 s"),
+        ("regex", "took longer than 2 s"),
+        ("child", "took longer than 2 s"),
     ],
 )
 def test_what_goes_wrong_costs_one_sample_its_reward(by_word, word, reason):
@@ -88,7 +88,7 @@ def test_what_goes_wrong_costs_one_sample_its_reward(by_word, word, reason):
     assert (failure.sample, failure.name) == (1, "by_word")
     assert failure.reason.startswith(reason) and "\n" not in failure.reason
     assert len(failure.reason) <= 300
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60  # it does not hang
     assert flat(score(by_word, ["a"] * 4)) == [1.0] * 4  # and nothing stays behind
 
 
@@ -98,12 +98,12 @@ def test_all_samples_may_fail(by_word):
 
 
 def test_a_reward_that_always_hangs_does_not_hold_up_the_step():
-    with RewardRunner(["misbehaving.by_word", "exact"], num_workers=2, timeout=0.2) as runner:
+    with RewardRunner(["misbehaving.by_word", "exact"], num_workers=2, timeout=1.0) as runner:
         found = score(runner, ["sleep"] * 40, ground_truth=["sleep"] * 40)
     reasons = [f.reason for f in found.failures]
-    late = reasons.count("took longer than 0.2 s")
+    late = reasons.count("took longer than 1 s")
     assert 10 <= late <= 11 and len(reasons) == 40  # two workers may be at it together
-    assert reasons.count("given up after 10 calls that took longer than 0.2 s") == 40 - late
+    assert reasons.count("given up after 10 calls that took longer than 1 s") == 40 - late
     assert [row[1] for row in found.values] == [1.0] * 40
 
 
@@ -272,7 +272,9 @@ def test_nothing_outlives_a_killed_trainer(tmp_path, words):
         [sys.executable, str(script), words], stdout=subprocess.PIPE, env=environment
     )
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    time.sleep(1)  # for the calls to begin
+    until = time.monotonic() + (30 if "child" in words else 1)  # for the calls to begin
+    while time.monotonic() < until and not sleepers():
+        time.sleep(0.1)
     family = {p.pid for p in psutil.Process(parent.pid).children(recursive=True)}
     assert set(pids) <= family and bool(sleepers()) == ("child" in words)
     parent.kill()
