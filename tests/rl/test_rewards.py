@@ -1,6 +1,8 @@
 """The built-in rewards, on answers as models write them."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -196,6 +198,16 @@ def test_where_the_truth_is_unknown_rewards_do_not_apply():
     for name in ("exact", "multiple_choice", "numeric", "math", "box_iou", "anls", "json_match"):
         assert one(name, "7", None) is None
     assert one("scorer", "7", None, scorer="exact") is None
+
+
+def test_the_readmes_example_is_a_reward():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def .*?)```", readme, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["short"](["q"], ["it is 7", "8"], [[1]], ground_truth=["7", "7"]) == [1.0, 0.0]
+    listed = readme.split("Built in, against")[1].split("Rewards run in")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == {*BUILT_IN, "ground_truth"}
 
 
 def test_names_and_options():

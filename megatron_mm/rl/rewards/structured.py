@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_mm.rl.rewards.text import Rewards, each
+from megatron_mm.rl.rewards.text import Values, each
 
 # A sign belongs to a number unless something stands right before it: 5-3 ends in 3.
 _NUMBER = (
@@ -20,7 +20,7 @@ _BOX = re.compile(r"[\[(]\s*" + r"[,\s)\](]+".join([r"(-?\d+(?:\.\d+)?)"] * 4) +
 
 def numeric(
     completions, ground_truth, tolerance: float = 1e-6, relative_tolerance: float = 0.0, **columns
-) -> Rewards:
+) -> Values:
     """1 if the completion's last number (in a \\boxed{} if there is one) is within tolerance +
     relative_tolerance * |truth| of the truth."""
 
@@ -43,7 +43,7 @@ def last_number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def box_iou(completions, ground_truth, threshold: float | None = None, **columns) -> Rewards:
+def box_iou(completions, ground_truth, threshold: float | None = None, **columns) -> Values:
     """Intersection over union of boxes [x1, y1, x2, y2], read from the text wherever four numbers
     stand in brackets. With several, boxes are paired for the highest sum, which is divided by the
     larger number of boxes. With a threshold, 1 where that mean reaches it, else 0."""
@@ -88,7 +88,7 @@ def _matched_iou(found: Sequence[Box], true: Sequence[Box]) -> float:
     return float(table[linear_sum_assignment(-table)].sum()) / max(table.shape)
 
 
-def json_match(completions, ground_truth, **columns) -> Rewards:
+def json_match(completions, ground_truth, **columns) -> Values:
     """The share of values that agree with the truth's, by their place in it; places that only one
     side has count as wrong. JSON may stand in a code block or behind some text."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_mm.data.scoring import score
 
 Completion = str | list[dict[str, Any]]
-Rewards = list[float | None]
+Values = list[float | None]
 
 
 def text_of(completion: Completion) -> str:
@@ -26,13 +26,13 @@ def each(
     completions: Sequence[Completion],
     ground_truth: Sequence[Any],
     compare: Callable[[str, Any], float],
-) -> Rewards:
+) -> Values:
     """`compare(text, truth)` of every completion whose truth is known."""
     pairs = zip(completions, ground_truth, strict=True)
     return [None if truth is None else float(compare(text_of(c), truth)) for c, truth in pairs]
 
 
-def exact(completions, ground_truth, ignore_case: bool = False, **columns) -> Rewards:
+def exact(completions, ground_truth, ignore_case: bool = False, **columns) -> Values:
     """1 if the completion is the truth, outer whitespace aside."""
 
     def equal(text: str, truth: Any) -> bool:
@@ -42,7 +42,7 @@ def exact(completions, ground_truth, ignore_case: bool = False, **columns) -> Re
     return each(completions, ground_truth, equal)
 
 
-def scorer(completions, ground_truth, scorer, **columns) -> Rewards:
+def scorer(completions, ground_truth, scorer, **columns) -> Values:
     """The share that is right, by the row's own `scorer` (data/scoring.py), as in evaluation."""
     rows = zip(completions, ground_truth, scorer, strict=True)
     return [
@@ -51,7 +51,7 @@ def scorer(completions, ground_truth, scorer, **columns) -> Rewards:
     ]
 
 
-def multiple_choice(completions, ground_truth, **columns) -> Rewards:
+def multiple_choice(completions, ground_truth, **columns) -> Values:
     """1 if the chosen letter is the truth's. The choice is, in this order: the last \\boxed{B};
     the last "answer is B", "answer: (B)"; a letter that opens the text, "B", "(B) Paris",
     "B. Paris"; the last letter in brackets. Without any of them the reward is 0."""
@@ -78,7 +78,7 @@ def chosen_letter(text: str) -> str | None:
     return None
 
 
-def anls(completions, ground_truth, threshold: float = 0.5, **columns) -> Rewards:
+def anls(completions, ground_truth, threshold: float = 0.5, **columns) -> Values:
     """Similarity by edit distance, for text read from images: 1 - NL where NL < threshold, else 0,
     with NL the edit distance over the longer length; the best of several truths. Case and outer
     whitespace aside. ANLS, arXiv 1905.13648, eq. 1, for one question."""
@@ -112,7 +112,7 @@ def edit_distance(one: str, other: str) -> int:
     return row[-1]
 
 
-def tags(completions, tags: Sequence[str] = ("think", "answer"), **columns) -> Rewards:
+def tags(completions, tags: Sequence[str] = ("think", "answer"), **columns) -> Values:
     """1 if the completion is nothing but these tags, in order, each once: <think>...</think>
     <answer>...</answer>."""
     inner = r"\s*".join(rf"<{re.escape(tag)}>.*?</{re.escape(tag)}>" for tag in tags)
@@ -125,7 +125,7 @@ def tags(completions, tags: Sequence[str] = ("think", "answer"), **columns) -> R
     ]
 
 
-def pattern(completions, pattern: str, **columns) -> Rewards:
+def pattern(completions, pattern: str, **columns) -> Values:
     """1 if the whole completion matches a regular expression, . including newlines."""
     whole = re.compile(pattern, re.DOTALL)
     return [float(bool(whole.fullmatch(text_of(c)))) for c in completions]
@@ -133,7 +133,7 @@ def pattern(completions, pattern: str, **columns) -> Rewards:
 
 def soft_overlong(
     completions, completion_ids, max_completion_length: int, soft_punish_cache: int, **columns
-) -> Rewards:
+) -> Values:
     """0 up to soft_punish_cache tokens below the maximum, then falling to -1 at the maximum and
     beyond. DAPO, arXiv 2503.14476, eq. 13."""
     return [
