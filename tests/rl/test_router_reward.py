@@ -10,6 +10,7 @@ from megatron_mm.rl.router_reward import (
     cluster_log_mass,
     hit_rates,
     hit_sums,
+    label_positions,
     router_loss,
     router_reward,
     router_weights,
@@ -69,6 +70,16 @@ def test_sums_add_up_over_positions_and_layers():
                 routes[t, layers], skill[t], correct[t], completion[t], N, member[:, layers]
             )
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+
+
+def test_spans_become_labels():
+    skill, correct = label_positions(7, [(5, 7, -1, True), (1, 3, 0, True), (3, 4, 2, False)])
+    assert skill.tolist() == [-1, 0, 0, 2, -1, -1, -1]
+    assert correct.tolist() == [False, True, True, False, False, True, True]
+    assert label_positions(0, [])[0].shape == (0,)
+    for spans in ([(0, 3, 0, True), (2, 4, 1, True)], [(3, 8, 0, True)], [(2, 2, 0, True)]):
+        with pytest.raises(RLError, match="spans may be neither empty nor overlap"):
+            label_positions(7, spans)
 
 
 def test_a_chance_router_earns_nothing_and_a_perfect_one_the_rest():
