@@ -42,7 +42,7 @@ def _do(word):
     if word == "regex":  # holds Python's lock for years
         re.match(r"(a+)+$", "a" * 60 + "b")
     if word == "child":  # waits for a process of its own
-        child = subprocess.Popen(["sleep", "61234"])
+        child = subprocess.Popen(["sleep", os.environ["SLEEP_SECONDS"]])
         child.wait()
     if word == "print":
         for stream in (sys.stdout, sys.stderr):

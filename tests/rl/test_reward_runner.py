@@ -18,6 +18,14 @@ from megatron_mm.rl.rewards import process
 from megatron_mm.rl.rewards.runner import RewardRunner
 
 HERE = Path(__file__).parent
+SLEEP_SECONDS = str(10**6 + os.getpid())  # tells our processes from those of another test run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sleep_seconds():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLEEP_SECONDS", SLEEP_SECONDS)
+        yield
 
 
 def gone(pids, seconds=10):
@@ -33,7 +41,7 @@ def gone(pids, seconds=10):
 
 def sleepers():
     """Processes that the reward "child" started, wherever they hang now."""
-    command = ["sleep", "61234"]
+    command = ["sleep", SLEEP_SECONDS]
     found = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == command]
     return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
 
