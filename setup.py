@@ -42,6 +42,8 @@ setup(
         "matplotlib",
         "jinja2",
         "scikit-learn",  # the scanned digits of the demo
+        "scipy",
+        "math-verify",  # the reward `math`
         "packaging",
     ],
     extras_require={

@@ -18,6 +18,7 @@ from megatron_mm.config.pattern import (
 )
 from megatron_mm.config.precision import fp8_alignment, token_multiple
 from megatron_mm.config.presets import preset, vision_preset
+from megatron_mm.config.rl import ALGORITHMS, resolve_algorithm
 from megatron_mm.config.schema import (
     BackendConfig,
     CheckpointConfig,
@@ -32,6 +33,7 @@ from megatron_mm.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    RLConfig,
     RunConfig,
     TrainingConfig,
     VisionConfig,
@@ -39,6 +41,7 @@ from megatron_mm.config.schema import (
 from megatron_mm.config.validate import data_parallel_size, validate
 
 __all__ = [
+    "ALGORITHMS",
     "BackendConfig",
     "CheckpointConfig",
     "ConfigError",
@@ -55,6 +58,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RLConfig",
     "RunConfig",
     "Stage",
     "TrainingConfig",
@@ -71,6 +75,7 @@ __all__ = [
     "num_layers",
     "parse_pattern",
     "preset",
+    "resolve_algorithm",
     "stages",
     "to_dict",
     "to_transformers_dict",

@@ -21,6 +21,24 @@ ImageStream = Literal["thumbnail", "tiles", "all"]
 RecomputeModule = Literal["core_attn", "moe", "vision"]
 LoraTarget = Literal["language", "vision", "projector"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+Algorithm = Literal[
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "sapo",
+    "cispo",
+    "rloo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+]
+AdvantageEstimator = Literal[
+    "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+]
+PolicyLoss = Literal["clip", "gspo", "sapo", "cispo", "reinforce"]
+LossAggMode = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+]
 
 
 @dataclass
@@ -269,6 +287,53 @@ class EvaluationConfig:
 
 
 @dataclass
+class RLConfig:
+    """Reinforcement learning with group rewards; names are TRL's, or verl's where TRL has none.
+
+    `algorithm` names a published one. It fills in every setting of the second block that is
+    left at none (`config/rl.py`), so each can also be changed by itself.
+    """
+
+    algorithm: Algorithm = "grpo"
+    num_generations: int = 8  # completions of each prompt, a group
+    max_completion_length: int = 256  # tokens
+
+    advantage_estimator: AdvantageEstimator | None = None
+    policy_loss: PolicyLoss | None = None
+    loss_agg_mode: LossAggMode | None = None
+    epsilon: float | None = None  # the ratio is held above 1 - epsilon
+    epsilon_high: float | None = None  # and below 1 + epsilon_high
+    filter_groups: bool | None = None  # sample again for groups whose rewards are all equal
+    delta: float | None = None  # dual clip: bound of the ratio where the advantage is negative
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+
+    beta: float = 0.0  # of the KL divergence from the reference model; 0: none is kept
+    # In the loss k1 is of no use: the expectation of its gradient is zero.
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    use_kl_in_reward: bool = False
+    # Truncated importance sampling where rollout and trainer disagree on probabilities.
+    rollout_is: Literal["token", "sequence"] | None = None
+    rollout_is_threshold: float = 2.0
+
+    # Built-in names or dotted paths, with options: exact, numeric(tolerance=0.1), my.module.reward
+    reward_funcs: list[str] = field(default_factory=list)
+    reward_weights: list[float] = field(default_factory=list)  # default: 1 each
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
+        "sum_then_normalize"
+    )
+    reward_std_floor: float = 0.0  # a group's standard deviation counts as no less
+    reward_num_workers: int = 2  # processes
+    reward_timeout: float = 10.0  # seconds for each call of a reward function
+    reward_batch_size: int = 1  # completions in a call; a call that fails costs all of them
+
+    skill_map: str | None = None  # which experts serve which skill; JSON
+    router_reward_weight: float = 0.0  # of the hit share beyond chance, as a reward
+    router_loss_coeff: float = 0.0  # of the router term
+    router_loss_clip: float = 2.0  # the advantage counts as no more in the router term
+
+
+@dataclass
 class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -277,6 +342,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_mm.config.errors import ConfigError
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
+from megatron_mm.config.rl import check_rl
 from megatron_mm.config.schema import (
     DataPhase,
     LoraConfig,
@@ -38,6 +39,10 @@ MAY_BE_ZERO = frozenset(
         "lr_mult_clvr",
         "lr_mult_router",
         "num_workers",
+        "beta",
+        "reward_std_floor",
+        "router_reward_weight",
+        "router_loss_coeff",
     )
 )
 
@@ -57,6 +62,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_training(run)
     _check_lora(run)
     check_backend(run)
+    check_rl(run)
     if world_size is not None:
         _check_world(run, world_size)
 

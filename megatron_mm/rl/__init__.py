@@ -1,0 +1,1 @@
+"""Reinforcement learning: rewards, advantages, policy losses and the router's reward."""

@@ -1,0 +1,197 @@
+"""From rewards to advantages, group by group.
+
+Shapes: P prompts (groups), G completions of each, C reward components, K tokens. A reward that is
+NaN is left out: it is in no statistic, its advantage is 0, and it is counted. A group whose
+rewards are all equal has advantages of exactly 0, whatever rounding its mean would bring.
+
+Standard deviations have n - 1 below them and `EPSILON` is added to them, as in TRL and verl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mm.rl.errors import RLError
+
+EPSILON = 1e-4
+
+
+@dataclass
+class Advantages:
+    advantages_PG: torch.Tensor
+    rewards_PG: torch.Tensor  # weighted sum of the components; NaN where left out
+    kept_PG: torch.Tensor  # bool: takes part in the loss
+    # Metric: [numerator, denominator], to be summed over ranks.
+    sums: dict[str, torch.Tensor]
+
+
+def grpo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
+    """(r - mean) / std over the group: GRPO, arXiv 2402.03300, section 4.1.2.
+
+    A standard deviation below `std_floor` counts as the floor, so that a tiny spread stays small.
+    """
+    mean_P1, std_P1 = _moments(rewards_PG)
+    centred_PG = rewards_PG - mean_P1
+    return _zero_where_idle(rewards_PG, centred_PG / (std_P1.clamp(min=std_floor) + EPSILON))
+
+
+def dr_grpo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
+    """r - mean over the group: Dr. GRPO, arXiv 2503.20783."""
+    del std_floor
+    return _zero_where_idle(rewards_PG, rewards_PG - _moments(rewards_PG)[0])
+
+
+def rloo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
+    """r - mean of the group's others: RLOO, arXiv 2402.14740. That is
+    n / (n - 1) * (r - mean) of n valid rewards."""
+    del std_floor
+    count_P1 = _valid(rewards_PG).sum(1, keepdim=True)
+    centred_PG = rewards_PG - _moments(rewards_PG)[0]
+    return _zero_where_idle(rewards_PG, centred_PG * count_P1 / (count_P1 - 1).clamp(min=1))
+
+
+def reinforce_plus_plus(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
+    """The reward itself: REINFORCE++, arXiv 2501.03262, still to be whitened over the tokens of
+    all completions that are kept (`whiten`)."""
+    del std_floor
+    return rewards_PG.masked_fill(rewards_PG.isnan(), 0.0)
+
+
+# By name. REINFORCE++ with a baseline takes away the group's mean; both variants are whitened.
+ESTIMATORS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce_plus_plus": reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": dr_grpo,
+}
+WHITENED = frozenset(("reinforce_plus_plus", "reinforce_plus_plus_baseline"))
+
+
+def compute_advantages(
+    rewards_PGC: torch.Tensor,
+    failed_PGC: torch.Tensor,
+    weights: Sequence[float],
+    estimator: str,
+    aggregation: str = "sum_then_normalize",
+    std_floor: float = 0.0,
+) -> Advantages:
+    """Several rewards to one advantage for each completion.
+
+    Args:
+        rewards_PGC: NaN where a reward does not apply to the completion (TRL's None).
+        failed_PGC: bool, where it applies but could not be computed. Such a completion is left
+            out of everything, unless the weight of the reward is 0.
+        weights: of the C rewards.
+        estimator: a name of ESTIMATORS; those in WHITENED need `whiten` afterwards.
+        aggregation: sum_then_normalize: the estimator sees the weighted sum.
+            normalize_then_sum: it sees every reward alone, and advantages are summed.
+    Raises RLError if the numbers of weights and rewards differ.
+    """
+    if len(weights) != rewards_PGC.shape[2]:
+        raise RLError(
+            f"{len(weights)} reward_weights but {rewards_PGC.shape[2]} rewards; give one for each"
+        )
+    weights_C = torch.tensor(weights, dtype=rewards_PGC.dtype, device=rewards_PGC.device)
+    counts_C = weights_C != 0
+    usable_PGC = _valid(rewards_PGC) & ~failed_PGC & counts_C
+    kept_PG = usable_PGC.any(2) & ~(failed_PGC & counts_C).any(2)
+    # A completion that is left out is left out of every component's statistics too.
+    rewards_PGC = rewards_PGC.masked_fill(~(usable_PGC & kept_PG.unsqueeze(2)), torch.nan)
+    total_PG = (rewards_PGC * weights_C).nansum(2).masked_fill(~kept_PG, torch.nan)
+    estimate = ESTIMATORS[estimator]
+    if aggregation == "sum_then_normalize":
+        advantages_PG = estimate(total_PG, std_floor)
+    else:
+        each = [estimate(rewards_PGC[..., c], std_floor) for c in range(len(weights))]
+        advantages_PG = torch.stack(each, 2) @ weights_C
+    return Advantages(advantages_PG, total_PG, kept_PG, _group_sums(total_PG, kept_PG))
+
+
+def component_sums(
+    rewards_PGC: torch.Tensor, failed_PGC: torch.Tensor, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """[numerator, denominator] of `rewards/<name>/mean` over the completions that each reward
+    could judge, and of `rewards/<name>/frac_failed` over all."""
+    sums = {}
+    for c, name in enumerate(names):
+        valid_PG = _valid(rewards_PGC[..., c]) & ~failed_PGC[..., c]
+        total = torch.where(valid_PG, rewards_PGC[..., c], 0.0).double().sum()
+        failed = failed_PGC[..., c].double()
+        sums[f"rewards/{name}/mean"] = torch.stack((total, valid_PG.double().sum()))
+        sums[f"rewards/{name}/frac_failed"] = torch.stack(
+            (failed.sum(), torch.ones_like(failed).sum())
+        )
+    return sums
+
+
+def keep_groups(metric_PG: torch.Tensor) -> torch.Tensor:
+    """bool [P]: the groups to train on under DAPO's dynamic sampling, arXiv 2503.14476, eq. 11:
+    those whose completions differ in `metric` (accuracy or reward), NaN left out."""
+    return ~_idle(metric_PG)
+
+
+def kl_in_reward(rewards_PG: torch.Tensor, kl_PG: torch.Tensor, beta: float) -> torch.Tensor:
+    """r - beta * KL with the KL summed over each completion's tokens (k1: RLOO's reward)."""
+    return rewards_PG - beta * kl_PG
+
+
+def returns_to_go(reward: float, kl_T: torch.Tensor, beta: float) -> torch.Tensor:
+    """[T]: REINFORCE++'s advantage of each token of one completion before whitening,
+    A_t = r - beta * sum of the KL from t to the end (arXiv 2501.03262)."""
+    return reward - beta * kl_T.flip(0).cumsum(0).flip(0)
+
+
+def whitening_sums(values_K: torch.Tensor) -> torch.Tensor:
+    """fp64 [3]: count, sum and sum of squares, to be summed over ranks and given to `whiten`."""
+    values_K = values_K.double()
+    return torch.stack((values_K.new_tensor(len(values_K)), values_K.sum(), (values_K**2).sum()))
+
+
+def whiten(values_K: torch.Tensor, sums_3: torch.Tensor) -> torch.Tensor:
+    """(A - mean) / std over the tokens of the whole batch, REINFORCE++'s normalisation."""
+    count, total, squares = sums_3.double().unbind()
+    mean = total / count.clamp(min=1)
+    variance = (squares - count * mean**2).clamp(min=0) / (count - 1).clamp(min=1)
+    return ((values_K.double() - mean) / (variance.sqrt() + EPSILON)).to(values_K.dtype)
+
+
+def _valid(rewards: torch.Tensor) -> torch.Tensor:
+    return ~rewards.isnan()
+
+
+def _idle(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """bool [P]: fewer than two valid rewards, or all of them equal: nothing to learn from."""
+    highest_P = rewards_PG.masked_fill(rewards_PG.isnan(), -torch.inf).amax(1)
+    lowest_P = rewards_PG.masked_fill(rewards_PG.isnan(), torch.inf).amin(1)
+    return (highest_P <= lowest_P) | (_valid(rewards_PG).sum(1) < 2)
+
+
+def _moments(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the valid rewards, each [P, 1]."""
+    count_P1 = _valid(rewards_PG).sum(1, keepdim=True)
+    mean_P1 = rewards_PG.nansum(1, keepdim=True) / count_P1.clamp(min=1)
+    squares_P1 = (rewards_PG - mean_P1).square().nansum(1, keepdim=True)
+    return mean_P1, (squares_P1 / (count_P1 - 1).clamp(min=1)).sqrt()
+
+
+def _zero_where_idle(rewards_PG: torch.Tensor, advantages_PG: torch.Tensor) -> torch.Tensor:
+    out = _idle(rewards_PG).unsqueeze(1) | rewards_PG.isnan()
+    return advantages_PG.masked_fill(out, 0.0)
+
+
+def _group_sums(total_PG: torch.Tensor, kept_PG: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Metrics under TRL's names. A group of which nothing is left is not among the groups."""
+    mean_P1, std_P1 = _moments(total_PG)
+    alive_P = kept_PG.any(1)
+    groups, samples = alive_P.sum(), kept_PG.sum()
+    pairs = {
+        "reward": (total_PG.nansum(), samples),
+        "reward_std": (std_P1.squeeze(1)[alive_P].sum(), groups),
+        "frac_reward_zero_std": ((_idle(total_PG) & alive_P).sum(), groups),
+        "frac_reward_failed": ((~kept_PG).sum(), kept_PG.new_tensor(kept_PG.numel(), dtype=int)),
+    }
+    return {name: torch.stack((n.double(), d.double())) for name, (n, d) in pairs.items()}

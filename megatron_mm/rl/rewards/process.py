@@ -1,0 +1,88 @@
+"""The trainer's side of one reward worker: starting it, its time limit, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
+
+from megatron_mm.rl.rewards.functions import RewardSpec
+from megatron_mm.rl.rewards.worker import work
+
+START_SECONDS = 120.0  # for a worker to import the functions' modules; sympy alone takes 2 s
+
+
+class Lost(NamedTuple):
+    """In place of an answer: the worker has to be replaced."""
+
+    reason: str
+    timed_out: bool = False
+
+
+class RewardProcess:
+    """One worker. `task` is what it is at, None when it waits; not `ready` until it has sent
+    its first answer."""
+
+    def __init__(self, context: Any, specs: Sequence[RewardSpec]) -> None:
+        self.pipe, theirs = context.Pipe()
+        # Its end closes with this process, however it goes; see `end_with_parent`.
+        their_lifeline, self.lifeline = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=work, args=(theirs, their_lifeline, specs), name="reward worker"
+        )
+        try:
+            self.process.start()
+        finally:
+            theirs.close()
+            their_lifeline.close()
+        self.ready = False
+        self.task: Any = None
+        self.since = time.monotonic()  # when its task was sent
+        self.set_limit(START_SECONDS)
+
+    def set_limit(self, seconds: float) -> None:
+        """Its next answer has to come within `seconds` from now."""
+        self.limit, self.deadline = seconds, time.monotonic() + seconds
+
+    def kill(self) -> None:
+        """End it, and whatever its functions started."""
+        gone = contextlib.suppress(ProcessLookupError, PermissionError)
+        with gone:  # it may not have come as far as to have a group
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with gone:
+            self.process.kill()
+        self.process.join(timeout=10)
+        self.pipe.close()
+        self.lifeline.close()
+
+    def how_it_ended(self) -> str:
+        self.process.join(timeout=1)
+        code = self.process.exitcode
+        if code is None:
+            return "closed its pipe"
+        return f"ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+
+
+def answers(workers: Sequence[RewardProcess]) -> list[tuple[RewardProcess, Any]]:
+    """What these workers have sent, or a Lost for one that died or ran out of time; waits until
+    there is at least one, or a time limit has passed."""
+    if not workers:
+        return []
+    first = min(worker.deadline for worker in workers)
+    pipes = [worker.pipe for worker in workers]
+    readable = wait(pipes, timeout=max(0.0, first - time.monotonic()))
+    found: list[tuple[RewardProcess, Any]] = []
+    for worker in workers:
+        if worker.pipe in readable:
+            try:
+                found.append((worker, worker.pipe.recv()))
+            except Exception:  # the pipe has closed, perhaps in the middle of an answer
+                found.append((worker, Lost(f"the worker {worker.how_it_ended()}")))
+        elif time.monotonic() >= worker.deadline:
+            late = Lost(f"took longer than {worker.limit:g} s", timed_out=True)
+            found.append((worker, late))
+    return found

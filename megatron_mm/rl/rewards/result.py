@@ -1,0 +1,52 @@
+"""What scoring a batch of completions gives: values, and why some are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron_mm.rl.rewards.worker import Score
+
+
+class Task(NamedTuple):
+    """Some samples, from `start` up to `stop`, for one function."""
+
+    function: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    sample: int
+    name: str  # of the reward
+    reason: str  # one line
+
+
+@dataclass
+class Rewards:
+    """Of N samples and C rewards."""
+
+    names: list[str]
+    # NaN where a reward does not apply (None) and where it failed
+    values: list[list[float]]  # [N][C]
+    failed: list[list[bool]]  # [N][C]
+    failures: list[Failure] = field(default_factory=list)  # by sample
+    seconds: dict[str, float] = field(default_factory=dict)  # of workers, by reward
+
+    @classmethod
+    def empty(cls, names: Sequence[str], count: int) -> Rewards:
+        values = [[float("nan")] * len(names) for _ in range(count)]
+        failed = [[False] * len(names) for _ in range(count)]
+        return cls([*names], values, failed, seconds=dict.fromkeys(names, 0.0))
+
+    def record(self, task: Task, answer: list[Score] | str) -> None:
+        """Scores of a task's samples, or the reason why none of them has one."""
+        for place, sample in enumerate(range(task.start, task.stop)):
+            score = Score(None, answer) if isinstance(answer, str) else answer[place]
+            if score.reason is not None:
+                self.failed[sample][task.function] = True
+                self.failures.append(Failure(sample, self.names[task.function], score.reason))
+            elif score.value is not None:
+                self.values[sample][task.function] = score.value

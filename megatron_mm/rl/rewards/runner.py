@@ -1,0 +1,223 @@
+"""Rewards in worker processes: whatever a reward function does, the run goes on.
+
+A call that hangs is killed at its time limit, a worker that dies is replaced, and the samples of
+such a call get a recorded failure: never a silent zero, never an exception. There are no threads:
+`score` waits for all workers at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from megatron_mm.rl.errors import RLError
+from megatron_mm.rl.rewards.functions import parse_specs
+from megatron_mm.rl.rewards.process import Lost, RewardProcess, answers
+from megatron_mm.rl.rewards.result import Rewards, Task
+from megatron_mm.rl.rewards.worker import Call, Ready, one_line
+
+# Calls of one reward that may run out of time within one `score`: other ranks wait for this one,
+# and give up on it after `distributed_timeout_minutes`.
+MAX_TIMEOUTS = 10
+MAX_STARTS = 3  # failed starts in a row before the waiting samples are given up
+
+
+class RewardRunner:
+    """Reward functions by their `reward_funcs` entries, in `num_workers` processes.
+
+    Raises RLError at once, in one line, for functions that cannot be loaded. Close it, or use it
+    in a `with` statement; its workers end with this process in any case.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Sequence[str],
+        num_workers: int = 2,
+        timeout: float = 10.0,
+        batch_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            timeout: seconds for each call of a function.
+            batch_size: samples in a call; a call that fails costs all of them.
+        """
+        self._specs = parse_specs(reward_funcs)
+        self.names = [spec.name for spec in self._specs]
+        self._timeout, self._batch_size = timeout, batch_size
+        self._num_workers = num_workers if self._specs else 0
+        # A fresh interpreter: a fork would copy the trainer's threads' locks and its CUDA state.
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[RewardProcess] = []
+        self._failed_starts = 0
+        # Registered after multiprocessing's own, and so run before it: that one would wait.
+        self._at_exit = _closer(weakref.ref(self))
+        atexit.register(self._at_exit)
+        try:
+            for _ in range(self._num_workers):
+                self._workers.append(RewardProcess(self._context, self._specs))
+            for worker in self._workers:
+                self._signature = self._first_answer(worker)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RewardRunner:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        atexit.unregister(self._at_exit)
+        while self._workers:
+            self._workers.pop().kill()
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers]
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        routed_experts: Sequence[Any] | None = None,
+    ) -> Rewards:
+        """Every reward of every sample.
+
+        Args:
+            columns: the rows' other columns, each of N values.
+            routed_experts: int16 [positions, layers, k] of each sample; only functions that name
+                the argument get it.
+        Raises RLError if the arguments differ in length; never for what a function does.
+        """
+        count = len(completions)
+        lists = dict(columns or {}) | {"prompts": prompts, "completion_ids": completion_ids}
+        if routed_experts is not None:
+            lists["routed_experts"] = routed_experts
+        for key, values in lists.items():
+            if len(values) != count:
+                raise RLError(
+                    f"{key} has {len(values)} values, completions {count}; give one for each"
+                )
+        given = lists | {"completions": completions}
+        rewards, rewarded = Rewards.empty(self.names, count), range(len(self.names))
+        starts = range(0, count, self._batch_size)
+        pending = deque(
+            Task(f, i, min(i + self._batch_size, count)) for i, f in product(starts, rewarded)
+        )
+        for worker in [w for w in self._workers if w.task]:  # an interrupted call's
+            self._lose(worker)
+        self._failed_starts = 0
+        self._timeouts = [0 for _ in rewarded]
+        while pending or any(worker.task for worker in self._workers):
+            self._fill_up()
+            if not self._workers:
+                for task in pending:
+                    rewards.record(task, f"no reward worker can be started ({MAX_STARTS} tries)")
+                break
+            for worker in [*self._workers]:
+                if worker.ready and worker.task is None:
+                    self._give_up(pending, rewards)
+                    if pending:
+                        self._send(worker, pending.popleft(), given, rewards)
+            self._take_in(rewards)
+        rewards.failures.sort(key=lambda f: (f.sample, self.names.index(f.name)))
+        return rewards
+
+    def _give_up(self, pending: deque[Task], rewards: Rewards) -> None:
+        """Record, for the tasks that come next, rewards that hang again and again."""
+        while pending and self._timeouts[pending[0].function] >= MAX_TIMEOUTS:
+            reason = (
+                f"given up after {MAX_TIMEOUTS} calls that took longer than {self._timeout:g} s"
+            )
+            rewards.record(pending.popleft(), reason)
+
+    def _fill_up(self) -> None:
+        """Replace workers that are gone."""
+        for worker in [w for w in self._workers if w.task is None and not w.process.is_alive()]:
+            self._lose(worker)
+        while len(self._workers) < self._num_workers and self._failed_starts < MAX_STARTS:
+            try:
+                self._workers.append(RewardProcess(self._context, self._specs))
+            except OSError:  # no memory, no processes left
+                self._failed_starts += 1
+
+    def _lose(self, worker: RewardProcess) -> None:
+        self._failed_starts += not worker.ready
+        self._workers.remove(worker)
+        worker.kill()
+
+    def _first_answer(self, worker: RewardProcess) -> Ready:
+        found = []
+        while not found:
+            found = answers([worker])
+        answer = found[0][1]
+        if not isinstance(answer, Ready):
+            reason = answer.reason if isinstance(answer, Lost) else answer
+            raise RLError(f"a reward worker cannot start: {reason}")
+        worker.ready = True
+        return answer
+
+    def _send(
+        self,
+        worker: RewardProcess,
+        task: Task,
+        given: Mapping[str, Sequence[Any]],
+        rewards: Rewards,
+    ) -> None:
+        """Only what the function wants travels."""
+        function, part = task.function, slice(task.start, task.stop)
+        wants, routes = (answer[function] for answer in self._signature)
+        arguments = ("prompts", "completions", "completion_ids", "routed_experts")
+        columns = {
+            key: list(values[part])
+            for key, values in given.items()
+            if key not in arguments and (wants is None or key in wants)
+        }
+        lists = [list(given[key][part]) for key in arguments[:3]]
+        routed = given.get("routed_experts") if routes else None
+        worker.task, worker.since = task, time.monotonic()
+        try:
+            routed = None if routed is None else list(routed[part])
+            worker.pipe.send(Call(function, *lists, columns, routed))
+        except OSError:
+            rewards.record(task, f"the worker {worker.how_it_ended()}")
+            self._lose(worker)
+        except Exception as error:  # a value that cannot be pickled; nothing was written
+            rewards.record(task, f"cannot be sent to a worker: {one_line(error)}")
+            worker.task = None
+        worker.set_limit(self._timeout)
+
+    def _take_in(self, rewards: Rewards) -> None:
+        """Wait until a worker answers, dies or runs out of time."""
+        waiting = [w for w in self._workers if w.task is not None or not w.ready]
+        for worker, answer in answers(waiting):
+            if isinstance(answer, Ready):
+                worker.ready, self._failed_starts = True, 0
+                continue
+            if worker.task is not None:
+                rewards.seconds[self.names[worker.task.function]] += time.monotonic() - worker.since
+                lost = isinstance(answer, Lost)
+                self._timeouts[worker.task.function] += lost and answer.timed_out
+                rewards.record(worker.task, answer.reason if lost else answer)
+                worker.task = None
+            if isinstance(answer, Lost) or not worker.ready:
+                self._lose(worker)
+
+
+def _closer(runner: weakref.ref[RewardRunner]) -> Callable[[], None]:
+    def close() -> None:
+        alive = runner()
+        if alive is not None:
+            alive.close()
+
+    return close

@@ -1,0 +1,116 @@
+"""The process that reward functions run in: reads calls from a pipe, writes scores back."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import select
+import signal
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from megatron_mm.rl.rewards.functions import RewardFunction, RewardSpec
+
+MAX_REASON = 300  # characters of a failure's reason that are kept
+
+
+class Call(NamedTuple):
+    """Some samples for one function; all lists are of one length."""
+
+    function: int
+    prompts: list[Any]
+    completions: list[Any]
+    completion_ids: list[Any]
+    columns: dict[str, list[Any]]
+    routed_experts: list[Any] | None
+
+
+class Score(NamedTuple):
+    """One sample's: a number, or None where the reward does not apply, or a reason why there is
+    none."""
+
+    value: float | None
+    reason: str | None = None
+
+
+class Ready(NamedTuple):
+    """A worker's first answer: of each function, what it wants (see RewardFunction)."""
+
+    wants: list[frozenset[str] | None]
+    wants_routes: list[bool]
+
+
+def work(pipe: Connection, lifeline: Connection, specs: Sequence[RewardSpec]) -> None:
+    """Answers calls until the trainer's process ends or closes the pipe. The first answer is a
+    Ready, or a text that says why functions cannot be loaded."""
+    os.setsid()  # a group of its own, so that whatever a function starts ends with it
+    end_with_parent(lifeline)
+    _silence()
+    try:
+        functions = [RewardFunction(spec) for spec in specs]
+    except BaseException as error:
+        pipe.send(one_line(error))
+        return
+    pipe.send(Ready([f.wants for f in functions], [f.wants_routes for f in functions]))
+    while True:
+        try:
+            call: Call = pipe.recv()
+        except (EOFError, OSError):
+            return
+        number, *arguments = call
+        pipe.send(scores_of(functions[number], arguments))
+
+
+def scores_of(function: RewardFunction, arguments: Sequence[Any]) -> list[Score] | str:
+    """One score for each sample, or the reason why the call has none."""
+    count = len(arguments[1])
+    try:
+        result = function(*arguments)
+        # tensors and arrays
+        values = result.tolist() if hasattr(result, "tolist") else list(result)
+        if len(values) != count:
+            return f"returned {len(values)} rewards for {count} completions"
+        return [_score(value) for value in values]
+    except BaseException as error:  # SystemExit too
+        return one_line(error)
+
+
+def _score(value: Any) -> Score:
+    if value is None:
+        return Score(None)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return Score(None, f"returned a {type(value).__name__}, not a number")
+    return Score(number) if math.isfinite(number) else Score(None, f"returned {number}")
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
+
+
+def end_with_parent(lifeline: Connection) -> None:
+    """Have the kernel kill this process group when the other end of `lifeline` closes, which
+    happens however the trainer ends. A thread that waits for it would not do: a regular
+    expression that hangs holds Python's lock."""
+    fd = lifeline.fileno()
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    # It may have closed before this was set up.
+    poll = select.poll()
+    poll.register(fd, select.POLLHUP)
+    if poll.poll(0):
+        os._exit(1)
+
+
+def _silence() -> None:
+    """What functions print is thrown away: it may be megabytes for each call, from many ranks."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nowhere, fd)
+    os.close(nowhere)

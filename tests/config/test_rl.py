@@ -1,0 +1,75 @@
+"""RL settings: each algorithm is complete, and what does not fit is refused in one line."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+
+from megatron_mm.config import ALGORITHMS, ConfigError, RLConfig, RunConfig, load, resolve_algorithm
+from megatron_mm.config.rl import check_rl
+from megatron_mm.config.schema import Algorithm
+
+
+def run_with(**rl):
+    run = RunConfig()
+    run.training.objective = "grpo"
+    run.rl = RLConfig(**{"reward_funcs": ["exact"]} | rl)
+    return run
+
+
+def test_every_algorithm_fills_every_open_setting():
+    open_settings = {k for k, v in vars(RLConfig()).items() if v is None}
+    for name in get_args(Algorithm):
+        assert set(ALGORITHMS[name]) == open_settings - {"delta", "rollout_is", "skill_map"}
+        check_rl(run_with(algorithm=name))
+    assert set(ALGORITHMS) == set(get_args(Algorithm))
+
+
+def test_what_is_given_wins_over_the_algorithm():
+    rl = resolve_algorithm(RLConfig(algorithm="dapo", epsilon_high=0.3, filter_groups=False))
+    assert (rl.epsilon, rl.epsilon_high, rl.filter_groups) == (0.2, 0.3, False)
+    assert rl.loss_agg_mode == "token-mean"
+    assert resolve_algorithm(rl) == rl
+
+
+def test_settings_are_flags():
+    flags = "--algorithm gspo --beta 0.01 --reward-funcs exact numeric(tolerance=0.1) "
+    flags += "--reward-weights 1 0.5 --filter-groups --delta 4"
+    rl = load(None, ["--preset", "tiny", *flags.split()]).rl
+    expected = RLConfig(
+        algorithm="gspo",
+        beta=0.01,
+        reward_funcs=["exact", "numeric(tolerance=0.1)"],
+        reward_weights=[1.0, 0.5],
+        filter_groups=True,
+        delta=4.0,
+    )
+    assert rl == expected
+
+
+@pytest.mark.parametrize(
+    ("rl", "message"),
+    [
+        ({"num_generations": 1}, "rl.num_generations is 1; allowed: 2 or more"),
+        ({"delta": 1.1}, "rl.delta is 1.1; allowed: none, or more than 1 + epsilon_high = 1.2"),
+        ({"delta": 9.0, "algorithm": "sapo"}, "with policy_loss clip or gspo"),
+        ({"epsilon": 1.5}, "rl.epsilon is 1.5"),
+        ({"reward_weights": [1.0, 2.0]}, "one for each of the 1 reward_funcs"),
+        ({"reward_weights": [float("nan")]}, "finite numbers"),
+        ({"reward_funcs": []}, "at least 1 reward"),
+        ({"use_kl_in_reward": True}, "true with beta above 0"),
+        ({"router_loss_coeff": 0.1}, "rl.router_loss_coeff is 0.1; allowed: 0, or this value with"),
+    ],
+)
+def test_what_does_not_fit_is_refused(rl, message):
+    with pytest.raises(ConfigError) as caught:
+        check_rl(run_with(**rl))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rl_settings_of_a_run_without_rl_are_refused():
+    run = RunConfig()
+    check_rl(run)
+    run.rl = replace(run.rl, epsilon=0.3)
+    with pytest.raises(ConfigError, match="rl.epsilon is 0.3; allowed: None with objective sft"):
+        check_rl(run)

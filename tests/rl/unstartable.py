@@ -1,0 +1,18 @@
+"""Reward functions whose module cannot be imported again, or takes for ever."""
+
+import os
+import time
+from pathlib import Path
+
+_SEAL = Path(os.environ["SEAL"])
+
+if _SEAL.exists():
+    os._exit(9)
+if _SEAL.name == "slow":
+    time.sleep(600)
+
+
+def last_time(completions, **columns):
+    """Ends this worker and has none start again."""
+    _SEAL.touch()
+    os._exit(5)
