@@ -17,6 +17,7 @@ from torch import nn
 
 from megatron_mm.config import LanguageConfig
 from megatron_mm.model.backend import Backend
+from megatron_mm.model.decode import KeysAndValues
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.recompute import core
 from megatron_mm.model.rotary import apply_rotary
@@ -72,8 +73,10 @@ class GatedAttention(nn.Module):
         hidden_t1H: torch.Tensor,
         segments: Segments,
         rotary: tuple[torch.Tensor, torch.Tensor],
+        state: KeysAndValues | None = None,
     ) -> torch.Tensor:
-        """[sequence shard, 1, H] -> the same; rotary is (cos, sin) [t, rotary_dim]."""
+        """[sequence shard, 1, H] -> the same; rotary is (cos, sin) [t, rotary_dim]. `state`: of
+        the rows being decoded."""
         fused, _ = self.linear_qkv(hidden_t1H)
         tokens = fused.shape[0]
         fused = fused.view(tokens, -1, 2 * (self.head_dim + self.kv_slice))
@@ -83,7 +86,10 @@ class GatedAttention(nn.Module):
         key = apply_rotary(self.k_norm(key), *rotary)
         if self.cp.size() > 1:
             query, key, value = self._trade(query, key, value)
-        mixed = core(self.recompute, self.core_attention, query, key, value, segments)
+        if state is None:
+            mixed = core(self.recompute, self.core_attention, query, key, value, segments)
+        else:
+            mixed = state.attend(self.core_attention, query, key, value, segments)
         mixed = heads_to_sequence(mixed, self.cp)
         gated = (mixed * gate.sigmoid()).reshape(tokens, 1, -1)
         return self.linear_proj(gated)[0]

@@ -27,7 +27,7 @@ from torch import nn
 from megatron_mm.config import BackendConfig, ConfigError
 from megatron_mm.model.core_attention import causal_attention
 from megatron_mm.model.experts import GroupedExperts
-from megatron_mm.model.gdn_mix import convolve_and_scan
+from megatron_mm.model.gdn_mix import convolve_and_scan, convolve_scan_and_keep
 from megatron_mm.model.linear import column, row
 
 INSTALL_TE = (
@@ -46,6 +46,7 @@ class Backend:
         experts: makes the routed experts of a rank; signature of `GroupedExperts`.
         core_attention: makes a layer's softmax attention; signature of `causal_attention`.
         mix: the GDN's convolution and delta rule; signature of `convolve_and_scan`.
+        mix_and_keep: the same for decoding; signature of `convolve_scan_and_keep`.
         precision: (config, layer) -> what that layer's forward pass runs in; layer None is what
             the whole stage runs in, around its layers.
     """
@@ -56,6 +57,7 @@ class Backend:
     experts: Callable[..., nn.Module]
     core_attention: Callable[[], Callable[..., torch.Tensor]]
     mix: Callable[..., torch.Tensor]
+    mix_and_keep: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     precision: Callable[[TransformerConfig, int | None], AbstractContextManager]
 
 
@@ -65,7 +67,7 @@ def choose(settings: BackendConfig) -> Backend:
     Raises:
         ConfigError: this machine lacks what they ask for.
     """
-    mix = _gdn_kernel(settings.gdn_kernel)
+    mix, mix_and_keep = _gdn_kernels(settings.gdn_kernel)
     if settings.transformer_impl == "local":
         return Backend(
             column=column,
@@ -76,6 +78,7 @@ def choose(settings: BackendConfig) -> Backend:
             experts=GroupedExperts,
             core_attention=lambda: causal_attention,
             mix=mix,
+            mix_and_keep=mix_and_keep,
             precision=lambda config, layer: nullcontext(),
         )
     problem = missing_transformer_engine()
@@ -91,19 +94,20 @@ def choose(settings: BackendConfig) -> Backend:
         experts=backend_te.TEGroupedExperts,
         core_attention=backend_te.PackedAttention,
         mix=mix,
+        mix_and_keep=mix_and_keep,
         precision=backend_te.precision,
     )
 
 
-def _gdn_kernel(asked: str) -> Callable[..., torch.Tensor]:
+def _gdn_kernels(asked: str) -> tuple[Callable, Callable]:
     problem = missing_fla()
     if asked == "torch" or (asked == "auto" and problem is not None):
-        return convolve_and_scan
+        return convolve_and_scan, convolve_scan_and_keep
     if problem is not None:
         raise ConfigError(f"gdn_kernel is 'fla', but {problem}")
-    from megatron_mm.model.gdn_fla import convolve_and_scan_fla
+    from megatron_mm.model import gdn_fla
 
-    return convolve_and_scan_fla
+    return gdn_fla.convolve_and_scan_fla, gdn_fla.convolve_scan_and_keep_fla
 
 
 def missing_transformer_engine() -> str | None:

@@ -17,16 +17,18 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from megatron_mm.config import ModelConfig
+from megatron_mm.model.decode import Patches
 from megatron_mm.model.linear import column, row
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Buckets, Segments, similar
 from megatron_mm.parallel.layout import constant, normal
+from megatron_mm.parallel.sequence import part
 
 COORDINATE_FREQUENCIES = 6  # 2^0 .. 2^5 half periods over the image
 # Several times the default, so that keys begin by saying where they are: a look then chooses
@@ -67,9 +69,11 @@ class MemoryMap:
 
     Attributes:
         samples: int64, those of each view, counted in `local`.
+        patches: of every sample of the stream, in the memory.
     """
 
     local: Segments
+    patches: Segments
     samples: list[torch.Tensor]
     views: list[View]
     coordinates_M2: torch.Tensor  # float32 (y, x), 0..1
@@ -97,9 +101,9 @@ class MemoryMap:
         sample = torch.searchsorted(ends, visible_M2[:, 1].contiguous())
         here = slice(local.first, local.first + local.count)
         lengths = torch.bincount(sample, minlength=stream.count)
-        starts = (lengths.cumsum(0) - lengths)[here]
-        width = max(1, int(lengths[here].max()))
-        memory = Segments(starts, lengths[here], width, rows, local.device)
+        starts, width = lengths.cumsum(0) - lengths, max(1, int(lengths.max()))
+        whole = Segments(starts, lengths, width, rows, local.device)
+        memory = Segments(starts[here], lengths[here], width, rows, local.device)
         groups = similar(torch.stack((local.lengths, memory.lengths), 1))
         views = [
             _view(local.pick(group), memory.pick(group), local.origin, visible_M2[:, 0], ends[-1])
@@ -108,7 +112,7 @@ class MemoryMap:
         patches = len(visible_M2)
         padded = coordinates_M2.new_zeros(rows, 2)
         padded[:patches] = coordinates_M2
-        return cls(local, groups, views, padded)
+        return cls(local, whole, groups, views, padded)
 
 
 def _view(
@@ -144,11 +148,11 @@ class Look(nn.Module):
         self,
         model: ModelConfig,
         config: TransformerConfig,
-        tp: ProcessGroup,
+        pg: ProcessGroupCollection,
         recompute: bool = False,
     ):
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.cp, tp = recompute, pg.cp, pg.tp
         language, fusion = model.language, model.fusion
         self.head_dim = fusion.clvr_kv_channels
         width = fusion.clvr_num_attention_heads * self.head_dim
@@ -183,26 +187,39 @@ class Look(nn.Module):
         memory_m1C: torch.Tensor,
         memory: MemoryMap,
         record: list[torch.Tensor] | None = None,
+        state: Patches | None = None,
     ) -> torch.Tensor:
         """[t, 1, H] -> [t, 1, H].
 
         Args:
             record: if given, extended by the attention weights of each sample that has a piece
                 here, [h, its positions here, its patches].
+            state: of the rows being decoded; a step needs neither of the memories.
         """
         query, _ = self.linear_q(self.query_norm(hidden_t1H))
+        tokens = query.shape[0]
+        query = self.q_norm(query.view(tokens, -1, self.head_dim))
+        if state is not None and state.cache.stepping:
+            found = state.look(query, part(state.cache.rows, self.cp))
+        else:
+            key, value = self._keys_and_values(memory_m1C, memory)
+            if record is not None:
+                record.extend(attention_weights(query, key, memory))
+            if state is not None:
+                state.store(key, value, memory.patches)
+            found = core(self.recompute, memory_attention, query, key, value, memory)
+        return self.linear_proj(found.reshape(tokens, 1, -1))[0]
+
+    def _keys_and_values(
+        self, memory_m1C: torch.Tensor, memory: MemoryMap
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each [M, h, D]"""
         fused, _ = self.linear_kv(self.memory_norm(memory_m1C))
-        tokens, patches = query.shape[0], fused.shape[0]
-        query = query.view(tokens, -1, self.head_dim)
-        key, value = fused.view(patches, -1, 2 * self.head_dim).chunk(2, dim=-1)
+        key, value = fused.view(len(fused), -1, 2 * self.head_dim).chunk(2, dim=-1)
         if self.linear_coordinates is not None:
             features = coordinate_features(memory.coordinates_M2).to(key.dtype)
             key = key + self.linear_coordinates(features)[0].view_as(key)
-        query, key = self.q_norm(query), self.k_norm(key)
-        if record is not None:
-            record.extend(attention_weights(query, key, memory))
-        found = core(self.recompute, memory_attention, query, key, value, memory)
-        return self.linear_proj(found.reshape(tokens, 1, -1))[0]
+        return self.k_norm(key), value
 
 
 def memory_attention(

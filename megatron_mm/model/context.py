@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mm.config import Layer, ModelConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.clvr import MemoryMap, memory_hidden_size
+from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.rotary import rotary_table
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
@@ -39,6 +40,7 @@ class StreamContext:
         memory: for the looks of this stage, seen from the part.
         recomputing: the pass is a repetition for the backward pass.
         looks: pair -> attention weights, filled when recording (evaluation only).
+        cache: of the rows being decoded.
         watch: called with every layer and its output (parity tests, diagnostics).
     """
 
@@ -50,6 +52,7 @@ class StreamContext:
     memory: MemoryMap | None
     recomputing: bool = False
     looks: dict[int, list[torch.Tensor]] | None = None
+    cache: DecodeCache | None = None
     watch: Callable[[Layer, torch.Tensor], None] | None = None
 
     @classmethod

@@ -22,6 +22,7 @@ from torch import nn
 
 from megatron_mm.config import LanguageConfig
 from megatron_mm.model.backend import Backend
+from megatron_mm.model.decode import DeltaState
 from megatron_mm.model.gdn_mix import HeadWidths
 from megatron_mm.model.norms import GatedRMSNorm
 from megatron_mm.model.recompute import core
@@ -46,7 +47,7 @@ class GatedDeltaNet(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        self.mix = backend.mix
+        self.mix, self.mix_and_keep = backend.mix, backend.mix_and_keep
         self.recompute = recompute
         tp, self.cp = pg.tp, pg.cp
         self.key_heads = language.linear_num_key_heads // tp.size()
@@ -85,8 +86,10 @@ class GatedDeltaNet(nn.Module):
             tp=tp,
         )
 
-    def forward(self, hidden_t1H: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """[t, 1, H] -> [t, 1, H]"""
+    def forward(
+        self, hidden_t1H: torch.Tensor, segments: Segments, state: DeltaState | None = None
+    ) -> torch.Tensor:
+        """[t, 1, H] -> [t, 1, H]. `state`: of the rows being decoded."""
         fused, _ = self.in_proj(hidden_t1H)
         tokens = fused.shape[0]
         fused = fused.view(tokens, self.key_heads, sum(self.widths))
@@ -95,12 +98,18 @@ class GatedDeltaNet(nn.Module):
         if self.cp.size() > 1:
             travels = sequence_to_heads(torch.cat((qkv, ba), dim=-1), self.cp)
             qkv, ba = travels.split([qkv_width, sum(self.widths[4:])], dim=-1)
-        mixed = core(self.recompute, self._mix, qkv, ba, segments)
+        mixed = core(self.recompute, self._mix, qkv, ba, segments, state)
         mixed = heads_to_sequence(mixed, self.cp)
         mixed = self.out_norm(mixed, z.reshape(tokens, -1, self.value_dim))
         return self.out_proj(mixed.reshape(tokens, 1, -1))[0]
 
-    def _mix(self, qkv_TkW: torch.Tensor, ba_Tk2v: torch.Tensor, segments: Segments):
+    def _mix(
+        self,
+        qkv_TkW: torch.Tensor,
+        ba_Tk2v: torch.Tensor,
+        segments: Segments,
+        state: DeltaState | None,
+    ) -> torch.Tensor:
         """Convolution and delta rule over whole samples, [T, k * v, V], for the key heads that
         this context-parallel rank computes."""
         tokens, _, qkv_width = qkv_TkW.shape
@@ -114,4 +123,5 @@ class GatedDeltaNet(nn.Module):
         beta = b.reshape(tokens, -1).sigmoid()
         qkv = qkv_TkW.reshape(tokens, -1)
         widths = HeadWidths(self.key_dim, self.value_dim, self.values_per_key)
-        return self.mix(qkv, conv, log_decay, beta, segments, widths)
+        arguments = (qkv, conv, log_decay, beta, segments, widths)
+        return self.mix(*arguments) if state is None else state.mix(self.mix_and_keep, *arguments)

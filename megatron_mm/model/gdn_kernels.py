@@ -22,10 +22,9 @@ r value heads per key head, K key width, V value width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from megatron_mm.model.chunks import ChunkPlan, chunk_length, chunk_plan, to_cells, to_stream
@@ -64,21 +63,48 @@ def stream_delta_rule(
 ) -> torch.Tensor:
     """The same for samples of any `lengths` laid end to end: every argument and the result
     without the rows, [T, ...]. Each sample starts from a zero state."""
+    cells, plan = _cells(query, key, value, log_decay, beta, lengths)
+    return _stream(_DeltaRule.apply(*cells, plan), plan).to(value.dtype)
+
+
+def delta_rule_and_state(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    lengths: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`stream_delta_rule` without gradients, and the state after each sample, fp32
+    [samples, k, r, K, V]."""
+    cells, plan = _cells(query, key, value, log_decay, beta, lengths)
+    with torch.no_grad():
+        out, kept = _forward(*cells, plan)
+        state = _final_states(kept, plan, lengths)
+    return _stream(out, plan).to(value.dtype), state
+
+
+def _cells(query, key, value, log_decay, beta, lengths) -> tuple[list[torch.Tensor], ChunkPlan]:
+    """The arguments of `_forward` but the plan, and the plan."""
     heads, values = key.shape[1], value.shape[1] // key.shape[1]
     size = chunk_length(max(lengths), key.shape[-1], value.shape[-1])
     plan = chunk_plan(tuple(lengths), size, value.device)
     q, k, v, g, b = (
         to_cells(x.float(), plan) for x in (query, key, value, log_decay, beta)
     )  # [B, C, heads, ...]
-    out = _DeltaRule.apply(
+    cells = [
         q.transpose(1, 2).contiguous(),
         k.transpose(1, 2).contiguous(),
         v.unflatten(2, (heads, values)).permute(0, 2, 3, 1, 4).contiguous(),
         g.unflatten(2, (heads, values)).permute(0, 2, 3, 1).contiguous(),
         b.unflatten(2, (heads, values)).permute(0, 2, 3, 1).contiguous(),
-        plan,
-    )  # [B, k, r, C, V]
-    return to_stream(out.permute(0, 3, 1, 2, 4).flatten(2, 3), plan).to(value.dtype)
+    ]
+    return cells, plan
+
+
+def _stream(out: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
+    """[B, k, r, C, V] -> [T, k * r, V]"""
+    return to_stream(out.permute(0, 3, 1, 2, 4).flatten(2, 3), plan)
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -95,48 +121,73 @@ def _inverse(system: torch.Tensor) -> torch.Tensor:
     )
 
 
-class _DeltaRule(torch.autograd.Function):
+class _Kept(NamedTuple):
+    """What the forward pass leaves for the backward pass, or for the states at the end."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    q_scale: torch.Tensor
+    k_scale: torch.Tensor
+    value: torch.Tensor
+    beta: torch.Tensor
+    total: torch.Tensor  # running sum of the log decay in each chunk
+    decay: torch.Tensor
+    linked: torch.Tensor
+    inverse: torch.Tensor
+    new: torch.Tensor  # U
+    reads: torch.Tensor | None
+    states: torch.Tensor | None  # at the start of each chunk after the first step
+
+
+def _forward(query, key, value, log_decay, beta, plan: ChunkPlan) -> tuple[torch.Tensor, _Kept]:
     """query, key [B, k, C, K]; value [B, k, r, C, V]; log_decay, beta [B, k, r, C];
     out [B, k, r, C, V]. Chunks are ordered as `ChunkPlan` says: step by step."""
+    q_scale = inverse_norm(query).mul_(query.shape[-1] ** -0.5)
+    k_scale = inverse_norm(key)
+    q, k = query * q_scale, key * k_scale
+    total = log_decay.cumsum(-1)
+    # Above the diagonal D is 0 (exp would overflow there), on it 1.
+    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_(max=0.0).exp_().tril_()
+    k_t = k.transpose(-1, -2)
+    linked = decay * _bmm(k, k_t).unsqueeze(2)  # A without beta, and with a diagonal
+    scores = decay * _bmm(q, k_t).unsqueeze(2)
+    inverse = _inverse(linked * beta.unsqueeze(-1))
+    new = _bmm(inverse, value * beta.unsqueeze(-1))
+    first, reads, states = plan.active[0], None, None
+    if len(plan.active) > 1:
+        since = total[first:].exp().unsqueeze(-1)
+        strength = beta[first:].unsqueeze(-1) * since
+        reads = _bmm(inverse[first:], strength * k[first:].unsqueeze(2))
+        states = _scan(new, reads, k, total, plan)  # completes `new`
+    out = _bmm(scores, new)
+    if states is not None:
+        out[first:] += _bmm(q[first:].unsqueeze(2) * since, states)
+    kept = _Kept(
+        query,
+        key,
+        q_scale,
+        k_scale,
+        value,
+        beta,
+        total,
+        decay,
+        linked,
+        inverse,
+        new,
+        reads,
+        states,
+    )
+    return out, kept
+
+
+class _DeltaRule(torch.autograd.Function):
+    """`_forward`, with its backward pass."""
 
     @staticmethod
     def forward(ctx, query, key, value, log_decay, beta, plan: ChunkPlan):
-        q_scale = _inverse_norm(query).mul_(query.shape[-1] ** -0.5)
-        k_scale = _inverse_norm(key)
-        q, k = query * q_scale, key * k_scale
-        total = log_decay.cumsum(-1)
-        # Above the diagonal D is 0 (exp would overflow there), on it 1.
-        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_(max=0.0).exp_().tril_()
-        k_t = k.transpose(-1, -2)
-        linked = decay * _bmm(k, k_t).unsqueeze(2)  # A without beta, and with a diagonal
-        scores = decay * _bmm(q, k_t).unsqueeze(2)
-        inverse = _inverse(linked * beta.unsqueeze(-1))
-        new = _bmm(inverse, value * beta.unsqueeze(-1))
-        first, reads, states = plan.active[0], None, None
-        if len(plan.active) > 1:
-            since = total[first:].exp().unsqueeze(-1)
-            strength = beta[first:].unsqueeze(-1) * since
-            reads = _bmm(inverse[first:], strength * k[first:].unsqueeze(2))
-            states = _scan(new, reads, k, total, plan)  # completes `new`
-        out = _bmm(scores, new)
-        if states is not None:
-            out[first:] += _bmm(q[first:].unsqueeze(2) * since, states)
+        out, kept = _forward(query, key, value, log_decay, beta, plan)
         ctx.plan = plan
-        ctx.save_for_backward(
-            query,
-            key,
-            q_scale,
-            k_scale,
-            value,
-            beta,
-            total,
-            decay,
-            linked,
-            inverse,
-            new,
-            reads,
-            states,
-        )
+        ctx.save_for_backward(*kept)
         return out
 
     @staticmethod
@@ -205,7 +256,26 @@ class _DeltaRule(torch.autograd.Function):
         return d_query, d_key, d_value, d_log_decay, d_beta, None
 
 
-def _inverse_norm(x: torch.Tensor) -> torch.Tensor:
+def _final_states(kept: _Kept, plan: ChunkPlan, lengths: Sequence[int]) -> torch.Tensor:
+    """[samples, k, r, K, V]: S' of each sample's last chunk, its padding left out."""
+    ends = torch.tensor(lengths, device=kept.new.device).cumsum(0) - 1
+    cell = plan.position_index[ends]
+    chunk, last = cell // plan.size, cell % plan.size
+    total = kept.total[chunk]
+    until = total.gather(-1, last.view(-1, 1, 1, 1).expand(*total.shape[:3], 1))
+    padding = torch.arange(plan.size, device=last.device) > last[:, None]
+    weight = (until - total).masked_fill(padding[:, None, None], -torch.inf).exp()
+    keys = (kept.key * kept.k_scale)[chunk].unsqueeze(2) * weight.unsqueeze(-1)
+    state = _bmm(keys.transpose(-1, -2), kept.new[chunk])
+    if kept.states is not None:
+        (later,) = (chunk >= plan.active[0]).nonzero(as_tuple=True)
+        before = kept.states[chunk[later] - plan.active[0]]
+        state[later] += before * until[later].exp().unsqueeze(-1)
+    return state
+
+
+def inverse_norm(x: torch.Tensor) -> torch.Tensor:
+    """1 / sqrt(sum(x^2) + eps) over the last dimension, which stays."""
     return x.square().sum(-1, keepdim=True).add_(EPS).rsqrt_()
 
 
@@ -267,56 +337,3 @@ def _scan_backward(
             d_state[:count] += carried
             d_total[rows, ..., -1] += (states[here][:count] * carried).sum((-1, -2))
         d_after = d_state
-
-
-def stream_conv(
-    x_TC: torch.Tensor, weight_CW: torch.Tensor, lengths: Sequence[int]
-) -> torch.Tensor:
-    """Depthwise causal convolution over each sample of the stream, then silu: [T, C].
-
-    A sum of W shifted products: on the CPU several times faster than a grouped conv1d.
-    """
-    index = padded_index(tuple(lengths), weight_CW.shape[1] - 1, x_TC.device)
-    return _Convolution.apply(x_TC, weight_CW, index, len(lengths))
-
-
-@lru_cache(maxsize=32)
-def padded_index(lengths: tuple[int, ...], pad: int, device: torch.device) -> torch.Tensor:
-    """int64 [T]: where each position goes when `pad` empty rows stand before every sample."""
-    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return (torch.arange(len(sample)) + pad * (sample + 1)).to(device)
-
-
-class _Convolution(torch.autograd.Function):
-    """By hand, because autograd keeps and adds up every shifted product."""
-
-    @staticmethod
-    def forward(ctx, x_TC, weight_CW, index_T, samples: int):
-        taps = weight_CW.t().contiguous()  # [W, C]
-        pad = len(taps) - 1
-        padded = x_TC.new_zeros(len(x_TC) + pad * samples, x_TC.shape[1])
-        padded.index_copy_(0, index_T, x_TC)
-        rows = len(padded) - pad
-        mixed = padded[pad:] * taps[pad]
-        for tap in range(pad):
-            mixed.addcmul_(padded[tap : tap + rows], taps[tap])
-        mixed = mixed.index_select(0, index_T - pad)
-        ctx.save_for_backward(padded, taps, index_T, mixed)
-        return F.silu(mixed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        padded, taps, index_T, mixed = ctx.saved_tensors
-        pad = len(taps) - 1
-        d_mixed = torch.zeros_like(padded)
-        d_mixed.index_copy_(0, index_T, torch.ops.aten.silu_backward(d_out, mixed))
-        rows = len(padded) - pad
-        d_padded = d_mixed * taps[pad]
-        d_taps = torch.empty_like(taps)
-        for tap in range(pad + 1):
-            shifted = d_mixed[pad:]
-            torch.sum(padded[tap : tap + rows] * shifted, 0, out=d_taps[tap])
-            if tap < pad:
-                d_padded[tap : tap + rows].addcmul_(shifted, taps[tap])
-        return d_padded.index_select(0, index_T), d_taps.t(), None, None

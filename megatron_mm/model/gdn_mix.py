@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_mm.model.gdn_kernels import stream_conv, stream_delta_rule
+from megatron_mm.model.gdn_conv import last_inputs, stream_conv
+from megatron_mm.model.gdn_kernels import delta_rule_and_state, stream_delta_rule
 from megatron_mm.model.segments import Segments
 
 
@@ -52,3 +53,19 @@ def convolve_and_scan(
     qkv = stream_conv(qkv_TC, conv_weight_CW, segments.sizes)
     query, key, value = split_heads(qkv, widths)
     return stream_delta_rule(query, key, value, log_decay_Th, beta_Th, segments.sizes)
+
+
+def convolve_scan_and_keep(
+    qkv_TC: torch.Tensor,
+    conv_weight_CW: torch.Tensor,
+    log_decay_Th: torch.Tensor,
+    beta_Th: torch.Tensor,
+    segments: Segments,
+    widths: HeadWidths,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`convolve_and_scan` without gradients, and what each sample needs to go on: the last inputs
+    of its convolution [samples, W - 1, C], its state in fp32 [samples, k, r, K, V]."""
+    qkv = stream_conv(qkv_TC, conv_weight_CW, segments.sizes)
+    query, key, value = split_heads(qkv, widths)
+    out, state = delta_rule_and_state(query, key, value, log_decay_Th, beta_Th, segments.sizes)
+    return out, last_inputs(qkv_TC, conv_weight_CW.shape[1], segments), state

@@ -27,6 +27,7 @@ from megatron_mm.model.backend import Backend, choose
 from megatron_mm.model.clvr import memory_hidden_size
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
+from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.linear import ReplicatedLinear, column, vocab_embedding
 from megatron_mm.model.lora import add_lora
 from megatron_mm.model.norms import RMSNorm
@@ -159,18 +160,19 @@ class MultimodalModel(MegatronModule):
         """Called by the schedule with what the previous stage sent."""
         self.received = tensor[0] if isinstance(tensor, list) else tensor
 
-    def _wire_shape(self, batch: Microbatch, manifest: Manifest) -> WireShape:
+    def _wire_shape(self, batch: Microbatch, manifest: Manifest, memory: bool) -> WireShape:
         tp = self.pg.tp.size()
-        rows = memory_rows(batch, self.model_config, tp) // tp if manifest.memory else 0
+        travels = manifest.memory and memory
+        rows = memory_rows(batch, self.model_config, tp) // tp if travels else 0
         width = memory_hidden_size(self.model_config)
         tokens = len(batch.tokens_T) // self.pg.tp_cp.size()
         return WireShape(tokens, rows, width, manifest.refinements)
 
-    def _embed(self, batch: Microbatch) -> Payload:
+    def _embed(self, batch: Microbatch, images: bool) -> Payload:
         mine = part(len(batch.tokens_T), self.pg.cp)
         hidden = self.embedding(take(batch.tokens_T, mine))  # [T / CP, H], on every TP rank
         memory = None
-        if self.vision is not None:
+        if self.vision is not None and images:
             rows = memory_rows(batch, self.model_config, self.pg.tp.size())
             stream, memory = self.vision(batch, rows)
             hidden = self._fill_in(hidden, stream.to(hidden.dtype), batch.stream_positions, mine)
@@ -214,6 +216,7 @@ class MultimodalModel(MegatronModule):
         batch: Microbatch,
         positions: torch.Tensor | None = None,
         looks: dict[int, list[torch.Tensor]] | None = None,
+        cache: DecodeCache | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -221,19 +224,23 @@ class MultimodalModel(MegatronModule):
                 this context-parallel rank's part of it. None: everywhere there. The output layer
                 computes no others.
             looks: if given, filled with the attention weights of this stage's looks, by pair.
+            cache: of the rows being decoded; a prefill fills rows of it, a step reads it: then the
+                batch is one token of every row, each a sample of its own.
 
         Returns:
             logits [K, 1, V / TP] on the last stage, else the wire's tensor.
         """
-        context = StreamContext.build(batch, self.model_config, self.pg, self.looks_here)
-        context.looks, context.watch = looks, self.watch
+        prompts = cache is None or not cache.stepping  # in a step no row has an image
+        looks_here = self.looks_here and prompts
+        context = StreamContext.build(batch, self.model_config, self.pg, looks_here)
+        context.looks, context.watch, context.cache = looks, self.watch, cache
         if self.pre_process:
-            payload = self._embed(batch)
+            payload = self._embed(batch, prompts)
         else:
-            payload = unpack(self.received, self._wire_shape(batch, self.arrives))
+            payload = unpack(self.received, self._wire_shape(batch, self.arrives, prompts))
         payload = self.language(payload, context)
         if self.leaves is not None:
-            return pack(payload, self._wire_shape(batch, self.leaves))
+            return pack(payload, self._wire_shape(batch, self.leaves, prompts))
         first = part(len(batch.tokens_T), self.pg.cp).start
         return self._logits(self.final_norm(payload.hidden_T1H), positions, first)
 

@@ -80,7 +80,7 @@ class Stack(nn.Module):
         again = self.recompute.core_attn
         for layer in stage.layers:
             if layer.kind == "L":
-                self.looks[str(layer.pair)] = Look(model, config, pg.tp, again)
+                self.looks[str(layer.pair)] = Look(model, config, pg, again)
             if layer.kind in "G*E":
                 if layer.kind == "G":
                     inner = GatedDeltaNet(language, config, pg, out_std, backend, again)
@@ -105,12 +105,15 @@ class Stack(nn.Module):
         return payload
 
     def _block(self, layers: Sequence[Layer], payload: Payload, context: StreamContext) -> Payload:
-        hidden, waiting = payload.hidden_T1H, dict(payload.refinements)
+        hidden, waiting, cache = payload.hidden_T1H, dict(payload.refinements), context.cache
         for layer in layers:
             if layer.kind == "L":
                 look = self.looks[str(layer.pair)]
                 record = context.look_record(layer.pair)
-                waiting[layer.pair] = look(hidden, payload.memory_M1C, context.memory, record)
+                state = cache and cache.look(layer.pair)
+                waiting[layer.pair] = look(
+                    hidden, payload.memory_M1C, context.memory, record, state
+                )
             elif layer.kind == "J":
                 hidden = hidden + waiting.pop(layer.pair)
             elif layer.kind == "E":
@@ -121,10 +124,15 @@ class Stack(nn.Module):
                     hidden = moe(hidden, context)
             elif layer.kind == "*":
                 hidden = self.layers[str(layer.number)]["mixer"](
-                    hidden, context.segments, context.rotary
+                    hidden,
+                    context.segments,
+                    context.rotary,
+                    cache and cache.attention(layer.number),
                 )
             else:
-                hidden = self.layers[str(layer.number)]["mixer"](hidden, context.segments)
+                hidden = self.layers[str(layer.number)]["mixer"](
+                    hidden, context.segments, cache and cache.delta(layer.number)
+                )
             context.tap(layer, hidden)
         return Payload(hidden, payload.memory_M1C, waiting)
 

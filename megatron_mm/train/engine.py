@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import held_positions
@@ -136,19 +137,24 @@ class Engine:
         positions: Callable[[Microbatch], torch.Tensor],
         finish: Callable,
         looks: dict[int, list[torch.Tensor]] | None = None,
+        caches: Sequence[DecodeCache] | None = None,
     ) -> list:
         """Forward passes only: `finish(logits, batch, positions)` per microbatch on the last
         stage, where both callables mean what they mean in `Objective`.
 
         Args:
             looks: if given, filled with the attention weights of this stage's looks.
+            caches: if given, one for each microbatch, of the rows being decoded. Under a virtual
+                pipeline there are then whole rounds of microbatches.
         """
 
         def collect(output: torch.Tensor, non_loss_data: bool = True, **which):
             return finish(output, **which)
 
         with torch.no_grad():
-            return self._schedule(batches, positions, collect, forward_only=True, looks=looks)
+            return self._schedule(
+                batches, positions, collect, forward_only=True, caches=caches, looks=looks
+            )
 
     def _schedule(
         self,
@@ -156,18 +162,19 @@ class Engine:
         positions: Callable[[Microbatch], torch.Tensor],
         finish: Callable,
         forward_only: bool,
+        caches: Sequence[DecodeCache] | None = None,
         **model_kwargs,
     ) -> list:
         pg, device, wanted = self.groups.pg, platform.device(), len(batches)
 
-        def feed() -> Iterator[tuple[Microbatch, torch.Tensor]]:
-            for batch in batches:
+        def feed() -> Iterator[tuple[Microbatch, torch.Tensor, DecodeCache | None]]:
+            for batch, cache in zip(batches, caches or [None] * len(batches), strict=True):
                 held = held_positions(positions(batch), len(batch.tokens_T), pg.cp)
-                yield batch.to(device), held
+                yield batch.to(device), held, cache
 
         def forward_step(iterator, model):
-            batch, held = next(iterator)
-            output = model(batch, positions=held, **model_kwargs)
+            batch, held, cache = next(iterator)
+            output = model(batch, positions=held, cache=cache, **model_kwargs)
             return output, partial(finish, batch=batch, positions=held)
 
         if len(self.models) > 1 and forward_only:

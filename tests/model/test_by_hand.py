@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from megatron_mm.model import gdn_kernels
+from megatron_mm.model import gdn_conv
 from megatron_mm.model.chunks import chunk_plan, to_cells, to_stream
 from megatron_mm.model.experts import _Experts
 
@@ -34,7 +34,7 @@ def test_delta_rule(double, monkeypatch, size):
 
 def test_convolution(double):
     x, weight = draw((sum(LENGTHS), 5), (5, 4))
-    assert gradcheck(lambda x, w: gdn_kernels.stream_conv(x, w, LENGTHS), (x, weight))
+    assert gradcheck(lambda x, w: gdn_conv.stream_conv(x, w, LENGTHS), (x, weight))
 
 
 def test_experts():

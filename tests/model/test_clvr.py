@@ -51,7 +51,7 @@ class Stage:
         self.model = run.model
         self.batch = pack(run.model, samples, pad_multiple)
         config = language_config(run)
-        self.look = Look(run.model, config, pg.tp)
+        self.look = Look(run.model, config, pg)
         initialize(self.look, seed=5)
         g = torch.Generator().manual_seed(6)
         self.look.linear_proj.weight.data.normal_(0, 0.2, generator=g)

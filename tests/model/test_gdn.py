@@ -12,7 +12,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 from megatron_mm.model.backend import choose
 from megatron_mm.model.core_config import language_config
 from megatron_mm.model.gdn import GatedDeltaNet
-from megatron_mm.model.gdn_kernels import gated_delta_rule, stream_conv
+from megatron_mm.model.gdn_conv import stream_conv
+from megatron_mm.model.gdn_kernels import gated_delta_rule
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.layout import initialize
 

@@ -1,0 +1,124 @@
+"""The rows in which completions are generated: who is in them, what they have, when they end.
+
+A lane is what one microbatch of a decoding step is made of. All ranks of a replica keep equal
+books on it, since all of them know the drawn tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.decode import DecodeCache, Filling
+
+FREE = -1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    Attributes:
+        tokens_G: int64; the last one is a stop token if `finished`, else the length ran out.
+        logprobs_G: fp32, of each token under the model that drew it, at its temperature.
+    """
+
+    tokens_G: torch.Tensor
+    logprobs_G: torch.Tensor
+    finished: bool
+
+
+class Lane:
+    """R rows, free or generating one completion each.
+
+    Attributes:
+        number_R: int64, decides with the count what is drawn; no two completions share one.
+        count_R: int64, tokens drawn.
+    """
+
+    def __init__(self, rows: int, max_tokens: int):
+        self.cache = DecodeCache(rows)
+        self.owner_R2 = torch.full((rows, 2), FREE)  # (prompt, which of its completions)
+        self.number_R = torch.zeros(rows, dtype=torch.int64)
+        self.count_R = torch.zeros(rows, dtype=torch.int64)
+        self.tokens_RG = torch.zeros(rows, max_tokens, dtype=torch.int64)
+        self.logprobs_RG = torch.zeros(rows, max_tokens)
+
+    @property
+    def active_R(self) -> torch.Tensor:
+        return self.owner_R2[:, 0] != FREE
+
+    @property
+    def busy_rows(self) -> torch.Tensor:
+        """int64"""
+        return self.active_R.nonzero().flatten()
+
+    @property
+    def free(self) -> int:
+        return int((~self.active_R).sum())
+
+    def fill(self, batch: Microbatch, prompts: range, numbers: Sequence[int], group: int) -> None:
+        """Give free rows to `group` completions of each sample of `batch`, which are `prompts`;
+        the forward pass of the batch then fills their caches."""
+        (rows,) = (~self.active_R).nonzero(as_tuple=True)
+        rows = rows[: len(prompts) * group]
+        prompt = torch.arange(len(prompts)).repeat_interleave(group)
+        sample = torch.arange(group).repeat(len(prompts))
+        self.cache.filling = Filling(rows, prompt)
+        self.cache.lengths_R[rows] = batch.cu_seqlens.diff()[prompt]
+        self.owner_R2[rows] = torch.stack((prompt + prompts.start, sample), 1)
+        self.number_R[rows] = torch.tensor(numbers, dtype=torch.int64)[prompt] * group + sample
+        self.count_R[rows] = 0
+
+    def advance(
+        self, rows: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, stops: Sequence[int]
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """Append a token to each of these rows; (prompt, sample, completion) of those that it
+        ends, whose rows are free from then on."""
+        place = self.count_R[rows]
+        self.tokens_RG[rows, place] = tokens
+        self.logprobs_RG[rows, place] = logprobs
+        self.count_R[rows] += 1
+        stopped = torch.isin(tokens, torch.tensor(stops, dtype=torch.int64))
+        ended = stopped | (self.count_R[rows] == self.tokens_RG.shape[1])
+        for row, finished in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
+            count = int(self.count_R[row])
+            tokens_G = self.tokens_RG[row, :count].clone()
+            done = Completion(tokens_G, self.logprobs_RG[row, :count].clone(), finished)
+            prompt, sample = self.owner_R2[row].tolist()
+            self.owner_R2[row] = FREE
+            yield prompt, sample, done
+
+    def shrink(self, multiple: int) -> None:
+        """Forget free rows once half of all are free; the number of rows stays a multiple."""
+        busy = self.busy_rows
+        wanted = max(1, -(-len(busy) // multiple)) * multiple
+        if 2 * wanted > self.cache.rows:
+            return
+        (free,) = (~self.active_R).nonzero(as_tuple=True)
+        rows = torch.cat((busy, free[: wanted - len(busy)]))
+        self.cache.keep(rows)
+        for name in ("owner_R2", "number_R", "count_R", "tokens_RG", "logprobs_RG"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def next_tokens(self, pad_id: int) -> Microbatch:
+        """The last token of every row, each a sample of one position; pads in free rows."""
+        rows = torch.arange(self.cache.rows)
+        tokens = self.tokens_RG[rows, (self.count_R - 1).clamp(min=0)]
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return Microbatch(
+            tokens_T=torch.where(self.active_R, tokens, pad_id),
+            labels_T=torch.zeros_like(rows),
+            loss_mask_T=torch.zeros(len(rows)),
+            position_ids_T=self.cache.lengths_R.clone(),
+            cu_seqlens=torch.arange(len(rows) + 1),
+            num_real_tokens=len(rows),
+            pixels_NCHW=torch.zeros(0),
+            stream_tiles=nothing,
+            stream_positions=nothing,
+            memory_tiles=nothing,
+            memory_coordinates_M2=torch.zeros(0, 2),
+            memory_visible_M2=nothing.view(0, 2),
+        )

@@ -1,0 +1,73 @@
+"""One position at a time from the states that whole samples leave, against the whole at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mm.model.decode import DecodeCache, Filling
+from megatron_mm.model.gdn_mix import HeadWidths, convolve_and_scan, convolve_scan_and_keep
+from megatron_mm.model.segments import Segments
+
+WIDTHS = HeadWidths(key=6, value=5, values=2)
+KEY_HEADS, TAPS = 3, 4
+
+
+def inputs(tokens: int, seed: int):
+    g = torch.Generator().manual_seed(seed)
+    channels, heads = KEY_HEADS * sum(WIDTHS.rows), KEY_HEADS * WIDTHS.values
+    qkv = torch.randn(tokens, channels, generator=g)
+    decay = -torch.rand(tokens, heads, generator=g) * 0.5
+    beta = torch.rand(tokens, heads, generator=g)
+    return qkv, decay, beta, torch.randn(channels, TAPS, generator=g)
+
+
+def segments(lengths) -> Segments:
+    return Segments.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0))
+
+
+# 1 is shorter than the convolution; 32 and 33 end and begin a chunk; 70 has three.
+LENGTHS = (5, 1, 32, 33, 70, 2)
+
+
+@pytest.mark.parametrize("split", [1, 2, 31])
+def test_steps_go_on_where_samples_ended(split):
+    """Prefixes of every sample at once, then their last `split` positions one by one."""
+    lengths = [length + split for length in LENGTHS]
+    qkv, decay, beta, conv = inputs(sum(lengths), 0)
+    whole = convolve_and_scan(qkv, conv, decay, beta, segments(lengths), WIDTHS)
+    ends = torch.tensor(lengths).cumsum(0)
+    head = torch.cat([torch.arange(e - n, e - split) for e, n in zip(ends, lengths, strict=True)])
+    cache = DecodeCache(len(lengths))
+    state = cache.delta(0)
+    rows = torch.arange(len(lengths)).flip(0)  # rows need not be in the order of the prompts
+    cache.filling = Filling(rows, torch.arange(len(lengths)))
+
+    def mix(places):
+        args = qkv[places], conv, decay[places], beta[places]
+        return state.mix(convolve_scan_and_keep, *args, segments(LENGTHS), WIDTHS)
+
+    found = [mix(head)]
+    cache.filling = None
+    for back in range(split, 0, -1):
+        found.append(mix(ends[rows] - back).index_select(0, rows))
+    expected = [whole[head], *(whole[ends - back] for back in range(split, 0, -1))]
+    for ours, theirs in zip(found, expected, strict=True):
+        # fp32 sums of at most 101 terms in another order.
+        assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max().clamp(min=1)
+
+
+def test_a_prompts_state_goes_to_every_row_that_wants_it_and_to_no_other():
+    cache = DecodeCache(5)
+    state = cache.delta(0)
+    qkv, decay, beta, conv = inputs(12, 1)
+    cache.filling = Filling(torch.tensor([4, 1, 2]), torch.tensor([1, 1, 0]))
+    arguments = qkv, conv, decay, beta, segments((5, 7)), WIDTHS
+    state.mix(convolve_scan_and_keep, *arguments)
+    _, tail, final = convolve_scan_and_keep(*arguments)
+    for name, of_prompt in (("inputs", tail), ("state", final)):
+        held = state.tensors[name]
+        assert torch.equal(held[[4, 1, 2]], of_prompt[[1, 1, 0]])
+        assert not held[[0, 3]].any()
+    cache.keep(torch.tensor([2, 4]))
+    assert torch.equal(state.tensors["state"], final) and cache.rows == 2

@@ -1,0 +1,73 @@
+"""Drawn tokens: reproducible, distributed as they should be, narrowed as asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mm.rl.sampling import Sampling, draw, uniforms
+
+N = 40000
+
+
+def drawn(logits, seed=0, **settings):
+    rows = torch.arange(N)
+    sampling = Sampling((), 1, seed=seed, **settings)
+    tokens, logprobs = draw(
+        logits.expand(N, -1), sampling, uniforms(seed, rows, torch.zeros_like(rows))
+    )
+    return tokens, logprobs
+
+
+LOGITS = torch.tensor([0.3, -1.0, 2.0, 1.5, -4.0, 2.0, -torch.inf])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_they_are_likely(temperature):
+    tokens, logprobs = drawn(LOGITS, temperature=temperature)
+    probs = (LOGITS / temperature).softmax(0)
+    share = torch.bincount(tokens, minlength=7) / N
+    # Five standard deviations of a share of 40,000 draws.
+    assert ((share - probs).abs() <= 5 * (probs * (1 - probs) / N).sqrt() + 1e-9).all()
+    assert torch.allclose(logprobs, probs.log()[tokens], atol=1e-6)
+
+
+def test_greedy_takes_the_lowest_of_equals():
+    tokens, logprobs = drawn(LOGITS, temperature=0.0)
+    assert (tokens == 2).all()
+    assert torch.allclose(logprobs, LOGITS.log_softmax(0)[2].expand(N))
+
+
+def test_top_k_and_top_p_narrow_the_draw_but_not_the_log_probability():
+    tokens, logprobs = drawn(LOGITS, top_k=3)
+    assert set(tokens.tolist()) == {2, 3, 5}
+    assert torch.allclose(logprobs, LOGITS.log_softmax(0)[tokens], atol=1e-6)
+    probs = LOGITS.softmax(0)
+    assert 0.6 < probs[2] + probs[5] < 0.75 < probs[[2, 3, 5]].sum()
+    assert set(drawn(LOGITS, top_p=0.75)[0].tolist()) == {2, 3, 5}
+    assert set(drawn(LOGITS, top_p=0.6)[0].tolist()) == {2, 5}
+    assert set(drawn(LOGITS, top_p=1e-9)[0].tolist()) == {2}  # the first of equals
+    # Of the narrowed ones the shares are in proportion.
+    tokens, _ = drawn(LOGITS, top_p=0.75)
+    expected = probs[3] / probs[[2, 3, 5]].sum()
+    assert abs(float((tokens == 3).double().mean()) - float(expected)) <= 0.012
+
+
+def test_numbers_depend_on_seed_row_and_step_only():
+    rows, steps = torch.arange(1000).repeat(3), torch.arange(3).repeat_interleave(1000)
+    whole = uniforms(5, rows, steps)
+    some = torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:50]
+    assert torch.equal(uniforms(5, rows[some], steps[some]), whole[some])
+    assert len(whole.unique()) == 3000 and 0 <= whole.min() and whole.max() < 1
+    assert not torch.equal(uniforms(6, rows, steps), whole)
+    # Neither neighbouring rows nor neighbouring steps go together: 5 / sqrt(1000).
+    table = whole.view(3, 1000)
+    for a, b in ((table[0, 1:], table[0, :-1]), (table[1], table[0]), (table[2], table[1])):
+        assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) <= 0.16
+    assert abs(float(whole.mean()) - 0.5) <= 5 * (12 * 3000) ** -0.5
+
+
+def test_the_ends_of_the_unit_interval():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(2, -1)
+    tokens, _ = draw(logits, Sampling((), 1), torch.tensor([0.0, 1 - 2.0**-53]))
+    assert tokens.tolist() == [1, 3]
