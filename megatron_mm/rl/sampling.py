@@ -83,11 +83,11 @@ def _narrowed(logits_NV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def _inverse_cdf(probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
     """The token at whose step the running sum passes u."""
     total_NV = probs_NV.double().cumsum(1)  # fp32 would lose the tail of a large vocabulary
-    target_N1 = uniform_N.to(total_NV.device)[:, None] * total_NV[:, -1:]
-    # u < 1 leaves a last token that it does not reach; one without probability adds nothing
-    # and is never the first above the target.
-    tokens_N = torch.searchsorted(total_NV, target_N1, right=True).squeeze(1)
-    return tokens_N.clamp(max=probs_NV.shape[1] - 1)
+    whole_N1 = total_NV[:, -1:]
+    target_N1 = uniform_N.to(total_NV.device)[:, None] * whole_N1
+    # Rounding may reach the whole, which no token passes.
+    target_N1 = target_N1.minimum(whole_N1.nextafter(torch.zeros_like(whole_N1)))
+    return torch.searchsorted(total_NV, target_N1, right=True).squeeze(1)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -5,32 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_mm.config import model_stages
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.evalset import EvalItem, EvalSet
+from megatron_mm.data.sample import Sample
 from megatron_mm.data.scoring import chance, score
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.layout import layouts
+from megatron_mm.rl.lanes import Completion
+from megatron_mm.rl.sampling import Sampling
 from megatron_mm.train.engine import Engine
-from megatron_mm.train.feed import agree, receive
-from megatron_mm.train.generate import generate
+from megatron_mm.train.feed import agree
+from megatron_mm.train.generate import Prompts, generate
 
 Results = dict[str, dict[str, float]]
-
-
-def _rounds(keys: list[str], batch_size: int, replicas: int) -> list[list[list[int]]]:
-    """rounds -> replicas -> indices. Questions of one kind go together, since their answers
-    are of one length; every replica gets as many rounds, the last ones perhaps empty-handed."""
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches += [[]] * (-len(batches) % replicas)
-    return [batches[i : i + replicas] for i in range(0, len(batches), replicas)]
 
 
 def open_questions(engine: Engine, tokenizer: Tokenizer) -> tuple[EvalSet, list[str]]:
@@ -45,57 +39,35 @@ def open_questions(engine: Engine, tokenizer: Tokenizer) -> tuple[EvalSet, list[
     return questions, keys
 
 
-def answer(
-    engine: Engine, tokenizer: Tokenizer, questions: EvalSet, indices: list[int], stop: bool
-) -> tuple[list[tuple[int, EvalItem]], list[str]] | None:
-    """The replica's answers to `indices`; on ranks that do not read, no items; None if any
-    rank wants to stop.
+def _answers(
+    engine: Engine, tokenizer: Tokenizer, questions: EvalSet, asked: list[int], stop
+) -> list[tuple[int, EvalItem, str]] | None:
+    """(index, question, answer) of each question that this replica is asked; none on ranks that
+    do not read; None if any rank wants to stop."""
+    settings, items = engine.run.evaluation, []
 
-    Raises:
-        DataError: on every rank, if a row is bad.
-    """
-    groups, settings = engine.groups, engine.run.evaluation
-    # Several microbatches at once keep every pipeline stage busy.
-    parts = groups.pg.pp.size()
-    size = -(-max(1, len(indices)) // parts)
-    chunks = [indices[i * size : (i + 1) * size] for i in range(parts)]
-    items: list[list[EvalItem]] = []
+    def read(number: int) -> Sample:
+        item = questions[asked[number]]
+        items.append(replace(item, sample=None))  # its pixels need not be kept
+        return item.sample
 
-    def read():
-        items.extend([questions[i] for i in chunk] for chunk in chunks)
-        # Nothing to ask, but other replicas may need our part of their forward passes.
-        return [questions.collate(chunk or [questions[0]]) for chunk in items]
-
-    prompts, stopping = receive(groups, read, stop)
-    if stopping:
-        return None
-    answers = generate(
+    found = generate(
         engine,
-        prompts,
-        stop_id=tokenizer.message_end_id,
+        Prompts(read, asked),
+        Sampling((tokenizer.message_end_id,), settings.max_new_tokens, temperature=0.0),
+        max_num_seqs=settings.eval_batch_size,
         pad_id=tokenizer.pad_id,
-        max_new_tokens=settings.max_new_tokens,
+        stop=stop,
     )
-    if not groups.is_reader:
-        return [], []
-    asked = [
-        pair
-        for chunk, row in zip(chunks, items, strict=True)
-        for pair in zip(chunk, row, strict=True)
-    ]
-    texts = [
-        _text(tokens, tokenizer)
-        for chunk, tokens_NG in zip(chunks, answers, strict=True)
-        for tokens, _ in zip(tokens_NG, chunk, strict=False)
-    ]
-    return asked, texts
+    if found is None:
+        return None
+    texts = [tokenizer.decode(_text_ids(completion)) for (completion,) in found]
+    return list(zip(asked, items, texts, strict=True)) if engine.groups.is_reader else []
 
 
-def _text(tokens: torch.Tensor, tokenizer: Tokenizer) -> str:
-    ids = tokens.tolist()
-    if tokenizer.message_end_id in ids:
-        ids = ids[: ids.index(tokenizer.message_end_id)]
-    return tokenizer.decode(ids)
+def _text_ids(completion: Completion) -> list[int]:
+    ids = completion.tokens_G.tolist()
+    return ids[:-1] if completion.finished else ids
 
 
 def evaluate(
@@ -108,21 +80,18 @@ def evaluate(
     """
     groups = engine.groups
     questions, keys = open_questions(engine, tokenizer)
-    replica, replicas = groups.pg.dp.rank(), groups.pg.dp.size()
+    # Questions of one kind stay together, since their answers are of one length.
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    asked = order[groups.pg.dp.rank() :: groups.pg.dp.size()]
+    found = _answers(engine, tokenizer, questions, asked, stop)
+    if found is None:
+        return {}, []
     records = []
-    engine.training(False)
-    for round_ in _rounds(keys, engine.run.evaluation.eval_batch_size, replicas):
-        found = answer(engine, tokenizer, questions, round_[replica], stop())
-        if found is None:
-            engine.training(True)
-            return {}, []
-        asked, texts = found
-        for (index, item), text in zip(asked, texts, strict=True):
-            record = {"index": index, "key": item.key, "prediction": text}
-            record |= {"truth": item.ground_truth, "scorer": item.scorer}
-            record["score"] = score(item.scorer, text, item.ground_truth)
-            records.append(record)
-    engine.training(True)
+    for index, item, text in found:
+        record = {"index": index, "key": item.key, "prediction": text}
+        record |= {"truth": item.ground_truth, "scorer": item.scorer}
+        record["score"] = score(item.scorer, text, item.ground_truth)
+        records.append(record)
     parts: list = [None] * groups.world.size()
     dist.all_gather_object(parts, records, group=groups.world)
     records = sorted((r for part in parts for r in part), key=lambda r: r["index"])

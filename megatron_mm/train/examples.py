@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import parse_pattern, token_multiple
+from megatron_mm.data.answers import with_answers
 from megatron_mm.data.evalset import EvalItem, EvalSet
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.evaluate import write_record
 from megatron_mm.train.feed import receive, share
-from megatron_mm.train.generate import with_answers
 from megatron_mm.train.probe import Looks, Routes, probe
 
 SHOWN_PER_KEY = 3  # examples in the report

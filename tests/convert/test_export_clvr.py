@@ -13,6 +13,7 @@ from batches import small_run
 from folders import assert_same, planned, read_all, to_checkpoint, to_folder
 from megatron.core import parallel_state
 from PIL import Image
+from slow_generate import generate
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -33,7 +34,6 @@ from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.layout import layouts
 from megatron_mm.train.engine import Engine
-from megatron_mm.train.generate import generate
 
 # A look between a mixer and its experts, two in flight at once, one injected at once.
 PATTERN = "GE L *LE GE J *E J GE LJ"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from megatron_mm.model import gdn_conv
+from megatron_mm.model import gdn_conv, gdn_kernels
 from megatron_mm.model.chunks import chunk_plan, to_cells, to_stream
 from megatron_mm.model.experts import _Experts
 

@@ -58,7 +58,7 @@ def test_numbers_depend_on_seed_row_and_step_only():
     whole = uniforms(5, rows, steps)
     some = torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:50]
     assert torch.equal(uniforms(5, rows[some], steps[some]), whole[some])
-    assert len(whole.unique()) == 3000 and 0 <= whole.min() and whole.max() < 1
+    assert len(whole.unique()) == 3000 and whole.min() >= 0 and whole.max() < 1
     assert not torch.equal(uniforms(6, rows, steps), whole)
     # Neither neighbouring rows nor neighbouring steps go together: 5 / sqrt(1000).
     table = whole.view(3, 1000)
@@ -69,5 +69,6 @@ def test_numbers_depend_on_seed_row_and_step_only():
 
 def test_the_ends_of_the_unit_interval():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(2, -1)
-    tokens, _ = draw(logits, Sampling((), 1), torch.tensor([0.0, 1 - 2.0**-53]))
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    tokens, _ = draw(logits, Sampling((), 1), ends)
     assert tokens.tolist() == [1, 3]

@@ -31,6 +31,7 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.parallel import groups
 from megatron_mm.train import evaluate as evaluation
 from megatron_mm.train import loop
+from megatron_mm.train.generate import _Generation
 from megatron_mm.train.metrics import read_metrics
 
 # ---- stop and resume ----
@@ -214,30 +215,35 @@ def on_rank_stop_in_evaluation(run, folder) -> dict:
     run.logging.output_dir, run.checkpoint.save = str(folder / "out"), str(folder / "saved")
     run.evaluation.eval_interval, run.evaluation.eval_batch_size = 2, 4
     seen = []
-    step, answer = loop.Trainer.step, evaluation.answer
+    step, prefill, forward = loop.Trainer.step, _Generation.prefill, _Generation.step
 
     def step_and_note(trainer):
         seen.append(trainer)
         return step(trainer)
 
-    def answer_then_ask(*args):
-        seen.append("round")
+    def prefill_then_ask(generation):
+        seen.append("turn")
+        prefill(generation)
         if seen[0].groups.world.rank() == 1:
             seen[0].request_stop()
-        return answer(*args)
 
-    loop.Trainer.step, evaluation.answer = step_and_note, answer_then_ask
+    def note(generation):
+        seen.append("turn")
+        forward(generation)
+
+    loop.Trainer.step = step_and_note
+    _Generation.prefill, _Generation.step = prefill_then_ask, note
     try:
         trainer = loop.train(run, groups.build(run.parallel))
     finally:
-        loop.Trainer.step, evaluation.answer = step, answer
-    return {"iteration": trainer.iteration, "rounds": seen.count("round")}
+        loop.Trainer.step, _Generation.prefill, _Generation.step = step, prefill, forward
+    return {"iteration": trainer.iteration, "turns": seen.count("turn")}
 
 
 def test_a_stop_does_not_wait_for_an_evaluation(ranks, scenes, tmp_path):
-    run = digits_run(scenes, **PP2)  # 24 questions, 4 at a time: six rounds
+    run = digits_run(scenes, **PP2)  # 24 questions, 4 at a time: six prefills
     for state in ranks(2, on_rank_stop_in_evaluation, run, tmp_path):
-        assert state == {"iteration": 2, "rounds": 2}
+        assert state == {"iteration": 2, "turns": 1}
     assert (tmp_path / "saved" / "latest").read_text().strip() == "iter_0000002"
     records = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [record["iteration"] for record in records] == [1, 2]

@@ -7,11 +7,11 @@ import torch
 from trainers import LAYOUTS, digits_run, prompts_of, random_engine
 
 from megatron_mm.config import RunConfig, token_multiple
+from megatron_mm.data.answers import with_answers
 from megatron_mm.data.collate import collate
 from megatron_mm.data.layout import image_settings
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.train.feed import share
-from megatron_mm.train.generate import with_answers
 from megatron_mm.train.probe import probe
 
 PROBED = ((0, [5, 6, 7]), (2, [9, 10]), (4, [11, 12, 13, 14]))  # question, answer tokens
