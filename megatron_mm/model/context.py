@@ -16,6 +16,7 @@ from megatron_mm.config import Layer, ModelConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.clvr import MemoryMap, memory_hidden_size
 from megatron_mm.model.rotary import rotary_table
+from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
 
@@ -39,6 +40,7 @@ class StreamContext:
         memory: for the looks of this stage, seen from the part.
         recomputing: the pass is a repetition for the backward pass.
         looks: pair -> attention weights, filled when recording (evaluation only).
+        routing: what is asked of the routers, if anything.
         watch: called with every layer and its output (parity tests, diagnostics).
     """
 
@@ -50,6 +52,7 @@ class StreamContext:
     memory: MemoryMap | None
     recomputing: bool = False
     looks: dict[int, list[torch.Tensor]] | None = None
+    routing: Routing | None = None
     watch: Callable[[Layer, torch.Tensor], None] | None = None
 
     @classmethod

@@ -32,6 +32,7 @@ from megatron_mm.model.lora import add_lora
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.projector import Projector
 from megatron_mm.model.recompute import Recompute
+from megatron_mm.model.routing import Routes, Routing
 from megatron_mm.model.stack import Stack
 from megatron_mm.model.vision import InternViT
 from megatron_mm.parallel.layout import initialize, normal
@@ -127,6 +128,9 @@ class MultimodalModel(MegatronModule):
         self.arrives: Manifest | None = None if self.pre_process else boundaries[index - 1]
         self.leaves: Manifest | None = None if self.post_process else boundaries[index]
         self.has_looks = "L" in pattern
+        # Moe indices of this stage's layers of experts, and experts that they leave out for now.
+        self.moe_layers = [layer.number for layer in stage.layers if layer.kind == "E"]
+        self.forbidden: Routes = {}
         self.looks_here = any(layer.kind == "L" for layer in stage.layers)
         self.received: torch.Tensor | None = None
         self.watch: Callable | None = None  # diagnostics: (layer, hidden) as each layer ends
@@ -214,6 +218,7 @@ class MultimodalModel(MegatronModule):
         batch: Microbatch,
         positions: torch.Tensor | None = None,
         looks: dict[int, list[torch.Tensor]] | None = None,
+        routes: Routes | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -221,12 +226,16 @@ class MultimodalModel(MegatronModule):
                 this context-parallel rank's part of it. None: everywhere there. The output layer
                 computes no others.
             looks: if given, filled with the attention weights of this stage's looks, by pair.
+            routes: if given, filled with the experts chosen at this rank's positions.
 
         Returns:
             logits [K, 1, V / TP] on the last stage, else the wire's tensor.
         """
         context = StreamContext.build(batch, self.model_config, self.pg, self.looks_here)
         context.looks, context.watch = looks, self.watch
+        context.routing = Routing.of(
+            batch.routes, len(batch.tokens_T), self.pg, routes, self.forbidden
+        )
         if self.pre_process:
             payload = self._embed(batch)
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +28,7 @@ from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.multimodal import MultimodalModel, build
+from megatron_mm.model.routing import Routes, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.train.objective import Objective
@@ -136,19 +138,43 @@ class Engine:
         positions: Callable[[Microbatch], torch.Tensor],
         finish: Callable,
         looks: dict[int, list[torch.Tensor]] | None = None,
+        routes: Sequence[Routes] | None = None,
     ) -> list:
         """Forward passes only: `finish(logits, batch, positions)` per microbatch on the last
         stage, where both callables mean what they mean in `Objective`.
 
         Args:
             looks: if given, filled with the attention weights of this stage's looks.
+            routes: if given, one for each microbatch, filled with the experts that this rank's
+                layers chose at its positions (`model.routing.whole_routes` makes them whole).
         """
 
         def collect(output: torch.Tensor, non_loss_data: bool = True, **which):
             return finish(output, **which)
 
         with torch.no_grad():
-            return self._schedule(batches, positions, collect, forward_only=True, looks=looks)
+            return self._schedule(
+                batches, positions, collect, forward_only=True, routes=routes, looks=looks
+            )
+
+    @contextmanager
+    def forbidding(self, experts: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Without some experts, for evaluation: moe index -> bool [E], True where no token may go.
+        Every rank gives those of every layer.
+
+        Raises:
+            ValueError: if fewer experts remain than a token takes.
+        """
+        language, layers = self.run.model.language, self.config.num_layers
+        check_forbidden(experts, layers, language.moe_router_topk, language.num_experts)
+        device = platform.device()
+        for chunk in self.chunks:
+            chunk.forbidden = {index: mask.to(device) for index, mask in experts.items()}
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.forbidden = {}
 
     def _schedule(
         self,
@@ -156,18 +182,24 @@ class Engine:
         positions: Callable[[Microbatch], torch.Tensor],
         finish: Callable,
         forward_only: bool,
+        routes: Sequence[Routes] | None = None,
         **model_kwargs,
     ) -> list:
         pg, device, wanted = self.groups.pg, platform.device(), len(batches)
+        language = self.run.model.language
+        sizes = language.moe_router_topk, language.num_experts
 
-        def feed() -> Iterator[tuple[Microbatch, torch.Tensor]]:
-            for batch in batches:
-                held = held_positions(positions(batch), len(batch.tokens_T), pg.cp)
-                yield batch.to(device), held
+        def feed(chunk: MultimodalModel) -> Iterator[tuple[Microbatch, torch.Tensor, dict | None]]:
+            for number, batch in enumerate(batches):
+                tokens = len(batch.tokens_T)
+                if batch.routes is not None:
+                    check_routes(batch.routes, chunk.moe_layers, tokens, *sizes)
+                record = routes[number] if routes is not None and number < wanted else None
+                yield batch.to(device), held_positions(positions(batch), tokens, pg.cp), record
 
         def forward_step(iterator, model):
-            batch, held = next(iterator)
-            output = model(batch, positions=held, **model_kwargs)
+            batch, held, record = next(iterator)
+            output = model(batch, positions=held, routes=record, **model_kwargs)
             return output, partial(finish, batch=batch, positions=held)
 
         if len(self.models) > 1 and forward_only:
@@ -175,7 +207,7 @@ class Engine:
             batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
         common = {
             "forward_step_func": forward_step,
-            "data_iterator": [feed() for _ in self.models],
+            "data_iterator": [feed(chunk) for chunk in self.chunks],
             "model": self.models,
             "num_microbatches": len(batches),
             "seq_length": self.run.data.seq_length,  # shapes are exchanged, not derived from it
