@@ -32,7 +32,7 @@ from megatron_mm.model.lora import add_lora
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.projector import Projector
 from megatron_mm.model.recompute import Recompute
-from megatron_mm.model.routing import Routes, Routing
+from megatron_mm.model.routing import RouterTerm, Routes, Routing, Terms
 from megatron_mm.model.stack import Stack
 from megatron_mm.model.vision import InternViT
 from megatron_mm.parallel.layout import initialize, normal
@@ -219,6 +219,8 @@ class MultimodalModel(MegatronModule):
         positions: torch.Tensor | None = None,
         looks: dict[int, list[torch.Tensor]] | None = None,
         routes: Routes | None = None,
+        router_term: RouterTerm | None = None,
+        terms: Terms | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -227,15 +229,15 @@ class MultimodalModel(MegatronModule):
                 computes no others.
             looks: if given, filled with the attention weights of this stage's looks, by pair.
             routes: if given, filled with the experts chosen at this rank's positions.
+            router_term: added to the loss by every layer of experts of this stage.
+            terms: if given, its values are added to it.
 
         Returns:
             logits [K, 1, V / TP] on the last stage, else the wire's tensor.
         """
         context = StreamContext.build(batch, self.model_config, self.pg, self.looks_here)
         context.looks, context.watch = looks, self.watch
-        context.routing = Routing.of(
-            batch.routes, len(batch.tokens_T), self.pg, routes, self.forbidden
-        )
+        context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term, terms)
         if self.pre_process:
             payload = self._embed(batch)
         else:

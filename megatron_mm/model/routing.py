@@ -1,5 +1,5 @@
 """What may be asked of the routers beside their own choice: to use given routes, to write down
-those they take, to leave experts out.
+those they take, to leave experts out, to learn from a term of their own.
 
 Routing is replayed for RL: R2 uses the routes of the trainer's own first pass (Zheng et al. 2025,
 arXiv 2507.18071), R3 those of the rollout (Ma et al. 2025, arXiv 2510.11370). Both are the same
@@ -18,13 +18,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from megatron_mm.data.batch import Microbatch
 from megatron_mm.parallel.sequence import gather_shards, shard, take
 
 Routes = dict[int, torch.Tensor]  # moe index -> int16 [positions, k]
+Terms = dict[int, torch.Tensor]  # moe index -> scalar
+
+
+class RouterTerm(Protocol):
+    def __call__(
+        self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range
+    ) -> torch.Tensor | None:
+        """What one layer's router adds to the loss of a microbatch, or None for nothing.
+
+        Args:
+            logits_tE: of the router, before anything is forbidden.
+            positions: those of the stream that the t rows are.
+        Returns:
+            a scalar with gradient to the logits: a sum over these positions, in the unit of
+            the objective's loss, since both are divided by the same number at the end. Called
+            again with equal logits when a block is computed again, so it must be pure.
+        """
+        ...
 
 
 def check_routes(routes: Mapping, needed: Collection[int], tokens: int, k: int, experts: int):
@@ -85,41 +107,46 @@ class Routing:
             last bit of the weights; replayed as recorded, it changes nothing.
         forbidden: bool [E], True: its logit counts as minus infinity. Given routes are used as
             they are.
+        term: (logits [t, E], moe index) -> the router's own loss, added to the main one.
+        terms: the values of `term` are added to it.
     """
 
     given: Routes = field(default_factory=dict)
     record: Routes | None = None
     forbidden: Routes = field(default_factory=dict)
+    term: Callable[[torch.Tensor, int], torch.Tensor | None] | None = None
+    terms: Terms | None = None
 
     @classmethod
     def of(
         cls,
-        routes: Routes | None,
-        tokens: int,
+        batch: Microbatch,
         pg: ProcessGroupCollection,
         record: Routes | None,
         forbidden: Routes,
+        term: RouterTerm | None,
+        terms: Terms | None,
     ) -> Routing | None:
-        """None if nothing is asked. `routes`: of the whole stream of `tokens`."""
-        if routes is None and record is None and not forbidden:
+        """None if nothing is asked."""
+        if batch.routes is None and record is None and not forbidden and term is None:
             return None
-        mine = shard(tokens, pg)
-        given = {index: take(whole, mine) for index, whole in (routes or {}).items()}
-        return cls(given, record, forbidden)
+        mine = shard(len(batch.tokens_T), pg)
+        given = {index: take(whole, mine) for index, whole in (batch.routes or {}).items()}
+        if term is not None:
+            term = partial(_term_here, term, batch, mine)
+        return cls(given, record, forbidden, term, terms)
 
     def of_layer(self, index: int, recomputing: bool) -> Choice:
-        record = None if recomputing else self.record
-        return Choice(index, self.given.get(index), self.forbidden.get(index), record)
+        return Choice(self, index, recomputing)
 
 
 @dataclass(frozen=True)
 class Choice:
     """One layer's choice of experts; stands where megatron-core's router asks its RouterReplay."""
 
+    asked: Routing
     index: int
-    given_tk: torch.Tensor | None
-    forbidden_E: torch.Tensor | None
-    record: Routes | None
+    recomputing: bool
 
     def get_replay_topk(
         self,
@@ -130,17 +157,30 @@ class Choice:
         choose: Callable,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits, experts) chosen, [t, k] each, with gradients to the logits at given routes."""
-        allowed_tE = logits_tE
-        if self.forbidden_E is not None:
-            allowed_tE = logits_tE.masked_fill(self.forbidden_E, -torch.inf)
+        asked, index, allowed_tE = self.asked, self.index, logits_tE
+        if index in asked.forbidden:
+            allowed_tE = logits_tE.masked_fill(asked.forbidden[index], -torch.inf)
         top_tk, experts_tk = choose(allowed_tE, k, num_groups=num_groups, group_topk=group_topk)
-        if self.given_tk is not None:
-            given_tk = self.given_tk.long()
+        if index in asked.given:
+            given_tk = asked.given[index].long()
             experts_tk = torch.where(given_tk >= 0, given_tk, experts_tk)
             top_tk = logits_tE.gather(1, experts_tk)
-        if self.record is not None:
-            self.record[self.index] = experts_tk.to(torch.int16)
+        if asked.record is not None and not self.recomputing:
+            asked.record[index] = experts_tk.to(torch.int16)
+        term = None if asked.term is None else asked.term(logits_tE, index)
+        if term is not None:
+            if asked.terms is not None and not self.recomputing:
+                asked.terms[index] = asked.terms.get(index, 0.0) + term.detach()
+            # Hangs the term's gradient on what follows. A repeated pass hangs it on a graph that
+            # nobody differentiates, so it counts once.
+            top_tk = MoEAuxLossAutoScaler.apply(top_tk, term)
         return top_tk, experts_tk
+
+
+def _term_here(
+    term: RouterTerm, batch: Microbatch, positions: range, logits_tE: torch.Tensor, index: int
+) -> torch.Tensor | None:
+    return term(logits_tE, batch, index, positions)
 
 
 def whole_routes(record: Routes, pg: ProcessGroupCollection) -> Routes:

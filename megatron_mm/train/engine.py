@@ -28,10 +28,10 @@ from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.multimodal import MultimodalModel, build
-from megatron_mm.model.routing import Routes, check_forbidden, check_routes
+from megatron_mm.model.routing import Routes, Terms, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import held_positions
-from megatron_mm.train.objective import Objective
+from megatron_mm.train.objective import Objective, TeachesRouters
 from megatron_mm.train.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -102,8 +102,15 @@ class Engine:
         for model in self.models:
             model.train(mode)
 
-    def forward_backward(self, batches: Sequence[Microbatch], objective: Objective) -> list:
-        """Accumulate the gradients of one step; the objective's sums on the last stage."""
+    def forward_backward(
+        self, batches: Sequence[Microbatch], objective: Objective, terms: Terms | None = None
+    ) -> list:
+        """Accumulate the gradients of one step; the objective's sums on the last stage.
+
+        Args:
+            terms: if given, filled with the router terms of an objective that `TeachesRouters`:
+                moe index -> sum over this rank's positions of all microbatches.
+        """
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -112,7 +119,15 @@ class Engine:
         def finish(output: torch.Tensor, batch: Microbatch, positions: torch.Tensor):
             return objective.loss(output, batch, positions, pg)
 
-        return self._schedule(batches, objective.positions, finish, forward_only=False)
+        term = objective.router_term if isinstance(objective, TeachesRouters) else None
+        return self._schedule(
+            batches,
+            objective.positions,
+            finish,
+            forward_only=False,
+            router_term=term,
+            terms=terms,
+        )
 
     def gradient_norm(self) -> float:
         """Over every parameter of the model, before clipping; the same on every rank."""

@@ -96,6 +96,7 @@ def step_gradients(
     sabotage=None,
     pad_multiple: int | None = None,
     make_batches=steps_batches,
+    objective=None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss, whole gradient of every parameter) of one step of four microbatches.
 
@@ -113,7 +114,7 @@ def step_gradients(
     try:
         if sabotage:
             sabotage(engine)
-        sums = engine.forward_backward(batches[rank::dp], SupervisedFineTuning())
+        sums = engine.forward_backward(batches[rank::dp], objective or SupervisedFineTuning())
     finally:
         multimodal.pack = pack  # the rank lives on
     loss = torch.zeros(2, dtype=torch.float64)
