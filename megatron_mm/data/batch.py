@@ -31,6 +31,9 @@ class Microbatch:
     memory_visible_M2: torch.Tensor  # int64 [from, to): the positions that may see each patch
     samples: list[str] = field(default_factory=list)  # "file:row" of each sample
     skipped: list[str] = field(default_factory=list)  # rows left out, with the reason
+    # The experts to use at every position, moe index -> int16 [T, k] (model/routing.py); None:
+    # routers choose. Of the layers of a rank's own stages only.
+    routes: dict[int, torch.Tensor] | None = None
 
     def to(self, device: torch.device | str) -> Microbatch:
         """Everything that is computed with; lengths and positions are read on the CPU."""
@@ -39,4 +42,8 @@ class Microbatch:
             for f in fields(self)
             if isinstance(getattr(self, f.name), torch.Tensor) and f.name not in ON_CPU
         }
+        if self.routes is not None:
+            moved["routes"] = {
+                index: routes.to(device, non_blocking=True) for index, routes in self.routes.items()
+            }
         return replace(self, **moved)

@@ -17,6 +17,7 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.clvr import MemoryMap, memory_hidden_size
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.rotary import rotary_table
+from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
 
@@ -41,6 +42,7 @@ class StreamContext:
         recomputing: the pass is a repetition for the backward pass.
         looks: pair -> attention weights, filled when recording (evaluation only).
         cache: of the rows being decoded.
+        routing: what is asked of the routers, if anything.
         watch: called with every layer and its output (parity tests, diagnostics).
     """
 
@@ -53,6 +55,7 @@ class StreamContext:
     recomputing: bool = False
     looks: dict[int, list[torch.Tensor]] | None = None
     cache: DecodeCache | None = None
+    routing: Routing | None = None
     watch: Callable[[Layer, torch.Tensor], None] | None = None
 
     @classmethod

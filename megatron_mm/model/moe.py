@@ -86,4 +86,7 @@ class MixtureOfExperts(MoELayer):
         """[t, 1, H] -> [t, 1, H]"""
         self.router.supervised_tokens = context.supervised_tokens
         self.router.recomputing = context.recomputing
+        routing, index = context.routing, self.layer_number - 1
+        # megatron-core's router asks this object instead of taking the best k itself.
+        self.router.router_replay = routing and routing.of_layer(index, context.recomputing)
         return super().forward(hidden_t1H, padding_mask=context.padding_1t)[0]

@@ -33,6 +33,7 @@ from megatron_mm.model.lora import add_lora
 from megatron_mm.model.norms import RMSNorm
 from megatron_mm.model.projector import Projector
 from megatron_mm.model.recompute import Recompute
+from megatron_mm.model.routing import RouterTerm, Routes, Routing, Terms
 from megatron_mm.model.stack import Stack
 from megatron_mm.model.vision import InternViT
 from megatron_mm.parallel.layout import initialize, normal
@@ -128,6 +129,9 @@ class MultimodalModel(MegatronModule):
         self.arrives: Manifest | None = None if self.pre_process else boundaries[index - 1]
         self.leaves: Manifest | None = None if self.post_process else boundaries[index]
         self.has_looks = "L" in pattern
+        # Moe indices of this stage's layers of experts, and experts that they leave out for now.
+        self.moe_layers = [layer.number for layer in stage.layers if layer.kind == "E"]
+        self.forbidden: Routes = {}
         self.looks_here = any(layer.kind == "L" for layer in stage.layers)
         self.received: torch.Tensor | None = None
         self.watch: Callable | None = None  # diagnostics: (layer, hidden) as each layer ends
@@ -217,6 +221,9 @@ class MultimodalModel(MegatronModule):
         positions: torch.Tensor | None = None,
         looks: dict[int, list[torch.Tensor]] | None = None,
         cache: DecodeCache | None = None,
+        routes: Routes | None = None,
+        router_term: RouterTerm | None = None,
+        terms: Terms | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -226,6 +233,9 @@ class MultimodalModel(MegatronModule):
             looks: if given, filled with the attention weights of this stage's looks, by pair.
             cache: of the rows being decoded; a prefill fills rows of it, a step reads it: then the
                 batch is one token of every row, each a sample of its own.
+            routes: if given, filled with the experts chosen at this rank's positions.
+            router_term: added to the loss by every layer of experts of this stage.
+            terms: if given, its values are added to it.
 
         Returns:
             logits [K, 1, V / TP] on the last stage, else the wire's tensor.
@@ -234,6 +244,7 @@ class MultimodalModel(MegatronModule):
         looks_here = self.looks_here and prompts
         context = StreamContext.build(batch, self.model_config, self.pg, looks_here)
         context.looks, context.watch, context.cache = looks, self.watch, cache
+        context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term, terms)
         if self.pre_process:
             payload = self._embed(batch, prompts)
         else:

@@ -13,6 +13,7 @@ Shapes: T stream, t = T / CP, h heads of this tensor-parallel rank.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_to_all
 from torch.distributed import ProcessGroup
@@ -42,6 +43,17 @@ def shard(length: int, pg: ProcessGroupCollection) -> range:
 def take(x: torch.Tensor, positions: range) -> torch.Tensor:
     """A view of those entries of the first dimension."""
     return x[positions.start : positions.stop]
+
+
+def gather_shards(x_t: torch.Tensor, pg: ProcessGroupCollection) -> torch.Tensor:
+    """[t, ...] of what this rank's `shard` holds -> [T, ...] on every rank of tp_cp."""
+    if pg.tp_cp.size() == 1:
+        return x_t
+    # As bytes: gloo knows no int16. Ranks of tp_cp are in the order of their shards.
+    mine = x_t.contiguous().view(torch.uint8)
+    parts = [torch.empty_like(mine) for _ in range(pg.tp_cp.size())]
+    dist.all_gather(parts, mine, group=pg.tp_cp)
+    return torch.cat(parts).view(x_t.dtype)
 
 
 def sequence_to_heads(x_th: torch.Tensor, cp: ProcessGroup) -> torch.Tensor:

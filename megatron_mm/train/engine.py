@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,9 +29,10 @@ from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.multimodal import MultimodalModel, build
+from megatron_mm.model.routing import Routes, Terms, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import held_positions
-from megatron_mm.train.objective import Objective
+from megatron_mm.train.objective import Objective, TeachesRouters
 from megatron_mm.train.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -101,8 +103,15 @@ class Engine:
         for model in self.models:
             model.train(mode)
 
-    def forward_backward(self, batches: Sequence[Microbatch], objective: Objective) -> list:
-        """Accumulate the gradients of one step; the objective's sums on the last stage."""
+    def forward_backward(
+        self, batches: Sequence[Microbatch], objective: Objective, terms: Terms | None = None
+    ) -> list:
+        """Accumulate the gradients of one step; the objective's sums on the last stage.
+
+        Args:
+            terms: if given, filled with the router terms of an objective that `TeachesRouters`:
+                moe index -> sum over this rank's positions of all microbatches.
+        """
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -111,7 +120,15 @@ class Engine:
         def finish(output: torch.Tensor, batch: Microbatch, positions: torch.Tensor):
             return objective.loss(output, batch, positions, pg)
 
-        return self._schedule(batches, objective.positions, finish, forward_only=False)
+        term = objective.router_term if isinstance(objective, TeachesRouters) else None
+        return self._schedule(
+            batches,
+            objective.positions,
+            finish,
+            forward_only=False,
+            router_term=term,
+            terms=terms,
+        )
 
     def gradient_norm(self) -> float:
         """Over every parameter of the model, before clipping; the same on every rank."""
@@ -138,6 +155,7 @@ class Engine:
         finish: Callable,
         looks: dict[int, list[torch.Tensor]] | None = None,
         caches: Sequence[DecodeCache] | None = None,
+        routes: Sequence[Routes] | None = None,
     ) -> list:
         """Forward passes only: `finish(logits, batch, positions)` per microbatch on the last
         stage, where both callables mean what they mean in `Objective`.
@@ -146,15 +164,42 @@ class Engine:
             looks: if given, filled with the attention weights of this stage's looks.
             caches: if given, one for each microbatch, of the rows being decoded. Under a virtual
                 pipeline there are then whole rounds of microbatches.
+            routes: if given, one for each microbatch, filled with the experts that this rank's
+                layers chose at its positions (`model.routing.whole_routes` makes them whole).
         """
+
+        given = {"cache": caches, "routes": routes}
+        of_each = [
+            {name: values[n] for name, values in given.items() if values is not None}
+            for n in range(len(batches))
+        ]
 
         def collect(output: torch.Tensor, non_loss_data: bool = True, **which):
             return finish(output, **which)
 
         with torch.no_grad():
             return self._schedule(
-                batches, positions, collect, forward_only=True, caches=caches, looks=looks
+                batches, positions, collect, forward_only=True, of_each=of_each, looks=looks
             )
+
+    @contextmanager
+    def forbidding(self, experts: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Without some experts, for evaluation: moe index -> bool [E], True where no token may go.
+        Every rank gives those of every layer.
+
+        Raises:
+            ValueError: if fewer experts remain than a token takes.
+        """
+        language, layers = self.run.model.language, self.config.num_layers
+        check_forbidden(experts, layers, language.moe_router_topk, language.num_experts)
+        device = platform.device()
+        for chunk in self.chunks:
+            chunk.forbidden = {index: mask.to(device) for index, mask in experts.items()}
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.forbidden = {}
 
     def _schedule(
         self,
@@ -162,19 +207,24 @@ class Engine:
         positions: Callable[[Microbatch], torch.Tensor],
         finish: Callable,
         forward_only: bool,
-        caches: Sequence[DecodeCache] | None = None,
+        of_each: Sequence[dict] = (),
         **model_kwargs,
     ) -> list:
         pg, device, wanted = self.groups.pg, platform.device(), len(batches)
+        language = self.run.model.language
+        sizes = language.moe_router_topk, language.num_experts
 
-        def feed() -> Iterator[tuple[Microbatch, torch.Tensor, DecodeCache | None]]:
-            for batch, cache in zip(batches, caches or [None] * len(batches), strict=True):
-                held = held_positions(positions(batch), len(batch.tokens_T), pg.cp)
-                yield batch.to(device), held, cache
+        def feed(chunk: MultimodalModel) -> Iterator[tuple[Microbatch, torch.Tensor, dict]]:
+            for number, batch in enumerate(batches):
+                tokens = len(batch.tokens_T)
+                if batch.routes is not None:
+                    check_routes(batch.routes, chunk.moe_layers, tokens, *sizes)
+                own = of_each[number] if number < len(of_each) else {}
+                yield batch.to(device), held_positions(positions(batch), tokens, pg.cp), own
 
         def forward_step(iterator, model):
-            batch, held, cache = next(iterator)
-            output = model(batch, positions=held, cache=cache, **model_kwargs)
+            batch, held, own = next(iterator)
+            output = model(batch, positions=held, **own, **model_kwargs)
             return output, partial(finish, batch=batch, positions=held)
 
         if len(self.models) > 1 and forward_only:
@@ -182,7 +232,7 @@ class Engine:
             batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
         common = {
             "forward_step_func": forward_step,
-            "data_iterator": [feed() for _ in self.models],
+            "data_iterator": [feed(chunk) for chunk in self.chunks],
             "model": self.models,
             "num_microbatches": len(batches),
             "seq_length": self.run.data.seq_length,  # shapes are exchanged, not derived from it

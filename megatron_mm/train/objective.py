@@ -3,7 +3,7 @@ another, and neither is a second loop."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -38,6 +38,17 @@ class Objective(Protocol):
             the loss summed over this part's supervised tokens, their number (int), and sums to
             log, each a tensor [numerator, denominator].
         """
+        ...
+
+
+@runtime_checkable
+class TeachesRouters(Protocol):
+    """An objective that also has a loss for the router of every layer of experts."""
+
+    def router_term(
+        self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range
+    ) -> torch.Tensor | None:
+        """On every stage, for one microbatch and layer: see `model.routing.RouterTerm`."""
         ...
 
 

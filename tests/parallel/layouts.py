@@ -91,7 +91,12 @@ def gather(named_blocks: dict[str, tuple]) -> dict[str, torch.Tensor]:
 
 
 def step_gradients(
-    run: RunConfig, parallel: ParallelConfig, sabotage=None, pad_multiple: int | None = None
+    run: RunConfig,
+    parallel: ParallelConfig,
+    sabotage=None,
+    pad_multiple: int | None = None,
+    make_batches=steps_batches,
+    objective=None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss, whole gradient of every parameter) of one step of four microbatches.
 
@@ -103,13 +108,13 @@ def step_gradients(
     engine = Engine.create(run, made)
     off_zero(engine)
     multiple = pad_multiple or token_multiple(run)
-    batches = steps_batches(run, multiple)
+    batches = make_batches(run, multiple)
     dp, rank = made.pg.dp.size(), made.pg.dp.rank()
     pack = multimodal.pack
     try:
         if sabotage:
             sabotage(engine)
-        sums = engine.forward_backward(batches[rank::dp], SupervisedFineTuning())
+        sums = engine.forward_backward(batches[rank::dp], objective or SupervisedFineTuning())
     finally:
         multimodal.pack = pack  # the rank lives on
     loss = torch.zeros(2, dtype=torch.float64)

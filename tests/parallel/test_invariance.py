@@ -98,12 +98,12 @@ def worst(ours: dict, theirs: dict) -> tuple[float, str]:
     return errors[name], name
 
 
-def compare(found: tuple, expected: tuple) -> None:
+def compare(found: tuple, expected: tuple, tolerance: float = TOLERANCE) -> None:
     (loss, gradients), (expected_loss, expected_gradients) = found, expected
     error, parameter = worst(gradients, expected_gradients)
-    assert abs(loss - expected_loss) <= TOLERANCE * abs(expected_loss)
-    assert error <= TOLERANCE, f"{parameter}: {error:.2e}"
-    assert gradients["replicas"] <= TOLERANCE
+    assert abs(loss - expected_loss) <= tolerance * abs(expected_loss)
+    assert error <= tolerance, f"{parameter}: {error:.2e}"
+    assert gradients["replicas"] <= tolerance
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

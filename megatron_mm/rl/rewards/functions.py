@@ -40,15 +40,17 @@ class RewardSpec:
     name: str
 
 
-def parse_specs(entries: Sequence[str]) -> list[RewardSpec]:
+def parse_specs(
+    entries: Sequence[str], built_in: Mapping[str, str] = BUILT_IN, what: str = "reward"
+) -> list[RewardSpec]:
     """Reads `exact`, `numeric(tolerance=0.1)`, `my.module.function`; nothing is imported. Two of
     one name become name and name_2. Raises RLError for what is neither."""
     specs: list[RewardSpec] = []
     for entry in entries:
-        path, options = _parse(entry)
-        if "." not in path and path not in BUILT_IN:
+        path, options = _parse(entry, what)
+        if "." not in path and path not in built_in:
             raise RLError(
-                f"reward {entry!r} is not built in; use one of {', '.join(BUILT_IN)}, or a "
+                f"{what} {entry!r} is not built in; use one of {', '.join(built_in)}, or a "
                 "dotted path such as my.module.function"
             )
         name = short = path.rpartition(".")[2]
@@ -60,7 +62,7 @@ def parse_specs(entries: Sequence[str]) -> list[RewardSpec]:
     return specs
 
 
-def _parse(entry: str) -> tuple[str, dict[str, Any]]:
+def _parse(entry: str, what: str) -> tuple[str, dict[str, Any]]:
     try:
         node = ast.parse(entry.strip(), mode="eval").body
         call = isinstance(node, ast.Call)
@@ -74,7 +76,7 @@ def _parse(entry: str) -> tuple[str, dict[str, Any]]:
             raise ValueError
     except (SyntaxError, ValueError):
         raise RLError(
-            f"reward {entry!r} cannot be read; write name, name(key=value, ...) with plain values, "
+            f"{what} {entry!r} cannot be read; write name, name(key=value, ...) with plain values, "
             "or a dotted path"
         ) from None
     return path, options
@@ -149,17 +151,19 @@ def _finish(result: Any) -> Any:
     return asyncio.run(wait()) if inspect.isawaitable(result) else result
 
 
-def load_function(path: str) -> Callable[..., Any]:
+def load_function(
+    path: str, built_in: Mapping[str, str] = BUILT_IN, what: str = "reward"
+) -> Callable[..., Any]:
     """The function of a built-in name or dotted path. Raises RLError, in one line."""
-    module, _, name = BUILT_IN.get(path, path).rpartition(".")
+    module, _, name = built_in.get(path, path).rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise RLError(
-            f"reward {path} cannot be imported: {type(error).__name__}: {reason}; give the dotted "
+            f"{what} {path} cannot be imported: {type(error).__name__}: {reason}; give the dotted "
             "path of a function in a module on PYTHONPATH"
         ) from None
     if not callable(function):
-        raise RLError(f"reward {path} is a {type(function).__name__}; give a function")
+        raise RLError(f"{what} {path} is a {type(function).__name__}; give a function")
     return function

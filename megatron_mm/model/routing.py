@@ -1,0 +1,192 @@
+"""What may be asked of the routers beside their own choice: to use given routes, to write down
+those they take, to leave experts out, to learn from a term of their own.
+
+Routing is replayed for RL: R2 uses the routes of the trainer's own first pass (Zheng et al. 2025,
+arXiv 2507.18071), R3 those of the rollout (Ma et al. 2025, arXiv 2510.11370). Both are the same
+here: `Microbatch.routes`. They belong to the microbatch and reach its layers through its
+own context, so a pipeline schedule that interleaves microbatches, or a block computed again,
+cannot meet another one's (megatron-core's RouterReplay holds one target for the process).
+
+A layer of experts is known by its *moe index*, its number among the `E` of the pattern from 0.
+Every mixer has one `E`, so this is the layer's number too.
+
+Shapes: T stream, t positions whose hidden state this rank holds (`parallel.sequence.shard`), k
+experts chosen at a position, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.parallel.sequence import gather_shards, shard, take
+
+Routes = dict[int, torch.Tensor]  # moe index -> int16 [positions, k]
+Terms = dict[int, torch.Tensor]  # moe index -> scalar
+
+
+class RouterTerm(Protocol):
+    def __call__(
+        self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range
+    ) -> torch.Tensor | None:
+        """What one layer's router adds to the loss of a microbatch, or None for nothing.
+
+        Args:
+            logits_tE: of the router, before anything is forbidden.
+            positions: those of the stream that the t rows are.
+        Returns:
+            a scalar with gradient to the logits: a sum over these positions, in the unit of
+            the objective's loss, since both are divided by the same number at the end. Called
+            again with equal logits when a block is computed again, so it must be pure.
+        """
+        ...
+
+
+def check_routes(routes: Mapping, needed: Collection[int], tokens: int, k: int, experts: int):
+    """Raises ValueError for given routes, on the CPU, that a stage with the layers `needed` cannot
+    use: an expert named twice or unknown would not fail where it is, but far from there or never.
+    """
+    for index in needed:
+        if index not in routes:
+            raise ValueError(
+                f"routes for {len(routes)} layers of experts, layer {index} is not among them; "
+                "give it rows of -1 to let it choose freely"
+            )
+        given = routes[index]
+        if tuple(given.shape) != (tokens, k):
+            raise ValueError(
+                f"routes of layer {index} have shape {tuple(given.shape)}, the stream of {tokens} "
+                f"tokens with {k} experts each needs {(tokens, k)}; record them for this batch"
+            )
+        ordered = given.sort(1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
+        odd = (ordered[:, 0] < 0) | (ordered[:, -1] >= experts) | twice
+        odd &= (given != -1).any(1)
+        if odd.any():
+            row = int(odd.nonzero()[0])
+            raise ValueError(
+                f"routes of layer {index}, position {row}: {given[row].tolist()}; a row names "
+                f"{k} different experts from 0 to {experts - 1}, or is -1 throughout"
+            )
+
+
+def check_forbidden(forbidden: Mapping[int, torch.Tensor], layers: int, k: int, experts: int):
+    """Raises ValueError for experts that cannot be left out: fewer than k would remain, or the
+    layer or the size is another model's."""
+    for index, mask in forbidden.items():
+        if not 0 <= index < layers:
+            raise ValueError(f"experts of layer {index} forbidden; use layers 0 to {layers - 1}")
+        if mask.dtype != torch.bool or tuple(mask.shape) != (experts,):
+            raise ValueError(
+                f"forbidden experts of layer {index} are {mask.dtype} {tuple(mask.shape)}; "
+                f"give a bool for each of the {experts} experts"
+            )
+        left = experts - int(mask.sum())
+        if left < k:
+            raise ValueError(
+                f"{experts - left} of {experts} experts of layer {index} forbidden leaves {left}, "
+                f"a token takes {k}; forbid at most {experts - k}"
+            )
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What is asked of one stage's routers for one microbatch.
+
+    Attributes:
+        given: int16 [t, k]; rows of -1: choose freely.
+        record: filled with int16 [t, k], in the order in which the router chose: highest logit
+            first when gradients are on, else unspecified. The order changes no choice, but the
+            last bit of the weights; replayed as recorded, it changes nothing.
+        forbidden: bool [E], True: its logit counts as minus infinity. Given routes are used as
+            they are.
+        term: (logits [t, E], moe index) -> the router's own loss, added to the main one.
+        terms: the values of `term` are added to it.
+    """
+
+    given: Routes = field(default_factory=dict)
+    record: Routes | None = None
+    forbidden: Routes = field(default_factory=dict)
+    term: Callable[[torch.Tensor, int], torch.Tensor | None] | None = None
+    terms: Terms | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch: Microbatch,
+        pg: ProcessGroupCollection,
+        record: Routes | None,
+        forbidden: Routes,
+        term: RouterTerm | None,
+        terms: Terms | None,
+    ) -> Routing | None:
+        """None if nothing is asked."""
+        if batch.routes is None and record is None and not forbidden and term is None:
+            return None
+        mine = shard(len(batch.tokens_T), pg)
+        given = {index: take(whole, mine) for index, whole in (batch.routes or {}).items()}
+        if term is not None:
+            term = partial(_term_here, term, batch, mine)
+        return cls(given, record, forbidden, term, terms)
+
+    def of_layer(self, index: int, recomputing: bool) -> Choice:
+        return Choice(self, index, recomputing)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layer's choice of experts; stands where megatron-core's router asks its RouterReplay."""
+
+    asked: Routing
+    index: int
+    recomputing: bool
+
+    def get_replay_topk(
+        self,
+        logits_tE: torch.Tensor,
+        k: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        choose: Callable,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits, experts) chosen, [t, k] each, with gradients to the logits at given routes."""
+        asked, index, allowed_tE = self.asked, self.index, logits_tE
+        if index in asked.forbidden:
+            allowed_tE = logits_tE.masked_fill(asked.forbidden[index], -torch.inf)
+        top_tk, experts_tk = choose(allowed_tE, k, num_groups=num_groups, group_topk=group_topk)
+        if index in asked.given:
+            given_tk = asked.given[index].long()
+            experts_tk = torch.where(given_tk >= 0, given_tk, experts_tk)
+            top_tk = logits_tE.gather(1, experts_tk)
+        if asked.record is not None and not self.recomputing:
+            asked.record[index] = experts_tk.to(torch.int16)
+        term = None if asked.term is None else asked.term(logits_tE, index)
+        if term is not None:
+            if asked.terms is not None and not self.recomputing:
+                asked.terms[index] = asked.terms.get(index, 0.0) + term.detach()
+            # Hangs the term's gradient on what follows. A repeated pass hangs it on a graph that
+            # nobody differentiates, so it counts once.
+            top_tk = MoEAuxLossAutoScaler.apply(top_tk, term)
+        return top_tk, experts_tk
+
+
+def _term_here(
+    term: RouterTerm, batch: Microbatch, positions: range, logits_tE: torch.Tensor, index: int
+) -> torch.Tensor | None:
+    return term(logits_tE, batch, index, positions)
+
+
+def whole_routes(record: Routes, pg: ProcessGroupCollection) -> Routes:
+    """A record of this rank's positions -> int16 [T, k] of the whole stream, on every rank that
+    holds the stage. Routes stay on the stages of their layers."""
+    if not record:
+        return {}
+    stacked = gather_shards(torch.stack([record[index] for index in sorted(record)], 1), pg)
+    return dict(zip(sorted(record), stacked.unbind(1), strict=True))
