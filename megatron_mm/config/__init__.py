@@ -18,7 +18,7 @@ from megatron_mm.config.pattern import (
 )
 from megatron_mm.config.precision import fp8_alignment, token_multiple
 from megatron_mm.config.presets import preset, vision_preset
-from megatron_mm.config.rl import ALGORITHMS, resolve_algorithm
+from megatron_mm.config.rl import ALGORITHMS, resolve_algorithm, rollout_plan
 from megatron_mm.config.schema import (
     BackendConfig,
     CheckpointConfig,
@@ -33,11 +33,11 @@ from megatron_mm.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    RLConfig,
     RunConfig,
     TrainingConfig,
     VisionConfig,
 )
+from megatron_mm.config.schema_rl import RLConfig
 from megatron_mm.config.validate import data_parallel_size, validate
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
     "parse_pattern",
     "preset",
     "resolve_algorithm",
+    "rollout_plan",
     "stages",
     "to_dict",
     "to_transformers_dict",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mm.config.errors import ConfigError
-from megatron_mm.config.schema import RLConfig, RunConfig
+from megatron_mm.config.schema import RunConfig
+from megatron_mm.config.schema_rl import RLConfig
 
 _CLIP = {"policy_loss": "clip", "epsilon": 0.2, "epsilon_high": 0.2, "filter_groups": False}
 
@@ -72,6 +73,21 @@ def resolve_algorithm(rl: RLConfig) -> RLConfig:
     return replace(rl, **{k: v for k, v in given.items() if getattr(rl, k) is None})
 
 
+class RolloutPlan(NamedTuple):
+    """How rollouts and optimizer steps go together."""
+
+    prompts: int  # of a rollout, on all replicas together
+    prompts_per_step: int
+    steps: int  # of a rollout, over all its num_iterations passes
+
+
+def rollout_plan(run: RunConfig) -> RolloutPlan:
+    rl = run.rl
+    per_step = run.training.global_batch_size // rl.num_generations
+    prompts = rl.rollout_batch_size or per_step
+    return RolloutPlan(prompts, per_step, prompts // per_step * rl.num_iterations)
+
+
 def check_rl(run: RunConfig) -> None:
     """Raises ConfigError for RL settings that do not fit each other. Signs are checked already."""
     if run.training.objective == "sft":
@@ -97,6 +113,7 @@ def check_rl(run: RunConfig) -> None:
         rl.reward_weights,
         "finite numbers",
     )
+    _check_rollouts(run)
     rewarded = functions + (rl.router_reward_weight > 0)
     _require(rewarded > 0, "reward_funcs", rl.reward_funcs, "at least 1 reward")
     _require(
@@ -105,9 +122,39 @@ def check_rl(run: RunConfig) -> None:
         rl.use_kl_in_reward,
         "false, or true with beta above 0",
     )
-    for key in ("router_reward_weight", "router_loss_coeff"):
+    for key in ("router_reward_weight", "router_loss_coeff", "skill_map_shuffle_seed"):
         value = getattr(rl, key)
-        _require(value == 0 or bool(rl.skill_map), key, value, "0, or this value with skill_map")
+        allowed = "left out, or this value with skill_map"
+        _require(value in (0, None) or bool(rl.skill_map), key, value, allowed)
+
+
+def _check_rollouts(run: RunConfig) -> None:
+    rl, training, data = run.rl, run.training, run.data
+    group, batch = rl.num_generations, training.global_batch_size
+    allowed = f"one that divides global_batch_size = {batch}, which counts completions"
+    _require(batch % group == 0, "num_generations", group, allowed)
+    prompts = rl.rollout_batch_size or batch // group
+    allowed = f"a multiple of global_batch_size / num_generations = {batch // group} prompts"
+    _require(prompts * group % batch == 0, "rollout_batch_size", rl.rollout_batch_size, allowed)
+    steps = rollout_plan(run).steps
+    for key, value in (
+        ("train_iters", training.train_iters),
+        ("save_interval", run.checkpoint.save_interval or 0),
+        ("eval_interval", run.evaluation.eval_interval or 0),
+    ):
+        if value % steps:  # a rollout is used up before anything is saved
+            raise ConfigError(f"{key} is {value}; allowed: a multiple of a rollout's {steps} steps")
+    if rl.max_completion_length >= data.seq_length:
+        raise ConfigError(
+            f"rl.max_completion_length is {rl.max_completion_length}; allowed: less than "
+            f"seq_length = {data.seq_length}, which prompt and completion share"
+        )
+    for key, value in (("packing", data.packing), ("num_workers", data.num_workers)):
+        if value:
+            raise ConfigError(f"{key} is {value!r}; allowed: {type(value)()!r} with objective grpo")
+    _require(rl.top_p <= 1, "top_p", rl.top_p, "above 0 to 1")
+    needed = "the reference model's checkpoint with beta above 0, none with beta 0"
+    _require((rl.beta > 0) == bool(rl.ref_load), "ref_load", rl.ref_load, needed)
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_mm.config.schema_rl import RLConfig
+
 VisionMemory = Literal["none", "thumbnail", "tiles"]
 ImageStream = Literal["thumbnail", "tiles", "all"]
 # core_attn: whatever mixes positions (attention, delta rule, look), without its projections;
@@ -21,24 +23,6 @@ ImageStream = Literal["thumbnail", "tiles", "all"]
 RecomputeModule = Literal["core_attn", "moe", "vision"]
 LoraTarget = Literal["language", "vision", "projector"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
-Algorithm = Literal[
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "gspo",
-    "sapo",
-    "cispo",
-    "rloo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-]
-AdvantageEstimator = Literal[
-    "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
-]
-PolicyLoss = Literal["clip", "gspo", "sapo", "cispo", "reinforce"]
-LossAggMode = Literal[
-    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-]
 
 
 @dataclass
@@ -223,7 +207,7 @@ class OptimizerConfig:
 
 @dataclass
 class TrainingConfig:
-    objective: Literal["sft"] = "sft"
+    objective: Literal["sft", "grpo"] = "sft"  # grpo: reinforcement learning, see RLConfig
     train_iters: int = 100
     micro_batch_size: int = 1
     global_batch_size: int = 1
@@ -284,53 +268,6 @@ class EvaluationConfig:
     eval_batch_size: int = 32  # rows generated together
     max_new_tokens: int = 64
     report: bool = False  # write report.html at the end
-
-
-@dataclass
-class RLConfig:
-    """Reinforcement learning with group rewards; names are TRL's, or verl's where TRL has none.
-
-    `algorithm` names a published one. It fills in every setting of the second block that is
-    left at none (`config/rl.py`), so each can also be changed by itself.
-    """
-
-    algorithm: Algorithm = "grpo"
-    num_generations: int = 8  # completions of each prompt, a group
-    max_completion_length: int = 256  # tokens
-
-    advantage_estimator: AdvantageEstimator | None = None
-    policy_loss: PolicyLoss | None = None
-    loss_agg_mode: LossAggMode | None = None
-    epsilon: float | None = None  # the ratio is held above 1 - epsilon
-    epsilon_high: float | None = None  # and below 1 + epsilon_high
-    filter_groups: bool | None = None  # sample again for groups whose rewards are all equal
-    delta: float | None = None  # dual clip: bound of the ratio where the advantage is negative
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-
-    beta: float = 0.0  # of the KL divergence from the reference model; 0: none is kept
-    # In the loss k1 is of no use: the expectation of its gradient is zero.
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    use_kl_in_reward: bool = False
-    # Truncated importance sampling where rollout and trainer disagree on probabilities.
-    rollout_is: Literal["token", "sequence"] | None = None
-    rollout_is_threshold: float = 2.0
-
-    # Built-in names or dotted paths, with options: exact, numeric(tolerance=0.1), my.module.reward
-    reward_funcs: list[str] = field(default_factory=list)
-    reward_weights: list[float] = field(default_factory=list)  # default: 1 each
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
-        "sum_then_normalize"
-    )
-    reward_std_floor: float = 0.0  # a group's standard deviation counts as no less
-    reward_num_workers: int = 2  # processes
-    reward_timeout: float = 10.0  # seconds for each call of a reward function
-    reward_batch_size: int = 1  # completions in a call; a call that fails costs all of them
-
-    skill_map: str | None = None  # which experts serve which skill; JSON
-    router_reward_weight: float = 0.0  # of the hit share beyond chance, as a reward
-    router_loss_coeff: float = 0.0  # of the router term
-    router_loss_clip: float = 2.0  # the advantage counts as no more in the router term
 
 
 @dataclass

@@ -43,6 +43,10 @@ MAY_BE_ZERO = frozenset(
         "reward_std_floor",
         "router_reward_weight",
         "router_loss_coeff",
+        "rl_moe_aux_loss_coeff",
+        "span_credit",
+        "top_k",
+        "skill_map_shuffle_seed",
     )
 )
 

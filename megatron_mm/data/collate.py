@@ -59,19 +59,22 @@ def _image_tensors(
     memory_tiles: list[int] = []
     coordinates: list[torch.Tensor] = []
     visible: list[torch.Tensor] = []
+    first_tile: dict[int, int] = {}  # samples may share an image: it is computed once
     num_tiles, offset = 0, 0
     for sample, length in zip(samples, lengths, strict=True):
         for image in sample.images:
             start = offset + image.start
             after = start + len(image.stream) * tokens_per_tile  # the image's </img>
-            tiles.append(image.tiles)
-            stream_tiles += [num_tiles + tile for tile in image.stream]
+            first = first_tile.setdefault(id(image.tiles), num_tiles)
+            if first == num_tiles:
+                tiles.append(image.tiles)
+                num_tiles += len(image.tiles)
+            stream_tiles += [first + tile for tile in image.stream]
             stream_positions.append(torch.arange(start, after))
-            memory_tiles += [num_tiles + tile for tile in image.memory]
+            memory_tiles += [first + tile for tile in image.memory]
             coordinates.append(image.memory_coordinates_M2)
             span = torch.tensor([[after, offset + length]])
             visible.append(span.expand(len(image.memory_coordinates_M2), 2))
-            num_tiles += len(image.tiles)
         offset += length
     if tiles:
         pixels = normalise(np.concatenate(tiles), settings.mean, settings.std)

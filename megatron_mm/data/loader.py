@@ -6,18 +6,15 @@ import json
 import zlib
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from megatron_mm.config.schema import DataPhase, DataSource, RunConfig
+from megatron_mm.config.schema import RunConfig
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.blocks import BlockCache
 from megatron_mm.data.collate import collate
+from megatron_mm.data.curriculum import open_curriculum
 from megatron_mm.data.errors import DataError
-from megatron_mm.data.order import Order, PhaseSize
 from megatron_mm.data.plan import InOrder, Packed, assign
 from megatron_mm.data.reader import Place, Reader, in_worker
-from megatron_mm.data.rows import open_source
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.sizes import Sizes
 from megatron_mm.data.tokenizer import Tokenizer
@@ -69,24 +66,15 @@ class TrainLoader:
                 f"micro_batch_size {training.micro_batch_size} x data parallel size "
                 f"{data_parallel_size} = {per_step}"
             )
-        if not data.train_data:
-            raise DataError("train_data has 0 phases; name at least 1 JSONL or parquet file")
         self.num_microbatches = training.global_batch_size // per_step
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._pad_multiple = pad_multiple
         self._num_workers = data.num_workers
         self._skip_bad = data.on_bad_sample == "skip"
-        sources, sizes, self._first_source = [], [], []
-        cache = BlockCache()
-        for phase in data.train_data:
-            self._first_source.append(len(sources))
-            parts = _parts(phase)
-            opened = [open_source(part.path, cache) for part in parts]
-            weights = tuple(part.weight for part in parts)
-            sizes.append(PhaseSize(tuple(s.blocks for s in opened), weights, phase.samples))
-            sources += opened
-        self._order = Order(sizes, training.seed)
-        self._reader = Reader(run, tokenizer, sources)
+        curriculum = open_curriculum(data.train_data, training.seed)
+        self._order, self.order = curriculum.order, curriculum.description
+        self._place = curriculum.place
+        self._reader = Reader(run, tokenizer, curriculum.sources)
         self._sizes = Sizes(self._order, self._reader, self._place)
         total = self.num_microbatches * data_parallel_size
         self._plan: InOrder | Packed
@@ -95,20 +83,6 @@ class TrainLoader:
             self._plan = Packed(self._order, total, capacity, self._sizes, self._skip_bad)
         else:
             self._plan = InOrder(self._order, total, training.micro_batch_size)
-        # What sample numbers mean: a state goes on with the same samples only in the same order.
-        self.order = {
-            "seed": training.seed,
-            "phases": [
-                [
-                    phase.samples,
-                    [
-                        [Path(p.path).name, p.weight, sum(b.rows for b in blocks)]
-                        for p, blocks in zip(_parts(phase), size.sources, strict=True)
-                    ],
-                ]
-                for phase, size in zip(data.train_data, sizes, strict=True)
-            ],
-        }
         self.fingerprint = 0  # of the step that next_batch gave out last: the whole job's
         self._pool: WorkerPool | None = None
         self._ahead: deque[_Planned] = deque()
@@ -206,13 +180,3 @@ class TrainLoader:
             self._pool.forget([ticket for step in self._ahead for ticket in step.tickets])
         self._ahead.clear()
         self._sizes.forget()
-
-    def _place(self, number: int) -> Place:
-        phase, source, row = self._order.row(number)
-        return Place(self._first_source[phase] + source, row)
-
-
-def _parts(phase: DataPhase) -> list[DataSource]:
-    if phase.mixture and phase.path:
-        raise DataError(f"train_data: {phase.path} stands beside a mixture; use one of the two")
-    return phase.mixture or [DataSource(phase.path)]

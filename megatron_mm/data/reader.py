@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,14 @@ from megatron_mm.data.tokenizer import Tokenizer
 class Place(NamedTuple):
     source: int
     row: int
+
+
+class Prompt(NamedTuple):
+    """A row to be answered."""
+
+    sample: Sample  # ends where the answer begins
+    row: dict[str, Any]
+    where: str  # "file:row"
 
 
 class Reader:
@@ -53,6 +62,12 @@ class Reader:
 
     def build(self, places: Sequence[Place]) -> list[Sample | str]:
         return [self._read(self.builder.training, place) for place in places]
+
+    def prompts(self, places: Sequence[Place]) -> list[Prompt | str]:
+        return [self._read(self._prompt, place) for place in places]
+
+    def _prompt(self, row: dict[str, Any], where: str, folder: Path) -> Prompt:
+        return Prompt(self.builder.prompt(row, where, folder), row, where)
 
     def measure(self, places: Sequence[Place]) -> list[Size | str]:
         return [self._read(self.builder.measure, place) for place in places]

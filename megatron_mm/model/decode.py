@@ -63,6 +63,11 @@ class DecodeCache:
     def look(self, pair: int) -> Patches:
         return self._of("look", pair, Patches)
 
+    @property
+    def routes(self) -> Memory:
+        """ "experts", int16 [R, layers of this rank, S, k], if routes are written down."""
+        return self._of("routes", 0, Memory)
+
     def _of(self, kind: str, number: int, make: Callable):
         if (kind, number) not in self.layers:
             self.layers[kind, number] = make(self)
@@ -85,6 +90,17 @@ class Memory:
     def keep(self, rows_R: torch.Tensor) -> None:
         for name, held in self.tensors.items():
             self.tensors[name] = held.index_select(0, rows_R.to(held.device))
+
+    def put(self, name: str, x_ThD: torch.Tensor, segments: Segments) -> None:
+        """Hold [R, h, S, D]: the positions of the prompts, or one more of every row, T = R."""
+        if not self.cache.stepping:
+            self._hand_out_rectangle(name, segments.to_rectangle(x_ThD).transpose(1, 2))
+            return
+        lengths_R = self.cache.lengths_R
+        self._make_room(name, int(lengths_R.max()) + 1, x_ThD.unsqueeze(2))
+        place = lengths_R.to(x_ThD.device)
+        row = torch.arange(len(place), device=place.device)
+        self.tensors[name][row, :, place] = x_ThD
 
     def _hand_out(self, name: str, of_prompt: torch.Tensor) -> None:
         """Give rows the values [N, ...] of their prompts."""
@@ -127,20 +143,14 @@ class KeysAndValues(Memory):
     ) -> torch.Tensor:
         """`core_attention` inside each prompt, or of each row's token over its sample: [T, h, D].
         In a step T is R."""
-        if not self.cache.stepping:
-            for name, x in (("key", key_TgD), ("value", value_TgD)):
-                self._hand_out_rectangle(name, segments.to_rectangle(x).transpose(1, 2))
-            return core_attention(query_ThD, key_TgD, value_TgD, segments)
-        lengths_R = self.cache.lengths_R
-        longest = int(lengths_R.max()) + 1
-        place = lengths_R.to(query_ThD.device)
-        row = torch.arange(len(place), device=place.device)
-        rows, heads, width = query_ThD.shape
-        seen = []
         for name, x in (("key", key_TgD), ("value", value_TgD)):
-            self._make_room(name, longest, x.unsqueeze(2))
-            self.tensors[name][row, :, place] = x
-            seen.append(self.tensors[name][:, :, :longest])
+            self.put(name, x, segments)
+        if not self.cache.stepping:
+            return core_attention(query_ThD, key_TgD, value_TgD, segments)
+        place = self.cache.lengths_R.to(query_ThD.device)
+        longest = int(self.cache.lengths_R.max()) + 1
+        rows, heads, width = query_ThD.shape
+        seen = (self.tensors[name][:, :, :longest] for name in ("key", "value"))
         # The heads of a group take the place of positions: no key is repeated for them.
         query = query_ThD.reshape(rows, key_TgD.shape[1], -1, width)
         mask = torch.arange(longest, device=place.device) <= place[:, None]

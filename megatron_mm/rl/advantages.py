@@ -145,6 +145,24 @@ def returns_to_go(reward: float, kl_T: torch.Tensor, beta: float) -> torch.Tenso
     return reward - beta * kl_T.flip(0).cumsum(0).flip(0)
 
 
+def span_advantages(
+    spans: Sequence[Sequence[tuple[int, int, int, bool]]], lengths: Sequence[int]
+) -> list[torch.Tensor]:
+    """Span-level credit within one group: each token of a labelled span has 1 if its own answer is
+    right, else 0, less the mean over all labelled tokens of the group; other tokens have 0.
+
+    Args:
+        spans: of each completion, (first token, end, skill, right or not).
+        lengths: tokens of each completion.
+    """
+    marks = [torch.full((length,), torch.nan) for length in lengths]
+    for mark, of_one in zip(marks, spans, strict=True):
+        for start, stop, _, correct in of_one:
+            mark[start:stop] = float(correct)
+    mean = torch.cat(marks).nanmean() if marks else torch.nan
+    return [torch.nan_to_num(mark - mean, nan=0.0) for mark in marks]
+
+
 def whitening_sums(values_K: torch.Tensor) -> torch.Tensor:
     """fp64 [3]: count, sum and sum of squares, to be summed over ranks and given to `whiten`."""
     values_K = values_K.double()

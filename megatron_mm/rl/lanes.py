@@ -23,11 +23,14 @@ class Completion:
     Attributes:
         tokens_G: int64; the last one is a stop token if `finished`, else the length ran out.
         logprobs_G: fp32, of each token under the model that drew it, at its temperature.
+        routes_SLk: int16, if asked for: the experts that prompt and completion but its last token,
+            which no router saw, went through in each layer of this rank.
     """
 
     tokens_G: torch.Tensor
     logprobs_G: torch.Tensor
     finished: bool
+    routes_SLk: torch.Tensor | None = None
 
 
 class Lane:
@@ -85,8 +88,11 @@ class Lane:
         ended = stopped | (self.count_R[rows] == self.tokens_RG.shape[1])
         for row, finished in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
             count = int(self.count_R[row])
-            tokens_G = self.tokens_RG[row, :count].clone()
-            done = Completion(tokens_G, self.logprobs_RG[row, :count].clone(), finished)
+            tokens_G, logprobs_G = self.tokens_RG[row, :count], self.logprobs_RG[row, :count]
+            routes = self.cache.routes.tensors.get("experts")
+            if routes is not None:
+                routes = routes[row, :, : self.cache.lengths_R[row]].transpose(0, 1).cpu()
+            done = Completion(tokens_G.clone(), logprobs_G.clone(), finished, routes)
             prompt, sample = self.owner_R2[row].tolist()
             self.owner_R2[row] = FREE
             yield prompt, sample, done

@@ -17,6 +17,7 @@ from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.errors import DataError
 from megatron_mm.parallel.groups import Groups
+from megatron_mm.rl.errors import RLError
 
 
 def agree(
@@ -72,6 +73,28 @@ def receive(
             error = f"reading failed: {type(problem).__name__}: {problem}"
     stopping = agree(groups, error, stop, planned)
     return share(groups, batches), stopping
+
+
+def tell[T](groups: Groups, make: Callable[[], T]) -> T:
+    """What `make` gives on the replica's reader, on all ranks of the replica.
+
+    Raises:
+        DataError: on every rank of the job, if it failed on any reader.
+    """
+    value, error = None, None
+    if groups.is_reader:
+        try:
+            value = make()
+        except (DataError, RLError) as problem:
+            error = str(problem)
+        except Exception as problem:  # nobody may be left waiting
+            error = f"{type(problem).__name__}: {problem}"
+    agree(groups, error)
+    if groups.replica.size() == 1:
+        return value
+    message = [value]
+    dist.broadcast_object_list(message, group=groups.replica, group_src=0)
+    return message[0]
 
 
 def share(groups: Groups, batches: Sequence[Microbatch]) -> list[Microbatch]:

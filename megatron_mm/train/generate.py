@@ -24,6 +24,8 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.layout import image_settings
 from megatron_mm.data.sample import Sample
+from megatron_mm.model.routing import Routes, whole_routes
+from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.rl.lanes import Completion, Lane
 from megatron_mm.rl.sampling import Sampling, draw, uniforms
@@ -54,10 +56,11 @@ def generate(
     num_generations: int = 1,
     max_num_seqs: int,
     pad_id: int,
+    record_routes: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[list[Completion]] | None:
-    """`num_generations` completions of each prompt of this replica, the same on all its ranks;
-    None if `stop` turned true on any rank of the job.
+    """`num_generations` completions of each prompt of this replica, the same on all its ranks but
+    for routes, which are of a rank's own layers; None if `stop` turned true on any rank of the job.
 
     Every rank of the job calls it; replicas may have different numbers of prompts.
 
@@ -67,7 +70,9 @@ def generate(
     Raises:
         DataError: on every rank, if a prompt could not be read.
     """
-    generation = _Generation(engine, prompts, sampling, num_generations, max_num_seqs, pad_id)
+    generation = _Generation(
+        engine, prompts, sampling, num_generations, max_num_seqs, pad_id, record_routes
+    )
     training = engine.chunks[0].training
     engine.training(False)
     try:
@@ -88,9 +93,10 @@ class _Generation:
         group: int,
         rows: int,
         pad_id: int,
+        record_routes: bool,
     ):
         self.engine, self.prompts, self.sampling = engine, prompts, sampling
-        self.group, self.pad_id = group, pad_id
+        self.group, self.pad_id, self.record_routes = group, pad_id, record_routes
         run = engine.run
         self.multiple, self.settings = token_multiple(run), image_settings(run)
         self.budget = run.training.micro_batch_size * run.data.seq_length
@@ -168,7 +174,15 @@ class _Generation:
         """On the last stage the logits of each lane, fp32 [positions, V]."""
         finish = partial(whole_logits, wanted=positions, groups=self.engine.groups)
         caches = [lane.cache for lane in self.lanes]
-        return self.engine.forward(batches, positions, finish, caches=caches)
+        routes: list[Routes] | None = [{} for _ in self.lanes] if self.record_routes else None
+        logits = self.engine.forward(batches, positions, finish, caches=caches, routes=routes)
+        for lane, batch, record in zip(self.lanes, batches, routes or [], strict=False):
+            whole = whole_routes(record, self.engine.groups.pg)
+            if whole:  # a stage may have no experts
+                stacked = torch.stack([whole[index] for index in sorted(whole)], 1)
+                segments = Segments.from_cu_seqlens(batch.cu_seqlens, stacked.device)
+                lane.cache.routes.put("experts", stacked, segments)
+        return logits
 
     def _advance(
         self, rows: list[torch.Tensor], sources: list[torch.Tensor], logits: list[torch.Tensor]

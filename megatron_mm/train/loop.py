@@ -22,16 +22,18 @@ from megatron_mm.convert.source import NOTES
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.errors import DataError, EndOfData
 from megatron_mm.data.loader import TrainLoader
+from megatron_mm.data.prompts import PromptLoader
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.errors import NonFiniteError
 from megatron_mm.train.evaluate import Results, evaluate, open_questions, write_results
 from megatron_mm.train.examples import write_examples
-from megatron_mm.train.feed import agree, receive
+from megatron_mm.train.feed import agree
 from megatron_mm.train.metrics import MetricsLogger
-from megatron_mm.train.objective import OBJECTIVES, Sums
+from megatron_mm.train.objective import Sums
 from megatron_mm.train.report import accuracy_table, write_report
+from megatron_mm.train.source import SOURCES, Source
 from megatron_mm.train.start import start
 
 
@@ -44,14 +46,16 @@ class Trainer:
 
     def __init__(self, run: RunConfig, groups: Groups):
         self.run, self.groups = run, groups
-        self.tokenizer, self.loader = _open_data(run, groups)
+        self.tokenizer, loader = _open_data(run, groups)
         torch.manual_seed(run.training.seed)
         self.engine = Engine.create(run, groups)
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
             open_questions(self.engine, self.tokenizer)
-        self.objective = OBJECTIVES[run.training.objective]()
+        self.source: Source = SOURCES[run.training.objective](
+            run, self.engine, self.tokenizer, loader
+        )
         image_token = self.tokenizer.image_context_id
-        begun = start(self.engine, self.loader, run.checkpoint, image_token)
+        begun = start(self.engine, loader, run.checkpoint, image_token)
         self.iteration, self.seconds = begun.iteration, begun.seconds
         self.notes = begun.notes | {"image_token_id": image_token}
         self.saver = Saver(
@@ -60,6 +64,10 @@ class Trainer:
             keep_last=run.checkpoint.keep_last_checkpoints,
         )
         self.stop_requested = False
+
+    @property
+    def loader(self) -> TrainLoader | PromptLoader:
+        return self.source.loader
 
     @property
     def is_logger(self) -> bool:
@@ -79,22 +87,11 @@ class Trainer:
         begin = time.perf_counter()
         if self.saver.failed:
             self.request_stop()  # seen by all ranks at this step; saving once more says why
-        position = self.loader.state_dict()
-        loader = self.loader
-        try:
-            batches, stopping = receive(
-                self.groups, loader.next_batch, self.stop_requested, lambda: loader.fingerprint
-            )
-        except DataError:
-            loader.load_state_dict(position)  # some readers had read, others had not
-            raise
+        batches, stopping = self.source.next_step(self.stop_requested)
         if stopping:
-            self.loader.load_state_dict(position)  # what was read is read again on resume
             return None
-        if not self.groups.is_reader:
-            self.loader.pass_over()
-        losses = self.engine.forward_backward(batches, self.objective)
-        metrics = self._totals(losses, batches)
+        losses = self.engine.forward_backward(batches, self.source.objective)
+        metrics = self._totals(losses, batches) | self.source.metrics
         norm = self.engine.gradient_norm()
         if not math.isfinite(norm):
             raise NonFiniteError(
@@ -199,20 +196,21 @@ class Trainer:
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
 
 
-def _open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader]:
+def _open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader | PromptLoader]:
     """On every rank, since files and positions are the same; errors are agreed on first."""
     tokenizer = loader = error = None
+    ranks = {
+        "data_parallel_rank": groups.pg.dp.rank(),
+        "data_parallel_size": groups.pg.dp.size(),
+    }
     try:
         if not run.data.tokenizer_model:
             raise DataError("tokenizer_model is not set: name a .model file or a folder")
         tokenizer = load_tokenizer(run.data.tokenizer_model)
-        loader = TrainLoader(
-            run,
-            tokenizer,
-            data_parallel_rank=groups.pg.dp.rank(),
-            data_parallel_size=groups.pg.dp.size(),
-            pad_multiple=token_multiple(run),
-        )
+        if run.training.objective == "grpo":
+            loader = PromptLoader(run, tokenizer, **ranks)
+        else:
+            loader = TrainLoader(run, tokenizer, **ranks, pad_multiple=token_multiple(run))
     except DataError as problem:
         error = str(problem)
     agree(groups, error)
@@ -230,7 +228,7 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
             _finish(trainer, log)
     finally:
         trainer.saver.close()
-        trainer.loader.close()
+        trainer.source.close()
         log.close()
         signal.signal(signal.SIGTERM, previous)
     return trainer
@@ -288,6 +286,8 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
                 saved = now
         finally:
             log.log(now, metrics)  # a step that cannot be saved was done all the same
+            if trainer.is_logger:
+                log.table(now, trainer.source.table)
         if eval_interval and now % eval_interval == 0 and now < total:
             results, _ = evaluate(trainer.engine, trainer.tokenizer, lambda: trainer.stop_requested)
             if results:

@@ -9,12 +9,25 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 METRICS_FILE = "metrics.jsonl"
+TABLE_FILE = "completions.jsonl"
 # Shown on the console, in this order; the rest is in the file.
-CONSOLE_KEYS = ("lm loss", "load_balancing_loss", "grad norm", "learning rate")
+CONSOLE_KEYS = (
+    "lm loss",
+    "reward",
+    "reward_std",
+    "kl",
+    "entropy",
+    "completions/mean_length",
+    "rollout/moe/hit_rate",
+    "load_balancing_loss",
+    "grad norm",
+    "learning rate",
+)
 WHEN_NOT_ZERO = ("skipped samples",)
 
 
@@ -78,6 +91,8 @@ class MetricsLogger:
         directory = Path(config.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         self._file = _open_record(directory / METRICS_FILE, start_step)
+        self._table = directory / TABLE_FILE
+        _open_record(self._table, start_step).close()
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -117,6 +132,16 @@ class MetricsLogger:
             # The step is a value of its own: W&B's counter refuses to log a step twice.
             self._wandb.log({**numbers, "iteration": step})
         self._show(step, numbers)
+
+    def table(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows to show (completions and their rewards) to a file of their own."""
+        if not self.enabled or not rows:
+            return
+        try:
+            with self._table.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"iteration": step, **row}) + "\n" for row in rows)
+        except OSError as error:
+            print(f"warning: step {step}'s table was not written: {error}", file=self._stream)
 
     def close(self) -> None:
         """Finish all views. May be called twice."""

@@ -1,5 +1,5 @@
-"""What a run optimises. The loop knows only this interface; SFT is the first, GRPO will be
-another, and neither is a second loop."""
+"""What a run optimises. The loop knows only this interface; SFT is here, reinforcement learning
+in rl/objective.py, and neither is a second loop."""
 
 from __future__ import annotations
 
@@ -70,6 +70,3 @@ class SupervisedFineTuning:
         per_token = vocab_parallel_cross_entropy(logits_K1V.float(), labels, tp_group=pg.tp)
         total, count = (per_token.squeeze(1) * mask).sum(), mask.sum()
         return total, count.int(), {"lm loss": torch.stack((total.detach(), count))}
-
-
-OBJECTIVES = {"sft": SupervisedFineTuning}

@@ -7,12 +7,12 @@ import pytest
 
 from megatron_mm.config import ALGORITHMS, ConfigError, RLConfig, RunConfig, load, resolve_algorithm
 from megatron_mm.config.rl import check_rl
-from megatron_mm.config.schema import Algorithm
+from megatron_mm.config.schema_rl import Algorithm
 
 
 def run_with(**rl):
     run = RunConfig()
-    run.training.objective = "grpo"
+    run.training.objective, run.training.global_batch_size = "grpo", 8
     run.rl = RLConfig(**{"reward_funcs": ["exact"]} | rl)
     return run
 
@@ -20,7 +20,9 @@ def run_with(**rl):
 def test_every_algorithm_fills_every_open_setting():
     open_settings = {k for k, v in vars(RLConfig()).items() if v is None}
     for name in get_args(Algorithm):
-        assert set(ALGORITHMS[name]) == open_settings - {"delta", "rollout_is", "skill_map"}
+        filled = {k for k in open_settings if getattr(resolve_algorithm(RLConfig(name)), k)}
+        assert set(ALGORITHMS[name]) - {"filter_groups"} == filled - {"filter_groups"}
+        assert set(ALGORITHMS[name]) < open_settings
         check_rl(run_with(algorithm=name))
     assert set(ALGORITHMS) == set(get_args(Algorithm))
 
@@ -57,8 +59,17 @@ def test_settings_are_flags():
         ({"reward_weights": [1.0, 2.0]}, "one for each of the 1 reward_funcs"),
         ({"reward_weights": [float("nan")]}, "finite numbers"),
         ({"reward_funcs": []}, "at least 1 reward"),
+        ({"num_generations": 3}, "rl.num_generations is 3; allowed: one that divides global_batch"),
+        ({"num_generations": 4, "rollout_batch_size": 3}, "a multiple of global_batch_size / num"),
+        ({"rollout_batch_size": 3}, "train_iters is 100; allowed: a multiple of a rollout's 3 st"),
+        ({"max_completion_length": 4096}, "max_completion_length is 4096; allowed: less than seq"),
+        ({"top_p": 1.5}, "rl.top_p is 1.5; allowed: above 0 to 1"),
+        ({"beta": 0.1}, "rl.ref_load is None; allowed: the reference model's checkpoint"),
         ({"use_kl_in_reward": True}, "true with beta above 0"),
-        ({"router_loss_coeff": 0.1}, "rl.router_loss_coeff is 0.1; allowed: 0, or this value with"),
+        (
+            {"router_loss_coeff": 0.1},
+            "rl.router_loss_coeff is 0.1; allowed: left out, or this value",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(rl, message):

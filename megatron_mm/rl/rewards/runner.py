@@ -83,6 +83,11 @@ class RewardRunner:
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
 
+    @property
+    def wants_routes(self) -> bool:
+        """Whether any function names the argument `routed_experts`."""
+        return bool(self._specs) and any(self._signature.wants_routes)
+
     def score(
         self,
         prompts: Sequence[Any],

@@ -1,0 +1,368 @@
+"""What the steps of reinforcement learning are made of: a rollout, cut into microbatches.
+
+A rollout serves several optimizer steps. Which step a group belongs to follows from its place in
+the data's order, so steps hold the same completions under any layout.
+
+Shapes: P groups of this replica, G completions of each, C rewards, N = P x G.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.config import RunConfig, resolve_algorithm, rollout_plan, token_multiple
+from megatron_mm.data.layout import image_settings
+from megatron_mm.data.prompts import PromptLoader
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.model.routing import Routes, whole_routes
+from megatron_mm.rl.advantages import (
+    WHITENED,
+    Advantages,
+    compute_advantages,
+    returns_to_go,
+    span_advantages,
+    whiten,
+    whitening_sums,
+)
+from megatron_mm.rl.batch import PolicyBatch, answered, policy_batch, token_bins
+from megatron_mm.rl.errors import RLError
+from megatron_mm.rl.hacking import HackingWatch
+from megatron_mm.rl.kl import kl_divergence
+from megatron_mm.rl.policy_loss import loss_denominator, truncated_importance_weights
+from megatron_mm.rl.router_reward import label_positions, router_reward, router_weights
+from megatron_mm.train.engine import Engine
+from megatron_mm.train.feed import agree, share
+from megatron_mm.train.rl.alignment import Alignment
+from megatron_mm.train.rl.collect import Collected, Collector, Group
+from megatron_mm.train.rl.metrics import Rollout, completions_table, rollout_metrics
+from megatron_mm.train.rl.objective import (
+    ExpertAlignedObjective,
+    PolicyObjective,
+    trainer_logprobs,
+)
+from megatron_mm.train.rl.reference import Reference
+
+
+class Experience:
+    """
+    Attributes:
+        objective: what the steps optimise.
+        metrics: of the rollout that the last step began; else empty.
+        table: of that rollout, some completions with their rewards; on the readers.
+    """
+
+    def __init__(self, run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: PromptLoader):
+        self.run, self.engine, self.tokenizer, self.loader = run, engine, tokenizer, loader
+        self.rl, self.plan = resolve_algorithm(run.rl), rollout_plan(run)
+        error = self.alignment = None
+        try:
+            self.alignment = Alignment.of(run)
+        except RLError as problem:
+            error = str(problem)
+        agree(engine.groups, error)
+        self.objective: PolicyObjective = PolicyObjective(self.rl)
+        if self.rl.router_loss_coeff:
+            self.objective = ExpertAlignedObjective(self.rl, self.alignment.used.membership())
+        self.collector = Collector(run, engine, tokenizer, loader, self.alignment)
+        self.reference = Reference(engine, self.rl.ref_load) if self.rl.ref_load else None
+        self._ready: deque[list[PolicyBatch]] = deque()
+        self.watch = HackingWatch()
+        self.metrics: dict[str, float] = {}
+        self.table: list[dict[str, Any]] = []
+
+    def close(self) -> None:
+        """End the reward workers."""
+        self.collector.close()
+
+    def next_step(self, stop: bool) -> tuple[list[PolicyBatch], bool]:
+        """The microbatches of the next step, and whether any rank wants to stop: then there are
+        none. A rollout that was begun is trained on to its end.
+
+        Raises:
+            DataError: on every rank; the position in the data is as it was.
+        """
+        self.metrics, self.table = {}, []
+        if not self._ready:
+            if agree(self.engine.groups, None, stop):
+                return [], True
+            position = self.loader.state_dict()
+            try:
+                self._ready.extend(self._rollout())
+            except BaseException:
+                self.loader.load_state_dict(position)
+                raise
+        return self._ready.popleft(), False
+
+    def _rollout(self) -> list[list[PolicyBatch]]:
+        begin = time.perf_counter()
+        found = self.collector.collect()
+        order = [found.place[group.number] for group in found.groups]
+        last = max(found.place.values())
+        steps = last // self.plan.prompts_per_step + 1
+        mine = [place // self.plan.prompts_per_step for place in order]
+        made = [
+            self._microbatches(found.groups, [p for p, of in enumerate(mine) if of == step])
+            for step in range(steps)
+        ]
+        logprobs_begin = time.perf_counter()
+        self._logprobs(list(chain.from_iterable(made)), found)
+        found.seconds["logprobs"] = time.perf_counter() - logprobs_begin
+        rollout = self._advantages(found, made)
+        for batches in made:
+            self._router_scale(batches)
+        found.seconds["rollout"] = time.perf_counter() - begin
+        language = self.run.model.language
+        self.metrics = rollout_metrics(
+            rollout,
+            self.engine.groups,
+            self.collector.weights,
+            self.alignment,
+            self.collector.layers,
+            (language.num_experts, language.vocab_size),
+        )
+        self._watch()
+        if self.engine.groups.is_reader:
+            self.table = completions_table(rollout, self.tokenizer, rollout.names)
+        return made * self.rl.num_iterations
+
+    def _watch(self) -> None:
+        hit_rate, task = (self.metrics.get(k) for k in ("rollout/moe/hit_rate", "reward/task"))
+        if hit_rate is None or task is None:
+            return
+        warning = self.watch.update(hit_rate, task)
+        self.metrics["rollout/moe/reward_hacking"] = float(warning is not None)
+        if warning and dist.get_rank() == 0:
+            print(f"warning: {warning}", file=sys.stderr)
+
+    # ---- microbatches ----
+
+    def _microbatches(self, groups: Sequence[Group], chosen: Sequence[int]) -> list[PolicyBatch]:
+        """The completions of some groups, in as many microbatches on every replica."""
+        size, engine = self.rl.num_generations, self.engine
+        members = [p * size + g for p in chosen for g in range(size)]
+        capacity = self.run.training.micro_batch_size * self.run.data.seq_length
+        samples, bins = [], []
+        if engine.groups.is_reader:
+            samples = [
+                answered(groups[n // size].prompt.sample, self._completion(groups, n).tokens_G)
+                for n in members
+            ]
+            bins = token_bins([len(s.tokens_T) for s in samples], capacity)
+        count = torch.tensor(max(1, len(bins)))
+        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=engine.groups.world)
+        stages = engine.groups.pg.pp.size() if len(engine.chunks) > 1 else 1
+        total = -(-int(count) // stages) * stages  # the interleaved schedule takes whole rounds
+        batches = []
+        if engine.groups.is_reader:
+            bins += [[] for _ in range(total - len(bins))]
+            batches = [
+                policy_batch(
+                    [samples[i] for i in chosen],
+                    [members[i] for i in chosen],
+                    settings=image_settings(self.run),
+                    pad_id=self.tokenizer.pad_id,
+                    pad_multiple=token_multiple(self.run),
+                )
+                for chosen in bins
+            ]
+        batches = share(engine.groups, batches)
+        if self.rl.routing_replay == "R3":
+            for batch in batches:
+                batch.routes = self._recorded(groups, batch)
+        return batches
+
+    def _completion(self, groups: Sequence[Group], member: int):
+        return groups[member // self.rl.num_generations].completions[
+            member % self.rl.num_generations
+        ]
+
+    def _recorded(self, groups: Sequence[Group], batch: PolicyBatch) -> Routes:
+        """The rollout's routes at the positions of a microbatch; -1 where there are none."""
+        layers, k = self.collector.layers, self.run.model.language.moe_router_topk
+        whole = torch.full((len(batch.tokens_T), len(layers), k), -1, dtype=torch.int16)
+        for place, member in enumerate(batch.members):
+            routes = self._completion(groups, member).routes_SLk
+            if routes is not None:
+                start = int(batch.cu_seqlens[place])
+                whole[start : start + len(routes)] = routes
+        return dict(zip(layers, whole.unbind(1), strict=True))
+
+    # ---- log-probabilities ----
+
+    def _logprobs(self, batches: list[PolicyBatch], found: Collected) -> None:
+        """Fill in the rollout's log-probabilities and, where they are needed, the trainer's and
+        the reference's."""
+        rl = self.rl
+        for batch in batches:
+            batch.rollout_logprobs_T = batch.spread(
+                [self._completion(found.groups, n).logprobs_G for n in batch.members]
+            )
+        replays = rl.routing_replay == "R2"
+        # With one step on these weights, what it computes is what it would be compared with.
+        if self.plan.steps > 1 or rl.rollout_is or rl.use_kl_in_reward or replays:
+            record: list[Routes] | None = [{} for _ in batches] if replays else None
+            old = trainer_logprobs(self.engine, batches, rl.temperature, record)
+            for index, batch in enumerate(batches):
+                batch.old_logprobs_T = old[index]
+                if record is not None:
+                    whole = whole_routes(record[index], self.engine.groups.pg)
+                    batch.routes = {layer: routes.cpu() for layer, routes in whole.items()}
+                if rl.rollout_is:
+                    batch.rollout_weights_T = truncated_importance_weights(
+                        batch.old_logprobs_T,
+                        batch.rollout_logprobs_T,
+                        batch.completion_T,
+                        len(batch.members),
+                        rl.rollout_is,
+                        rl.rollout_is_threshold,
+                    )
+        if self.reference is not None:
+            with self.reference.in_place():
+                theirs = trainer_logprobs(self.engine, batches, rl.temperature)
+            for batch, logprobs in zip(batches, theirs, strict=True):
+                batch.ref_logprobs_T = logprobs
+
+    # ---- advantages ----
+
+    def _advantages(self, found: Collected, made: list[list[PolicyBatch]]) -> Rollout:
+        rl, size = self.rl, self.rl.num_generations
+        flat = [c for group in found.groups for c in group.completions]
+        spans = [marks for group in found.groups for marks in group.spans]
+        shape = (len(found.groups), size, len(self.collector.names))
+        empty = torch.zeros(0, *shape[1:])
+        rewards = torch.stack([g.rewards_GC for g in found.groups]) if flat else empty
+        failed = torch.stack([g.failed_GC for g in found.groups]) if flat else empty.bool()
+        names, weights = [*self.collector.names], [*self.collector.weights]
+        hits = None
+        if self.alignment is not None and self.alignment.found is not None:
+            hits = self.alignment.sums(flat, spans, self.collector.layers, self.engine.groups)
+        if rl.router_reward_weight:
+            earned = router_reward(hits["used"]).float().view(*shape[:2], 1)
+            rewards, failed = _append(rewards, failed, earned)
+            names.append("router")
+            weights.append(rl.router_reward_weight)
+        batches = list(chain.from_iterable(made))
+        kl = self._kl(batches, flat) if rl.use_kl_in_reward else None
+        per_token = kl is not None and rl.advantage_estimator == "reinforce_plus_plus"
+        if kl is not None and not per_token:
+            total = torch.stack([values.sum() for values in kl]).view(*shape[:2], 1)
+            rewards, failed = _append(rewards, failed, total)
+            names.append("kl")
+            weights.append(-rl.beta)
+        found_advantages = compute_advantages(
+            rewards,
+            failed,
+            weights,
+            rl.advantage_estimator,
+            rl.multi_objective_aggregation,
+            rl.reward_std_floor,
+        )
+        values = found_advantages.advantages_PG.flatten()
+        tokens = [value.expand(len(c.tokens_G)) for value, c in zip(values, flat, strict=True)]
+        if per_token:
+            tokens = [returns_to_go(float(v), k, rl.beta) for v, k in zip(values, kl, strict=True)]
+        tokens = self._whitened(tokens, found_advantages)
+        labelled = [
+            label_positions(len(c.tokens_G), marks) for c, marks in zip(flat, spans, strict=True)
+        ]
+        if rl.span_credit:
+            tokens = self._credited(tokens, spans, size)
+        self._fill(batches, tokens, labelled, found_advantages.kept_PG.flatten())
+        return Rollout(found, names, rewards, failed, found_advantages, hits, flat, spans)
+
+    def _kl(self, batches: Sequence[PolicyBatch], flat: Sequence) -> list[torch.Tensor]:
+        """k1 (or as configured) of every token of every completion."""
+        found: dict[int, torch.Tensor] = {}
+        for batch in batches:
+            kl_T = kl_divergence(batch.old_logprobs_T, batch.ref_logprobs_T, self.rl.kl_estimator)
+            parts = kl_T[batch.sampled].split(batch.lengths_N.tolist())
+            found |= dict(zip(batch.members, parts, strict=True))
+        return [found[n] for n in range(len(flat))]
+
+    def _whitened(self, tokens: list[torch.Tensor], found: Advantages) -> list[torch.Tensor]:
+        if self.rl.advantage_estimator not in WHITENED:
+            return tokens
+        kept = found.kept_PG.flatten().tolist()
+        mine = [t for t, keep in zip(tokens, kept, strict=True) if keep]
+        sums = whitening_sums(torch.cat(mine) if mine else torch.zeros(0))
+        groups = self.engine.groups
+        if not groups.is_reader:
+            sums.zero_()
+        dist.all_reduce(sums, group=groups.world)
+        return [whiten(values, sums) for values in tokens]
+
+    def _credited(
+        self, tokens: list[torch.Tensor], spans: Sequence[Sequence], size: int
+    ) -> list[torch.Tensor]:
+        credited = []
+        for first in range(0, len(tokens), size):
+            group = slice(first, first + size)
+            lengths = [len(values) for values in tokens[group]]
+            extra = span_advantages(spans[group], lengths)
+            credited += [
+                values + self.rl.span_credit * own
+                for values, own in zip(tokens[group], extra, strict=True)
+            ]
+        return credited
+
+    def _fill(
+        self,
+        batches: Sequence[PolicyBatch],
+        tokens: Sequence[torch.Tensor],
+        labelled: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        kept: torch.Tensor,
+    ) -> None:
+        """Hand advantages and the router's targets to the positions of the microbatches."""
+        for batch in batches:
+            batch.advantages_T = batch.spread([tokens[n] for n in batch.members])
+            out = torch.tensor([not kept[n] for n in batch.members], dtype=torch.bool)
+            left_out_T = torch.cat((out, torch.zeros(1, dtype=torch.bool)))[batch.completion_T]
+            if self.rl.router_loss_coeff:
+                skills, rights = (
+                    zip(*(labelled[n] for n in batch.members), strict=True)
+                    if batch.members
+                    else ((), ())
+                )
+                skill_T = torch.where(batch.completion_T >= 0, batch.spread(skills).long(), -1)
+                batch.skill_T = skill_T.masked_fill(left_out_T, -1)
+                batch.router_weight_T = router_weights(
+                    batch.advantages_T, batch.spread(rights).bool(), self.rl.router_loss_clip
+                )
+            batch.completion_T = batch.completion_T.masked_fill(left_out_T, -1)
+            batch.lengths_N = batch.lengths_N.masked_fill(out, 0)
+
+    def _router_scale(self, batches: Sequence[PolicyBatch]) -> None:
+        """The router term is a mean over labelled positions and layers, but gradients will be
+        divided by the policy loss's denominator."""
+        if not self.rl.router_loss_coeff:
+            return
+        member_SLE = self.alignment.used.membership()
+        layers_S = member_SLE.any(2).sum(1)  # layers in which a skill has experts
+        totals = torch.zeros(2, dtype=torch.int64)
+        groups = self.engine.groups
+        if groups.is_reader:
+            for batch in batches:
+                rl = self.rl
+                totals[0] += loss_denominator(
+                    rl.loss_agg_mode, batch.lengths_N, rl.max_completion_length
+                )
+                totals[1] += layers_S[batch.skill_T[batch.skill_T >= 0]].sum()
+        dist.all_reduce(totals, group=groups.world)
+        policy, router = totals.tolist()
+        for batch in batches:
+            batch.router_scale = self.rl.router_loss_coeff * policy / max(router, 1)
+
+
+def _append(
+    rewards: torch.Tensor, failed: torch.Tensor, more: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    nothing = torch.zeros_like(more, dtype=torch.bool)
+    return torch.cat((rewards, more), 2), torch.cat((failed, nothing), 2)
