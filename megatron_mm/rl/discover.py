@@ -2,7 +2,9 @@
 
 The probe is counted in two halves. The map is made of both; how far clusters made of each alone
 agree says whether they are more than chance, and the same without regard to the token whether
-they are only words (`stability.py`).
+they are only words (`stability.py`). That test takes clusters for independent. Routes of a row's
+positions and layers are not, so the information they hold is also compared with that under the
+same rows' skills shuffled among them (a permutation test).
 
 Shapes: L layers, E experts, S skills.
 """
@@ -71,6 +73,7 @@ class Found:
 
 def discover(
     halves: Sequence[RouteCounts],
+    shuffled: Sequence[RouteCounts],
     skills: Sequence[str],
     *,
     moe_router_topk: int,
@@ -78,7 +81,8 @@ def discover(
     min_lift: float,
     info: Mapping[str, Any],
 ) -> Found:
-    """The map of two halves of a probe. `info` is kept in it, with how stable it is.
+    """The map of two halves of a probe. `info` is kept in it, with how stable it is. `shuffled`:
+    counts of both with skills exchanged between rows, one for each time.
 
     Raises RLError if no skill has an expert of `min_lift`.
     """
@@ -101,8 +105,10 @@ def discover(
         agreement[given_token] = stability(one, other, experts)
         if given_token:
             correlated = correlation(*found)
-    warning = stability_warning(agreement[True], agreement[False])
     information = [mutual_information(counts.layer(layer)) for layer in range(layers)]
+    total = sum(nats for nats, _ in information) / layers
+    by_shuffling = [_information(other) for other in shuffled]
+    warning = stability_warning(agreement[True], agreement[False], total, by_shuffling)
     rows = _rows(counts, lift_LES, named, moe_router_topk)
     info = dict(info) | {
         "cluster_size": cluster_size,
@@ -114,10 +120,17 @@ def discover(
         "lift_correlation": correlated,
         "mutual_information": [nats for nats, _ in information],
         "mutual_information_by_chance": [chance for _, chance in information],
+        "mutual_information_shuffled": by_shuffling,
         "warning": warning,
     }
     skill_map = SkillMap(layers, experts, moe_router_topk, kept, info)
     return Found(skill_map, list(skills), lift_LES, rows, warning)
+
+
+def _information(counts: RouteCounts) -> float:
+    """Nats given the token, mean over the layers."""
+    layers = counts.sizes[0]
+    return sum(mutual_information(counts.layer(layer))[0] for layer in range(layers)) / layers
 
 
 def _rows(

@@ -42,18 +42,19 @@ def probe_and_discover(
             be written; RLError: for clusters that cannot be forbidden.
     """
     groups = engine.groups
-    skills, halves, samples = count_probe(engine, tokenizer, probe)
+    counted = count_probe(engine, tokenizer, probe)
     found: list[Found | None] = [None]
     error = None
-    if halves is not None:
+    if counted.halves:
         try:
             found[0] = discover(
-                halves,
-                skills,
+                counted.halves,
+                counted.shuffled,
+                counted.skills,
                 moe_router_topk=engine.run.model.language.moe_router_topk,
                 cluster_size=cluster_size,
                 min_lift=min_lift,
-                info=info | asdict(probe) | {"samples": samples},
+                info=info | asdict(probe) | {"samples": counted.samples},
             )
         except RLError as problem:
             error = str(problem)

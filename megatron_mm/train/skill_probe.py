@@ -7,7 +7,6 @@ stay on the ranks of their layers and positions; only counts are brought togethe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,13 +33,25 @@ from megatron_mm.train.feed import agree, receive
 @dataclass(frozen=True)
 class Probe:
     """What is read: at most `samples` rows of a file (None: all), in an order drawn from `seed`,
-    `batch_size` together; spans are found by `labeller` (rl/spans.py)."""
+    `batch_size` together; spans are found by `labeller` (rl/spans.py). The same is counted with the
+    skills shuffled among rows, `shuffles` times: what chance alone gives."""
 
     data: str
     labeller: str = "clauses"
     samples: int | None = None
     batch_size: int = 16
     seed: int = 1
+    shuffles: int = 19  # so many in vain: chance is below 1 in 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is counted. `rows`, in the order in which they are read: row -> (tokens of its answer
+    with the stop, its spans as (first token, end, skill ids: its own, then of each shuffle))."""
+
+    skills: list[str]
+    rows: dict[int, tuple[int, list[tuple[int, int, list[int]]]]]
+    shuffles: int
 
 
 class ProbeRows:
@@ -71,52 +82,85 @@ class ProbeRows:
         labels = token_labels(row, ids, self._tokenizer, self._labeller, where)
         return len(ids) + 1, labels
 
-    def skills(self) -> list[str]:
-        """The skills of all rows, sorted: their order is that of their ids."""
-        found = {label.skill for index in self.order for label in self.labels(index)[1]}
-        if not found:
+    def plan(self, probe: Probe) -> Plan:
+        """What is to be counted. Skills are shuffled among rows and not among spans: the spans of
+        a row have its skills and its routes in common, and must keep them."""
+        found = [self.labels(index) for index in self.order]
+        skills = sorted({label.skill for _, labels in found for label in labels})
+        if not skills:
             raise DataError(
                 f"0 of {len(self.order)} rows have labels; rows need 'spans' (labeller clauses) "
                 "or 'skill' and 'ground_truth' (labeller whole)"
             )
-        return sorted(found)
+        own = [[skills.index(label.skill) for label in labels] for _, labels in found]
+        generator = torch.Generator().manual_seed(probe.seed)
+        labelled = [number for number, ids in enumerate(own) if ids]
+        donors = []
+        for _ in range(probe.shuffles):
+            places = torch.randperm(len(labelled), generator=generator).tolist()
+            donors.append(dict(zip(labelled, (own[labelled[i]] for i in places), strict=True)))
+        rows = {}
+        for number, (answer, labels) in enumerate(found):
+            spans = [
+                (label.start, label.stop, [own[number][i], *(_nth(d[number], i) for d in donors)])
+                for i, label in enumerate(labels)
+            ]
+            rows[self.order[number]] = answer, spans
+        return Plan(skills, rows, probe.shuffles)
 
-    def sample(self, index: int, skills: Sequence[str]) -> tuple[Sample, torch.Tensor]:
-        """(the row as the model reads it, int64 [tokens] the skill that a position serves or -1)"""
+    def sample(self, index: int, plan: Plan) -> tuple[Sample, torch.Tensor]:
+        """(the row as the model reads it, int16 [labellings, tokens] the skill that a position
+        serves or -1)"""
         file, row = self._rows.locate(index)
         sample = self._builder.training(file[row], file.where(row), file.folder)
-        answer, labels = self.labels(index)
-        skill_T = torch.full_like(sample.tokens_T, -1)
+        answer, spans = plan.rows[index]
+        skill_JT = torch.full((1 + plan.shuffles, len(sample.tokens_T)), -1, dtype=torch.int16)
         # A sample ends with its answer; the position before a token predicts it.
-        before = len(skill_T) - answer - 1
-        for label in labels:
-            skill_T[before + label.start : before + label.stop] = skills.index(label.skill)
-        return sample, skill_T
+        before = len(sample.tokens_T) - answer - 1
+        for start, stop, ids in spans:
+            skill_JT[:, before + start : before + stop] = torch.tensor(ids).unsqueeze(1)
+        return sample, skill_JT
 
 
-def count_probe(
-    engine: Engine, tokenizer: Tokenizer, probe: Probe
-) -> tuple[list[str], list[RouteCounts] | None, int]:
-    """(skills, the counts of two halves of the probe, how many rows); the counts on the job's
-    first rank, else None. Every rank of the job calls it.
+def _nth(ids: list[int], i: int) -> int:
+    return ids[i % len(ids)]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The probe's route counts.
+
+    Attributes:
+        halves: of every other row, and of the rest; on the job's first rank, else empty.
+        shuffled: of all rows, each with the skills shuffled among rows in another way; as well.
+    """
+
+    skills: list[str]
+    samples: int
+    halves: list[RouteCounts]
+    shuffled: list[RouteCounts]
+
+
+def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> Counted:
+    """Every rank of the job calls it.
 
     Raises:
-        DataError: on every rank, if a row is bad or too few of them are labelled.
+        DataError: on every rank, if a row is bad or none is labelled.
     """
     groups = engine.groups
-    rows, plan, error = None, [None], None
+    rows, planned, error = None, [None], None
     if groups.is_reader:
         try:
             rows = ProbeRows(engine, tokenizer, probe)
             if dist.get_rank() == 0:
-                plan = [(rows.skills(), rows.order)]
+                planned = [rows.plan(probe)]
         except (DataError, RLError) as problem:
             error = str(problem)
     agree(groups, error)
-    dist.broadcast_object_list(plan, src=0, group=groups.world)
-    skills, order = plan[0]
+    dist.broadcast_object_list(planned, src=0, group=groups.world)
+    plan: Plan = planned[0]
     # A microbatch is of one half, and there is one for every stage of every replica in a round.
-    size = probe.batch_size
+    size, order = probe.batch_size, list(plan.rows)
     chunks = [
         (half, order[half::2][i : i + size])
         for half in (0, 1)
@@ -124,21 +168,23 @@ def count_probe(
     ]
     together = groups.pg.dp.size() * groups.pg.pp.size()
     chunks += [(0, [])] * (-len(chunks) % together)
-    tallies = Tally(), Tally()
+    tallies = [Tally() for _ in range(2 + plan.shuffles)]
     engine.training(False)
     for start in range(0, len(chunks), together):
         mine = chunks[start : start + together][groups.pg.dp.rank() :: groups.pg.dp.size()]
-        batches, labels = _read(engine, tokenizer, rows, mine, order[0], skills)
-        for (half, _), counts in zip(mine, _count(engine, batches, labels, skills), strict=True):
-            if counts is not None:
-                tallies[half].add(counts)
+        batches, labels = _read(engine, tokenizer, rows, mine, plan)
+        for (half, _), counts in zip(mine, _count(engine, batches, labels, plan), strict=True):
+            for tally, found in zip([tallies[half], *tallies[2:]], counts, strict=False):
+                tally.add(found)
     engine.training(True)
     parts = [None] * groups.world.size() if dist.get_rank() == 0 else None
     dist.gather_object([tally.total() for tally in tallies], parts, dst=0, group=groups.world)
     if parts is None:
-        return skills, None, len(order)
-    merged = [Tally(waiting=[p[half] for p in parts if p[half] is not None]) for half in (0, 1)]
-    return skills, [tally.total() for tally in merged], len(order)
+        return Counted(plan.skills, len(order), [], [])
+    by_tally = zip(*parts, strict=True)
+    merged = [Tally(waiting=[c for c in counts if c is not None]) for counts in by_tally]
+    totals = [tally.total() for tally in merged]
+    return Counted(plan.skills, len(order), totals[:2], totals[2:])
 
 
 def _read(
@@ -146,28 +192,28 @@ def _read(
     tokenizer: Tokenizer,
     rows: ProbeRows | None,
     chunks: list[tuple[int, list[int]]],
-    any_row: int,
-    skills: list[str],
+    plan: Plan,
 ) -> tuple[list[Microbatch], list[torch.Tensor]]:
-    """The replica's microbatches and the skill of each of their positions."""
+    """The replica's microbatches and, [labellings, T], the skills of their positions."""
     labels: list[torch.Tensor] = []
+    any_row = next(iter(plan.rows))
 
     def read() -> list[Microbatch]:
         batches = []
         for _, indices in chunks:
             # Nothing to count, but other replicas may need our part of their forward passes.
-            made = [rows.sample(index, skills) for index in indices or [any_row]]
+            made = [rows.sample(index, plan) for index in indices or [any_row]]
             batch = collate(
                 [sample for sample, _ in made],
                 settings=rows.settings,
                 pad_id=tokenizer.pad_id,
                 pad_multiple=token_multiple(engine.run),
             )
-            skill_T = torch.full_like(batch.tokens_T, -1)
+            skill_JT = torch.full((1 + plan.shuffles, len(batch.tokens_T)), -1, dtype=torch.int16)
             if indices:
-                skill_T[: batch.num_real_tokens] = torch.cat([skill for _, skill in made])
+                skill_JT[:, : batch.num_real_tokens] = torch.cat([skill for _, skill in made], 1)
             batches.append(batch)
-            labels.append(skill_T)
+            labels.append(skill_JT)
         return batches
 
     batches, _ = receive(engine.groups, read)
@@ -177,21 +223,23 @@ def _read(
 
 
 def _count(
-    engine: Engine, batches: list[Microbatch], labels: list[torch.Tensor], skills: list[str]
-) -> list[RouteCounts | None]:
-    """Of each microbatch: what this rank's layers did at its positions. None without layers."""
+    engine: Engine, batches: list[Microbatch], labels: list[torch.Tensor], plan: Plan
+) -> list[list[RouteCounts]]:
+    """Of each microbatch, for each labelling: what this rank's layers did at its positions; none
+    on a rank without layers."""
     language, layers = engine.run.model.language, engine.config.num_layers
-    sizes = language.num_experts, len(skills), language.vocab_size
+    sizes = language.num_experts, len(plan.skills), language.vocab_size
     records: list[dict] = [{} for _ in batches]
     nowhere = torch.zeros(0, dtype=torch.int64)
     engine.forward(batches, lambda batch: nowhere, lambda logits, **_: None, routes=records)
-    counts: list[RouteCounts | None] = []
-    for batch, skill_T, record in zip(batches, labels, records, strict=True):
-        if not record:
-            counts.append(None)
-            continue
-        mine, here = shard(len(skill_T), engine.groups.pg), sorted(record)
-        routes_tLk = torch.stack([record[index] for index in here], 1).cpu()
-        found = count_routes(routes_tLk, take(skill_T, mine), take(batch.tokens_T, mine), *sizes)
-        counts.append(on_layers(found, here, layers))
+    counts: list[list[RouteCounts]] = []
+    for batch, skill_JT, record in zip(batches, labels, records, strict=True):
+        here, mine = sorted(record), shard(len(batch.tokens_T), engine.groups.pg)
+        counts.append([])
+        if here:
+            routes_tLk = torch.stack([record[index] for index in here], 1).cpu()
+            token_t = take(batch.tokens_T, mine)
+            for skill_T in skill_JT.long():
+                found = count_routes(routes_tLk, take(skill_T, mine), token_t, *sizes)
+                counts[-1].append(on_layers(found, here, layers))
     return counts

@@ -54,7 +54,8 @@ def plant(run: RunConfig, rows: str, folder: str) -> None:
     engine = random_engine(run)
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     probed = ProbeRows(engine, tokenizer, Probe(rows, samples=60))
-    samples = [probed.sample(index, ["alpha", "beta"]) for index in probed.order]
+    plan = probed.plan(Probe(rows, shuffles=0))
+    samples = [probed.sample(index, plan) for index in probed.order]
     routers = [m for m in engine.chunks[0].modules() if isinstance(m, Router)]
     for router in routers:  # an earlier layer's routes change what a later one sees
         direction = _direction(engine, router, samples, probed)
@@ -77,9 +78,9 @@ def _direction(engine: Engine, router: Router, samples: list, probed: ProbeRows)
     with torch.no_grad():
         engine.chunks[0](batch)
     hook.remove()
-    skill_T = torch.cat([skill for _, skill in samples])
+    skill_T = torch.cat([skill[0] for _, skill in samples])
     # The first position predicts the first digit; those that hold a second digit are every other.
-    ordinal = torch.cat([(skill >= 0).cumsum(0) for _, skill in samples])
+    ordinal = torch.cat([(skill[0] >= 0).cumsum(0) for _, skill in samples])
     here = (skill_T >= 0) & (ordinal % 2 == 1) & (ordinal > 1)
     target = 6.0 - 12.0 * skill_T[here].float()
     ridge = 1e-2 * torch.eye(seen[0].shape[1])

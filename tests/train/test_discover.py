@@ -13,6 +13,7 @@ from trainers import LAYOUTS
 
 from megatron_mm.rl.errors import RLError
 from megatron_mm.rl.skill_map import SkillMap, load_skill_map
+from megatron_mm.rl.stability import MIN_Z
 from megatron_mm.train.discover import forbid_clusters
 from megatron_mm.train.skill_probe import Probe
 
@@ -58,6 +59,7 @@ def test_planted_experts_are_found(alone):
         info["mutual_information"], info["mutual_information_by_chance"], strict=True
     ):
         assert nats > 5 * chance
+    assert min(info["mutual_information"]) > 5 * max(info["mutual_information_shuffled"])
     assert load_skill_map(out, 2, 8, 2) == skill_map
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -80,13 +82,19 @@ def test_every_layout_finds_the_same(ranks, place, scenes, alone, layout):
     assert load_skill_map(out, 2, 8, 2) == found[0][0]
 
 
-def test_chance_is_called_chance(ranks, place, scenes):
-    """Skills drawn without regard to the answer, in a new model. Clusters are found: 2400 positions
-    in 16 x 2 cells always leave some with a lift of 1.01."""
-    ((_, _, warning),), _ = find(
-        ranks, place, scenes, rows="noise.jsonl", min_lift=1.01, trained=False
-    )
-    assert "no better than chance" in warning and "\n" not in warning
+@pytest.mark.parametrize("trained", [True, False])
+def test_chance_is_called_chance(ranks, place, scenes, trained):
+    """Skills drawn without regard to the answer, in the planted and in a new model. Clusters are
+    found: 2400 positions in 16 x 2 cells always leave some with a lift of 1.01.
+
+    In the planted model all layers route alike, by what the answer is: clusters of the two halves
+    agree beyond what independent ones would (z 3.5), and only shuffling tells.
+    """
+    settings = {"rows": "noise.jsonl", "min_lift": 1.01, "trained": trained}
+    ((skill_map, _, warning),), _ = find(ranks, place, scenes, **settings)
+    assert (skill_map.info["stability"]["z"] > MIN_Z) == trained
+    assert warning.startswith("the clusters are no better than chance") and "\n" not in warning
+    assert ("shuffled" in warning) == trained
 
 
 def test_a_part_of_the_rows_is_drawn_from_the_seed(ranks, place, scenes):
