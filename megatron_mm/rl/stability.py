@@ -56,15 +56,28 @@ def correlation(lift_LES: torch.Tensor, other_LES: torch.Tensor) -> float:
     return float(pair.prod(0).sum() / norm) if norm > 1e-12 else 0.0
 
 
-def stability_warning(given_token: Stability, without_token: Stability) -> str | None:
+def stability_warning(
+    given_token: Stability,
+    without_token: Stability,
+    information: float = 0.0,
+    shuffled: Sequence[float] = (),
+) -> str | None:
     """One line for the user if the map is not to be relied on.
 
     Args:
         given_token: of the clusters in the map; without_token: of those found from the same
             halves without regard to the token.
+        information: nats that routes hold about skills given the token; shuffled: the same with
+            the rows' skills shuffled among them.
     """
     if given_token.above_chance:
-        return None
+        if all(information > other for other in shuffled):
+            return None
+        return (
+            "the clusters are no better than chance: with the skills shuffled among the rows "
+            f"routes tell as much of them ({information:.4f} nats given the token, shuffled up to "
+            f"{max(shuffled):.4f}); probe more samples, or train further before discovering"
+        )
     numbers = _numbers(given_token)
     if without_token.above_chance:
         return (
