@@ -100,7 +100,7 @@ def completions_table(
         question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
         for g, completion in enumerate(group.completions):
             ids = completion.tokens_G.tolist()
-            rewards = rollout.rewards_PGC[p, g].tolist()
+            rewards = [None if r != r else r for r in rollout.rewards_PGC[p, g].tolist()]
             rows.append(
                 {
                     "row": group.prompt.where,
@@ -109,7 +109,9 @@ def completions_table(
                     "truth": group.prompt.row.get("ground_truth"),
                     "completion": tokenizer.decode(ids[:-1] if completion.finished else ids),
                     "finished": completion.finished,
-                    "rewards": {n: r if r == r else None for n, r in zip(names, rewards, strict=True)},
+                    "rewards": {
+                        n: r if r == r else None for n, r in zip(names, rewards, strict=True)
+                    },
                     "advantage": float(rollout.advantages.advantages_PG[p, g]),
                     "right_spans": [correct for *_, correct in rollout.spans[p * size + g]],
                 }
@@ -174,7 +176,8 @@ def _hits(hits: dict[str, torch.Tensor] | None, alignment: Alignment | None) -> 
 def _routes(
     rollout: Rollout, alignment: Alignment | None, layers: Sequence[int], sizes: tuple[int, int]
 ) -> tuple[dict[int, torch.Tensor], Pairs]:
-    """How often each expert was used in each layer of this rank; I(expert; skill | token)."""
+    """How often each expert was used in each layer of this rank; I(expert; skill | token) beyond
+    what chance gives, of this replica's completions alone (the counts are too many to travel)."""
     experts, vocabulary = sizes
     flat = [c for c in rollout.completions if c.routes_SLk is not None]
     if not flat:

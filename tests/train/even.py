@@ -1,0 +1,27 @@
+"""A reward and a labeller for models that have learnt nothing."""
+
+from __future__ import annotations
+
+from megatron_mm.rl.spans import Label
+
+
+def even(prompts, completions, completion_ids, **columns):
+    """The share of even token ids: differs between completions, whatever they say."""
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def fails_on_short(prompts, completions, completion_ids, **columns):
+    """Raises for completions whose last token is odd."""
+    for ids in completion_ids:
+        if ids[-1] % 2:
+            raise ValueError(f"odd end {ids[-1]}")
+    return [1.0 for _ in completion_ids]
+
+
+def thirds(row, text, where):
+    """The first third exercises the row's skill and is right, the second is wrong."""
+    third = len(text) // 3
+    if not third:
+        return []
+    skill = row["skill"]
+    return [Label(0, third, skill, True), Label(third, 2 * third, skill, False)]
