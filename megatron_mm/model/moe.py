@@ -89,4 +89,6 @@ class MixtureOfExperts(MoELayer):
         routing, index = context.routing, self.layer_number - 1
         # megatron-core's router asks this object instead of taking the best k itself.
         self.router.router_replay = routing and routing.of_layer(index, context.recomputing)
-        return super().forward(hidden_t1H, padding_mask=context.padding_1t)[0]
+        hidden_t1H = super().forward(hidden_t1H, padding_mask=context.padding_1t)[0]
+        self.router.router_replay = None  # or it would hold the batch until the next one
+        return hidden_t1H
