@@ -2,7 +2,7 @@
 
 The three are laid on each other in that order: YAML overrides the preset, flags override
 the YAML. In the file `model:` may name a `preset:` beside its own keys, and so may
-`model: vision:`. Loading checks names and types; `validate.py` checks the sizes.
+`model: vision:`; `base:` names a file, relative to its own, that it overrides. Loading checks names and types; `validate.py` checks the sizes.
 """
 
 from __future__ import annotations
@@ -58,6 +58,29 @@ def read_yaml(path: str) -> dict[str, Any]:
     return tree
 
 
+def _with_bases(path: str) -> dict[str, Any]:
+    """The file over its base, over that one's base... Lists are replaced, not joined."""
+    chain: list[Path] = []
+    trees: list[dict[str, Any]] = []
+    at: Path | None = Path(path)
+    while at is not None:
+        if at in chain:
+            raise ConfigError(
+                f"config {at} is its own base, by way of {chain[-1]}; allowed: no ring"
+            )
+        chain.append(at)
+        tree = read_yaml(str(at))
+        base = tree.pop("base", None)
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"config {at}: base is {base!r}; allowed: the path of a YAML file")
+        trees.append(tree)
+        at = None if base is None else at.parent / base
+    whole: dict[str, Any] = {}
+    for tree in reversed(trees):
+        whole = merge(whole, tree)
+    return whole
+
+
 def load(path: str | None = None, argv: Sequence[str] = ()) -> RunConfig:
     """The run that a YAML file (or `--config`, which wins over `path`) and flags describe.
 
@@ -65,7 +88,7 @@ def load(path: str | None = None, argv: Sequence[str] = ()) -> RunConfig:
     """
     flags = parse_flags(argv)
     path = flags.config or path
-    tree = read_yaml(path) if path else {}
+    tree = _with_bases(path) if path else {}
     if flags.preset is not None or "model" in tree:
         tree["model"] = _over_presets(tree.get("model", {}), flags.preset)
     for leaf, value in flags.values.items():

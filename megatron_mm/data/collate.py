@@ -59,13 +59,15 @@ def _image_tensors(
     memory_tiles: list[int] = []
     coordinates: list[torch.Tensor] = []
     visible: list[torch.Tensor] = []
-    first_tile: dict[int, int] = {}  # samples may share an image: it is computed once
+    # Completions of a prompt share its images, which are then computed once. Not by their tiles:
+    # whether two rows' tiles are one object depends on a cache, and microbatches must not.
+    first_tile: dict[int, int] = {}
     num_tiles, offset = 0, 0
     for sample, length in zip(samples, lengths, strict=True):
         for image in sample.images:
             start = offset + image.start
             after = start + len(image.stream) * tokens_per_tile  # the image's </img>
-            first = first_tile.setdefault(id(image.tiles), num_tiles)
+            first = first_tile.setdefault(id(image), num_tiles)
             if first == num_tiles:
                 tiles.append(image.tiles)
                 num_tiles += len(image.tiles)

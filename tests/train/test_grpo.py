@@ -62,7 +62,9 @@ def on_rank_steps(run: RunConfig, steps: int) -> list[dict]:
     try:
         for _ in range(steps):
             metrics = trainer.step()
-            found.append({k: v for k, v in metrics.items() if "time" not in k and "timing" not in k})
+            found.append(
+                {k: v for k, v in metrics.items() if "time" not in k and "timing" not in k}
+            )
             found[-1]["table"] = trainer.source.table
     finally:
         trainer.source.close()

@@ -1,0 +1,61 @@
+"""Completions as microbatches: labels, shared images, bins."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_mm.data.images import TilePlan
+from megatron_mm.data.layout import ImageSettings
+from megatron_mm.data.sample import Sample, SampleImage
+from megatron_mm.rl.batch import answered, policy_batch, token_bins
+
+
+def prompt(length: int, tiles: int = 0) -> Sample:
+    tokens = torch.arange(100, 100 + length)
+    images = []
+    if tiles:
+        pixels = np.random.default_rng(length).integers(0, 255, (tiles, 8, 8, 3), dtype=np.uint8)
+        coordinates = torch.rand(16 * tiles, 2)
+        chosen = list(range(tiles))
+        images = [SampleImage(pixels, TilePlan(tiles, 1, False), chosen, chosen, coordinates, 1)]
+    return Sample(tokens, tokens, torch.zeros(length), images, f"rows:{length}")
+
+
+SETTINGS = dict(pad_id=0, pad_multiple=4)
+
+
+def test_sampled_positions_are_those_whose_logits_were_drawn_from():
+    one, two = torch.tensor([7, 8, 9]), torch.tensor([5])
+    samples = [answered(prompt(5), one), answered(prompt(3), two)]
+    batch = policy_batch(samples, [4, 2], settings=None, **SETTINGS)
+    assert batch.tokens_T.tolist() == [100, 101, 102, 103, 104, 7, 8, 9, 100, 101, 102, 5]
+    assert batch.sampled.tolist() == [4, 5, 6, 10]
+    assert batch.labels_T[batch.sampled].tolist() == [7, 8, 9, 5]
+    assert batch.completion_T[batch.sampled].tolist() == [0, 0, 0, 1]
+    assert (batch.completion_T >= 0).sum() == 4
+    assert batch.lengths_N.tolist() == [3, 1] and batch.members == [4, 2]
+    spread = batch.spread([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])])
+    assert spread[batch.sampled].tolist() == [1, 2, 3, 4] and spread.sum() == 10
+
+
+def test_a_batch_of_nothing_is_padding():
+    batch = policy_batch([], [], settings=None, **SETTINGS)
+    assert len(batch.tokens_T) == 4 and not len(batch.sampled)
+    assert not batch.spread([]).any() and (batch.completion_T == -1).all()
+
+
+def test_completions_of_a_prompt_share_its_image():
+    asked, other = prompt(40, tiles=2), prompt(50, tiles=1)
+    samples = [answered(p, torch.tensor([1, 2])) for p in (asked, asked, other)]
+    settings = ImageSettings(8, 2, 2, 4, None, False, "all", "tiles", (0.5,) * 3, (0.5,) * 3)
+    batch = policy_batch(samples, [0, 1, 2], settings=settings, **SETTINGS)
+    assert len(batch.pixels_NCHW) == 3
+    assert batch.stream_tiles.tolist() == batch.memory_tiles.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_bins_hold_what_fits_and_keep_neighbours_together():
+    assert token_bins([4, 4, 4, 4, 4], 8) == [[0, 1], [2, 3], [4]]
+    assert token_bins([6, 4, 2, 4], 8) == [[0, 2], [1, 3]]
+    assert token_bins([20, 3], 8) == [[0], [1]]
+    assert token_bins([], 8) == []
