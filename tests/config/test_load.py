@@ -241,3 +241,21 @@ def test_a_mixture_and_the_data_flags(tmp_path):
     path.write_text("data: {train_data: [{mixture: [{path: a, weight: .nan}]}]}")
     with pytest.raises(ConfigError, match=r"mixture\[0\].weight is nan; allowed: float"):
         load(str(path))
+
+
+def test_a_file_over_its_base(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "model: {preset: tiny}\ntraining: {train_iters: 5, seed: 3}\ndata: {seq_length: 64}\n"
+    )
+    (tmp_path / "sub" / "middle.yaml").write_text("base: ../base.yaml\ntraining: {seed: 4}\n")
+    (tmp_path / "sub" / "top.yaml").write_text("base: middle.yaml\ndata: {seq_length: 32}\n")
+    run = load(str(tmp_path / "sub" / "top.yaml"), ["--train-iters", "7"])
+    assert (run.training.train_iters, run.training.seed, run.data.seq_length) == (7, 4, 32)
+    assert run.model == preset("tiny")
+    (tmp_path / "base.yaml").write_text("base: sub/top.yaml\n")
+    with pytest.raises(ConfigError, match="is a base of its own base"):
+        load(str(tmp_path / "sub" / "top.yaml"))
+    (tmp_path / "base.yaml").write_text("base: [a]\n")
+    with pytest.raises(ConfigError, match="allowed: the path of a YAML file"):
+        load(str(tmp_path / "base.yaml"))

@@ -5,70 +5,14 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import zlib
-from itertools import chain
-
 import pytest
-import torch
+from grpo_runs import TOKENS, grpo_run, on_rank_steps
 from trainers import LAYOUTS, digits_run
 
-from megatron_mm.config import RunConfig, validate
-from megatron_mm.parallel import groups
-from megatron_mm.parallel.layout import layouts
+from megatron_mm.config import RunConfig
 from megatron_mm.rl.skill_map import SkillMap, save_skill_map
-from megatron_mm.train.loop import Trainer
 
 SKILLS = ("transcribe", "ocr", "count", "spatial", "arithmetic", "multihop")
-TOKENS = 10
-
-
-def grpo_run(scenes, **settings) -> RunConfig:
-    defaults = dict(
-        objective="grpo",
-        global_batch_size=16,
-        micro_batch_size=2,
-        num_generations=4,
-        rollout_batch_size=8,
-        max_completion_length=TOKENS,
-        reward_funcs=["even.even"],
-        reward_num_workers=1,
-        train_iters=4,
-        lr=1e-5,
-        valid_data=None,
-    )
-    return digits_run(scenes, **(defaults | settings))
-
-
-def trainer_of(run: RunConfig) -> Trainer:
-    # The pool's ranks are daemons, which may not start reward workers.
-    multiprocessing.current_process()._config["daemon"] = False
-    trainer = Trainer(run, groups.build(run.parallel))
-    for name, param, layout in layouts(*trainer.engine.chunks):
-        if param.dim() > 1:
-            seed = zlib.crc32(name.encode())
-            whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(seed))
-            scale = 1.0 if name == "embedding.weight" else layout.global_shape[-1] ** -0.5
-            layout.held(param.data).copy_(whole[layout.block] * scale)
-    trainer.engine.optimizer.reload_model_params()
-    return trainer
-
-
-def on_rank_steps(run: RunConfig, steps: int) -> list[dict]:
-    validate(run, torch.distributed.get_world_size())
-    trainer = trainer_of(run)
-    found = []
-    try:
-        for _ in range(steps):
-            metrics = trainer.step()
-            found.append(
-                {k: v for k, v in metrics.items() if "time" not in k and "timing" not in k}
-            )
-            found[-1]["table"] = trainer.source.table
-    finally:
-        trainer.source.close()
-    return found
 
 
 def assert_same_steps(one: list[dict], other: list[dict], bound: float) -> None:
@@ -126,7 +70,7 @@ def test_a_step_learns_from_what_was_sampled(one_rank, name):
     for step in steps:
         assert step["grad norm"] > 1e-3 and step["train/train_rollout_logprob_abs_diff"] <= 1e-5
     begun = steps[0]
-    assert 0 < begun["reward_std"] and begun["completions/max_length"] == TOKENS
+    assert begun["reward_std"] > 0 and begun["completions/max_length"] == TOKENS
     assert begun["consumed samples"] == 8 and steps[2]["consumed samples"] == 16
     if name == "earl":
         assert begun["rewards/router/mean"] > 0
