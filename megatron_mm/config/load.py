@@ -65,11 +65,9 @@ def _with_bases(path: str) -> dict[str, Any]:
     trees: list[dict[str, Any]] = []
     at: Path | None = Path(path)
     while at is not None:
-        if at in chain:
-            raise ConfigError(
-                f"config {at} is its own base, by way of {chain[-1]}; allowed: no ring"
-            )
-        chain.append(at)
+        if at.resolve() in chain:
+            raise ConfigError(f"config {at} is a base of its own base; allowed: no ring")
+        chain.append(at.resolve())
         tree = read_yaml(str(at))
         base = tree.pop("base", None)
         if base is not None and not isinstance(base, str):
