@@ -163,17 +163,16 @@ def _write(source, plan, parameters, work, run, partial, group, doing, dtype, qu
     mine = share(work, lambda job: job.bytes, group.rank(), group.size())
     blocks: list[Block] = []
     total, shown = sum(job.bytes for job in mine), group.rank() == 0 and not quiet
-    with together(group, doing):
-        writer = BlockWriter(partial, group.rank())
-        try:
-            with progress(total, "to megatron", shown) as done:
-                for job in mine:
-                    tensor, shape = _make(job, source, parameters, dtype, start, seed)
-                    writer.add(job.key, tensor, shape, job.first)
-                    done(job.bytes)
-            blocks = writer.close()
-        finally:
-            writer.abandon()
+    with (
+        together(group, doing),
+        BlockWriter(partial, group.rank()) as writer,
+        progress(total, "to megatron", shown) as done,
+    ):
+        for job in mine:
+            tensor, shape = _make(job, source, parameters, dtype, start, seed)
+            writer.add(job.key, tensor, shape, job.first)
+            done(job.bytes)
+        blocks = writer.finish()
     every: list = [None] * group.size()
     dist.all_gather_object(every, blocks, group=group)
     return [block for part in every for block in part]
