@@ -142,9 +142,12 @@ def convert(
 
 
 def _prepare(target: Path, partial: Path, needed: int) -> None:
-    if (target / folders.LATEST).exists() or (target / folders.name_of(0)).exists():
-        raise ConvertError(f"{target} holds checkpoints already: nothing is overwritten")
     target.mkdir(parents=True, exist_ok=True)
+    # One that was killed between its last two lines left `iter_0000000` without `latest`:
+    # nobody finds it there, and `publish` replaces it.
+    found = {path.name for path in target.iterdir() if folders.NAME.fullmatch(path.name)}
+    if (target / folders.LATEST).exists() or found - {folders.name_of(0)}:
+        raise ConvertError(f"{target} holds checkpoints already: nothing is overwritten")
     folders.clear_leftovers(target)
     check_space(target, needed)
     partial.mkdir()
