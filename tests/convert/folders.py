@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from batches import small_model
+from gathering import at_rank_0
 from hf_weights import IMAGE_TOKEN, randomise, transformers_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -241,15 +242,13 @@ def through_training(parallel: dict, jobs: Sequence[tuple[Path, Path, Path, bool
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every parameter as a whole tensor, on every rank. Asserts that nothing is missing."""
-    mine = [
-        (name, layout.global_shape, layout.block, layout.held(param.detach()))
+    """Every parameter as a whole tensor, on rank 0; else {}. Asserts that nothing is missing."""
+    mine = {
+        name: (layout.global_shape, layout.block, layout.held(param.detach()))
         for name, param, layout in layouts(*engine.chunks)
-    ]
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
+    }
     result: dict[str, torch.Tensor] = {}
-    for name, shape, block, values in (entry for part in parts for entry in part):
+    for name, (shape, block, values) in (e for part in at_rank_0(mine) for e in part.items()):
         result.setdefault(name, torch.full(shape, float("nan")))[block] = values
     assert not any(tensor.isnan().any() for tensor in result.values())
     return result
