@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 
 MAX_RANKS = 4
 TIMEOUT_SECONDS = 240  # for one call: a hang is a failure, not a stuck suite
+JOIN_TRIES = 4
 
 
 def _forget_models() -> None:
@@ -33,6 +34,39 @@ def _forget_models() -> None:
             vars(thing).clear()
     gc.collect()
     gc.freeze()  # what is left is modules: the collector need not walk them for every test
+
+
+def _join(path: str, rank: int, size: int, timeout) -> None:
+    """Start the job's group, again from the beginning if gloo could not connect all of it.
+
+    On a busy machine a rank that gives up closes connections that others still wait on
+    ("Connection closed by peer" in connectFullMesh), and some ranks have a group that others
+    lack. So each says in a store of its own how it went, and all try again if one could not:
+    with another store each time, as the addresses in the old one are those of dead sockets.
+    """
+    import torch.distributed as dist
+
+    words = dist.FileStore(path + "-joined", size)
+    words.set_timeout(timeout)
+    for number in range(JOIN_TRIES):
+        problem = None
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(f"{path}-{number}", size),
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+            )
+        except RuntimeError as error:  # DistNetworkError and the like
+            problem = error
+        words.set(f"{number}/{rank}", str(problem or ""))
+        problems = [words.get(f"{number}/{other}").decode() for other in range(size)]
+        if not any(problems):
+            return
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    raise RuntimeError(f"{JOIN_TRIES} tries to connect failed: {problems}")
 
 
 def _serve(rank: int, pipe) -> None:
@@ -53,13 +87,7 @@ def _serve(rank: int, pipe) -> None:
     while (task := pipe.recv()) is not None:
         store, size, function, args = task
         try:
-            dist.init_process_group(
-                "gloo",
-                store=dist.FileStore(store, size),
-                rank=rank,
-                world_size=size,
-                timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
-            )
+            _join(store, rank, size, datetime.timedelta(seconds=TIMEOUT_SECONDS))
             answer = ("ok", function(*args))
         except BaseException as error:
             answer = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")

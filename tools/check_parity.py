@@ -7,6 +7,7 @@ First every tensor of the folder, bit for bit, against what the checkpoint gives
 fp32, every layer's output and the logits of transformers against ours, on built-in random
 prompts with images of several tile counts or on the given ones. Prints the first layer where
 they part, with the relative difference. `--tensors-only` leaves the second half out.
+The names of InternVL's release, which transformers cannot load, reach its model by our own table.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int:
     platform.install()
 
     from megatron_mm.config import ParallelConfig, RunConfig
-    from megatron_mm.convert import parity, to_hf
+    from megatron_mm.convert import parity, their_model, to_hf
     from megatron_mm.convert.errors import ConvertError
     from megatron_mm.convert.job import Parser, run_job
     from megatron_mm.convert.source import check_source, open_source
@@ -58,7 +59,10 @@ def main(argv: list[str]) -> int:
         lines = [f"{count} tensors are equal to the bit"]
         if args.tensors_only:
             return lines
-        theirs = parity.load_transformers(args.hf, args.trust_remote_code)
+        if their_model.is_release(args.hf):
+            theirs = their_model.released_in_transformers(source, plan)
+        else:
+            theirs = their_model.load_transformers(args.hf, args.trust_remote_code)
         run = RunConfig(model=checkpoint.model)
         try:
             if args.prompt is None:

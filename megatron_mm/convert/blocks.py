@@ -8,10 +8,10 @@ same blocks; only its way of collecting a rank's whole state first is not taken.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_mm.checkpoint import sealed, storage
 from megatron_mm.convert.errors import ConvertError
+from megatron_mm.convert.spool import Spool
 from megatron_mm.convert.transforms import Shape
 
 # A block of a stacked tensor holds as many experts as fit. Small enough to hold several at
@@ -48,39 +49,56 @@ class Block:
     info: _StorageInfo
 
 
-@dataclass
-class BlockWriter:
-    """One rank's file. `close` makes it durable."""
+class _Stream:
+    """A file that only grows, in the words of `torch.save`."""
 
-    folder: Path
-    rank: int
-    blocks: list[Block] = field(default_factory=list)
+    def __init__(self, spool: Spool, path: Path):
+        self._spool, self._file, self.size = spool, spool.open(path), 0
+        self._error: OSError | None = None
 
-    def __post_init__(self):
-        self._name = f"__{self.rank}_0.distcp"
-        self._stream = (self.folder / self._name).open("wb")
+    def write(self, content: memoryview | bytes) -> int:
+        if self._error is None:
+            try:
+                self._spool.write(self._file, memoryview(content), self.size)
+            except OSError as error:  # torch's zip writer would hide it behind one of its own
+                self._error = error
+        self.size += len(content)
+        return len(content)
+
+    def flush(self) -> None:
+        """Raises the first OSError there was."""
+        if self._error is not None:
+            raise self._error
+
+
+class BlockWriter(AbstractContextManager):
+    """One rank's file. `finish` makes it durable and returns what is in it."""
+
+    def __init__(self, folder: Path, rank: int):
+        self._name, self._spool = f"__{rank}_0.distcp", Spool()
+        self._stream = _Stream(self._spool, folder / self._name)
+        self._blocks: list[Block] = []
 
     def add(self, key: str, tensor: torch.Tensor, shape: Shape, first: int = 0) -> None:
         """Write indices `first`... of the first dimension of the tensor `key`, or all of it."""
-        begin = self._stream.tell()
+        begin = self._stream.size
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # else all that the view is a part of would be written
         torch.save(tensor.contiguous(), self._stream)
+        self._stream.flush()
         offset = (first, *(0 for _ in shape[1:])) if shape else ()
-        info = _StorageInfo(self._name, begin, self._stream.tell() - begin)
-        self.blocks.append(
+        info = _StorageInfo(self._name, begin, self._stream.size - begin)
+        self._blocks.append(
             Block(key, tuple(shape), offset, tuple(tensor.shape), tensor.dtype, info)
         )
 
-    def close(self) -> list[Block]:
-        if not self._stream.closed:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-        return self.blocks
+    def finish(self) -> list[Block]:
+        """Raises OSError."""
+        self._spool.finish()
+        return self._blocks
 
-    def abandon(self) -> None:
-        self._stream.close()
+    def __exit__(self, *_) -> None:
+        self._spool.__exit__()
 
 
 def write_common(folder: Path) -> tuple[str, _StorageInfo]:

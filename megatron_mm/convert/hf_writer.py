@@ -18,11 +18,11 @@ import torch
 
 from megatron_mm.checkpoint import sealed
 from megatron_mm.convert.hf_files import INDEX, NAMES, SINGLE
+from megatron_mm.convert.spool import OutFile, Spool
 from megatron_mm.convert.transforms import Shape
 from megatron_mm.convert.work import nbytes
 
 SHARD_BYTES = 5 * 10**9
-PIECE = 2**30  # Linux writes at most 2 GiB in one call
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,25 @@ def write_index(folder: Path, places: dict[str, Place]) -> None:
 
 
 class TensorWriter(AbstractContextManager):
-    """One rank's hand on the files; on leaving, what it wrote is on disk."""
+    """One rank's hand on the files; after `finish` what it wrote is on disk."""
 
     def __init__(self, folder: Path, places: dict[str, Place]):
         self._folder, self._places = folder, places
-        self._open: dict[str, int] = {}
+        self._spool = Spool()
+        self._open: dict[str, OutFile] = {}
 
     def write(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
         """A tensor, or its indices `first`... of dimension 0, in its file's dtype."""
         place = self._places[name]
         if place.file not in self._open:
-            self._open[place.file] = os.open(self._folder / place.file, os.O_WRONLY)
-        handle = self._open[place.file]
+            self._open[place.file] = self._spool.open(self._folder / place.file)
         row = nbytes(place.shape[1:], place.dtype.itemsize)
-        at = place.offset + first * row
         content = tensor.to(place.dtype).contiguous().view(-1).view(torch.uint8).numpy()
-        view, done = memoryview(content), 0
-        while done < len(view):
-            done += os.pwrite(handle, view[done : done + PIECE], at + done)
+        self._spool.write(self._open[place.file], memoryview(content), place.offset + first * row)
+
+    def finish(self) -> None:
+        """Raises OSError."""
+        self._spool.finish()
 
     def __exit__(self, *_) -> None:
-        try:
-            for handle in self._open.values():
-                os.fsync(handle)
-        finally:
-            for handle in self._open.values():
-                os.close(handle)
-            self._open.clear()
+        self._spool.__exit__()

@@ -16,7 +16,7 @@ from megatron_mm.convert.errors import ConvertError
 from megatron_mm.convert.export import has_clvr
 from megatron_mm.convert.live import fill
 from megatron_mm.convert.plan import Plan
-from megatron_mm.convert.source import CONFIG, Source, equal_bits, read_json
+from megatron_mm.convert.source import Source, equal_bits
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
 from megatron_mm.data.layout import image_settings, plan_images, used_tiles
@@ -182,32 +182,6 @@ def clvr_inputs(batch) -> dict[str, torch.Tensor]:
         "memory_sample": torch.zeros(len(visible), dtype=torch.int64),
         "memory_visible_from": visible[:, 0],
     }
-
-
-def load_transformers(folder: Path, trust_remote_code: bool):
-    """The folder's model in fp32, with plain attention and experts."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    config = read_json(folder / CONFIG)
-    fused = "vision_config" in config
-    if config.get("model_type") == "internvl_chat":
-        raise ConvertError(
-            f"{folder} has the names of InternVL's release, which transformers cannot load: "
-            "compare its tensors alone (--tensors-only)"
-        )
-    if "auto_map" in config and not trust_remote_code:
-        raise ConvertError(
-            f"{folder} carries code: --trust-remote-code runs it, --tensors-only does without"
-        )
-    kind = AutoModelForImageTextToText if fused else AutoModelForCausalLM
-    return kind.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
-    ).eval()
 
 
 @dataclass(frozen=True)

@@ -256,3 +256,4 @@ def _write(
                 for name, tensor in job.link.make_theirs(read(weight_key(job.link.ours)), 0):
                     writer.write(name, tensor)
             done(job.bytes)
+        writer.finish()

@@ -142,9 +142,12 @@ def convert(
 
 
 def _prepare(target: Path, partial: Path, needed: int) -> None:
-    if (target / folders.LATEST).exists() or (target / folders.name_of(0)).exists():
-        raise ConvertError(f"{target} holds checkpoints already: nothing is overwritten")
     target.mkdir(parents=True, exist_ok=True)
+    # One that was killed between its last two lines left `iter_0000000` without `latest`:
+    # nobody finds it there, and `publish` replaces it.
+    found = {path.name for path in target.iterdir() if folders.NAME.fullmatch(path.name)}
+    if (target / folders.LATEST).exists() or found - {folders.name_of(0)}:
+        raise ConvertError(f"{target} holds checkpoints already: nothing is overwritten")
     folders.clear_leftovers(target)
     check_space(target, needed)
     partial.mkdir()
@@ -163,17 +166,16 @@ def _write(source, plan, parameters, work, run, partial, group, doing, dtype, qu
     mine = share(work, lambda job: job.bytes, group.rank(), group.size())
     blocks: list[Block] = []
     total, shown = sum(job.bytes for job in mine), group.rank() == 0 and not quiet
-    with together(group, doing):
-        writer = BlockWriter(partial, group.rank())
-        try:
-            with progress(total, "to megatron", shown) as done:
-                for job in mine:
-                    tensor, shape = _make(job, source, parameters, dtype, start, seed)
-                    writer.add(job.key, tensor, shape, job.first)
-                    done(job.bytes)
-            blocks = writer.close()
-        finally:
-            writer.abandon()
+    with (
+        together(group, doing),
+        BlockWriter(partial, group.rank()) as writer,
+        progress(total, "to megatron", shown) as done,
+    ):
+        for job in mine:
+            tensor, shape = _make(job, source, parameters, dtype, start, seed)
+            writer.add(job.key, tensor, shape, job.first)
+            done(job.bytes)
+        blocks = writer.finish()
     every: list = [None] * group.size()
     dist.all_gather_object(every, blocks, group=group)
     return [block for part in every for block in part]

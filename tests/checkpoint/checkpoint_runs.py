@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from batches import microbatch, small_run
+from gathering import at_rank_0
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.optimizer_state import KINDS, collect
@@ -88,12 +89,8 @@ def whole(engine: Engine) -> dict[str, torch.Tensor]:
                 mine[f"{kind}.{name}"] = (layout.global_shape, layout.block, block)
         if name in state:
             mine[f"step.{name}"] = ((1,), (slice(0, 1),), state[name]["step"].float().view(1))
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    if dist.get_rank():
-        return {}
     result: dict[str, torch.Tensor] = {}
-    for part in parts:
+    for part in at_rank_0(mine):
         for key, (shape, block, values) in part.items():
             target = result.setdefault(key, torch.full(shape, float("nan")))
             known = target[block]

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from batches import small_model
+from gathering import at_rank_0
 from hf_weights import IMAGE_TOKEN, randomise, transformers_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -215,28 +217,38 @@ def to_folder(checkpoint: Path, out: Path, **how) -> list[str]:
     return to_hf.convert(opened, out, dist.group.WORLD, shard_bytes=SHARD, quiet=True, **how)
 
 
-def through_training(folder: Path, out: Path, parallel: dict, bf16: bool, stacked: bool) -> None:
-    """HF -> checkpoint -> a training engine's own load and save on a layout -> HF."""
-    source = to_checkpoint(folder, out / "converted", parallel)
-    run = RunConfig(model=source.model, parallel=ParallelConfig(**parallel))
-    run.training.bf16, run.training.seed = bf16, 4321  # other numbers than the folder's
-    engine = Engine.create(run, groups.build(run.parallel))
-    state = sharded.load(engine, out / "converted", finetune=True)
-    assert state["initialized"] == [] and state["ignored"] == []
-    sharded.save(engine, {}, out / "saved", 1, {NOTES: state["extra"][NOTES]})
-    to_folder(out / "saved", out / "hf", stacked=stacked)
+def through_training(parallel: dict, jobs: Sequence[tuple[Path, Path, Path, bool]]) -> None:
+    """HF -> checkpoint -> a training engine's own load and save on a layout -> HF, for each
+    (a model's folder, the same with stacked experts, where to work, in bf16).
+
+    Both folders give the same checkpoint to the byte, so one goes on for both.
+    """
+    built = groups.build(ParallelConfig(**parallel))
+    for separate, stacked, out, bf16 in jobs:
+        source = to_checkpoint(separate, out / "converted", parallel)
+        to_checkpoint(stacked, out / "other", parallel)
+        one, other = (out / name / "iter_0000000" for name in ("converted", "other"))
+        name = f"__{dist.get_rank()}_0.distcp"
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+        assert (one / ".metadata").read_bytes() == (other / ".metadata").read_bytes()
+        run = RunConfig(model=source.model, parallel=ParallelConfig(**parallel))
+        run.training.bf16, run.training.seed = bf16, 4321  # other numbers than the folder's
+        engine = Engine.create(run, built)
+        state = sharded.load(engine, out / "converted", finetune=True)
+        assert state["initialized"] == [] and state["ignored"] == []
+        sharded.save(engine, {}, out / "saved", 1, {NOTES: state["extra"][NOTES]})
+        for how in (False, True):
+            to_folder(out / "saved", out / f"hf{how}", stacked=how)
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every parameter as a whole tensor, on every rank. Asserts that nothing is missing."""
-    mine = [
-        (name, layout.global_shape, layout.block, layout.held(param.detach()))
+    """Every parameter as a whole tensor, on rank 0; else {}. Asserts that nothing is missing."""
+    mine = {
+        name: (layout.global_shape, layout.block, layout.held(param.detach()))
         for name, param, layout in layouts(*engine.chunks)
-    ]
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
+    }
     result: dict[str, torch.Tensor] = {}
-    for name, shape, block, values in (entry for part in parts for entry in part):
+    for name, (shape, block, values) in (e for part in at_rank_0(mine) for e in part.items()):
         result.setdefault(name, torch.full(shape, float("nan")))[block] = values
     assert not any(tensor.isnan().any() for tensor in result.values())
     return result

@@ -1,6 +1,6 @@
-"""transformers' own models without memory, in a process of its own: name -> shape on stdout.
+"""Models of transformers' own without memory, in a process of its own: name -> shape on stdout.
 
-    python tests/convert/meta_names.py < config.json
+    python tests/convert/meta_names.py < configs.json
 
 Nothing of ours is imported: what it says is transformers' word alone.
 """
@@ -20,8 +20,8 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 
-def main() -> None:
-    words = json.load(sys.stdin)
+def names(words: dict) -> list[dict[str, list[int]]]:
+    """[inside the model, as it is saved]"""
     fused = words.pop("model_type") == "internvl"
     config = InternVLConfig(**words) if fused else Qwen3NextConfig(**words)
     kind = InternVLForConditionalGeneration if fused else Qwen3NextForCausalLM
@@ -30,9 +30,8 @@ def main() -> None:
     inside = model.state_dict()
     assert all(tensor.is_meta for tensor in inside.values())
     saved = revert_weight_conversion(model, dict(inside))
-    shapes = ({n: list(t.shape) for n, t in found.items()} for found in (inside, saved))
-    json.dump(list(shapes), sys.stdout)
+    return [{n: list(t.shape) for n, t in found.items()} for found in (inside, saved)]
 
 
 if __name__ == "__main__":
-    main()
+    json.dump([names(words) for words in json.load(sys.stdin)], sys.stdout)

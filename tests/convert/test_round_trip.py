@@ -62,43 +62,49 @@ LAYOUTS = {
     "TP2 experts too": layout(2, 1, 1, **{ETP: 2}),
     "PP2xVPP2": layout(1, 2, 1, **{VPP: 2}),
 }
-KINDS = {  # dtype, experts stacked, tied
-    "fp32": (torch.float32, False, False),
-    "bf16, stacked": (torch.bfloat16, True, False),
-    "fp32, stacked, tied": (torch.float32, True, True),
-    "bf16, tied": (torch.bfloat16, False, True),
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KINDS = [
+    (name, stacked, tied) for name in DTYPES for stacked in (False, True) for tied in (False, True)
+]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """(folder, its tensors) of a kind, for layouts with 3 tensor-parallel ranks or others."""
-    made: dict[tuple, tuple[Path, dict]] = {}
+    made: dict[tuple, tuple[Path, dict]] = {}  # dtype, experts stacked, tied; for TP3
 
-    def get(kind: str, tp: int) -> tuple[Path, dict]:
+    def get(kind: tuple[str, bool, bool], tp: int) -> tuple[Path, dict]:
         key = kind, tp == 3
         if key not in made:
-            dtype, stacked, tied = KINDS[kind]
+            dtype, stacked, tied = kind
             folder = tmp_path_factory.mktemp("hf")
-            save_fused(folder, base_model(tp, tied=tied), stacked=stacked, dtype=dtype)
+            model = base_model(tp, tied=tied)
+            save_fused(folder, model, stacked=stacked, dtype=DTYPES[dtype])
             made[key] = folder, read_all(folder)
         return made[key]
 
     return get
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_through_training_on(ranks, source, tmp_path, name, kind):
-    """Converted by all ranks, loaded and saved by the training code, converted back by them."""
+def test_through_training_on(ranks, source, tmp_path, name):
+    """Converted by all ranks, loaded and saved by the training code, converted back by them:
+    both dtypes, both ways of writing experts, untied and tied."""
     size, parallel = LAYOUTS[name]
-    dtype, stacked, tied = KINDS[kind]
-    folder, expected = source(kind, parallel[TP])
-    ranks(size, through_training, folder, tmp_path, parallel, dtype == torch.bfloat16, stacked)
-    assert_same(read_all(tmp_path / "hf"), expected)
-    theirs, ours = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "hf"))
-    assert ours["tie_word_embeddings"] == theirs["tie_word_embeddings"] == tied
-    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    tp, jobs = parallel[TP], []
+    for dtype in DTYPES:
+        for tied in (False, True):
+            folders = [source((dtype, stacked, tied), tp)[0] for stacked in (False, True)]
+            jobs.append((*folders, tmp_path / f"{dtype}{tied}", dtype == "bf16"))
+    ranks(size, through_training, parallel, jobs)
+    for kind in KINDS:
+        dtype, stacked, tied = kind
+        folder, expected = source(kind, tp)
+        out = tmp_path / f"{dtype}{tied}" / f"hf{stacked}"
+        assert_same(read_all(out), expected)
+        theirs, ours = (json.loads((f / "config.json").read_text()) for f in (folder, out))
+        assert ours["tie_word_embeddings"] == theirs["tie_word_embeddings"] == tied
+        assert (out / "model.safetensors.index.json").exists()
 
 
 def test_every_tensor_was_off_its_default(source):
@@ -217,7 +223,7 @@ def on_pp4(*folders: Path) -> list[dict[str, torch.Tensor]]:
 
 def test_layouts_of_conversion_do_not_matter(ranks, source, tmp_path):
     """TP2 x EP2 by two ranks, one rank alone: the same tensors, read by PP4 and block by block."""
-    folder, _ = source("fp32", 1)
+    folder, _ = source(("fp32", False, False), 1)
     ranks(1, to_checkpoint, folder, tmp_path / "one")
     ranks(2, to_checkpoint, folder, tmp_path / "two", {TP: 2, EP: 2, ETP: 1})
     assert_same(*ranks(4, on_pp4, tmp_path / "one", tmp_path / "two")[0])

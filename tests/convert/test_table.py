@@ -68,13 +68,19 @@ def test_two_experts_exchanged_are_noticed(by_hand, monkeypatch):
     assert len(differing(by_hand)) == 8  # gate_up and down of four layers
 
 
+@pytest.fixture(scope="module")
+def blueprints():
+    """Made once: names and shapes, which nothing here changes."""
+    return {name: blueprint(model) for name, model in MODELS.items()}
+
+
 @pytest.mark.parametrize("number", range(len(ROWS)))
-def test_no_row_can_be_missing(folder, number):
+def test_no_row_can_be_missing(blueprints, number):
     """Each serves a tensor, and without it nothing is converted."""
     rows = [row for i, row in enumerate(ROWS) if i != number]
     served = []
-    for model in MODELS.values():
-        parameters = blueprint(model)
+    for kind, model in MODELS.items():
+        parameters = blueprints[kind]
         served += [n for n in parameters if find_row(n, ROWS)[0] is ROWS[number]]
         if not served:
             continue
@@ -86,10 +92,10 @@ def test_no_row_can_be_missing(folder, number):
     assert served
 
 
-def test_no_tensor_is_served_twice():
-    for model in MODELS.values():
+def test_no_tensor_is_served_twice(blueprints):
+    for kind, model in MODELS.items():
         for spelling in ("transformers", "stacked", "internvl"):
-            links = write_links(model, blueprint(model), spelling)
+            links = write_links(model, blueprints[kind], spelling)
             names = [name for link in links for name, _ in link.theirs()]
             assert len(names) == len(set(names))
 
@@ -125,16 +131,19 @@ def shapes_of(links) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for link in links for name, shape in link.theirs()}
 
 
-def meta(words: dict) -> list[dict[str, tuple[int, ...]]]:
-    """Of transformers' model: [names inside it, names as it saves them], with shapes."""
+def meta(*configs: dict) -> list[list[dict[str, tuple[int, ...]]]]:
+    """Of each of transformers' models: [names inside it, names as it saves them], with shapes."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("meta_names.py")],
-        input=json.dumps(words),
+        input=json.dumps(configs),
         capture_output=True,
         text=True,
         check=True,
     )
-    return [{n: tuple(s) for n, s in found.items()} for found in json.loads(done.stdout)]
+    return [
+        [{n: tuple(s) for n, s in found.items()} for found in model]
+        for model in json.loads(done.stdout)
+    ]
 
 
 def total(shapes: dict) -> int:
@@ -146,7 +155,8 @@ def test_the_published_80b_and_6b():
     model = preset("mm-80b")
     base = replace(model, hybrid_layer_pattern=without_clvr(model.hybrid_layer_pattern))
     words = to_transformers_dict(base, image_token_id=151671)
-    inside, saved = meta(words)
+    text = to_transformers_dict(replace(base, vision=None))
+    (inside, saved), (_, published) = meta(words, text)
     parameters = blueprint(model)
     clvr = [n for n in parameters if n.startswith(LOOKS)]
     base_parameters = {n: p for n, p in parameters.items() if n not in clvr}
@@ -156,7 +166,6 @@ def test_the_published_80b_and_6b():
     assert report.totals(fused, 2) == (len(saved), total(saved))
     assert len(saved) > 74_000 and total(saved) > 170e9
 
-    _, published = meta(to_transformers_dict(replace(base, vision=None)))
     needed = {n: p for n, p in base_parameters.items() if not n.startswith(PROJECTOR)}
     apart = report.published(base, needed, separate=True)
     found = shapes_of(apart)

@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from folders import SIX_B, assert_same, base_model, read_all, save_fused, save_text
+from folders import (
+    SIX_B,
+    assert_same,
+    base_model,
+    read_all,
+    save_fused,
+    save_released_fused,
+    save_text,
+)
 from hf_weights import transformers_model
 from megatron.core import parallel_state
 from safetensors.torch import save_file
@@ -138,6 +146,42 @@ def test_settings_that_are_wrong(folder, tmp_path, call, args, words):
     found = call("hf_to_megatron.py", "--hf", folder, "--out", tmp_path / "mega", *args)
     assert found.returncode == 2 and words in found.stderr
     assert found.stderr.count("\n") == 1 and not (tmp_path / "mega").exists()
+
+
+@pytest.mark.parametrize("style", [{}, SIX_B], ids=["300M", "6B"])
+def test_parity_with_a_release(tmp_path, call, done, style):
+    """transformers cannot load its names, so they reach its model by the table."""
+    model = base_model(**style)
+    save_released_fused(tmp_path / "in", model, transformers_model(model))
+    done("hf_to_megatron.py", "--hf", tmp_path / "in", "--out", tmp_path / "mega")
+    compare = ("check_parity.py", "--hf", tmp_path / "in", "--checkpoint", tmp_path / "mega")
+    assert "every layer and the logits agree" in (said := done(*compare)) and "3 prompts" in said
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    del config["img_context_token_id"]
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    found = call(*compare)
+    assert found.returncode == 1 and found.stderr.count("\n") == 1
+    assert "does not say which token is <IMG_CONTEXT>" in found.stderr
+
+
+def test_a_release_that_computes_something_else(tmp_path, call, done, monkeypatch):
+    """The comparison of layers sees what is wrong in ours alone."""
+    from megatron_mm.convert import parity
+
+    model = base_model()
+    save_released_fused(tmp_path / "in", model, transformers_model(model))
+    done("hf_to_megatron.py", "--hf", tmp_path / "in", "--out", tmp_path / "mega")
+    build = parity.our_model
+
+    def spoilt(*args):
+        made = build(*args)
+        scale = next(p for n, p in made.named_parameters() if n.endswith("layers.1.scale1"))
+        scale.data.mul_(1.01)
+        return made
+
+    monkeypatch.setattr(parity, "our_model", spoilt)
+    found = call("check_parity.py", "--hf", tmp_path / "in", "--checkpoint", tmp_path / "mega")
+    assert found.returncode == 1 and "tiles: layer 0 is the first to part" in found.stderr
 
 
 def test_a_text_only_folder(tmp_path, done):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from batches import microbatch
+from gathering import at_rank_0
 
 from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
 from megatron_mm.model import multimodal
@@ -72,11 +73,9 @@ def gather(named_blocks: dict[str, tuple]) -> dict[str, torch.Tensor]:
     Blocks of replicas must be equal to the bit on the ranks that hold them after reduction;
     the largest relative disagreement is returned under "replicas".
     """
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, named_blocks)
     whole, seen = {}, {}
     worst = 0.0
-    for part in parts:
+    for part in at_rank_0(named_blocks):
         for name, (shape, block_slices, values) in part.items():
             tensor = whole.setdefault(name, torch.zeros(shape))
             filled = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))

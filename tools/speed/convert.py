@@ -55,6 +55,7 @@ def make_folder(folder: Path, model: ModelConfig) -> None:
         for number, (name, shape, _) in enumerate(tensors):
             count = torch.Size(shape).numel()
             writer.write(name, noise[:count].roll(number % 997).view(shape))
+        writer.finish()
     words = to_transformers_dict(model)
     (folder / CONFIG).write_bytes(export._json(words))
 

@@ -1,0 +1,147 @@
+"""Files written by a thread of their own, so that reading and rearranging go on meanwhile.
+
+What is to be written is copied into one of a few pieces of memory that are used again and
+again, and goes from there to the disk past the page cache where the file system allows it.
+Both are for speed alone: fresh memory and fresh pages of the cache are each cleared, mapped
+and charged page by page, which costs more than the copying (examples/benchmarks/log.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+
+PIECE = 16 * 2**20  # bytes handed to the thread at once
+PIECES = 3  # one being filled, one being written, one waiting
+# What a write past the page cache has to begin and end at: no disk has larger sectors.
+ALIGNED = 4096
+
+
+class OutFile:
+    """A file, there or new, to be written at any place."""
+
+    def __init__(self, path: Path):
+        self._cached = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._direct: int | None = None
+        try:
+            self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the file system has no such writes
+                self.close()
+                raise
+
+    def write(self, content: memoryview, at: int) -> None:
+        """Write at byte `at`; `content` lies in memory as `at` does between whole sectors."""
+        begin = min(-at % ALIGNED, len(content))
+        end = max(begin, len(content) - (at + len(content)) % ALIGNED)
+        self._write(self._cached, content[:begin], at)
+        if self._direct is not None:
+            try:
+                self._write(self._direct, content[begin:end], at + begin)
+                begin = end
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # it wants whole blocks of another size
+                    raise
+                os.close(self._direct)
+                self._direct = None
+        self._write(self._cached, content[begin:], at + begin)
+
+    def _write(self, handle: int, content: memoryview, at: int) -> None:
+        done = 0
+        while done < len(content):
+            done += os.pwrite(handle, content[done:], at + done)
+
+    def sync(self) -> None:
+        os.fsync(self._cached)
+
+    def close(self) -> None:
+        for handle in (self._cached, self._direct):
+            if handle is not None:
+                os.close(handle)
+
+
+class Spool(AbstractContextManager):
+    """Writes files in the background. `finish`, when all went well, makes them durable; leaving
+    closes them whatever happened.
+
+    An error of the thread is raised by the next `write`, or by `finish`; what comes after it is
+    thrown away.
+    """
+
+    def __init__(self):
+        self._files: list[OutFile] = []
+        self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
+        self._full: SimpleQueue[tuple[mmap.mmap, OutFile, int, int, int] | None] = SimpleQueue()
+        for _ in range(PIECES):
+            self._free.put(mmap.mmap(-1, PIECE))  # begins at a page; takes memory when touched
+        self._error: OSError | None = None
+        # The piece being filled: for which file, from and up to where in it, and its place there.
+        self._piece: mmap.mmap | None = None
+        self._file: OutFile | None = None
+        self._begin = self._end = self._at = 0
+        self._thread = Thread(target=self._run, name="spool", daemon=True)
+        self._thread.start()
+
+    def open(self, path: Path) -> OutFile:
+        file = OutFile(path)
+        self._files.append(file)
+        return file
+
+    def write(self, file: OutFile, content: memoryview, at: int) -> None:
+        """Take a copy of `content`, which will be at byte `at`. Raises OSError."""
+        content = content.cast("B")
+        while content:
+            follows = file is self._file and at == self._at + self._end - self._begin
+            if self._piece is not None and (self._end == PIECE or not follows):
+                self._send()
+            if self._piece is None:
+                self._piece, self._file, self._at = self._free.get(), file, at
+                self._begin = self._end = at % ALIGNED
+            taken = min(len(content), PIECE - self._end)
+            self._piece[self._end : self._end + taken] = content[:taken]
+            self._end += taken
+            content, at = content[taken:], at + taken
+        self._check()
+
+    def finish(self) -> None:
+        """Return when all is on disk. Raises OSError."""
+        self._stop()
+        self._check()
+        for file in self._files:
+            file.sync()
+
+    def __exit__(self, *_) -> None:
+        self._stop()
+        for file in self._files:
+            file.close()
+        self._files.clear()
+
+    def _stop(self) -> None:
+        if self._thread.is_alive():
+            self._send()
+            self._full.put(None)
+            self._thread.join()
+
+    def _send(self) -> None:
+        if self._piece is not None:
+            self._full.put((self._piece, self._file, self._begin, self._end, self._at))
+            self._piece = self._file = None
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (job := self._full.get()) is not None:
+            piece, file, begin, end, at = job
+            if self._error is None:
+                try:
+                    file.write(memoryview(piece)[begin:end], at)
+                except OSError as error:
+                    self._error = error
+            self._free.put(piece)

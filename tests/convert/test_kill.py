@@ -1,0 +1,106 @@
+"""SIGKILL at any moment of a conversion: nothing looks finished that is not, and the next run
+makes what an undisturbed one makes, to the bit.
+
+`KILLS=300 python -m pytest tests/convert/test_kill.py -s` kills before every single change of
+what is on disk and 300 times more; the default is what fits into a test run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from folders import save_fused
+from forked_tools import Tools
+
+from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.convert import to_hf
+
+KILLS = int(os.environ.get("KILLS", "8"))
+LAST = 8  # changes at the end of a run, in which it becomes a result: all of them are tried
+
+
+@pytest.fixture(scope="module")
+def tools():
+    made = Tools()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kill") / "hf"
+    save_fused(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mega(hf, tools):
+    folder = hf.parent / "mega"
+    assert tools.run("hf_to_megatron", "--hf", hf, "--out", folder)[0] == 0
+    return folder
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file below a folder and what is in it."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def checkpoint_is_there(target: Path) -> bool:
+    """As anyone who loads it would find out."""
+    try:
+        to_hf.open_checkpoint(target)
+    except CheckpointError:
+        return False
+    return True
+
+
+def kill_often(tools: Tools, tool: str, args: list, target: Path, is_there) -> Counter:
+    """Kill, look, start again on top of what is left."""
+    command = (tool, *args, "--out", target)
+    status, changes = tools.run(*command)
+    assert status == 0
+    whole = content(target)
+    chance = random.Random(f"{tool} {KILLS}")
+    early, late = range(1, changes - LAST), range(changes - LAST, changes + 1)
+    some = early if len(early) <= KILLS else chance.sample(early, KILLS // 2)
+    kills = [dict(die_at=change) for change in (*some, *late)]
+    kills += [dict(kill_after=chance.uniform(0, 0.4)) for _ in range(KILLS // 2)]
+    seen = Counter()
+    for kill in kills:
+        for path in target.parent.iterdir():
+            shutil.rmtree(path)
+        status, _ = tools.run(*command, **kill)
+        if is_there(target):
+            seen["finished"] += 1
+            assert content(target) == whole, kill
+            continue
+        assert status == -9, kill
+        seen["partial" if any(target.parent.iterdir()) else "nothing"] += 1
+        assert tools.run(*command)[0] == 0, f"does not start again after {kill}"
+        assert content(target) == whole, kill
+        assert list(target.parent.iterdir()) == [target], "leftovers"
+    print(f"{tool}: {len(kills)} kills, {changes} changes: {dict(seen)}")
+    return seen
+
+
+def test_hf_to_megatron(tools, hf, tmp_path):
+    seen = kill_often(tools, "hf_to_megatron", ["--hf", hf], tmp_path / "made", checkpoint_is_there)
+    assert seen["partial"] >= LAST // 2 and seen["finished"], "the kills missed"
+
+
+def test_megatron_to_hf(tools, mega, tmp_path):
+    """A folder of Hugging Face's has no mark of being whole, so it must not be there before."""
+    seen = kill_often(
+        tools, "megatron_to_hf", ["--checkpoint", mega], tmp_path / "made", Path.exists
+    )
+    assert seen["partial"] >= LAST // 2 and seen["finished"], "the kills missed"
