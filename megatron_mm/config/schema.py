@@ -209,6 +209,7 @@ class OptimizerConfig:
 class TrainingConfig:
     objective: Literal["sft", "grpo"] = "sft"  # grpo: reinforcement learning, see RLConfig
     train_iters: int = 100
+    exit_duration_in_mins: float | None = None  # of training: end early, and evaluate
     micro_batch_size: int = 1
     global_batch_size: int = 1
     seed: int = 1234

@@ -105,7 +105,12 @@ def evaluate(
 
 
 def write_record(groups: Groups, path: Path, record: dict, indent: int | None = None) -> None:
-    """The first rank writes `record` as JSON. Every rank calls it.
+    """The first rank writes `record` as JSON; see `write_text`."""
+    write_text(groups, path, json.dumps(record, indent=indent) + "\n")
+
+
+def write_text(groups: Groups, path: Path, text: str) -> None:
+    """The first rank writes a file. Every rank calls it.
 
     Raises:
         DataError: on every rank, if it cannot be written.
@@ -114,16 +119,23 @@ def write_record(groups: Groups, path: Path, record: dict, indent: int | None = 
     if dist.get_rank() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=indent) + "\n")
+            path.write_text(text)
         except OSError as problem:
             error = f"cannot write {path}: {problem}"
     agree(groups, error)
 
 
 def write_results(
-    engine: Engine, results: Results, folder: Path, *, iteration: int, seconds: float
+    engine: Engine,
+    results: Results,
+    records: list[dict],
+    folder: Path,
+    *,
+    iteration: int,
+    seconds: float,
 ) -> None:
-    """results.json: the accuracies, and what was trained where. Every rank calls it."""
+    """results.json: the accuracies, and what was trained where; answers.jsonl: the record of every
+    question, to compare runs question by question. Every rank calls it."""
     run, groups = engine.run, engine.groups
     sizes = {name: math.prod(layout.global_shape) for name, _, layout in layouts(*engine.chunks)}
     parts: list = [None] * groups.world.size()
@@ -143,3 +155,4 @@ def write_results(
         "stages": [" ".join(layer.kind for layer in stage.layers) for stage in model_stages(run)],
     }
     write_record(groups, folder / "results.json", record, indent=1)
+    write_text(groups, folder / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in records))

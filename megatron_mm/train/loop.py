@@ -189,6 +189,13 @@ class Trainer:
         )
         return float(losses[name])
 
+    def time_is_up(self) -> bool:
+        """Whether any rank has trained for `exit_duration_in_mins`. Every rank calls it."""
+        limit = self.run.training.exit_duration_in_mins
+        if limit is None or not self.source.between:
+            return False
+        return agree(self.groups, None, self.seconds >= 60 * limit)
+
     def save(self) -> float:
         """Save, or start to (`async_save`); for how many seconds training stood still."""
         folder = Path(self.run.checkpoint.save)
@@ -263,7 +270,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
     save_interval, eval_interval = run.checkpoint.save_interval, run.evaluation.eval_interval
     saved = trainer.iteration if run.checkpoint.load and not run.checkpoint.finetune else None
     begun, ended = trainer.iteration, False
-    while trainer.iteration < total:
+    while trainer.iteration < total and not ended:
         try:
             metrics = trainer.step()
         except DataError as error:
@@ -288,6 +295,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             log.log(now, metrics)  # a step that cannot be saved was done all the same
             if trainer.is_logger:
                 log.table(now, trainer.source.table)
+        ended = trainer.time_is_up()
         if eval_interval and now % eval_interval == 0 and now < total:
             results, _ = evaluate(trainer.engine, trainer.tokenizer, lambda: trainer.stop_requested)
             if results:
@@ -307,7 +315,8 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     if not results:
         return
     log.log(trainer.iteration, _accuracies(results))
-    write_results(engine, results, output, iteration=trainer.iteration, seconds=trainer.seconds)
+    progress = {"iteration": trainer.iteration, "seconds": trainer.seconds}
+    write_results(engine, results, records, output, **progress)
     if trainer.run.evaluation.report:
         write_examples(engine, trainer.tokenizer, records, output)
     if trainer.is_logger:

@@ -25,12 +25,14 @@ class Source(Protocol):
         objective: what the steps optimise.
         metrics: of the last step, beside the objective's own.
         table: of the last step, rows to show; on one rank of each replica.
+        between: whether a run may be saved here and go on later, nothing lost or repeated.
     """
 
     loader: TrainLoader | PromptLoader
     objective: Objective
     metrics: dict[str, float]
     table: list[dict[str, Any]]
+    between: bool
 
     def next_step(self, stop: bool) -> tuple[Sequence[Microbatch], bool]:
         """This rank's microbatches of the next step, and whether any rank wants to stop before
@@ -51,6 +53,7 @@ class Supervised:
         del run, tokenizer
         self.groups, self.loader = engine.groups, loader
         self.objective = SupervisedFineTuning()
+        self.between = True
         self.metrics: dict[str, float] = {}
         self.table: list[dict[str, Any]] = []
 

@@ -69,6 +69,11 @@ class Experience:
         self.metrics: dict[str, float] = {}
         self.table: list[dict[str, Any]] = []
 
+    @property
+    def between(self) -> bool:
+        """Whether the rollout is used up."""
+        return not self._ready
+
     def close(self) -> None:
         """End the reward workers."""
         self.collector.close()

@@ -1,0 +1,121 @@
+"""Compare arms on the digit scenes: train each from the same checkpoint, ask the same questions.
+
+    python tools/arms.py --out runs/arms --seeds 1 2 3
+    python tools/arms.py --out runs/arms --arms grpo earl --memory clvr none --seeds 1
+
+For every memory and seed one model is trained (`demo.yaml`), its experts are discovered, and each
+arm (`examples/digits/arms/*.yaml`) goes on from it. What is done already is not done again, so a
+stopped comparison goes on. The table is made from the runs' files alone; `--table` only makes it.
+`sft_continued` trains for as long as `grpo` of the same memory and seed did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+DIGITS = ROOT / "examples" / "digits"
+ARMS = ("grpo", "sft_continued", "earl", "earl_shuffled", "earl_scalar")  # grpo sets the time
+# What the looks may see, and two controls: keys that do not say where they are, and a memory
+# no richer than the stream.
+MEMORIES = {
+    "clvr": (),
+    "none": ("--vision-memory", "none"),
+    "no_coordinates": ("--no-memory-coordinates",),
+    "thumbnail": ("--vision-memory", "thumbnail"),
+}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/arms"))
+    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--memory", nargs="+", choices=MEMORIES, default=["clvr"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--sft-iters", type=int, help="steps before the arms; default the demo's")
+    parser.add_argument("--rl-iters", type=int, help="steps of every arm; default the configs'")
+    parser.add_argument("--table", action="store_true", help="make the table, train nothing")
+    return parser.parse_args(argv)
+
+
+def run(command: list[str], log: Path) -> None:
+    """Raises SystemExit, naming the log, for a command that fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{log.parent}: {' '.join(command[-6:])}", flush=True)
+    with log.open("w") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
+    if code:
+        lines = log.read_text().splitlines()
+        said = next((line for line in lines if line.startswith("error:")), f"status {code}")
+        raise SystemExit(f"{log}: {said}")
+
+
+def train(config: Path, folder: Path, flags: list[str]) -> None:
+    """On two ranks, unless it is done."""
+    if (folder / "results.json").exists():
+        return
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run(
+        [*launch, "-m", "megatron_mm.train", "--config", str(config), "--output-dir", str(folder)]
+        + ["--wandb-mode", "disabled", "--no-report", *flags],
+        folder / "train.log",
+    )
+
+
+def compare(args: argparse.Namespace, memory: str, seed: int) -> None:
+    """All arms of one memory and seed."""
+    folder = args.out / memory / f"seed{seed}"
+    given = [*MEMORIES[memory], "--seed", str(seed)]
+    given += ["--tokenizer-model", str(args.data / "tokenizer.model")]
+    given += ["--valid-data", str(args.data / "valid.jsonl")]
+    base = folder / "sft"
+    iters = [] if args.sft_iters is None else ["--train-iters", str(args.sft_iters)]
+    train(DIGITS / "demo.yaml", base, [*given, *iters, "--save", str(base / "checkpoint")])
+    skill_map = folder / "map.json"
+    if not skill_map.exists():
+        discover = [sys.executable, str(ROOT / "tools" / "discover_experts.py"), "--samples=2000"]
+        discover += ["--checkpoint", str(base / "checkpoint"), "--out", str(skill_map)]
+        run([*discover, "--data", str(args.data / "mix.jsonl")], folder / "discover.log")
+    for arm in [name for name in ARMS if name in args.arms]:
+        flags = [*given, "--load", str(base / "checkpoint")]
+        if arm.startswith("earl"):
+            flags += ["--skill-map", str(skill_map)]
+        if arm == "sft_continued":
+            grpo = folder / "grpo" / "results.json"
+            if not grpo.exists():
+                raise SystemExit(f"{grpo} is missing: sft_continued takes as long as grpo; run it")
+            minutes = json.loads(grpo.read_text())["seconds"] / 60
+            flags += ["--exit-duration-in-mins", f"{minutes:.4f}"]
+        elif args.rl_iters is not None:
+            flags += ["--train-iters", str(args.rl_iters)]
+        train(DIGITS / "arms" / f"{arm}.yaml", folder / arm, flags)
+
+
+def main(argv: list[str] | None = None) -> None:
+    from arms_table import table
+
+    args = arguments(argv)
+    if not args.table:
+        if not (args.data / "mix.jsonl").exists():
+            raise SystemExit(f"{args.data}: no digit scenes; python tools/make_digits.py --out DIR")
+        for memory in args.memory:
+            for seed in args.seeds:
+                compare(args, memory, seed)
+    text, record = table(args.out)
+    print(text)
+    (args.out / "table.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
