@@ -27,7 +27,7 @@ help:
 	@echo "make setup         create .venv with the tested versions"
 	@echo "make test          run the tests"
 	@echo "make lint          ruff check and format check"
-	@echo "make demo          train and report the digits demo into runs/demo"
+	@echo "make demo          train, discover experts, reinforce: the digits demo, into runs/demo"
 	@echo "make demo-control  the same without the look back at the image"
 	@echo "make clean         remove caches and build output (keeps .venv and runs)"
 
@@ -59,6 +59,7 @@ lint: setup
 
 demo: setup
 	@bash examples/digits/demo.sh
+	@bash examples/digits/earl.sh
 
 demo-control: setup
 	@bash examples/digits/control.sh

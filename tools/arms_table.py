@@ -1,7 +1,13 @@
-"""The table of `arms.py`: accuracies of arms, and their differences question by question."""
+"""The table of `arms.py`: accuracies of arms, and their differences question by question.
+
+    python tools/arms_table.py --before runs/demo --after runs/demo/earl
+
+compares two runs alone, and adds what it found to the first one's results.json.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping
@@ -116,3 +122,46 @@ def _row(runs: Mapping[tuple[str, str], dict[str, Path]], memory: str, arm: str)
         name: np.mean([found[name] for found in routers], 0).tolist() for name in routers[0]
     }
     return row
+
+
+def before_and_after(before: Path, after: Path) -> tuple[str, dict[str, Any]]:
+    """Accuracies of two runs on the same questions as text, and as keys for results.json."""
+    results = [json.loads((folder / "results.json").read_text()) for folder in (before, after)]
+    one, other = (read_scores(folder) for folder in (before, after))
+    lines = [f"{'skill':<20}{'before':>8}{'after':>8}{'n':>7}"]
+    lines.append("-" * len(lines[0]))
+    for key in sorted(one):
+        shares = [result["skills"][key]["accuracy"] for result in results]
+        lines.append(f"{key:<20}{shares[0]:>8.1%}{shares[1]:>8.1%}{len(one[key]):>7}")
+    mean, low, high = difference([other], [one])
+    lines.append(f"mean difference {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+    router = router_metrics(after)
+    lines += [f"{name}: {a:.3f} at first, {b:.3f} at last" for name, (a, b) in router.items()]
+    found = {
+        "sft": results[0]["skills"],
+        "earl": results[1]["skills"],
+        "difference": [mean, low, high],
+        "router": {name: {"before": a, "after": b} for name, (a, b) in router.items()},
+    }
+    return "\n".join(lines), found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--before", type=Path, required=True)
+    parser.add_argument("--after", type=Path, required=True)
+    args = parser.parse_args(argv)
+    for folder in (args.before, args.after):
+        if not (folder / "answers.jsonl").exists():
+            raise SystemExit(f"error: {folder}/answers.jsonl is missing: the run has not ended")
+    text, found = before_and_after(args.before, args.after)
+    path = args.before / "results.json"
+    record = json.loads(path.read_text()) | found
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,4 +23,5 @@ fi
 
 # The long form of `torchrun`, which needs no script on PATH.
 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 \
-    -m megatron_mm.train --config examples/digits/demo.yaml --output-dir "$output" "$@"
+    -m megatron_mm.train --config examples/digits/demo.yaml --output-dir "$output" \
+    --save "$output/checkpoint" "$@"
