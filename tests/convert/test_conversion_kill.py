@@ -1,8 +1,8 @@
 """SIGKILL at any moment of a conversion: nothing looks finished that is not, and the next run
 makes what an undisturbed one makes, to the bit.
 
-`KILLS=300 python -m pytest tests/convert/test_conversion_kill.py -s` kills before every single change of
-what is on disk and 300 times more; the default is what fits into a test run.
+`KILLS=300 python -m pytest tests/convert/test_conversion_kill.py -s` kills before every single
+change of what is on disk and 300 times more; the default is what fits into a test run.
 """
 
 from __future__ import annotations

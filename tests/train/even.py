@@ -25,3 +25,10 @@ def thirds(row, text, where):
         return []
     skill = row["skill"]
     return [Label(0, third, skill, True), Label(third, 2 * third, skill, False)]
+
+
+def sometimes(prompts, completions, completion_ids, scene, **columns):
+    """As `even`, but all completions of a prompt earn the same where the scene's first digit is
+    odd: groups of no use to a policy."""
+    values = even(prompts, completions, completion_ids)
+    return [1.0 if int(s[0]) % 2 else v for s, v in zip(scene, values, strict=True)]

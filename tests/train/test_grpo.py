@@ -50,6 +50,10 @@ ARMS = {
         routing_replay="R3",
         algorithm="dapo",
     ),
+    # Some replicas keep no group of a round, and steps are made of what several rounds kept.
+    "filtered": dict(
+        algorithm="dapo", reward_funcs=["even.sometimes"], global_batch_size=8, rollout_batch_size=4
+    ),
 }
 
 
@@ -70,6 +74,10 @@ def test_a_step_learns_from_what_was_sampled(one_rank, name):
     for step in steps:
         assert step["grad norm"] > 1e-3 and step["train/train_rollout_logprob_abs_diff"] <= 1e-5
     begun = steps[0]
+    if name == "filtered":
+        assert begun["rollout/rounds"] > 1 and begun["frac_reward_zero_std"] == 0
+        assert begun["rollout/generated"] == 16 * begun["rollout/rounds"]
+        return
     assert begun["reward_std"] > 0 and begun["completions/max_length"] == TOKENS
     assert begun["consumed samples"] == 8 and steps[2]["consumed samples"] == 16
     if name == "earl":
@@ -81,8 +89,12 @@ def test_a_step_learns_from_what_was_sampled(one_rank, name):
     assert begun["clip_ratio/region_mean"] == 0 and begun["entropy"] > 1
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one rank"])
-@pytest.mark.parametrize("name", ARMS)
+OTHERS = [name for name in LAYOUTS if name != "one rank"]
+CASES = [(name, layout) for name in ("grpo", "earl") for layout in OTHERS]
+CASES += [("filtered", layout) for layout in ("PP2", "DP2", "EP2")]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_steps_do_not_depend_on_the_layout(ranks, scenes, skill_map, one_rank, name, layout):
     """Rewards, losses and gradient norms of four steps, two from each of two rollouts. Adam divides
     gradients by their size, so their rounding grows to that of a step: hence a small one, lest a

@@ -67,7 +67,7 @@ class Credit:
         kl = self._kl(batches, flat) if rl.use_kl_in_reward else None
         per_token = kl is not None and rl.advantage_estimator == "reinforce_plus_plus"
         if kl is not None and not per_token:
-            total = torch.stack([values.sum() for values in kl]).view(*shape[:2], 1)
+            total = torch.tensor([float(values.sum()) for values in kl]).view(*shape[:2], 1)
             rewards, failed = _append(rewards, failed, total)
             names.append("kl")
             weights.append(-rl.beta)
