@@ -28,7 +28,7 @@ from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.errors import NonFiniteError
 from megatron_mm.train.evaluate import Results, evaluate, open_questions, write_results
-from megatron_mm.train.examples import write_examples
+from megatron_mm.train.examples import write_examples, write_experts_before
 from megatron_mm.train.feed import agree
 from megatron_mm.train.metrics import MetricsLogger
 from megatron_mm.train.objective import Sums
@@ -230,6 +230,7 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
     previous = signal.signal(signal.SIGTERM, trainer.request_stop)
     log = _open_outputs(trainer)
     try:
+        _before(trainer)
         finished = _steps(trainer, log)
         if finished and run.data.valid_data:
             _finish(trainer, log)
@@ -239,6 +240,18 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
         log.close()
         signal.signal(signal.SIGTERM, previous)
     return trainer
+
+
+def _before(trainer: Trainer) -> None:
+    """What the report of a run of reinforcement learning compares with; a run that is resumed has
+    it from its beginning."""
+    run = trainer.run
+    reported = run.training.objective == "grpo" and run.evaluation.report
+    if reported and run.data.valid_data and not trainer.iteration:
+        output = Path(run.logging.output_dir)
+        write_experts_before(
+            trainer.engine, trainer.tokenizer, output, lambda: trainer.stop_requested
+        )
 
 
 def _open_outputs(trainer: Trainer) -> MetricsLogger:

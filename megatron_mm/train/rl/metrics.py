@@ -17,6 +17,7 @@ from megatron_mm.rl.advantages import Advantages, component_sums
 from megatron_mm.rl.lanes import Completion
 from megatron_mm.rl.route_counts import count_routes, mutual_information
 from megatron_mm.rl.router_reward import hit_rates, label_positions
+from megatron_mm.rl.spans import token_pieces
 from megatron_mm.train.rl.alignment import Alignment, Span
 from megatron_mm.train.rl.collect import Collected
 
@@ -100,7 +101,8 @@ def completions_table(
         question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
         for g, completion in enumerate(group.completions):
             ids = completion.tokens_G.tolist()
-            rewards = [None if r != r else r for r in rollout.rewards_PGC[p, g].tolist()]
+            pieces, marks = token_pieces(ids, tokenizer), rollout.spans[p * size + g]
+            rewards = rollout.rewards_PGC[p, g].tolist()
             rows.append(
                 {
                     "row": group.prompt.where,
@@ -113,7 +115,11 @@ def completions_table(
                         n: r if r == r else None for n, r in zip(names, rewards, strict=True)
                     },
                     "advantage": float(rollout.advantages.advantages_PG[p, g]),
-                    "right_spans": [correct for *_, correct in rollout.spans[p * size + g]],
+                    "right_spans": [correct for *_, correct in marks],
+                    # In characters of the completion.
+                    "span_places": [
+                        [pieces[start][0], pieces[stop - 1][1]] for start, stop, *_ in marks
+                    ],
                 }
             )
     return rows
