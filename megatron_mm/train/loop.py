@@ -282,7 +282,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
     run, total = trainer.run, trainer.run.training.train_iters
     save_interval, eval_interval = run.checkpoint.save_interval, run.evaluation.eval_interval
     saved = trainer.iteration if run.checkpoint.load and not run.checkpoint.finetune else None
-    begun, ended = trainer.iteration, False
+    begun, ended, due = trainer.iteration, False, False
     while trainer.iteration < total and not ended:
         try:
             metrics = trainer.step()
@@ -301,9 +301,11 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             break
         now = trainer.iteration
         try:
-            if save_interval and now % save_interval == 0:
+            # A rollout that found fewer prompts has fewer steps, and moves the later ones.
+            due = due or bool(save_interval and now % save_interval == 0)
+            if due and trainer.source.between:
                 metrics["save stall"] = trainer.save()
-                saved = now
+                saved, due = now, False
         finally:
             log.log(now, metrics)  # a step that cannot be saved was done all the same
             if trainer.is_logger:

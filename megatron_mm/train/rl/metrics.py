@@ -65,6 +65,7 @@ def rollout_metrics(
         pairs |= _hits(rollout.hits, alignment)
         found = rollout.collected
         pairs["rollout/generated"] = [float(found.generated), 0.0]
+        pairs["rollout/skipped"] = [float(len(found.skipped)), 0.0]
         pairs["rollout/missing_clusters"] = [float(found.missing), 0.0]
     load: dict[int, torch.Tensor] = {}
     if groups.pg.tp_cp.rank() == 0 and layers:
@@ -82,6 +83,7 @@ def rollout_metrics(
         for name, (total, count) in totals.items()
         if count or name.startswith("rollout/")
     }
+    metrics["skipped samples"] = metrics.pop("rollout/skipped")  # as in supervised training
     metrics["completions/min_length"] = min(low for _, _, (low, _) in parts)
     metrics["completions/max_length"] = max(high for _, _, (_, high) in parts)
     metrics["rollout/rounds"] = rollout.collected.rounds
@@ -98,7 +100,7 @@ def completions_table(
     size = rollout.rewards_PGC.shape[1]
     for p, group in enumerate(rollout.collected.groups[:SHOWN_GROUPS]):
         messages = group.prompt.row["messages"]
-        question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+        asked = [m["content"] for m in messages if m["role"] == "user"]
         for g, completion in enumerate(group.completions):
             ids = completion.tokens_G.tolist()
             pieces, marks = token_pieces(ids, tokenizer), rollout.spans[p * size + g]
@@ -106,7 +108,7 @@ def completions_table(
             rows.append(
                 {
                     "row": group.prompt.where,
-                    "question": question,
+                    "question": asked[-1] if asked else "",
                     "key": result_key(group.prompt.row),
                     "truth": group.prompt.row.get("ground_truth"),
                     "completion": tokenizer.decode(ids[:-1] if completion.finished else ids),
