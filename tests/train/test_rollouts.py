@@ -27,6 +27,7 @@ from megatron_mm.parallel import groups
 from megatron_mm.rl.sampling import Sampling
 from megatron_mm.train import loop
 from megatron_mm.train.generate import Prompts, generate
+from megatron_mm.train.rl.reference import Reference
 
 ASKED = (0, 12, 8, 5, 20, 3, 17)
 
@@ -122,6 +123,32 @@ def test_what_is_left_out_is_counted_and_said(ranks, scenes, tmp_path):
     assert metrics["skipped samples"] == 5 and metrics["rollout/generated"] == 44
     assert "left out: " in said and "gone.png" in said
     assert "rewards failed: " in said and "fails_on_short" in said and "odd end" in said
+
+
+# ---- reference ----
+
+
+def on_rank_compared(run: RunConfig, folder: Path) -> list[float]:
+    """The divergence from the weights that the run began with, step by step."""
+    trainer = trainer_of(run)
+    trainer.run.checkpoint.save = str(folder)
+    trainer.save()
+    trainer.saver.finish()
+    trainer.source.reference = Reference(trainer.engine, str(folder))
+    try:
+        return [trainer.step()["kl"] for _ in range(4)]
+    finally:
+        trainer.source.close()
+
+
+def test_gathers_under_way_leave_the_reference_alone(ranks, scenes, tmp_path):
+    settings = dict(lr=1e-2, num_iterations=1)
+    found = {}
+    for overlap in (False, True):
+        run = grpo_run(scenes, overlap_param_gather=overlap, overlap_grad_reduce=True, **settings)
+        found[overlap] = ranks(2, on_rank_compared, run, tmp_path / str(overlap))[0]
+    assert found[True] == found[False]
+    assert found[True][0] <= 1e-9 < 1e-4 < found[True][2]
 
 
 # ---- saving ----
