@@ -49,6 +49,7 @@ def test_every_flag_exists():
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README)) - {"--nproc-per-node"}
     flags -= {"--cpp_ext", "--cuda_ext", "--no-build-isolation"}  # of pip
     flags -= {"--against", "--json", "--samples"}  # of tools/benchmark.py
+    flags -= {"--seeds"}  # of tools/arms.py
     # of tools/discover_experts.py
     flags -= {"--data", "--labeller", "--cluster-size", "--min-lift", "--selectivity"}
     # of the converting tools

@@ -114,6 +114,9 @@ def check_rl(run: RunConfig) -> None:
         "finite numbers",
     )
     _check_rollouts(run)
+    # Dynamic sampling compares the functions' rewards; the router's is known too late for it.
+    allowed = "false, or true with reward_funcs"
+    _require(functions > 0 or not rl.filter_groups, "filter_groups", rl.filter_groups, allowed)
     rewarded = functions + (rl.router_reward_weight > 0)
     _require(rewarded > 0, "reward_funcs", rl.reward_funcs, "at least 1 reward")
     _require(

@@ -9,6 +9,7 @@ from megatron_mm.config.schema import RunConfig
 from megatron_mm.data.curriculum import open_curriculum
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.reader import Prompt, Reader
+from megatron_mm.data.scoring import result_key
 from megatron_mm.data.tokenizer import Tokenizer
 
 
@@ -73,7 +74,13 @@ class PromptLoader:
         return Drawn(numbers, [found[i] for i in good], [numbers[i] for i in good], skipped)
 
     def _checked(self, prompt: Prompt | str) -> Prompt | str:
-        if isinstance(prompt, str) or len(prompt.sample.tokens_T) <= self._longest:
+        if isinstance(prompt, str):
+            return prompt
+        try:
+            result_key(prompt.row)  # what its reward is reported under
+        except DataError as error:
+            return f"{prompt.where}: {error}"
+        if len(prompt.sample.tokens_T) <= self._longest:
             return prompt
         return (
             f"{prompt.where}: a prompt of {len(prompt.sample.tokens_T)} tokens leaves no room for "

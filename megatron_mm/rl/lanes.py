@@ -91,7 +91,9 @@ class Lane:
             tokens_G, logprobs_G = self.tokens_RG[row, :count], self.logprobs_RG[row, :count]
             routes = self.cache.routes.tensors.get("experts")
             if routes is not None:
-                routes = routes[row, :, : self.cache.lengths_R[row]].transpose(0, 1).cpu()
+                routes = routes[row, :, : self.cache.lengths_R[row]].transpose(0, 1)
+                # A copy wherever the cache is: the row will be filled again.
+                routes = routes.to("cpu", copy=True)
             done = Completion(tokens_G.clone(), logprobs_G.clone(), finished, routes)
             prompt, sample = self.owner_R2[row].tolist()
             self.owner_R2[row] = FREE

@@ -38,7 +38,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
-def _svg(figure: Any, label: str, css_width: int) -> Any:
+def inline_svg(figure: Any, label: str, css_width: int) -> Any:
     """`figure` as inline SVG in the page's own font and colours, without any outside name."""
     from markupsafe import Markup, escape
     from matplotlib import rc_context
@@ -52,7 +52,7 @@ def _svg(figure: Any, label: str, css_width: int) -> Any:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     box = re.search(r'viewBox="[^"]*"', svg).group(0)
     attributes = f'role="img" aria-label="{escape(label)}" style="max-width:{css_width}px"'
     svg = re.sub(r"<svg[^>]*>", lambda _: f'<svg class="chart" {box} {attributes}>', svg, count=1)
@@ -61,7 +61,7 @@ def _svg(figure: Any, label: str, css_width: int) -> Any:
     return Markup(svg.replace("xlink:href", "href"))
 
 
-def _axes(width: float, height: float, grid: str = "y") -> tuple[Any, Any]:
+def new_axes(width: float, height: float, grid: str = "y") -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -78,7 +78,7 @@ def skill_chart(skills: list[dict]) -> Any:
     rows = [skill for skill in skills if skill["accuracy"] is not None]
     if not rows:
         return None
-    figure, axes = _axes(6.4, 0.55 + 0.34 * len(rows), grid="x")
+    figure, axes = new_axes(6.4, 0.55 + 0.34 * len(rows), grid="x")
     places = np.arange(len(rows))
     axes.barh(places, [row["accuracy"] for row in rows], height=0.62, color=ACCENT)
     for place, row in zip(places, rows, strict=True):
@@ -92,10 +92,10 @@ def skill_chart(skills: list[dict]) -> Any:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
-    return _svg(figure, "Accuracy by skill beside chance", 760)
+    return inline_svg(figure, "Accuracy by skill beside chance", 760)
 
 
-def _series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(r["iteration"], r[key]) for r in records if r.get(key) is not None]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     return steps, values
@@ -110,10 +110,11 @@ def curves(records: list[dict]) -> list[dict[str, Any]]:
     }
     curves = []
     for key, title in titles.items():
-        steps, values = _series(records, key)
-        if len(steps) < 2:
+        steps, values = series(records, key)
+        off = key == "load_balancing_loss" and not values.any()  # its coefficient is 0
+        if len(steps) < 2 or off:
             continue
-        figure, axes = _axes(4.8, 2.5)
+        figure, axes = new_axes(4.8, 2.5)
         # Long runs: one point per bin, so that the page stays small.
         bins = np.array_split(np.arange(len(steps)), min(len(steps), MAX_POINTS))
         steps, values = (np.array([part[b].mean() for b in bins]) for part in (steps, values))
@@ -132,7 +133,7 @@ def curves(records: list[dict]) -> list[dict[str, Any]]:
             axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         axes.set_xlabel("step", color=MUTED, fontsize=9)
-        curves.append({"title": title, "svg": _svg(figure, title, 560)})
+        curves.append({"title": title, "svg": inline_svg(figure, title, 560)})
     return curves
 
 
@@ -152,10 +153,10 @@ def histories(records: list[dict], skills: list[dict]) -> list[dict[str, Any]]:
     charts = []
     for key in keys:
         name = key.removeprefix("accuracy/")
-        steps, values = _series(records, key)
+        steps, values = series(records, key)
         if not len(steps) or (len(steps) == 1 and name in chances):
             continue  # a single point is in the table of skills
-        figure, axes = _axes(2.5, 1.5)
+        figure, axes = new_axes(2.5, 1.5)
         if chances.get(name) is not None:
             axes.axhline(chances[name], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(steps, values, color=ACCENT, linewidth=1.8, marker="o", markersize=3)
@@ -163,33 +164,46 @@ def histories(records: list[dict], skills: list[dict]) -> list[dict[str, Any]]:
         axes.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
         axes.set_xlim(0, 1.03 * max(record["iteration"] for record in records))
         axes.locator_params(axis="x", nbins=3)
-        svg = _svg(figure, f"Accuracy of {name} over steps", 300)
-        charts.append({"name": name, "last": percent(values[-1]), "svg": svg})
+        chart = {"name": name, "last": percent(values[-1])}
+        charts.append(chart | {"svg": inline_svg(figure, f"Accuracy of {name} over steps", 300)})
     return charts
 
 
-def experts(experts: dict) -> dict[str, Any] | None:
-    if not (experts.get("load") and experts.get("layers")):
+def experts(after: dict, before: dict | None = None) -> dict[str, Any] | None:
+    """Charts of `evaluation.json`'s experts by skill; beside each the same of `before`, if that
+    is of the same skills and layers."""
+    if not (after.get("load") and after.get("layers")):
         return None
+    keys, layers = after["keys"], after["layers"]
+    times = {"": after}
+    if before and (before.get("keys"), before.get("layers")) == (keys, layers):
+        times = {", before": before, ", after": after}
+    lifts = {when: expert_lift(found["load"]) for when, found in times.items()}
+    # The scale holds nearly all cells: a few extreme ones must not wash out the rest.
+    extreme = np.percentile(np.abs([*lifts.values()]), 98)
+    reach = float(np.clip(np.ceil(2 * extreme) / 2, 0.5, 4))
+    chosen = np.unique(np.linspace(0, len(layers) - 1, MAX_EXPERT_LAYERS).round().astype(int))
+    charts = [
+        _experts_chart(lift[:, index] / reach, keys, f"layer {layers[index]}{when}")
+        for index in chosen
+        for when, lift in lifts.items()
+    ]
+    left_out = len(layers) - len(chosen)
+    return {"charts": charts, "factor": f"{2**reach:.2g}", "left_out": left_out}
+
+
+def _experts_chart(strength: np.ndarray, keys: list[str], title: str) -> dict[str, Any]:
+    """[skill, expert], in colour from -1 to 1."""
     from matplotlib.ticker import MaxNLocator
 
-    keys, layers = experts["keys"], experts["layers"]
-    lift = expert_lift(experts["load"])
-    # The scale holds nearly all cells: a few extreme ones must not wash out the rest.
-    reach = float(np.clip(np.ceil(2 * np.percentile(np.abs(lift), 98)) / 2, 0.5, 4))
-    chosen = np.unique(np.linspace(0, len(layers) - 1, MAX_EXPERT_LAYERS).round().astype(int))
-    charts = []
-    for index in chosen:
-        cells = np.clip(lift[:, index] / reach, -1, 1)
-        # Clear in the middle, so that the page's own background stands for "as the mean".
-        color = np.where(cells[..., None] > 0, MORE, LESS).astype(np.uint8)
-        alpha = (255 * np.abs(cells)[..., None]).astype(np.uint8)
-        figure, axes = _axes(4.8, 0.75 + 0.24 * len(keys), grid="x")
-        axes.grid(False)
-        axes.imshow(np.concatenate([color, alpha], axis=-1), aspect="auto", interpolation="none")
-        axes.set_yticks(range(len(keys)), [key.replace("$", r"\$") for key in keys], color=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_xlabel("expert", color=MUTED, fontsize=9)
-        title = f"layer {layers[index]}"
-        charts.append({"title": title, "svg": _svg(figure, f"Experts by skill, {title}", 560)})
-    return {"charts": charts, "factor": f"{2**reach:.2g}", "left_out": len(layers) - len(chosen)}
+    cells = np.clip(strength, -1, 1)
+    # Clear in the middle, so that the page's own background stands for "as the mean".
+    color = np.where(cells[..., None] > 0, MORE, LESS).astype(np.uint8)
+    alpha = (255 * np.abs(cells)[..., None]).astype(np.uint8)
+    figure, axes = new_axes(4.8, 0.75 + 0.24 * len(keys), grid="x")
+    axes.grid(False)
+    axes.imshow(np.concatenate([color, alpha], axis=-1), aspect="auto", interpolation="none")
+    axes.set_yticks(range(len(keys)), [key.replace("$", r"\$") for key in keys], color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_xlabel("expert", color=MUTED, fontsize=9)
+    return {"title": title, "svg": inline_svg(figure, f"Experts by skill, {title}", 560)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,22 +70,27 @@ def _text_ids(completion: Completion) -> list[int]:
     return ids[:-1] if completion.finished else ids
 
 
-def evaluate(
-    engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool] = lambda: False
-) -> tuple[Results, list[dict]]:
-    """(results by key, one record per question); the same on every rank.
+def ask(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    questions: EvalSet,
+    chosen: Iterable[int],
+    keys: Sequence[str],
+    stop: Callable[[], bool] = lambda: False,
+) -> list[dict] | None:
+    """One record for each of the chosen questions, in their order; the same on every rank. None
+    if `stop` turned true on any rank. Every rank of the job calls it.
 
-    Every rank of the job calls it. A result holds accuracy and chance (the best constant answer)
-    from 0 to 1 and the number of questions n. Both are empty if `stop` turned true on any rank.
+    Args:
+        keys: of all questions.
     """
     groups = engine.groups
-    questions, keys = open_questions(engine, tokenizer)
     # Questions of one kind stay together, since their answers are of one length.
-    order = sorted(range(len(keys)), key=keys.__getitem__)
+    order = sorted(chosen, key=keys.__getitem__)
     asked = order[groups.pg.dp.rank() :: groups.pg.dp.size()]
     found = _answers(engine, tokenizer, questions, asked, stop)
     if found is None:
-        return {}, []
+        return None
     records = []
     for index, item, text in found:
         record = {"index": index, "key": item.key, "prediction": text}
@@ -94,7 +99,21 @@ def evaluate(
         records.append(record)
     parts: list = [None] * groups.world.size()
     dist.all_gather_object(parts, records, group=groups.world)
-    records = sorted((r for part in parts for r in part), key=lambda r: r["index"])
+    return sorted((r for part in parts for r in part), key=lambda r: r["index"])
+
+
+def evaluate(
+    engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool] = lambda: False
+) -> tuple[Results, list[dict]]:
+    """(results by key, one record per question); the same on every rank.
+
+    Every rank of the job calls it. A result holds accuracy and chance (the best constant answer)
+    from 0 to 1 and the number of questions n. Both are empty if `stop` turned true on any rank.
+    """
+    questions, keys = open_questions(engine, tokenizer)
+    records = ask(engine, tokenizer, questions, range(len(keys)), keys, stop)
+    if records is None:
+        return {}, []
     constant = chance((r["key"], r["scorer"], r["truth"]) for r in records)
     results: Results = {}
     for key in sorted(constant):

@@ -1,9 +1,11 @@
-"""evaluation.json: example questions with where the model looked, and experts by skill."""
+"""evaluation.json: example questions with where the model looked, and experts by skill;
+experts_before.json: the same experts before training."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +15,10 @@ from megatron_mm.data.answers import with_answers
 from megatron_mm.data.evalset import EvalItem, EvalSet
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.train.engine import Engine
-from megatron_mm.train.evaluate import write_record
+from megatron_mm.train.evaluate import ask, open_questions, write_record
 from megatron_mm.train.feed import receive, share
 from megatron_mm.train.probe import Looks, Routes, probe
+from megatron_mm.train.report_rl import BEFORE_FILE
 
 SHOWN_PER_KEY = 3  # examples in the report
 PROBED_PER_KEY = 32  # questions behind the experts-by-skill map, in one microbatch
@@ -27,18 +30,13 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
     Args:
         records: of `evaluate`, the same on every rank. Every rank calls it.
     """
-    by_key: dict[str, list[dict]] = defaultdict(list)
-    for record in records:
-        by_key[record["key"]].append(record)
     # Every replica does the same work: with expert parallelism they share forward passes.
     questions = EvalSet(engine.run.data.valid_data, engine.run, tokenizer)
     examples: list[dict] = []
     load: dict[str, Routes] = {}
     engine.training(False)
-    for turn, key in enumerate(sorted(by_key)):
-        # Keys ask about the same images in the same order: begin elsewhere for each.
-        first = turn * SHOWN_PER_KEY % max(1, len(by_key[key]) - PROBED_PER_KEY)
-        chosen = by_key[key][first : first + PROBED_PER_KEY]
+    for key, places in _probed([record["key"] for record in records]).items():
+        chosen = [records[place] for place in places]
         items, answers, looks, routes = _probe_records(engine, tokenizer, questions, chosen)
         if items:
             load[key] = {layer: counts.sum(0) for layer, counts in routes.items()}
@@ -49,6 +47,42 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
     engine.training(True)
     record = {"examples": examples, "experts": _experts(load)}
     write_record(engine.groups, folder / "evaluation.json", record)
+
+
+def write_experts_before(
+    engine: Engine, tokenizer: Tokenizer, folder: Path, stop: Callable[[], bool]
+) -> None:
+    """Write folder/experts_before.json: experts by skill over the questions that `write_examples`
+    will probe, with the answers that the model gives now. Nothing is written if `stop` turned
+    true on any rank. Every rank calls it."""
+    questions, keys = open_questions(engine, tokenizer)
+    probed = _probed(keys)
+    chosen = sorted(place for places in probed.values() for place in places)
+    records = ask(engine, tokenizer, questions, chosen, keys, stop)
+    if records is None:
+        return
+    load: dict[str, Routes] = {}
+    engine.training(False)
+    for key in probed:
+        of_key = [record for record in records if record["key"] == key]
+        *_, routes = _probe_records(engine, tokenizer, questions, of_key)
+        if routes:
+            load[key] = {layer: counts.sum(0) for layer, counts in routes.items()}
+    engine.training(True)
+    write_record(engine.groups, folder / BEFORE_FILE, {"experts": _experts(load)})
+
+
+def _probed(keys: Sequence[str]) -> dict[str, list[int]]:
+    """Which places in `keys` are probed for each key."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys):
+        places[key].append(place)
+    chosen = {}
+    for turn, key in enumerate(sorted(places)):
+        # Keys ask about the same images in the same order: begin elsewhere for each.
+        first = turn * SHOWN_PER_KEY % max(1, len(places[key]) - PROBED_PER_KEY)
+        chosen[key] = places[key][first : first + PROBED_PER_KEY]
+    return chosen
 
 
 def _probe_records(

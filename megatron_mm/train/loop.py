@@ -28,7 +28,7 @@ from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.errors import NonFiniteError
 from megatron_mm.train.evaluate import Results, evaluate, open_questions, write_results
-from megatron_mm.train.examples import write_examples
+from megatron_mm.train.examples import write_examples, write_experts_before
 from megatron_mm.train.feed import agree
 from megatron_mm.train.metrics import MetricsLogger
 from megatron_mm.train.objective import Sums
@@ -230,6 +230,7 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
     previous = signal.signal(signal.SIGTERM, trainer.request_stop)
     log = _open_outputs(trainer)
     try:
+        _before(trainer)
         finished = _steps(trainer, log)
         if finished and run.data.valid_data:
             _finish(trainer, log)
@@ -239,6 +240,18 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
         log.close()
         signal.signal(signal.SIGTERM, previous)
     return trainer
+
+
+def _before(trainer: Trainer) -> None:
+    """What the report of a run of reinforcement learning compares with; a run that is resumed has
+    it from its beginning."""
+    run = trainer.run
+    reported = run.training.objective == "grpo" and run.evaluation.report
+    if reported and run.data.valid_data and not trainer.iteration:
+        output = Path(run.logging.output_dir)
+        write_experts_before(
+            trainer.engine, trainer.tokenizer, output, lambda: trainer.stop_requested
+        )
 
 
 def _open_outputs(trainer: Trainer) -> MetricsLogger:
@@ -269,7 +282,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
     run, total = trainer.run, trainer.run.training.train_iters
     save_interval, eval_interval = run.checkpoint.save_interval, run.evaluation.eval_interval
     saved = trainer.iteration if run.checkpoint.load and not run.checkpoint.finetune else None
-    begun, ended = trainer.iteration, False
+    begun, ended, due = trainer.iteration, False, False
     while trainer.iteration < total and not ended:
         try:
             metrics = trainer.step()
@@ -288,9 +301,11 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             break
         now = trainer.iteration
         try:
-            if save_interval and now % save_interval == 0:
+            # A rollout that found fewer prompts has fewer steps, and moves the later ones.
+            due = due or bool(save_interval and now % save_interval == 0)
+            if due and trainer.source.between:
                 metrics["save stall"] = trainer.save()
-                saved = now
+                saved, due = now, False
         finally:
             log.log(now, metrics)  # a step that cannot be saved was done all the same
             if trainer.is_logger:

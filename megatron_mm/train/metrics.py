@@ -134,12 +134,15 @@ class MetricsLogger:
         self._show(step, numbers)
 
     def table(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Append rows to show (completions and their rewards) to a file of their own."""
+        """Append rows to show (completions and their rewards) to a file of their own. What JSON has
+        no word for (a date of a parquet row) becomes text."""
         if not self.enabled or not rows:
             return
         try:
             with self._table.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"iteration": step, **row}) + "\n" for row in rows)
+                file.writelines(
+                    json.dumps({"iteration": step, **row}, default=str) + "\n" for row in rows
+                )
         except OSError as error:
             print(f"warning: step {step}'s table was not written: {error}", file=self._stream)
 

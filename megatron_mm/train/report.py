@@ -1,7 +1,8 @@
 """One page about one run: `report.html`, readable offline and on paper.
 
-Reads `metrics.jsonl`, `results.json` and `evaluation.json` of a run directory. Every part is
-optional: a run without looks, experts, images or a finished evaluation gets a shorter page.
+Reads `metrics.jsonl`, `results.json` and `evaluation.json` of a run directory, and of a run of
+reinforcement learning `completions.jsonl` and `experts_before.json`. Every part is optional: a
+run without looks, experts, images or a finished evaluation gets a shorter page.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from megatron_mm.train.charts import curves, experts, histories, percent, skill_chart
-from megatron_mm.train.metrics import METRICS_FILE, format_duration, read_metrics
+from megatron_mm.train.charts_rl import rl_charts
+from megatron_mm.train.metrics import METRICS_FILE, TABLE_FILE, format_duration, read_metrics
+from megatron_mm.train.report_rl import BEFORE_FILE, hacked_steps, last_groups
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATE = "report.html.j2"
 LAYERS = {
     "V": "vision encoder",
     "G": "gated DeltaNet",
@@ -45,12 +48,19 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     if not (records or results or evaluation):
         raise FileNotFoundError(f"{run}: no {METRICS_FILE}, results.json or evaluation.json here")
 
-    from jinja2 import Environment
+    from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rl = rl_charts(records)
+    before = _read_json(run / BEFORE_FILE) if rl else {}
     skills = _skills(results)
     scenes = [_scene(run, example) for example in evaluation.get("examples") or []]
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = environment.get_template(TEMPLATE).render(
         name=run.resolve().name,
         tiles=_tiles(results, records, skills),
         skills=skills,
@@ -62,7 +72,10 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         histories=histories(records, skills),
         scenes=_spread(scenes, MAX_SCENES),
         looks=_spread(_telling(scenes), MAX_LOOK_EXAMPLES),
-        experts=experts(evaluation.get("experts") or {}),
+        experts=experts(evaluation.get("experts") or {}, before.get("experts")),
+        rl=rl,
+        hacked=hacked_steps(records),
+        groups=last_groups(read_metrics(run / TABLE_FILE)) if rl else [],
     )
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -111,12 +124,16 @@ def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple
     losses = [r["lm loss"] for r in records if r.get("lm loss") is not None]
     if losses:
         tiles.append((f"{losses[-1]:.3g}", "last training loss", f"first {losses[0]:.3g}"))
+    rewards = [r["reward"] for r in records if r.get("reward") is not None]
+    if rewards:
+        tiles.append((f"{rewards[-1]:.3g}", "last reward", f"first {rewards[0]:.3g}"))
     step = results.get("iteration") or (records[-1]["iteration"] if records else None)
     if step is not None:
         samples = next(
             (r["consumed samples"] for r in reversed(records) if "consumed samples" in r), 0
         )
-        tiles.append((f"{step:,}", "steps", f"{int(samples):,} samples" if samples else ""))
+        unit = "prompts" if rewards else "samples"
+        tiles.append((f"{step:,}", "steps", f"{int(samples):,} {unit}" if samples else ""))
     if results.get("parameters"):
         tiles.append((_short(results["parameters"]), "parameters", ""))
     if results.get("seconds") is not None:

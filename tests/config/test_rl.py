@@ -70,6 +70,15 @@ def test_settings_are_flags():
             {"router_loss_coeff": 0.1},
             "rl.router_loss_coeff is 0.1; allowed: left out, or this value",
         ),
+        (
+            {
+                "reward_funcs": [],
+                "skill_map": "map.json",
+                "router_reward_weight": 0.3,
+                "filter_groups": True,
+            },
+            "rl.filter_groups is True; allowed: false, or true with reward_funcs",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(rl, message):

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from datetime import date
 
 import pytest
 
@@ -119,6 +120,15 @@ def test_wandb_that_fails_costs_one_line(tmp_path, monkeypatch):
         logger.log(1, {"lm loss": 0.5})
     assert stream.getvalue().count("warning: no W&B logging") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_table_may_hold_what_json_cannot_say(tmp_path):
+    row = {"truth": date(2026, 1, 2), "completion": "<7>"}
+    with MetricsLogger(quiet(tmp_path), {}, total_steps=1, stream=io.StringIO()) as logger:
+        logger.table(1, [row])
+    assert read_metrics(tmp_path / "completions.jsonl") == [
+        {"iteration": 1, "truth": "2026-01-02", "completion": "<7>"}
+    ]
 
 
 def test_durations():

@@ -100,6 +100,7 @@ class Experience:
     def _rollout(self) -> list[list[PolicyBatch]]:
         begin = time.perf_counter()
         found = self.collector.collect()
+        self._tell(found)
         order = [found.place[group.number] for group in found.groups]
         last = max(found.place.values())
         steps = last // self.plan.prompts_per_step + 1
@@ -126,6 +127,12 @@ class Experience:
         if self.engine.groups.is_reader:
             self.table = completions_table(rollout, self.tokenizer, rollout.names)
         return made * self.rl.num_iterations
+
+    def _tell(self, found: Collected, most: int = 3) -> None:
+        """Say why rows were skipped and rewards failed; the metrics have the numbers."""
+        for what, reasons in (("left out", found.skipped), ("rewards failed", found.failures)):
+            if reasons and self.engine.groups.is_reader:
+                print(f"{what}: {'; '.join(reasons[:most])}", file=sys.stderr)
 
     def _watch(self) -> None:
         hit_rate, task = (self.metrics.get(k) for k in ("rollout/moe/hit_rate", "reward/task"))

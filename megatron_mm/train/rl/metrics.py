@@ -17,6 +17,7 @@ from megatron_mm.rl.advantages import Advantages, component_sums
 from megatron_mm.rl.lanes import Completion
 from megatron_mm.rl.route_counts import count_routes, mutual_information
 from megatron_mm.rl.router_reward import hit_rates, label_positions
+from megatron_mm.rl.spans import token_pieces
 from megatron_mm.train.rl.alignment import Alignment, Span
 from megatron_mm.train.rl.collect import Collected
 
@@ -64,6 +65,7 @@ def rollout_metrics(
         pairs |= _hits(rollout.hits, alignment)
         found = rollout.collected
         pairs["rollout/generated"] = [float(found.generated), 0.0]
+        pairs["rollout/skipped"] = [float(len(found.skipped)), 0.0]
         pairs["rollout/missing_clusters"] = [float(found.missing), 0.0]
     load: dict[int, torch.Tensor] = {}
     if groups.pg.tp_cp.rank() == 0 and layers:
@@ -81,6 +83,7 @@ def rollout_metrics(
         for name, (total, count) in totals.items()
         if count or name.startswith("rollout/")
     }
+    metrics["skipped samples"] = metrics.pop("rollout/skipped")  # as in supervised training
     metrics["completions/min_length"] = min(low for _, _, (low, _) in parts)
     metrics["completions/max_length"] = max(high for _, _, (_, high) in parts)
     metrics["rollout/rounds"] = rollout.collected.rounds
@@ -97,14 +100,15 @@ def completions_table(
     size = rollout.rewards_PGC.shape[1]
     for p, group in enumerate(rollout.collected.groups[:SHOWN_GROUPS]):
         messages = group.prompt.row["messages"]
-        question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+        asked = [m["content"] for m in messages if m["role"] == "user"]
         for g, completion in enumerate(group.completions):
             ids = completion.tokens_G.tolist()
-            rewards = [None if r != r else r for r in rollout.rewards_PGC[p, g].tolist()]
+            pieces, marks = token_pieces(ids, tokenizer), rollout.spans[p * size + g]
+            rewards = rollout.rewards_PGC[p, g].tolist()
             rows.append(
                 {
                     "row": group.prompt.where,
-                    "question": question,
+                    "question": asked[-1] if asked else "",
                     "key": result_key(group.prompt.row),
                     "truth": group.prompt.row.get("ground_truth"),
                     "completion": tokenizer.decode(ids[:-1] if completion.finished else ids),
@@ -113,7 +117,11 @@ def completions_table(
                         n: r if r == r else None for n, r in zip(names, rewards, strict=True)
                     },
                     "advantage": float(rollout.advantages.advantages_PG[p, g]),
-                    "right_spans": [correct for *_, correct in rollout.spans[p * size + g]],
+                    "right_spans": [correct for *_, correct in marks],
+                    # In characters of the completion.
+                    "span_places": [
+                        [pieces[start][0], pieces[stop - 1][1]] for start, stop, *_ in marks
+                    ],
                 }
             )
     return rows

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint.engine import settle
 from megatron_mm.train.engine import Engine
 
 
@@ -30,7 +31,8 @@ class Reference:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The engine computes with the reference's weights."""
+        """The engine computes with the reference's weights. Every rank calls it."""
+        settle(self._engine)  # else a gather under way would overwrite them
         own = self._copy()
         self._put(self._weights)
         try:

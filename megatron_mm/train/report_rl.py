@@ -1,0 +1,83 @@
+"""What the report shows of completions: who earned what, and which parts of them were right.
+
+Rows are those of `completions.jsonl`. Completions are whatever a model wrote; all text goes to the
+page through the template, which escapes it.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+BEFORE_FILE = "experts_before.json"  # experts by skill when the run began
+BETWEEN = " ,;\n"
+MAX_GROUPS, MAX_COMPLETIONS = 8, 16  # of the last rollouts; of a group
+
+
+def hacked_steps(records: list[dict]) -> list[int]:
+    """Steps at which the hit rate had risen while the task's reward fell."""
+    return [r["iteration"] for r in records if r.get("rollout/moe/reward_hacking") == 1]
+
+
+def last_groups(rows: list[dict]) -> list[dict[str, Any]]:
+    """The completions of the last rollouts, a prompt at a time, the newest first; equal ones of a
+    prompt are shown once."""
+    found = [[*rows] for _, rows in groupby(rows, lambda row: (row["iteration"], row.get("row")))]
+    # Sorting is stable: the groups of a rollout stay in their order.
+    newest = sorted(found, key=lambda group: -group[0]["iteration"])
+    return [_group(rows) for rows in newest[:MAX_GROUPS]]
+
+
+def _group(rows: list[dict]) -> dict[str, Any]:
+    first = rows[0]
+    names = list(dict.fromkeys(name for row in rows for name in row.get("rewards") or {}))
+    truth, shown = first.get("truth"), []
+    for completion in (_completion(row, names) for row in rows):
+        same = next((c for c in shown if c | {"times": 1} == completion), None)
+        if same:
+            same["times"] += 1
+        else:
+            shown.append(completion)
+    return {
+        "iteration": first["iteration"],
+        "key": first.get("key") or "",
+        "question": str(first.get("question") or "").replace("<image>", "").strip(),
+        "truth": None if truth is None else str(truth),
+        "names": names,
+        "completions": shown[:MAX_COMPLETIONS],
+        "more": sum(row["times"] for row in shown[MAX_COMPLETIONS:]),
+    }
+
+
+def _completion(row: dict, names: list[str]) -> dict[str, Any]:
+    rewards, advantage = row.get("rewards") or {}, row.get("advantage")
+    text, right = str(row.get("completion") or ""), row.get("right_spans") or []
+    return {
+        "parts": _parts(text, row.get("span_places") or [], right),
+        "right": sum(map(bool, right)),
+        "spans": len(right),
+        "finished": row.get("finished", True),
+        "rewards": [_number(rewards.get(name)) for name in names],
+        "advantage": _number(advantage, signed=True),
+        "times": 1,
+        "verdict": "right" if (advantage or 0) > 0 else "wrong" if (advantage or 0) < 0 else "",
+    }
+
+
+def _parts(text: str, places: list[list[int]], right: list[bool]) -> list[tuple[str, str]]:
+    """(text, "right", "wrong" or "" outside every span), together the whole text. A span is of
+    whole tokens; what merely parts it from its neighbours is not marked."""
+    parts, end = [], 0
+    for (start, stop), correct in zip(places, right, strict=False):
+        span = text[start:stop]
+        stop -= len(span) - len(span.rstrip(BETWEEN))
+        start = min(stop, start + len(span) - len(span.lstrip(BETWEEN)))
+        parts += [(text[end:start], ""), (text[start:stop], "right" if correct else "wrong")]
+        end = stop
+    return [(piece, verdict) for piece, verdict in [*parts, (text[end:], "")] if piece]
+
+
+def _number(value: float | None, signed: bool = False) -> str:
+    if value is None:
+        return "–"
+    return f"{value:+.2f}" if signed else f"{value:.3g}"
