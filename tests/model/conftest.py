@@ -11,9 +11,10 @@ from megatron_mm import platform
 platform.install()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pg():
-    """megatron-core's process groups of a job of one rank."""
+    """megatron-core's process groups of a job of one rank; gone after the module, since other tests
+    start jobs of their own."""
     from megatron_mm.config import ParallelConfig
     from megatron_mm.parallel import groups
 
