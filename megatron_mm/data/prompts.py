@@ -15,10 +15,9 @@ from megatron_mm.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Drawn:
-    """Rows `numbers` of the training data, for one replica."""
+    """Rows of the training data, for one replica."""
 
-    numbers: list[int]
-    prompts: list[Prompt]  # of those that could be read
+    prompts: list[Prompt]  # those that could be read
     kept: list[int]  # their numbers
     skipped: list[str]  # why the others could not
 
@@ -71,7 +70,7 @@ class PromptLoader:
         if skipped and not self._skip_bad:
             raise DataError(skipped[0])
         good = [i for i, prompt in enumerate(found) if isinstance(prompt, Prompt)]
-        return Drawn(numbers, [found[i] for i in good], [numbers[i] for i in good], skipped)
+        return Drawn([found[i] for i in good], [numbers[i] for i in good], skipped)
 
     def _checked(self, prompt: Prompt | str) -> Prompt | str:
         if isinstance(prompt, str):

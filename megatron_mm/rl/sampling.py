@@ -87,7 +87,9 @@ def _inverse_cdf(probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tenso
     target_N1 = uniform_N.to(total_NV.device)[:, None] * whole_N1
     # Rounding may reach the whole, which no token passes.
     target_N1 = target_N1.minimum(whole_N1.nextafter(torch.zeros_like(whole_N1)))
-    return torch.searchsorted(total_NV, target_N1, right=True).squeeze(1)
+    tokens_N = torch.searchsorted(total_NV, target_N1, right=True).squeeze(1)
+    # Only where a probability is NaN: then so is the log-probability, and the step will say so.
+    return tokens_N.clamp(max=probs_NV.shape[1] - 1)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,9 @@ def tell[T](groups: Groups, make: Callable[[], T]) -> T:
     if groups.is_reader:
         try:
             value = make()
-        except (DataError, RLError) as problem:
+        except DataError as problem:
+            error = problem
+        except RLError as problem:
             error = str(problem)
         except Exception as problem:  # nobody may be left waiting
             error = f"{type(problem).__name__}: {problem}"

@@ -200,6 +200,7 @@ class Trainer:
         """Save, or start to (`async_save`); for how many seconds training stood still."""
         folder = Path(self.run.checkpoint.save)
         extra = {"seconds": self.seconds, "data": self.loader.order, NOTES: self.notes}
+        extra["objective"] = self.run.training.objective
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.config import CheckpointConfig
 from megatron_mm.convert.live import load_hf
 from megatron_mm.convert.source import NOTES
@@ -38,7 +39,7 @@ def start(
     """Load what the settings name into the engine and, to go on, the loader. Every rank calls it.
 
     Raises:
-        CheckpointError: on every rank, before anything has changed.
+        CheckpointError: on every rank: before anything has changed, or for another objective's.
     """
     if checkpoint.load_hf:
         found = load_hf(engine, Path(checkpoint.load_hf), image_token)
@@ -52,6 +53,13 @@ def start(
     if checkpoint.finetune:
         _tell(state["initialized"], state["ignored"])
         return Start(notes=notes)
+    objective = engine.run.training.objective
+    saved = extra.get("objective", "sft")
+    if saved != objective:
+        raise CheckpointError(
+            f"{checkpoint.load} was saved with objective {saved}, this run's is {objective}; set "
+            "finetune to begin with its weights, or go on with its own objective"
+        )
     loader.load_state_dict(state["loader"])
     _tell_order(extra.get("data"), loader.order)
     return Start(state["iteration"], extra.get("seconds", 0.0), notes)

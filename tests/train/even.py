@@ -18,6 +18,16 @@ def fails_on_short(prompts, completions, completion_ids, **columns):
     return [1.0 for _ in completion_ids]
 
 
+def routed(prompts, completions, completion_ids, routed_experts, **columns):
+    """A number of the experts that were used, by layer and position."""
+    scores = []
+    for ids, routes in zip(completion_ids, routed_experts, strict=True):
+        assert routes.shape[:2] == (len(ids), 2), routes.shape
+        layers = routes.long().sort(-1).values.sum((0, 2)).tolist()
+        scores.append((layers[0] + 100 * layers[1]) / 1e4)
+    return scores
+
+
 def thirds(row, text, where):
     """The first third exercises the row's skill and is right, the second is wrong."""
     third = len(text) // 3

@@ -15,10 +15,13 @@ from fingerprints import parameter_hash
 from grpo_runs import TOKENS, grpo_run, on_rank_steps, step_of, trainer_of
 from trainers import CP2, PP2, TP2, VPP2
 
-from megatron_mm.config import RunConfig
+from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.config import ParallelConfig, RLConfig, RunConfig
 from megatron_mm.config.schema_rl import Algorithm
 from megatron_mm.data.errors import DataError
 from megatron_mm.model.routing import whole_routes
+from megatron_mm.parallel import groups
+from megatron_mm.train.loop import Trainer
 
 # ---- resuming ----
 
@@ -122,6 +125,32 @@ def on_rank_error(run: RunConfig) -> tuple[str, int]:
 def test_what_cannot_go_on_is_one_line_on_every_rank(ranks, scenes, settings, message, sizes):
     for error, consumed in ranks(2, on_rank_error, grpo_run(scenes, **(settings | sizes))):
         assert message in error and "\n" not in error and consumed == 0
+
+
+def test_a_reward_gets_the_routes_of_all_stages(ranks, scenes):
+    run = grpo_run(scenes, reward_funcs=["even.routed"], max_num_seqs=8)
+    one = ranks(1, on_rank_steps, run, 1)[0][0]
+    assert one["frac_reward_failed"] == 0 and one["reward_std"] > 0
+    for sizes in (PP2, TP2):
+        for (step,) in ranks(2, on_rank_steps, replace(run, parallel=ParallelConfig(**sizes)), 1):
+            assert step["reward"] == pytest.approx(one["reward"], abs=1e-9)
+            assert step["frac_reward_failed"] == 0
+
+
+def on_rank_other_objective(run: RunConfig, folder: Path) -> str:
+    run.checkpoint.load = str(folder)
+    run.training.objective, run.rl = "sft", RLConfig()
+    try:
+        Trainer(run, groups.build(run.parallel))
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_another_objectives_checkpoint_is_for_finetuning(ranks, scenes, tmp_path):
+    ranks(1, on_rank_reference, grpo_run(scenes), tmp_path / "saved")
+    (said,) = ranks(1, on_rank_other_objective, grpo_run(scenes), tmp_path / "saved")
+    assert "was saved with objective grpo, this run's is sft; set finetune" in said
 
 
 # ---- algorithms and their parts ----

@@ -219,14 +219,17 @@ class Collector:
         return values, failed, failures, spans, missing
 
     def _all_routes(self, completions: Sequence[Sequence[Completion]]) -> list[torch.Tensor]:
-        """int16 [G, all layers, k] of each completion, put together from all stages."""
+        """On the reader, int16 [G, all layers, k] of each completion, put together from all stages."""
         groups = self.engine.groups
         mine = None
         if groups.pg.tp_cp.rank() == 0:
             flat = [c for group in completions for c in group]
             mine = self.layers, [c.routes_SLk[-len(c.tokens_G) :] for c in flat if self.layers]
         parts: list = [None] * groups.replica.size()
-        dist.all_gather_object(parts, mine, group=groups.replica)
+        kept = parts if groups.is_reader else None
+        dist.gather_object(mine, kept, group=groups.replica, group_dst=0)
+        if not groups.is_reader:
+            return []
         parts = [part for part in parts if part and part[0]]
         order = torch.tensor([index for layers, _ in parts for index in layers]).argsort()
         return [

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -226,7 +227,9 @@ class Experience:
                         rl.rollout_is_threshold,
                     )
         if self.reference is not None:
+            # The reference chooses its own experts, whatever the policy's steps replay.
+            free = [replace(batch, routes=None) for batch in batches]
             with self.reference.in_place():
-                theirs = trainer_logprobs(self.engine, batches, rl.temperature)
+                theirs = trainer_logprobs(self.engine, free, rl.temperature)
             for batch, logprobs in zip(batches, theirs, strict=True):
                 batch.ref_logprobs_T = logprobs

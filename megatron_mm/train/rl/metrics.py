@@ -22,6 +22,7 @@ from megatron_mm.train.rl.alignment import Alignment, Span
 from megatron_mm.train.rl.collect import Collected
 
 SHOWN_GROUPS = 4  # in the table of completions
+MAX_COUNTED = 1 << 14  # positions behind a rollout's mutual information
 
 Pairs = dict[str, list[float]]  # numerator and denominator
 
@@ -205,8 +206,15 @@ def _routes(
         skills.append(label_positions(count, marks)[0][1:])
         tokens.append(completion.tokens_G[:-1])
     names = len(alignment.found.names)
+    # A sample of positions: the table of a layer has a cell for each expert, skill and token.
+    cut = slice(MAX_COUNTED)
     counts = count_routes(
-        torch.cat(parts), torch.cat(skills), torch.cat(tokens), experts, names, vocabulary
+        torch.cat(parts)[cut],
+        torch.cat(skills)[cut],
+        torch.cat(tokens)[cut],
+        experts,
+        names,
+        vocabulary,
     )
     information = [mutual_information(counts.layer(n)) for n in range(len(layers))]
     excess = sum(found - chance for found, chance in information)
