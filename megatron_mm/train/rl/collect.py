@@ -219,7 +219,7 @@ class Collector:
         return values, failed, failures, spans, missing
 
     def _all_routes(self, completions: Sequence[Sequence[Completion]]) -> list[torch.Tensor]:
-        """On the reader, int16 [G, all layers, k] of each completion, put together from all stages."""
+        """On the reader: int16 [G, all layers, k] of each completion, from all stages."""
         groups = self.engine.groups
         mine = None
         if groups.pg.tp_cp.rank() == 0:
