@@ -79,13 +79,12 @@ class Spool(AbstractContextManager):
         self._full: SimpleQueue[tuple[mmap.mmap, OutFile, int, int, int] | None] = SimpleQueue()
         for _ in range(PIECES):
             self._free.put(mmap.mmap(-1, PIECE))  # begins at a page; takes memory when touched
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         # The piece being filled: for which file, from and up to where in it, and its place there.
         self._piece: mmap.mmap | None = None
         self._file: OutFile | None = None
         self._begin = self._end = self._at = 0
-        self._thread = Thread(target=self._run, name="spool", daemon=True)
-        self._thread.start()
+        self._thread: Thread | None = None  # from the first piece on
 
     def open(self, path: Path) -> OutFile:
         file = OutFile(path)
@@ -93,8 +92,7 @@ class Spool(AbstractContextManager):
         return file
 
     def write(self, file: OutFile, content: memoryview, at: int) -> None:
-        """Take a copy of `content`, which will be at byte `at`. Raises OSError."""
-        content = content.cast("B")
+        """Take a copy of `content`, bytes that will be at byte `at`. Raises OSError."""
         while content:
             follows = file is self._file and at == self._at + self._end - self._begin
             if self._piece is not None and (self._end == PIECE or not follows):
@@ -122,13 +120,17 @@ class Spool(AbstractContextManager):
         self._files.clear()
 
     def _stop(self) -> None:
-        if self._thread.is_alive():
-            self._send()
+        self._send()
+        if self._thread is not None:
             self._full.put(None)
             self._thread.join()
+            self._thread = None
 
     def _send(self) -> None:
         if self._piece is not None:
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="spool", daemon=True)
+                self._thread.start()
             self._full.put((self._piece, self._file, self._begin, self._end, self._at))
             self._piece = self._file = None
 
@@ -142,6 +144,6 @@ class Spool(AbstractContextManager):
             if self._error is None:
                 try:
                     file.write(memoryview(piece)[begin:end], at)
-                except OSError as error:
+                except Exception as error:  # whatever it is, who waits for a piece must hear of it
                     self._error = error
             self._free.put(piece)

@@ -70,6 +70,7 @@ def test_every_byte_in_its_place(tmp_path, small_pieces, disk):
                 buffer = bytearray(contents[number][first:last])
                 out.write(files[number], memoryview(buffer), first)
                 buffer[:] = bytes(len(buffer))  # it has been copied, and may be used again
+            out.write(files[0], memoryview(b""), SIZE)  # a tensor without elements
             out.finish()
         for path, content in zip(paths, contents, strict=True):
             assert path.read_bytes() == content
