@@ -6,7 +6,6 @@ import statistics
 from typing import Any
 
 import torch
-from hf_weights import copy_weights, randomise
 
 from megatron_mm.config import RunConfig, without_clvr
 from megatron_mm.data.sample import Sample
@@ -20,7 +19,7 @@ from speed.growth import growth
 from speed.grpo import OurGRPO, TheirGRPO, grpo_run, trl_is_missing
 from speed.measure import Timed, interleave, ratios, timed
 from speed.models import make_batch, make_run
-from speed.sides import EXPERTS, Theirs, same_weights
+from speed.sides import EXPERTS, Theirs, copy_weights, randomise, same_weights
 
 PROMPTS, GROUP = 4, 8
 LAYOUTS = ("padded", "prompt by prompt")
