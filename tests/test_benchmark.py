@@ -86,3 +86,41 @@ def test_convert_against_a_copy(tmp_path):
         # Python, torch and megatron-core alone are half of what is allowed here.
         assert 0 < found[side]["peak_bytes"] < found["allowed_peak_bytes"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_reinforcement_learning(benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)  # importing it fails, installed or not
+    arguments = "rl --models tiny --rounds 1 --warmup 0 --tokens 4"
+    found = benchmark(*arguments.split())
+    found = found["models"]["tiny"]
+    assert found["grpo_step"].startswith("not installed") and "pip install" in found["grpo_step"]
+    drawn = found["generation"]
+    assert len(set(drawn["prompt_tiles"])) > 2 and len(set(drawn["prompt_tokens"])) > 2
+    # With images and text, of four lengths: a tile in the wrong row or a padded state shows.
+    assert drawn["prompts_of_equal_greedy_tokens"] == {"padded": 4, "prompt by prompt": 4}
+    assert drawn["ratio"] > 0 and drawn["with_recorded_routes"]["ratio"] > 0
+    growth = found["token_at_512_over_16"]
+    assert growth.keys() == {"gated delta rule", "attention"}
+    # It reads 32 times the positions; 3.4 times the processor time measured.
+    assert growth["attention"]["cpu_ratio"] > growth["gated delta rule"]["cpu_ratio"] > 0
+
+
+def test_a_step_of_grpo_without_trl(benchmark):
+    """Our side of the comparison: completions of the asked length, and weights that move."""
+    from megatron_mm.config import ParallelConfig
+    from megatron_mm.parallel import groups
+
+    rl, grpo, prompts = (importlib.import_module(f"speed.{n}") for n in ("rl", "grpo", "prompts"))
+    run = rl._run("tiny")
+    samples = prompts.make_prompts(run, "tiny", 2, images=False, seed=0)
+    grpo.grpo_run(run, 2, 4, 5, max(len(sample.tokens_T) for sample in samples))
+    groups.start(ParallelConfig())
+    try:
+        ours = grpo.OurGRPO(run, groups.build(ParallelConfig()), prompts.Prompts(samples))
+        weight = ours.engine.chunks[0].output_layer.weight
+        before = weight.detach().clone()
+        lengths = [ours.step(), ours.step()]
+        ours.close()
+    finally:
+        groups.stop()
+    assert lengths == [5.0, 5.0] and not weight.equal(before)

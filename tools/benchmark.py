@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Speed of this package: python tools/benchmark.py {train,gdn,clvr,convert} [--json FILE]
+"""Speed of this package: python tools/benchmark.py {train,gdn,clvr,rl,convert} [--json FILE]
 
 train   training steps of the fused model against transformers' (tokens per second, memory)
 gdn     the gated delta rule alone, forward and backward, against transformers'
 clvr    what looks cost, and what a short stream with a memory saves
+rl      completions and steps of GRPO against transformers' and TRL's
 convert Hugging Face folders to checkpoints and back, against a plain copy of the folder
 """
 
@@ -22,16 +23,19 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, rounds in (("train", 20), ("gdn", 20), ("clvr", 20)):
+    for name, rounds in (("train", 20), ("gdn", 20), ("clvr", 20), ("rl", 8)):
         command = commands.add_parser(name)
         command.add_argument("--against", choices=["transformers"], default="transformers")
         command.add_argument("--json", type=Path, help="where to write the numbers")
         command.add_argument("--rounds", type=int, default=rounds, help="timed, of each side")
-        command.add_argument("--warmup", type=int, default=4, help="rounds before them")
+        first = 1 if name == "rl" else 4
+        command.add_argument("--warmup", type=int, default=first, help="rounds before them")
         command.add_argument("--threads", type=int, default=1)
         if name != "gdn":
             command.add_argument("--models", nargs="+", default=["tiny", "small"])
+        if name in ("train", "clvr"):
             command.add_argument("--samples", type=int, help="per step; default: of the model")
+    command.add_argument("--tokens", type=int, default=64, help="of a completion")
     command = commands.add_parser("convert")
     command.add_argument("--json", type=Path, help="where to write the numbers")
     command.add_argument("--rounds", type=int, default=3, help="timed, of each side")
@@ -53,7 +57,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_mm.parallel import groups
 
     torch.set_num_threads(args.threads)
-    from speed import clvr, convert, gdn, train
+    from speed import clvr, convert, gdn, rl, train
     from speed.measure import environment
 
     result = {"command": args.command, "environment": environment()}
@@ -65,10 +69,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             found = convert.compare(args.rounds, args.warmup, args.gigabytes, args.folder)
             return result | found
         built = groups.build(ParallelConfig())
-        compare = train.compare if args.command == "train" else clvr.compare
+        compare = {"train": train.compare, "clvr": clvr.compare, "rl": rl.compare}[args.command]
+        size = args.tokens if args.command == "rl" else args.samples
         result["models"] = {
-            name: compare(name, built, args.rounds, args.warmup, args.samples)
-            for name in args.models
+            name: compare(name, built, args.rounds, args.warmup, size) for name in args.models
         }
     finally:
         groups.stop()

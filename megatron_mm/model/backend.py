@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -28,7 +27,7 @@ from megatron_mm.config import BackendConfig, ConfigError
 from megatron_mm.model.core_attention import causal_attention
 from megatron_mm.model.experts import GroupedExperts
 from megatron_mm.model.gdn_mix import convolve_and_scan, convolve_scan_and_keep
-from megatron_mm.model.linear import column, row
+from megatron_mm.model.linear import Column, Row, column, row
 
 INSTALL_TE = (
     "pip install -e '.[cuda]' on a machine with CUDA, then "
@@ -72,9 +71,7 @@ def choose(settings: BackendConfig) -> Backend:
         return Backend(
             column=column,
             row=row,
-            shared_expert=MLPSubmodules(
-                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-            ),
+            shared_expert=MLPSubmodules(linear_fc1=Column, linear_fc2=Row),
             experts=GroupedExperts,
             core_attention=lambda: causal_attention,
             mix=mix,

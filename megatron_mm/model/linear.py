@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -12,6 +13,29 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_mm.parallel.layout import Initializer, constant, place
+
+
+class Column(ColumnParallelLinear):
+    """megatron-core's, which takes a longer way than a small product takes itself. Where neither
+    gradients nor other ranks need it, the same product without it."""
+
+    def forward(self, input_: torch.Tensor, *args, **kwargs):
+        if _plain(self) and not (args or kwargs):
+            return torch.matmul(input_, self.weight.t()), None
+        return super().forward(input_, *args, **kwargs)
+
+
+class Row(RowParallelLinear):
+    """See `Column`."""
+
+    def forward(self, input_: torch.Tensor):
+        if _plain(self):
+            return torch.matmul(input_, self.weight.t()), None
+        return super().forward(input_)
+
+
+def _plain(layer: Column | Row) -> bool:
+    return not torch.is_grad_enabled() and layer.tp_group.size() == 1 and layer.bias is None
 
 
 def column(
@@ -31,7 +55,7 @@ def column(
     inside. A `gathered_input` is whole on every rank already, and its gradient is this rank's
     part of a sum that the caller takes, if it is needed. Outputs past `whole_outputs` are padding.
     """
-    layer = ColumnParallelLinear(
+    layer = Column(
         inputs,
         outputs,
         config=config,
@@ -60,7 +84,7 @@ def row(
 ) -> nn.Module:
     """y = x W^T with the inputs split over `tp`; the sum is whole, or scattered over the
     sequence under sequence parallelism. Inputs past `whole_inputs` are padding."""
-    layer = RowParallelLinear(
+    layer = Row(
         inputs,
         outputs,
         config=config,

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.model.backend import Backend
 from megatron_mm.model.context import StreamContext
+from megatron_mm.model.experts import GroupedExperts
 from megatron_mm.parallel.layout import normal, place
 
 
@@ -74,6 +75,8 @@ class MixtureOfExperts(MoELayer):
             pg_collection=pg,
         )
         self.set_layer_number(layer + 1)
+        sizes = [group.size() for group in (pg.tp, pg.ep, pg.expt_tp)]
+        self.alone = isinstance(self.experts, GroupedExperts) and max(sizes) == 1
         sequence_parallel = config.sequence_parallel
         place(self.router.weight, normal(std), partial_gradient=sequence_parallel)
         place(self.shared_experts.gate_weight, normal(std), partial_gradient=sequence_parallel)
@@ -89,6 +92,22 @@ class MixtureOfExperts(MoELayer):
         routing, index = context.routing, self.layer_number - 1
         # megatron-core's router asks this object instead of taking the best k itself.
         self.router.router_replay = routing and routing.of_layer(index, context.recomputing)
-        hidden_t1H = super().forward(hidden_t1H, padding_mask=context.padding_1t)[0]
+        if self.alone and not torch.is_grad_enabled():
+            hidden_t1H = self._in_place(hidden_t1H, context.padding_1t)
+        else:
+            hidden_t1H = super().forward(hidden_t1H, padding_mask=context.padding_1t)[0]
         self.router.router_replay = None  # or it would hold the batch until the next one
         return hidden_t1H
+
+    def _in_place(self, hidden_t1H: torch.Tensor, padding_1t: torch.Tensor | None) -> torch.Tensor:
+        """The layer where every expert is on this rank: sums in megatron-core's order, without
+        its dispatcher, whose steps outweigh the experts' products when a row is one token."""
+        padding_t1 = None if padding_1t is None else padding_1t.t()
+        probs_tE, chosen_tE = self.router(hidden_t1H, padding_t1)
+        flat_tH, chosen_Et = hidden_t1H.flatten(0, 1), chosen_tE.t()
+        (_, token_R) = chosen_Et.nonzero(as_tuple=True)  # sorted by expert
+        rows_RH, _ = self.experts(
+            flat_tH.index_select(0, token_R), chosen_tE.sum(0), probs_tE.t()[chosen_Et]
+        )
+        mixed_tH = torch.zeros_like(flat_tH).index_add_(0, token_R, rows_RH)
+        return mixed_tH.view_as(hidden_t1H) + self.shared_experts(hidden_t1H)

@@ -117,7 +117,9 @@ class _Generation:
         fill = self.left > 0 and any(lane.free >= self.group for lane in self.lanes)
         busy = any(lane.free < lane.cache.rows for lane in self.lanes)
         wishes = torch.tensor([stop, fill, busy], dtype=torch.int32)
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.engine.groups.world)
+        world = self.engine.groups.world
+        if world.size() > 1:
+            dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=world)
         self.stopped, fill, busy = map(bool, wishes.tolist())
         if self.stopped or not (fill or busy):
             return None

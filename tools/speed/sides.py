@@ -22,7 +22,7 @@ from speed.models import image_token
 
 # The tests' table of weights serves here as well: it is checked there number by number.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from hf_weights import copy_weights  # noqa: E402
+from hf_weights import copy_weights, randomise  # noqa: E402, F401 - for rl.py too
 
 LAYOUTS = ("padded", "one by one")  # all samples in a rectangle, or each alone
 EXPERTS = ("eager", "grouped_mm")  # batched_mm copies the weights for every token: out of memory
