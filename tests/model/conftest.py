@@ -25,12 +25,15 @@ def pg():
 
 
 @pytest.fixture(autouse=True)
-def own_moe_metrics():
-    """megatron-core keeps them for the process, and as long as the first model was deep."""
+def own_moe_state():
+    """megatron-core keeps it for the process: metrics as long as the first model was deep, and a
+    scale whose shape is another where no schedule runs the backward pass."""
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     yield
     destroy_moe_metrics_tracker()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 class Double(TorchFunctionMode):

@@ -91,4 +91,4 @@ class Prompts:
 
     def read(self, numbers: list[int]) -> Drawn:
         found = [self.prompts[number % len(self.prompts)] for number in numbers]
-        return Drawn(numbers, found, numbers, [])
+        return Drawn(found, numbers, [])
