@@ -17,7 +17,7 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.evaluate import ask, open_questions, write_record
 from megatron_mm.train.feed import receive, share
-from megatron_mm.train.probe import Looks, Routes, probe
+from megatron_mm.train.probe import Load, Looks, probe
 from megatron_mm.train.report_rl import BEFORE_FILE
 
 SHOWN_PER_KEY = 3  # examples in the report
@@ -33,7 +33,7 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
     # Every replica does the same work: with expert parallelism they share forward passes.
     questions = EvalSet(engine.run.data.valid_data, engine.run, tokenizer)
     examples: list[dict] = []
-    load: dict[str, Routes] = {}
+    load: dict[str, Load] = {}
     engine.training(False)
     for key, places in _probed([record["key"] for record in records]).items():
         chosen = [records[place] for place in places]
@@ -61,7 +61,7 @@ def write_experts_before(
     records = ask(engine, tokenizer, questions, chosen, keys, stop)
     if records is None:
         return
-    load: dict[str, Routes] = {}
+    load: dict[str, Load] = {}
     engine.training(False)
     for key in probed:
         of_key = [record for record in records if record["key"] == key]
@@ -87,7 +87,7 @@ def _probed(keys: Sequence[str]) -> dict[str, list[int]]:
 
 def _probe_records(
     engine: Engine, tokenizer: Tokenizer, questions: EvalSet, records: list[dict]
-) -> tuple[list[EvalItem], list[list[int]], Looks, Routes]:
+) -> tuple[list[EvalItem], list[list[int]], Looks, Load]:
     groups = engine.groups
     items: list[EvalItem] = []
 
@@ -147,7 +147,7 @@ def _looks(
     return found
 
 
-def _experts(load: dict[str, Routes]) -> dict:
+def _experts(load: dict[str, Load]) -> dict:
     """The share of each expert among the choices made, per key and layer."""
     keys = sorted(load)
     layers = sorted({layer for counts in load.values() for layer in counts})

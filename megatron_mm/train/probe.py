@@ -7,15 +7,12 @@ and sent to the replica's reader as small tables.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
 
 import torch
 import torch.distributed as dist
 
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.moe import Router
+from megatron_mm.model.routing import Routes
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
 from megatron_mm.train.engine import Engine
@@ -23,36 +20,10 @@ from megatron_mm.train.engine import Engine
 # pair -> per sample [answer tokens, patches of that sample], averaged over heads
 Looks = dict[int, list[torch.Tensor]]
 # layer number -> [samples, experts]: tokens of each sample that chose each expert
-Routes = dict[int, torch.Tensor]
+Load = dict[int, torch.Tensor]
 
 
-@contextmanager
-def _recorded_routes(engine: Engine, sample_of_T: torch.Tensor, samples: int) -> Iterator[Routes]:
-    """Counts of this rank's shard of the stream, filled while the context is open."""
-    routes: Routes = {}
-    mine = take(sample_of_T, shard(len(sample_of_T), engine.groups.pg))
-    hooks = []
-
-    def count(layer: int):
-        def hook(module, inputs, output):
-            chosen = output[1].float().cpu()  # [t, experts]
-            table = torch.zeros(samples + 1, chosen.shape[1])
-            routes[layer] = table.index_add_(0, mine, chosen)[:samples]
-
-        return hook
-
-    for module in chain.from_iterable(chunk.modules() for chunk in engine.chunks):
-        if isinstance(module, Router):
-            layer = module.layer_number - 1
-            hooks.append(module.register_forward_hook(count(layer)))
-    try:
-        yield routes
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple[Looks, Routes]:
+def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple[Looks, Load]:
     """Run one microbatch forward and report on it; on the replica's reader, else empty.
 
     Every rank of the job calls it.
@@ -70,9 +41,14 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
     sample_of_T[:covered] = torch.arange(samples).repeat_interleave(lengths)
     weights: dict[int, list[torch.Tensor]] = {}
     nowhere = torch.zeros(0, dtype=torch.int64)
-    with _recorded_routes(engine, sample_of_T, samples) as routes:
-        engine.forward([batch], lambda batch: nowhere, lambda logits, **_: None, looks=weights)
+    chosen: Routes = {}
+    engine.forward(
+        [batch], lambda batch: nowhere, lambda logits, **_: None, looks=weights, routes=[chosen]
+    )
     groups = engine.groups
+    mine = take(sample_of_T, shard(len(sample_of_T), groups.pg))
+    experts = engine.run.model.language.num_experts
+    load = {layer: _count(routes, mine, samples, experts) for layer, routes in chosen.items()}
     stream = Segments.from_cu_seqlens(batch.cu_seqlens)
     local = stream.within(part(stream.total, groups.pg.cp))
     patches = _patches(batch, samples)
@@ -84,10 +60,19 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
             for sample in range(samples)
         ]
     parts: list = [None] * groups.replica.size()
-    dist.all_gather_object(parts, (looks, routes), group=groups.replica)
+    dist.all_gather_object(parts, (looks, load), group=groups.replica)
     if not groups.is_reader:
         return {}, {}
     return _merge(parts, groups.pg.tp.size())
+
+
+def _count(
+    routes_tk: torch.Tensor, sample_of_t: torch.Tensor, samples: int, experts: int
+) -> torch.Tensor:
+    """fp32 [samples, experts]: how many of a sample's positions here chose each expert."""
+    table = torch.zeros(samples + 1, experts)
+    where = sample_of_t.unsqueeze(1), routes_tk.long().cpu()
+    return table.index_put_(where, torch.ones(()), accumulate=True)[:samples]
 
 
 def _patches(batch: Microbatch, samples: int) -> list[int]:
@@ -122,16 +107,16 @@ def _answer_rows(
     return rows
 
 
-def _merge(parts: list[tuple[Looks, Routes]], tp_size: int) -> tuple[Looks, Routes]:
+def _merge(parts: list[tuple[Looks, Load]], tp_size: int) -> tuple[Looks, Load]:
     """Heads are split over tensor-parallel ranks, positions over context-parallel ones, and the
     positions of the routes over both."""
     looks: Looks = {}
-    routes: Routes = defaultdict(lambda: torch.zeros(()))
-    for some_looks, some_routes in parts:
+    load: Load = defaultdict(lambda: torch.zeros(()))
+    for some_looks, some_load in parts:
         for pair, per_sample in some_looks.items():
             shares = [weights / tp_size for weights in per_sample]
             known = looks.get(pair, [0.0] * len(shares))
             looks[pair] = [a + b for a, b in zip(known, shares, strict=True)]
-        for layer, counts in some_routes.items():
-            routes[layer] = routes[layer] + counts
-    return looks, dict(routes)
+        for layer, counts in some_load.items():
+            load[layer] = load[layer] + counts
+    return looks, dict(load)
