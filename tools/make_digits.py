@@ -2,8 +2,9 @@
 
     python tools/make_digits.py --out runs/demo/data --grid 3 --images 6000 --seed 1
 
-align.jsonl (transcribe only) and mix.jsonl (all skills) show training scans, valid.jsonl
-only scans held out from both. The same arguments always write the same files.
+align.jsonl (transcribe only), mix.jsonl (all skills) and rl.jsonl (questions whose answer may
+take any form) show training scans, valid.jsonl only scans held out from them. The same arguments
+always write the same files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from megatron_mm.data.digits import DEFAULT_WEIGHTS, PHRASES, Row, ask, load_scans, render
+from megatron_mm.data.digits import (
+    DEFAULT_WEIGHTS,
+    FREE_KEYS,
+    PHRASES,
+    Row,
+    ask,
+    load_scans,
+    render,
+)
 from megatron_mm.data.tokenizer import Tokenizer, train_sentencepiece
 
 TOKENIZER_SAMPLE = 5000  # rows whose text trains the tokenizer; every wording occurs in them
@@ -33,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--valid-images", type=int, default=1000, help="validation images")
     parser.add_argument("--align-per-image", type=int, default=3, help="rows of align.jsonl each")
     parser.add_argument("--mix-per-image", type=int, default=8, help="rows of mix.jsonl each")
+    parser.add_argument("--rl-per-image", type=int, default=3, help="rows of rl.jsonl each")
     parser.add_argument("--valid-per-key", type=int, default=500, help="rows per skill and form")
     parser.add_argument("--jitter", type=int, default=0, help="largest shift of a digit, pixels")
     parser.add_argument("--vocab-size", type=int, default=448, help="most tokens, x64 for speed")
@@ -45,7 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"share of a key in mix.jsonl, e.g. ocr/steps=2; default {DEFAULT_WEIGHTS}",
     )
     args = parser.parse_args(argv)
-    for name in ("images", "valid_images", "align_per_image", "mix_per_image", "valid_per_key"):
+    numbers = ("images", "valid_images", "align_per_image", "mix_per_image", "rl_per_image")
+    for name in (*numbers, "valid_per_key"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1")
     if not 0 <= args.jitter < 8:
@@ -100,7 +111,7 @@ def valid_questions(
     scenes: list[tuple[str, list]], per_key: int, grid: int, rng: Random
 ) -> list[Row]:
     """`per_key` questions of every key, the keys taking turns, so that any first part of the
-    file is balanced. Both forms of a skill ask the same questions: they can be paired."""
+    file is balanced. All forms of a skill ask the same questions: they can be paired."""
     rows = []
     seeds = {skill.split("/")[0]: rng.random() for skill in DEFAULT_WEIGHTS}
     for number in range(per_key):
@@ -139,8 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     draws = args.images * args.mix_per_image
     keys = rng.choices(list(args.weights), weights=list(args.weights.values()), k=draws)
     mix = questions(train, keys, args.mix_per_image, args.grid, rng)
+    free = questions(train, list(FREE_KEYS), args.rl_per_image, args.grid, rng)
     valid = valid_questions(held_out, args.valid_per_key, args.grid, rng)
-    for name, rows in (("align", align), ("mix", mix), ("valid", valid)):
+    for name, rows in (("align", align), ("mix", mix), ("rl", free), ("valid", valid)):
         write_jsonl(args.out / f"{name}.jsonl", rows)
     tokenizer = train_tokenizer(args, align + mix)
     print(

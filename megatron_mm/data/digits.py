@@ -2,7 +2,9 @@
 
 Everything is counted from 0, row by row: cell 4 is the centre of a 3x3 grid, row 0 the top
 row. Every question has a `direct` form (the answer alone) and a `steps` form (every step
-written out as a span with its own skill and its own value, checkable against the scene).
+written out as a span with its own skill and its own value, checkable against the scene). A
+`free` question leaves the form to the one who answers: its tuning data mostly answer at once,
+and which form is right more often is for reinforcement learning to find out.
 """
 
 from __future__ import annotations
@@ -31,7 +33,14 @@ DEFAULT_WEIGHTS = {
     "spatial/steps": 1.0,
     "arithmetic/steps": 1.0,
     "multihop/steps": 4.0,
+    "count/free": 0.5,
+    "spatial/free": 0.5,
+    "arithmetic/free": 0.5,
+    "multihop/free": 0.5,
 }
+FREE_KEYS = tuple(key for key in DEFAULT_WEIGHTS if key.endswith("/free"))
+WRITTEN_OUT = 0.1  # share of the free questions whose steps are shown
+ENDINGS = {"direct": "?", "steps": "? Show steps.", "free": "? Show steps or not."}
 
 # One token each in the demo's tokenizer: training time on a CPU is proportional to tokens.
 PHRASES = (
@@ -39,6 +48,7 @@ PHRASES = (
         "user\n",
         "assistant\n",
         "? Show steps.",
+        "? Show steps or not.",
         "Read all cells",
         "Read row ",
         "Read cells ",
@@ -102,26 +112,26 @@ def ask(key: str, digits: Sequence[int], grid: int, rng: Random) -> Row | None:
     """A question of kind `key` ("ocr", "ocr/steps"...) about a scene showing `digits`
     [grid*grid], as a row without its image. None if the scene allows no such question."""
     skill, _, form = key.partition("/")
+    form = form or "direct"
     made = _QUESTIONS[skill](digits, grid, rng)
     if made is None:
         return None
     question, answer, spans = made
-    steps = form == "steps"
-    if not steps:
+    steps = ", ".join(span["text"] for span in spans)
+    written = form == "steps" or (form == "free" and rng.random() < WRITTEN_OUT)
+    if form == "direct":
         scorer = "per_word" if skill == "transcribe" else "exact"
-        written, spans = answer, [_span(answer, skill, answer)]
+        spans = [_span(answer, skill, answer)]
     else:
         scorer = "per_clause" if skill == "transcribe" else "last_word"
-        written = ", ".join(span["text"] for span in spans)
-    content = f"<image>{question}? Show steps." if steps else f"<image>{question}?"
     return {
         "messages": [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": written},
+            {"role": "user", "content": f"<image>{question}{ENDINGS[form]}"},
+            {"role": "assistant", "content": steps if written else answer},
         ],
         "images": [],
         "skill": skill,
-        "form": form or "direct",
+        "form": form,
         "ground_truth": answer,
         "scorer": scorer,
         "spans": spans,

@@ -47,9 +47,13 @@ def load_labeller(entry: str) -> Labeller:
 def clauses(row: Row, text: str, where: str) -> list[Label]:
     """The text is cut at ", ". Clause i has the skill of the row's span i, and is right if it is
     that span's text; clauses beyond the spans have no skill. A span whose own text holds ", " is
-    compared with as many clauses together."""
+    compared with as many clauses together. One word is the answer at once, if the last span
+    has a `value`: it exercises that span's skill, and is right if it is that value."""
+    spans = _spans(row, where)
+    if spans and "value" in spans[-1] and len(text.split()) == 1:
+        return [Label(0, len(text), spans[-1]["skill"], text.strip() == spans[-1]["value"])]
     labels, start = [], 0
-    for span in _spans(row, where):
+    for span in spans:
         if start > len(text):
             break  # the completion has fewer clauses than the row spans
         stop = start - len(BETWEEN)

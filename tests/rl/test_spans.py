@@ -39,6 +39,7 @@ def row_of(*spans, **more):
     return {"spans": [{"text": text, "skill": skill} for text, skill in spans], **more}
 
 
+HOPPED = [("5", "6", "ocr"), ("6", "8", "multihop")]
 HOPS = row_of(("cell 5 is 6", "ocr"), ("cell 6 is 8", "multihop"))
 
 
@@ -61,6 +62,14 @@ def test_clauses_are_compared_with_the_spans_in_order():
     listed = row_of(("3, 4", "count"), ("7", "sum"))
     assert parts(listed, "3, 4, 7") == [("3, 4", "count", True), ("7", "sum", True)]
     assert parts(listed, "3") == [("3", "count", False)]
+
+
+def test_an_answer_at_once_exercises_the_last_skill():
+    steps = [{"text": f"cell {a} is {b}", "skill": s, "value": b} for a, b, s in HOPPED]
+    assert parts({"spans": steps}, "8") == [("8", "multihop", True)]
+    assert parts({"spans": steps}, "6") == [("6", "multihop", False)]
+    assert parts({"spans": steps}, "cell 5 is 6") == [("cell 5 is 6", "ocr", True)]
+    assert parts({"spans": steps[:1]}, "6") == [("6", "ocr", True)]
 
 
 def test_whole_is_scored_as_in_evaluation():
@@ -86,9 +95,12 @@ def test_the_demos_own_answers_are_right(tokenizer, key):
             row = ask(key, [rng.randrange(10) for _ in range(9)], 3, rng)
         ids = [*tokenizer.encode(row["messages"][-1]["content"]), tokenizer.message_end_id]
         labels = token_labels(row, ids, tokenizer, load_labeller("clauses"), "a:1")
-        assert [label.skill for label in labels] == [span["skill"] for span in row["spans"]]
+        spans, answer = row["spans"], row["messages"][-1]["content"]
+        if spans[-1]["text"] not in answer:  # a free question answered at once
+            spans = [spans[-1] | {"text": answer}]
+        assert [label.skill for label in labels] == [span["skill"] for span in spans]
         assert all(label.correct for label in labels)
-        for label, span in zip(labels, row["spans"], strict=True):
+        for label, span in zip(labels, spans, strict=True):
             assert span["text"] in tokenizer.decode(ids[label.start : label.stop])
             # One more token at an end would not be of this span.
             assert span["text"] not in tokenizer.decode(ids[label.start + 1 : label.stop])
