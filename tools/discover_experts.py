@@ -8,7 +8,8 @@
 The model reads rows with their own answers; which experts the labelled spans took, given the
 token, becomes clusters, and two halves of the rows say how far these are more than chance.
 Written are the map and, beside it, a picture of the same name. `--selectivity VALID.jsonl` also
-asks questions with each skill's cluster forbidden. The model is the checkpoint's, the layout
+asks questions with each skill's cluster forbidden. `--skill-map MAP` finds no clusters, but says
+the same of those in a map that an earlier state of the model gave. The model is the checkpoint's, the layout
 may be any, in training's flags; so may --transformer-impl and its like, --tokenizer-model,
 --eval-samples, --eval-batch-size and --max-new-tokens.
 """
@@ -51,6 +52,7 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--cluster-size", type=int, default=2, help="most experts a layer")
     parser.add_argument("--min-lift", type=float, default=1.1)
     parser.add_argument("--seed", type=int, default=1, help="of the order of rows")
+    parser.add_argument("--skill-map", type=Path, help="measure this map; find no other")
     parser.add_argument("--selectivity", metavar="FILE", help="questions for the causal test")
     args, rest = parser.parse_known_args(argv)
     for name, least in (("samples", 2), ("batch_size", 1), ("cluster_size", 1)):
@@ -136,6 +138,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm.data.tokenizer import load_tokenizer
     from megatron_mm.parallel import groups
     from megatron_mm.rl.errors import RLError
+    from megatron_mm.rl.skill_map import load_skill_map
     from megatron_mm.train.discover import probe_and_discover
     from megatron_mm.train.engine import Engine
     from megatron_mm.train.skill_probe import Probe
@@ -153,6 +156,11 @@ def main(argv: list[str]) -> int:
         started = True
         engine = Engine.create(run, groups.build(run.parallel))
         sharded.load(engine, path, finetune=True)
+        given = None
+        if args.skill_map is not None:
+            language = run.model.language
+            sizes = (engine.config.num_layers, language.num_experts, language.moe_router_topk)
+            given = load_skill_map(args.skill_map, *sizes)
         probe = Probe(args.data, args.labeller, args.samples, args.batch_size, args.seed)
         found, causal = probe_and_discover(
             engine,
@@ -163,6 +171,7 @@ def main(argv: list[str]) -> int:
             min_lift=args.min_lift,
             info={"checkpoint": str(path)},
             selectivity=args.selectivity is not None,
+            given=given,
         )
         if rank == 0:
             print("\n".join(table(found, causal)))

@@ -12,7 +12,7 @@ Shapes: L layers, E experts, S skills.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,9 +105,9 @@ def discover(
         agreement[given_token] = stability(one, other, experts)
         if given_token:
             correlated = correlation(*found)
-    information = [mutual_information(counts.layer(layer)) for layer in range(layers)]
-    total = sum(nats for nats, _ in information) / layers
-    by_shuffling = [_information(other) for other in shuffled]
+    told = _told(counts, shuffled)
+    total = sum(told["mutual_information"]) / layers
+    by_shuffling = told["mutual_information_shuffled"]
     warning = stability_warning(agreement[True], agreement[False], total, by_shuffling)
     rows = _rows(counts, lift_LES, named, moe_router_topk)
     info = dict(info) | {
@@ -118,13 +118,38 @@ def discover(
         "stability": asdict(agreement[True]),
         "stability_without_token": asdict(agreement[False]),
         "lift_correlation": correlated,
-        "mutual_information": [nats for nats, _ in information],
-        "mutual_information_by_chance": [chance for _, chance in information],
-        "mutual_information_shuffled": by_shuffling,
         "warning": warning,
     }
-    skill_map = SkillMap(layers, experts, moe_router_topk, kept, info)
+    skill_map = SkillMap(layers, experts, moe_router_topk, kept, info | told)
     return Found(skill_map, list(skills), lift_LES, rows, warning)
+
+
+def measure(
+    halves: Sequence[RouteCounts],
+    shuffled: Sequence[RouteCounts],
+    skills: Sequence[str],
+    skill_map: SkillMap,
+    info: Mapping[str, Any],
+) -> Found:
+    """What the same counts say of a map that was found elsewhere, before training or with another
+    model of the sizes: its clusters stay, `rows` and the information are these routes'."""
+    counts = halves[0] + halves[1]
+    lift_LES = lifts(counts)
+    nothing: list[list[int]] = [[] for _ in range(skill_map.num_layers)]
+    named = {skill: skill_map.skills.get(skill, nothing) for skill in skills}
+    rows = _rows(counts, lift_LES, named, skill_map.moe_router_topk)
+    info = skill_map.info | dict(info) | _told(counts, shuffled) | {"measured": rows}
+    return Found(replace(skill_map, info=info), list(skills), lift_LES, rows, None)
+
+
+def _told(counts: RouteCounts, shuffled: Sequence[RouteCounts]) -> dict[str, Any]:
+    """What routes tell of skills given the token, in nats: by layer, and by chance."""
+    information = [mutual_information(counts.layer(layer)) for layer in range(counts.sizes[0])]
+    return {
+        "mutual_information": [nats for nats, _ in information],
+        "mutual_information_by_chance": [chance for _, chance in information],
+        "mutual_information_shuffled": [_information(other) for other in shuffled],
+    }
 
 
 def _information(counts: RouteCounts) -> float:

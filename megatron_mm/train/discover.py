@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_mm.data.errors import DataError
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.rl.discover import Found, causal_test, discover
+from megatron_mm.rl.discover import Found, causal_test, discover, measure
 from megatron_mm.rl.errors import RLError
 from megatron_mm.rl.skill_map import SkillMap, save_skill_map
 from megatron_mm.train.engine import Engine
@@ -30,11 +30,13 @@ def probe_and_discover(
     min_lift: float,
     info: dict[str, Any],
     selectivity: bool = False,
+    given: SkillMap | None = None,
 ) -> tuple[Found, dict | None]:
     """(what was found, the causal test if asked for), the same on every rank. The first rank
     writes the map to `out`, and its picture beside it. Every rank of the job calls it.
 
     Args:
+        given: measure the clusters of this map in place of finding others.
         info: kept in the map, with the probe and what was found about the map.
         selectivity: run the causal test on the run's `valid_data`, and add it to the map.
     Raises:
@@ -46,16 +48,19 @@ def probe_and_discover(
     found: list[Found | None] = [None]
     error = None
     if counted.halves:
+        counts = (counted.halves, counted.shuffled, counted.skills)
+        info = info | asdict(probe) | {"samples": counted.samples}
         try:
-            found[0] = discover(
-                counted.halves,
-                counted.shuffled,
-                counted.skills,
-                moe_router_topk=engine.run.model.language.moe_router_topk,
-                cluster_size=cluster_size,
-                min_lift=min_lift,
-                info=info | asdict(probe) | {"samples": counted.samples},
-            )
+            if given is not None:
+                found[0] = measure(*counts, given, info)
+            else:
+                found[0] = discover(
+                    *counts,
+                    moe_router_topk=engine.run.model.language.moe_router_topk,
+                    cluster_size=cluster_size,
+                    min_lift=min_lift,
+                    info=info,
+                )
         except RLError as problem:
             error = str(problem)
     agree(groups, error)

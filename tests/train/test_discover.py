@@ -139,6 +139,21 @@ def test_the_tool_runs_the_causal_test(tool, place, scenes, tmp_path):
     assert info["causal_test"]["accuracy"].keys() == {"alpha", "beta"}
     assert info["checkpoint"].endswith("iter_0000001")
 
+    # Measured on the same rows, the map is what it was; on others its clusters stay.
+    again = tmp_path / "again.json"
+    for samples in (80, 40):
+        status, told, errors = tool(
+            "--checkpoint", place / "model", "--data", place / "rows.jsonl", "--out", again,
+            "--samples", samples, "--skill-map", out,
+        )  # fmt: skip
+        assert status == 0, errors
+        measured = load_skill_map(again, 2, 8, 2)
+        assert measured.skills == load_skill_map(out, 2, 8, 2).skills
+        same = measured.info["mutual_information"] == info["mutual_information"]
+        assert same == (samples == 80)
+        words = [line.split()[:6] for line in told.splitlines()[1:3]]
+        assert (words == [line.split()[:6] for line in lines[1:3]]) == (samples == 80)
+
 
 def test_a_cluster_of_nearly_all_experts_cannot_be_forbidden():
     skill_map = SkillMap(2, 8, 2, {"alpha": [[], [0, 1, 2, 3, 4, 5, 6]]})
@@ -157,6 +172,7 @@ def test_a_cluster_of_nearly_all_experts_cannot_be_forbidden():
         ({"--labeller": "paragraphs"}, 1, "labeller 'paragraphs' is not built in"),
         ({"--min-lift": "50"}, 1, "no expert of 2 x 8 has a lift of 50 for any of 2 skills"),
         ({"--min-lift": "0.5"}, 2, "--min-lift is 0.5; allowed: more than 1"),
+        ({"--skill-map": "nowhere.json"}, 1, "skill map nowhere.json: No such file"),
         ({"--samples": "1"}, 2, "--samples is 1; allowed: 2 or more"),
         ({"--lr": "1"}, 2, "--lr is not for discovering"),
         ({"--out": "map.txt"}, 2, "--out is map.txt; allowed: a name that ends in .json"),
