@@ -61,31 +61,57 @@ def write_run(folder: Path, right: dict[str, float], seed: int, hit_rate: float 
     (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
 
 
+def write_experts(folder: Path, hit: float, nats: float, selective: float):
+    """What the discovery tool says of a run's end."""
+    measured = {"ocr": {"hit": hit, "experts": 2.0}, "sum": {"hit": 0.0, "experts": 0.0}}
+    info = {"measured": measured, "mutual_information": [nats, nats + 0.2]}
+    info["causal_test"] = {"selectivity": {"ocr": selective, "sum": selective + 0.2}}
+    (folder / "experts.json").write_text(json.dumps({"info": info}))
+
+
 def test_the_table_is_of_what_is_finished(tmp_path):
     for seed in (1, 2, 3):
         at = tmp_path / "clvr" / f"seed{seed}"
-        write_run(at / "sft_continued", {"ocr": 0.6, "count": 0.3}, seed)
-        write_run(at / "grpo", {"ocr": 0.8, "count": 0.4}, seed + 10)
+        write_run(at / "sft_continued", {"ocr/free": 0.6, "sum/free": 0.3, "ocr": 0.9}, seed)
+        write_run(at / "grpo", {"ocr/free": 0.8, "sum/free": 0.4, "ocr": 0.9}, seed + 10)
+        write_experts(at / "grpo", 0.3, 0.1, 0.1)
         if seed < 3:
-            write_run(at / "earl", {"ocr": 0.8, "count": 0.4}, seed + 20, hit_rate=0.4)
+            write_run(at / "earl", {"ocr/free": 0.8, "sum/free": 0.4, "ocr": 0.9}, seed + 20)
+            write_experts(at / "earl", 0.5 + 0.01 * seed, 0.1, 0.1 + 0.2 * seed)
+    write_run(
+        tmp_path / "none" / "seed2" / "grpo", {"ocr/free": 0.1, "sum/free": 0.1, "ocr": 0.1}, 4
+    )
     (tmp_path / "clvr" / "seed1" / "unfinished").mkdir()
     text, rows = arms_table.table(tmp_path)
-    found = {row["arm"]: row for row in rows}
+    found = {row["arm"]: row for row in rows if row["memory"] == "clvr"}
     assert found.keys() == {"sft_continued", "grpo", "earl"} and "unfinished" not in text
-    assert (found["grpo"]["seeds"], found["earl"]["seeds"], found["grpo"]["questions"]) == (
-        3,
-        2,
-        800,
-    )
-    mean, low, high = found["grpo"]["differences"]["sft_continued"]
+    seeds = [found[arm]["seeds"] for arm in ("grpo", "earl")]
+    assert seeds == [3, 2] and found["grpo"]["questions"] == 800
+    assert found["grpo"]["accuracy"] == pytest.approx(0.6, abs=0.05)
+    assert found["grpo"]["others"] == pytest.approx(0.9, abs=0.05)
+    over = found["grpo"]["differences"]["clvr sft_continued"]
+    mean, low, high = over["accuracy"]
     # 0.15 expected, of 2,400 questions: a standard error of 0.02.
-    assert 0.09 < low < mean < high < 0.21
-    mean, low, high = found["earl"]["differences"]["grpo"]
-    assert low < 0 < high and high - low < 0.16
-    assert "earl_shuffled" not in found["earl"]["differences"]
-    first, last = found["earl"]["router"]["hit_rate"]
-    assert (first, last) == (pytest.approx(0.4), pytest.approx(0.5))
-    assert found["grpo"]["router"] == {}
+    assert over["seeds"] == 3 and 0.09 < low < mean < high < 0.21
+    assert over["others"][1] < 0 < over["others"][2] and "hit_rate" not in over
+    assert found["grpo"]["differences"]["none grpo"]["seeds"] == 1
+    over = found["earl"]["differences"]["clvr grpo"]
+    assert over["accuracy"][1] < 0 < over["accuracy"][2]
+    assert found["earl"]["experts"] == pytest.approx(
+        {"hit_rate": 0.515, "mutual_information": 0.2, "selectivity": 0.5}
+    )
+    # Two seeds, 0.21 and 0.22: t of one degree of freedom is 12.7 times a standard error of 0.005.
+    assert over["hit_rate"] == pytest.approx((0.215, 0.1515, 0.2785), abs=1e-4)
+    assert over["mutual_information"] == pytest.approx((0, 0, 0), abs=1e-12)
+    assert "clvr earl_shuffled" not in found["earl"]["differences"]
+
+
+def test_runs_that_were_asked_other_questions_are_not_compared(tmp_path):
+    write_run(tmp_path / "one", {"ocr": 0.6}, 1)
+    write_run(tmp_path / "other", {"count": 0.6}, 1)
+    one, other = (arms_table.read_scores(tmp_path / name) for name in ("one", "other"))
+    with pytest.raises(SystemExit, match="other questions: 0 of 800 are shared"):
+        arms_table.difference([one], [other])
 
 
 def test_before_and_after_adds_to_the_results(tmp_path, capsys):
@@ -96,7 +122,7 @@ def test_before_and_after_adds_to_the_results(tmp_path, capsys):
     )
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert results["iteration"] == 3 and results["sft"].keys() == results["earl"].keys() == {"ocr"}
-    assert results["difference"][1] > 0.15
+    assert results["difference"]["reinforced questions"][1] > 0.15
     assert results["router"]["hit_rate"] == pytest.approx({"before": 0.3, "after": 0.4})
     said = capsys.readouterr().out
     assert "ocr" in said and "95 % interval" in said

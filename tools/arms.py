@@ -3,10 +3,11 @@
     python tools/arms.py --out runs/arms --seeds 1 2 3
     python tools/arms.py --out runs/arms --arms grpo earl --memory clvr none --seeds 1
 
-For every memory and seed one model is trained (`demo.yaml`), its experts are discovered, and each
-arm (`examples/digits/arms/*.yaml`) goes on from it. What is done already is not done again, so a
-stopped comparison goes on. The table is made from the runs' files alone; `--table` only makes it.
-`sft_continued` trains for as long as `grpo` of the same memory and seed did.
+For every memory and seed one model is trained (`demo.yaml`, on the scenes of runs/demo/data), its
+experts are discovered, each arm (`examples/digits/arms/*.yaml`) goes on from it, and what the arm
+made of these experts is measured. What is done already is not done again, so a stopped comparison
+goes on. The table is made from the runs' files alone; `--table` only makes it. `sft_continued`
+trains for as long as `grpo` of the same memory and seed did.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 DIGITS = ROOT / "examples" / "digits"
+DATA = Path("runs/demo/data")  # as the configs say
+ASKED = 960  # questions of the causal test, once for each skill
 ARMS = ("grpo", "sft_continued", "earl", "earl_shuffled", "earl_scalar")  # grpo sets the time
 # What the looks may see, and two controls: keys that do not say where they are, and a memory
 # no richer than the stream.
@@ -38,8 +41,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/arms"))
-    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--memory", nargs="+", choices=MEMORIES, default=["clvr"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--sft-iters", type=int, help="steps before the arms; default the demo's")
@@ -73,22 +75,31 @@ def train(config: Path, folder: Path, flags: list[str]) -> None:
     )
 
 
+def discover(checkpoint: Path, out: Path, flags: list[str]) -> None:
+    """Unless it is done."""
+    if out.exists():
+        return
+    tool = [sys.executable, str(ROOT / "tools" / "discover_experts.py"), "--samples=2000"]
+    tool += ["--checkpoint", str(checkpoint), "--data", str(DATA / "mix.jsonl")]
+    part = out.with_name(f"part_{out.name}")
+    run([*tool, "--out", str(part), *flags], out.with_suffix(".log"))
+    part.rename(out)
+
+
 def compare(args: argparse.Namespace, memory: str, seed: int) -> None:
     """All arms of one memory and seed."""
     folder = args.out / memory / f"seed{seed}"
     given = [*MEMORIES[memory], "--seed", str(seed)]
-    given += ["--tokenizer-model", str(args.data / "tokenizer.model")]
-    given += ["--valid-data", str(args.data / "valid.jsonl")]
-    base = folder / "sft"
+    base, skill_map = folder / "sft", folder / "map.json"
     iters = [] if args.sft_iters is None else ["--train-iters", str(args.sft_iters)]
     train(DIGITS / "demo.yaml", base, [*given, *iters, "--save", str(base / "checkpoint")])
-    skill_map = folder / "map.json"
-    if not skill_map.exists():
-        discover = [sys.executable, str(ROOT / "tools" / "discover_experts.py"), "--samples=2000"]
-        discover += ["--checkpoint", str(base / "checkpoint"), "--out", str(skill_map)]
-        run([*discover, "--data", str(args.data / "mix.jsonl")], folder / "discover.log")
+    discover(base / "checkpoint", skill_map, [])
+    measured = ["--skill-map", str(skill_map), "--selectivity", str(DATA / "valid.jsonl")]
+    measured += ["--eval-samples", str(ASKED)]
+    discover(base / "checkpoint", base / "experts.json", measured)
     for arm in [name for name in ARMS if name in args.arms]:
         flags = [*given, "--load", str(base / "checkpoint")]
+        flags += ["--save", str(folder / arm / "checkpoint")]
         if arm.startswith("earl"):
             flags += ["--skill-map", str(skill_map)]
         if arm == "sft_continued":
@@ -100,6 +111,7 @@ def compare(args: argparse.Namespace, memory: str, seed: int) -> None:
         elif args.rl_iters is not None:
             flags += ["--train-iters", str(args.rl_iters)]
         train(DIGITS / "arms" / f"{arm}.yaml", folder / arm, flags)
+        discover(folder / arm / "checkpoint", folder / arm / "experts.json", measured)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,8 +119,9 @@ def main(argv: list[str] | None = None) -> None:
 
     args = arguments(argv)
     if not args.table:
-        if not (args.data / "mix.jsonl").exists():
-            raise SystemExit(f"{args.data}: no digit scenes; python tools/make_digits.py --out DIR")
+        if not (DATA / "rl.jsonl").exists():
+            make = f"python tools/make_digits.py --out {DATA} --jitter 1"
+            raise SystemExit(f"{DATA}: no digit scenes; {make}")
         for memory in args.memory:
             for seed in args.seeds:
                 compare(args, memory, seed)

@@ -1,4 +1,4 @@
-"""The table of `arms.py`: accuracies of arms, and their differences question by question.
+"""The table of `arms.py`: accuracies and experts of arms, and how far they differ.
 
     python tools/arms_table.py --before runs/demo --after runs/demo/earl
 
@@ -10,24 +10,28 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 RESAMPLES = 2000  # of the questions, for an interval
-AGAINST = {  # the differences that are shown
-    "grpo": ("sft_continued",),
+TRAINED = "/free"  # the form of the questions that are reinforced
+AGAINST = {  # arms of one memory
+    "sft_continued": ("sft",),
+    "grpo": ("sft", "sft_continued"),
     "earl": ("grpo", "earl_shuffled", "earl_scalar"),
     "earl_shuffled": ("grpo",),
     "earl_scalar": ("grpo",),
 }
+EXPERTS = ("hit_rate", "mutual_information", "selectivity")
 LAST = 10  # rollouts whose router metrics are averaged
 ROUTER = ("hit_rate", "hit_rate_shuffled", "mutual_information", "max_violation")
 
 # key of a question's kind -> index of the question -> score
 Scores = Mapping[str, Mapping[int, float]]
+Interval = tuple[float, float, float]  # mean, low, high
 
 
 def read_scores(folder: Path) -> Scores:
@@ -38,17 +42,33 @@ def read_scores(folder: Path) -> Scores:
     return scores
 
 
-def accuracy(scores: Scores) -> float:
+def part(scores: Scores, trained: bool) -> Scores:
+    """Only the questions in the form that is reinforced, or only the others. Runs that know no
+    such form have been trained on all."""
+    kinds = [key for key in scores if key.endswith(TRAINED)] or list(scores)
+    return {key: found for key, found in scores.items() if (key in kinds) == trained}
+
+
+def accuracy(scores: Scores) -> float | None:
     """Mean over kinds of questions of their mean scores."""
+    if not scores:
+        return None
     return float(np.mean([np.mean([*of_key.values()]) for of_key in scores.values()]))
 
 
-def difference(ours: list[Scores], theirs: list[Scores], seed: int = 0) -> tuple[float, ...]:
-    """(mean, low, high): how much higher our accuracy is, and its 95 % interval.
+def difference(ours: Sequence[Scores], theirs: Sequence[Scores], seed: int = 0) -> Interval:
+    """How much higher our accuracy is, and its 95 % interval.
 
     The same questions are resampled for both sides and all seeds of training: the interval is
     that of other questions, not of other seeds, whose own differences the table lists.
     """
+    asked = [{(key, i) for key in s for i in s[key]} for s in (*ours, *theirs)]
+    shared = set.intersection(*asked)
+    total = len(set.union(*asked))
+    if len(shared) < total:
+        raise SystemExit(
+            f"the runs were asked other questions: {len(shared)} of {total} are shared"
+        )
     rng = np.random.default_rng(seed)
     keys = sorted(ours[0])
     gaps = []  # of each kind: mean over seeds for each question
@@ -63,6 +83,121 @@ def difference(ours: list[Scores], theirs: list[Scores], seed: int = 0) -> tuple
     return float(np.mean([gap.mean() for gap in gaps])), float(low), float(high)
 
 
+def over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
+    """The paired difference and its 95 % interval by Student's t; None for less than two seeds."""
+    from scipy import stats  # slow to import
+
+    gaps = np.subtract(ours, theirs)
+    if len(gaps) < 2:
+        return None
+    half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
+    return float(gaps.mean()), float(gaps.mean() - half), float(gaps.mean() + half)
+
+
+def read_experts(folder: Path) -> dict[str, float]:
+    """What `discover_experts.py --skill-map` said of a run's end: the share of routes into the
+    skill's cluster, nats between experts and skills given the token (mean over layers), how much
+    more a skill suffers without its cluster than the others (means over skills)."""
+    path = folder / "experts.json"
+    if not path.exists():
+        return {}
+    info = json.loads(path.read_text())["info"]
+    hits = [row["hit"] for row in info["measured"].values() if row["experts"]]
+    found = {"hit_rate": np.mean(hits), "mutual_information": np.mean(info["mutual_information"])}
+    if "causal_test" in info:
+        found["selectivity"] = np.mean([*info["causal_test"]["selectivity"].values()])
+    return {name: float(value) for name, value in found.items()}
+
+
+def table(out: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The table as text, and as rows: of all finished runs under `out`/memory/seedN/arm."""
+    runs: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
+    for done in sorted(out.glob("*/seed*/*/answers.jsonl")):
+        arm, seed, memory = done.parent, done.parents[1].name, done.parents[2].name
+        runs[memory, arm.name][seed] = arm
+    rows = [_row(runs, memory, arm) for memory, arm in runs]
+    head = f"{'memory':<15}{'arm':<15}{'seeds':>6}{'questions':>10}{'accuracy':>10}{'others':>8}"
+    head += "".join(f"{name:>20}" for name in EXPERTS)
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        text = f"{row['memory']:<15}{row['arm']:<15}{row['seeds']:>6}{row['questions']:>10}"
+        text += f"{row['accuracy']:>10.3f}{_short(row['others']):>8}"
+        lines.append(text + "".join(f"{_short(row['experts'].get(n)):>20}" for n in EXPERTS))
+    lines += [
+        "",
+        "differences, with 95 % intervals: accuracies' over questions, the rest's over seeds",
+    ]
+    for row in rows:
+        for other, gaps in row["differences"].items():
+            lines.append(f"{row['memory']} {row['arm']} over {other} ({gaps['seeds']} seeds):")
+            parts = [f"{k} {_interval(gap)}" for k, gap in gaps.items() if isinstance(gap, tuple)]
+            lines.append("    " + ", ".join(parts))
+    return "\n".join(lines), rows
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(gap: Interval) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gap)
+
+
+Runs = Mapping[tuple[str, str], Mapping[str, Path]]
+
+
+def _row(runs: Runs, memory: str, arm: str) -> dict[str, Any]:
+    seeds = runs[memory, arm]
+    scores = [read_scores(folder) for folder in seeds.values()]
+    trained = [part(s, True) for s in scores]
+    experts = [read_experts(folder) for folder in seeds.values()]
+    others = [(f"{memory} {other}", (memory, other)) for other in AGAINST.get(arm, ())]
+    others += [(f"{m} {arm}", (m, arm)) for m, a in runs if a == arm and m != memory == "clvr"]
+    return {
+        "memory": memory,
+        "arm": arm,
+        "seeds": len(seeds),
+        "questions": sum(len(of_key) for of_key in trained[0].values()),
+        "accuracy": _mean(accuracy(s) for s in trained),
+        "others": _mean(accuracy(part(s, False)) for s in scores),
+        "by_seed": dict(zip(seeds, map(accuracy, trained), strict=True)),
+        "by_key": {
+            key: float(np.mean([np.mean([*s[key].values()]) for s in scores])) for key in scores[0]
+        },
+        "experts": {n: _mean(e.get(n) for e in experts) for n in EXPERTS if n in experts[0]},
+        "differences": {
+            name: gaps
+            for name, where in others
+            if (gaps := _gaps(seeds, runs.get(where, {}))) is not None
+        },
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _gaps(ours: Mapping[str, Path], theirs: Mapping[str, Path]) -> dict[str, Any] | None:
+    """Of the seeds that both have: intervals of what is compared, by name; None without any."""
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        return None
+    gaps: dict[str, Any] = {"seeds": len(shared)}
+    sides = [[read_scores(side[seed]) for seed in shared] for side in (ours, theirs)]
+    for name, trained in (("accuracy", True), ("others", False)):
+        parts = [[part(scores, trained) for scores in side] for side in sides]
+        if parts[0][0]:
+            gaps[name] = difference(*parts)
+    experts = [[read_experts(side[seed]) for seed in shared] for side in (ours, theirs)]
+    for name in EXPERTS:
+        if all(name in found for side in experts for found in side):
+            gap = over_seeds(*([found[name] for found in side] for side in experts))
+            if gap is not None:
+                gaps[name] = gap
+    return gaps
+
+
 def router_metrics(folder: Path) -> dict[str, list[float]]:
     """(first rollout, mean of the last) of what a run logged about its routers."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -75,55 +210,6 @@ def router_metrics(folder: Path) -> dict[str, list[float]]:
     return found
 
 
-def table(out: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The table as text, and as rows: of all finished runs under `out`/memory/seedN/arm."""
-    runs: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
-    for done in sorted(out.glob("*/seed*/*/answers.jsonl")):
-        arm, seed, memory = done.parent, done.parents[1].name, done.parents[2].name
-        runs[memory, arm.name][seed] = arm
-    rows = [_row(runs, memory, arm) for memory, arm in runs]
-    head = f"{'memory':<15}{'arm':<15}{'seeds':>6}{'questions':>10}{'accuracy':>10}  difference"
-    lines = [head, "-" * len(head)]
-    for row in rows:
-        text = f"{row['memory']:<15}{row['arm']:<15}{row['seeds']:>6}{row['questions']:>10}"
-        text += f"{row['accuracy']:>10.3f}"
-        for other, (mean, low, high) in row["differences"].items():
-            text += f"  {mean:+.3f} [{low:+.3f}, {high:+.3f}] over {other}"
-        lines.append(text)
-        if row["router"]:
-            parts = [f"{k} {a:.3f} -> {b:.3f}" for k, (a, b) in row["router"].items()]
-            lines.append(f"{'':<30}{', '.join(parts)}")
-    return "\n".join(lines), rows
-
-
-def _row(runs: Mapping[tuple[str, str], dict[str, Path]], memory: str, arm: str) -> dict[str, Any]:
-    seeds = runs[memory, arm]
-    scores = {seed: read_scores(folder) for seed, folder in seeds.items()}
-    row: dict[str, Any] = {
-        "memory": memory,
-        "arm": arm,
-        "seeds": len(seeds),
-        "questions": sum(len(of_key) for of_key in next(iter(scores.values())).values()),
-        "accuracy": float(np.mean([accuracy(s) for s in scores.values()])),
-        "by_seed": {seed: accuracy(s) for seed, s in scores.items()},
-        "by_key": {
-            key: float(np.mean([np.mean([*s[key].values()]) for s in scores.values()]))
-            for key in next(iter(scores.values()))
-        },
-        "differences": {},
-    }
-    for other in AGAINST.get(arm, ()):
-        shared = sorted(seeds.keys() & runs.get((memory, other), {}).keys())
-        if shared:
-            theirs = [read_scores(runs[memory, other][seed]) for seed in shared]
-            row["differences"][other] = difference([scores[seed] for seed in shared], theirs)
-    routers = [router_metrics(folder) for folder in seeds.values()]
-    row["router"] = {
-        name: np.mean([found[name] for found in routers], 0).tolist() for name in routers[0]
-    }
-    return row
-
-
 def before_and_after(before: Path, after: Path) -> tuple[str, dict[str, Any]]:
     """Accuracies of two runs on the same questions as text, and as keys for results.json."""
     results = [json.loads((folder / "results.json").read_text()) for folder in (before, after)]
@@ -133,14 +219,18 @@ def before_and_after(before: Path, after: Path) -> tuple[str, dict[str, Any]]:
     for key in sorted(one):
         shares = [result["skills"][key]["accuracy"] for result in results]
         lines.append(f"{key:<20}{shares[0]:>8.1%}{shares[1]:>8.1%}{len(one[key]):>7}")
-    mean, low, high = difference([other], [one])
-    lines.append(f"mean difference {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+    gaps = {}
+    for name, trained in (("reinforced questions", True), ("all others", False)):
+        parts = [part(scores, trained) for scores in (other, one)]
+        if parts[0]:
+            gaps[name] = difference([parts[0]], [parts[1]])
+            lines.append(f"{name}: {_interval(gaps[name])} (95 % interval)")
     router = router_metrics(after)
     lines += [f"{name}: {a:.3f} at first, {b:.3f} at last" for name, (a, b) in router.items()]
     found = {
         "sft": results[0]["skills"],
         "earl": results[1]["skills"],
-        "difference": [mean, low, high],
+        "difference": gaps,
         "router": {name: {"before": a, "after": b} for name, (a, b) in router.items()},
     }
     return "\n".join(lines), found

@@ -9,9 +9,9 @@ The model reads rows with their own answers; which experts the labelled spans to
 token, becomes clusters, and two halves of the rows say how far these are more than chance.
 Written are the map and, beside it, a picture of the same name. `--selectivity VALID.jsonl` also
 asks questions with each skill's cluster forbidden. `--skill-map MAP` finds no clusters, but says
-the same of those in a map that an earlier state of the model gave. The model is the checkpoint's, the layout
-may be any, in training's flags; so may --transformer-impl and its like, --tokenizer-model,
---eval-samples, --eval-batch-size and --max-new-tokens.
+the same of those in a map that an earlier state of the model gave. The model is the checkpoint's,
+the layout may be any, in training's flags; so may --transformer-impl and its like,
+--tokenizer-model, --eval-samples, --eval-batch-size and --max-new-tokens.
 """
 
 from __future__ import annotations
