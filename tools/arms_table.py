@@ -66,9 +66,7 @@ def difference(ours: Sequence[Scores], theirs: Sequence[Scores], seed: int = 0) 
     shared = set.intersection(*asked)
     total = len(set.union(*asked))
     if len(shared) < total:
-        raise SystemExit(
-            f"the runs were asked other questions: {len(shared)} of {total} are shared"
-        )
+        raise SystemExit(f"they were asked other questions: {len(shared)} of {total} are shared")
     rng = np.random.default_rng(seed)
     keys = sorted(ours[0])
     gaps = []  # of each kind: mean over seeds for each question
