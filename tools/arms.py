@@ -26,13 +26,14 @@ DIGITS = ROOT / "examples" / "digits"
 DATA = Path("runs/demo/data")  # as the configs say
 ASKED = 960  # questions of the causal test, once for each skill
 ARMS = ("grpo", "sft_continued", "earl", "earl_shuffled", "earl_scalar")  # grpo sets the time
-# What the looks may see, and two controls: keys that do not say where they are, and a memory
-# no richer than the stream.
+# What the looks may see, and three controls: keys that do not say where they are, a memory no
+# richer than the stream, and another scene in the memory.
 MEMORIES = {
     "clvr": (),
     "none": ("--vision-memory", "none"),
     "no_coordinates": ("--no-memory-coordinates",),
     "thumbnail": ("--vision-memory", "thumbnail"),
+    "another": ("--memory-images", "other_images"),
 }
 
 

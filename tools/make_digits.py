@@ -93,17 +93,22 @@ def write_scenes(args: argparse.Namespace, held_out: bool, count: int) -> list[t
     return scenes
 
 
+def images_of(scenes: list[tuple[str, list]], number: int) -> dict[str, list[str]]:
+    """The scene's image, and the next one's for the control that looks at another."""
+    return {"images": [scenes[number][0]], "other_images": [scenes[(number + 1) % len(scenes)][0]]}
+
+
 def questions(
     scenes: list[tuple[str, list]], keys: list[str], per_scene: int, grid: int, rng: Random
 ) -> list[Row]:
     """Ask `per_scene` questions about each scene, taking `keys` in turn."""
     rows, turn = [], 0
-    for path, digits in scenes:
+    for number, (_, digits) in enumerate(scenes):
         for _ in range(per_scene):
             row = ask(keys[turn % len(keys)], digits, grid, rng)
             turn += 1
             if row is not None:
-                rows.append({**row, "images": [path]})
+                rows.append(row | images_of(scenes, number))
     return rows
 
 
@@ -116,14 +121,14 @@ def valid_questions(
     seeds = {skill.split("/")[0]: rng.random() for skill in DEFAULT_WEIGHTS}
     for number in range(per_key):
         for key in DEFAULT_WEIGHTS:
-            row, attempt = None, 0
+            row, attempt, seed = None, 0, f"{seeds[key.split('/')[0]]} {number}"
             while row is None:  # a few scenes allow no hop; the next one does
-                path, digits = scenes[(number + attempt * 7919) % len(scenes)]
-                row = ask(key, digits, grid, Random(f"{seeds[key.split('/')[0]]} {number}"))
+                scene = (number + attempt * 7919) % len(scenes)
+                row = ask(key, scenes[scene][1], grid, Random(seed))
                 attempt += 1
                 if attempt > 10 * len(scenes):
                     raise SystemExit(f"no scene allows a {key} question; raise --valid-images")
-            rows.append({**row, "images": [path]})
+            rows.append(row | images_of(scenes, scene))
     return rows
 
 

@@ -181,6 +181,9 @@ class DataConfig:
     # a row beyond it gets fewer tiles per image. Default: no limit but seq_length.
     max_image_tokens: int | None = None
     use_thumbnail: bool = True
+    # The rows' key for the images that looks see. Another than the stream's is a control: looks
+    # that see the right kind of image, but not this row's.
+    memory_images: str = "images"
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     on_bad_sample: Literal["error", "skip"] = "error"  # skip: counted and reported

@@ -55,16 +55,24 @@ class SampleImage:
     start: int  # position of the first stream token in the sample
 
     @staticmethod
-    def of(plan: TilePlan, tiles: np.ndarray, settings: ImageSettings, start: int) -> SampleImage:
+    def of(
+        plan: TilePlan,
+        tiles: np.ndarray,
+        settings: ImageSettings,
+        start: int,
+        other: np.ndarray | None = None,
+    ) -> SampleImage:
+        """`tiles` and `other`, the image that takes its place in the memory, as the model would
+        use them."""
         used = used_tiles(plan, settings)
-        return SampleImage(
-            tiles,
-            plan,
-            stream=[used.index(t) for t in select_tiles(plan, settings.image_stream)],
-            memory=[used.index(t) for t in select_tiles(plan, settings.vision_memory)],
-            memory_coordinates_M2=memory_coordinates(plan, settings),
-            start=start,
-        )
+        stream = [used.index(t) for t in select_tiles(plan, settings.image_stream)]
+        memory = [used.index(t) for t in select_tiles(plan, settings.vision_memory)]
+        if other is not None:
+            tiles = np.concatenate((tiles[stream], other[memory]))
+            places = range(len(tiles))
+            stream, memory = [*places[: len(stream)]], [*places[len(stream) :]]
+        centres_M2 = memory_coordinates(plan, settings)
+        return SampleImage(tiles, plan, stream, memory, centres_M2, start)
 
 
 @dataclass
@@ -80,6 +88,7 @@ class _Draft(NamedTuple):
     """A sample whose pixels have not been read."""
 
     files: list[ImageFile]
+    others: list[ImageFile]  # what the memory shows in their place; none: themselves
     plans: list[TilePlan]
     encoded: Encoded
 
@@ -99,6 +108,7 @@ class SampleBuilder:
         self.settings = image_settings(run)
         self.tokenizer = tokenizer
         self.seq_length = run.data.seq_length
+        self._memory_images = run.data.memory_images
         self._cache: OrderedDict[tuple[Path | None, TilePlan], np.ndarray] = OrderedDict()
         self._cache_bytes, self._held_bytes = cache_bytes, 0
         self._sizes: dict[Path | None, tuple[int, int]] = {}
@@ -115,33 +125,64 @@ class SampleBuilder:
         """The size that `training` would have, from the text and the headers of the images.
         Raises DataError for all that is wrong with the row but pixels that cannot be decoded."""
         draft = self._draft(encode_row, row, where, folder)
-        tiles = sum(len(used_tiles(plan, self.settings)) for plan in draft.plans)
-        return Size(len(draft.encoded.tokens), tiles)
+        return Size(len(draft.encoded.tokens), sum(map(self._tiles_seen, draft.plans)))
+
+    def _tiles_seen(self, plan: TilePlan) -> int:
+        if self._memory_images == "images":
+            return len(used_tiles(plan, self.settings))
+        choices = (self.settings.image_stream, self.settings.vision_memory)
+        return sum(len(select_tiles(plan, choice)) for choice in choices)
 
     def _draft(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> _Draft:
-        names = row.get("images")
-        names = [] if names is None else names
-        if not isinstance(names, list):
-            raise DataError(f"{where}: 'images' must be a list of paths or bytes")
-        if names and self.settings is None:
+        files = self._files("images", row, where, folder)
+        if files and self.settings is None:
             raise DataError(
-                f"{where}: {len(names)} images but the model has no vision; remove them or set "
+                f"{where}: {len(files)} images but the model has no vision; remove them or set "
                 "model.vision"
             )
-        files = [find_image(n, i, folder, where) for i, n in enumerate(names, start=1)]
         plans = plan_images([self._size(f, where) for f in files], self.settings, where)
+        others = self._others(plans, row, where, folder)
         stream = [select_tiles(plan, self.settings.image_stream) for plan in plans]
         counts = [len(tiles) * self.settings.tokens_per_tile for tiles in stream]
         encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length)
-        return _Draft(files, plans, encoded)
+        return _Draft(files, others, plans, encoded)
+
+    def _files(self, key: str, row: dict[str, Any], where: str, folder: Path) -> list[ImageFile]:
+        names = row.get(key)
+        names = [] if names is None else names
+        if not isinstance(names, list):
+            raise DataError(f"{where}: {key!r} must be a list of paths or bytes")
+        return [find_image(n, i, folder, where) for i, n in enumerate(names, start=1)]
+
+    def _others(
+        self, plans: list[TilePlan], row: dict[str, Any], where: str, folder: Path
+    ) -> list[ImageFile]:
+        key = self._memory_images
+        if key == "images":
+            return []
+        files = self._files(key, row, where, folder)
+        found = plan_images([self._size(f, where) for f in files], self.settings, where)
+        if found != plans:
+            raise DataError(
+                f"{where}: {len(files)} images in {key!r} for {len(plans)} in 'images'; "
+                "memory_images needs as many, of the same grids of tiles"
+            )
+        return files
 
     def _build(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> Sample:
         draft = self._draft(encode, row, where, folder)
         encoded = draft.encoded
+        others = draft.others or [None] * len(draft.files)
         images = [
-            SampleImage.of(plan, self._tiles(file, plan, where), self.settings, start)
-            for file, plan, start in zip(
-                draft.files, draft.plans, encoded.image_starts, strict=True
+            SampleImage.of(
+                plan,
+                self._tiles(file, plan, where),
+                self.settings,
+                start,
+                None if other is None else self._tiles(other, plan, where),
+            )
+            for file, other, plan, start in zip(
+                draft.files, others, draft.plans, encoded.image_starts, strict=True
             )
         ]
         tokens_T = torch.tensor(encoded.tokens, dtype=torch.int64)

@@ -1,7 +1,9 @@
 """A microbatch against its samples: labels, boundaries, images, memory."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megatron_mm.data.collate import collate
 from megatron_mm.data.errors import DataError
@@ -94,6 +96,39 @@ def test_tiles_of_stream_and_memory(
     assert len(context) == 4 * len(stream_tiles)
     assert made.memory_coordinates_M2.shape == made.memory_visible_M2.shape
     assert len(made.memory_visible_M2) == 16 * len(memory_tiles)
+
+
+def test_looks_may_be_given_other_images(run, tokenizer, write_rows, make_row):
+    """The stream, the text and the coordinates stay; every tile of the memory is the other's."""
+    run.model.fusion.image_stream, run.model.fusion.vision_memory = "thumbnail", "tiles"
+    one = make_row("so <image>?", "4", ["wide.png"])
+    rows = [one | {"others": [name]} for name in ("small.png", "wide.png", "other.png")]
+    path = write_rows(*rows)
+    pixels = np.random.default_rng(9).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path.parent / "other.png")
+    builder, (_, twice, _) = build(run, tokenizer, path)
+    own = batch(builder, [twice])
+    run.data.memory_images = "others"
+    builder = SampleBuilder(run, tokenizer)
+    rows = Rows(path)
+    sizes = "1 images in 'others' for 1 in 'images'; memory_images needs as many, of the same grids"
+    with pytest.raises(DataError, match=f"rows.jsonl:1: {sizes}"):
+        builder.training(rows[0], rows.where(0), rows.folder)
+    with pytest.raises(DataError, match="rows.jsonl:1: 0 images in 'others' for 1 in 'images'"):
+        builder.training(one, rows.where(0), rows.folder)
+    same = batch(builder, [builder.training(rows[1], rows.where(1), rows.folder)])
+    assert torch.equal(same.tokens_T, own.tokens_T)
+    for name in ("stream_tiles", "memory_tiles"):
+        tiles = [made.pixels_NCHW[getattr(made, name)] for made in (same, own)]
+        assert len(tiles[0]) and torch.equal(*tiles)
+    made = batch(builder, [builder.training(rows[2], rows.where(2), rows.folder)])
+    halves = normalise(
+        np.stack((pixels[:, :8], pixels[:, 8:])), run.data.image_mean, run.data.image_std
+    )
+    assert torch.equal(made.pixels_NCHW[made.memory_tiles], halves)
+    assert torch.equal(made.pixels_NCHW[made.stream_tiles], own.pixels_NCHW[own.stream_tiles])
+    assert torch.equal(same.memory_coordinates_M2, own.memory_coordinates_M2)
+    assert builder.measure(rows[1], rows.where(1), rows.folder).tiles == len(same.pixels_NCHW) == 3
 
 
 def test_a_patch_is_visible_from_its_image_to_the_end_of_its_sample(run, tokenizer, three):
