@@ -154,6 +154,10 @@ def test_stability_tells_skill_from_token_from_noise():
     given, without = of("skill")
     assert given.jaccard > 0.9 > 0.3 > given.chance and given.z > 5
     assert stability_warning(given, without) is None
+    # Halves may agree because layers and positions do; shuffled rows would then tell as much.
+    assert stability_warning(given, without, 0.2, [0.1, 0.15]) is None
+    warning = stability_warning(given, without, 0.2, [0.1, 0.25])
+    assert "with the skills shuffled among the rows" in warning and "up to 0.2500" in warning
     given, without = of("token")
     assert without.above_chance and not given.above_chance
     warning = stability_warning(given, without)
