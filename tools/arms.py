@@ -84,7 +84,8 @@ def discover(checkpoint: Path, out: Path, flags: list[str]) -> None:
     tool += ["--checkpoint", str(checkpoint), "--data", str(DATA / "mix.jsonl")]
     part = out.with_name(f"part_{out.name}")
     run([*tool, "--out", str(part), *flags], out.with_suffix(".log"))
-    part.rename(out)
+    for suffix in (".png", ".json"):  # the picture first: `out` says that it is done
+        part.with_suffix(suffix).rename(out.with_suffix(suffix))
 
 
 def compare(args: argparse.Namespace, memory: str, seed: int) -> None:
