@@ -82,20 +82,21 @@ def test_the_table_is_of_what_is_finished(tmp_path):
         tmp_path / "none" / "seed2" / "grpo", {"ocr/free": 0.1, "sum/free": 0.1, "ocr": 0.1}, 4
     )
     (tmp_path / "clvr" / "seed1" / "unfinished").mkdir()
-    text, rows = arms_table.table(tmp_path)
+    rows = arms_table.table(tmp_path)
+    text = arms_table.markdown(rows)
     found = {row["arm"]: row for row in rows if row["memory"] == "clvr"}
     assert found.keys() == {"sft_continued", "grpo", "earl"} and "unfinished" not in text
     seeds = [found[arm]["seeds"] for arm in ("grpo", "earl")]
     assert seeds == [3, 2] and found["grpo"]["questions"] == 800
     assert found["grpo"]["accuracy"] == pytest.approx(0.6, abs=0.05)
     assert found["grpo"]["others"] == pytest.approx(0.9, abs=0.05)
-    over = found["grpo"]["differences"]["clvr sft_continued"]
+    over = found["grpo"]["differences"]["`sft_continued`"]
     mean, low, high = over["accuracy"]
     # 0.15 expected, of 2,400 questions: a standard error of 0.02.
     assert over["seeds"] == 3 and 0.09 < low < mean < high < 0.21
     assert over["others"][1] < 0 < over["others"][2] and "hit_rate" not in over
-    assert found["grpo"]["differences"]["none grpo"]["seeds"] == 1
-    over = found["earl"]["differences"]["clvr grpo"]
+    assert found["grpo"]["differences"]["none"]["seeds"] == 1
+    over = found["earl"]["differences"]["`grpo`"]
     assert over["accuracy"][1] < 0 < over["accuracy"][2]
     assert found["earl"]["experts"] == pytest.approx(
         {"hit_rate": 0.515, "mutual_information": 0.2, "selectivity": 0.5}
@@ -103,7 +104,7 @@ def test_the_table_is_of_what_is_finished(tmp_path):
     # Two seeds, 0.21 and 0.22: t of one degree of freedom is 12.7 times a standard error of 0.005.
     assert over["hit_rate"] == pytest.approx((0.215, 0.1515, 0.2785), abs=1e-4)
     assert over["mutual_information"] == pytest.approx((0, 0, 0), abs=1e-12)
-    assert "clvr earl_shuffled" not in found["earl"]["differences"]
+    assert "`earl_shuffled`" not in found["earl"]["differences"]
 
 
 def test_runs_that_were_asked_other_questions_are_not_compared(tmp_path):

@@ -117,7 +117,7 @@ def compare(args: argparse.Namespace, memory: str, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from arms_table import table
+    from arms_table import markdown, table
 
     args = arguments(argv)
     if not args.table:
@@ -127,9 +127,9 @@ def main(argv: list[str] | None = None) -> None:
         for memory in args.memory:
             for seed in args.seeds:
                 compare(args, memory, seed)
-    text, record = table(args.out)
-    print(text)
-    (args.out / "table.json").write_text(json.dumps(record, indent=1) + "\n")
+    rows = table(args.out)
+    print(markdown(rows))
+    (args.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,13 @@ AGAINST = {  # arms of one memory
     "earl_scalar": ("grpo",),
 }
 EXPERTS = ("hit_rate", "mutual_information", "selectivity")
+NAMES = {
+    "accuracy": "reinforced questions",
+    "others": "other questions",
+    "hit_rate": "hit rate",
+    "mutual_information": "information, nats",
+    "selectivity": "selectivity",
+}
 LAST = 10  # rollouts whose router metrics are averaged
 ROUTER = ("hit_rate", "hit_rate_shuffled", "mutual_information", "max_violation")
 
@@ -107,34 +114,38 @@ def read_experts(folder: Path) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def table(out: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The table as text, and as rows: of all finished runs under `out`/memory/seedN/arm."""
+def table(out: Path) -> list[dict[str, Any]]:
+    """A row for each memory and arm of the finished runs under `out`/memory/seedN/arm."""
     runs: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
     for done in sorted(out.glob("*/seed*/*/answers.jsonl")):
         arm, seed, memory = done.parent, done.parents[1].name, done.parents[2].name
         runs[memory, arm.name][seed] = arm
-    rows = [_row(runs, memory, arm) for memory, arm in runs]
-    head = f"{'memory':<15}{'arm':<15}{'seeds':>6}{'questions':>10}{'accuracy':>10}{'others':>8}"
-    head += "".join(f"{name:>20}" for name in EXPERTS)
-    lines = [head, "-" * len(head)]
+    return [_row(runs, memory, arm) for memory, arm in sorted(runs, key=_order)]
+
+
+def _order(run: tuple[str, str]) -> tuple[bool, str, int]:
+    memory, arm = run
+    arms = ("sft", "sft_continued", "grpo", "earl")
+    return memory != "clvr", memory, arms.index(arm) if arm in arms else len(arms)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows, and their differences, as two tables of a README."""
+    lines = ["| memory | arm | seeds | " + " | ".join(NAMES.values()) + " |"]
+    lines.append("|---" * (3 + len(NAMES)) + "|")
     for row in rows:
-        text = f"{row['memory']:<15}{row['arm']:<15}{row['seeds']:>6}{row['questions']:>10}"
-        text += f"{row['accuracy']:>10.3f}{_short(row['others']):>8}"
-        lines.append(text + "".join(f"{_short(row['experts'].get(n)):>20}" for n in EXPERTS))
-    lines += [
-        "",
-        "differences, with 95 % intervals: accuracies' over questions, the rest's over seeds",
-    ]
+        values = {"accuracy": row["accuracy"], "others": row["others"], **row["experts"]}
+        cells = [row["memory"], f"`{row['arm']}`", str(row["seeds"])]
+        cells += ["" if values.get(n) is None else f"{values[n]:.3f}" for n in NAMES]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| difference | seeds | " + " | ".join(NAMES.values()) + " |"]
+    lines.append("|---" * (2 + len(NAMES)) + "|")
     for row in rows:
         for other, gaps in row["differences"].items():
-            lines.append(f"{row['memory']} {row['arm']} over {other} ({gaps['seeds']} seeds):")
-            parts = [f"{k} {_interval(gap)}" for k, gap in gaps.items() if isinstance(gap, tuple)]
-            lines.append("    " + ", ".join(parts))
-    return "\n".join(lines), rows
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+            cells = [f"{row['memory']} `{row['arm']}` over {other}", str(gaps["seeds"])]
+            cells += [_interval(gaps[n]) if n in gaps else "" for n in NAMES]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _interval(gap: Interval) -> str:
@@ -149,8 +160,8 @@ def _row(runs: Runs, memory: str, arm: str) -> dict[str, Any]:
     scores = [read_scores(folder) for folder in seeds.values()]
     trained = [part(s, True) for s in scores]
     experts = [read_experts(folder) for folder in seeds.values()]
-    others = [(f"{memory} {other}", (memory, other)) for other in AGAINST.get(arm, ())]
-    others += [(f"{m} {arm}", (m, arm)) for m, a in runs if a == arm and m != memory == "clvr"]
+    others = [(f"`{other}`", (memory, other)) for other in AGAINST.get(arm, ())]
+    others += [(m, (m, arm)) for m, a in sorted(runs) if a == arm and m != memory == "clvr"]
     return {
         "memory": memory,
         "arm": arm,
