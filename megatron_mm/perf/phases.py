@@ -118,6 +118,7 @@ class Phases:
             if group is not None:
                 self._parts.setdefault(group.group_name, part)
         self._parts[groups.world.group_name] = self._parts[groups.replica.group_name] = "control"
+        self._parts[dist.group.WORLD.group_name] = "world"
         self._spans: list[Span] = []
         self._top: Span | None = None
         self._undo: list[tuple[Any, str, Any]] = []
