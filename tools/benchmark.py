@@ -105,9 +105,10 @@ def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     run = load(None, flags)
     objective = "grpo" if args.command == "rl" else "sft"
     if run.training.objective != objective:
+        other = "train" if objective == "grpo" else "rl"
         raise ConfigError(
             f"benchmark.py {args.command} is for objective {objective}, this run's is "
-            f"{run.training.objective}; allowed: benchmark.py {'train' if objective == 'grpo' else 'rl'}"
+            f"{run.training.objective}; allowed: benchmark.py {other}"
         )
     validate(run, int(os.environ.get("WORLD_SIZE", "1")))
     kinds, routings = ("real",), ("natural",)
@@ -116,9 +117,10 @@ def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         routings = args.routing or ROUTING
     if args.threads:
         torch.set_num_threads(args.threads)
-    from megatron_mm.parallel import groups
     from speed.measure import environment, revision
     from speed.throughput import measure
+
+    from megatron_mm.parallel import groups
 
     groups.start(run.parallel)
     built = groups.build(run.parallel)
@@ -192,11 +194,12 @@ def main(argv: list[str]) -> int:
         parser.error(f"{args.command} needs a run: --config FILE or --preset NAME, or --against")
     # notices about packages that are not there
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from speed.compare import Different
+
     from megatron_mm.checkpoint.errors import CheckpointError
     from megatron_mm.config import ConfigError
     from megatron_mm.data.errors import DataError
     from megatron_mm.train.errors import NonFiniteError
-    from speed.compare import Different
 
     try:
         _run(args, flags)
