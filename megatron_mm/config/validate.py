@@ -62,6 +62,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_vision(run.model, run.parallel)
     _check_pattern(run)
     _check_pipeline(run.parallel)
+    _check_dispatcher(run)
     _check_data(run)
     _check_training(run)
     _check_lora(run)
@@ -222,6 +223,16 @@ def _check_pipeline(parallel: ParallelConfig) -> None:
         f"none or {str(interleaved).lower()} with virtual_pipeline_model_parallel_size {virtual}; "
         f"the interleaved schedule computes wrong gradients without it, the plain one lacks it",
     )
+
+
+def _check_dispatcher(run: RunConfig) -> None:
+    parallel = run.parallel
+    if parallel.moe_token_dispatcher_type == "flex":
+        ranks = parallel.expert_model_parallel_size * _expert_tp(parallel)
+        allowed = "alltoall, or flex with expert_model_parallel_size 2 or more"
+        _require(ranks > 1, "moe_token_dispatcher_type", "flex", allowed)
+        dtype = run.model.language.moe_router_dtype
+        _require(dtype == "fp32", "moe_router_dtype", dtype, "fp32 with dispatcher type flex")
 
 
 def _check_data(run: RunConfig) -> None:
