@@ -308,6 +308,7 @@ def _check_training(run: RunConfig) -> None:
     for key, needed, value, other in (
         ("save_interval", "save", run.checkpoint.save_interval, run.checkpoint.save),
         ("async_save", "save", run.checkpoint.async_save, run.checkpoint.save),
+        ("resume", "save", run.checkpoint.resume, run.checkpoint.save),
         (
             "keep_last_checkpoints",
             "save",

@@ -34,7 +34,7 @@ from megatron_mm.train.metrics import MetricsLogger
 from megatron_mm.train.objective import Sums
 from megatron_mm.train.report import accuracy_table, write_report
 from megatron_mm.train.source import SOURCES, Source
-from megatron_mm.train.start import start
+from megatron_mm.train.start import resumed, start
 
 
 class Trainer:
@@ -45,6 +45,7 @@ class Trainer:
     """
 
     def __init__(self, run: RunConfig, groups: Groups):
+        run = resumed(run, groups)
         self.run, self.groups = run, groups
         self.tokenizer, loader = open_data(run, groups)
         torch.manual_seed(run.training.seed)

@@ -166,6 +166,7 @@ CASES = [
     ("--tensor-model-parallel-size 0", f"parallel.{TP} is 0; allowed: more than 0"),
     ("--save-interval 0 --save x", "checkpoint.save_interval is 0; allowed: more than 0"),
     ("--save-interval 5", "save_interval is 5; allowed: none, or this value with save"),
+    ("--resume", "resume is True; allowed: false, or this value with save"),
     ("--async-save", "async_save is True; allowed: false, or this value with save"),
     (
         "--keep-last-checkpoints 2",
