@@ -9,6 +9,7 @@
 # RDZV_TIMEOUT    seconds until all nodes must be there (600)
 # MAX_RESTARTS    how often the job starts again from its last checkpoint when a rank or a node
 #                 fails (3); a node that died has to run this script again within RDZV_TIMEOUT
+# NODE_ADDR       this node's address for the others (its host name)
 # SKIP_DOCTOR     if set, no checks
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -26,7 +27,7 @@ endpoint=${RDZV_ENDPOINT:-localhost:0}
 if [ "$nodes" -gt 1 ]; then : "${RDZV_ENDPOINT:?HOST:PORT of one of the nodes}"; fi
 launch=(
     "$python" tools/launch.py --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-8}"
-    --rdzv-backend c10d --rdzv-endpoint "$endpoint"
+    --rdzv-backend c10d --rdzv-endpoint "$endpoint" ${NODE_ADDR:+--local-addr "$NODE_ADDR"}
     --rdzv-conf "join_timeout=${RDZV_TIMEOUT:-600}${RDZV_CONF:+,$RDZV_CONF}"
 )
 id=${RDZV_ID:-mm}
