@@ -11,53 +11,56 @@ nothing that it started is left running.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from argparse import Namespace
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import (
-    RendezvousClosedError,
-    RendezvousConnectionError,
-    RendezvousError,
-    RendezvousTimeoutError,
-)
-from torch.distributed.run import get_args_parser, run
+CPP_LOG = "TORCH_CPP_LOG_LEVEL"  # read once, when torch is loaded
 
 
-def _why(error: Exception, args) -> str:
+def _why(error: Exception, args: Namespace) -> str:
     where = f"rendezvous {args.rdzv_id!r} at {args.rdzv_endpoint or 'this machine'}"
-    if isinstance(error, RendezvousTimeoutError):
-        return (
-            f"{where}: not all of {args.nnodes} nodes came in time; start the same command on each "
-            "of them, with one --rdzv-id and --rdzv-endpoint, or change --nnodes (the time is "
-            "join_timeout in --rdzv-conf, in seconds)"
-        )
-    if isinstance(error, RendezvousConnectionError):
-        return (
-            f"{where} cannot be reached; name a host of this job in --rdzv-endpoint, and a port "
-            "that is free there and open between the nodes"
-        )
-    if isinstance(error, RendezvousClosedError):
-        return f"{where} is over: the job has ended on another node; see its output"
-    if isinstance(error, RendezvousError):
-        return f"{where}: {' '.join(str(error).split())}"
-    if isinstance(error, ChildFailedError):
-        rank, first = error.get_first_failure()
-        node = f"{first.exitcode}" if first.exitcode >= 0 else f"signal {-first.exitcode}"
-        return f"rank {rank} on this node ended first, with exit code {node}; its output says why"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = " ".join(str(error).split())
+    match type(error).__name__:
+        case "RendezvousTimeoutError":
+            return (
+                f"{where}: not all of {args.nnodes} nodes came in time; start the same command on "
+                "each of them, with one --rdzv-id and --rdzv-endpoint, or change --nnodes (the "
+                "time is join_timeout in --rdzv-conf, in seconds)"
+            )
+        case "RendezvousConnectionError":
+            return (
+                f"{where} cannot be reached, or the node that held it is gone; name a host of this "
+                "job in --rdzv-endpoint, and a port that is free there and open between the nodes"
+            )
+        case "RendezvousClosedError":
+            return f"{where} is over: the job has ended on another node; see its output"
+        case "ChildFailedError":
+            rank, first = error.get_first_failure()
+            code = first.exitcode if first.exitcode >= 0 else f"signal {-first.exitcode}"
+            return f"rank {rank} on this node ended first, with exit code {code}; it has said why"
+        case "SignalException":
+            return f"stopped by signal {error.sigval}"
+        case name:
+            return f"{name}: {text}"
 
 
 def main(argv: list[str]) -> int:
-    # Its own notices are of many lines, and what matters of them is said here.
+    # Its own notices are of many lines; what matters of them is said here. Ranks keep theirs.
+    given = os.environ.get(CPP_LOG)
+    os.environ[CPP_LOG] = given or "FATAL"
+    from torch.distributed.run import get_args_parser, run
+
+    # Agents that share one store tell their address to the nodes of the first round only: a node
+    # that comes back would wait for it in vain (torch 2.11, dynamic_rendezvous.py).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if given is None:
+        del os.environ[CPP_LOG]
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     args = get_args_parser().parse_args(argv)
     try:
         run(args)
-    except SignalException as error:
-        print(f"error: stopped by signal {error.sigval}", file=sys.stderr)
-        return 1
-    except (ChildFailedError, RendezvousError, ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, it ends the job on this node
         print(f"error: {_why(error, args)}", file=sys.stderr)
         return 1
     return 0

@@ -25,10 +25,14 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # megatro
 nodes=${NNODES:-1}
 endpoint=${RDZV_ENDPOINT:-localhost:0}
 if [ "$nodes" -gt 1 ]; then : "${RDZV_ENDPOINT:?HOST:PORT of one of the nodes}"; fi
+conf="join_timeout=${RDZV_TIMEOUT:-600}${RDZV_CONF:+,$RDZV_CONF}"
+if [ -n "${NODE_ADDR:-}" ]; then # the host name says nothing then
+    if [ "$NODE_ADDR" = "${endpoint%:*}" ]; then conf+=",is_host=1"; else conf+=",is_host=0"; fi
+fi
 launch=(
     "$python" tools/launch.py --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-8}"
     --rdzv-backend c10d --rdzv-endpoint "$endpoint" ${NODE_ADDR:+--local-addr "$NODE_ADDR"}
-    --rdzv-conf "join_timeout=${RDZV_TIMEOUT:-600}${RDZV_CONF:+,$RDZV_CONF}"
+    --rdzv-conf "$conf"
 )
 id=${RDZV_ID:-mm}
 if [ -z "${SKIP_DOCTOR:-}" ]; then
