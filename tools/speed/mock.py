@@ -25,6 +25,7 @@ class Mock:
 
     def __init__(self, steps: Sequence[list[Microbatch]]):
         self.steps, self.given = steps, 0
+        self.metrics: dict[str, float] = {}
         self.objective = SupervisedFineTuning()
 
     def next_step(self, stop: bool) -> tuple[list[Microbatch], bool]:

@@ -36,6 +36,7 @@ class Bench:
 
     def __init__(self, run: RunConfig, groups: Groups, phases: Phases):
         self.run, self.groups, self.phases = run, groups, phases
+        self.clock: dict[str, float] = {}  # a rollout's own times
         torch.manual_seed(run.training.seed)
         self.engine = Engine.create(run, groups)
 
@@ -86,12 +87,13 @@ class Bench:
 
     def round(self, source: Source) -> list[Microbatch]:
         """A step; in reinforcement learning a rollout and all of its steps. Its microbatches."""
-        phases, done = self.phases, []
+        phases, done, self.clock = self.phases, [], {}
         reading = "rollout" if self.run.training.objective == "grpo" else "data"
         with phases.region("step"):
             while not done or not source.between:
                 with phases.region(reading):
                     batches, _ = source.next_step(False)
+                self.clock |= {k: v for k, v in source.metrics.items() if "timing_s/" in k}
                 self.engine.forward_backward(batches, source.objective)
                 with phases.region("optimizer"):
                     norm = self.engine.gradient_norm()
@@ -114,12 +116,11 @@ class Bench:
         notes: list = [None] * world.size()
         dist.all_gather_object(notes, note, group=world)
         work = {name: sum(note[2][name] for note in notes) for name in COUNTS}
-        metrics = {k: v for k, v in getattr(source, "metrics", {}).items() if "timing" in k}
         return {
             "seconds": max(note[0] for note in notes),
             "phases": [note[1] for note in notes],
             "work": work,
-            "metrics": metrics,
+            "metrics": self.clock,
         }
 
     def _work(self, batches: Sequence[Microbatch], source: Source) -> dict[str, float]:
@@ -188,9 +189,11 @@ def measure(
             for source in sources.values():
                 for _ in range(warmup):
                     bench.timed(source)
+            # A rollout reads nothing ahead.
+            size, ahead = (1, 0) if run.training.objective == "grpo" else (BLOCK, 1)
             while any(len(done) < rounds for done in found.values()):
                 for name, source in sources.items():
-                    block = [bench.timed(source) for _ in range(BLOCK)][1:]
+                    block = [bench.timed(source) for _ in range(size)][ahead:]
                     found[name] = (found[name] + block)[:rounds]
         finally:
             for source in sources.values():
