@@ -112,7 +112,7 @@ class Bench:
         if platform.device().type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-        note = (seconds, self.phases.take(), self._work(batches, source))
+        note = (seconds, self.phases.take(), self._work(batches, source), self.clock)
         notes: list = [None] * world.size()
         dist.all_gather_object(notes, note, group=world)
         work = {name: sum(note[2][name] for note in notes) for name in COUNTS}
@@ -120,7 +120,7 @@ class Bench:
             "seconds": max(note[0] for note in notes),
             "phases": [note[1] for note in notes],
             "work": work,
-            "metrics": self.clock,
+            "clock": {name: max(note[3][name] for note in notes) for name in self.clock},
         }
 
     def _work(self, batches: Sequence[Microbatch], source: Source) -> dict[str, float]:
@@ -251,7 +251,7 @@ def _summary(rounds: list[dict[str, Any]], peak: float, ranks: int) -> dict[str,
             if key == "seconds":
                 entry["most"] = max(of_rank)
         phases[name] = entry
-    timings = sorted({name for r in rounds for name in r["metrics"]})
+    timings = sorted({name for r in rounds for name in r["clock"]})
     return {
         "rounds": len(rounds),
         "seconds": spread([r["seconds"] for r in rounds])
@@ -266,7 +266,7 @@ def _summary(rounds: list[dict[str, Any]], peak: float, ranks: int) -> dict[str,
         "phases": phases,
         "rollout_seconds": {
             name.removeprefix("timing_s/"): statistics.median(
-                r["metrics"][name] for r in rounds if name in r["metrics"]
+                r["clock"][name] for r in rounds if name in r["clock"]
             )
             for name in timings
         },
