@@ -216,7 +216,10 @@ def test_the_command_refuses_in_one_line(run, tmp_path, capsys):
 
 
 def test_the_schedule_in_theory():
-    even = scaling.one_forward_one_backward
+    def even(forward: list[float], backward: list[float], microbatches: int) -> float:
+        each = ([[s] * microbatches for s in stages] for stages in (forward, backward))
+        return scaling.one_forward_one_backward(*each)
+
     assert even([1.0], [2.0], 5) == 15
     for stages in (2, 3, 4):  # (m + p - 1) (f + b)
         assert even([1.0] * stages, [2.0] * stages, 6) == (6 + stages - 1) * 3
@@ -224,6 +227,9 @@ def test_the_schedule_in_theory():
     # first one's last backward pass.
     assert even([1.0, 2.0], [1.0, 2.0], 3) == 1 + 12 + 1
     assert even([1.0, 1.0], [1.0, 1.0], 1) == 4  # fewer microbatches than stages
+    # One slow pass on the first stage delays the second, which then has 2 and 2 left of it.
+    slow = [[1.0, 5.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]
+    assert scaling.one_forward_one_backward(*slow) == 1 + 5 + 1 + 1 + 1
 
 
 def scaled() -> dict:

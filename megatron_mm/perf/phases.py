@@ -161,6 +161,13 @@ class Phases:
         with self._span(name, communication=False):
             yield
 
+    def each(self, name: str) -> list[float]:
+        """Seconds of every span of that name since the last `take`, in order, communication in it
+        included."""
+        if platform.device().type == "cuda":
+            torch.cuda.synchronize()
+        return [span.seconds for span in self._spans if span.name == name]
+
     def take(self) -> dict[str, dict[str, float]]:
         """Of all since the last call: seconds of each phase without its communication, `other`
         for the rest of the steps; seconds, calls and bytes of each kind of communication."""

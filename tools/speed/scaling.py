@@ -50,19 +50,21 @@ class Side:
                 self.engine.forward_backward(self.batches, self.objective)
                 with phases.region("optimizer"):
                     self.engine.update(self.engine.gradient_norm())
-            return {"seconds": time.perf_counter() - begin, "phases": phases.take()}
+            seconds = time.perf_counter() - begin
+            passes = {name: phases.each(name) for name in ("forward", "backward")}
+            return {"seconds": seconds, "passes": passes, "phases": phases.take()}
 
 
 def one_forward_one_backward(
-    forward: Sequence[float], backward: Sequence[float], microbatches: int
+    forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]]
 ) -> float:
     """Seconds from the first forward pass to the last backward pass of the 1F1B schedule, if
     nothing is spent on communication (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 
     Args:
-        forward, backward: of one microbatch on each stage.
+        forward, backward: of each microbatch, on each stage.
     """
-    stages = len(forward)
+    stages, microbatches = len(forward), len(forward[0])
     orders = []
     for stage in range(stages):
         warmup = min(stages - stage - 1, microbatches)
@@ -80,7 +82,7 @@ def one_forward_one_backward(
             if 0 <= before[2] < stages and before not in ends:
                 continue
             begin = max(clock[stage], ends.get(before, 0.0))
-            clock[stage] = begin + (forward if kind == "F" else backward)[stage]
+            clock[stage] = begin + (forward if kind == "F" else backward)[stage][i]
             ends[kind, i, stage] = clock[stage]
             at[stage] += 1
     return max(clock)
@@ -179,16 +181,14 @@ def summary(found: dict[str, list]) -> dict[str, Any]:
 
 
 def _theory(notes: list[dict[str, Any]]) -> float:
-    """Of one step, from the time that each stage computed: 1F1B, then what comes after it."""
-    count = 2 * MICROBATCHES
+    """Of one step, from the time of every pass on each stage: 1F1B, then what comes after it."""
     forward, backward = (
-        [note["phases"][phase]["seconds"] / count for note in notes]
-        for phase in ("forward", "backward")
+        [note["passes"][name] for note in notes] for name in ("forward", "backward")
     )
     after = max(
         sum(note["phases"][phase]["seconds"] for phase in ("optimizer", "other")) for note in notes
     )
-    return one_forward_one_backward(forward, backward, count) + after
+    return one_forward_one_backward(forward, backward) + after
 
 
 def text(result: dict[str, Any]) -> str:
