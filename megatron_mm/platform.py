@@ -10,10 +10,14 @@ of them is touched on a CUDA machine.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.metadata
 import logging
+import os
+import signal
+import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -22,6 +26,7 @@ from torch.utils._device import _device_constructors
 
 MEGATRON_CORE_VERSION = "0.19.2"
 CPU = torch.device("cpu")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Redirect(NamedTuple):
@@ -254,6 +259,17 @@ def _owner(path: str):
     module, _, cls = path.partition(":")
     owner = importlib.import_module(module)
     return getattr(owner, cls) if cls else owner
+
+
+def end_with_parent() -> None:
+    """Under torchrun on Linux: let the kernel end this rank when the agent that started it is gone.
+    An agent that is killed cannot stop its ranks, and they would wait for others on the GPU."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the kernel was asked
+        sys.exit("error: the agent that started this rank is gone")
 
 
 def quiet() -> None:

@@ -90,7 +90,7 @@ def test_convert_against_a_copy(tmp_path):
 
 def test_reinforcement_learning(benchmark, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)  # importing it fails, installed or not
-    arguments = "rl --models tiny --rounds 1 --warmup 0 --tokens 4"
+    arguments = "rl --against transformers --models tiny --rounds 1 --warmup 0 --tokens 4"
     found = benchmark(*arguments.split())
     found = found["models"]["tiny"]
     assert found["grpo_step"].startswith("not installed") and "pip install" in found["grpo_step"]

@@ -48,7 +48,8 @@ def test_every_flag_exists():
     known = make_parser().format_help()
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README)) - {"--nproc-per-node"}
     flags -= {"--cpp_ext", "--cuda_ext", "--no-build-isolation"}  # of pip
-    flags -= {"--against", "--json", "--samples"}  # of tools/benchmark.py
+    # of tools/benchmark.py
+    flags -= {"--against", "--json", "--samples", "--data", "--routing"}
     flags -= {"--seeds"}  # of tools/arms.py
     # of tools/discover_experts.py
     flags -= {"--data", "--labeller", "--cluster-size", "--min-lift", "--selectivity"}

@@ -1,6 +1,10 @@
 """What a run would use on this machine, and what is missing, one line each.
 
     python tools/doctor.py
+    torchrun ... tools/doctor.py [--config FILE and any trainer flag]
+
+Under torchrun also whether all ranks have the same software and settings, their clocks, the
+bandwidth between them and room for a checkpoint (doctor_ranks.py).
 
 Exit code 0 if a run can start with default settings, 1 if not. Never stops at a half-installed
 package: what fails to load is named, with the remedy.
@@ -12,6 +16,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
+import socket
 import sys
 import warnings
 from dataclasses import dataclass
@@ -217,15 +223,27 @@ def examine() -> list[Finding]:
     return [*lines, a_run_loads()]
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     sys.path.insert(0, str(ROOT))
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if argv and not launched:
+        print("error: settings are compared between ranks: start it with torchrun", file=sys.stderr)
+        return 2
     lines = examine()
-    for line in lines:
-        print(line)
-    return 0 if all(line.ok for line in lines if line.needed) else 1
+    able = all(line.ok for line in lines if line.needed)
+    if not launched or os.environ["LOCAL_RANK"] == "0":
+        where = f"{socket.gethostname()}: " if launched else ""
+        for line in lines:
+            if not launched or not able or os.environ["RANK"] == "0":
+                print(f"{where}{line}")
+    if not launched or not able:
+        return int(not able)
+    import doctor_ranks
+
+    return doctor_ranks.main(argv, lambda name, text, ok: print(Finding(name, text, ok, True)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,17 +1,19 @@
-"""What each part of the model costs to compute: for the balanced pipeline split.
+"""What each part of the model costs to compute: sizes of its matrix products, by settings alone.
 
-Floating point operations of the matrix products in one forward pass over one sample: a
-full stream of `seq_length` tokens with one image of `max_num_tiles` tiles. Backward costs
-twice as much again, except below a frozen ViT. Everything is a pure function of settings.
-
-Letters: T tokens, M memory patches, H hidden size, h heads, D head width.
+For the balanced pipeline split: FLOPs of one forward pass over one sample, a full stream of
+`seq_length` tokens with one image of `max_num_tiles` tiles. Backward costs twice as much again,
+except below a frozen ViT. What a real microbatch costs is counted from the same sizes
+(perf/flops.py). Everything is a pure function of settings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from megatron_mm.config.schema import LanguageConfig, RunConfig, VisionConfig
+from megatron_mm.config.schema import LanguageConfig, ModelConfig, RunConfig, VisionConfig
+
+Linear = tuple[int, int]  # inputs, outputs
 
 
 @dataclass(frozen=True)
@@ -28,67 +30,104 @@ class Costs:
 def costs(run: RunConfig) -> Costs:
     """FLOPs of one forward pass; a frozen ViT, which has no backward pass, counts a third."""
     model, tokens = run.model, run.data.seq_length
-    lm = model.language
+    lm, of = model.language, language_linears(model.language)
+    pairs = causal_pairs(tokens)
     letters = {
-        "G": delta_net(lm, tokens),
-        "*": attention(lm, tokens),
-        "E": experts(lm, tokens),
+        "G": products(of["G"], tokens) + delta_rule(lm, tokens),
+        "*": products(of["*"], tokens) + attention(lm, pairs),
+        "E": sum(products(of[k], tokens) for k in ("router", "experts", "shared", "shared gate")),
         "L": 0.0,
         "J": 0.0,
     }
     first = 0.0
     if model.vision is not None:
+        of |= vision_linears(model)
         share = 1 / 3 if run.training.freeze_vision else 1.0
-        first = share * vision(model.vision, _tiles(run))
-        letters["L"] = look(run, tokens)
-    return Costs(letters, first, last=2.0 * tokens * lm.hidden_size * lm.vocab_size)
+        first = share * vision(model, _tiles(run))
+        memory = {"none": 0, "thumbnail": 1, "tiles": run.data.max_num_tiles}
+        seen = memory[model.fusion.vision_memory] * patches(model.vision)
+        letters["L"] = products(of["L"], tokens) + products(of["L memory"], seen)
+        letters["L"] += look(model, tokens * seen)
+    return Costs(letters, first, last=products(of["output"], tokens))
 
 
-def delta_net(lm: LanguageConfig, tokens: int) -> float:
-    """Projections, and the read and the write of the state [key width, value width] per head."""
-    key_heads, value_heads = lm.linear_num_key_heads, lm.linear_num_value_heads
-    keys, values = key_heads * lm.linear_key_head_dim, value_heads * lm.linear_value_head_dim
-    projections = lm.hidden_size * (2 * keys + 3 * values + 2 * value_heads)
-    state = 3 * value_heads * lm.linear_key_head_dim * lm.linear_value_head_dim
-    return 2.0 * tokens * (projections + state)
+def products(linears: Iterable[Linear], rows: float) -> float:
+    """FLOPs of so many rows times the weights of each linear."""
+    return 2.0 * rows * sum(inputs * outputs for inputs, outputs in linears)
 
 
-def attention(lm: LanguageConfig, tokens: int) -> float:
-    """Projections with gate, and causal attention over the whole stream."""
-    heads = lm.num_attention_heads * lm.kv_channels
-    groups = lm.num_query_groups * lm.kv_channels
-    projections = lm.hidden_size * (3 * heads + 2 * groups)
-    return 2.0 * tokens * (projections + tokens * heads)
+def causal_pairs(tokens: int) -> float:
+    """Pairs (query, key) of a sample, a position with itself included."""
+    return tokens * (tokens + 1) / 2
 
 
-def experts(lm: LanguageConfig, tokens: int) -> float:
-    """Router, the chosen experts and the shared one with its gate, each a gated MLP."""
-    width = lm.moe_router_topk * lm.moe_ffn_hidden_size + lm.moe_shared_expert_intermediate_size
-    return 2.0 * tokens * lm.hidden_size * (lm.num_experts + 1 + 3 * width)
+def language_linears(lm: LanguageConfig) -> dict[str, tuple[Linear, ...]]:
+    """Of one sub-layer by its letter; of `E` by its parts, the chosen experts as one token meets
+    them; `output` of the output layer. Halves of a gated MLP are one linear."""
+    hidden, value_heads = lm.hidden_size, lm.linear_num_value_heads
+    keys = lm.linear_num_key_heads * lm.linear_key_head_dim
+    values = value_heads * lm.linear_value_head_dim
+    heads, groups = (n * lm.kv_channels for n in (lm.num_attention_heads, lm.num_query_groups))
+    expert, shared = lm.moe_ffn_hidden_size, lm.moe_shared_expert_intermediate_size
+    return {
+        "G": ((hidden, 2 * (keys + values + value_heads)), (values, hidden)),
+        "*": ((hidden, 2 * (heads + groups)), (heads, hidden)),  # query and gate, key and value
+        "router": ((hidden, lm.num_experts),),
+        "experts": ((hidden, 2 * expert), (expert, hidden)) * lm.moe_router_topk,
+        "shared": ((hidden, 2 * shared), (shared, hidden)),
+        "shared gate": ((hidden, 1),),
+        "output": ((hidden, lm.vocab_size),),
+    }
 
 
-def look(run: RunConfig, tokens: int) -> float:
-    """Projections of the hidden state and of the memory, and attention between them. Those of the
-    coordinates are left out."""
-    lm, fusion = run.model.language, run.model.fusion
-    width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
-    memory_width = fusion.memory_hidden_size or lm.hidden_size // 4
-    tiles = {"none": 0, "thumbnail": 1, "tiles": run.data.max_num_tiles}[fusion.vision_memory]
-    patches = tiles * _patches(run.model.vision)
-    return 2.0 * width * (2 * tokens * lm.hidden_size + 2 * patches * memory_width) + (
-        4.0 * tokens * patches * width
-    )
+def vision_linears(model: ModelConfig) -> dict[str, tuple[Linear, ...]]:
+    """`patches` and `vit layer` by position of a tile, `projector` by token of the stream,
+    `memory` by patch of the memory; of a look, `L` by token and `L memory` by patch, without the
+    keys' coordinates."""
+    vit, fusion, hidden = model.vision, model.fusion, model.language.hidden_size
+    width, inner = vit.vision_hidden_size, vit.vision_ffn_hidden_size
+    memory_width = fusion.memory_hidden_size or hidden // 4
+    look_width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
+    return {
+        "patches": ((3 * vit.patch_size**2, width),),
+        "vit layer": ((width, 3 * width), (width, width), (width, inner), (inner, width)),
+        "projector": ((width * fusion.pixel_shuffle_factor**2, hidden), (hidden, hidden)),
+        "memory": ((width, memory_width),),
+        "L": ((hidden, look_width), (look_width, hidden)),
+        "L memory": ((memory_width, 2 * look_width),),
+    }
 
 
-def vision(vit: VisionConfig, tiles: int) -> float:
+def delta_rule(lm: LanguageConfig, tokens: int) -> float:
+    """As a recurrence: a read, a write and a read-out of every head's state [K, V] by token."""
+    state = lm.linear_num_value_heads * lm.linear_key_head_dim * lm.linear_value_head_dim
+    return 3 * 2.0 * tokens * state
+
+
+def attention(lm: LanguageConfig, pairs: float) -> float:
+    """Scores and mixtures of so many pairs (query, key)."""
+    return 4.0 * pairs * lm.num_attention_heads * lm.kv_channels
+
+
+def look(model: ModelConfig, pairs: float) -> float:
+    """Scores and mixtures of so many pairs (position, patch)."""
+    return 4.0 * pairs * model.fusion.clvr_num_attention_heads * model.fusion.clvr_kv_channels
+
+
+def vision_attention(vit: VisionConfig, tiles: int) -> float:
+    """Of one layer, every position of a tile with every other."""
+    return 4.0 * tiles * (patches(vit) + 1) ** 2 * vit.vision_hidden_size
+
+
+def vision(model: ModelConfig, tiles: int) -> float:
     """The ViT over that many tiles."""
-    positions, width = _patches(vit) + 1, vit.vision_hidden_size
-    layer = positions * width * (4 * width + 2 * vit.vision_ffn_hidden_size + 2 * positions)
-    embedding = _patches(vit) * width * 3 * vit.patch_size**2
-    return 2.0 * tiles * (vit.vision_num_layers * layer + embedding)
+    vit, of = model.vision, vision_linears(model)
+    layer = products(of["vit layer"], tiles * (patches(vit) + 1)) + vision_attention(vit, tiles)
+    return vit.vision_num_layers * layer + products(of["patches"], tiles * patches(vit))
 
 
-def _patches(vit: VisionConfig) -> int:
+def patches(vit: VisionConfig) -> int:
+    """Of one tile."""
     return (vit.image_size // vit.patch_size) ** 2
 
 

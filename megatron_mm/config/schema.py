@@ -120,8 +120,14 @@ class ParallelConfig:
     pipeline_model_parallel_layout: str | None = None
     overlap_p2p_comm: bool | None = None  # default: with virtual stages, and only with them
     use_distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    # Default: with replicas, on a GPU; on a CPU gloo's threads would take the cores from compute.
+    overlap_grad_reduce: bool | None = None
+    overlap_param_gather: bool | None = None  # likewise, with the distributed optimizer
+    # How tokens reach experts on other ranks; flex is DeepEP. Megatron's allgather needs streams of
+    # one length.
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
+    # The shared expert is computed while tokens travel; with alltoall.
+    moe_shared_expert_overlap: bool = False
     distributed_timeout_minutes: int = 10
 
 
@@ -254,6 +260,9 @@ class CheckpointConfig:
     load: str | None = None
     load_hf: str | None = None  # a Hugging Face folder: weights only, instead of `load`
     finetune: bool = False  # load weights only: no optimizer, RNG or data position
+    # Go on from the newest checkpoint in `save`, where there is one, whatever the others say: for
+    # jobs that a launcher or a scheduler starts again by the same command.
+    resume: bool = False
 
 
 @dataclass

@@ -62,6 +62,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_vision(run.model, run.parallel)
     _check_pattern(run)
     _check_pipeline(run.parallel)
+    _check_dispatcher(run)
     _check_data(run)
     _check_training(run)
     _check_lora(run)
@@ -224,6 +225,16 @@ def _check_pipeline(parallel: ParallelConfig) -> None:
     )
 
 
+def _check_dispatcher(run: RunConfig) -> None:
+    parallel = run.parallel
+    if parallel.moe_token_dispatcher_type == "flex":
+        ranks = parallel.expert_model_parallel_size * _expert_tp(parallel)
+        allowed = "alltoall, or flex with expert_model_parallel_size 2 or more"
+        _require(ranks > 1, "moe_token_dispatcher_type", "flex", allowed)
+        dtype = run.model.language.moe_router_dtype
+        _require(dtype == "fp32", "moe_router_dtype", dtype, "fp32 with dispatcher type flex")
+
+
 def _check_data(run: RunConfig) -> None:
     data, fusion, phases = run.data, run.model.fusion, run.data.train_data
     longest = run.model.language.max_position_embeddings
@@ -297,6 +308,7 @@ def _check_training(run: RunConfig) -> None:
     for key, needed, value, other in (
         ("save_interval", "save", run.checkpoint.save_interval, run.checkpoint.save),
         ("async_save", "save", run.checkpoint.async_save, run.checkpoint.save),
+        ("resume", "save", run.checkpoint.resume, run.checkpoint.save),
         (
             "keep_last_checkpoints",
             "save",

@@ -23,7 +23,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mm.config import BackendConfig, ConfigError
+from megatron_mm.config import BackendConfig, ConfigError, ParallelConfig
 from megatron_mm.model.core_attention import causal_attention
 from megatron_mm.model.experts import GroupedExperts
 from megatron_mm.model.gdn_mix import convolve_and_scan, convolve_scan_and_keep
@@ -105,6 +105,19 @@ def _gdn_kernels(asked: str) -> tuple[Callable, Callable]:
     from megatron_mm.model import gdn_fla
 
     return gdn_fla.convolve_and_scan_fla, gdn_fla.convolve_scan_and_keep_fla
+
+
+def check_dispatcher(parallel: ParallelConfig) -> None:
+    """Raises ConfigError if this machine lacks what brings tokens to their experts."""
+    if parallel.moe_token_dispatcher_type != "flex":
+        return
+    problem = None
+    if not torch.cuda.is_available():
+        problem = "there is no CUDA device; allowed here: alltoall"
+    elif importlib.util.find_spec("deep_ep") is None:
+        problem = "DeepEP is not installed: build github.com/deepseek-ai/DeepEP, or use alltoall"
+    if problem is not None:
+        raise ConfigError(f"moe_token_dispatcher_type is 'flex', but {problem}")
 
 
 def missing_transformer_engine() -> str | None:

@@ -23,7 +23,7 @@ from torch import nn
 from megatron_mm import platform
 from megatron_mm.config import Manifest, RunConfig, effective_pattern, model_stages, wire
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.backend import Backend, choose
+from megatron_mm.model.backend import Backend, check_dispatcher, choose
 from megatron_mm.model.clvr import memory_hidden_size
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
@@ -259,6 +259,7 @@ class MultimodalModel(MegatronModule):
 def build(run: RunConfig, pg: ProcessGroupCollection) -> list[MultimodalModel]:
     """This rank's stages, initialised from the seed alone, on this rank's device."""
     backend = choose(run.backend)
+    check_dispatcher(run.parallel)
     config = language_config(run)
     chunks = [
         MultimodalModel(run, pg, config, backend, chunk)

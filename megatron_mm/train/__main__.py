@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
 
     from megatron_mm import platform
 
+    platform.end_with_parent()
     platform.quiet()
     try:
         platform.install()

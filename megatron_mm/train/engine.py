@@ -39,6 +39,7 @@ from megatron_mm.train.optimizer import (
     clip_and_step,
     distributes,
     freeze,
+    overlaps,
 )
 
 
@@ -68,12 +69,12 @@ class Engine:
     def create(cls, run: RunConfig, groups: Groups) -> Engine:
         destroy_moe_metrics_tracker()  # process-wide, and as long as the last model was deep
         chunks = build(run, groups.pg)
-        config, parallel = chunks[0].config, run.parallel
-        distributed = distributes(run, groups.pg)
+        config = chunks[0].config
+        reduce, gather = overlaps(run, groups.pg)
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=distributed and parallel.overlap_param_gather,
+            use_distributed_optimizer=distributes(run, groups.pg),
+            overlap_grad_reduce=reduce,
+            overlap_param_gather=gather,
             grad_reduce_in_fp32=True,
         )
         models = []
@@ -90,7 +91,7 @@ class Engine:
             )
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = _each(models, "no_sync")
-        if parallel.overlap_grad_reduce:
+        if ddp.overlap_grad_reduce:
             config.grad_sync_func = _each(models, "start_grad_sync")
         if ddp.overlap_param_gather:
             config.param_sync_func = _each(models, "start_param_sync")

@@ -34,7 +34,7 @@ from megatron_mm.train.metrics import MetricsLogger
 from megatron_mm.train.objective import Sums
 from megatron_mm.train.report import accuracy_table, write_report
 from megatron_mm.train.source import SOURCES, Source
-from megatron_mm.train.start import start
+from megatron_mm.train.start import resumed, start
 
 
 class Trainer:
@@ -45,8 +45,9 @@ class Trainer:
     """
 
     def __init__(self, run: RunConfig, groups: Groups):
+        run = resumed(run, groups)
         self.run, self.groups = run, groups
-        self.tokenizer, loader = _open_data(run, groups)
+        self.tokenizer, loader = open_data(run, groups)
         torch.manual_seed(run.training.seed)
         self.engine = Engine.create(run, groups)
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
@@ -204,7 +205,7 @@ class Trainer:
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
 
 
-def _open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader | PromptLoader]:
+def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader | PromptLoader]:
     """On every rank, since files and positions are the same; errors are agreed on first."""
     tokenizer = loader = error = None
     ranks = {

@@ -17,6 +17,7 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.model.lora import is_adapter
 
@@ -86,6 +87,16 @@ def distributes(run: RunConfig, pg: ProcessGroupCollection) -> bool:
     return run.parallel.use_distributed_optimizer and replicas > 1
 
 
+def overlaps(run: RunConfig, pg: ProcessGroupCollection) -> tuple[bool, bool]:
+    """Whether gradients are reduced, and parameters gathered, while the model computes."""
+    parallel = run.parallel
+    hides = pg.dp_cp.size() > 1 and platform.device().type == "cuda"
+    reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    reduce = hides if reduce is None else reduce
+    gather = reduce and hides if gather is None else gather
+    return reduce, gather and distributes(run, pg)
+
+
 def build_optimizer(
     run: RunConfig, models: list[DistributedDataParallel], pg: ProcessGroupCollection
 ) -> MegatronOptimizer:
@@ -103,7 +114,7 @@ def build_optimizer(
         bf16=run.training.bf16,
         params_dtype=torch.bfloat16 if run.training.bf16 else torch.float32,
         use_distributed_optimizer=distributes(run, pg),
-        overlap_param_gather=distributes(run, pg) and run.parallel.overlap_param_gather,
+        overlap_param_gather=overlaps(run, pg)[1],
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

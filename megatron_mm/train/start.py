@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.errors import CheckpointError
-from megatron_mm.config import CheckpointConfig
+from megatron_mm.checkpoint.folders import LATEST
+from megatron_mm.config import CheckpointConfig, RunConfig
 from megatron_mm.convert.live import load_hf
 from megatron_mm.convert.source import NOTES
 from megatron_mm.data.loader import TrainLoader
+from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.engine import Engine
 
 
@@ -31,6 +33,20 @@ class Start:
     iteration: int = 0
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+def resumed(run: RunConfig, groups: Groups) -> RunConfig:
+    """What `resume` makes of a run: with a checkpoint of its own it goes on from that one. Every
+    rank calls it; rank 0 looks, since a shared folder may look different elsewhere for a moment."""
+    checkpoint = run.checkpoint
+    if not checkpoint.resume:
+        return run
+    found = [dist.get_rank() == 0 and (Path(checkpoint.save) / LATEST).is_file()]
+    dist.broadcast_object_list(found, src=0, group=groups.world)
+    if not found[0]:
+        return run
+    own = replace(checkpoint, load=checkpoint.save, load_hf=None, finetune=False)
+    return replace(run, checkpoint=own)
 
 
 def start(

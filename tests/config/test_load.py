@@ -24,7 +24,11 @@ from megatron_mm.config import (
 from megatron_mm.config.flags import flag_name
 from megatron_mm.config.tree import leaves
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
+EXAMPLES = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "examples").rglob("*.yaml")
+    if path.parent.name != "launch"  # a manifest, no run
+)
 
 
 @pytest.fixture

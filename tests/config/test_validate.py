@@ -166,6 +166,7 @@ CASES = [
     ("--tensor-model-parallel-size 0", f"parallel.{TP} is 0; allowed: more than 0"),
     ("--save-interval 0 --save x", "checkpoint.save_interval is 0; allowed: more than 0"),
     ("--save-interval 5", "save_interval is 5; allowed: none, or this value with save"),
+    ("--resume", "resume is True; allowed: false, or this value with save"),
     ("--async-save", "async_save is True; allowed: false, or this value with save"),
     (
         "--keep-last-checkpoints 2",
@@ -178,6 +179,11 @@ CASES = [
     ("--finetune", "finetune is True; allowed: false, or this value with load"),
     ("--eval-interval 5", "eval_interval is 5; allowed: none, or this value with valid_data"),
     ("--overlap-param-gather", "overlap_param_gather is True; allowed: false, or true with use_"),
+    (
+        "--moe-token-dispatcher-type flex",
+        "moe_token_dispatcher_type is 'flex'; allowed: alltoall, or flex with expert_model_par",
+    ),
+    ("--moe-token-dispatcher-type allgather", "allowed: alltoall, flex"),
     ("--lora-rank 0", "lora.lora_rank is 0; allowed: more than 0"),
     ("--lora-rank 4 --lora-alpha 0", "lora.lora_alpha is 0.0; allowed: more than 0"),
     ("--lora-alpha 8", "lora_alpha is 8.0; allowed: 32.0, or this value with lora_rank"),

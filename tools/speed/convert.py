@@ -21,7 +21,7 @@ from megatron_mm.convert.plan import write_links
 from megatron_mm.convert.source import CONFIG, check_source, open_source
 from megatron_mm.convert.work import nbytes
 from megatron_mm.model.blueprint import blueprint
-from speed.measure import interleave
+from speed.measure import Peak, interleave
 
 PIECE = 2**24
 
@@ -68,20 +68,6 @@ def copy(source: Path, target: Path) -> None:
             while piece := a.read(PIECE):
                 b.write(piece)
             os.fsync(b.fileno())
-
-
-class Peak:
-    """The highest resident size of this process while the block ran, from the kernel."""
-
-    bytes = 0
-
-    def __enter__(self) -> Peak:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the highest until now
-        return self
-
-    def __exit__(self, *_) -> None:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        self.bytes = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
 
 
 def compare(rounds: int, warmup: int, gigabytes: float, folder: Path | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import platform as machine
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +30,18 @@ def environment() -> dict[str, Any]:
         "python": machine.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "megatron-core")},
     }
+
+
+def revision() -> str:
+    """Of the code, with a + if it was changed since; "unknown" outside of a checkout."""
+    root = Path(__file__).parents[2]
+    found = []
+    for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"]):
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        if done.returncode:
+            return "unknown"
+        found.append(done.stdout.strip())
+    return found[0] + "+" * bool(found[1])
 
 
 class Timed(NamedTuple):
@@ -71,6 +84,20 @@ def ratios(slower: Sequence[Timed], faster: Sequence[Timed]) -> dict[str, Any]:
         made[name] = round(statistics.median(a) / statistics.median(b), 3)
         made[f"{name}_quartiles"] = [round(low, 3), round(high, 3)]
     return made
+
+
+class Peak:
+    """The highest resident size of this process while the block ran, from the kernel."""
+
+    bytes = 0
+
+    def __enter__(self) -> Peak:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest until now
+        return self
+
+    def __exit__(self, *_) -> None:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        self.bytes = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
 
 
 def _storages() -> dict[int, int]:

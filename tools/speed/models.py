@@ -67,7 +67,7 @@ def make_samples(run: RunConfig, shape: Shape, seed: int) -> list[Sample]:
         question = len(words) // 2
         tokens, images = list(words[:question]), []
         if with_image:
-            image = _cut(Image.fromarray(pixels), settings, len(tokens))
+            image = cut_image(Image.fromarray(pixels), settings, len(tokens))
             tokens += [image_token(run)] * (len(image.stream) * settings.tokens_per_tile)
             images.append(image)
         tokens = torch.tensor([*tokens, *words[question:]], dtype=torch.int64)
@@ -77,7 +77,7 @@ def make_samples(run: RunConfig, shape: Shape, seed: int) -> list[Sample]:
     return samples
 
 
-def _cut(image: Image.Image, settings: ImageSettings, start: int) -> SampleImage:
+def cut_image(image: Image.Image, settings: ImageSettings, start: int) -> SampleImage:
     plan = plan_tiles(
         *image.size,
         image_size=settings.image_size,

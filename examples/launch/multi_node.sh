@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# A run on several machines that you can reach by ssh and that share this folder:
+#   NODES="a b c d" examples/launch/multi_node.sh examples/mm-80b.yaml [trainer flags]
+# With a scheduler, use slurm.sbatch or jobset.yaml instead. A node that fails takes part again
+# if node.sh is started there by hand with the same variables.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+read -ra nodes <<<"${NODES:?the hosts, separated by spaces; the first holds the rendezvous}"
+
+words=$(printf ' %q' "$PWD/examples/launch/node.sh" "$@")
+variables="NNODES=${#nodes[@]} RDZV_ENDPOINT=${nodes[0]}:${PORT:-29500} RDZV_ID=mm-$$"
+for name in NPROC_PER_NODE RDZV_TIMEOUT MAX_RESTARTS SKIP_DOCTOR PYTHON OMP_NUM_THREADS; do
+    if [ -n "${!name:-}" ]; then variables+=$(printf ' %s=%q' "$name" "${!name}"); fi
+done
+children=()
+# Each node's script ends with its connection; a terminal makes the far side notice.
+trap 'kill "${children[@]}" 2>/dev/null || true' EXIT
+for node in "${nodes[@]}"; do
+    ${SSH:-ssh -tt -o BatchMode=yes} "$node" "cd $(printf %q "$PWD") && $variables$words" </dev/null &
+    children+=($!)
+done
+failed=0
+for child in "${children[@]}"; do wait "$child" || failed=1; done
+exit "$failed"

@@ -1,0 +1,77 @@
+"""What hides communication changes no gradient; what this machine lacks is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import microbatch
+from layouts import parallel_config, step_gradients
+from test_invariance import compare, invariance_run
+
+from megatron_mm.config import ConfigError, LoraConfig, ParallelConfig
+from megatron_mm.parallel import groups
+from megatron_mm.train.engine import Engine
+from megatron_mm.train.objective import SupervisedFineTuning
+
+CASES = {
+    "EP2": (dict(ep=2), {}),
+    "TP2xEP2": (dict(tp=2, ep=2, etp=1), {}),
+    "EP2, recomputed": (
+        dict(ep=2),
+        dict(recompute_granularity="selective", recompute_modules=["moe"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_shared_expert_beside_the_exchange(ranks, case):
+    sizes, training = CASES[case]
+    run = invariance_run(**training)
+    expected = ranks(2, step_gradients, run, parallel_config(**sizes))[0]
+    hidden = parallel_config(moe_shared_expert_overlap=True, **sizes)
+    compare(ranks(2, step_gradients, run, hidden)[0], expected)
+
+
+def test_adapters_of_the_shared_expert_take_part(ranks):
+    run = invariance_run()
+    run.lora = LoraConfig(lora_rank=2)
+    expected = ranks(2, step_gradients, run, parallel_config(ep=2))[0]
+    hidden = parallel_config(ep=2, moe_shared_expert_overlap=True)
+    compare(ranks(2, step_gradients, run, hidden)[0], expected)
+    adapters = [n for n in expected[1] if "shared_experts" in n and n.endswith("lora.b")]
+    assert adapters and all(expected[1][name].norm() > 0 for name in adapters)
+
+
+def logits(overlap: bool) -> torch.Tensor:
+    """Without gradients, on one rank: the way that completions take."""
+    run = invariance_run()
+    run.parallel = ParallelConfig(moe_shared_expert_overlap=overlap)
+    engine = Engine.create(run, groups.build(run.parallel))
+    batch = microbatch(run.model, 1)
+    positions = SupervisedFineTuning().positions
+    return engine.forward([batch], positions, lambda out, **_: out.clone())[0]
+
+
+def test_completions_do_not_differ(ranks):
+    (without,), (given,) = (ranks(1, logits, overlap) for overlap in (False, True))
+    assert without.equal(given)
+
+
+def refused(dispatcher: str) -> str:
+    run = invariance_run()
+    run.parallel = ParallelConfig(
+        expert_model_parallel_size=2, moe_token_dispatcher_type=dispatcher
+    )
+    built = groups.build(run.parallel)
+    with pytest.raises(ConfigError) as error:
+        Engine.create(run, built)
+    return str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it may work")
+def test_deepep_needs_a_gpu(ranks):
+    for said in ranks(2, refused, "flex"):
+        assert said == (
+            "moe_token_dispatcher_type is 'flex', but there is no CUDA device; allowed here: "
+            "alltoall"
+        )

@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+"""torchrun, with one line for each way in which a job does not come together.
+
+    python tools/launch.py --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d \\
+        --rdzv-endpoint HOST:PORT --rdzv-id JOB -m megatron_mm.train --config FILE
+
+Every argument is torchrun's. Exit code 0 if all ranks did what they were asked, 1 if not; then
+nothing that it started is left running.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from argparse import Namespace
+
+CPP_LOG = "TORCH_CPP_LOG_LEVEL"  # read once, when torch is loaded
+
+
+def _why(error: Exception, args: Namespace) -> str:
+    where = f"rendezvous {args.rdzv_id!r} at {args.rdzv_endpoint or 'this machine'}"
+    text = " ".join(str(error).split())
+    match type(error).__name__:
+        case "RendezvousTimeoutError":
+            return (
+                f"{where}: not all of {args.nnodes} nodes came in time; start the same command on "
+                "each of them, with one --rdzv-id and --rdzv-endpoint, or change --nnodes (the "
+                "time is join_timeout in --rdzv-conf, in seconds)"
+            )
+        case "RendezvousConnectionError":
+            return (
+                f"{where} cannot be reached, or the node that held it is gone; name a host of this "
+                "job in --rdzv-endpoint, and a port that is free there and open between the nodes"
+            )
+        case "RendezvousClosedError":
+            return f"{where} is over: the job has ended on another node; see its output"
+        case "ChildFailedError":
+            rank, first = error.get_first_failure()
+            code = first.exitcode if first.exitcode >= 0 else f"signal {-first.exitcode}"
+            return f"rank {rank} on this node ended first, with exit code {code}; it has said why"
+        case "SignalException":
+            return f"stopped by signal {error.sigval}"
+        case name:
+            return f"{name}: {text}"
+
+
+def main(argv: list[str]) -> int:
+    # Its own notices are of many lines; what matters of them is said here. Ranks keep theirs.
+    given = os.environ.get(CPP_LOG)
+    os.environ[CPP_LOG] = given or "FATAL"
+    from torch.distributed.run import get_args_parser, run
+
+    # Agents that share one store tell their address to the nodes of the first round only: a node
+    # that comes back would wait for it in vain (torch 2.11, dynamic_rendezvous.py).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if given is None:
+        del os.environ[CPP_LOG]
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    args = get_args_parser().parse_args(argv)
+    try:
+        run(args)
+    except Exception as error:  # whatever it is, it ends the job on this node
+        print(f"error: {_why(error, args)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
