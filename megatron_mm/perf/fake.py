@@ -8,6 +8,7 @@ CPU too, are real.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,7 @@ def fake_job(run: RunConfig, rank: int, world_size: int) -> Iterator[Groups]:
     if dist.is_initialized():
         raise RuntimeError("a fake job cannot start inside a job; plan in a process of its own")
     with platform.standing_in(META):
+        hook = sys.excepthook  # torch puts "[rank0]:" before what it prints, once for every job
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # of the process, set by schedules
         try:
@@ -45,6 +47,7 @@ def fake_job(run: RunConfig, rank: int, world_size: int) -> Iterator[Groups]:
             yield Groups(pg, replica=pg.pp, world=dist.group.WORLD)
         finally:
             MoEAuxLossAutoScaler.main_loss_backward_scale = scale
+            sys.excepthook = hook
             destroy_moe_metrics_tracker()
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

@@ -190,7 +190,9 @@ class Recorder(TorchDispatchMode):
             kind, place = _GIVEN[name]
             boxes = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.ScriptObject))
             group = ProcessGroup.unbox(next(boxes))
-            link = Link(kind, self._roles.get(group.group_name, "other"))
+            # Of two pipeline ranks one sends in the group of everybody, to not wait for the other.
+            role = "pp" if kind == "send" else self._roles.get(group.group_name, "other")
+            link = Link(kind, role)
             if group.size() > 1:
                 self.work.sent[link] += sum(_bytes(tensor) for tensor in _tensors(args[place]))
         elif name not in _SILENT:
