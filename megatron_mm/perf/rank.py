@@ -26,6 +26,7 @@ class RankPlan:
         elements: parameters held here, and how many of them are of routed experts.
         traces: of its stages.
         once: what it does once a step, after the last microbatch.
+        groups: the ranks of its groups, by role.
     """
 
     pipeline: tuple[int, int]
@@ -35,6 +36,7 @@ class RankPlan:
     traces: tuple[ChunkTrace, ...]
     once: Work
     microbatches: int
+    groups: dict[str, tuple[int, ...]]
 
     @property
     def activations(self) -> int:
@@ -87,4 +89,5 @@ def plan_rank(
             traces=traces,
             once=trace_sync(engine, recorder),
             microbatches=run.training.global_batch_size // replicas,
+            groups=recorder.groups(),
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -125,11 +126,17 @@ class Recorder(TorchDispatchMode):
         self.live = self.peak = 0
         self.work = Work()
         self._sizes: dict[int, tuple[int, weakref.ref]] = {}
+        self._pg = pg
         self._roles: dict[str, str] = {}
         for role in ROLES:
             group = getattr(pg, role, None)
             if isinstance(group, ProcessGroup):
                 self._roles.setdefault(group.group_name, role)
+
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """The ranks of every group, by role."""
+        found = {role: getattr(self._pg, role) for role in self._roles.values()}
+        return {role: tuple(dist.get_process_group_ranks(pg)) for role, pg in found.items()}
 
     def rebase(self) -> int:
         """Begin a new peak here; the bytes that are live."""
