@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_mm.config import RunConfig, dump_yaml, effective_pattern, num_layers
+from megatron_mm.config import RunConfig, dump_yaml
 from megatron_mm.perf.layout import LayoutPlan
 from megatron_mm.perf.predict import model_flops, room
+from megatron_mm.perf.size import model_size
 
 GB = 1e9
 
@@ -42,6 +43,7 @@ def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
         "assumptions": list(notes),
         "gpu": asdict(plan.gpu),
         "assumed": asdict(plan.assumed),
+        "model": model_size(run.model)._asdict(),
         "world_size": plan.world_size,
         "parallel": asdict(run.parallel),
         "microbatches": plan.ranks[0].microbatches,
@@ -90,7 +92,7 @@ def imbalance(plan: LayoutPlan) -> float:
 
 def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
     """Several lines: layout, a row for each pipeline rank, traffic, predictions, assumptions."""
-    made, run = plan.prediction, plan.run
+    made, run, size = plan.prediction, plan.run, model_size(plan.run.model)
     rows = [("rank", "layers", "params", "state", "activ.", "total", "TFLOP", "busy")]
     for place, rank in enumerate(plan.ranks):
         rows.append(
@@ -111,7 +113,8 @@ def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
     able = room(plan.gpu, plan.assumed)
     lines = [
         f"{plan.world_size} {plan.gpu.name}: {describe(run, plan.world_size)}, "
-        f"{plan.ranks[0].microbatches} microbatches, {num_layers(effective_pattern(run.model))} layers",
+        f"{plan.ranks[0].microbatches} microbatches",
+        f"{size.total / 1e9:.2f} B parameters, {size.active / 1e9:.2f} B of them active",
         "",
         *_aligned(rows),
         "",
@@ -127,6 +130,28 @@ def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
         *(f"- {note}" for note in notes),
     ]
     return "\n".join(lines)
+
+
+def ranking(plans: Sequence[LayoutPlan], considered: int, fitting: int) -> str:
+    """A row for each layout of a search."""
+    rows = [("", "layout", "microb.", "GB", "bubble", "busiest", "step s", "tokens/s/GPU", "MFU")]
+    for number, plan in enumerate(plans, start=1):
+        made = plan.prediction
+        rows.append(
+            (
+                str(number),
+                describe(plan.run, plan.world_size),
+                str(plan.ranks[0].microbatches),
+                f"{plan.peak / GB:.1f}",
+                f"{made.schedule.bubble:.1%}",
+                f"{imbalance(plan):.2f}",
+                f"{made.seconds:.2f}",
+                f"{made.tokens_per_second_per_gpu:.0f}",
+                f"{made.mfu:.1%}",
+            )
+        )
+    head = f"{considered} layouts divide, {fitting} fit roughly; the best, traced in full:"
+    return "\n".join((head, "", *_aligned(rows), ""))
 
 
 def describe(run: RunConfig, world_size: int) -> str:

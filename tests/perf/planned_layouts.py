@@ -28,7 +28,10 @@ FLAGS = {
 }
 
 
-def layout_run(sizes: dict, microbatches: int = 5) -> RunConfig:
+MICROBATCHES = 4
+
+
+def layout_run(sizes: dict, replicas: int) -> RunConfig:
     """The tests' small model on a layout; other keys of `sizes` are settings by their names."""
     run = small_run()
     run.model.language.num_experts = 8  # divides by everything
@@ -38,6 +41,7 @@ def layout_run(sizes: dict, microbatches: int = 5) -> RunConfig:
         for section in (run.parallel, run.training, run.data):
             if hasattr(section, name):
                 setattr(section, name, value)
+    run.training.global_batch_size = MICROBATCHES * replicas * run.training.micro_batch_size
     return run
 
 
@@ -63,7 +67,7 @@ def planned(run: RunConfig, world: int) -> list[RankPlan]:
     return [plan_rank(run, rank, world, the_batch(run), kernels="torch") for rank in range(world)]
 
 
-def measure(run: RunConfig, microbatches: int):
+def measure(run: RunConfig):
     """On a real rank: (state, peak bytes of activations, work as recorded, flops as torch's
     counter has them)."""
     made = groups.build(run.parallel)
@@ -72,12 +76,12 @@ def measure(run: RunConfig, microbatches: int):
     batch = replace(batch, pixels_NCHW=torch.randn(batch.pixels_NCHW.shape))
     recorder = Recorder(made.pg)
     with recorder:
-        engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
+        engine.forward_backward([batch] * MICROBATCHES, SupervisedFineTuning())
     peak = recorder.peak
     # By itself: its hooks on modules keep tensors alive.
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     with counter:
-        engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
+        engine.forward_backward([batch] * MICROBATCHES, SupervisedFineTuning())
     norm = engine.gradient_norm()
     with recorder:
         engine.update(norm)
