@@ -49,6 +49,8 @@ def test_every_flag_exists():
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README)) - {"--nproc-per-node"}
     flags -= {"--cpp_ext", "--cuda_ext", "--no-build-isolation"}  # of pip
     flags -= {"--against", "--json", "--samples"}  # of tools/benchmark.py
+    # of tools/plan.py
+    flags -= {"--world-size", "--gpu", "--images", "--supervised", "--chart"}
     flags -= {"--seeds"}  # of tools/arms.py
     # of tools/discover_experts.py
     flags -= {"--data", "--labeller", "--cluster-size", "--min-lift", "--selectivity"}

@@ -169,7 +169,9 @@ def stages(
     if size < 1:
         raise ConfigError(f"pipeline_model_parallel_size {size}; allowed: 1 or more")
     if layout is None:
-        cuts = list(_balanced_cuts(layers, size, tuple(cost.letters.items()), cost.first, cost.last))
+        cuts = list(
+            _balanced_cuts(layers, size, tuple(cost.letters.items()), cost.first, cost.last)
+        )
     else:
         _same_layers(pattern, layout)
         parts = _squeeze(layout).split("|")

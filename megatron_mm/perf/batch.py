@@ -87,5 +87,7 @@ def expert_counts(positions: range, top_k: int, experts: int) -> torch.Tensor:
     """int64 [E]: how many rows `balanced_routes` sends to each expert from these positions."""
     first, last = positions.start * top_k, positions.stop * top_k
     expert = torch.arange(experts)
-    below = [(end - expert + experts - 1).div(experts, rounding_mode="floor") for end in (first, last)]
+    below = [
+        (end - expert + experts - 1).div(experts, rounding_mode="floor") for end in (first, last)
+    ]
     return below[1] - below[0]

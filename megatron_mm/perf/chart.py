@@ -31,7 +31,10 @@ def draw(plan: LayoutPlan, path: Path) -> None:
     time.set_title("a microbatch on each stage, ms (predicted)")
     below = [0.0] * len(ranks)
     for label in ("parameters", "gradients", "optimizer", "activations"):
-        of = [rank.activations if label == "activations" else getattr(rank.state, label) for rank in ranks]
+        of = [
+            rank.activations if label == "activations" else getattr(rank.state, label)
+            for rank in ranks
+        ]
         heights = [size / GB for size in of]
         memory.bar(range(len(ranks)), heights, bottom=below, label=label)
         below = [a + b for a, b in zip(below, heights, strict=True)]

@@ -126,9 +126,7 @@ def exchanged(plan: RankPlan, gpu: GPU, assumed: Assumptions) -> tuple[float, fl
     return found["reduce"], found["gather"], found["rest"]
 
 
-def collective(
-    kind: str, size: int, ranks: Sequence[int], gpu: GPU, assumed: Assumptions
-) -> float:
+def collective(kind: str, size: int, ranks: Sequence[int], gpu: GPU, assumed: Assumptions) -> float:
     """Seconds that `size` bytes given by each of these ranks take."""
     count = len(ranks)
     if count < 2 or not size:

@@ -41,6 +41,8 @@ _SILENT = ("recv_", "barrier", "monitored_barrier_")
 _ONLY_WORK = ("send", "recv_", "alltoall_base_", "barrier", "allreduce_coalesced_")
 _ONLY_WORK += ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_")
 
+_ALLOCATE = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided)
+
 # Groups by their role; of two roles with one group the first counts.
 ROLES = ("tp", "cp", "ep", "pp", "expt_tp", "tp_ep", "dp", "dp_cp", "expt_dp", "tp_cp", "tp_dp_cp")
 ROLES += ("mp", "tp_ep_pp", "intra_dp_cp", "intra_expt_dp")
@@ -186,10 +188,9 @@ class Recorder(TorchDispatchMode):
         elif packet in ATTENTION_FLOPS:
             self.work.flops += ATTENTION_FLOPS[packet](*args, **kwargs, out_val=out)
             self.work.launches += 1
-        elif fresh or func._schema.is_mutable:
-            if packet not in (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided):
-                self.work.moved += sum(_bytes(tensor) for tensor in (*given, *made))
-                self.work.launches += 1
+        elif (fresh or func._schema.is_mutable) and packet not in _ALLOCATE:
+            self.work.moved += sum(_bytes(tensor) for tensor in (*given, *made))
+            self.work.launches += 1
 
     def _collective(self, func, args, kwargs):
         name = func._overloadpacket.__name__

@@ -89,15 +89,19 @@ def search(
         needed = max(rank.total for rank in ranks)
         leanest = min(leanest, needed)
         if needed <= ROUGH * room(gpu, assumed):
-            ranked.append((_seconds(candidate, ranks, gpu, assumed), len(ranked), candidate))
+            seconds = _seconds(candidate, ranks, gpu, assumed)
+            ranked.append((seconds, len(ranked), needed, candidate))
     ranked.sort()
     progress.set_description("layouts")
     plans: list[LayoutPlan] = []
-    until = time.monotonic() + SECONDS
-    for _, _, candidate in ranked:
+    until, off = time.monotonic() + SECONDS, {}  # how far off the rough memory was, by split
+    for _, _, needed, candidate in ranked:
         if len(plans) == top or (plans and time.monotonic() > until):
             break
+        if needed * off.get(_key(candidate), 0.0) > room(gpu, assumed):
+            continue
         plan = plan_layout(candidate, world_size, gpu, assumed, images, supervised)
+        off[_key(candidate)] = plan.peak / needed
         if plan.fits:
             plans.append(plan)
             progress.update()

@@ -155,7 +155,9 @@ class _FusedDeltaRule(torch.autograd.Function):
     def forward(ctx, query, key, value, log_decay, beta, count: Count):
         tokens, heads, width = value.shape
         query, key = query + 0.0, key + 0.0
-        scales = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (query, key)]
+        scales = [
+            torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (query, key)
+        ]
         decay = log_decay.cumsum(0)
         inverse = value.new_empty(tokens, heads, CHUNK)
         work = _delta_rule_inside(key, value)

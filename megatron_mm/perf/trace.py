@@ -119,7 +119,10 @@ def trace_sync(engine: Engine, recorder: Recorder) -> Work:
         finalize_model_grads(engine.models, torch.ones((), dtype=torch.int), engine.groups.pg)
         # As forward passes do with overlap, and without each optimizer of the chain does at the
         # end of its step: with routed experts there are two, and each gathers everything.
-        ddp, chain = engine.models[0].ddp_config, getattr(engine.optimizer, "chained_optimizers", [0])
+        ddp, chain = (
+            engine.models[0].ddp_config,
+            getattr(engine.optimizer, "chained_optimizers", [0]),
+        )
         if ddp.use_distributed_optimizer:
             for _ in range(1 if ddp.overlap_param_gather else len(chain)):
                 for model in engine.models:

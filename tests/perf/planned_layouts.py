@@ -28,9 +28,6 @@ FLAGS = {
 }
 
 
-MICROBATCHES = 4
-
-
 def layout_run(sizes: dict, replicas: int) -> RunConfig:
     """The tests' small model on a layout; other keys of `sizes` are settings by their names."""
     run = small_run()
@@ -41,7 +38,9 @@ def layout_run(sizes: dict, replicas: int) -> RunConfig:
         for section in (run.parallel, run.training, run.data):
             if hasattr(section, name):
                 setattr(section, name, value)
-    run.training.global_batch_size = MICROBATCHES * replicas * run.training.micro_batch_size
+    # Two show what one leaves behind for the next; a pipeline has several in flight.
+    microbatches = 4 if run.parallel.pipeline_model_parallel_size > 1 else 2
+    run.training.global_batch_size = microbatches * replicas * run.training.micro_batch_size
     return run
 
 
@@ -67,7 +66,7 @@ def planned(run: RunConfig, world: int) -> list[RankPlan]:
     return [plan_rank(run, rank, world, the_batch(run), kernels="torch") for rank in range(world)]
 
 
-def measure(run: RunConfig):
+def measure(run: RunConfig, microbatches: int):
     """On a real rank: (state, peak bytes of activations, work as recorded, flops as torch's
     counter has them)."""
     made = groups.build(run.parallel)
@@ -76,12 +75,12 @@ def measure(run: RunConfig):
     batch = replace(batch, pixels_NCHW=torch.randn(batch.pixels_NCHW.shape))
     recorder = Recorder(made.pg)
     with recorder:
-        engine.forward_backward([batch] * MICROBATCHES, SupervisedFineTuning())
+        engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
     peak = recorder.peak
     # By itself: its hooks on modules keep tensors alive.
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     with counter:
-        engine.forward_backward([batch] * MICROBATCHES, SupervisedFineTuning())
+        engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
     norm = engine.gradient_norm()
     with recorder:
         engine.update(norm)
