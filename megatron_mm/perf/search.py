@@ -16,7 +16,7 @@ from megatron_mm.perf.pieces import Pieces, rough_rank, trace_pieces
 from megatron_mm.perf.predict import computing, exchanged, room, talking
 from megatron_mm.perf.rank import RankPlan
 
-SECONDS = 200  # for layouts traced in full, best first; then what was found is the answer
+SECONDS = 240  # in all; then what is traced in full by now is the answer, if anything is
 ROUGH = 1.15  # rough plans may need so many times the room: the full ones decide
 LONG = 32768  # tokens of a sample from which on context parallelism is tried
 RECOMPUTE = (
@@ -66,6 +66,7 @@ def search(
     Raises:
         ConfigError: no layout divides, or none fits.
     """
+    until = time.monotonic() + SECONDS
     tried = list(candidates(run, world_size, gpu))
     if not tried:
         validate(run, world_size)  # says what is wrong with the run's own
@@ -94,7 +95,7 @@ def search(
     ranked.sort()
     progress.set_description("layouts")
     plans: list[LayoutPlan] = []
-    until, off = time.monotonic() + SECONDS, {}  # how far off the rough memory was, by split
+    off: dict[tuple, float] = {}  # how far off the rough memory was, by split
     for _, _, needed, candidate in ranked:
         if len(plans) == top or (plans and time.monotonic() > until):
             break
