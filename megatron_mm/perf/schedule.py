@@ -86,7 +86,7 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Share of the ranks' time in which they wait for each other."""
-        return 1 - sum(self.busy) / (len(self.busy) * self.seconds)
+        return max(0.0, 1 - sum(self.busy) / (len(self.busy) * self.seconds))  # rounding
 
 
 def timeline(
