@@ -19,6 +19,8 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,8 @@ from torch.utils._device import _device_constructors
 MEGATRON_CORE_VERSION = "0.19.2"
 CPU = torch.device("cpu")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# What stands in for the GPU; another one inside `standing_in` (plans without memory).
+_STAND_IN: ContextVar[torch.device] = ContextVar("stand_in", default=CPU)
 
 
 class Redirect(NamedTuple):
@@ -77,6 +81,10 @@ def _always(value):
     return lambda *args, **kwargs: value
 
 
+def _current_device():
+    return _STAND_IN.get()
+
+
 def _uncompiled(function=None, **kwargs):
     return function if function is not None else _uncompiled_decorator
 
@@ -105,7 +113,7 @@ def _on_cpu(factory):
     @functools.wraps(factory)
     def create(*args, device=None, **kwargs):
         if device is not None:
-            kwargs["device"] = CPU if _is_cuda_name(device) else device
+            kwargs["device"] = _STAND_IN.get() if _is_cuda_name(device) else device
         kwargs.pop("pin_memory", None)  # needs a CUDA driver
         return factory(*args, **kwargs)
 
@@ -116,9 +124,9 @@ def _tensor_to(original):
     @functools.wraps(original)
     def to(self, *args, **kwargs):
         if args and _is_cuda_name(args[0]):
-            args = (CPU, *args[1:])
+            args = (_STAND_IN.get(), *args[1:])
         if _is_cuda_name(kwargs.get("device")):
-            kwargs["device"] = CPU
+            kwargs["device"] = _STAND_IN.get()
         return original(self, *args, **kwargs)
 
     return to
@@ -136,7 +144,7 @@ def _tensor_type(original):
     def type_(self, *args, **kwargs):
         if args or kwargs:
             return original(self, *args, **kwargs)
-        return original(self).replace("torch.", "torch.cuda.")
+        return "torch.cuda." + original(self).rpartition(".")[2]
 
     return type_
 
@@ -189,7 +197,7 @@ FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "rand
 
 TORCH_REDIRECTS = [
     Redirect("torch", "compile", _uncompiled, "jit.py compiles small functions: slow to start"),
-    Redirect("torch.cuda", "current_device", _always(CPU), "mappings.py:145 allocates there"),
+    Redirect("torch.cuda", "current_device", _current_device, "mappings.py:145 allocates there"),
     Redirect("torch.cuda", "set_device", _always(None), "initialisers pick the local GPU"),
     Redirect("torch.cuda", "device_count", _always(1), "parallel_state sanity checks"),
     Redirect("torch.cuda", "synchronize", _always(None), "p2p_communication.py after batched p2p"),
@@ -311,7 +319,24 @@ def device() -> torch.device:
     """The device this rank computes on."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return CPU
+    return _STAND_IN.get()
+
+
+@contextlib.contextmanager
+def standing_in(device: torch.device) -> Iterator[None]:
+    """Inside, `device` is where a rank computes in place of the CPU: "meta" for tensors that have
+    a shape and no memory. After `install`, and only where there is no CUDA.
+
+    Raises:
+        RuntimeError: the redirects are not installed, so nothing would stand in for a GPU.
+    """
+    if getattr(torch.compile, "__module__", None) != __name__:
+        raise RuntimeError("nothing stands in for a GPU before platform.install(), or beside one")
+    before = _STAND_IN.set(device)
+    try:
+        yield
+    finally:
+        _STAND_IN.reset(before)
 
 
 def backend() -> str:

@@ -50,6 +50,8 @@ def test_every_flag_exists():
     flags -= {"--cpp_ext", "--cuda_ext", "--no-build-isolation"}  # of pip
     # of tools/benchmark.py
     flags -= {"--against", "--json", "--samples", "--data", "--routing"}
+    # of tools/plan.py
+    flags -= {"--world-size", "--gpu", "--images", "--supervised", "--chart"}
     flags -= {"--seeds"}  # of tools/arms.py
     # of tools/discover_experts.py
     flags -= {"--data", "--labeller", "--cluster-size", "--min-lift", "--selectivity"}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from megatron_mm.config.cost import Costs, costs
@@ -168,7 +169,9 @@ def stages(
     if size < 1:
         raise ConfigError(f"pipeline_model_parallel_size {size}; allowed: 1 or more")
     if layout is None:
-        cuts = _balanced_cuts(layers, size, cost)
+        cuts = list(
+            _balanced_cuts(layers, size, tuple(cost.letters.items()), cost.first, cost.last)
+        )
     else:
         _same_layers(pattern, layout)
         parts = _squeeze(layout).split("|")
@@ -190,8 +193,17 @@ def stages(
     return tuple(Stage(index, layers[start:stop]) for index, (start, stop) in bounds)
 
 
-def _balanced_cuts(layers: Sequence[Layer], size: int, cost: Costs) -> list[int]:
-    """Boundaries 0 = c0 < c1 < ... < c_size = len(layers) of the balanced split."""
+@lru_cache(maxsize=64)  # a search over layouts asks for the same few thousands of times
+def _balanced_cuts(
+    layers: tuple[Layer, ...],
+    size: int,
+    letters: tuple[tuple[str, float], ...],
+    first: float,
+    last: float,
+) -> tuple[int, ...]:
+    """Boundaries 0 = c0 < c1 < ... < c_size = len(layers) of the balanced split; `letters`, `first`
+    and `last` are those of the costs."""
+    cost = Costs(dict(letters), first, last)
     done, held = [0.0], [0]  # of the first i sub-layers: cost, and how many G, * and E
     waiting = [False]  # waiting[i]: a boundary after i sub-layers is between an L and its J
     in_flight = 0
@@ -239,7 +251,7 @@ def _balanced_cuts(layers: Sequence[Layer], size: int, cost: Costs) -> list[int]
                 if held[start] < held[stop] and (stop not in longer or score > longer[stop][:2]):
                     longer[stop] = *score, [*cuts, stop]
         best = longer
-    return best[end][2]
+    return tuple(best[end][2])
 
 
 def wire(stages: Sequence[Stage]) -> tuple[Manifest, ...]:

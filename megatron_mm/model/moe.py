@@ -96,6 +96,9 @@ class MixtureOfExperts(MoELayer):
             hidden_t1H = self._in_place(hidden_t1H, context.padding_1t)
         else:
             hidden_t1H = super().forward(hidden_t1H, padding_mask=context.padding_1t)[0]
+            # Kept until the next batch, these would keep all that a repeated pass saved before
+            # them: its graph is never run backward, so nothing else frees it.
+            self.token_dispatcher.probs = self.token_dispatcher.routing_map = None
         self.router.router_replay = None  # or it would hold the batch until the next one
         return hidden_t1H
 

@@ -132,6 +132,7 @@ class MultimodalModel(MegatronModule):
         # Moe indices of this stage's layers of experts, and experts that they leave out for now.
         self.moe_layers = [layer.number for layer in stage.layers if layer.kind == "E"]
         self.forbidden: Routes = {}
+        self.letters = "".join(layer.kind for layer in stage.layers)
         self.looks_here = any(layer.kind == "L" for layer in stage.layers)
         self.received: torch.Tensor | None = None
         self.watch: Callable | None = None  # diagnostics: (layer, hidden) as each layer ends
@@ -171,6 +172,12 @@ class MultimodalModel(MegatronModule):
         width = memory_hidden_size(self.model_config)
         tokens = len(batch.tokens_T) // self.pg.tp_cp.size()
         return WireShape(tokens, rows, width, manifest.refinements)
+
+    def wire_rows(self, batch: Microbatch, manifest: Manifest) -> int:
+        """Rows of the packed tensor [rows, 1, H] with these contents on this rank."""
+        shape = self._wire_shape(batch, manifest, True)
+        folded = shape.memory_rows * shape.memory_width // self.model_config.language.hidden_size
+        return shape.hidden_rows * (1 + len(shape.refinements)) + folded
 
     def _embed(self, batch: Microbatch, images: bool) -> Payload:
         mine = part(len(batch.tokens_T), self.pg.cp)
@@ -256,9 +263,15 @@ class MultimodalModel(MegatronModule):
         return self._logits(self.final_norm(payload.hidden_T1H), positions, first)
 
 
-def build(run: RunConfig, pg: ProcessGroupCollection) -> list[MultimodalModel]:
-    """This rank's stages, initialised from the seed alone, on this rank's device."""
-    backend = choose(run.backend)
+def build(
+    run: RunConfig, pg: ProcessGroupCollection, backend: Backend | None = None
+) -> list[MultimodalModel]:
+    """This rank's stages, initialised from the seed alone, on this rank's device.
+
+    Args:
+        backend: instead of the one that the settings choose.
+    """
+    backend = backend or choose(run.backend)
     check_dispatcher(run.parallel)
     config = language_config(run)
     chunks = [
@@ -267,6 +280,7 @@ def build(run: RunConfig, pg: ProcessGroupCollection) -> list[MultimodalModel]:
     ]
     for model in chunks:
         add_lora(model, run.lora, pg.tp)
-        initialize(model, run.training.seed)
+        if platform.device().type != "meta":  # else there is nothing to fill
+            initialize(model, run.training.seed)
         model.to(platform.device())
     return chunks

@@ -63,18 +63,27 @@ def start(parallel: ParallelConfig) -> None:
     )
 
 
-def build(parallel: ParallelConfig) -> Groups:
-    """Lay the groups out over the running job (Megatron's rank order: tp, cp, ep, dp, pp)."""
+def lay_out(parallel: ParallelConfig, gloo: bool = True) -> ProcessGroupCollection:
+    """megatron-core's groups over the running job (its rank order: tp, cp, ep, dp, pp).
+
+    Args:
+        gloo: with those of the CPU, which its optimizer's set-up asks for.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=gloo,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    pg = ProcessGroupCollection.use_mpu_process_groups()
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def build(parallel: ParallelConfig) -> Groups:
+    """All groups of a rank of the running job."""
+    pg = lay_out(parallel)
     # The groups on which ranks agree must give up as soon as the others do.
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     turns: list[int] = [0] * dist.get_world_size()

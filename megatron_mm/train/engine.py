@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.backend import Backend
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.model.routing import Routes, Terms, check_forbidden, check_routes
@@ -66,9 +67,10 @@ class Engine:
         return self.chunks[0].config
 
     @classmethod
-    def create(cls, run: RunConfig, groups: Groups) -> Engine:
+    def create(cls, run: RunConfig, groups: Groups, backend: Backend | None = None) -> Engine:
+        """`backend`: instead of the one that the settings choose."""
         destroy_moe_metrics_tracker()  # process-wide, and as long as the last model was deep
-        chunks = build(run, groups.pg)
+        chunks = build(run, groups.pg, backend)
         config = chunks[0].config
         reduce, gather = overlaps(run, groups.pg)
         ddp = DistributedDataParallelConfig(
@@ -223,16 +225,11 @@ class Engine:
                 own = of_each[number] if number < len(of_each) else {}
                 yield batch.to(device), held_positions(positions(batch), tokens, pg.cp), own
 
-        def forward_step(iterator, model):
-            batch, held, own = next(iterator)
-            output = model(batch, positions=held, **own, **model_kwargs)
-            return output, partial(finish, batch=batch, positions=held)
-
         if len(self.models) > 1 and forward_only:
             # The interleaved schedule takes whole rounds of microbatches only.
             batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
         common = {
-            "forward_step_func": forward_step,
+            "forward_step_func": forward_step(finish, **model_kwargs),
             "data_iterator": [feed(chunk) for chunk in self.chunks],
             "model": self.models,
             "num_microbatches": len(batches),
@@ -248,6 +245,18 @@ class Engine:
         if len(self.models) > 1:
             return forward_backward_pipelining_with_interleaving(**common)[:wanted]
         return forward_backward_pipelining_without_interleaving(**common)
+
+
+def forward_step(finish: Callable, **model_kwargs) -> Callable:
+    """What megatron-core's schedules call with an iterator over (batch, held positions, arguments
+    of its own) and a stage: the stage's output and what becomes of it on the last one."""
+
+    def step(iterator, model):
+        batch, held, own = next(iterator)
+        output = model(batch, positions=held, **own, **model_kwargs)
+        return output, partial(finish, batch=batch, positions=held)
+
+    return step
 
 
 def _each(models: list[DistributedDataParallel], method: str) -> Callable | list[Callable]:

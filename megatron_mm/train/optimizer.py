@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm import platform
-from megatron_mm.config import RunConfig
+from megatron_mm.config import ParallelConfig, RunConfig
 from megatron_mm.model.lora import is_adapter
 
 
@@ -89,12 +89,17 @@ def distributes(run: RunConfig, pg: ProcessGroupCollection) -> bool:
 
 def overlaps(run: RunConfig, pg: ProcessGroupCollection) -> tuple[bool, bool]:
     """Whether gradients are reduced, and parameters gathered, while the model computes."""
-    parallel = run.parallel
     hides = pg.dp_cp.size() > 1 and platform.device().type == "cuda"
+    reduce, gather = overlap_settings(run.parallel, hides)
+    return reduce, gather and distributes(run, pg)
+
+
+def overlap_settings(parallel: ParallelConfig, hides: bool) -> tuple[bool, bool]:
+    """What is asked for; what is left open is on where it hides anything."""
     reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
     reduce = hides if reduce is None else reduce
-    gather = reduce and hides if gather is None else gather
-    return reduce, gather and distributes(run, pg)
+    hides = hides and reduce and parallel.use_distributed_optimizer
+    return reduce, hides if gather is None else gather
 
 
 def build_optimizer(

@@ -1,0 +1,106 @@
+"""A whole layout: one rank of every pipeline rank, planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from megatron_mm.config import ConfigError, RunConfig, model_stages, validate, wire
+from megatron_mm.perf.batch import planned_batch
+from megatron_mm.perf.hardware import GPU, Assumptions
+from megatron_mm.perf.predict import Prediction, fits, predict, room
+from megatron_mm.perf.rank import RankPlan, plan_rank
+from megatron_mm.train.optimizer import overlap_settings
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    run: RunConfig
+    world_size: int
+    gpu: GPU
+    assumed: Assumptions
+    ranks: tuple[RankPlan, ...]
+    prediction: Prediction
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the fullest GPU."""
+        return max(rank.total for rank in self.ranks)
+
+    @property
+    def fits(self) -> bool:
+        return all(fits(rank, self.gpu, self.assumed) for rank in self.ranks)
+
+
+def plan_layout(
+    run: RunConfig,
+    world_size: int,
+    gpu: GPU,
+    assumed: Assumptions,
+    images: int = 1,
+    supervised: float = 1.0,
+    done: Callable[[], None] = lambda: None,
+) -> LayoutPlan:
+    """
+    Args:
+        images, supervised: of the batch, see `planned_batch`.
+        done: called as every pipeline rank is planned.
+    Raises:
+        ConfigError: the layout does not work, or the planner does not know it.
+    """
+    validate(run, world_size)
+    run = on_gpus(run, world_size)
+    batch = planned_batch(run, images, supervised)
+    ranks, made, found = run.parallel.pipeline_model_parallel_size, {}, []
+    for place in range(ranks):
+        alike = _what_it_holds(run, place)
+        if alike not in made:
+            made[alike] = plan_rank(run, place * (world_size // ranks), world_size, batch)
+        found.append(replace(made[alike], pipeline=(place, ranks)))
+        done()
+    prediction = predict(run, world_size, found, gpu, assumed)
+    return LayoutPlan(run, world_size, gpu, assumed, tuple(found), prediction)
+
+
+def on_gpus(run: RunConfig, world_size: int) -> RunConfig:
+    """The run with what GPUs make of settings that are left open."""
+    parallel = run.parallel
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    reduce, gather = overlap_settings(parallel, hides=world_size > ranks)
+    overlap = {"overlap_grad_reduce": reduce, "overlap_param_gather": gather}
+    return replace(run, parallel=replace(parallel, **overlap))
+
+
+def too_large(plan: LayoutPlan) -> ConfigError:
+    """What to say where a layout does not fit."""
+    worst = max(range(len(plan.ranks)), key=lambda place: plan.ranks[place].total)
+    rank, gb = plan.ranks[worst], 1e9
+    held, able = rank.total / gb, room(plan.gpu, plan.assumed) / gb
+    if rank.state.total > rank.activations:
+        advice = "more tensor, pipeline or expert parallel ranks"
+    else:
+        advice = "--recompute-granularity full, or more tensor or context parallel ranks"
+    return ConfigError(
+        f"pipeline rank {worst} of {len(plan.ranks)} needs {held:.1f} GB "
+        f"({rank.state.total / gb:.1f} state, {rank.activations / gb:.1f} activations), a "
+        f"{plan.gpu.name} has {able:.1f}; allowed: {advice}"
+    )
+
+
+def _what_it_holds(run: RunConfig, place: int) -> tuple:
+    """Equal for pipeline ranks that hold and exchange the same."""
+    stages = model_stages(run)
+    between = [None, *wire(stages), None]
+    ranks = run.parallel.pipeline_model_parallel_size
+    return tuple(
+        (
+            "".join(layer.kind for layer in stages[index].layers),
+            _contents(between[index]),
+            _contents(between[index + 1]),
+        )
+        for index in range(place, len(stages), ranks)
+    )
+
+
+def _contents(manifest) -> tuple | None:
+    return None if manifest is None else (manifest.memory, len(manifest.refinements))

@@ -1,0 +1,157 @@
+"""Costs of single sub-layers, and rough plans of whole layouts put together from them.
+
+For a search, where tracing every layout would take hours. Each letter of the pattern is traced as
+a pipeline stage of its own, once for each way to split and to recompute it; a stage of a layout
+is then about the sum of its letters. Rough: a letter's neighbours, padding of buffers and the
+fold of recomputed blocks are left out. What a search shows in the end is traced in full.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+from megatron_mm.config import RunConfig, Stage, effective_pattern
+from megatron_mm.perf.batch import planned_batch
+from megatron_mm.perf.memory import State
+from megatron_mm.perf.rank import RankPlan, plan_rank
+from megatron_mm.perf.recorder import Link, Work
+from megatron_mm.perf.trace import ChunkTrace
+
+FIRST, LAST = "first", "last"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Of one split and recompute: letter, or what only the first and the last stage have, to its
+    plan as a stage; a microbatch is one sample.
+
+    Attributes:
+        expert_ranks: ranks that the routed experts of a layer were dealt to.
+    """
+
+    plans: dict[str, RankPlan]
+    expert_ranks: int
+
+
+def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
+    """
+    Args:
+        run: its tensor, context and expert parallel sizes and its recompute count; pipeline and
+            micro batch do not.
+    """
+    letters = [kind for kind in "G*LJ" if kind in effective_pattern(run.model)]
+    pattern = "".join(kind + "E" * (kind in "G*") for kind in letters)
+    small = deepcopy(run)
+    small.model.hybrid_layer_pattern = pattern
+    par = small.parallel
+    par.pipeline_model_parallel_size = len(pattern) + 2
+    par.virtual_pipeline_model_parallel_size = None
+    par.pipeline_model_parallel_layout = "|" + "|".join(pattern) + "|"
+    small.training.micro_batch_size = 1
+    shards = par.tensor_model_parallel_size * par.context_parallel_size
+    per_stage = max(shards, par.expert_model_parallel_size)
+    world = per_stage * par.pipeline_model_parallel_size
+    small.training.global_batch_size = per_stage // shards
+    batch = planned_batch(small, images, supervised)
+    wanted = {FIRST: 0, LAST: len(pattern) + 1}
+    wanted |= {kind: pattern.index(kind) + 1 for kind in {*pattern}}
+    plans = {
+        name: plan_rank(small, place * per_stage, world, batch) for name, place in wanted.items()
+    }
+    return Pieces(plans, par.expert_model_parallel_size)
+
+
+def rough_rank(
+    run: RunConfig, world_size: int, stages: list[Stage], place: int, pieces: Pieces
+) -> RankPlan:
+    """Pipeline rank `place` of a layout whose stages are these, from pieces of its split."""
+    par, train = run.parallel, run.training
+    ranks = par.pipeline_model_parallel_size
+    shards = par.tensor_model_parallel_size * par.context_parallel_size
+    replicas = world_size // (ranks * shards)
+    mine, traces = stages[place::ranks], []
+    dense = expert = 0
+    for stage in mine:
+        names = [layer.kind for layer in stage.layers]
+        names = [FIRST] * (stage.index == 0) + names + [LAST] * (stage.index == len(stages) - 1)
+        found = [pieces.plans[name] for name in names]
+        dense += sum(plan.elements[0] - plan.elements[1] for plan in found)
+        expert += sum(plan.elements[1] for plan in found)
+        traces.append(_together([plan.traces[0] for plan in found], run))
+    expert = expert * pieces.expert_ranks // par.expert_model_parallel_size
+    in_stage = world_size // ranks
+    expert_replicas = in_stage // par.expert_model_parallel_size  # expert tensor parallel size 1
+    word = 2 if train.bf16 else 4
+    shared = replicas * par.context_parallel_size
+    if not par.use_distributed_optimizer:
+        shared = expert_replicas = 1
+    moments = 8 + (4 if train.bf16 else 0)
+    state = State(
+        word * (dense + expert),
+        4 * (dense + expert),
+        moments * (dense // shared + expert // expert_replicas),
+    )
+    sent = Counter(
+        {
+            Link("reduce_scatter", "dp_cp"): 4 * dense,
+            Link("reduce_scatter", "expt_dp"): 4 * expert,
+            Link("all_gather", "dp_cp"): word * dense // shared,
+            Link("all_gather", "expt_dp"): word * expert // expert_replicas,
+        }
+    )
+    return RankPlan(
+        (place, ranks),
+        tuple("".join(layer.kind for layer in stage.layers) for stage in mine),
+        (dense + expert, expert),
+        state,
+        tuple(traces),
+        Work(sent=sent),
+        train.global_batch_size // (replicas * train.micro_batch_size),
+        _groups(run, world_size),
+    )
+
+
+def _together(traces: list[ChunkTrace], run: RunConfig) -> ChunkTrace:
+    """One stage of several letters: an output is the next one's input, and counts once."""
+    samples, full = run.training.micro_batch_size, run.training.recompute_granularity == "full"
+    share = run.training.recompute_num_layers if full else 1
+    held = sum(trace.held - trace.leaves for trace in traces) // share
+    forward = max(trace.forward_peak - trace.held for trace in traces)
+    # A repeated block holds what its letters hold, beside the last one's own.
+    backward = share * max(trace.backward_peak - trace.held for trace in traces)
+    return ChunkTrace(
+        traces[0].arrives * samples,
+        traces[-1].leaves * samples,
+        (held + forward) * samples,
+        held * samples,
+        (held + backward) * samples,
+        _of_samples(sum((trace.forward for trace in traces), Work()), samples),
+        _of_samples(sum((trace.backward for trace in traces), Work()), samples),
+    )
+
+
+def _of_samples(work: Work, samples: int) -> Work:
+    return replace(work.times(samples), launches=work.launches)
+
+
+def _groups(run: RunConfig, world_size: int) -> dict[str, tuple[int, ...]]:
+    """The groups of rank 0: megatron-core's order is tp, cp, dp, pp, and for experts ep first."""
+    par = run.parallel
+    tp, cp, ep = (
+        par.tensor_model_parallel_size,
+        par.context_parallel_size,
+        par.expert_model_parallel_size,
+    )
+    stage = world_size // par.pipeline_model_parallel_size
+    return {
+        "tp": tuple(range(tp)),
+        "cp": tuple(range(0, tp * cp, tp)),
+        "tp_cp": tuple(range(tp * cp)),
+        "ep": tuple(range(ep)),
+        "tp_ep": tuple(range(ep)),
+        "dp_cp": tuple(range(0, stage, tp)),
+        "expt_dp": tuple(range(0, stage, ep)),
+        "pp": tuple(range(0, world_size, stage)),
+    }

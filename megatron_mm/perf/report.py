@@ -1,0 +1,198 @@
+"""A plan as text and as plain values for JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_mm.config import RunConfig, dump_yaml
+from megatron_mm.perf.layout import LayoutPlan
+from megatron_mm.perf.predict import model_flops, room
+from megatron_mm.perf.size import model_size
+
+GB = 1e9
+
+
+def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
+    """What a plan takes for granted, one line each."""
+    run, gpu, assumed = plan.run, plan.gpu, plan.assumed
+    tiles = run.data.max_num_tiles + int(run.data.use_thumbnail and run.data.max_num_tiles > 1)
+    batch = f"{run.training.micro_batch_size} samples of {run.data.seq_length} tokens"
+    if run.model.vision is not None:
+        batch += f", {images} images of up to {tiles} tiles in each"
+    return [
+        f"microbatch: {batch}, {supervised:.0%} of the text supervised; routing balanced",
+        "activations, FLOPs and traffic: traced on the model itself; attention and delta rule as "
+        "fused kernels keep their inputs, unvalidated until a GPU run; no torch.compile",
+        f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} dense bf16 TFLOP/s, {gpu.memory / GB:.0f} GB at "
+        f"{gpu.bandwidth / 1e12:.2f} TB/s, NVLink {gpu.nvlink / GB:.0f} GB/s each way among "
+        f"{gpu.domain}, network {gpu.network / GB:.0f} GB/s ({gpu.source})",
+        f"reached of these peaks: products {assumed.compute:.0%}, memory {assumed.bandwidth:.0%}, "
+        f"links {assumed.links:.0%}; {assumed.launch * 1e6:.0f} us a kernel at least; "
+        f"{assumed.reserved:.0%} of the memory left to CUDA and NCCL",
+        "seconds, tokens/s and MFU are predictions: none of them was measured",
+    ]
+
+
+def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
+    """Everything, in bytes, seconds and FLOPs."""
+    made, run = plan.prediction, plan.run
+    return {
+        "assumptions": list(notes),
+        "gpu": asdict(plan.gpu),
+        "assumed": asdict(plan.assumed),
+        "model": model_size(run.model)._asdict(),
+        "world_size": plan.world_size,
+        "parallel": asdict(run.parallel),
+        "microbatches": plan.ranks[0].microbatches,
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "room_bytes": room(plan.gpu, plan.assumed),
+        "predicted": {
+            "step_seconds": made.seconds,
+            "bubble": made.schedule.bubble,
+            "imbalance": imbalance(plan),
+            "gradient_exchange_seconds": made.gradients,
+            "parameter_exchange_seconds": made.parameters,
+            "optimizer_seconds": made.update,
+            "tokens_per_second_per_gpu": made.tokens_per_second_per_gpu,
+            "mfu": made.mfu,
+        },
+        "ranks": [
+            {
+                "pipeline_rank": place,
+                "layers": list(rank.layers),
+                "parameters": rank.elements[0],
+                "expert_parameters": rank.elements[1],
+                "parameter_bytes": rank.state.parameters,
+                "gradient_bytes": rank.state.gradients,
+                "optimizer_bytes": rank.state.optimizer,
+                "activation_bytes": rank.activations,
+                "model_flops": model_flops(rank) * rank.microbatches,
+                "flops": rank.step.flops,
+                "sent_bytes": _sent(rank.step.sent),
+            }
+            for place, rank in enumerate(plan.ranks)
+        ],
+        "stages": [
+            {"stage": index, "forward_seconds": forward, "backward_seconds": backward}
+            for index, (forward, backward) in enumerate(made.stages)
+        ],
+        "config": dump_yaml(run),
+    }
+
+
+def imbalance(plan: LayoutPlan) -> float:
+    """The busiest pipeline rank's time by the mean: 1 is balanced."""
+    busy = plan.prediction.schedule.busy
+    return max(busy) * len(busy) / sum(busy)
+
+
+def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
+    """Several lines: layout, a row for each pipeline rank, traffic, predictions, assumptions."""
+    made, run, size = plan.prediction, plan.run, model_size(plan.run.model)
+    rows = [("rank", "layers", "params", "state", "activ.", "total", "TFLOP", "busy")]
+    for place, rank in enumerate(plan.ranks):
+        rows.append(
+            (
+                str(place),
+                " | ".join(_first_and_last(rank.layers, place, len(plan.ranks))),
+                f"{rank.elements[0] / 1e9:.3f} B",
+                f"{rank.state.total / GB:.1f} GB",
+                f"{rank.activations / GB:.1f} GB",
+                f"{rank.total / GB:.1f} GB",
+                f"{rank.step.flops / 1e12:.0f}",
+                f"{made.schedule.busy[place]:.2f} s",
+            )
+        )
+    sent = sum((rank.step.sent for rank in plan.ranks), Counter())
+    most = {link: max(rank.step.sent[link] for rank in plan.ranks) for link in sent}
+    largest = sorted(most.items(), key=lambda item: -item[1])[:8]
+    able = room(plan.gpu, plan.assumed)
+    lines = [
+        f"{plan.world_size} {plan.gpu.name}: {describe(run, plan.world_size)}, "
+        f"{plan.ranks[0].microbatches} microbatches",
+        f"{size.total / 1e9:.2f} B parameters, {size.active / 1e9:.2f} B of them active",
+        "",
+        *_aligned(rows),
+        "",
+        "sent a step, most of any rank: "
+        + ", ".join(f"{link.kind} {link.group} {size / GB:.2f} GB" for link, size in largest),
+        f"memory: {plan.peak / GB:.1f} of {able / GB:.1f} GB: "
+        + ("fits" if plan.fits else "DOES NOT FIT"),
+        f"predicted: step {made.seconds:.2f} s, {made.tokens_per_second_per_gpu:.0f} tokens/s/GPU, "
+        f"MFU {made.mfu:.1%}; bubble {made.schedule.bubble:.1%}, busiest rank "
+        f"{imbalance(plan):.2f} of the mean; gradients {made.gradients:.2f} s, parameters "
+        f"{made.parameters:.2f} s, optimizer {made.update:.2f} s",
+        "assumed:",
+        *(f"- {note}" for note in notes),
+    ]
+    return "\n".join(lines)
+
+
+def ranking(plans: Sequence[LayoutPlan], considered: int, fitting: int) -> str:
+    """A row for each layout of a search."""
+    rows = [("", "layout", "microb.", "GB", "bubble", "busiest", "step s", "tokens/s/GPU", "MFU")]
+    for number, plan in enumerate(plans, start=1):
+        made = plan.prediction
+        rows.append(
+            (
+                str(number),
+                describe(plan.run, plan.world_size),
+                str(plan.ranks[0].microbatches),
+                f"{plan.peak / GB:.1f}",
+                f"{made.schedule.bubble:.1%}",
+                f"{imbalance(plan):.2f}",
+                f"{made.seconds:.2f}",
+                f"{made.tokens_per_second_per_gpu:.0f}",
+                f"{made.mfu:.1%}",
+            )
+        )
+    head = f"{considered} layouts divide, {fitting} fit roughly; the best, traced in full:"
+    return "\n".join((head, "", *_aligned(rows), ""))
+
+
+def describe(run: RunConfig, world_size: int) -> str:
+    """TP2 PP8 EP32 ETP1 DP16, micro batch 1, recompute full."""
+    par, train = run.parallel, run.training
+    tp, pp, cp = (
+        par.tensor_model_parallel_size,
+        par.pipeline_model_parallel_size,
+        par.context_parallel_size,
+    )
+    sizes = {"TP": tp, "PP": pp, "VPP": par.virtual_pipeline_model_parallel_size or 1, "CP": cp}
+    sizes |= {"EP": par.expert_model_parallel_size, "DP": world_size // (tp * pp * cp)}
+    words = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP")]
+    if tp > 1:
+        words.append(f"ETP{par.expert_tensor_parallel_size or tp}")
+    recompute = train.recompute_granularity or "none"
+    if recompute == "selective":
+        recompute += " " + "+".join(train.recompute_modules)
+    return f"{' '.join(words)}, micro batch {train.micro_batch_size}, recompute {recompute}"
+
+
+def _first_and_last(layers: Sequence[str], place: int, ranks: int) -> list[str]:
+    words = list(layers)
+    if place == 0:
+        words[0] = "ViT+emb " + words[0]
+    if place == ranks - 1:
+        words[-1] += " out"
+    return words
+
+
+def _sent(sent: Counter) -> dict[str, int]:
+    return {f"{link.kind} {link.group}": size for link, size in sorted(sent.items())}
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell; numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 1 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

@@ -1,0 +1,184 @@
+"""Which layouts of a run fit, and which of them are fastest, as predicted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol
+
+from megatron_mm.config import ConfigError, RunConfig, model_stages, validate
+from megatron_mm.perf.hardware import GPU, Assumptions
+from megatron_mm.perf.layout import LayoutPlan, on_gpus, plan_layout
+from megatron_mm.perf.pieces import Pieces, rough_rank, trace_pieces
+from megatron_mm.perf.predict import computing, exchanged, room, talking
+from megatron_mm.perf.rank import RankPlan
+
+SECONDS = 240  # in all; then what is traced in full by now is the answer, if anything is
+ROUGH = 1.15  # rough plans may need so many times the room: the full ones decide
+LONG = 32768  # tokens of a sample from which on context parallelism is tried
+RECOMPUTE = (
+    (None, []),
+    ("selective", ["core_attn", "vision"]),
+    ("selective", ["moe", "vision"]),
+    ("full", []),
+)
+
+
+class Progress(Protocol):
+    total: float | None
+
+    def update(self, n: float | None = 1) -> object: ...
+
+    def set_description(self, desc: str | None = None) -> object: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """
+    Attributes:
+        plans: those that fit, fastest first.
+        considered, fitting: layouts that divide; those of them that fit, roughly.
+    """
+
+    plans: list[LayoutPlan]
+    considered: int
+    fitting: int
+
+
+def search(
+    run: RunConfig,
+    world_size: int,
+    gpu: GPU,
+    assumed: Assumptions,
+    images: int,
+    supervised: float,
+    top: int,
+    progress: Progress,
+    pieces: dict[tuple, Pieces] | None = None,
+) -> Found:
+    """Try layouts, micro batch sizes and recompute; everything else is the run's.
+
+    Args:
+        pieces: of earlier searches for this run, with any world and GPU; more are added.
+    Raises:
+        ConfigError: no layout divides, or none fits.
+    """
+    until = time.monotonic() + SECONDS
+    tried = list(candidates(run, world_size, gpu))
+    if not tried:
+        validate(run, world_size)  # says what is wrong with the run's own
+        raise ConfigError(
+            f"no layout of {world_size} ranks divides global_batch_size "
+            f"{run.training.global_batch_size}; allowed: another --world-size or batch"
+        )
+    pieces = {} if pieces is None else pieces
+    keys = {_key(candidate) for candidate in tried}
+    progress.total = len(keys) + top
+    progress.set_description("sub-layers")
+    ranked, leanest = [], float("inf")
+    for candidate in sorted(tried, key=_key):
+        key = _key(candidate)
+        if key not in pieces:
+            one = deepcopy(candidate)
+            one.parallel.expert_model_parallel_size = min(32, run.model.language.num_experts)
+            pieces[key] = trace_pieces(one, images, supervised)
+            progress.update()
+        ranks = _rough(candidate, world_size, pieces[key])
+        needed = max(rank.total for rank in ranks)
+        leanest = min(leanest, needed)
+        if needed <= ROUGH * room(gpu, assumed):
+            seconds = _seconds(candidate, ranks, gpu, assumed)
+            ranked.append((seconds, len(ranked), needed, candidate))
+    ranked.sort()
+    progress.set_description("layouts")
+    plans: list[LayoutPlan] = []
+    off: dict[tuple, float] = {}  # how far off the rough memory was, by split
+    for _, _, needed, candidate in ranked:
+        if len(plans) == top or (plans and time.monotonic() > until):
+            break
+        if needed * off.get(_key(candidate), 0.0) > room(gpu, assumed):
+            continue
+        plan = plan_layout(candidate, world_size, gpu, assumed, images, supervised)
+        off[_key(candidate)] = plan.peak / needed
+        if plan.fits:
+            plans.append(plan)
+            progress.update()
+    if not plans:
+        raise ConfigError(
+            f"none of {len(tried)} layouts fits: the leanest needs about {leanest / 1e9:.0f} GB a "
+            f"GPU, a {gpu.name} has {room(gpu, assumed) / 1e9:.0f}; allowed: a larger --world-size "
+            "than " + str(world_size) + ", a GPU with more memory, or a shorter seq_length"
+        )
+    plans.sort(key=lambda plan: plan.prediction.seconds)
+    return Found(plans, len(tried), len(ranked))
+
+
+def candidates(run: RunConfig, world_size: int, gpu: GPU) -> Iterator[RunConfig]:
+    """Every layout that `validate` accepts, of sizes that are powers of two; routed experts are
+    not split among tensor-parallel ranks, which then hold more of them instead."""
+    experts = run.model.language.num_experts
+    contexts = (1, 2, 4, 8) if run.data.seq_length >= LONG else (1,)
+    for tp, pp, vpp, ep, cp, micro, recompute in product(
+        (1, 2, 4, 8),
+        (1, 2, 4, 8, 16, 32),
+        (None, 2),
+        [2**n for n in range(8) if 2**n <= min(experts, world_size)],
+        contexts,
+        (1, 2),
+        RECOMPUTE,
+    ):
+        if tp > gpu.domain or (vpp and pp == 1) or _odd(world_size, tp * pp * cp, ep * pp):
+            continue
+        made = deepcopy(run)
+        par, train = made.parallel, made.training
+        par.tensor_model_parallel_size, par.pipeline_model_parallel_size = tp, pp
+        par.virtual_pipeline_model_parallel_size, par.context_parallel_size = vpp, cp
+        par.expert_model_parallel_size, par.expert_tensor_parallel_size = ep, 1
+        par.pipeline_model_parallel_layout, par.overlap_p2p_comm = None, None
+        train.micro_batch_size = micro
+        train.recompute_granularity, train.recompute_modules = recompute
+        try:
+            validate(made, world_size)
+        except ConfigError:
+            continue
+        yield on_gpus(made, world_size)
+
+
+def _odd(world_size: int, *parts: int) -> bool:
+    """Whether the world does not divide: most of the product, sorted out without a copy."""
+    return any(world_size % part for part in parts)
+
+
+def _key(run: RunConfig) -> tuple:
+    """What decides the cost of a sub-layer."""
+    par, train = run.parallel, run.training
+    recompute = str(train.recompute_granularity), *train.recompute_modules
+    return par.tensor_model_parallel_size, par.context_parallel_size, recompute
+
+
+def _rough(run: RunConfig, world_size: int, pieces: Pieces) -> list[RankPlan]:
+    stages = list(model_stages(run))
+    ranks = run.parallel.pipeline_model_parallel_size
+    return [rough_rank(run, world_size, stages, place, pieces) for place in range(ranks)]
+
+
+def _seconds(run: RunConfig, ranks: list[RankPlan], gpu: GPU, assumed: Assumptions) -> float:
+    """Of a step, roughly: the busiest rank's work, and the others' while the pipeline fills."""
+    busy, exchange = [], 0.0
+    for rank in ranks:
+        works = [work for trace in rank.traces for work in (trace.forward, trace.backward)]
+        busy.append(
+            sum(computing(w, gpu, assumed) + talking(w, rank.groups, gpu, assumed) for w in works)
+        )
+        reduce, gather, _ = exchanged(rank, gpu, assumed)
+        if run.parallel.overlap_grad_reduce:
+            reduce = max(0.0, reduce - busy[-1] * 2 / 3)
+        if run.parallel.overlap_param_gather:
+            gather = max(0.0, gather - busy[-1] / 3)
+        exchange = max(exchange, reduce + gather)
+    chunks = len(ranks[0].traces)
+    filling = (sum(busy) - max(busy)) / chunks
+    return ranks[0].microbatches * max(busy) + filling + exchange

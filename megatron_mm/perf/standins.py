@@ -1,0 +1,198 @@
+"""What stands in, in a plan, for what cannot run on tensors without memory.
+
+Routing is balanced, since nobody computes logits. Attention is the fused kernel that keeps
+query, key, value, result and the logarithms of its sums. With `cuda` the gated delta rule is
+flash-linear-attention's, of which we know from its source (0.6, `chunk_gated_delta_rule` and
+`causal_conv1d`) what it keeps and how large it works; no GPU run has confirmed it yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from megatron_mm.config import ConfigError, RunConfig
+from megatron_mm.model.backend import Backend, choose
+from megatron_mm.model.gdn_mix import split_heads
+from megatron_mm.model.moe import MixtureOfExperts
+from megatron_mm.perf.batch import expert_counts
+
+CHUNK = 64  # positions; flash-linear-attention's own
+Count = Callable[[int], None]  # of floating point operations that no product shows
+
+
+def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
+    """The backend of a plan: `cuda` as a GPU with flash-linear-attention, `torch` as the CPU.
+
+    Raises:
+        ConfigError: for FP8, of which the planner knows nothing.
+    """
+    if run.backend.fp8_format is not None:
+        raise ConfigError(
+            f"fp8_format is {run.backend.fp8_format!r}; allowed in a plan: none, it knows no FP8"
+        )
+    local = replace(run.backend, transformer_impl="local", gdn_kernel="torch")
+    backend = choose(local)
+    if kernels == "cuda" and run.backend.gdn_kernel != "torch":
+        backend = replace(backend, mix=partial(_fused_mix, count))
+    return backend
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Inside, `scaled_dot_product_attention` of tensors without memory is one kernel, and so is
+    its backward pass; torch would choose the way of many products for them. Set in its module, as
+    a mode would not reach what the backward pass computes again."""
+    torchs = F.scaled_dot_product_attention
+
+    def chosen(query, *args, **kwargs):
+        return (_attention if query.is_meta else torchs)(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = chosen
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = torchs
+
+
+def _attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):
+    if attn_mask is not None:
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=attn_mask
+    )[0]
+
+
+def balance(model: torch.nn.Module, tokens: int) -> None:
+    """Make the layers of experts of a stage dispatch as `balanced_routes` would, for a stream of
+    this many tokens."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.token_dispatcher = BalancedDispatcher.like(module.token_dispatcher, tokens)
+
+
+class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
+    """megatron-core's, where the counts follow from the positions and not from the router."""
+
+    tokens = 0  # of the whole stream
+
+    @classmethod
+    def like(cls, other: MoEAlltoAllTokenDispatcher, tokens: int) -> BalancedDispatcher:
+        made = cls.__new__(cls)
+        vars(made).update(vars(other))
+        made.tokens = tokens
+        return made
+
+    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """Sets what megatron-core's sets, from real numbers; int64 [local experts]."""
+        top_k, here = self.config.moe_router_topk, routing_map.sum(dim=0).long()
+        self.num_out_tokens = len(routing_map) * top_k
+        if self.ep_size == self.tp_size == 1:
+            counts = self._counts([dist.get_rank()])
+            self._maybe_update_cuda_sync_point("before_finish")
+        else:
+            gather_from_sequence_parallel_region(here, group=self.tp_ep_group)  # as they do
+            counts = self._counts(dist.get_process_group_ranks(self.tp_ep_group))
+            self._maybe_update_cuda_sync_point("before_ep_alltoall")
+        counts = counts.view(self.ep_size, self.tp_size, self.num_experts).transpose(0, 1)
+        mine = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
+        local = counts[:, :, mine].contiguous()
+        if self.ep_size > 1 or self.tp_size > 1:
+            sends = self._counts([dist.get_rank()]).view(self.ep_size, self.num_local_experts)
+            self.input_splits = sends.sum(1)
+            per_rank = local.sum(2)
+            self.output_splits = per_rank[self.tp_rank]
+            self.output_splits_tp = per_rank.sum(1)
+        if self.num_local_experts > 1:
+            self.num_global_tokens_per_local_expert = local.view(-1, self.num_local_experts)
+            self._maybe_update_cuda_sync_point("before_permutation_2")
+        return local.sum((0, 1))
+
+    def _counts(self, ranks: list[int]) -> torch.Tensor:
+        """int64 [ranks, E]: the rows that each rank's part of its stream sends to each expert."""
+        config = self.config
+        shards = config.tensor_model_parallel_size * config.context_parallel_size
+        part = self.tokens // shards
+        # Ranks are numbered tp first, then cp, which is the order of the parts.
+        parts = [range(rank % shards * part, (rank % shards + 1) * part) for rank in ranks]
+        counts = [expert_counts(p, config.moe_router_topk, self.num_experts) for p in parts]
+        return torch.stack(counts)
+
+
+def _fused_mix(count: Count, qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segments, widths):
+    """Arguments and result of `gdn_mix.convolve_and_scan`."""
+    mixed = _FusedConvolution.apply(qkv_TC, conv_weight_CW)
+    query, key, value = (x.contiguous() for x in split_heads(mixed, widths))
+    del mixed
+    return _FusedDeltaRule.apply(query, key, value, log_decay_Th.float(), beta_Th, count)
+
+
+class _FusedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TC, weight_CW):
+        ctx.save_for_backward(x_TC, weight_CW)
+        return x_TC + 0.0  # one pass over it
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x_TC, weight_CW = ctx.saved_tensors
+        return x_TC + d_out, torch.empty_like(weight_CW)
+
+
+class _FusedDeltaRule(torch.autograd.Function):
+    """Keeps the normalised query and key with their scales, value, the summed decay, beta and the
+    inverse of every chunk's triangular system; works with the state at every chunk's start."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, log_decay, beta, count: Count):
+        tokens, heads, width = value.shape
+        query, key = query + 0.0, key + 0.0
+        scales = [
+            torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (query, key)
+        ]
+        decay = log_decay.cumsum(0)
+        inverse = value.new_empty(tokens, heads, CHUNK)
+        work = _delta_rule_inside(key, value)
+        count(_delta_rule_flops(key, value))
+        ctx.count = count
+        ctx.save_for_backward(query, key, *scales, value, decay, beta, inverse)
+        out = value + 0.0
+        del work
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        query, key, _, _, value, decay, beta, _ = ctx.saved_tensors
+        work = [*_delta_rule_inside(key, value), *_delta_rule_inside(key, value)]
+        ctx.count(3 * _delta_rule_flops(key, value))  # forward again, then twice as much
+        grads = query + 0.0, key + 0.0, value + d_out, decay + 0.0, beta + 0.0
+        del work
+        return *grads, None
+
+
+def _delta_rule_inside(key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """What the kernels pass to each other: two of the keys' size, two of the values', the states
+    at the start of every chunk."""
+    tokens, heads, width = value.shape
+    wide = key.shape[-1]
+    chunks = -(-tokens // CHUNK)
+    shapes = [(tokens, heads, wide)] * 2 + [(tokens, heads, width)] * 2
+    made = [value.new_empty(shape) for shape in shapes]
+    return [*made, value.new_empty(chunks, heads, wide, width)]
+
+
+def _delta_rule_flops(key: torch.Tensor, value: torch.Tensor) -> int:
+    """Of the chunked forward pass (arXiv 2412.06464, section 3.3): K K^T, Q K^T, T with both, P U
+    inside a chunk; W S, Q S and K^T U with the state."""
+    tokens, heads, width = value.shape
+    wide = key.shape[-1]
+    inside = 2 * CHUNK * (2 * wide + wide + width + width)
+    return tokens * heads * (inside + 3 * 2 * wide * width)

@@ -1,0 +1,130 @@
+"""One microbatch through one stage of a rank, forward and backward, with everything it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import backward_step
+from megatron.core.pipeline_parallel.schedules import forward_step as schedule_forward
+
+from megatron_mm import platform
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.parallel.sequence import held_positions
+from megatron_mm.perf.fake import META
+from megatron_mm.perf.recorder import Recorder, Work
+from megatron_mm.perf.standins import balance, fused_attention
+from megatron_mm.train.engine import Engine, forward_step
+from megatron_mm.train.objective import SupervisedFineTuning
+
+
+@dataclass(frozen=True)
+class ChunkTrace:
+    """Of one microbatch on one stage; bytes of tensors, without parameters and gradients.
+
+    Attributes:
+        arrives, leaves: of the packed tensor from the stage before and to the one after.
+        forward_peak: the most that the forward pass holds, what arrived included.
+        held: what stays until the backward pass.
+        backward_peak: the most that the backward pass holds.
+        forward, backward: work; a backward pass includes what it computes again.
+        stays: what the first microbatch leaves behind for good (megatron-core's buffer of gathered
+            activations); in none of the above.
+    """
+
+    arrives: int
+    leaves: int
+    forward_peak: int
+    held: int
+    backward_peak: int
+    forward: Work
+    backward: Work
+    stays: int = 0
+
+
+def trace_chunk(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> ChunkTrace:
+    """Run stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step."""
+    wrapped, model = engine.models[chunk], engine.chunks[chunk]
+    balance(model, len(batch.tokens_T))
+    if wrapped.ddp_config.overlap_param_gather:
+        wrapped.disable_forward_pre_hook(param_sync=False)  # once a step: see trace_sync
+    before = recorder.live
+    with fused_attention(), recorder, wrapped.no_sync():
+        found = _once(engine, recorder, chunk, batch)
+    model.received = None
+    stays = recorder.live - before
+    return replace(
+        found,
+        stays=stays,
+        forward_peak=found.forward_peak - stays,
+        held=found.held - stays,
+        backward_peak=found.backward_peak - stays,
+    )
+
+
+def _once(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> ChunkTrace:
+    wrapped, model, config = engine.models[chunk], engine.chunks[chunk], engine.config
+    objective, pg = SupervisedFineTuning(), engine.groups.pg
+    held_at = held_positions(objective.positions(batch), len(batch.tokens_T), pg.cp)
+
+    def finish(output, batch, positions):
+        return objective.loss(output, batch, positions, pg)
+
+    def feed():
+        yield batch.to(platform.device()), held_at, {}
+
+    start, begin = recorder.rebase(), recorder.copy()
+    arrived = None
+    if model.arrives is not None:
+        rows, dtype = model.wire_rows(batch, model.arrives), config.pipeline_dtype
+        shape = rows, 1, config.hidden_size
+        arrived = torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
+    output, _ = schedule_forward(
+        forward_step(finish),
+        feed(),
+        wrapped,
+        1,
+        arrived,
+        [],
+        config,
+        pg.cp.size(),
+        is_last_stage=model.post_process,
+    )
+    forward_peak, held, middle = recorder.peak - start, recorder.live - start, recorder.copy()
+    d_output = None if model.post_process else torch.empty_like(output)
+    recorder.rebase()
+    backward_step(arrived, output, d_output, config)
+    return ChunkTrace(
+        arrives=0 if arrived is None else _bytes(arrived),
+        leaves=0 if d_output is None else _bytes(d_output),
+        forward_peak=forward_peak,
+        held=held,
+        backward_peak=recorder.peak - start,
+        forward=middle - begin,
+        backward=recorder.copy() - middle,
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def trace_sync(engine: Engine, recorder: Recorder) -> Work:
+    """What a step sends once, whatever the number of microbatches: gradients, and parameters
+    after the update."""
+    with recorder:
+        begin = recorder.copy()
+        # A real number: it is divided by.
+        finalize_model_grads(engine.models, torch.ones((), dtype=torch.int), engine.groups.pg)
+        # As forward passes do with overlap, and without each optimizer of the chain does at the
+        # end of its step: with routed experts there are two, and each gathers everything.
+        ddp, chain = (
+            engine.models[0].ddp_config,
+            getattr(engine.optimizer, "chained_optimizers", [0]),
+        )
+        if ddp.use_distributed_optimizer:
+            for _ in range(1 if ddp.overlap_param_gather else len(chain)):
+                for model in engine.models:
+                    model.start_param_sync(force_sync=True)
+        return recorder.copy() - begin

@@ -1,0 +1,146 @@
+"""The plan of the real model: its size, and what the command says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.config import ConfigError, load, preset, to_transformers_dict, without_clvr
+from megatron_mm.convert.plan import LOOKS
+from megatron_mm.model.blueprint import blueprint
+from megatron_mm.perf import hardware
+from megatron_mm.perf.fake import fake_engine, fake_job
+from megatron_mm.perf.layout import plan_layout, too_large
+from megatron_mm.perf.predict import collective
+from megatron_mm.perf.search import search
+from megatron_mm.perf.size import model_size
+from megatron_mm.perf.standins import planned_backend
+
+ROOT = Path(__file__).parents[2]
+ASSUMED = hardware.Assumptions(compute=1.0, bandwidth=1.0, links=1.0)
+
+
+def transformers_size(model) -> tuple[int, int]:
+    """(total, active) of transformers' own model on no device."""
+    words = to_transformers_dict(model, image_token_id=151671)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/convert/meta_names.py"],
+        input=json.dumps([words]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ((inside, _),) = json.loads(done.stdout)
+    sizes = {name: prod(shape) for name, shape in inside.items()}
+    routed = sum(n for name, n in sizes.items() if ".mlp.experts." in name)
+    lm = model.language
+    return sum(sizes.values()), sum(sizes.values()) - routed * (
+        lm.num_experts - lm.moe_router_topk
+    ) // lm.num_experts
+
+
+def test_the_size_is_that_of_transformers_and_clvr():
+    model = preset("mm-80b")
+    base = replace(model, hybrid_layer_pattern=without_clvr(model.hybrid_layer_pattern))
+    clvr = sum(
+        prod(layout.global_shape)
+        for name, layout in blueprint(model).items()
+        if name.startswith(LOOKS)
+    )
+    total, active = transformers_size(base)
+    assert model_size(model) == (total + clvr, active + clvr)
+    assert total > 80e9 and active < 10e9 and clvr > 1e7
+
+
+def test_ranks_hold_the_whole_model():
+    run = load(argv=["--preset", "mm-80b", "--bf16", "--global-batch-size", "64"])
+    run.parallel.pipeline_model_parallel_size, run.parallel.expert_model_parallel_size = 8, 32
+    held = 0
+    for place in range(8):
+        with fake_job(run, place * 32, 256) as groups:
+            engine = fake_engine(run, groups, planned_backend(run, "cuda", lambda n: None))
+            for chunk in engine.chunks:
+                for param in chunk.parameters():
+                    held += param.numel() * (32 if param.param_layout.expert else 1)
+    assert held == model_size(run.model).total
+
+
+def test_collectives_by_hand():
+    h100 = hardware.gpu("H100")
+    near, far = range(8), range(0, 64, 8)
+    assert collective("all_gather", 450e9, near, h100, ASSUMED) == pytest.approx(7.0)
+    assert collective("all_reduce", 450e9, near, h100, ASSUMED) == pytest.approx(2 * 7 / 8)
+    assert collective("reduce_scatter", 50e9, far, h100, ASSUMED) == pytest.approx(7 / 8)
+    # of 16 ranks in two domains half the bytes leave, each through its own adapter
+    assert collective("all_to_all", 50e9, range(16), h100, ASSUMED) == pytest.approx(0.5)
+    assert collective("all_reduce", 1e9, range(1), h100, ASSUMED) == 0.0
+
+
+def small_run(**sizes):
+    run = load(argv=["--preset", "small", "--bf16", "--seq-length", "512"])
+    run.training.global_batch_size, run.data.max_num_tiles = 32, 4
+    for name, value in sizes.items():
+        setattr(run.parallel, name, value)
+    return run
+
+
+def test_a_search_ranks_what_fits():
+    class Silent:
+        total = None
+        update = set_description = staticmethod(lambda *_: None)
+
+    run, h100 = small_run(), hardware.gpu("H100")
+    found = search(run, 4, h100, ASSUMED, 1, 1.0, 2, Silent())
+    seconds = [plan.prediction.seconds for plan in found.plans]
+    assert len(seconds) == 2 and seconds == sorted(seconds)
+    assert all(plan.fits for plan in found.plans)
+    assert found.considered >= found.fitting >= 2
+    tiny = replace(h100, memory=1e6)
+    with pytest.raises(ConfigError, match=r"none of \d+ layouts fits: .* a H100 has 0; allowed"):
+        search(run, 4, tiny, ASSUMED, 1, 1.0, 2, Silent())
+
+
+def test_a_layout_that_does_not_fit_says_what_to_change():
+    small = replace(hardware.gpu("H100"), memory=1e8)
+    plan = plan_layout(small_run(), 1, small, ASSUMED)
+    assert not plan.fits
+    with pytest.raises(ConfigError, match=r"needs \d.* GB .* a H100 has 0\.1; allowed: "):
+        raise too_large(plan)
+
+
+def run_tool(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools/plan.py", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_writes_table_json_and_chart(tmp_path):
+    flags = ["--preset", "small", "--bf16", "--seq-length", "512", "--global-batch-size", "8"]
+    sizes = ["--pipeline-model-parallel-size", "2", "--world-size", "4", "--gpu", "H200"]
+    files = ["--json", str(tmp_path / "plan.json"), "--chart", str(tmp_path / "plan.png")]
+    done = run_tool(*flags, *sizes, *files)
+    assert done.returncode == 0, done.stderr
+    assert "predicted: step" in done.stdout and "unvalidated until a GPU run" in done.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert len(plan["ranks"]) == 2 and plan["fits"] and plan["predicted"]["mfu"] > 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gpu", "H10"], ["unknown GPU H10", "H100"]),
+        (["--pipeline-model-parallel-size", "3"], ["world_size 4", "multiple of 3"]),
+        (["--seq-length", "8"], ["seq_length 8", "max_num_tiles"]),
+    ],
+)
+def test_bad_input_is_one_line(flags, words):
+    base = ["--preset", "small", "--bf16", "--world-size", "4", "--global-batch-size", "4"]
+    done = run_tool(*base, *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words)
