@@ -10,6 +10,11 @@ def even(prompts, completions, completion_ids, **columns):
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
+def same(prompts, completions, completion_ids, **columns):
+    """Nothing to learn from."""
+    return [0.0 for _ in completion_ids]
+
+
 def fails_on_short(prompts, completions, completion_ids, **columns):
     """Raises for completions whose last token is odd."""
     for ids in completion_ids:

@@ -115,7 +115,7 @@ def on_rank_error(run: RunConfig) -> tuple[str, int]:
             "0 groups to train on after 1 rounds of 8 prompts: ",
         ),
         (
-            {"reward_funcs": ["scorer"], "algorithm": "dapo", "max_generation_rounds": 2},
+            {"reward_funcs": ["even.same"], "algorithm": "dapo", "max_generation_rounds": 2},
             "0 groups to train on after 2 rounds of 8 prompts: all rewards of every group",
         ),
         ({"reward_funcs": ["even.nothing"]}, "nothing"),

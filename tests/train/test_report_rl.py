@@ -14,6 +14,7 @@ from grpo_runs import grpo_run
 from trainers import PP2, TP2
 
 from megatron_mm.config import RunConfig, validate
+from megatron_mm.data.digits import DEFAULT_WEIGHTS
 from megatron_mm.parallel import groups
 from megatron_mm.train import loop
 from megatron_mm.train.charts_rl import rl_charts
@@ -249,7 +250,11 @@ def test_a_run_knows_its_experts_before(ranks, scenes, tmp_path, sizes):
         json.loads((tmp_path / f"{name}.json").read_text())["experts"]
         for name in ("experts_before", "evaluation")
     )
-    assert before == after and len(before["keys"]) == 12 and len(before["load"][0][0]) > 1
+    assert (
+        before == after
+        and len(before["keys"]) == len(DEFAULT_WEIGHTS)
+        and len(before["load"][0][0]) > 1
+    )
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<h2>Rewards</h2>" in page and "before</h3>" in page
     # The run's own table has all that the page shows.
