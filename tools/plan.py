@@ -1,9 +1,10 @@
 """Memory, FLOPs, traffic and predicted speed of a run on any number of GPUs, without one.
 
     python tools/plan.py --config examples/mm-80b.yaml --world-size 1024 --gpu H100
-    python tools/plan.py search --preset mm-80b --bf16 --world-size 1024 --gpu H100
+    python tools/plan.py search --preset mm-80b --world-size 1024 --gpu H100
 
-Every flag of the trainer holds here too.
+Every flag of the trainer holds here too. Without --config it is a run in bf16 with as many samples
+a step as GPUs, unless flags say otherwise.
 """
 
 from __future__ import annotations
@@ -49,11 +50,25 @@ def main(argv: list[str]) -> int:
     from megatron_mm.perf import hardware
 
     try:
-        run, gpu, assumed = load(None, rest), hardware.gpu(args.gpu), hardware.Assumptions()
+        run = _with_defaults(load(None, rest), rest, args.world_size)
+        gpu, assumed = hardware.gpu(args.gpu), hardware.Assumptions()
         return (_search if searching else _plan)(args, run, gpu, assumed)
     except ConfigError as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
+
+
+def _with_defaults(run, rest: list[str], world_size: int):
+    """A preset is a model; what it is trained with, that training needs, is left to say."""
+    from megatron_mm.config.flags import parse_flags
+
+    flags = parse_flags(rest)
+    given = {path[-1] for path in flags.values}
+    if flags.config is None and "bf16" not in given:
+        run.training.bf16 = True
+    if flags.config is None and "global_batch_size" not in given:
+        run.training.global_batch_size = world_size * run.training.micro_batch_size
+    return run
 
 
 def _plan(args: argparse.Namespace, run, gpu, assumed) -> int:

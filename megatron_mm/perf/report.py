@@ -22,8 +22,10 @@ def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
     batch = f"{run.training.micro_batch_size} samples of {run.data.seq_length} tokens"
     if run.model.vision is not None:
         batch += f", {images} images of up to {tiles} tiles in each"
+    precision, step = "bf16" if run.training.bf16 else "fp32", run.training.global_batch_size
     return [
-        f"microbatch: {batch}, {supervised:.0%} of the text supervised; routing balanced",
+        f"{step} samples a step, {precision}; microbatch: {batch}, {supervised:.0%} of the text "
+        "supervised; routing balanced",
         "activations, FLOPs and traffic: traced on the model itself; attention and delta rule as "
         "fused kernels keep their inputs, unvalidated until a GPU run; no torch.compile",
         f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} dense bf16 TFLOP/s, {gpu.memory / GB:.0f} GB at "

@@ -120,11 +120,12 @@ def run_tool(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_writes_table_json_and_chart(tmp_path):
-    flags = ["--preset", "small", "--bf16", "--seq-length", "512", "--global-batch-size", "8"]
+    flags = ["--preset", "small", "--seq-length", "512"]
     sizes = ["--pipeline-model-parallel-size", "2", "--world-size", "4", "--gpu", "H200"]
     files = ["--json", str(tmp_path / "plan.json"), "--chart", str(tmp_path / "plan.png")]
     done = run_tool(*flags, *sizes, *files)
     assert done.returncode == 0, done.stderr
+    assert "4 samples a step, bf16" in done.stdout  # a preset says nothing of it
     assert "predicted: step" in done.stdout and "unvalidated until a GPU run" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(plan["ranks"]) == 2 and plan["fits"] and plan["predicted"]["mfu"] > 0
