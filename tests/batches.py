@@ -13,6 +13,16 @@ from megatron_mm.config import (
 )
 from megatron_mm.data.batch import Microbatch
 
+# Megatron's names of a layout's sizes, by what people call them.
+SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
 
 def small_model(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
     """Every kind of layer; two look/inject pairs in flight at once; every size differs from

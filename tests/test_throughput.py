@@ -26,15 +26,6 @@ from megatron_mm.parallel.layout import layouts  # noqa: E402
 from megatron_mm.perf.flops import model_flops, total  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    tool = importlib.import_module("make_digits")
-    folder = tmp_path_factory.mktemp("scenes")
-    counts = "--images 6 --valid-images 4 --align-per-image 1 --mix-per-image 8 --valid-per-key 2"
-    tool.main(f"--out {folder} --grid 3 {counts}".split())
-    return folder
-
-
 @pytest.fixture
 def run(scenes) -> RunConfig:
     run = RunConfig(model=preset("tiny"))

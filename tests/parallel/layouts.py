@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from batches import microbatch
+from batches import SIZES, microbatch
 from gathering import at_rank_0
 
 from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
@@ -25,15 +25,7 @@ def steps_batches(run: RunConfig, pad_multiple: int):
 
 
 def parallel_config(**sizes) -> ParallelConfig:
-    names = {
-        "tp": "tensor_model_parallel_size",
-        "pp": "pipeline_model_parallel_size",
-        "vpp": "virtual_pipeline_model_parallel_size",
-        "cp": "context_parallel_size",
-        "ep": "expert_model_parallel_size",
-        "etp": "expert_tensor_parallel_size",
-    }
-    return ParallelConfig(**{names.get(name, name): value for name, value in sizes.items()})
+    return ParallelConfig(**{SIZES.get(name, name): value for name, value in sizes.items()})
 
 
 def off_zero(engine: Engine) -> None:

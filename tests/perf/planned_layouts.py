@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from batches import small_run
+from batches import SIZES, small_run
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config import RunConfig
@@ -18,15 +18,6 @@ from megatron_mm.perf.recorder import ATTENTION_FLOPS, Recorder
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.objective import SupervisedFineTuning
 
-FLAGS = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-}
-
 
 def layout_run(sizes: dict, replicas: int) -> RunConfig:
     """The tests' small model on a layout; other keys of `sizes` are settings by their names."""
@@ -34,7 +25,7 @@ def layout_run(sizes: dict, replicas: int) -> RunConfig:
     run.model.language.num_experts = 8  # divides by everything
     run.data.seq_length, run.data.max_num_tiles = 96, 3
     for name, value in sizes.items():
-        name = FLAGS.get(name, name)
+        name = SIZES.get(name, name)
         for section in (run.parallel, run.training, run.data):
             if hasattr(section, name):
                 setattr(section, name, value)
