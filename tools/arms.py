@@ -1,13 +1,14 @@
 """Compare arms on the digit scenes: train each from the same checkpoint, ask the same questions.
 
     python tools/arms.py --out runs/arms --seeds 1 2 3
-    python tools/arms.py --out runs/arms --arms grpo earl --memory clvr none --seeds 1
+    python tools/arms.py --out runs/arms --arms grpo earl --memory clvr none --seeds 1 --jobs 2
 
 For every memory and seed one model is trained (`demo.yaml`, on the scenes of runs/demo/data), its
 experts are discovered, each arm (`examples/digits/arms/*.yaml`) goes on from it, and what the arm
 made of these experts is measured. What is done already is not done again, so a stopped comparison
 goes on. The table is made from the runs' files alone; `--table` only makes it. `sft_continued`
-trains for as long as `grpo` of the same memory and seed did.
+trains for as long as `grpo` of the same memory and seed did. A run has one rank: so small a model
+is no faster on two, while `--jobs` memories and seeds go side by side.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -45,6 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--memory", nargs="+", choices=MEMORIES, default=["clvr"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--jobs", type=int, default=1, help="memories and seeds side by side")
     parser.add_argument("--sft-iters", type=int, help="steps before the arms; default the demo's")
     parser.add_argument("--rl-iters", type=int, help="steps of every arm; default the configs'")
     parser.add_argument("--table", action="store_true", help="make the table, train nothing")
@@ -64,14 +69,21 @@ def run(command: list[str], log: Path) -> None:
         raise SystemExit(f"{log}: {said}")
 
 
+def one_stage() -> list[str]:
+    """Flags for the demo's layers, the look among them, without their pipeline."""
+    layout = yaml.safe_load((DIGITS / "demo.yaml").read_text())["parallel"]
+    layers = layout["pipeline_model_parallel_layout"].replace("|", "").replace(" ", "")
+    return ["--pipeline-model-parallel-size", "1", "--pipeline-model-parallel-layout", layers]
+
+
 def train(config: Path, folder: Path, flags: list[str]) -> None:
-    """On two ranks, unless it is done."""
+    """On one rank, unless it is done."""
     if (folder / "results.json").exists():
         return
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     run(
         [*launch, "-m", "megatron_mm.train", "--config", str(config), "--output-dir", str(folder)]
-        + ["--wandb-mode", "disabled", "--no-report", *flags],
+        + ["--wandb-mode", "disabled", "--no-report", *one_stage(), *flags],
         folder / "train.log",
     )
 
@@ -124,9 +136,14 @@ def main(argv: list[str] | None = None) -> None:
         if not (DATA / "rl.jsonl").exists():
             make = f"python tools/make_digits.py --out {DATA} --jitter 1"
             raise SystemExit(f"{DATA}: no digit scenes; {make}")
-        for memory in args.memory:
-            for seed in args.seeds:
-                compare(args, memory, seed)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            pairs = [(memory, seed) for memory in args.memory for seed in args.seeds]
+            started = [pool.submit(compare, args, *pair) for pair in pairs]
+            done, waiting = wait(started, return_when=FIRST_EXCEPTION)
+            for job in waiting:  # what runs beside one that failed still comes to its end
+                job.cancel()
+            for job in done:
+                job.result()
     rows = table(args.out)
     print(markdown(rows))
     (args.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
