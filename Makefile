@@ -50,8 +50,10 @@ $(STAMP): setup.py constraints.txt $(if $(READY),,FORCE)
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@rm -f $(BUSY); pwd > $(STAMP)
 
+# A worker for each core, at most eight: each holds up to four ranks. The tests of a file share one
+# worker, its fixtures and its ranks.
 test: setup
-	@$(PY) -m pytest
+	@$(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 lint: setup
 	@$(PY) -m ruff check .

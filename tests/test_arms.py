@@ -28,10 +28,11 @@ arms = tool("arms")
 
 
 @pytest.mark.parametrize("arm", arms.ARMS)
-def test_every_arm_is_a_run_on_two_ranks(arm):
+def test_every_arm_is_a_run_on_one_rank_and_on_two(arm):
     flags = ["--load", "x"] + (["--skill-map", "map.json"] if arm.startswith("earl") else [])
     run = load(str(arms.DIGITS / "arms" / f"{arm}.yaml"), flags)
     validate(run, 2)
+    validate(load(str(arms.DIGITS / "arms" / f"{arm}.yaml"), [*flags, *arms.one_stage()]), 1)
     assert run.checkpoint.finetune and run.training.objective == (
         "sft" if arm == "sft_continued" else "grpo"
     )

@@ -129,6 +129,11 @@ def check_rl(run: RunConfig) -> None:
         value = getattr(rl, key)
         allowed = "left out, or this value with skill_map"
         _require(value in (0, None) or bool(rl.skill_map), key, value, allowed)
+    replays = rl.routing_replay == "R3"
+    allowed = "0, or this value with routing_replay R3, which trains through the drawn experts"
+    _require(
+        not rl.router_temperature or replays, "router_temperature", rl.router_temperature, allowed
+    )
 
 
 def _check_rollouts(run: RunConfig) -> None:

@@ -43,6 +43,7 @@ MAY_BE_ZERO = frozenset(
         "reward_std_floor",
         "router_reward_weight",
         "router_loss_coeff",
+        "router_temperature",
         "rl_moe_aux_loss_coeff",
         "span_credit",
         "top_k",

@@ -34,6 +34,8 @@ class Microbatch:
     # The experts to use at every position, moe index -> int16 [T, k] (model/routing.py); None:
     # routers choose. Of the layers of a rank's own stages only.
     routes: dict[int, torch.Tensor] | None = None
+    # Added to the routers' logits where they choose, moe index -> float32 [T, E]; same layers.
+    route_noise: dict[int, torch.Tensor] | None = None
 
     def to(self, device: torch.device | str) -> Microbatch:
         """Everything that is computed with; lengths and positions are read on the CPU."""
@@ -42,8 +44,10 @@ class Microbatch:
             for f in fields(self)
             if isinstance(getattr(self, f.name), torch.Tensor) and f.name not in ON_CPU
         }
-        if self.routes is not None:
-            moved["routes"] = {
-                index: routes.to(device, non_blocking=True) for index, routes in self.routes.items()
-            }
+        for name in ("routes", "route_noise"):
+            if (by_layer := getattr(self, name)) is not None:
+                moved[name] = {
+                    index: values.to(device, non_blocking=True)
+                    for index, values in by_layer.items()
+                }
         return replace(self, **moved)

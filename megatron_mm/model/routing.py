@@ -1,5 +1,5 @@
-"""What may be asked of the routers beside their own choice: to use given routes, to write down
-those they take, to leave experts out, to learn from a term of their own.
+"""What may be asked of the routers beside their own choice: to use given routes, to draw with given
+noise, to write down the routes they take, to leave experts out, to learn from a term of their own.
 
 Routing is replayed for RL: R2 uses the routes of the trainer's own first pass (Zheng et al. 2025,
 arXiv 2507.18071), R3 those of the rollout (Ma et al. 2025, arXiv 2510.11370). Both are the same
@@ -102,9 +102,13 @@ class Routing:
 
     Attributes:
         given: int16 [t, k]; rows of -1: choose freely.
-        record: filled with int16 [t, k], in the order in which the router chose: highest logit
-            first when gradients are on, else unspecified. The order changes no choice, but the
-            last bit of the weights; replayed as recorded, it changes nothing.
+        noise: [t, E], added to the logits for the choice alone, not for the weights. With Gumbel
+            noise the k best are k draws without replacement from the logits' softmax, in order
+            (Kool, van Hoof and Welling 2019, arXiv 1903.06059, Theorem 1).
+        record: filled with int16 [t, k], in the order in which the router chose: as drawn with
+            noise, else the highest logit first when gradients are on and unspecified when not. The
+            order changes no choice, but the last bit of the weights; replayed as recorded, it
+            changes nothing.
         forbidden: bool [E], True: its logit counts as minus infinity. Given routes are used as
             they are.
         term: (logits [t, E], moe index) -> the router's own loss, added to the main one.
@@ -112,6 +116,7 @@ class Routing:
     """
 
     given: Routes = field(default_factory=dict)
+    noise: dict[int, torch.Tensor] = field(default_factory=dict)
     record: Routes | None = None
     forbidden: Routes = field(default_factory=dict)
     term: Callable[[torch.Tensor, int], torch.Tensor | None] | None = None
@@ -128,13 +133,17 @@ class Routing:
         terms: Terms | None,
     ) -> Routing | None:
         """None if nothing is asked."""
-        if batch.routes is None and record is None and not forbidden and term is None:
+        asked = batch.routes, batch.route_noise, record, term
+        if not forbidden and all(thing is None for thing in asked):
             return None
         mine = shard(len(batch.tokens_T), pg)
-        given = {index: take(whole, mine) for index, whole in (batch.routes or {}).items()}
+        given, noise = (
+            {index: take(whole, mine) for index, whole in (by_layer or {}).items()}
+            for by_layer in (batch.routes, batch.route_noise)
+        )
         if term is not None:
             term = partial(_term_here, term, batch, mine)
-        return cls(given, record, forbidden, term, terms)
+        return cls(given, noise, record, forbidden, term, terms)
 
     def of_layer(self, index: int, recomputing: bool) -> Choice:
         return Choice(self, index, recomputing)
@@ -160,7 +169,11 @@ class Choice:
         asked, index, allowed_tE = self.asked, self.index, logits_tE
         if index in asked.forbidden:
             allowed_tE = logits_tE.masked_fill(asked.forbidden[index], -torch.inf)
-        top_tk, experts_tk = choose(allowed_tE, k, num_groups=num_groups, group_topk=group_topk)
+        if index in asked.noise:
+            experts_tk = (allowed_tE + asked.noise[index]).topk(k, dim=1).indices
+            top_tk = allowed_tE.gather(1, experts_tk)
+        else:
+            top_tk, experts_tk = choose(allowed_tE, k, num_groups=num_groups, group_topk=group_topk)
         if index in asked.given:
             given_tk = asked.given[index].long()
             experts_tk = torch.where(given_tk >= 0, given_tk, experts_tk)

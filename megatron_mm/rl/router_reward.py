@@ -143,5 +143,45 @@ def router_loss(
     return -(weights_T * mass_T).sum(), _clustered(skill_T, member_SE).sum()
 
 
+def drawn_weights(advantages_T: torch.Tensor, clip: float) -> torch.Tensor:
+    """[T], constants: the advantage of a position's completion, held between -`clip` and `clip`.
+    Where experts are drawn, those of a completion that did worse have done worse than others
+    might have, so the term pushes too, whether a span is right or wrong."""
+    return advantages_T.detach().clamp(-clip, clip)
+
+
+def drawn_log_probability(
+    router_logits_TE: torch.Tensor, experts_Tk: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """[T]: log-probability of drawing these experts, int64, in this order and without replacement,
+    from the softmax of one layer's logits over `temperature`: each from what the earlier ones left
+    (Kool, van Hoof and Welling 2019, arXiv 1903.06059, Theorem 1)."""
+    logits_TE = router_logits_TE.float() if router_logits_TE.itemsize < 4 else router_logits_TE
+    left_TE = logits_TE = logits_TE / temperature
+    total_T = logits_TE.new_zeros(len(logits_TE))
+    for expert_T1 in experts_Tk.split(1, dim=1):
+        total_T = total_T + logits_TE.gather(1, expert_T1).squeeze(1) - left_TE.logsumexp(1)
+        left_TE = left_TE.scatter(1, expert_T1, -torch.inf)
+    return total_T
+
+
+def drawn_router_loss(
+    router_logits_TE: torch.Tensor,
+    experts_Tk: torch.Tensor,
+    skill_T: torch.Tensor,
+    weights_T: torch.Tensor,
+    member_SE: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """`router_loss` where experts were drawn: minus the weighted sum of their log-probabilities at
+    the same positions, REINFORCE for the router as a policy. `experts_Tk`: int16, as recorded;
+    anything where there is no skill."""
+    clustered_T = _clustered(skill_T, member_SE)
+    any_k = torch.arange(experts_Tk.shape[1], device=experts_Tk.device)  # k different ones
+    experts_Tk = torch.where(clustered_T.unsqueeze(1), experts_Tk.long(), any_k)
+    logprobs_T = drawn_log_probability(router_logits_TE, experts_Tk, temperature)
+    return -(weights_T * torch.where(clustered_T, logprobs_T, 0.0)).sum()
+
+
 def _clustered(skill_T: torch.Tensor, member_SE: torch.Tensor) -> torch.Tensor:
     return (skill_T >= 0) & member_SE.any(1)[skill_T.clamp(min=0)]

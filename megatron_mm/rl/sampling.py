@@ -29,6 +29,8 @@ class Sampling:
             as at 1).
         top_p: only the likeliest tokens that together reach it; 1: all.
         top_k: only so many of the likeliest tokens; 0: all.
+        router_temperature: experts are drawn too, from the softmax of their router's logits over
+            it; 0: always the best. A prompt, run once for all of its completions, takes the best.
         stop_ids: a completion ends with the first of them.
     """
 
@@ -38,13 +40,31 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    router_temperature: float = 0.0
 
 
 def uniforms(seed: int, row_N: torch.Tensor, step_N: torch.Tensor) -> torch.Tensor:
     """fp64 [N] in [0, 1): one number for each (seed, row, step), row and step int64."""
+    return _unit(_state(seed, row_N, step_N))
+
+
+def gumbels(
+    seed: int, row_N: torch.Tensor, step_N: torch.Tensor, place_K: torch.Tensor
+) -> torch.Tensor:
+    """fp32 [N, K], standard Gumbel: a number for each (seed, row, step, place), independent of
+    `uniforms`; rows, steps and places (0 and up) int64."""
+    state_NK = _mix(_state(seed, row_N, step_N).unsqueeze(1) + (place_K + 1) * _GOLDEN)
+    # Never 0, whose logarithm is none.
+    return -(-_unit(state_NK).clamp(min=2.0**-54).log()).log().float()
+
+
+def _state(seed: int, row_N: torch.Tensor, step_N: torch.Tensor) -> torch.Tensor:
     state = _mix(torch.full_like(row_N, seed) * _GOLDEN)
     state = _mix(state + row_N * _GOLDEN)
-    state = _mix(state + (step_N + 1) * _GOLDEN)
+    return _mix(state + (step_N + 1) * _GOLDEN)
+
+
+def _unit(state: torch.Tensor) -> torch.Tensor:
     return _shift(state, 11).double() * 2.0**-53
 
 

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from megatron_mm import platform
 from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
@@ -28,7 +29,7 @@ from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.rl.lanes import Completion, Lane
-from megatron_mm.rl.sampling import Sampling, draw, uniforms
+from megatron_mm.rl.sampling import Sampling, draw, gumbels, uniforms
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.feed import receive
 
@@ -142,7 +143,11 @@ class _Generation:
         if not self.left:
             for lane in self.lanes:
                 lane.shrink(self.multiple)
-        logits = self._forward([lane.next_tokens(self.pad_id) for lane in self.lanes], _everywhere)
+        batches = [lane.next_tokens(self.pad_id) for lane in self.lanes]
+        if self.sampling.router_temperature:
+            for lane, batch in zip(self.lanes, batches, strict=True):
+                batch.route_noise = self._route_noise(lane)
+        logits = self._forward(batches, _everywhere)
         rows = [lane.busy_rows for lane in self.lanes]
         for lane, busy in zip(self.lanes, rows, strict=True):
             lane.cache.lengths_R[busy] += 1
@@ -213,6 +218,17 @@ class _Generation:
         uniform = uniforms(self.sampling.seed, lane.number_R[rows], lane.count_R[rows])
         tokens, logprobs = draw(logits_NV, self.sampling, uniform)
         return torch.stack((tokens.double(), logprobs.double()), 1)
+
+    def _route_noise(self, lane: Lane) -> dict[int, torch.Tensor]:
+        """fp32 [R, E] for each layer of experts of this rank."""
+        experts, found = self.engine.run.model.language.num_experts, {}
+        seed, temperature = self.sampling.seed, self.sampling.router_temperature
+        device = platform.device()
+        number_R, count_R = lane.number_R.to(device), lane.count_R.to(device)
+        for layer in (index for chunk in self.engine.chunks for index in chunk.moe_layers):
+            place_E = torch.arange(layer * experts, (layer + 1) * experts, device=device)
+            found[layer] = gumbels(seed, number_R, count_R, place_E) * temperature
+        return found
 
 
 def last_positions(batch: Microbatch) -> torch.Tensor:

@@ -67,6 +67,10 @@ def test_settings_are_flags():
         ({"beta": 0.1}, "rl.ref_load is None; allowed: the reference model's checkpoint"),
         ({"use_kl_in_reward": True}, "true with beta above 0"),
         (
+            {"router_temperature": 0.5, "routing_replay": "R2"},
+            "rl.router_temperature is 0.5; allowed: 0, or this value with routing_replay R3",
+        ),
+        (
             {"router_loss_coeff": 0.1},
             "rl.router_loss_coeff is 0.1; allowed: left out, or this value",
         ),

@@ -1,6 +1,7 @@
 """The router's reward and term against scalar references; sums that any split leaves equal."""
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import torch
 from megatron_mm.rl.errors import RLError
 from megatron_mm.rl.router_reward import (
     cluster_log_mass,
+    drawn_log_probability,
+    drawn_router_loss,
+    drawn_weights,
     hit_rates,
     hit_sums,
     label_positions,
@@ -177,3 +181,59 @@ def test_the_router_term_pulls_towards_the_cluster_only():
     assert sure.grad.abs().max() < 1e-6
     half = cluster_log_mass(torch.zeros(1, 4, dtype=torch.bfloat16), torch.tensor([0]), member)
     assert half.dtype == torch.float32 and float(half) == pytest.approx(math.log(0.5))
+
+
+# ---- drawn experts ----
+
+
+def log_of_draw(logits, experts, temperature):
+    """Of drawing one expert after the other, by hand."""
+    left, total = {e: math.exp(x / temperature) for e, x in enumerate(logits)}, 0.0
+    for expert in experts:
+        total += math.log(left[expert] / sum(left.values()))
+        del left[expert]
+    return total
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_term_of_drawn_experts_equals_its_definition_and_its_gradient(temperature):
+    routes, skill, _, _, member_SLE = make()
+    member, drawn = member_SLE[:, 2], routes[:, 2].clone()
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(T, E, dtype=torch.float64, generator=generator, requires_grad=True)
+    advantages = torch.randn(T, dtype=torch.float64, generator=generator) * 2
+    weights = drawn_weights(advantages, 1.5)
+    assert weights.tolist() == [min(max(a, -1.5), 1.5) for a in advantages.tolist()]
+    asked = [bool(s >= 0 and member[s].any()) for s in skill]
+    assert 5 < sum(asked) < T - 5
+    drawn[~torch.tensor(asked)] = -1  # as where nothing was recorded
+
+    def loss(rows):
+        return -sum(
+            float(weights[t]) * log_of_draw(rows[t], drawn[t].tolist(), temperature)
+            for t in range(T)
+            if asked[t]
+        )
+
+    found = drawn_router_loss(logits, drawn, skill, weights, member, temperature)
+    rows = logits.detach().tolist()
+    assert float(found.detach()) == pytest.approx(loss(rows), rel=1e-12)
+    found.backward()
+    for t in range(T):
+        for e in range(E):
+            kept = rows[t][e]
+            rows[t][e] = kept + 1e-5
+            above = loss(rows)
+            rows[t][e] = kept - 1e-5
+            slope = (above - loss(rows)) / 2e-5
+            rows[t][e] = kept
+            assert float(logits.grad[t, e]) == pytest.approx(slope, abs=1e-8)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_all_draws_together_are_certain(k):
+    ways = torch.tensor(list(permutations(range(3), k)))
+    logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.bfloat16).expand(len(ways), -1)
+    logprobs = drawn_log_probability(logits, ways, 0.7)
+    assert logprobs.dtype == torch.float32
+    assert float(logprobs.exp().sum()) == pytest.approx(1.0, abs=1e-6)

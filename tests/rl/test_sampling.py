@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 
-from megatron_mm.rl.sampling import Sampling, draw, uniforms
+from megatron_mm.rl.router_reward import drawn_log_probability
+from megatron_mm.rl.sampling import Sampling, draw, gumbels, uniforms
 
 N = 40000
 
@@ -72,3 +75,32 @@ def test_the_ends_of_the_unit_interval():
     ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     tokens, _ = draw(logits, Sampling((), 1), ends)
     assert tokens.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_experts_come_in_an_order_as_often_as_it_is_likely(temperature):
+    """The two best of logits with noise, against drawing twice without replacement."""
+    logits = torch.tensor([0.3, -1.0, 2.0, 1.5])
+    rows, places = torch.arange(N), torch.arange(8, 12)
+    noise = gumbels(5, rows, torch.zeros_like(rows), places) * temperature
+    best = (logits + noise).topk(2, dim=1).indices
+    ways = torch.tensor(list(permutations(range(4), 2)))
+    expected = drawn_log_probability(logits.expand(len(ways), -1), ways, temperature).exp()
+    share = (best.unsqueeze(1) == ways).all(2).double().mean(0)
+    # Five standard deviations of a share of 40,000 draws.
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / N).sqrt()).all()
+
+
+def test_noise_depends_on_seed_row_step_and_place_only():
+    rows, steps = torch.arange(100).repeat(3), torch.arange(3).repeat_interleave(100)
+    whole = gumbels(5, rows, steps, torch.arange(40))
+    some = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:50]
+    assert torch.equal(
+        gumbels(5, rows[some], steps[some], torch.tensor([7, 30])), whole[some][:, [7, 30]]
+    )
+    assert not torch.equal(gumbels(6, rows, steps, torch.arange(40)), whole)
+    assert whole.isfinite().all() and len(whole.unique()) > 11_900  # of 12,000 in fp32
+    # Neighbouring places and the row's own token number do not go together: 5 / sqrt(300).
+    token = uniforms(5, rows, steps)
+    for a, b in ((whole[:, 0], whole[:, 1]), (whole[:, 0].double(), token)):
+        assert abs(float(torch.corrcoef(torch.stack((a, b)))[0, 1])) <= 0.29

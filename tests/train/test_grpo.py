@@ -50,6 +50,14 @@ ARMS = {
         routing_replay="R3",
         algorithm="dapo",
     ),
+    # Experts are drawn too, and the routers learn from those drawn.
+    "drawn": dict(
+        router_reward_weight=0.5,
+        router_loss_coeff=0.3,
+        router_temperature=0.5,
+        span_labels="even.thirds",
+        routing_replay="R3",
+    ),
     # Some replicas keep no group of a round, and steps are made of what several rounds kept.
     "filtered": dict(
         algorithm="dapo", reward_funcs=["even.sometimes"], global_batch_size=8, rollout_batch_size=4
@@ -58,7 +66,7 @@ ARMS = {
 
 
 def arm(scenes, skill_map, name: str, **settings) -> RunConfig:
-    extra = {"skill_map": skill_map} if name == "earl" else {}
+    extra = {"skill_map": skill_map} if "router_loss_coeff" in ARMS[name] else {}
     return grpo_run(scenes, **(ARMS[name] | extra | settings))
 
 
@@ -89,9 +97,18 @@ def test_a_step_learns_from_what_was_sampled(one_rank, name):
     assert begun["clip_ratio/region_mean"] == 0 and begun["entropy"] > 1
 
 
+@pytest.mark.parametrize("name", ["earl", "drawn"])
+def test_the_router_term_has_a_say(ranks, scenes, skill_map, one_rank, name):
+    without = ranks(1, on_rank_steps, arm(scenes, skill_map, name, router_loss_coeff=0.0), 1)[0][0]
+    with_it = one_rank[name][0]
+    assert without["reward"] == with_it["reward"]
+    assert abs(without["grad norm"] / with_it["grad norm"] - 1) > 1e-3  # rounding is below 1e-6
+
+
 OTHERS = [name for name in LAYOUTS if name != "one rank"]
 CASES = [(name, layout) for name in ("grpo", "earl") for layout in OTHERS]
 CASES += [("filtered", layout) for layout in ("PP2", "DP2", "EP2")]
+CASES += [("drawn", layout) for layout in ("TP2", "PP2", "PP2xVPP2", "EP2", "CP2", "DP2")]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
@@ -103,3 +120,11 @@ def test_steps_do_not_depend_on_the_layout(ranks, scenes, skill_map, one_rank, n
     for rank in ranks(size, on_rank_steps, arm(scenes, skill_map, name, **sizes), 4):
         assert_same_steps(one_rank[name], rank, 2e-3)
         assert_same_steps(one_rank[name][:1], rank[:1], 2e-5)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "PP2", "PP2xVPP2"])
+def test_blocks_computed_again_meet_the_drawn_experts(ranks, scenes, skill_map, one_rank, layout):
+    size, sizes = LAYOUTS[layout]
+    run = arm(scenes, skill_map, "drawn", recompute_granularity="full", **sizes)
+    for rank in ranks(size, on_rank_steps, run, 2):
+        assert_same_steps(one_rank["drawn"][:1], rank[:1], 2e-5)

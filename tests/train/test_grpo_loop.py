@@ -221,18 +221,31 @@ def on_rank_replay(run: RunConfig) -> tuple[int, int]:
     return same, changed
 
 
+REPLAYS = {
+    "R2": {"routing_replay": "R2"},
+    "R3": {"routing_replay": "R3"},
+    "drawn": {"routing_replay": "R3", "router_temperature": 1.0},
+}
+
+
 @pytest.mark.parametrize("recompute", [None, "full"])
-@pytest.mark.parametrize("replay", ["R2", "R3"])
+@pytest.mark.parametrize("replay", REPLAYS)
 @pytest.mark.parametrize("sizes", [{}, PP2, TP2, CP2, PP2 | VPP2])
 def test_the_trainer_uses_the_recorded_experts(ranks, scenes, sizes, replay, recompute):
-    run = grpo_run(scenes, routing_replay=replay, recompute_granularity=recompute, **sizes)
+    run = grpo_run(scenes, recompute_granularity=recompute, **REPLAYS[replay], **sizes)
     # With four stages one of the ranks has no experts at all.
     found = torch.tensor(ranks(2 if sizes else 1, on_rank_replay, run)).sum(0)
     assert found[0] > 100 and found[1] > found[0] / 2  # routers alone would have chosen others
 
 
 def test_replayed_routes_agree_with_what_was_sampled(ranks, scenes):
-    """TOKENS of a completion, and log-probabilities of both, with routes from the rollout."""
-    for step in ranks(1, on_rank_steps, grpo_run(scenes, routing_replay="R3"), 2)[0]:
-        assert step["train/train_rollout_logprob_abs_diff"] <= 1e-5
-        assert step.get("completions/max_length", TOKENS) == TOKENS
+    """TOKENS of a completion, and log-probabilities of both, with routes from the rollout; drawn
+    experts say something else."""
+    said = []
+    for replay in ("R3", "drawn"):
+        steps = ranks(1, on_rank_steps, grpo_run(scenes, **REPLAYS[replay]), 2)[0]
+        for step in steps:
+            assert step["train/train_rollout_logprob_abs_diff"] <= 1e-5
+            assert step.get("completions/max_length", TOKENS) == TOKENS
+        said.append([row["completion"] for row in steps[0]["table"]])
+    assert said[0] != said[1]

@@ -92,6 +92,7 @@ class Collector:
             rl.top_p,
             rl.top_k,
             run.training.seed,
+            rl.router_temperature,
         )
         self._runner: RewardRunner | None = None
 

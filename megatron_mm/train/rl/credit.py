@@ -26,7 +26,12 @@ from megatron_mm.rl.advantages import (
 from megatron_mm.rl.batch import PolicyBatch
 from megatron_mm.rl.kl import kl_divergence
 from megatron_mm.rl.policy_loss import loss_denominator
-from megatron_mm.rl.router_reward import label_positions, router_reward, router_weights
+from megatron_mm.rl.router_reward import (
+    drawn_weights,
+    label_positions,
+    router_reward,
+    router_weights,
+)
 from megatron_mm.train.rl.alignment import Alignment
 from megatron_mm.train.rl.collect import Collected, Collector
 from megatron_mm.train.rl.metrics import Rollout
@@ -149,9 +154,15 @@ class Credit:
                 )
                 skill_T = torch.where(batch.completion_T >= 0, batch.spread(skills).long(), -1)
                 batch.skill_T = skill_T.masked_fill(left_out_T, -1)
-                batch.router_weight_T = router_weights(
-                    batch.advantages_T, batch.spread(rights).bool(), self.rl.router_loss_clip
-                )
+                clip = self.rl.router_loss_clip
+                if self.rl.router_temperature:
+                    # The last token of a prompt took its best experts.
+                    firsts_N = batch.lengths_N.cumsum(0) - batch.lengths_N
+                    batch.skill_T[batch.sampled[firsts_N]] = -1
+                    batch.router_weight_T = drawn_weights(batch.advantages_T, clip)
+                else:
+                    correct_T = batch.spread(rights).bool()
+                    batch.router_weight_T = router_weights(batch.advantages_T, correct_T, clip)
             batch.completion_T = batch.completion_T.masked_fill(left_out_T, -1)
             batch.lengths_N = batch.lengths_N.masked_fill(out, 0)
 

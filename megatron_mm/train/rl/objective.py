@@ -16,7 +16,7 @@ from megatron_mm.model.routing import Routes
 from megatron_mm.parallel.sequence import take
 from megatron_mm.rl.batch import PolicyBatch
 from megatron_mm.rl.policy_loss import Tokens, logprob_abs_diff, loss_denominator, policy_loss
-from megatron_mm.rl.router_reward import router_loss
+from megatron_mm.rl.router_reward import drawn_router_loss, router_loss
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.objective import Sums
 
@@ -90,7 +90,14 @@ class ExpertAlignedObjective(PolicyObjective):
     ) -> torch.Tensor | None:
         member_SE = self.member_SLE[:, moe_index].to(logits_tE.device, non_blocking=True)
         skill_t, weight_t = take(batch.skill_T, positions), take(batch.router_weight_T, positions)
-        return router_loss(logits_tE, skill_t, weight_t, member_SE)[0] * batch.router_scale
+        if self.rl.router_temperature:
+            drawn_tk = take(batch.routes[moe_index], positions)
+            loss = drawn_router_loss(
+                logits_tE, drawn_tk, skill_t, weight_t, member_SE, self.rl.router_temperature
+            )
+        else:
+            loss, _ = router_loss(logits_tE, skill_t, weight_t, member_SE)
+        return loss * batch.router_scale
 
 
 def sampled_logprobs(
