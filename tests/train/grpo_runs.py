@@ -11,7 +11,7 @@ from trainers import digits_run
 from megatron_mm.config import RunConfig, validate
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.layout import layouts
-from megatron_mm.train.loop import Trainer
+from megatron_mm.train.trainer import Trainer
 
 TOKENS = 10
 

@@ -14,6 +14,7 @@ from megatron_mm.config.schema import DataPhase
 from megatron_mm.data.errors import DataError
 from megatron_mm.parallel import groups
 from megatron_mm.train import loop
+from megatron_mm.train.trainer import Trainer
 
 SAMPLES = 30
 
@@ -35,21 +36,21 @@ def saved(folder: Path) -> dict:
 def on_rank_train(run) -> tuple[int, str | None]:
     """(iteration at the end, the error that ended it)"""
     made, steps = groups.build(run.parallel), []
-    step = loop.Trainer.step
+    step = Trainer.step
 
     def counted(trainer):
         metrics = step(trainer)
         steps.append(trainer.iteration)
         return metrics
 
-    loop.Trainer.step = counted
+    Trainer.step = counted
     try:
         loop.train(run, made)
         return steps[-1], None
     except DataError as error:
         return steps[-1] if steps else 0, str(error)
     finally:
-        loop.Trainer.step = step  # the rank lives on
+        Trainer.step = step  # the rank lives on
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(2, {}), (2, PP2)], ids=["DP2", "PP2"])
@@ -111,13 +112,13 @@ def test_readers_that_see_other_rows_do_not_train_on_other_packs(ranks, scenes, 
 
 
 def on_rank_resume(first, second) -> str:
-    trainer = loop.Trainer(first, groups.build(first.parallel))
+    trainer = Trainer(first, groups.build(first.parallel))
     trainer.step()
     trainer.save()
     trainer.saver.finish()
     heard = io.StringIO()
     with contextlib.redirect_stderr(heard):
-        loop.Trainer(second, trainer.groups)
+        Trainer(second, trainer.groups)
     return heard.getvalue()
 
 

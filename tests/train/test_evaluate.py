@@ -18,7 +18,7 @@ from megatron_mm.data.scoring import score
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.parallel import groups
 from megatron_mm.train.evaluate import evaluate
-from megatron_mm.train.loop import Trainer
+from megatron_mm.train.trainer import Trainer
 
 QUESTIONS = 11  # does not divide by replicas, stages or batch
 

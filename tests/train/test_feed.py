@@ -15,7 +15,7 @@ from trainers import LAYOUTS, PP2, batch_hash, digits_run, parameters
 from megatron_mm.data.errors import DataError
 from megatron_mm.parallel import groups
 from megatron_mm.train.feed import receive
-from megatron_mm.train.loop import Trainer
+from megatron_mm.train.trainer import Trainer
 
 SEED = 1
 GLOBAL_BATCH = 4  # rows of a file here, so that one step reads each of them once

@@ -21,7 +21,7 @@ from megatron_mm.config.schema_rl import Algorithm
 from megatron_mm.data.errors import DataError
 from megatron_mm.model.routing import whole_routes
 from megatron_mm.parallel import groups
-from megatron_mm.train.loop import Trainer
+from megatron_mm.train.trainer import Trainer
 
 # ---- resuming ----
 

@@ -19,8 +19,8 @@ from trainers import (
 
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.layout import layouts
-from megatron_mm.train import loop
 from megatron_mm.train.optimizer import module_of
+from megatron_mm.train.trainer import Trainer
 
 
 def on_rank_change(*runs) -> list[dict[str, bool]]:
@@ -28,7 +28,7 @@ def on_rank_change(*runs) -> list[dict[str, bool]]:
     made = groups.build(runs[0].parallel)
     found = []
     for run in runs:
-        trainer = loop.Trainer(run, made)
+        trainer = Trainer(run, made)
         move_looks_off_zero(trainer.engine)
         before = parameters(trainer)
         trainer.step()

@@ -33,6 +33,7 @@ from megatron_mm.train import evaluate as evaluation
 from megatron_mm.train import loop
 from megatron_mm.train.generate import _Generation
 from megatron_mm.train.metrics import read_metrics
+from megatron_mm.train.trainer import Trainer
 
 # ---- stop and resume ----
 
@@ -65,7 +66,7 @@ def advance(trainer, steps: int, after=lambda trainer: None) -> list[tuple]:
 def on_rank_cut_and_resume(run, folder) -> tuple[list, list, dict]:
     made = groups.build(run.parallel)
     rng_at_start(0)
-    whole = advance(loop.Trainer(run, made), STEPS)
+    whole = advance(Trainer(run, made), STEPS)
 
     def save(trainer):
         if trainer.iteration in CUTS:
@@ -73,12 +74,12 @@ def on_rank_cut_and_resume(run, folder) -> tuple[list, list, dict]:
             trainer.save()
 
     rng_at_start(0)
-    saving = advance(loop.Trainer(run, made), STEPS, after=save)
+    saving = advance(Trainer(run, made), STEPS, after=save)
     resumed = {}
     for cut in CUTS:
         rng_at_start(cut)  # other than at the cut
         run.checkpoint.load = str(folder / f"cut{cut}")
-        resumed[cut] = advance(loop.Trainer(run, made), STEPS)
+        resumed[cut] = advance(Trainer(run, made), STEPS)
     return whole, saving, resumed
 
 
@@ -113,7 +114,7 @@ def on_rank_losses(*runs) -> list[list[dict]]:
     made = groups.build(runs[0].parallel)
     found = []
     for run in runs:
-        trainer = loop.Trainer(run, made)
+        trainer = Trainer(run, made)
         move_looks_off_zero(trainer.engine)
         found.append([trainer.step() for _ in range(4)])
     return found
@@ -170,7 +171,7 @@ def on_rank_stop(run, folder, asked: int) -> dict:
     """`train` with one rank asked to stop after two steps."""
     run.logging.output_dir, run.checkpoint.save = str(folder / "out"), str(folder / "saved")
     trainers = []
-    step = loop.Trainer.step
+    step = Trainer.step
 
     def step_then_ask(trainer):
         trainers.append(trainer)
@@ -179,11 +180,11 @@ def on_rank_stop(run, folder, asked: int) -> dict:
             trainer.request_stop(15, None)
         return metrics
 
-    loop.Trainer.step = step_then_ask
+    Trainer.step = step_then_ask
     try:
         trainer = loop.train(run, groups.build(run.parallel))
     finally:
-        loop.Trainer.step = step
+        Trainer.step = step
     return {
         "iteration": trainer.iteration,
         "position": trainer.loader.consumed_samples,
@@ -215,7 +216,7 @@ def on_rank_stop_in_evaluation(run, folder) -> dict:
     run.logging.output_dir, run.checkpoint.save = str(folder / "out"), str(folder / "saved")
     run.evaluation.eval_interval, run.evaluation.eval_batch_size = 2, 4
     seen = []
-    step, prefill, forward = loop.Trainer.step, _Generation.prefill, _Generation.step
+    step, prefill, forward = Trainer.step, _Generation.prefill, _Generation.step
 
     def step_and_note(trainer):
         seen.append(trainer)
@@ -231,12 +232,12 @@ def on_rank_stop_in_evaluation(run, folder) -> dict:
         seen.append("turn")
         forward(generation)
 
-    loop.Trainer.step = step_and_note
+    Trainer.step = step_and_note
     _Generation.prefill, _Generation.step = prefill_then_ask, note
     try:
         trainer = loop.train(run, groups.build(run.parallel))
     finally:
-        loop.Trainer.step, _Generation.prefill, _Generation.step = step, prefill, forward
+        Trainer.step, _Generation.prefill, _Generation.step = step, prefill, forward
     return {"iteration": trainer.iteration, "turns": seen.count("turn")}
 
 

@@ -28,6 +28,7 @@ from megatron_mm.rl.sampling import Sampling
 from megatron_mm.train import loop
 from megatron_mm.train.generate import Prompts, generate
 from megatron_mm.train.rl.reference import Reference
+from megatron_mm.train.trainer import Trainer
 
 ASKED = (0, 12, 8, 5, 20, 3, 17)
 
@@ -159,17 +160,17 @@ def on_rank_train(run: RunConfig) -> list[tuple[int, bool]]:
     validate(run, dist.get_world_size())
     # The pool's ranks are daemons, which may not start reward workers.
     multiprocessing.current_process()._config["daemon"] = False
-    saves, save = [], loop.Trainer.save
+    saves, save = [], Trainer.save
 
     def noted(trainer):
         saves.append((trainer.iteration, trainer.source.between))
         return save(trainer)
 
-    loop.Trainer.save = noted
+    Trainer.save = noted
     try:
         loop.train(run, groups.build(run.parallel))
     finally:
-        loop.Trainer.save = save  # the rank lives on
+        Trainer.save = save  # the rank lives on
     return saves
 
 

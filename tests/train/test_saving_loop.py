@@ -14,6 +14,7 @@ from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.parallel import groups
 from megatron_mm.train import loop
 from megatron_mm.train.metrics import read_metrics
+from megatron_mm.train.trainer import Trainer
 
 
 def saving_run(scenes: Path, folder: Path, **settings):
@@ -34,7 +35,7 @@ def on_rank_both_ways(behind, in_front) -> tuple[str, str, str]:
         state_hash(loop.train(run, made).engine, generators=False) for run in (behind, in_front)
     ]
     behind.checkpoint.load = behind.checkpoint.save
-    again = loop.Trainer(behind, made)
+    again = Trainer(behind, made)
     assert again.iteration == 5
     return *ends, state_hash(again.engine, generators=False)
 
@@ -57,7 +58,7 @@ def test_saving_behind_changes_nothing(ranks, scenes, tmp_path):
 def on_rank_fails_behind(run) -> tuple[str, int]:
     """(the error, steps done) where rank 1 cannot write; both wait until it is known there."""
     made = groups.build(run.parallel)
-    write, step, seen = sealed.write_bytes, loop.Trainer.step, []
+    write, step, seen = sealed.write_bytes, Trainer.step, []
 
     def broken(*_):
         raise OSError(28, "No space left on device")
@@ -69,14 +70,14 @@ def on_rank_fails_behind(run) -> tuple[str, int]:
             time.sleep(0.01)
         return step(trainer)
 
-    loop.Trainer.step = step_and_wait
+    Trainer.step = step_and_wait
     if made.world.rank() == 1:
         sealed.write_bytes = broken
     try:
         with pytest.raises(CheckpointError) as caught:
             loop.train(run, made)
     finally:
-        loop.Trainer.step, sealed.write_bytes = step, write
+        Trainer.step, sealed.write_bytes = step, write
     return str(caught.value), seen[-1].iteration
 
 
@@ -93,19 +94,19 @@ def test_a_failure_behind_ends_the_run_at_the_next_step(ranks, scenes, tmp_path)
 
 def on_rank_error_elsewhere(run) -> list[str]:
     made = groups.build(run.parallel)
-    step = loop.Trainer.step
+    step = Trainer.step
 
     def step_or_fail(trainer):
         if trainer.iteration == 2:  # a save is in flight
             raise ZeroDivisionError
         return step(trainer)
 
-    loop.Trainer.step = step_or_fail
+    Trainer.step = step_or_fail
     try:
         with pytest.raises(ZeroDivisionError):
             loop.train(run, made)
     finally:
-        loop.Trainer.step = step
+        Trainer.step = step
     return names(Path(run.checkpoint.save).parent)
 
 

@@ -20,7 +20,7 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.layout import layouts
 from megatron_mm.train.engine import Engine
-from megatron_mm.train.loop import Trainer
+from megatron_mm.train.trainer import Trainer
 
 TP2 = dict(tensor_model_parallel_size=2)
 PP2 = dict(pipeline_model_parallel_size=2)

@@ -20,9 +20,9 @@ from megatron_mm.perf.phases import Phases
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.errors import NonFiniteError
 from megatron_mm.train.feed import share
-from megatron_mm.train.loop import open_data
 from megatron_mm.train.source import SOURCES, Source
 from megatron_mm.train.start import start
+from megatron_mm.train.trainer import open_data
 from speed.measure import Peak
 from speed.mock import Mock, balanced, made_step, mock_like
 
