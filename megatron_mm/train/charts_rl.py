@@ -17,6 +17,7 @@ from megatron_mm.train.charts import (
     percent,
     series,
 )
+from megatron_mm.train.metrics import ROUTER_NORM
 
 ROUTERS = "rollout/moe/"
 
@@ -64,7 +65,9 @@ EXPERTS = {
         Line(ROUTERS + "mutual_information")
     ],
     "busiest expert above the mean (0 = even)": [Line(ROUTERS + "max_violation")],
+    "the router term of the loss": [Line("router_loss")],
 }
+GRADIENTS = "gradient norm of each router"
 
 
 def rl_charts(records: list[dict]) -> dict[str, list[dict[str, Any]]]:
@@ -77,7 +80,7 @@ def rl_charts(records: list[dict]) -> dict[str, list[dict[str, Any]]]:
         "skills": _by_skill(records, keys),
         "policy": _large(records, POLICY),
         "hits": _hits(records, keys),
-        "experts": _large(records, EXPERTS),
+        "experts": _large(records, EXPERTS | {GRADIENTS: _routers(keys)}),
     }
 
 
@@ -106,6 +109,17 @@ def _by_skill(records: list[dict], keys: list[str]) -> list[dict[str, Any]]:
     ]
 
 
+def _routers(keys: list[str]) -> list[Line]:
+    """The first and the last layer stand out: what is wrong with a router mostly depends on how
+    far up it is."""
+    layers = sorted(int(k.removeprefix(ROUTER_NORM)) for k in keys if k.startswith(ROUTER_NORM))
+    lines = [Line(f"{ROUTER_NORM}{layer}", "", MUTED) for layer in layers]
+    for place, color in ((-1, INK), (0, ACCENT)) if layers else ():
+        key = f"{ROUTER_NORM}{layers[place]}"
+        lines[place] = Line(key, f"layer {layers[place]}", color)
+    return lines
+
+
 def _hits(records: list[dict], keys: list[str]) -> list[dict[str, Any]]:
     """Hit rates beside chance and the shuffled map's."""
     prefix = ROUTERS + "hit_rate/"
@@ -132,9 +146,9 @@ def _large(records: list[dict], titles: dict[str, list[Line]]) -> list[dict[str,
         _limit(axes, drawn, records)
         if title in SHARES:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-        if len(lines) > 1:
+        if labelled := sum(bool(line.label) for line in lines):
             place = "outside upper left"
-            figure.legend(loc=place, frameon=False, fontsize=8, labelcolor=MUTED, ncols=len(lines))
+            figure.legend(loc=place, frameon=False, fontsize=8, labelcolor=MUTED, ncols=labelled)
         axes.set_xlabel("step", color=MUTED, fontsize=9)
         charts.append({"title": title, "svg": inline_svg(figure, title, 560)})
     return charts

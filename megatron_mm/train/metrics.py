@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 METRICS_FILE = "metrics.jsonl"
 TABLE_FILE = "completions.jsonl"
+ROUTER_NORM = "moe/router_grad_norm/"  # and the number of the layer
 # Shown on the console, in this order; the rest is in the file.
 CONSOLE_KEYS = (
     "lm loss",

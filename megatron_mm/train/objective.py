@@ -43,7 +43,8 @@ class Objective(Protocol):
 
 @runtime_checkable
 class TeachesRouters(Protocol):
-    """An objective that also has a loss for the router of every layer of experts."""
+    """An objective that also has a loss for the router of every layer of experts. Its sums have
+    "router_loss", 0 over what the main loss is divided by; the numerator comes from the routers."""
 
     def router_term(
         self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range

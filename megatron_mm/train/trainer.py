@@ -21,12 +21,14 @@ from megatron_mm.data.errors import DataError
 from megatron_mm.data.loader import TrainLoader
 from megatron_mm.data.prompts import PromptLoader
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mm.model.routing import Terms
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.engine import Engine
 from megatron_mm.train.errors import NonFiniteError
 from megatron_mm.train.evaluate import open_questions
 from megatron_mm.train.feed import agree
 from megatron_mm.train.objective import Sums
+from megatron_mm.train.router_norms import router_gradient_norms
 from megatron_mm.train.source import SOURCES, Source
 from megatron_mm.train.start import resumed, start
 
@@ -85,14 +87,16 @@ class Trainer:
         batches, stopping = self.source.next_step(self.stop_requested)
         if stopping:
             return None
-        losses = self.engine.forward_backward(batches, self.source.objective)
-        metrics = self._totals(losses, batches) | self.source.metrics
+        terms: Terms = {}
+        losses = self.engine.forward_backward(batches, self.source.objective, terms)
+        metrics = self._totals(losses, terms, batches) | self.source.metrics
         norm = self.engine.gradient_norm()
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"gradient norm {norm} at iteration {self.iteration + 1}: nothing was updated; "
                 f"the batch was {self._rows_of(batches)}"
             )
+        metrics |= router_gradient_norms(self.engine)
         metrics["learning rate"] = self.engine.learning_rate()
         self.engine.update(norm)
         self.iteration += 1
@@ -103,7 +107,9 @@ class Trainer:
             "iteration time": time.perf_counter() - begin,
         }
 
-    def _totals(self, losses: list[Sums], batches: list[Microbatch]) -> dict[str, float]:
+    def _totals(
+        self, losses: list[Sums], terms: Terms, batches: list[Microbatch]
+    ) -> dict[str, float]:
         """Every sum over all microbatches and replicas, as ratios; the same on every rank.
 
         Raises:
@@ -117,6 +123,9 @@ class Trainer:
                     total = mine.setdefault(name, [0.0, 0.0])
                     total[0] += float(pair[0])
                     total[1] += float(pair[1])
+        if terms:
+            # Each rank's own layers and positions; the objective's sums have the denominator.
+            mine.setdefault("router_loss", [0.0, 0.0])[0] += float(sum(terms.values()))
         if self.groups.is_reader:
             tokens = sum(batch.num_real_tokens for batch in batches)
             mine["tokens"] = [tokens, 0.0]

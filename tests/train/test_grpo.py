@@ -99,10 +99,30 @@ def test_a_step_learns_from_what_was_sampled(one_rank, name):
 
 @pytest.mark.parametrize("name", ["earl", "drawn"])
 def test_the_router_term_has_a_say(ranks, scenes, skill_map, one_rank, name):
-    without = ranks(1, on_rank_steps, arm(scenes, skill_map, name, router_loss_coeff=0.0), 1)[0][0]
+    changed = [dict(router_loss_coeff=0.0), dict(router_loss_coeff=0.6)]
+    without, double = (
+        ranks(1, on_rank_steps, arm(scenes, skill_map, name, **settings), 1)[0][0]
+        for settings in changed
+    )
     with_it = one_rank[name][0]
-    assert without["reward"] == with_it["reward"]
-    assert abs(without["grad norm"] / with_it["grad norm"] - 1) > 1e-3  # rounding is below 1e-6
+    assert without["reward"] == with_it["reward"] and "router_loss" not in without
+    # Rounding is below 1e-6.
+    assert abs(without["grad norm"] / with_it["grad norm"] - 1) > 1e-3
+    assert double["router_loss"] == pytest.approx(2 * with_it["router_loss"], rel=1e-5)
+    assert abs(with_it["router_loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP2", "DP2", "EP2", "PP2xVPP2"])
+def test_norms_of_routers_are_the_norm_if_only_they_learn(ranks, scenes, layout):
+    size, sizes = LAYOUTS[layout]
+    frozen = {f"freeze_{module}": True for module in ("language", "vision", "projector", "clvr")}
+    for steps in ranks(size, on_rank_steps, grpo_run(scenes, **frozen, **sizes), 2):
+        for step in steps:
+            norms = {k: v for k, v in step.items() if k.startswith("moe/router_grad_norm/")}
+            assert len(norms) == 2 and min(norms.values()) > 0
+            whole = sum(v * v for v in norms.values()) ** 0.5
+            # The whole norm is taken in fp32.
+            assert whole == pytest.approx(step["grad norm"], rel=1e-5)
 
 
 OTHERS = [name for name in LAYOUTS if name != "one rank"]

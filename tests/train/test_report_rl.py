@@ -35,7 +35,9 @@ def record(step: int) -> dict:
         "clip_ratio/high_mean": 0.02,
         "clip_ratio/region_mean": 0.03,
         "train/train_rollout_logprob_abs_diff": 1e-7,
+        "router_loss": 0.3 / step,
     }
+    found |= {f"moe/router_grad_norm/{layer}": 0.1 * layer for layer in (0, 3, 11)}
     if step % 2 == 0:
         return found
     found |= {
@@ -119,14 +121,14 @@ def test_every_metric_has_its_chart():
     }
     hits = {chart["name"]: chart["last"] for chart in charts["hits"]}
     assert hits["all skills"] == "40.0%" and hits["ocr"] == "44.1%" and len(hits) == 4
-    assert len(charts["policy"]) == 7 and len(charts["experts"]) == 2
+    assert len(charts["policy"]) == 7 and len(charts["experts"]) == 4
 
 
 def test_what_was_not_measured_has_no_chart():
     """A run without a reference, a skill map or a shuffled one."""
     records = [record(step) for step in range(1, 9)]
     for kept in records:
-        for key in [key for key in kept if key == "kl" or key.startswith("rollout/moe/")]:
+        for key in [key for key in kept if key in ("kl", "router_loss") or "moe/" in key]:
             del kept[key]
     charts = rl_charts(records)
     assert len(charts["policy"]) == 6 and not charts["hits"] and not charts["experts"]

@@ -85,6 +85,18 @@ class ExpertAlignedObjective(PolicyObjective):
         super().__init__(rl)
         self.member_SLE = member_SLE
 
+    def loss(
+        self,
+        logits_K1V: torch.Tensor,
+        batch: PolicyBatch,
+        positions_K: torch.Tensor,
+        pg: ProcessGroupCollection,
+    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        numerator, count, sums = super().loss(logits_K1V, batch, positions_K, pg)
+        # The numerator is what the ranks of the routers say (`Engine.forward_backward`).
+        sums["router_loss"] = torch.stack((torch.zeros_like(count), count)).double()
+        return numerator, count, sums
+
     def router_term(
         self, logits_tE: torch.Tensor, batch: PolicyBatch, moe_index: int, positions: range
     ) -> torch.Tensor | None:
