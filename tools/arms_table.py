@@ -177,7 +177,7 @@ def _row(runs: Runs, memory: str, arm: str) -> dict[str, Any]:
         "differences": {
             name: gaps
             for name, where in others
-            if (gaps := _gaps(seeds, runs.get(where, {}))) is not None
+            if (gaps := _gaps(seeds, runs.get(where, {}), where[0] == memory)) is not None
         },
     }
 
@@ -187,8 +187,11 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _gaps(ours: Mapping[str, Path], theirs: Mapping[str, Path]) -> dict[str, Any] | None:
-    """Of the seeds that both have: intervals of what is compared, by name; None without any."""
+def _gaps(
+    ours: Mapping[str, Path], theirs: Mapping[str, Path], same_map: bool
+) -> dict[str, Any] | None:
+    """Of the seeds that both have: intervals of what is compared, by name; None without any.
+    Experts are compared where both sides are measured with one map."""
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         return None
@@ -199,7 +202,7 @@ def _gaps(ours: Mapping[str, Path], theirs: Mapping[str, Path]) -> dict[str, Any
         if parts[0][0]:
             gaps[name] = difference(*parts)
     experts = [[read_experts(side[seed]) for seed in shared] for side in (ours, theirs)]
-    for name in EXPERTS:
+    for name in EXPERTS if same_map else ():
         if all(name in found for side in experts for found in side):
             gap = over_seeds(*([found[name] for found in side] for side in experts))
             if gap is not None:
