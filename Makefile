@@ -53,7 +53,7 @@ $(STAMP): setup.py constraints.txt $(if $(READY),,FORCE)
 # A worker for each core, at most eight: each holds up to four ranks. The tests of a file share one
 # worker, its fixtures and its ranks.
 test: setup
-	@$(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	@$(PY) -m pytest --numprocesses $$(nproc) --maxprocesses 8 --dist loadfile
 
 lint: setup
 	@$(PY) -m ruff check .

@@ -7,8 +7,9 @@ For every memory and seed one model is trained (`demo.yaml`, on the scenes of ru
 experts are discovered, each arm (`examples/digits/arms/*.yaml`) goes on from it, and what the arm
 made of these experts is measured. What is done already is not done again, so a stopped comparison
 goes on. The table is made from the runs' files alone; `--table` only makes it. `sft_continued`
-trains for as long as `grpo` of the same memory and seed did. A run has one rank: so small a model
-is no faster on two, while `--jobs` memories and seeds go side by side.
+trains for as long as `grpo` of the same memory and seed did: keep the load of the machine even. A
+run has one rank: so small a model is no faster on two, while `--jobs` memories and seeds go side by
+side.
 """
 
 from __future__ import annotations
@@ -142,8 +143,9 @@ def main(argv: list[str] | None = None) -> None:
             done, waiting = wait(started, return_when=FIRST_EXCEPTION)
             for job in waiting:  # what runs beside one that failed still comes to its end
                 job.cancel()
-            for job in done:
-                job.result()
+            for problem in filter(None, (job.exception() for job in done)):
+                print(f"stopping: {problem}", file=sys.stderr)
+                raise problem
     rows = table(args.out)
     print(markdown(rows))
     (args.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")

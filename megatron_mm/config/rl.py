@@ -129,11 +129,15 @@ def check_rl(run: RunConfig) -> None:
         value = getattr(rl, key)
         allowed = "left out, or this value with skill_map"
         _require(value in (0, None) or bool(rl.skill_map), key, value, allowed)
-    replays = rl.routing_replay == "R3"
+    drawn = rl.router_temperature
     allowed = "0, or this value with routing_replay R3, which trains through the drawn experts"
-    _require(
-        not rl.router_temperature or replays, "router_temperature", rl.router_temperature, allowed
+    _require(not drawn or rl.routing_replay == "R3", "router_temperature", drawn, allowed)
+    steps = rollout_plan(run).steps
+    allowed = (
+        f"0, or this value where a rollout serves one step, not {steps}: see router_loss_coeff"
     )
+    late = rl.router_loss_coeff > 0 and steps > 1  # REINFORCE, without a ratio to the draw
+    _require(not (drawn and late), "router_temperature", drawn, allowed)
 
 
 def _check_rollouts(run: RunConfig) -> None:

@@ -87,6 +87,7 @@ class RLConfig:
     router_loss_coeff: float = 0.0  # of the router term
     router_loss_clip: float = 2.0  # the advantage counts as no more in the router term
     # Above 0, experts of completions are drawn (Gumbel top-k of the logits over it), and the router
-    # term is about those drawn.
+    # term is about those drawn: the advantage counts as no less than -router_loss_clip either, and
+    # the gradient is some moe_router_topk / router_temperature times as strong.
     router_temperature: float = 0.0
     span_credit: float = 0.0  # of a span's own answer, for the advantage of its tokens

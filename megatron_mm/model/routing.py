@@ -103,8 +103,9 @@ class Routing:
     Attributes:
         given: int16 [t, k]; rows of -1: choose freely.
         noise: [t, E], added to the logits for the choice alone, not for the weights. With Gumbel
-            noise the k best are k draws without replacement from the logits' softmax, in order
-            (Kool, van Hoof and Welling 2019, arXiv 1903.06059, Theorem 1).
+            noise times a temperature the k best are k draws without replacement from the softmax
+            of the logits over it, in order (Kool, van Hoof and Welling 2019, arXiv 1903.06059,
+            Theorem 1).
         record: filled with int16 [t, k], in the order in which the router chose: as drawn with
             noise, else the highest logit first when gradients are on and unspecified when not. The
             order changes no choice, but the last bit of the weights; replayed as recorded, it

@@ -146,7 +146,8 @@ def router_loss(
 def drawn_weights(advantages_T: torch.Tensor, clip: float) -> torch.Tensor:
     """[T], constants: the advantage of a position's completion, held between -`clip` and `clip`.
     Where experts are drawn, those of a completion that did worse have done worse than others
-    might have, so the term pushes too, whether a span is right or wrong."""
+    might have, so the term pushes too, whether a span is right or wrong. Nothing bounds how far:
+    it is for routes that these very weights drew."""
     return advantages_T.detach().clamp(-clip, clip)
 
 
@@ -157,12 +158,14 @@ def drawn_log_probability(
     from the softmax of one layer's logits over `temperature`: each from what the earlier ones left
     (Kool, van Hoof and Welling 2019, arXiv 1903.06059, Theorem 1)."""
     logits_TE = router_logits_TE.float() if router_logits_TE.itemsize < 4 else router_logits_TE
-    left_TE = logits_TE = logits_TE / temperature
-    total_T = logits_TE.new_zeros(len(logits_TE))
-    for expert_T1 in experts_Tk.split(1, dim=1):
-        total_T = total_T + logits_TE.gather(1, expert_T1).squeeze(1) - left_TE.logsumexp(1)
-        left_TE = left_TE.scatter(1, expert_T1, -torch.inf)
-    return total_T
+    logits_TE = logits_TE / temperature
+    chosen_Tk = logits_TE.gather(1, experts_Tk)
+    masses = chosen_Tk.flip(1)  # the last one first: each is drawn from itself and those before
+    if experts_Tk.shape[1] < logits_TE.shape[1]:  # the gradient of no mass at all would be NaN
+        never_T1 = logits_TE.scatter(1, experts_Tk, -torch.inf).logsumexp(1, keepdim=True)
+        masses = torch.cat((never_T1, masses), 1)
+    left_Tk = masses.logcumsumexp(1)[:, -experts_Tk.shape[1] :].flip(1)
+    return (chosen_Tk - left_Tk).sum(1)
 
 
 def drawn_router_loss(

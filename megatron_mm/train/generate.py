@@ -221,14 +221,15 @@ class _Generation:
 
     def _route_noise(self, lane: Lane) -> dict[int, torch.Tensor]:
         """fp32 [R, E] for each layer of experts of this rank."""
-        experts, found = self.engine.run.model.language.num_experts, {}
-        seed, temperature = self.sampling.seed, self.sampling.router_temperature
-        device = platform.device()
+        sampling, device = self.sampling, platform.device()
+        layers = [index for chunk in self.engine.chunks for index in chunk.moe_layers]
+        experts = self.engine.run.model.language.num_experts
+        first_L = experts * torch.tensor(layers, dtype=torch.int64, device=device)
+        place_LE = first_L.unsqueeze(1) + torch.arange(experts, device=device)
         number_R, count_R = lane.number_R.to(device), lane.count_R.to(device)
-        for layer in (index for chunk in self.engine.chunks for index in chunk.moe_layers):
-            place_E = torch.arange(layer * experts, (layer + 1) * experts, device=device)
-            found[layer] = gumbels(seed, number_R, count_R, place_E) * temperature
-        return found
+        noise = gumbels(sampling.seed, number_R, count_R, place_LE.flatten())
+        noise_RLE = sampling.router_temperature * noise.view(len(number_R), len(layers), experts)
+        return dict(zip(layers, noise_RLE.unbind(1), strict=True))
 
 
 def last_positions(batch: Microbatch) -> torch.Tensor:

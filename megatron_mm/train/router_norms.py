@@ -22,6 +22,7 @@ def router_gradient_norms(engine: Engine) -> dict[str, float]:
             layer = int(name.split("layers.")[1].split(".")[0])
             sums[0, layer] += mine.main.grad.double().square().sum()
             sums[1, layer] += mine.stop - mine.start
+    sums = sums.cpu()  # as `world` is
     dist.all_reduce(sums, group=engine.groups.world)
     language = engine.run.model.language
     whole = language.num_experts * language.hidden_size

@@ -71,6 +71,16 @@ def test_settings_are_flags():
             "rl.router_temperature is 0.5; allowed: 0, or this value with routing_replay R3",
         ),
         (
+            {
+                "router_temperature": 0.5,
+                "routing_replay": "R3",
+                "skill_map": "map.json",
+                "router_loss_coeff": 0.1,
+                "num_iterations": 2,
+            },
+            "rl.router_temperature is 0.5; allowed: 0, or this value where a rollout serves one",
+        ),
+        (
             {"router_loss_coeff": 0.1},
             "rl.router_loss_coeff is 0.1; allowed: left out, or this value",
         ),

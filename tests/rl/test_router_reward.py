@@ -233,7 +233,9 @@ def test_the_term_of_drawn_experts_equals_its_definition_and_its_gradient(temper
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_all_draws_together_are_certain(k):
     ways = torch.tensor(list(permutations(range(3), k)))
-    logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.bfloat16).expand(len(ways), -1)
-    logprobs = drawn_log_probability(logits, ways, 0.7)
+    logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    logprobs = drawn_log_probability(logits.expand(len(ways), -1), ways, 0.7)
     assert logprobs.dtype == torch.float32
-    assert float(logprobs.exp().sum()) == pytest.approx(1.0, abs=1e-6)
+    assert float(logprobs.detach().exp().sum()) == pytest.approx(1.0, abs=1e-6)
+    logprobs.exp().sum().backward()  # of 1: in bf16 a rounding of 2^-8 of terms below 1
+    assert logits.grad.abs().max() < 2**-8

@@ -33,7 +33,7 @@ from megatron_mm.train.trainer import Trainer
 ASKED = (0, 12, 8, 5, 20, 3, 17)
 
 
-def on_rank_routes(run: RunConfig, rows: int) -> list[torch.Tensor]:
+def on_rank_routes(run: RunConfig, rows: int, temperature: float) -> list[torch.Tensor]:
     """The routes of this rank's layers, of all completions."""
     engine = random_engine(run)
     tokenizer = load_tokenizer(run.data.tokenizer_model)
@@ -41,7 +41,7 @@ def on_rank_routes(run: RunConfig, rows: int) -> list[torch.Tensor]:
     found = generate(
         engine,
         Prompts(lambda i: questions[ASKED[i]].sample, ASKED),
-        Sampling((-1,), 5, seed=3),
+        Sampling((-1,), 5, seed=3, router_temperature=temperature),
         num_generations=2,
         max_num_seqs=rows,
         pad_id=tokenizer.pad_id,
@@ -50,11 +50,12 @@ def on_rank_routes(run: RunConfig, rows: int) -> list[torch.Tensor]:
     return [completion.routes_SLk for group in found for completion in group]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("size", "sizes"), [(1, {}), (2, PP2)])
-def test_routes_stay_those_of_their_completion(ranks, scenes, size, sizes):
-    """Rows that are filled again must not change what a completion took along."""
+def test_routes_stay_those_of_their_completion(ranks, scenes, size, sizes, temperature):
+    """Rows that are filled again must not change what a completion took along or draws."""
     run = digits_run(scenes, **sizes)
-    together, apart = (ranks(size, on_rank_routes, run, rows) for rows in (64, 2))
+    together, apart = (ranks(size, on_rank_routes, run, rows, temperature) for rows in (64, 2))
     for one, other in zip(together, apart, strict=True):
         assert len(one) == 2 * len(ASKED)
         for routes, same in zip(one, other, strict=True):

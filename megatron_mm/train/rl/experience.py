@@ -227,8 +227,10 @@ class Experience:
                         rl.rollout_is_threshold,
                     )
         if self.reference is not None:
-            # The reference chooses its own experts, whatever the policy's steps replay.
-            free = [replace(batch, routes=None) for batch in batches]
+            # The reference chooses its own experts, whatever the policy's steps replay; but where
+            # they are drawn, those are given: equal weights must not differ by the draw.
+            drawn = rl.router_temperature > 0
+            free = batches if drawn else [replace(batch, routes=None) for batch in batches]
             with self.reference.in_place():
                 theirs = trainer_logprobs(self.engine, free, rl.temperature)
             for batch, logprobs in zip(batches, theirs, strict=True):
