@@ -122,7 +122,7 @@ def cluster_log_mass(
     clustered_T = _clustered(skill_T, member_SE)
     # Where nothing is asked every expert counts: the mass is 1 and the gradient is finite.
     inside_TE = member_SE[skill_T.clamp(min=0)] | ~clustered_T.unsqueeze(1)
-    logits_TE = router_logits_TE.float() if router_logits_TE.itemsize < 4 else router_logits_TE
+    logits_TE = _at_least_fp32(router_logits_TE)
     inside_T = logits_TE.masked_fill(~inside_TE, -torch.inf).logsumexp(1)
     return torch.where(clustered_T, inside_T - logits_TE.logsumexp(1), 0.0)
 
@@ -157,8 +157,7 @@ def drawn_log_probability(
     """[T]: log-probability of drawing these experts, int64, in this order and without replacement,
     from the softmax of one layer's logits over `temperature`: each from what the earlier ones left
     (Kool, van Hoof and Welling 2019, arXiv 1903.06059, Theorem 1)."""
-    logits_TE = router_logits_TE.float() if router_logits_TE.itemsize < 4 else router_logits_TE
-    logits_TE = logits_TE / temperature
+    logits_TE = _at_least_fp32(router_logits_TE) / temperature
     chosen_Tk = logits_TE.gather(1, experts_Tk)
     masses = chosen_Tk.flip(1)  # the last one first: each is drawn from itself and those before
     if experts_Tk.shape[1] < logits_TE.shape[1]:  # the gradient of no mass at all would be NaN
@@ -184,6 +183,10 @@ def drawn_router_loss(
     experts_Tk = torch.where(clustered_T.unsqueeze(1), experts_Tk.long(), any_k)
     logprobs_T = drawn_log_probability(router_logits_TE, experts_Tk, temperature)
     return -(weights_T * torch.where(clustered_T, logprobs_T, 0.0)).sum()
+
+
+def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float() if logits.itemsize < 4 else logits
 
 
 def _clustered(skill_T: torch.Tensor, member_SE: torch.Tensor) -> torch.Tensor:

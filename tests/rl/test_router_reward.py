@@ -131,6 +131,19 @@ def mass(logits, s, cluster):
     return math.log(sum(math.exp(logits[e]) for e in cluster) / total)
 
 
+def assert_slopes(gradient, loss, rows):
+    """The gradient is that of `loss` at `rows`, by central differences."""
+    for t in range(T):
+        for e in range(E):
+            kept = rows[t][e]
+            rows[t][e] = kept + 1e-5
+            above = loss(rows)
+            rows[t][e] = kept - 1e-5
+            slope = (above - loss(rows)) / 2e-5
+            rows[t][e] = kept
+            assert float(gradient[t, e]) == pytest.approx(slope, abs=1e-8)
+
+
 def test_the_router_term_equals_its_definition_and_its_gradient():
     _, skill, correct, _, member_SLE = make()
     member = member_SLE[:, 2]  # where skill 1 has no experts
@@ -158,15 +171,7 @@ def test_the_router_term_equals_its_definition_and_its_gradient():
     assert float(found.detach()) == pytest.approx(loss(rows), rel=1e-12)
     assert count == sum(int(s) >= 0 and bool(member[s].any()) for s in skill)
     found.backward()
-    for t in range(T):
-        for e in range(E):
-            kept = rows[t][e]
-            rows[t][e] = kept + 1e-5
-            above = loss(rows)
-            rows[t][e] = kept - 1e-5
-            slope = (above - loss(rows)) / 2e-5
-            rows[t][e] = kept
-            assert float(logits.grad[t, e]) == pytest.approx(slope, abs=1e-8)
+    assert_slopes(logits.grad, loss, rows)
 
 
 def test_the_router_term_pulls_towards_the_cluster_only():
@@ -219,15 +224,7 @@ def test_the_term_of_drawn_experts_equals_its_definition_and_its_gradient(temper
     rows = logits.detach().tolist()
     assert float(found.detach()) == pytest.approx(loss(rows), rel=1e-12)
     found.backward()
-    for t in range(T):
-        for e in range(E):
-            kept = rows[t][e]
-            rows[t][e] = kept + 1e-5
-            above = loss(rows)
-            rows[t][e] = kept - 1e-5
-            slope = (above - loss(rows)) / 2e-5
-            rows[t][e] = kept
-            assert float(logits.grad[t, e]) == pytest.approx(slope, abs=1e-8)
+    assert_slopes(logits.grad, loss, rows)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
