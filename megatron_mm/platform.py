@@ -24,6 +24,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.distributed_c10d import ProcessGroupGloo
 from torch.utils._device import _device_constructors
 
 MEGATRON_CORE_VERSION = "0.19.2"
@@ -187,6 +188,24 @@ def _reduce_scatter(original):
     return reduce_scatter
 
 
+@functools.cache
+def _gloo_device():
+    return ProcessGroupGloo.create_default_device()
+
+
+class _Gloo(ProcessGroupGloo):
+    """Every gloo group has a device, whose thread looks for messages a hundred times a second.
+    Groups of one rank, most of the 25 that megatron-core makes, send none and share a device."""
+
+    def __init__(self, store, rank, size, timeout):
+        if size > 1:
+            super().__init__(store, rank, size, timeout)
+            return
+        options = ProcessGroupGloo._Options()
+        options._devices, options._timeout = [_gloo_device()], timeout
+        super().__init__(store, rank, size, options)
+
+
 def _maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
     if torch.is_tensor(tensor) and as_numpy:
         return tensor.numpy()
@@ -236,6 +255,12 @@ TORCH_REDIRECTS = [
         "reduce_scatter",
         _reduce_scatter(torch.distributed.reduce_scatter),
         "mappings.py: reduce-scatter of uneven splits",
+    ),
+    Redirect(
+        "torch.distributed.distributed_c10d",
+        "ProcessGroupGloo",
+        _Gloo,
+        "parallel_state.py makes a group for every set of ranks",
     ),
 ]
 

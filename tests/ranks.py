@@ -71,6 +71,7 @@ def _join(path: str, rank: int, size: int, timeout) -> None:
 
 def _serve(rank: int, pipe) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # a job's 25 groups connect when they are used
     import datetime
     import warnings
 

@@ -11,23 +11,34 @@ from megatron_mm.train.engine import Engine
 from megatron_mm.train.metrics import ROUTER_NORM
 
 
-def router_gradient_norms(engine: Engine) -> dict[str, float]:
-    """`ROUTER_NORM` and the number of the layer, from 0 -> norm before clipping; none where routers
-    are frozen. Every rank of the job calls it, after `Engine.gradient_norm`."""
-    # Squares, and how many of the router's elements they are of: all ranks of its stage have the
-    # same gradient, whole or, with the distributed optimizer, in parts.
-    sums = torch.zeros(2, engine.config.num_layers, dtype=torch.float64, device=platform.device())
-    for name, mine in owned(engine).items():
-        if name.endswith(".router.weight") and mine.main.grad is not None:
-            layer = int(name.split("layers.")[1].split(".")[0])
-            sums[0, layer] += mine.main.grad.double().square().sum()
-            sums[1, layer] += mine.stop - mine.start
-    sums = sums.cpu()  # as `world` is
-    dist.all_reduce(sums, group=engine.groups.world)
-    language = engine.run.model.language
-    whole = language.num_experts * language.hidden_size
-    return {
-        f"{ROUTER_NORM}{layer}": (squares * whole / held) ** 0.5
-        for layer, (squares, held) in enumerate(sums.t().tolist())
-        if held
-    }
+class RouterNorms:
+    """Of the routers that this rank updates; finds them once."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.routers = [
+            (int(name.split("layers.")[1].split(".")[0]), mine)
+            for name, mine in owned(engine).items()
+            if name.endswith(".router.weight")
+        ]
+
+    def measure(self) -> dict[str, float]:
+        """`ROUTER_NORM` and the number of the layer, from 0 -> norm before clipping; none where
+        routers are frozen. Every rank of the job calls it, after `Engine.gradient_norm`."""
+        layers = self.engine.config.num_layers
+        # Squares, and how many of the router's elements they are of: all ranks of its stage have
+        # the same gradient, whole or, with the distributed optimizer, in parts.
+        sums = torch.zeros(2, layers, dtype=torch.float64, device=platform.device())
+        for layer, mine in self.routers:
+            if mine.main.grad is not None:
+                sums[0, layer] += mine.main.grad.double().square().sum()
+                sums[1, layer] += mine.stop - mine.start
+        sums = sums.cpu()  # as `world` is
+        dist.all_reduce(sums, group=self.engine.groups.world)
+        language = self.engine.run.model.language
+        whole = language.num_experts * language.hidden_size
+        return {
+            f"{ROUTER_NORM}{layer}": (squares * whole / held) ** 0.5
+            for layer, (squares, held) in enumerate(sums.t().tolist())
+            if held
+        }

@@ -28,7 +28,7 @@ from megatron_mm.train.errors import NonFiniteError
 from megatron_mm.train.evaluate import open_questions
 from megatron_mm.train.feed import agree
 from megatron_mm.train.objective import Sums
-from megatron_mm.train.router_norms import router_gradient_norms
+from megatron_mm.train.router_norms import RouterNorms
 from megatron_mm.train.source import SOURCES, Source
 from megatron_mm.train.start import resumed, start
 
@@ -51,6 +51,7 @@ class Trainer:
         self.source: Source = SOURCES[run.training.objective](
             run, self.engine, self.tokenizer, loader
         )
+        self.router_norms = RouterNorms(self.engine)
         image_token = self.tokenizer.image_context_id
         begun = start(self.engine, loader, run.checkpoint, image_token)
         self.iteration, self.seconds = begun.iteration, begun.seconds
@@ -96,7 +97,7 @@ class Trainer:
                 f"gradient norm {norm} at iteration {self.iteration + 1}: nothing was updated; "
                 f"the batch was {self._rows_of(batches)}"
             )
-        metrics |= router_gradient_norms(self.engine)
+        metrics |= self.router_norms.measure()
         metrics["learning rate"] = self.engine.learning_rate()
         self.engine.update(norm)
         self.iteration += 1
