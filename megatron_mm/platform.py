@@ -32,6 +32,7 @@ CPU = torch.device("cpu")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What stands in for the GPU; another one inside `standing_in` (plans without memory).
 _STAND_IN: ContextVar[torch.device] = ContextVar("stand_in", default=CPU)
+_SHARED_DEVICE: ContextVar[Any] = ContextVar("shared_device", default=None)
 
 
 class Redirect(NamedTuple):
@@ -188,21 +189,16 @@ def _reduce_scatter(original):
     return reduce_scatter
 
 
-@functools.cache
-def _gloo_device():
-    return ProcessGroupGloo.create_default_device()
-
-
 class _Gloo(ProcessGroupGloo):
-    """Every gloo group has a device, whose thread looks for messages a hundred times a second.
-    Groups of one rank, most of the 25 that megatron-core makes, send none and share a device."""
+    """See `groups_of_one_share`."""
 
     def __init__(self, store, rank, size, timeout):
-        if size > 1:
+        device = _SHARED_DEVICE.get()
+        if size > 1 or device is None:
             super().__init__(store, rank, size, timeout)
             return
         options = ProcessGroupGloo._Options()
-        options._devices, options._timeout = [_gloo_device()], timeout
+        options._devices, options._timeout = [device], timeout
         super().__init__(store, rank, size, options)
 
 
@@ -362,6 +358,20 @@ def standing_in(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _STAND_IN.reset(before)
+
+
+@contextlib.contextmanager
+def groups_of_one_share() -> Iterator[None]:
+    """Without CUDA, gloo groups of one rank that are made inside share a device. Each group would
+    have its own, with a thread that looks for messages a hundred times a second, and megatron-core
+    makes some 25 groups, most of them of one rank. The device ends with the last of its groups."""
+    before = _SHARED_DEVICE.set(
+        None if torch.cuda.is_available() else ProcessGroupGloo.create_default_device()
+    )
+    try:
+        yield
+    finally:
+        _SHARED_DEVICE.reset(before)
 
 
 def backend() -> str:

@@ -64,6 +64,36 @@ def test_installing_twice_is_harmless():
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
 
 
+ONE_RANK = """
+import warnings; warnings.simplefilter("ignore")
+from pathlib import Path
+from megatron_mm import platform
+platform.install()
+from megatron_mm.config import ParallelConfig
+from megatron_mm.parallel import groups
+
+def looking():
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return len(names) - names.count("pt_gloo_runloop")  # those sleep until there is work
+
+groups.start(ParallelConfig())
+counts = [looking()]
+found = groups.build(ParallelConfig())
+counts += [looking()]
+del found
+groups.stop()
+print(*counts, looking())
+"""
+
+
+@without_cuda
+def test_groups_of_one_rank_do_not_have_a_looking_thread_each():
+    """Four more were measured: theirs, the replica's and the world's among them. There are 25
+    groups. When they are gone, so is what they shared."""
+    before, built, after = map(int, in_new_process(ONE_RANK).split())
+    assert built - before <= 4 and after <= before
+
+
 OTHER_VERSION = """
 import importlib.metadata, torch
 original = torch.cuda.current_device

@@ -69,15 +69,16 @@ def lay_out(parallel: ParallelConfig, gloo: bool = True) -> ProcessGroupCollecti
     Args:
         gloo: with those of the CPU, which its optimizer's set-up asks for.
     """
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        create_gloo_process_groups=gloo,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-    )
+    with platform.groups_of_one_share():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            create_gloo_process_groups=gloo,
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        )
     return ProcessGroupCollection.use_mpu_process_groups()
 
 

@@ -1,22 +1,17 @@
-"""Processes that train, save in the background and are killed.
-
-They are forked from a server that has imported everything but made no thread and no group
-(`multiprocessing`'s forkserver), so that one lives within a fraction of a second.
-"""
+"""Processes that train, save in the background and are killed."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import context, is_clean
 
 from megatron_mm import platform
 
@@ -46,7 +41,7 @@ def live(pipe: Connection, store: str, rank: int, parallel: list, folder: Path, 
     """Resume from `folder`, train, save; tell the iteration when its save was accepted."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a peer's death is no news
-    threads = len(os.listdir(f"/proc/{SERVER}/task"))
+    clean = is_clean(SERVER)
     if slow:
         os.unlink = _slowly(os.unlink)  # what rmtree calls
     size, sizes = parallel
@@ -54,7 +49,7 @@ def live(pipe: Connection, store: str, rank: int, parallel: list, folder: Path, 
     engine = create(tiny_run(sizes))
     start = sharded.load(engine, folder)["iteration"]
     background = Saver(engine, asynchronous=True, keep_last=KEEP)
-    pipe.send(("born", start, os.getpid() != SERVER and threads == 1))
+    pipe.send(("born", start, clean))
     try:
         for step in range(start, start + STEPS):
             train(engine, range(step, step + 1))
@@ -66,30 +61,15 @@ def live(pipe: Connection, store: str, rank: int, parallel: list, folder: Path, 
     dist.destroy_process_group()
 
 
-def _server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["victims"])
-    before = os.environ.get("PYTHONPATH")
-    # Python 3.12 does not hand sys.path to the server, which then preloads nothing, silently.
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-    return context
-
-
 class Life:
     """The ranks of one short job."""
 
     def __init__(self, parallel: tuple[int, dict], folder: Path, store: Path, slow: bool = False):
-        context = _server()
+        forks = context()
         self.processes, self._pipes = [], []
         for rank in range(parallel[0]):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
+            ours, theirs = forks.Pipe(duplex=False)
+            process = forks.Process(
                 target=live, args=(theirs, str(store), rank, parallel, folder, slow), daemon=True
             )
             process.start()

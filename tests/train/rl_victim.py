@@ -9,6 +9,7 @@ import sys
 import psutil
 import torch
 import torch.distributed as dist
+from forked import is_clean
 
 from megatron_mm import platform
 
@@ -21,6 +22,7 @@ from megatron_mm.train import generate  # noqa: E402
 from megatron_mm.train.engine import Engine  # noqa: E402
 from megatron_mm.train.loop import train  # noqa: E402
 
+SERVER = os.getpid()  # where this module was imported
 # Where a rank can be killed: what is called there, and how often it comes back from it.
 POINTS = {
     "rollout": (generate._Generation, "step", 14),  # within the second rollout
@@ -46,6 +48,7 @@ def kill_at(point: str, pipe) -> None:
 
 def live(pipe, store: str, rank: int, size: int, run: RunConfig, point: str | None) -> None:
     """The run from its checkpoint on; with a point, as far as there."""
+    assert is_clean(SERVER), "the server that forks did not import this, or has threads"
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a peer's death is no news
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import rl_victim
 from fingerprints import parameter_hash
+from forked import context
 from grpo_runs import grpo_run, trainer_of
 from trainers import PP2
 
@@ -65,12 +66,12 @@ def written(folder: Path) -> tuple[list[dict], list[dict]]:
 def kill(run: RunConfig, store: Path, point: str, victim: int) -> None:
     """Two ranks live until one of them comes to the point; the other must end by itself, and so
     must what the killed one has started."""
-    context, processes, pipes = multiprocessing.get_context("spawn"), [], []
+    forks, processes, pipes = context(), [], []
     for rank in range(2):
-        ours, theirs = context.Pipe(duplex=False)
+        ours, theirs = forks.Pipe(duplex=False)
         where = point if rank == victim else None
         args = (theirs, str(store), rank, 2, run, where)
-        processes.append(context.Process(target=rl_victim.live, args=args))
+        processes.append(forks.Process(target=rl_victim.live, args=args))
         processes[-1].start()
         pipes.append(ours)
     try:
