@@ -51,9 +51,10 @@ $(STAMP): setup.py constraints.txt $(if $(READY),,FORCE)
 	@rm -f $(BUSY); pwd > $(STAMP)
 
 # A worker for each core, at most eight: each holds up to four ranks. The tests of a file share one
-# worker, its fixtures and its ranks.
+# worker, its fixtures and its ranks. Files stay in order: with those of many tests first, as xdist has
+# them, some slow tests are left to one worker at the end.
 test: setup
-	@$(PY) -m pytest --numprocesses $$(nproc) --maxprocesses 8 --dist loadfile
+	@$(PY) -m pytest --numprocesses $$(nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	@$(PY) -m ruff check .
