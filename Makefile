@@ -51,10 +51,9 @@ $(STAMP): setup.py constraints.txt $(if $(READY),,FORCE)
 	@rm -f $(BUSY); pwd > $(STAMP)
 
 # A worker for each core, at most eight: each holds up to four ranks. The tests of a file share one
-# worker, its fixtures and its ranks. Files stay in order: with those of many tests first, as xdist has
-# them, some slow tests are left to one worker at the end.
+# worker, its fixtures and its ranks. nproc would answer with OMP_NUM_THREADS, which is 1 here.
 test: setup
-	@$(PY) -m pytest --numprocesses $$(nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest --numprocesses $$(env -u OMP_NUM_THREADS nproc) --maxprocesses 8 --dist loadfile
 
 lint: setup
 	@$(PY) -m ruff check .
