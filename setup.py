@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_mm", "megatron_mm.*"]),
-    package_data={"megatron_mm.train": ["*.j2"], "megatron_mm.convert.remote": ["*.jinja"]},
+    package_data={"megatron_mm.report": ["*.j2"], "megatron_mm.convert.remote": ["*.jinja"]},
     # Lower bounds only where an older version is known to lack something we call; upper
     # bounds where the next major or minor is expected to break us. NVIDIA's apex is not
     # here on purpose: the PyPI project of that name is an unrelated package, and

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import RankPool
 
+from examples.digits.make_digits import main as make_digits
 from megatron_mm import platform
+from support.ranks import RankPool
 
 platform.install()
 
@@ -23,13 +23,9 @@ def ranks():
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """A folder with 6 images, 48 mixed questions about them and 24 held-out ones."""
-    tool = Path(__file__).parents[1] / "tools" / "make_digits.py"
-    spec = importlib.util.spec_from_file_location("make_digits_for_tests", tool)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     folder = tmp_path_factory.mktemp("scenes")
     counts = "--images 6 --valid-images 4 --align-per-image 1 --mix-per-image 8 --valid-per-key 2"
-    module.main(f"--out {folder} --grid 3 {counts}".split())
+    make_digits(f"--out {folder} --grid 3 {counts}".split())
     return folder
 
 

@@ -7,7 +7,8 @@ import datetime
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import JOIN_TRIES, _join
+
+from support.ranks import JOIN_TRIES, _join
 
 
 def joins_again(path: str, failures: int) -> tuple[int, float]:

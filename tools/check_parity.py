@@ -26,11 +26,10 @@ def main(argv: list[str]) -> int:
 
     from megatron_mm.config import ParallelConfig, RunConfig
     from megatron_mm.convert import parity, their_model, to_hf
-    from megatron_mm.convert.errors import ConvertError
+    from megatron_mm.convert.folder import check_source, open_source
     from megatron_mm.convert.job import Parser, run_job
-    from megatron_mm.convert.source import check_source, open_source
-    from megatron_mm.data.errors import DataError
     from megatron_mm.data.tokenizer import load_tokenizer
+    from megatron_mm.errors import ConvertError, DataError
     from megatron_mm.model.blueprint import blueprint
     from megatron_mm.parallel import groups
 

@@ -32,7 +32,7 @@ from megatron_mm.config import (
     validate,
 )
 from megatron_mm.config.flags import parse_flags
-from megatron_mm.config.schema import CheckpointConfig, RLConfig
+from megatron_mm.config.settings import CheckpointConfig, RLConfig
 
 # Of the run's own settings, beside the layout and the backend.
 GIVEN = ("tokenizer_model", "eval_samples", "eval_batch_size", "max_new_tokens")
@@ -133,15 +133,13 @@ def main(argv: list[str]) -> int:
     platform.install()
 
     from megatron_mm.checkpoint import folders, sharded
-    from megatron_mm.checkpoint.errors import CheckpointError
-    from megatron_mm.data.errors import DataError
     from megatron_mm.data.tokenizer import load_tokenizer
+    from megatron_mm.earl.discovery import probe_and_discover
+    from megatron_mm.earl.probe import Probe
+    from megatron_mm.earl.skill_map import load_skill_map
+    from megatron_mm.engine.engine import Engine
+    from megatron_mm.errors import CheckpointError, DataError, RLError
     from megatron_mm.parallel import groups
-    from megatron_mm.rl.errors import RLError
-    from megatron_mm.rl.skill_map import load_skill_map
-    from megatron_mm.train.discover import probe_and_discover
-    from megatron_mm.train.engine import Engine
-    from megatron_mm.train.skill_probe import Probe
 
     started, status = False, 0
     try:

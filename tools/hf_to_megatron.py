@@ -76,10 +76,12 @@ def main(argv: list[str]) -> int:
     platform.quiet()
     platform.install()
 
-    from megatron_mm.checkpoint.errors import CheckpointError, together
-    from megatron_mm.convert import report, to_megatron
+    from megatron_mm.checkpoint.together import together
+    from megatron_mm.convert import summary as report
+    from megatron_mm.convert import to_megatron
+    from megatron_mm.convert.folder import check_source, has_weights, open_source
     from megatron_mm.convert.job import DTYPES, Parser, run_job
-    from megatron_mm.convert.source import check_source, has_weights, open_source
+    from megatron_mm.errors import CheckpointError
     from megatron_mm.model.blueprint import blueprint
 
     parser = Parser(__doc__)

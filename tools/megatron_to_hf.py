@@ -22,11 +22,12 @@ def main(argv: list[str]) -> int:
     platform.quiet()
     platform.install()
 
-    from megatron_mm.checkpoint.errors import CheckpointError, together
+    from megatron_mm.checkpoint.together import together
     from megatron_mm.convert import to_hf
+    from megatron_mm.convert.folder import travelling
     from megatron_mm.convert.hf_writer import SHARD_BYTES
     from megatron_mm.convert.job import DTYPES, Parser, run_job
-    from megatron_mm.convert.source import travelling
+    from megatron_mm.errors import CheckpointError
 
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)

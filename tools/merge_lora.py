@@ -72,10 +72,10 @@ def main(argv: list[str]) -> int:
     platform.install()
 
     from megatron_mm.checkpoint import folders
-    from megatron_mm.checkpoint.errors import CheckpointError
     from megatron_mm.checkpoint.merge import merge_adapters
+    from megatron_mm.engine.engine import Engine
+    from megatron_mm.errors import CheckpointError
     from megatron_mm.parallel import groups
-    from megatron_mm.train.engine import Engine
 
     started, status = False, 0
     try:

@@ -74,7 +74,8 @@ def _with_defaults(run, rest: list[str], world_size: int):
 def _plan(args: argparse.Namespace, run, gpu, assumed) -> int:
     from tqdm import tqdm
 
-    from megatron_mm.perf import chart, layout, report
+    from megatron_mm.perf import chart, layout
+    from megatron_mm.perf import table as report
 
     ranks = run.parallel.pipeline_model_parallel_size
     with tqdm(total=ranks, unit="rank", disable=not sys.stderr.isatty()) as bar:
@@ -96,7 +97,7 @@ def _plan(args: argparse.Namespace, run, gpu, assumed) -> int:
 def _search(args: argparse.Namespace, run, gpu, assumed) -> int:
     from tqdm import tqdm
 
-    from megatron_mm.perf import report
+    from megatron_mm.perf import table as report
     from megatron_mm.perf.search import search
 
     with tqdm(unit="step", disable=not sys.stderr.isatty()) as bar:

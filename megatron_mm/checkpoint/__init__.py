@@ -1,0 +1,1 @@
+"""Sharded checkpoints: exact, and loadable on any layout."""

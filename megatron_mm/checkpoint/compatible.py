@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.config import (
     ConfigError,
     LoraConfig,
@@ -14,7 +13,8 @@ from megatron_mm.config import (
     to_dict,
     without_clvr,
 )
-from megatron_mm.model.lora import is_adapter
+from megatron_mm.errors import CheckpointError
+from megatron_mm.model.layers.lora import is_adapter
 
 # How a model starts or trains, not what it computes: may change between save and load.
 NOT_THE_MODEL = {

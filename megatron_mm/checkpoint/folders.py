@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from megatron_mm.checkpoint import sealed
-from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.errors import CheckpointError
 
 FORMAT = 2
 LATEST, RUN = "latest", "run.json"

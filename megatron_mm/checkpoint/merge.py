@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint.engine import Engine
-from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.checkpoint.parameters import Engine
 from megatron_mm.config import LoraConfig
-from megatron_mm.model.lora import merge
+from megatron_mm.errors import CheckpointError
+from megatron_mm.model.layers.lora import merge
 
 
 def merge_adapters(engine: Engine, source: Path, target: Path) -> Path:

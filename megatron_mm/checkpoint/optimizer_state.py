@@ -17,8 +17,8 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_mm.checkpoint.engine import Engine, parameters
-from megatron_mm.parallel.layout import ParamLayout
+from megatron_mm.checkpoint.parameters import Engine, parameters
+from megatron_mm.parallel.param_layout import ParamLayout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.errors import CheckpointError
 
 KEY = "checksum"
 

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm.checkpoint import blocks, folders, optimizer_state, rng, sealed, storage
+from megatron_mm.checkpoint import folders, optimizer_state, rng, sealed, storage
+from megatron_mm.checkpoint import shards as blocks
 from megatron_mm.checkpoint.compatible import (
     CARRIED_PREFIX,
     check_adapters,
     check_model,
     check_tensors,
 )
-from megatron_mm.checkpoint.engine import Engine, parameters, settle
-from megatron_mm.checkpoint.errors import CheckpointError, together
+from megatron_mm.checkpoint.parameters import Engine, parameters, settle
 from megatron_mm.checkpoint.snapshot import layout_of, rng_name, take, write
+from megatron_mm.checkpoint.together import together
+from megatron_mm.errors import CheckpointError
 
 
 def save(

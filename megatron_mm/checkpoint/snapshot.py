@@ -19,10 +19,12 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 import megatron_mm
-from megatron_mm.checkpoint import blocks, folders, optimizer_state, rng, sealed, storage
-from megatron_mm.checkpoint.engine import Engine, parameters, settle
-from megatron_mm.checkpoint.errors import CheckpointError, together
+from megatron_mm.checkpoint import folders, optimizer_state, rng, sealed, storage
+from megatron_mm.checkpoint import shards as blocks
+from megatron_mm.checkpoint.parameters import Engine, parameters, settle
+from megatron_mm.checkpoint.together import together
 from megatron_mm.config import to_dict
+from megatron_mm.errors import CheckpointError
 
 
 @dataclass(frozen=True)

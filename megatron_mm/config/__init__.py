@@ -1,25 +1,23 @@
 """Every setting of a run and the layer-pattern parser. Importing this needs no torch."""
 
-from megatron_mm.config.errors import ConfigError
+from megatron_mm.config.algorithms import ALGORITHMS, resolve_algorithm, rollout_plan
+from megatron_mm.config.checks import data_parallel_size, validate
 from megatron_mm.config.flags import make_parser
 from megatron_mm.config.hf import from_transformers_dict, to_transformers_dict
 from megatron_mm.config.load import dump_yaml, from_dict, load, to_dict
 from megatron_mm.config.pattern import (
     Layer,
-    Manifest,
     Stage,
     effective_pattern,
     model_stages,
     num_layers,
     parse_pattern,
     stages,
-    wire,
     without_clvr,
 )
 from megatron_mm.config.precision import fp8_alignment, token_multiple
 from megatron_mm.config.presets import preset, vision_preset
-from megatron_mm.config.rl import ALGORITHMS, resolve_algorithm, rollout_plan
-from megatron_mm.config.schema import (
+from megatron_mm.config.settings import (
     BackendConfig,
     CheckpointConfig,
     DataConfig,
@@ -37,8 +35,9 @@ from megatron_mm.config.schema import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_mm.config.schema_rl import RLConfig
-from megatron_mm.config.validate import data_parallel_size, validate
+from megatron_mm.config.settings_rl import RLConfig
+from megatron_mm.config.wire import Manifest, wire
+from megatron_mm.errors import ConfigError
 
 __all__ = [
     "ALGORITHMS",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from megatron_mm.config.schema import LanguageConfig, ModelConfig, RunConfig, VisionConfig
+from megatron_mm.config.settings import LanguageConfig, ModelConfig, RunConfig, VisionConfig
 
 Linear = tuple[int, int]  # inputs, outputs
 

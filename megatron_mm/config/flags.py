@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NoReturn, get_args, get_origin
 
-from megatron_mm.config.errors import ConfigError
-from megatron_mm.config.schema import DataPhase, RunConfig
+from megatron_mm.config.settings import DataPhase, RunConfig
 from megatron_mm.config.tree import Leaf, coerce, expected, leaves, optional
+from megatron_mm.errors import ConfigError
 
 
 @dataclass

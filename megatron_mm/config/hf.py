@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_mm.config.errors import ConfigError
 from megatron_mm.config.pattern import parse_pattern
-from megatron_mm.config.schema import FusionConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_mm.config.settings import FusionConfig, LanguageConfig, ModelConfig, VisionConfig
 from megatron_mm.config.tree import from_dict
+from megatron_mm.errors import ConfigError
 
 Table = Sequence[tuple[str, str, Any]]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from megatron_mm.config.errors import ConfigError
 from megatron_mm.config.flags import parse_flags
 from megatron_mm.config.presets import preset, vision_preset
-from megatron_mm.config.schema import RunConfig
+from megatron_mm.config.settings import RunConfig
 from megatron_mm.config.tree import coerce, from_dict, merge, to_dict
+from megatron_mm.errors import ConfigError
 
 __all__ = ["dump_yaml", "from_dict", "load", "read_yaml", "to_dict"]
 

@@ -11,14 +11,13 @@ Everything in this file is a pure function of strings and tuples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
 from megatron_mm.config.cost import Costs, costs
-from megatron_mm.config.errors import ConfigError
-from megatron_mm.config.schema import ModelConfig, RunConfig
+from megatron_mm.config.settings import ModelConfig, RunConfig
+from megatron_mm.errors import ConfigError
 
 MIXERS = "G*"
 LETTERS = "G*ELJ"
@@ -42,14 +41,6 @@ class Stage:
 
     index: int
     layers: tuple[Layer, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What crosses one stage boundary besides the hidden state. `refinements` are pairs."""
-
-    memory: bool
-    refinements: tuple[int, ...]
 
 
 def _wrong(pattern: str, reason: str) -> ConfigError:
@@ -252,20 +243,3 @@ def _balanced_cuts(
                     longer[stop] = *score, [*cuts, stop]
         best = longer
     return tuple(best[end][2])
-
-
-def wire(stages: Sequence[Stage]) -> tuple[Manifest, ...]:
-    """What travels from stage i to stage i + 1, one Manifest per boundary.
-
-    The memory travels while a later stage still looks; a refinement travels from the
-    stage of its look to the stage of its injection, and is listed in the order of pairs.
-    """
-    manifests = []
-    for boundary in range(1, len(stages)):
-        before = [layer for stage in stages[:boundary] for layer in stage.layers]
-        after = [layer for stage in stages[boundary:] for layer in stage.layers]
-        looked = {layer.pair for layer in before if layer.kind == "L"}
-        waiting = [layer.pair for layer in after if layer.kind == "J" and layer.pair in looked]
-        memory = any(layer.kind == "L" for layer in after)
-        manifests.append(Manifest(memory, tuple(sorted(waiting))))
-    return tuple(manifests)

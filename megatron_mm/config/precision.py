@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_mm.config.errors import ConfigError
 from megatron_mm.config.pattern import num_layers
-from megatron_mm.config.schema import LanguageConfig, ParallelConfig, RunConfig
+from megatron_mm.config.settings import LanguageConfig, ParallelConfig, RunConfig
+from megatron_mm.errors import ConfigError
 
 
 def fp8_alignment(run: RunConfig) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_mm.config.errors import unknown
-from megatron_mm.config.schema import FusionConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_mm.config.settings import FusionConfig, LanguageConfig, ModelConfig, VisionConfig
+from megatron_mm.errors import unknown
 
 QWEN3_NEXT_BLOCK = "GEGEGE*E"
 

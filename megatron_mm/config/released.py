@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_mm.config.errors import ConfigError
+from megatron_mm.errors import ConfigError
 
 # key of the release, of transformers, default of the release's class
 VISION = (

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron_mm.config.errors import ConfigError, unknown
+from megatron_mm.errors import ConfigError, unknown
 
 
 @dataclass(frozen=True)

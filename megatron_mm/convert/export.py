@@ -19,10 +19,10 @@ from megatron_mm.config import (
     to_transformers_dict,
     without_clvr,
 )
-from megatron_mm.convert.errors import ConvertError
-from megatron_mm.convert.source import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
-from megatron_mm.data.layout import image_settings
-from megatron_mm.model.clvr import memory_hidden_size
+from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
+from megatron_mm.data.tiles import image_settings
+from megatron_mm.errors import ConvertError
+from megatron_mm.model.layers.clvr import memory_hidden_size
 
 REMOTE = Path(__file__).parent / "remote"
 CODE = ("configuration_clvr.py", "modeling_clvr.py", "processing_clvr.py")

@@ -12,8 +12,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.config import ConfigError, ParallelConfig
+from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel import groups
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from megatron_mm.checkpoint.compatible import check_model
-from megatron_mm.checkpoint.engine import Engine, parameters, settle
-from megatron_mm.checkpoint.errors import together
+from megatron_mm.checkpoint.parameters import Engine, parameters, settle
+from megatron_mm.checkpoint.together import together
 from megatron_mm.config import to_dict
-from megatron_mm.convert.errors import ConvertError
-from megatron_mm.convert.source import check_source, open_source
+from megatron_mm.convert.folder import check_source, open_source
+from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
-from megatron_mm.model.lora import is_adapter
-from megatron_mm.parallel.layout import ParamLayout
+from megatron_mm.model.layers.lora import is_adapter
+from megatron_mm.parallel.param_layout import ParamLayout
 
 
 @dataclass(frozen=True)

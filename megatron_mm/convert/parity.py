@@ -9,22 +9,22 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.checkpoint.blocks import weight_key
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_model
+from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import DataConfig, RunConfig, effective_pattern, parse_pattern, to_dict
-from megatron_mm.convert.errors import ConvertError
 from megatron_mm.convert.export import has_clvr
+from megatron_mm.convert.folder import Source, equal_bits
 from megatron_mm.convert.live import fill
-from megatron_mm.convert.plan import Plan
-from megatron_mm.convert.source import Source, equal_bits
+from megatron_mm.convert.mapping import Plan
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
-from megatron_mm.data.layout import image_settings, plan_images, used_tiles
 from megatron_mm.data.sample import Sample, SampleBuilder, SampleImage
+from megatron_mm.data.tiles import image_settings, plan_images, used_tiles
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.errors import ConvertError
 from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.parallel.groups import Groups
-from megatron_mm.parallel.layout import layouts
+from megatron_mm.parallel.param_layout import layouts
 
 # fp32 rounds at 6e-8 in either order; ten sub-layers were measured at up to 1.5e-6
 # (tests/model/test_parity.py), and a swapped head or expert gives 1e-2 and more.

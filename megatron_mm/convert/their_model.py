@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import to_transformers_dict
-from megatron_mm.convert.errors import ConvertError
-from megatron_mm.convert.plan import Plan, write_links
-from megatron_mm.convert.source import CONFIG, Source, read_json
+from megatron_mm.convert.folder import CONFIG, Source, read_json
+from megatron_mm.convert.mapping import Plan, write_links
+from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
 
 

@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.checkpoint import folders, sealed, storage
-from megatron_mm.checkpoint.blocks import weight_key
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
-from megatron_mm.checkpoint.errors import CheckpointError, together
+from megatron_mm.checkpoint.shards import weight_key
+from megatron_mm.checkpoint.together import together
 from megatron_mm.config import ModelConfig, RunConfig, from_dict
 from megatron_mm.convert import export
-from megatron_mm.convert.blocks import BlockReader
-from megatron_mm.convert.errors import ConvertError
+from megatron_mm.convert.folder import NOTES, equal_bits, travelling
 from megatron_mm.convert.hf_writer import (
     SHARD_BYTES,
     Place,
@@ -28,12 +27,13 @@ from megatron_mm.convert.hf_writer import (
     lay_out,
     write_index,
 )
-from megatron_mm.convert.plan import EMBEDDING, HEAD, Link, write_links
-from megatron_mm.convert.source import NOTES, equal_bits, travelling
+from megatron_mm.convert.mapping import EMBEDDING, HEAD, Link, write_links
+from megatron_mm.convert.stored import BlockReader
 from megatron_mm.convert.to_megatron import ASSETS, check_space
 from megatron_mm.convert.work import nbytes, progress, share
+from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.model.blueprint import blueprint
-from megatron_mm.parallel.layout import ParamLayout
+from megatron_mm.parallel.param_layout import ParamLayout
 
 
 @dataclass

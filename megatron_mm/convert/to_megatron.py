@@ -17,16 +17,16 @@ import torch.distributed as dist
 
 import megatron_mm
 from megatron_mm.checkpoint import folders, sealed, storage
-from megatron_mm.checkpoint.blocks import weight_key
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX
-from megatron_mm.checkpoint.errors import CheckpointError, together
+from megatron_mm.checkpoint.shards import weight_key
+from megatron_mm.checkpoint.together import together
 from megatron_mm.config import RunConfig, data_parallel_size, to_dict
-from megatron_mm.convert.blocks import BLOCK_BYTES, Block, BlockWriter, write_index
-from megatron_mm.convert.errors import ConvertError
-from megatron_mm.convert.plan import Link, Plan
-from megatron_mm.convert.source import NOTES, Source
+from megatron_mm.convert.folder import NOTES, Source
+from megatron_mm.convert.mapping import Link, Plan
+from megatron_mm.convert.stored import BLOCK_BYTES, Block, BlockWriter, write_index
 from megatron_mm.convert.work import nbytes, progress, row_ranges, share
-from megatron_mm.parallel.layout import ParamLayout, draw
+from megatron_mm.errors import CheckpointError, ConvertError
+from megatron_mm.parallel.param_layout import ParamLayout, draw
 
 ASSETS = "huggingface"  # folder inside a checkpoint
 

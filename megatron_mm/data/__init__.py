@@ -1,1 +1,1 @@
-"""What a sample, an image and a token are, and which of them a rank reads next."""
+"""Samples: rows, images, tokens and microbatches, without megatron."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.errors import DataError
 
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant")

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.images import normalise
-from megatron_mm.data.layout import ImageSettings
 from megatron_mm.data.sample import Sample
+from megatron_mm.data.tiles import ImageSettings
+from megatron_mm.errors import DataError
 
 
 def collate(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_mm.data.errors import DataError
+from megatron_mm.errors import DataError
 
 # A small compressed file can claim to hold gigapixels; nothing is decoded beyond this.
 MAX_PIXELS = 2**26

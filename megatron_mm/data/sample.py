@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megatron_mm.config.schema import RunConfig
+from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.chat import Encoded, encode_prompt, encode_row
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.images import (
     ImageFile,
     TilePlan,
@@ -21,7 +20,7 @@ from megatron_mm.data.images import (
     image_size,
     load_image,
 )
-from megatron_mm.data.layout import (
+from megatron_mm.data.tiles import (
     ImageSettings,
     image_settings,
     memory_coordinates,
@@ -30,6 +29,7 @@ from megatron_mm.data.layout import (
     used_tiles,
 )
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.errors import DataError
 
 # Cut tiles kept in memory by each rank; small images then cost nothing after one epoch.
 CACHE_BYTES = 256 * 2**20

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mm.data.errors import DataError
+from megatron_mm.errors import DataError
 
 SPECIAL_TOKENS = {
     "pad_id": "<|endoftext|>",

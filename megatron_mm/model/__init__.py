@@ -1,0 +1,1 @@
+"""What is computed: one pipeline stage of the fused model."""

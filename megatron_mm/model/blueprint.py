@@ -13,10 +13,10 @@ from torch._C._distributed_c10d import FakeProcessGroup
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_mm.config import ModelConfig, RunConfig
-from megatron_mm.model.backend import choose
+from megatron_mm.model.backends.choice import choose
 from megatron_mm.model.core_config import language_config
 from megatron_mm.model.multimodal import MultimodalModel
-from megatron_mm.parallel.layout import ParamLayout, layouts
+from megatron_mm.parallel.param_layout import ParamLayout, layouts
 
 
 def blueprint(model: ModelConfig) -> dict[str, ParamLayout]:

@@ -14,9 +14,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm.config import Layer, ModelConfig
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.clvr import MemoryMap, memory_hidden_size
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.rotary import rotary_table
+from megatron_mm.model.layers.clvr import MemoryMap, memory_hidden_size
+from megatron_mm.model.layers.rotary import rotary_table
 from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from megatron_mm.model.gdn_conv import convolution_step
-from megatron_mm.model.gdn_mix import HeadWidths, split_heads
-from megatron_mm.model.gdn_step import delta_rule_step
+from megatron_mm.model.layers.gdn.convolution import convolution_step
+from megatron_mm.model.layers.gdn.mix import HeadWidths, split_heads
+from megatron_mm.model.layers.gdn.step import delta_rule_step
 from megatron_mm.model.segments import Segments
 
 ROOM = 64  # positions by which the room for keys and values grows

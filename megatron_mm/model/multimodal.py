@@ -23,20 +23,20 @@ from torch import nn
 from megatron_mm import platform
 from megatron_mm.config import Manifest, RunConfig, effective_pattern, model_stages, wire
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.backend import Backend, check_dispatcher, choose
-from megatron_mm.model.clvr import memory_hidden_size
+from megatron_mm.model.backends.choice import Backend, check_dispatcher, choose
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.linear import ReplicatedLinear, column, vocab_embedding
-from megatron_mm.model.lora import add_lora
-from megatron_mm.model.norms import RMSNorm
-from megatron_mm.model.projector import Projector
+from megatron_mm.model.families.internvit.model import InternViT
+from megatron_mm.model.layers.clvr import memory_hidden_size
+from megatron_mm.model.layers.linear import ReplicatedLinear, column, vocab_embedding
+from megatron_mm.model.layers.lora import add_lora
+from megatron_mm.model.layers.norms import RMSNorm
+from megatron_mm.model.layers.projector import Projector
 from megatron_mm.model.recompute import Recompute
 from megatron_mm.model.routing import RouterTerm, Routes, Routing, Terms
 from megatron_mm.model.stack import Stack
-from megatron_mm.model.vision import InternViT
-from megatron_mm.parallel.layout import initialize, normal
+from megatron_mm.parallel.param_layout import initialize, normal
 from megatron_mm.parallel.sequence import part, take
 from megatron_mm.parallel.wire import Payload, WireShape, pack, unpack
 

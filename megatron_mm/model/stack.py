@@ -15,13 +15,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm.config import Layer, RunConfig, Stage, effective_pattern, num_layers
-from megatron_mm.model.attention import GatedAttention
-from megatron_mm.model.backend import Backend
-from megatron_mm.model.clvr import Look
+from megatron_mm.model.backends.choice import Backend
 from megatron_mm.model.context import StreamContext
-from megatron_mm.model.gdn import GatedDeltaNet
-from megatron_mm.model.moe import MixtureOfExperts
-from megatron_mm.model.norms import RMSNorm
+from megatron_mm.model.layers.attention import GatedAttention
+from megatron_mm.model.layers.clvr import Look
+from megatron_mm.model.layers.gdn.layer import GatedDeltaNet
+from megatron_mm.model.layers.moe import MixtureOfExperts
+from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.recompute import Recompute, recomputed
 from megatron_mm.parallel.wire import Payload
 

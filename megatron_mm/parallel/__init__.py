@@ -1,0 +1,1 @@
+"""Where tensors are: process groups, the wire, slices of parameters."""

@@ -1,1 +1,1 @@
-"""What a run costs: planned, counted, measured."""
+"""What a run costs, planned and counted."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_mm.perf.layout import LayoutPlan
 from megatron_mm.perf.predict import room
-from megatron_mm.perf.report import describe
+from megatron_mm.perf.table import describe
 
 GB = 1e9
 

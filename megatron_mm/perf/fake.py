@@ -21,9 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
-from megatron_mm.model.backend import Backend
+from megatron_mm.engine.engine import Engine
+from megatron_mm.model.backends.choice import Backend
 from megatron_mm.parallel.groups import Groups, lay_out
-from megatron_mm.train.engine import Engine
 
 META = torch.device("meta")
 

@@ -17,7 +17,7 @@ from megatron_mm.config import RunConfig, effective_pattern
 from megatron_mm.config import cost as sizes
 from megatron_mm.config.cost import Linear, products
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.clvr import COORDINATE_FREQUENCIES
+from megatron_mm.model.layers.clvr import COORDINATE_FREQUENCIES
 from megatron_mm.model.recompute import Recompute
 from megatron_mm.perf.work import Work, executed, needed
 

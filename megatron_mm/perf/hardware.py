@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mm.config.errors import unknown
+from megatron_mm.errors import unknown
 
 
 @dataclass(frozen=True)

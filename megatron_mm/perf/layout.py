@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_mm.config import ConfigError, RunConfig, model_stages, validate, wire
-from megatron_mm.perf.batch import planned_batch
+from megatron_mm.engine.optimizer import overlap_settings
+from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.hardware import GPU, Assumptions
 from megatron_mm.perf.predict import Prediction, fits, predict, room
 from megatron_mm.perf.rank import RankPlan, plan_rank
-from megatron_mm.train.optimizer import overlap_settings
 
 
 @dataclass(frozen=True)

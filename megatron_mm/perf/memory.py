@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mm.train.engine import Engine
+from megatron_mm.engine.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from megatron_mm.config import RunConfig, Stage, effective_pattern
-from megatron_mm.perf.batch import planned_batch
+from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.memory import State
 from megatron_mm.perf.rank import RankPlan, plan_rank
 from megatron_mm.perf.recorder import Link, Work

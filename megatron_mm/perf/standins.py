@@ -20,10 +20,10 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_mm.config import ConfigError, RunConfig
-from megatron_mm.model.backend import Backend, choose
-from megatron_mm.model.gdn_mix import split_heads
-from megatron_mm.model.moe import MixtureOfExperts
-from megatron_mm.perf.batch import expert_counts
+from megatron_mm.model.backends.choice import Backend, choose
+from megatron_mm.model.layers.gdn.mix import split_heads
+from megatron_mm.model.layers.moe import MixtureOfExperts
+from megatron_mm.perf.assumed import expert_counts
 
 CHUNK = 64  # positions; flash-linear-attention's own
 Count = Callable[[int], None]  # of floating point operations that no product shows

@@ -11,12 +11,12 @@ from megatron.core.pipeline_parallel.schedules import forward_step as schedule_f
 
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.engine import Engine, forward_step
+from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.perf.fake import META
 from megatron_mm.perf.recorder import Recorder, Work
 from megatron_mm.perf.standins import balance, fused_attention
-from megatron_mm.train.engine import Engine, forward_step
-from megatron_mm.train.objective import SupervisedFineTuning
 
 
 @dataclass(frozen=True)

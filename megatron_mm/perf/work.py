@@ -14,9 +14,9 @@ import torch
 from megatron_mm.config import RunConfig, effective_pattern
 from megatron_mm.config.cost import causal_pairs, delta_rule, patches
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.chunks import chunk_length, chunk_plan
-from megatron_mm.model.clvr import MemoryMap
 from megatron_mm.model.context import memory_rows
+from megatron_mm.model.layers.clvr import MemoryMap
+from megatron_mm.model.layers.gdn.chunks import chunk_length, chunk_plan
 from megatron_mm.model.segments import Segments
 
 

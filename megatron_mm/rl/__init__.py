@@ -1,1 +1,1 @@
-"""Reinforcement learning: rewards, advantages, policy losses and the router's reward."""
+"""Reinforcement learning: advantages, policy losses, rollouts, rewards."""

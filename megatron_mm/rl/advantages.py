@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mm.rl.errors import RLError
+from megatron_mm.errors import RLError
 
 EPSILON = 1e-4
 

@@ -1,0 +1,1 @@
+"""The command, the loop, and what a run starts from."""

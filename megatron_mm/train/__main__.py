@@ -28,10 +28,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
-    from megatron_mm.checkpoint.errors import CheckpointError
-    from megatron_mm.data.errors import DataError
+    from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
     from megatron_mm.parallel import groups
-    from megatron_mm.train.errors import NonFiniteError
     from megatron_mm.train.loop import train
 
     status = 0

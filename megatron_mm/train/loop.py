@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 from megatron_mm.config import RunConfig, to_dict
-from megatron_mm.data.errors import DataError, EndOfData
+from megatron_mm.engine.feed import agree
+from megatron_mm.errors import DataError, EndOfData
+from megatron_mm.evaluation.evaluate import Results, evaluate, write_results
+from megatron_mm.evaluation.examples import write_examples, write_experts_before
 from megatron_mm.parallel.groups import Groups
-from megatron_mm.train.evaluate import Results, evaluate, write_results
-from megatron_mm.train.examples import write_examples, write_experts_before
-from megatron_mm.train.feed import agree
-from megatron_mm.train.metrics import MetricsLogger
-from megatron_mm.train.report import accuracy_table, write_report
+from megatron_mm.report.metrics_log import MetricsLogger
+from megatron_mm.report.page import accuracy_table, write_report
 from megatron_mm.train.trainer import Trainer
 
 
@@ -142,7 +142,7 @@ def _report(output: Path) -> None:
     try:
         print(f"report: {write_report(output)}")
     except Exception as error:
-        again = f"python -m megatron_mm.train.report {output}"
+        again = f"python -m megatron_mm.report.page {output}"
         print(f"warning: no report: {error}; try again with {again}", file=sys.stderr)
 
 

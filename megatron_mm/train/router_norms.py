@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from megatron_mm import platform
 from megatron_mm.checkpoint.optimizer_state import owned
-from megatron_mm.train.engine import Engine
-from megatron_mm.train.metrics import ROUTER_NORM
+from megatron_mm.engine.engine import Engine
+from megatron_mm.report.metrics_log import ROUTER_NORM
 
 
 class RouterNorms:

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.errors import DataError
-from megatron_mm.data.loader import TrainLoader
-from megatron_mm.data.prompts import PromptLoader
+from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.train.engine import Engine
-from megatron_mm.train.feed import receive
-from megatron_mm.train.objective import Objective, SupervisedFineTuning
-from megatron_mm.train.rl.experience import Experience
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import receive
+from megatron_mm.engine.objective import Objective, SupervisedFineTuning
+from megatron_mm.errors import DataError
+from megatron_mm.rl.rollout.experience import Experience
+from megatron_mm.rl.rollout.prompts import PromptLoader
 
 
 class Source(Protocol):

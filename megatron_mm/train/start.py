@@ -11,14 +11,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.checkpoint.folders import LATEST
 from megatron_mm.config import CheckpointConfig, RunConfig
+from megatron_mm.convert.folder import NOTES
 from megatron_mm.convert.live import load_hf
-from megatron_mm.convert.source import NOTES
-from megatron_mm.data.loader import TrainLoader
+from megatron_mm.data.loading.loader import TrainLoader
+from megatron_mm.engine.engine import Engine
+from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel.groups import Groups
-from megatron_mm.train.engine import Engine
 
 
 @dataclass

@@ -15,19 +15,18 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import RunConfig, token_multiple
-from megatron_mm.convert.source import NOTES
+from megatron_mm.convert.folder import NOTES
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.errors import DataError
-from megatron_mm.data.loader import TrainLoader
-from megatron_mm.data.prompts import PromptLoader
+from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import agree
+from megatron_mm.engine.objective import Sums
+from megatron_mm.errors import DataError, NonFiniteError
+from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.model.routing import Terms
 from megatron_mm.parallel.groups import Groups
-from megatron_mm.train.engine import Engine
-from megatron_mm.train.errors import NonFiniteError
-from megatron_mm.train.evaluate import open_questions
-from megatron_mm.train.feed import agree
-from megatron_mm.train.objective import Sums
+from megatron_mm.rl.rollout.prompts import PromptLoader
 from megatron_mm.train.router_norms import RouterNorms
 from megatron_mm.train.source import SOURCES, Source
 from megatron_mm.train.start import resumed, start

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from checkpoint_runs import create, scramble, tiny_run, train
-from fingerprints import state_hash
 
 from megatron_mm.checkpoint import sealed, sharded, snapshot
-from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.checkpoint.saver import Saver
+from megatron_mm.errors import CheckpointError
+from support.checkpoint_runs import create, scramble, tiny_run, train
+from support.fingerprints import state_hash
 
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 

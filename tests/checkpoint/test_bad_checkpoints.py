@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_runs import create, tiny_run, train_and_save
-from fingerprints import state_hash
 
 from megatron_mm.checkpoint import sealed, sharded, storage
-from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.errors import CheckpointError
+from support.checkpoint_runs import create, tiny_run, train_and_save
+from support.fingerprints import state_hash
 
 NAME = "iter_0000001"
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from checkpoint_runs import create, scramble, tiny_run, train
-from fingerprints import state_hash
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.errors import CheckpointError
+from support.checkpoint_runs import create, scramble, tiny_run, train
+from support.fingerprints import state_hash
 
 FLIPS = int(os.environ.get("FLIPS", "96"))
 EDGE = 400  # bytes at both ends of a block, where its names, lengths and offsets are

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
 
 from megatron_mm.checkpoint import sharded
+from support.checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
 
 BASE = "GE *E"
 

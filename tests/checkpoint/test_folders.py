@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.checkpoint import folders, sealed
-from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.errors import CheckpointError
 
 
 def checkpoint(folder: Path, iteration: int, name: str = "", mark: str = "") -> Path:

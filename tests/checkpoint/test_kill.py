@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from checkpoint_runs import create, scramble, tiny_run, train
-from fingerprints import state_hash
-from victims import INTERVAL, STEPS, Life
 
 from megatron_mm.checkpoint import folders, sharded
+from support.checkpoint_runs import create, scramble, tiny_run, train
+from support.checkpoint_victims import INTERVAL, STEPS, Life
+from support.fingerprints import state_hash
 
 KILLS = int(os.environ.get("KILLS", "10"))
 CHAIN = 30  # iterations; a folder that got further starts anew, to bound the reference run

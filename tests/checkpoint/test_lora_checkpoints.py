@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from batches import microbatch
-from checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
 from test_bad_checkpoints import refused
 from test_finetune import untrained, weights
 from test_reshard import same
 from test_resume import interrupted
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.checkpoint.merge import merge_adapters
 from megatron_mm.config import LoraConfig, RunConfig
-from megatron_mm.model.lora import is_adapter
+from megatron_mm.errors import CheckpointError
+from megatron_mm.model.layers.lora import is_adapter
+from support.batches import microbatch
+from support.checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("language", "vision", "projector")

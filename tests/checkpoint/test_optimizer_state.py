@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoint_runs import create, tiny_run, train
 
 from megatron_mm.checkpoint import optimizer_state
+from support.checkpoint_runs import create, tiny_run, train
 
 PLAIN = dict(use_distributed_optimizer=False)
 

@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
-from checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
 from megatron.core import dist_checkpointing
 
-from megatron_mm.checkpoint import blocks, sharded
-from megatron_mm.checkpoint.engine import parameters
+from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint import shards as blocks
+from megatron_mm.checkpoint.parameters import parameters
+from support.checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
 
 PLAIN = dict(use_distributed_optimizer=False)
 # layout -> (ranks, sizes, layouts whose checkpoints it reads). What is left of the ranks is data

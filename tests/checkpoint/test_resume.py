@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_runs import create, scramble, tiny_run, train
-from fingerprints import parameter_hash, state_hash
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import RunConfig
+from support.checkpoint_runs import create, scramble, tiny_run, train
+from support.fingerprints import parameter_hash, state_hash
 
 PLAIN = dict(use_distributed_optimizer=False)
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_runs import create, load_whole, tiny_run, train, train_and_save
-from fingerprints import parameter_hash
 
 from megatron_mm.checkpoint import sealed, sharded
-from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.errors import CheckpointError
+from support.checkpoint_runs import create, load_whole, tiny_run, train, train_and_save
+from support.fingerprints import parameter_hash
 
 
 def fails_after_a_good_one(run, folder: Path, how: str, culprit: int) -> tuple[str, bool]:

@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 
 from megatron_mm.config import ALGORITHMS, ConfigError, RLConfig, RunConfig, load, resolve_algorithm
-from megatron_mm.config.rl import check_rl
-from megatron_mm.config.schema_rl import Algorithm
+from megatron_mm.config.algorithms import check_rl
+from megatron_mm.config.settings_rl import Algorithm
 
 
 def run_with(**rl):

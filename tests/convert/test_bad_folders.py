@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from folders import (
+from safetensors.torch import save_file
+
+from megatron_mm.config import ParallelConfig
+from megatron_mm.convert import to_hf
+from megatron_mm.errors import CheckpointError, ConvertError
+from megatron_mm.parallel import groups
+from support.folders import (
     assert_same,
     base_model,
     planned,
@@ -22,13 +28,6 @@ from folders import (
     to_checkpoint,
     to_folder,
 )
-from safetensors.torch import save_file
-
-from megatron_mm.checkpoint.errors import CheckpointError
-from megatron_mm.config import ParallelConfig
-from megatron_mm.convert import to_hf
-from megatron_mm.convert.errors import ConvertError
-from megatron_mm.parallel import groups
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from folders import save_fused
-from forked_tools import Tools
 
-from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.convert import to_hf
+from megatron_mm.errors import CheckpointError
+from support.folders import save_fused
+from support.forked_tools import Tools
 
 KILLS = int(os.environ.get("KILLS", "8"))
 LAST = 8  # changes at the end of a run, in which it becomes a result: all of them are tried

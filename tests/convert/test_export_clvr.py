@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from batches import small_run
-from folders import assert_same, planned, read_all, to_checkpoint, to_folder
 from megatron.core import parallel_state
 from PIL import Image
-from slow_generate import generate
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,14 +23,17 @@ from transformers import (
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import ParallelConfig, RunConfig
 from megatron_mm.convert import parity, their_model, to_hf
-from megatron_mm.convert.source import travelling
+from megatron_mm.convert.folder import travelling
 from megatron_mm.data.collate import collate
-from megatron_mm.data.layout import image_settings
 from megatron_mm.data.sample import SampleBuilder
+from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
-from megatron_mm.parallel.layout import layouts
-from megatron_mm.train.engine import Engine
+from megatron_mm.parallel.param_layout import layouts
+from support.batches import small_run
+from support.folders import assert_same, planned, read_all, to_checkpoint, to_folder
+from support.slow_generate import generate
 
 # A look between a mixer and its experts, two in flight at once, one injected at once.
 PATTERN = "GE L *LE GE J *E J GE LJ"

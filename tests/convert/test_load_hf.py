@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import PATTERN, base_model, save_fused, to_checkpoint, weights
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint.errors import CheckpointError
 from megatron_mm.config import LoraConfig, ParallelConfig, RunConfig
 from megatron_mm.convert.live import load_hf
+from megatron_mm.engine.engine import Engine
+from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel import groups
-from megatron_mm.train.engine import Engine
+from support.folders import PATTERN, base_model, save_fused, to_checkpoint, weights
 
 LOOKS = "GE L *E GE J *E"
 LAYOUTS = {

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from folders import (
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from megatron_mm.benchmark.hf_weights import transformers_model
+from megatron_mm.checkpoint import sharded, storage
+from megatron_mm.config import ParallelConfig, RunConfig
+from megatron_mm.convert import to_hf, to_megatron
+from megatron_mm.engine.engine import Engine
+from megatron_mm.model.multimodal import build
+from megatron_mm.parallel import groups
+from megatron_mm.parallel.param_layout import layouts
+from support.folders import (
     SHARD,
     SIX_B,
     assert_same,
@@ -24,18 +36,6 @@ from folders import (
     to_folder,
     weights,
 )
-from hf_weights import transformers_model
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import ShardedTensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-from megatron_mm.checkpoint import sharded, storage
-from megatron_mm.config import ParallelConfig, RunConfig
-from megatron_mm.convert import to_hf, to_megatron
-from megatron_mm.model.multimodal import build
-from megatron_mm.parallel import groups
-from megatron_mm.parallel.layout import layouts
-from megatron_mm.train.engine import Engine
 
 TP, PP, EP, VPP, ETP = (
     "tensor_model_parallel_size",

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import small_model
-from folders import SIX_B, base_model, planned, save_fused
-from hf_weights import OURS_ALONE, copy_weights
 
+from megatron_mm.benchmark.hf_weights import OURS_ALONE, copy_weights
 from megatron_mm.config import ParallelConfig, RunConfig, preset, to_transformers_dict, without_clvr
-from megatron_mm.convert import plan as planning
-from megatron_mm.convert import report
-from megatron_mm.convert.errors import ConvertError
-from megatron_mm.convert.plan import LOOKS, PROJECTOR, find_row, read_plan, write_links
+from megatron_mm.convert import mapping as planning
+from megatron_mm.convert import summary as report
+from megatron_mm.convert.mapping import LOOKS, PROJECTOR, find_row, read_plan, write_links
 from megatron_mm.convert.table import ROWS
 from megatron_mm.convert.transforms import ByHead, Joined, Stacked, Transform
+from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.model.multimodal import build
 from megatron_mm.parallel import groups
+from support.batches import small_model
+from support.folders import SIX_B, base_model, planned, save_fused
 
 MODELS = {"300M and CLVR": small_model(), "6B": replace(base_model(**SIX_B))}
 
@@ -134,7 +134,7 @@ def shapes_of(links) -> dict[str, tuple[int, ...]]:
 def meta(*configs: dict) -> list[list[dict[str, tuple[int, ...]]]]:
     """Of each of transformers' models: [names inside it, names as it saves them], with shapes."""
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("meta_names.py")],
+        [sys.executable, Path(__file__).parents[1] / "support" / "meta_names.py"],
         input=json.dumps(configs),
         capture_output=True,
         text=True,

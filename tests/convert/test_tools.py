@@ -12,7 +12,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from folders import (
+from megatron.core import parallel_state
+from safetensors.torch import save_file
+
+from megatron_mm.benchmark.hf_weights import transformers_model
+from support.folders import (
     SIX_B,
     assert_same,
     base_model,
@@ -21,9 +25,6 @@ from folders import (
     save_released_fused,
     save_text,
 )
-from hf_weights import transformers_model
-from megatron.core import parallel_state
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent.parent
 

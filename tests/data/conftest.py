@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,25 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_mm.config.schema import DataPhase, RunConfig
+from examples.digits import make_digits
+from megatron_mm.config.settings import DataPhase, RunConfig
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 
 
-def _make_digits_module():
-    path = Path(__file__).parents[2] / "tools" / "make_digits.py"
-    spec = importlib.util.spec_from_file_location("make_digits", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def make_digits():
-    return _make_digits_module()
-
-
-@pytest.fixture(scope="session")
-def digits_folder(tmp_path_factory, make_digits) -> Path:
+def digits_folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("digits")
     make_digits.main(
         f"--out {out} --images 40 --valid-images 30 --valid-per-key 10 --jitter 1".split()

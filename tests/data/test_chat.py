@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_mm.data.chat import encode_prompt, encode_row
-from megatron_mm.data.errors import DataError
+from megatron_mm.errors import DataError
 
 DIALOGUE = [
     {"role": "system", "content": "Be brief."},

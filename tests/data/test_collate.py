@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from megatron_mm.data.collate import collate
-from megatron_mm.data.errors import DataError
+from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.images import normalise
-from megatron_mm.data.rows import Rows
 from megatron_mm.data.sample import SampleBuilder
+from megatron_mm.errors import DataError
 
 
 def build(run, tokenizer, path):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.images import (
     TilePlan,
     cut_tiles,
@@ -18,7 +17,8 @@ from megatron_mm.data.images import (
     plan_tiles,
     resolve_image_path,
 )
-from megatron_mm.data.layout import patch_centres, select_tiles
+from megatron_mm.data.tiles import patch_centres, select_tiles
+from megatron_mm.errors import DataError
 
 
 @pytest.mark.parametrize(

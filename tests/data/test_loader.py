@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from megatron_mm.config.schema import DataPhase
-from megatron_mm.data.blocks import Block
-from megatron_mm.data.errors import DataError
-from megatron_mm.data.evalset import EvalSet
-from megatron_mm.data.loader import TrainLoader
-from megatron_mm.data.order import Order, PhaseSize
-from megatron_mm.data.rows import Rows
+from megatron_mm.config.settings import DataPhase
+from megatron_mm.data.files.rows import Rows
+from megatron_mm.data.loading.loader import TrainLoader
+from megatron_mm.data.loading.order import Order, PhaseSize
+from megatron_mm.data.loading.shuffle import Block
+from megatron_mm.errors import DataError
+from megatron_mm.evaluation.questions import EvalSet
 
 
 def loader(run, tokenizer, rank=0, size=1, **more):

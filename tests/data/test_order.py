@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_mm.config import ConfigError, validate
-from megatron_mm.config.schema import DataPhase, DataSource
-from megatron_mm.data.blocks import Block, shuffled
-from megatron_mm.data.errors import DataError
-from megatron_mm.data.loader import TrainLoader
-from megatron_mm.data.order import MAX_PERIOD, Deal, Order, PhaseSize, whole_parts
+from megatron_mm.config.settings import DataPhase, DataSource
+from megatron_mm.data.loading.loader import TrainLoader
+from megatron_mm.data.loading.order import MAX_PERIOD, Deal, Order, PhaseSize, whole_parts
+from megatron_mm.data.loading.shuffle import Block, shuffled
+from megatron_mm.errors import DataError
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_mm.data.blocks import BlockCache
-from megatron_mm.data.errors import DataError
-from megatron_mm.data.loader import TrainLoader
-from megatron_mm.data.reader import Place, Reader
-from megatron_mm.data.rows import open_source
+from megatron_mm.data.files.rows import open_source
+from megatron_mm.data.loading.loader import TrainLoader
+from megatron_mm.data.loading.reader import Place, Reader
+from megatron_mm.data.loading.shuffle import BlockCache
+from megatron_mm.errors import DataError
 
 SEQ_LENGTH, MICRO, GLOBAL = 128, 2, 8
 

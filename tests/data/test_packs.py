@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import traces
 
-from megatron_mm.data.blocks import Block
-from megatron_mm.data.errors import DataError
-from megatron_mm.data.order import Order, PhaseSize
-from megatron_mm.data.packing import pack, spread
-from megatron_mm.data.plan import MAX_BAD_RUN, Packed, assign
+from megatron_mm.data.loading.order import Order, PhaseSize
+from megatron_mm.data.loading.packing import pack, spread
+from megatron_mm.data.loading.shuffle import Block
+from megatron_mm.data.loading.steps import MAX_BAD_RUN, Packed, assign
 from megatron_mm.data.sample import Size
+from megatron_mm.errors import DataError
+from support import traces
 
 CAPACITY = traces.SEQ_LENGTH
 

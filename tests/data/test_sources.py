@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_mm.data.blocks import BlockCache
-from megatron_mm.data.errors import DataError
-from megatron_mm.data.evalset import EvalSet
-from megatron_mm.data.parquet import ParquetRows
-from megatron_mm.data.reader import Place, Reader
-from megatron_mm.data.rows import open_source
+from megatron_mm.data.files.parquet import ParquetRows
+from megatron_mm.data.files.rows import open_source
+from megatron_mm.data.loading.reader import Place, Reader
+from megatron_mm.data.loading.shuffle import BlockCache
 from megatron_mm.data.sample import SampleBuilder
+from megatron_mm.errors import DataError
+from megatron_mm.evaluation.questions import EvalSet
 
 
 def write_parquet(path, rows, **options):

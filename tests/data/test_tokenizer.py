@@ -6,8 +6,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mm.data.chat import encode_row
-from megatron_mm.data.errors import DataError
 from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_sentencepiece
+from megatron_mm.errors import DataError
 
 TEXTS = [
     "Digit in cell 4?",

@@ -11,11 +11,11 @@ from dataclasses import fields
 import psutil
 import pytest
 import torch
-from desk import Desk
 
-from megatron_mm.data.errors import DataError
-from megatron_mm.data.loader import TrainLoader
-from megatron_mm.data.workers import WorkerPool
+from megatron_mm.data.loading.loader import TrainLoader
+from megatron_mm.data.loading.workers import WorkerPool
+from megatron_mm.errors import DataError
+from support.desk import Desk
 
 
 def loader(run, tokenizer, rank=0, size=1, **more):

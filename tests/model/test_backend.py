@@ -13,15 +13,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import aligned_run, microbatch, small_run
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.transformer import transformer_config
 
 from megatron_mm.config import ConfigError, validate
-from megatron_mm.model import backend, multimodal
+from megatron_mm.model import multimodal
+from megatron_mm.model.backends import choice as backend
 from megatron_mm.model.core_config import language_config, vision_config
-from megatron_mm.model.gdn_mix import HeadWidths, convolve_and_scan, split_heads
+from megatron_mm.model.layers.gdn.mix import HeadWidths, convolve_and_scan, split_heads
 from megatron_mm.model.segments import Segments
+from support.batches import aligned_run, microbatch, small_run
 
 RECIPES = ["tensorwise", "delayed", "blockwise", "mxfp8"]
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the refusals of a CPU")
@@ -70,8 +71,8 @@ def test_without_fp8_there_is_none():
 
 def test_local_is_torch():
     chosen = backend.choose(small_run().backend)
-    assert chosen.column.__module__ == "megatron_mm.model.linear"
-    assert chosen.experts.__module__ == "megatron_mm.model.experts"
+    assert chosen.column.__module__ == "megatron_mm.model.layers.linear"
+    assert chosen.experts.__module__ == "megatron_mm.model.layers.experts"
 
 
 @without_cuda

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from megatron_mm.model import gdn_conv, gdn_kernels
-from megatron_mm.model.chunks import chunk_plan, to_cells, to_stream
-from megatron_mm.model.experts import _Experts
+from megatron_mm.model.layers.experts import _Experts
+from megatron_mm.model.layers.gdn import convolution as gdn_conv
+from megatron_mm.model.layers.gdn import delta_rule as gdn_kernels
+from megatron_mm.model.layers.gdn.chunks import chunk_plan, to_cells, to_stream
 
 LENGTHS = (9, 1, 6, 3)  # in chunks of 4: three, one, two, one; every step but the first partial
 

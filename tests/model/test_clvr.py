@@ -7,16 +7,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from batches import microbatch, small_run
-from samples import off_zero, pack, relative, sample
 
 from megatron_mm.model import segments
-from megatron_mm.model.clvr import COORDINATE_FREQUENCIES, Look, MemoryMap
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config
+from megatron_mm.model.layers.clvr import COORDINATE_FREQUENCIES, Look, MemoryMap
 from megatron_mm.model.multimodal import build
 from megatron_mm.model.segments import Segments
-from megatron_mm.parallel.layout import initialize
+from megatron_mm.parallel.param_layout import initialize
+from support.batches import microbatch, small_run
+from support.samples import off_zero, pack, relative, sample
 
 PATTERN = "GE L *E GE L J *E J"
 # In fp64 a difference that is not rounding (1e-15) is information that went astray.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import small_run
-from samples import pack, sample
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config import cost
 from megatron_mm.model.multimodal import build
+from support.batches import small_run
+from support.samples import pack, sample
 
 
 def attention_of_all_pairs(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mm.model.decode import DecodeCache, Filling
-from megatron_mm.model.gdn_mix import HeadWidths, convolve_and_scan, convolve_scan_and_keep
+from megatron_mm.model.layers.gdn.mix import HeadWidths, convolve_and_scan, convolve_scan_and_keep
 from megatron_mm.model.segments import Segments
 
 WIDTHS = HeadWidths(key=6, value=5, values=2)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import small_run
-from samples import relative
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from megatron_mm.model.backend import choose
+from megatron_mm.model.backends.choice import choose
 from megatron_mm.model.core_config import language_config
-from megatron_mm.model.gdn import GatedDeltaNet
-from megatron_mm.model.gdn_conv import stream_conv
-from megatron_mm.model.gdn_kernels import gated_delta_rule
+from megatron_mm.model.layers.gdn.convolution import stream_conv
+from megatron_mm.model.layers.gdn.delta_rule import gated_delta_rule
+from megatron_mm.model.layers.gdn.layer import GatedDeltaNet
 from megatron_mm.model.segments import Segments
-from megatron_mm.parallel.layout import initialize
+from megatron_mm.parallel.param_layout import initialize
+from support.batches import small_run
+from support.samples import relative
 
 LENGTHS = [1, 5, 63, 64, 65, 150]  # one position, one chunk less, exact and more, several
 # fp32 (6e-8 a rounding) through up to 150 dependent updates; measured up to 1.3e-6,

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from batches import small_run
 from torch import nn
 
 from megatron_mm.model.multimodal import build
-from megatron_mm.parallel.layout import constant, initialize, layouts, normal, place, uniform
+from megatron_mm.parallel.param_layout import constant, initialize, layouts, normal, place, uniform
+from support.batches import small_run
 
 
 @dataclass

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import microbatch, small_run
 
 from megatron_mm.config import LoraConfig
-from megatron_mm.model.lora import adapted, is_adapter, merge
+from megatron_mm.engine.optimizer import freeze
+from megatron_mm.model.layers.lora import adapted, is_adapter, merge
 from megatron_mm.model.multimodal import build
-from megatron_mm.train.optimizer import freeze
+from support.batches import microbatch, small_run
 
 TARGETS = ["language", "vision", "projector"]
 ADAPTERS = {"language": 8, "vision": 8, "projector": 2}  # linears of `GE*E` and two ViT layers

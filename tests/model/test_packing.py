@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import small_run
-from samples import Sample, off_zero, pack, relative, sample
 
 from megatron_mm.model.multimodal import build
+from support.batches import small_run
+from support.samples import Sample, off_zero, pack, relative, sample
 
 # In double precision, so that leaking is told from rounding: packing changes the shapes of
 # matrix products and with them the order of sums. Measured up to 1e-15 (logits), 2e-14

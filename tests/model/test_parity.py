@@ -10,16 +10,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import small_model
-from hf_weights import IMAGE_TOKEN, Ledger, copy_vision, copy_weights, randomise, transformers_model
-from samples import Sample, pack, relative, sample
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
+from megatron_mm.benchmark.hf_weights import (
+    IMAGE_TOKEN,
+    Ledger,
+    copy_vision,
+    copy_weights,
+    randomise,
+    transformers_model,
+)
 from megatron_mm.config import ModelConfig, RunConfig, to_transformers_dict
 from megatron_mm.model.core_config import language_config, vision_config
+from megatron_mm.model.families.internvit.model import InternViT
+from megatron_mm.model.layers.projector import pixel_shuffle
 from megatron_mm.model.multimodal import build
-from megatron_mm.model.projector import pixel_shuffle
-from megatron_mm.model.vision import InternViT
+from support.batches import small_model
+from support.samples import Sample, pack, relative, sample
 
 # Both sides round in fp32 (2^-24 = 6e-8 each operation) in different orders; through ten
 # sub-layers the errors measured are 3e-7 to 1.5e-6. Exchanged heads or halves give more than

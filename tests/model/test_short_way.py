@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from batches import microbatch, small_model
 
 from megatron_mm.config import RunConfig
-from megatron_mm.model.moe import MixtureOfExperts
+from megatron_mm.engine.engine import Engine
+from megatron_mm.model.layers.moe import MixtureOfExperts
 from megatron_mm.parallel import groups
-from megatron_mm.train.engine import Engine
+from support.batches import microbatch, small_model
 
 
 def on_rank_both_ways(run: RunConfig, images: tuple[int, ...]) -> dict:

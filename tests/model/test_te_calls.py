@@ -58,7 +58,10 @@ def core_signatures() -> dict[str, str]:
 def calls() -> list[tuple[str, ast.Call]]:
     """(what is called, the call) of both files, of everything whose signature is known."""
     known = SIGNATURES.keys() | set(CORE)
-    trees = [ast.parse((MODEL / name).read_text()) for name in ("backend_te.py", "gdn_fla.py")]
+    trees = [
+        ast.parse((MODEL / name).read_text())
+        for name in ("backends/transformer_engine.py", "layers/gdn/fla.py")
+    ]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     named = [(ast.unparse(node.func), node) for node in nodes]
     return [(name, node) for name, node in named if name in known]

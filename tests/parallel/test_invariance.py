@@ -11,16 +11,16 @@ from functools import partial
 
 import pytest
 import torch
-from batches import small_run
-from layouts import (
+
+from megatron_mm.config import RunConfig
+from support.batches import small_run
+from support.layouts import (
     detach_memory_on_the_wire,
     forget_reduction,
     parallel_config,
     saved_bytes,
     step_gradients,
 )
-
-from megatron_mm.config import RunConfig
 
 # fp32 sums in another order. The worst seen is 3.1e-6 (dt_bias and A_log, whose gradients are
 # differences of large terms); pipeline layouts are equal to the bit. A lost reduction or a

@@ -11,15 +11,15 @@ from functools import partial
 
 import pytest
 import torch
-from batches import small_run
-from layouts import forget_reduction, parallel_config, step_gradients
 from test_invariance import BROKEN, TOLERANCE, compare, worst
 
 from megatron_mm.config import LoraConfig, RunConfig
-from megatron_mm.model.lora import is_adapter
-from megatron_mm.parallel.layout import layouts
-from megatron_mm.train.engine import Engine
-from megatron_mm.train.optimizer import module_of
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.optimizer import module_of
+from megatron_mm.model.layers.lora import is_adapter
+from megatron_mm.parallel.param_layout import layouts
+from support.batches import small_run
+from support.layouts import forget_reduction, parallel_config, step_gradients
 
 TARGETS = ["language", "vision", "projector"]
 LAYOUTS = {

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import microbatch
-from layouts import parallel_config, step_gradients
 from test_invariance import compare, invariance_run
 
 from megatron_mm.config import ConfigError, LoraConfig, ParallelConfig
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
-from megatron_mm.train.engine import Engine
-from megatron_mm.train.objective import SupervisedFineTuning
+from support.batches import microbatch
+from support.layouts import parallel_config, step_gradients
 
 CASES = {
     "EP2": (dict(ep=2), {}),

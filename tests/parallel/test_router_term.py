@@ -6,16 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from layouts import off_zero, parallel_config, step_gradients, steps_batches
 from test_invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
 
 from megatron_mm.config import RunConfig, num_layers
-from megatron_mm.model.moe import Router
+from megatron_mm.earl.router_reward import router_loss
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.objective import SupervisedFineTuning
+from megatron_mm.model.layers.moe import Router
 from megatron_mm.parallel import groups
-from megatron_mm.parallel.layout import layouts
-from megatron_mm.rl.router_reward import router_loss
-from megatron_mm.train.engine import Engine
-from megatron_mm.train.objective import SupervisedFineTuning
+from megatron_mm.parallel.param_layout import layouts
+from support.layouts import off_zero, parallel_config, step_gradients, steps_batches
 
 SKILLS = 3
 

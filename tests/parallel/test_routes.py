@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import parallel_config, step_gradients
-from routes import (
+from test_invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
+
+from megatron_mm.config import ParallelConfig
+from support.layouts import parallel_config, step_gradients
+from support.routes import (
     forbid,
     look_alikes,
     other_microbatchs_routes,
@@ -14,9 +17,6 @@ from routes import (
     refusal,
     without_routes,
 )
-from test_invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
-
-from megatron_mm.config import ParallelConfig
 
 CHOSEN = ["TP2", "PP2", "EP2", "CP2", "PP2xVPP2", "TP2xPP2xEP2"]
 
@@ -114,7 +114,7 @@ def test_the_router_learns_from_given_routes(ranks, reference):
     ],
 )
 def test_routes_that_cannot_be_replayed_are_refused(ranks, change, words):
-    from batches import microbatch
+    from support.batches import microbatch
 
     run = invariance_run()
     routes = random_routes(run, microbatch(run.model, 5, (1,)), 0)

@@ -6,20 +6,20 @@ from functools import reduce
 
 import pytest
 import torch
-from batches import microbatch, small_run
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config import RunConfig
-from megatron_mm.config.schema import ParallelConfig
+from megatron_mm.config.settings import ParallelConfig
 from megatron_mm.config.tree import leaves
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.perf.flops import executed_flops, model_flops, total
 from megatron_mm.perf.work import executed, needed
-from megatron_mm.train.engine import Engine
-from megatron_mm.train.objective import SupervisedFineTuning
+from support.batches import microbatch, small_run
 
 aten = torch.ops.aten
 

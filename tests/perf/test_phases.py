@@ -6,13 +6,13 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from batches import microbatch, small_run
 
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.perf.phases import OPERATIONS, Phases
-from megatron_mm.train.engine import Engine
-from megatron_mm.train.objective import SupervisedFineTuning
+from support.batches import microbatch, small_run
 
 
 def one_step(settings: dict) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.config import ConfigError, load, preset, to_transformers_dict, without_clvr
-from megatron_mm.convert.plan import LOOKS
+from megatron_mm.convert.mapping import LOOKS
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.perf import hardware
 from megatron_mm.perf.fake import fake_engine, fake_job

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from planned_layouts import layout_run, measure, planned, world_of
+
+from support.planned_layouts import layout_run, measure, planned, world_of
 
 # (sizes and settings, replicas). None of them was looked at to make an estimate fit: the one that
 # was, PP2 x VPP2 of the plain model, is not here.

@@ -7,6 +7,7 @@ import statistics
 import pytest
 import torch
 
+from megatron_mm.errors import RLError
 from megatron_mm.rl.advantages import (
     EPSILON,
     ESTIMATORS,
@@ -18,7 +19,6 @@ from megatron_mm.rl.advantages import (
     whiten,
     whitening_sums,
 )
-from megatron_mm.rl.errors import RLError
 
 NAN = math.nan
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from megatron_mm.data.images import TilePlan
-from megatron_mm.data.layout import ImageSettings
 from megatron_mm.data.sample import Sample, SampleImage
-from megatron_mm.rl.batch import answered, policy_batch, token_bins
+from megatron_mm.data.tiles import ImageSettings
+from megatron_mm.rl.policy_batch import answered, policy_batch, token_bins
 
 
 def prompt(length: int, tiles: int = 0) -> Sample:

@@ -4,18 +4,18 @@ import random
 from dataclasses import dataclass, replace
 
 import pytest
-import references
 import torch
 
 from megatron_mm.config import ALGORITHMS, RLConfig, resolve_algorithm
 from megatron_mm.rl.kl import kl_divergence
-from megatron_mm.rl.policy_loss import (
+from megatron_mm.rl.policy_losses import (
     Tokens,
     logprob_abs_diff,
     loss_denominator,
     policy_loss,
     truncated_importance_weights,
 )
+from support import references
 
 LENGTHS = [3, 1, 5, 2]
 VOCAB = 3

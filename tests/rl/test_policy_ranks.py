@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.config import ALGORITHMS, RLConfig, resolve_algorithm
-from megatron_mm.rl.policy_loss import Tokens, loss_denominator, policy_loss
+from megatron_mm.rl.policy_losses import Tokens, loss_denominator, policy_loss
 
 LENGTHS = [5, 3, 9, 1, 6, 8]
 

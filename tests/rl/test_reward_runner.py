@@ -13,11 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_mm.rl.errors import RLError
+from megatron_mm.errors import RLError
 from megatron_mm.rl.rewards import process
 from megatron_mm.rl.rewards.runner import RewardRunner
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 SLEEP_SECONDS = str(10**6 + os.getpid())  # tells our processes from those of another test run
 
 
@@ -57,7 +57,12 @@ def flat(rewards):
 
 
 def test_several_rewards_of_several_kinds():
-    specs = ["misbehaving.good", "misbehaving.patient", "exact", "misbehaving.tensor_like"]
+    specs = [
+        "support.misbehaving.good",
+        "support.misbehaving.patient",
+        "exact",
+        "support.misbehaving.tensor_like",
+    ]
     with RewardRunner(specs, num_workers=2, batch_size=2) as runner:
         found = score(runner, ["aa", "b", "ccc"], length=[2, 9, 3], ground_truth=["aa", None, "x"])
         assert runner.names == ["good", "patient", "exact", "tensor_like"] == found.names
@@ -71,7 +76,7 @@ def test_several_rewards_of_several_kinds():
 
 @pytest.fixture(scope="module")
 def by_word():
-    with RewardRunner(["misbehaving.by_word"], num_workers=2, timeout=2.0) as runner:
+    with RewardRunner(["support.misbehaving.by_word"], num_workers=2, timeout=2.0) as runner:
         yield runner
 
 
@@ -106,7 +111,9 @@ def test_all_samples_may_fail(by_word):
 
 
 def test_a_reward_that_always_hangs_does_not_hold_up_the_step():
-    with RewardRunner(["misbehaving.by_word", "exact"], num_workers=2, timeout=1.0) as runner:
+    with RewardRunner(
+        ["support.misbehaving.by_word", "exact"], num_workers=2, timeout=1.0
+    ) as runner:
         found = score(runner, ["sleep"] * 40, ground_truth=["sleep"] * 40)
     reasons = [f.reason for f in found.failures]
     late = reasons.count("took longer than 1 s")
@@ -142,7 +149,7 @@ def test_values_that_cannot_be_sent_cost_their_samples_only(by_word):
 
 
 def test_single_values_are_judged_one_by_one():
-    with RewardRunner(["misbehaving.maybe"], num_workers=1, batch_size=9) as runner:
+    with RewardRunner(["support.misbehaving.maybe"], num_workers=1, batch_size=9) as runner:
         found = score(runner, ["x", "none", "nan", "text", "y"])
     assert flat(found) == [2.0, None, None, None, 2.0]
     assert [row[0] for row in found.failed] == [False, False, True, True, False]
@@ -153,7 +160,11 @@ def test_single_values_are_judged_one_by_one():
 
 
 def test_a_wrong_count_costs_the_call():
-    specs = ["misbehaving.wrong_count", "misbehaving.nothing", "misbehaving.batch_of"]
+    specs = [
+        "support.misbehaving.wrong_count",
+        "support.misbehaving.nothing",
+        "support.misbehaving.batch_of",
+    ]
     with RewardRunner(specs, num_workers=1, batch_size=2) as runner:
         found = score(runner, ["a", "b", "c"])
     assert [row[2] for row in found.values] == [2.0, 2.0, 1.0]
@@ -166,7 +177,9 @@ def test_a_wrong_count_costs_the_call():
 
 def test_routes_go_only_to_functions_that_name_them():
     routes = [np.full((3, 2, 2), n, dtype=np.int16) for n in (1, 2)]
-    with RewardRunner(["misbehaving.routes", "misbehaving.no_routes"], num_workers=1) as runner:
+    with RewardRunner(
+        ["support.misbehaving.routes", "support.misbehaving.no_routes"], num_workers=1
+    ) as runner:
         found = score(runner, ["a", "b"], routed_experts=routes)
     assert found.values == [[12.0, 0.0], [24.0, 0.0]]
 
@@ -174,7 +187,7 @@ def test_routes_go_only_to_functions_that_name_them():
 def test_columns_go_only_to_functions_that_can_take_them():
     """Built-in rewards name what they need: no image travels to them."""
     column = [lambda: "cannot be sent"]
-    with RewardRunner(["exact", "misbehaving.batch_of"], num_workers=1) as runner:
+    with RewardRunner(["exact", "support.misbehaving.batch_of"], num_workers=1) as runner:
         found = score(runner, ["a"], ground_truth=["a"], images=column)
     assert found.values[0][0] == 1.0 and found.failed == [[False, True]]
 
@@ -193,7 +206,7 @@ def test_an_interrupted_call_leaves_nothing_behind(by_word, monkeypatch):
 
 
 def test_verls_compute_score():
-    with RewardRunner(["misbehaving.compute_score"], num_workers=1) as runner:
+    with RewardRunner(["support.misbehaving.compute_score"], num_workers=1) as runner:
         found = score(
             runner,
             ["7", "7", "8"],
@@ -213,16 +226,19 @@ def test_a_missing_column_is_a_recorded_failure():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("misbehaving.none", "cannot be imported: AttributeError"),
+        ("support.misbehaving.none", "cannot be imported: AttributeError"),
         ("no.such.module", "cannot be imported: ModuleNotFoundError: No module named 'no'"),
-        ("misbehaving.not_a_function", "is a int; give a function"),
+        ("support.misbehaving.not_a_function", "is a int; give a function"),
         ("exactly", "reward 'exactly' is not built in; use one of exact, scorer"),
         ("exact(", "cannot be read; write name"),
         ("exact(1)", "cannot be read"),
         ("exact(ignore_case=f())", "cannot be read"),
         ("exact(**{})", "cannot be read"),
         ("exact(ignorecase=True)", "takes no argument 'ignorecase'; it takes completions"),
-        ("misbehaving.routes(key=1)", "takes no argument 'key'; it takes completions, routed"),
+        (
+            "support.misbehaving.routes(key=1)",
+            "takes no argument 'key'; it takes completions, routed",
+        ),
     ],
 )
 def test_a_function_that_cannot_be_loaded_is_one_line_at_once(spec, message):
@@ -233,7 +249,7 @@ def test_a_function_that_cannot_be_loaded_is_one_line_at_once(spec, message):
 
 def test_when_no_worker_can_be_started_again_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("SEAL", str(tmp_path / "seal"))
-    with RewardRunner(["unstartable.last_time"], num_workers=1) as runner:
+    with RewardRunner(["support.unstartable.last_time"], num_workers=1) as runner:
         found = score(runner, ["a", "b", "c"])
         assert [f.reason for f in found.failures] == [
             "the worker ended with exit code 5",
@@ -247,7 +263,7 @@ def test_a_module_that_takes_for_ever_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("SEAL", str(tmp_path / "slow"))
     monkeypatch.setattr(process, "START_SECONDS", 1.0)
     with pytest.raises(RLError, match="a reward worker cannot start: took longer than 1 s"):
-        RewardRunner(["unstartable.last_time"], num_workers=2)
+        RewardRunner(["support.unstartable.last_time"], num_workers=2)
 
 
 def test_columns_of_another_length_are_refused():
@@ -262,7 +278,7 @@ import sys, time
 from megatron_mm.rl.rewards.runner import RewardRunner
 
 if __name__ == "__main__":
-    runner = RewardRunner(["misbehaving.by_word"], num_workers=2, timeout=600)
+    runner = RewardRunner(["support.misbehaving.by_word"], num_workers=2, timeout=600)
     print(*runner.pids, flush=True)
     words = sys.argv[1].split(",")
     if words != [""]:
@@ -275,7 +291,7 @@ def test_nothing_outlives_a_killed_trainer(tmp_path, words):
     """Not even a function that holds Python's lock, or a process that one started."""
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     parent = subprocess.Popen(
         [sys.executable, str(script), words], stdout=subprocess.PIPE, env=environment
     )
@@ -295,7 +311,7 @@ def test_nothing_outlives_a_killed_trainer(tmp_path, words):
 def test_a_trainer_that_just_ends_takes_its_workers_along(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     done = subprocess.run(
         [sys.executable, str(script), ""], capture_output=True, env=environment, timeout=60
     )

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm.rl.rewards.functions import BUILT_IN, RewardFunction, parse_specs
+from megatron_mm.plugins import parse_specs
+from megatron_mm.rl.rewards.functions import REWARDS, RewardFunction
 from megatron_mm.rl.rewards.structured import boxes_in, iou, last_number
 from megatron_mm.rl.rewards.text import chosen_letter, edit_distance, soft_overlong_punishment
 
 
 def one(spec, completion, truth=None, ids=(1,), **columns):
     """The reward of one completion, called as a worker does."""
-    function = RewardFunction(parse_specs([spec])[0])
+    function = RewardFunction(parse_specs([spec], REWARDS)[0])
     columns = {"ground_truth": [truth]} | {key: [value] for key, value in columns.items()}
     (reward,) = function(["q"], [completion], [list(ids)], columns, None)
     return reward
@@ -207,12 +208,12 @@ def test_the_readmes_example_is_a_reward():
     exec(code, names)
     assert names["short"](["q"], ["it is 7", "8"], [[1]], ground_truth=["7", "7"]) == [1.0, 0.0]
     listed = readme.split("Built in, against")[1].split("Rewards run in")[0]
-    assert set(re.findall(r"`(\w+)`", listed)) == {*BUILT_IN, "ground_truth"}
+    assert set(re.findall(r"`(\w+)`", listed)) == {*REWARDS, "ground_truth"}
 
 
 def test_names_and_options():
-    specs = parse_specs(["exact", "a.b.exact", "exact(ignore_case=True)", "x.y"])
+    specs = parse_specs(["exact", "a.b.exact", "exact(ignore_case=True)", "x.y"], REWARDS)
     assert [spec.name for spec in specs] == ["exact", "exact_2", "exact_3", "y"]
     assert specs[2].options == {"ignore_case": True} and specs[1].path == "a.b.exact"
-    assert set(BUILT_IN) >= {"exact", "numeric", "math", "box_iou", "anls", "json_match"}
+    assert set(REWARDS) >= {"exact", "numeric", "math", "box_iou", "anls", "json_match"}
     assert not math.isnan(one("exact", "a", "b"))

@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 
 import pytest
-from trainers import LAYOUTS, PP2, digits_run, new_trainer
 
-from megatron_mm.config.schema import DataPhase
-from megatron_mm.data.errors import DataError
+from megatron_mm.config.settings import DataPhase
+from megatron_mm.errors import DataError
 from megatron_mm.parallel import groups
 from megatron_mm.train import loop
 from megatron_mm.train.trainer import Trainer
+from support.trainers import LAYOUTS, PP2, digits_run, new_trainer
 
 SAMPLES = 30
 

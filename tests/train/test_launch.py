@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trainers import digits_run
 
 from megatron_mm.config import dump_yaml
-from megatron_mm.train.metrics import read_metrics
+from megatron_mm.report.metrics_log import read_metrics
+from support.trainers import digits_run
 
 ROOT = Path(__file__).parents[2]
 OUR_CODE = str(ROOT / "megatron_mm")

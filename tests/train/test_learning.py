@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from trainers import (
+
+from megatron_mm.engine.optimizer import module_of
+from megatron_mm.parallel import groups
+from megatron_mm.parallel.param_layout import layouts
+from megatron_mm.train.trainer import Trainer
+from support.trainers import (
     LAYOUTS,
     MODULES,
     PP2,
@@ -16,11 +21,6 @@ from trainers import (
     new_trainer,
     parameters,
 )
-
-from megatron_mm.parallel import groups
-from megatron_mm.parallel.layout import layouts
-from megatron_mm.train.optimizer import module_of
-from megatron_mm.train.trainer import Trainer
 
 
 def on_rank_change(*runs) -> list[dict[str, bool]]:

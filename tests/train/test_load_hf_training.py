@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from trainers import PP2, TP2, digits_run, move_looks_off_zero, new_trainer
 
 from megatron_mm.config import ConfigError, validate
 from megatron_mm.convert import to_hf
+from support.trainers import PP2, TP2, digits_run, move_looks_off_zero, new_trainer
 
 
 def train_and_export(scenes: Path, out: Path) -> float:

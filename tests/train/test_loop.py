@@ -11,8 +11,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from fingerprints import parameter_hash, state_hash
-from trainers import (
+
+from megatron_mm.config.settings import DataPhase, ParallelConfig
+from megatron_mm.errors import DataError
+from megatron_mm.evaluation import evaluate as evaluation
+from megatron_mm.generation.generate import _Generation
+from megatron_mm.parallel import groups
+from megatron_mm.report.metrics_log import read_metrics
+from megatron_mm.train import loop
+from megatron_mm.train.trainer import Trainer
+from support.fingerprints import parameter_hash, state_hash
+from support.trainers import (
     CP2,
     EP2,
     LAYOUTS,
@@ -25,15 +34,6 @@ from trainers import (
     move_looks_off_zero,
     peek,
 )
-
-from megatron_mm.config.schema import DataPhase, ParallelConfig
-from megatron_mm.data.errors import DataError
-from megatron_mm.parallel import groups
-from megatron_mm.train import evaluate as evaluation
-from megatron_mm.train import loop
-from megatron_mm.train.generate import _Generation
-from megatron_mm.train.metrics import read_metrics
-from megatron_mm.train.trainer import Trainer
 
 # ---- stop and resume ----
 

@@ -6,16 +6,16 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 from __future__ import annotations
 
 import pytest
-from batches import microbatch, small_run
 from test_learning import on_rank_change
-from trainers import LAYOUTS, MODULES, PP2, digits_run
 
 from megatron_mm.config import LoraConfig
-from megatron_mm.model.lora import is_adapter
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.objective import SupervisedFineTuning
+from megatron_mm.engine.optimizer import module_of
+from megatron_mm.model.layers.lora import is_adapter
 from megatron_mm.parallel import groups
-from megatron_mm.train.engine import Engine
-from megatron_mm.train.objective import SupervisedFineTuning
-from megatron_mm.train.optimizer import module_of
+from support.batches import microbatch, small_run
+from support.trainers import LAYOUTS, MODULES, PP2, digits_run
 
 FROZEN = {f"freeze_{module}": True for module in MODULES}
 TARGETS = (["language"], ["vision"], ["projector"], ["vision", "projector"])

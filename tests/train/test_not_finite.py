@@ -10,16 +10,11 @@ import re
 
 import pytest
 import torch
-from fingerprints import parameter_hash
-from trainers import (
-    LAYOUTS,
-    digits_run,
-    new_trainer,
-    peek,
-)
 
-from megatron_mm.parallel.layout import layouts
-from megatron_mm.train.errors import NonFiniteError
+from megatron_mm.errors import NonFiniteError
+from megatron_mm.parallel.param_layout import layouts
+from support.fingerprints import parameter_hash
+from support.trainers import LAYOUTS, digits_run, new_trainer, peek
 
 
 def poison_weight(trainer) -> None:

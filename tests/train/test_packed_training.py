@@ -7,10 +7,10 @@ import json
 import pytest
 from test_launch import ALONE, TORCHRUN, launch
 from test_loop import LOSS_TOLERANCE
-from trainers import PP2, digits_run, new_trainer
 
 from megatron_mm.config import dump_yaml
-from megatron_mm.train.metrics import read_metrics
+from megatron_mm.report.metrics_log import read_metrics
+from support.trainers import PP2, digits_run, new_trainer
 
 
 def packed_run(scenes, **settings):

@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
-from fingerprints import state_hash
-from trainers import PP2, digits_run
 
 from megatron_mm.checkpoint import sealed
-from megatron_mm.checkpoint.errors import CheckpointError
+from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel import groups
+from megatron_mm.report.metrics_log import read_metrics
 from megatron_mm.train import loop
-from megatron_mm.train.metrics import read_metrics
 from megatron_mm.train.trainer import Trainer
+from support.fingerprints import state_hash
+from support.trainers import PP2, digits_run
 
 
 def saving_run(scenes: Path, folder: Path, **settings):

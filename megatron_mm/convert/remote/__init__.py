@@ -1,0 +1,1 @@
+"""Files that travel with an export of a model with looks."""

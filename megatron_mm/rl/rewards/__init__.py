@@ -1,1 +1,1 @@
-"""Reward functions, and the processes they run in. Nothing here imports torch."""
+"""Reward functions and the processes they run in."""

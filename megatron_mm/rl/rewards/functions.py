@@ -2,84 +2,35 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_mm.rl.errors import RLError
+from megatron_mm.errors import RLError
+from megatron_mm.plugins import Registry, Spec
 from megatron_mm.rl.rewards.text import text_of
 
 _HERE = "megatron_mm.rl.rewards"
 
-# Name: dotted path, so that only what is used is imported.
-BUILT_IN: dict[str, str] = {
-    "exact": f"{_HERE}.text.exact",
-    "scorer": f"{_HERE}.text.scorer",
-    "multiple_choice": f"{_HERE}.text.multiple_choice",
-    "numeric": f"{_HERE}.structured.numeric",
-    "math": f"{_HERE}.mathematics.math_equal",
-    "box_iou": f"{_HERE}.structured.box_iou",
-    "anls": f"{_HERE}.text.anls",
-    "tags": f"{_HERE}.text.tags",
-    "pattern": f"{_HERE}.text.pattern",
-    "soft_overlong": f"{_HERE}.text.soft_overlong",
-    "json_match": f"{_HERE}.structured.json_match",
-}
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """What `reward_funcs` says: a path and constant arguments. `name` is for metrics."""
-
-    path: str
-    options: dict[str, Any]
-    name: str
-
-
-def parse_specs(
-    entries: Sequence[str], built_in: Mapping[str, str] = BUILT_IN, what: str = "reward"
-) -> list[RewardSpec]:
-    """Reads `exact`, `numeric(tolerance=0.1)`, `my.module.function`; nothing is imported. Two of
-    one name become name and name_2. Raises RLError for what is neither."""
-    specs: list[RewardSpec] = []
-    for entry in entries:
-        path, options = _parse(entry, what)
-        if "." not in path and path not in built_in:
-            raise RLError(
-                f"{what} {entry!r} is not built in; use one of {', '.join(built_in)}, or a "
-                "dotted path such as my.module.function"
-            )
-        name = short = path.rpartition(".")[2]
-        number = 1
-        while any(name == other.name for other in specs):
-            number += 1
-            name = f"{short}_{number}"
-        specs.append(RewardSpec(path, options, name))
-    return specs
-
-
-def _parse(entry: str, what: str) -> tuple[str, dict[str, Any]]:
-    try:
-        node = ast.parse(entry.strip(), mode="eval").body
-        call = isinstance(node, ast.Call)
-        keywords = node.keywords if call else []
-        if call and node.args:
-            raise ValueError
-        # **values has a keyword of None
-        options = {str(k.arg): ast.literal_eval(k.value) for k in keywords if k.arg}
-        path = ast.unparse(node.func if call else node)
-        if len(options) != len(keywords) or not all(p.isidentifier() for p in path.split(".")):
-            raise ValueError
-    except (SyntaxError, ValueError):
-        raise RLError(
-            f"{what} {entry!r} cannot be read; write name, name(key=value, ...) with plain values, "
-            "or a dotted path"
-        ) from None
-    return path, options
+REWARDS: Registry[Callable[..., Any]] = Registry(
+    "reward",
+    {
+        "exact": f"{_HERE}.text.exact",
+        "scorer": f"{_HERE}.text.scorer",
+        "multiple_choice": f"{_HERE}.text.multiple_choice",
+        "numeric": f"{_HERE}.structured.numeric",
+        "math": f"{_HERE}.mathematics.math_equal",
+        "box_iou": f"{_HERE}.structured.box_iou",
+        "anls": f"{_HERE}.text.anls",
+        "tags": f"{_HERE}.text.tags",
+        "pattern": f"{_HERE}.text.pattern",
+        "soft_overlong": f"{_HERE}.text.soft_overlong",
+        "json_match": f"{_HERE}.structured.json_match",
+    },
+    kind="function",
+    error=RLError,
+)
 
 
 class RewardFunction:
@@ -90,20 +41,20 @@ class RewardFunction:
         wants_routes: it names the argument `routed_experts`.
     """
 
-    def __init__(self, spec: RewardSpec) -> None:
+    def __init__(self, spec: Spec) -> None:
         function = load_function(spec.path)
         parameters = inspect.signature(function).parameters
         self._function, self._options = function, spec.options
         self._verl = {"solution_str", "ground_truth"} <= parameters.keys()
         keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         unknown = [key for key in spec.options if key not in parameters]
-        if unknown and (not keywords or spec.path in BUILT_IN):
+        if unknown and (not keywords or spec.path in REWARDS):
             raise RLError(
                 f"reward {spec.path} takes no argument {unknown[0]!r}; "
                 f"it takes {', '.join(parameters)}"
             )
         # Built-in ones have **columns only to be called as TRL calls them.
-        named = self._verl or not keywords or spec.path in BUILT_IN
+        named = self._verl or not keywords or spec.path in REWARDS
         self.wants = frozenset(parameters) if named else None
         if self._verl:
             self.wants |= {"data_source", "extra_info"}
@@ -151,19 +102,9 @@ def _finish(result: Any) -> Any:
     return asyncio.run(wait()) if inspect.isawaitable(result) else result
 
 
-def load_function(
-    path: str, built_in: Mapping[str, str] = BUILT_IN, what: str = "reward"
-) -> Callable[..., Any]:
+def load_function(path: str) -> Callable[..., Any]:
     """The function of a built-in name or dotted path. Raises RLError, in one line."""
-    module, _, name = built_in.get(path, path).rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise RLError(
-            f"{what} {path} cannot be imported: {type(error).__name__}: {reason}; give the dotted "
-            "path of a function in a module on PYTHONPATH"
-        ) from None
+    function = REWARDS[path]
     if not callable(function):
-        raise RLError(f"{what} {path} is a {type(function).__name__}; give a function")
+        raise RLError(f"reward {path} is a {type(function).__name__}; give a function")
     return function

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
-from megatron_mm.rl.rewards.functions import RewardSpec
+from megatron_mm.plugins import Spec
 from megatron_mm.rl.rewards.worker import work
 
 START_SECONDS = 120.0  # for a worker to import the functions' modules; sympy alone takes 2 s
@@ -27,7 +27,7 @@ class RewardProcess:
     """One worker. `task` is what it is at, None when it waits; not `ready` until it has sent
     its first answer."""
 
-    def __init__(self, context: Any, specs: Sequence[RewardSpec]) -> None:
+    def __init__(self, context: Any, specs: Sequence[Spec]) -> None:
         self.pipe, theirs = context.Pipe()
         # Its end closes with this process, however it goes; see `end_with_parent`.
         their_lifeline, self.lifeline = context.Pipe(duplex=False)

@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from megatron_mm.rl.errors import RLError
-from megatron_mm.rl.rewards.functions import parse_specs
+from megatron_mm.errors import RLError
+from megatron_mm.plugins import parse_specs
+from megatron_mm.rl.rewards.functions import REWARDS
 from megatron_mm.rl.rewards.process import Lost, RewardProcess, answers
 from megatron_mm.rl.rewards.result import Rewards, Task
 from megatron_mm.rl.rewards.worker import Call, Ready, one_line
@@ -47,7 +48,7 @@ class RewardRunner:
             timeout: seconds for each call of a function.
             batch_size: samples in a call; a call that fails costs all of them.
         """
-        self._specs = parse_specs(reward_funcs)
+        self._specs = parse_specs(reward_funcs, REWARDS)
         self.names = [spec.name for spec in self._specs]
         self._timeout, self._batch_size = timeout, batch_size
         self._num_workers = num_workers if self._specs else 0

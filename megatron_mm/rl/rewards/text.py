@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_mm.data.scoring import score
+from megatron_mm.evaluation.scoring import score
 
 Completion = str | list[dict[str, Any]]
 Values = list[float | None]

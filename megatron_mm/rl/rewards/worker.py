@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from megatron_mm.rl.rewards.functions import RewardFunction, RewardSpec
+from megatron_mm.plugins import Spec
+from megatron_mm.rl.rewards.functions import RewardFunction
 
 MAX_REASON = 300  # characters of a failure's reason that are kept
 
@@ -42,7 +43,7 @@ class Ready(NamedTuple):
     wants_routes: list[bool]
 
 
-def work(pipe: Connection, lifeline: Connection, specs: Sequence[RewardSpec]) -> None:
+def work(pipe: Connection, lifeline: Connection, specs: Sequence[Spec]) -> None:
     """Answers calls until the trainer's process ends or closes the pipe. The first answer is a
     Ready, or a text that says why functions cannot be loaded."""
     os.setsid()  # a group of its own, so that whatever a function starts ends with it

@@ -1,0 +1,210 @@
+#!/usr/bin/env python
+"""Speed of this package.
+
+    torchrun ... tools/benchmark.py train|rl --config FILE [any trainer flag] [--json FILE]
+    python tools/benchmark.py compare A.json B.json
+    torchrun --nproc-per-node 2 tools/benchmark.py scaling [--json FILE]
+    python tools/benchmark.py train|rl --against transformers [--json FILE]
+    python tools/benchmark.py gdn|clvr|convert [--json FILE]
+
+train   what a run does per second, on its layout; or against transformers' (one rank)
+rl      the same for a run of GRPO; or completions and steps against transformers' and TRL's
+compare two results of train or rl, if they measured the same work
+scaling data and pipeline parallel efficiency on two ranks
+gdn     the gated delta rule alone, forward and backward, against transformers'
+clvr    what looks cost, and what a short stream with a memory saves
+convert Hugging Face folders to checkpoints and back, against a plain copy of the folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROUNDS = {"train": 20, "rl": 8, "gdn": 20, "clvr": 20, "convert": 3, "scaling": 10}
+WARMUP = {"train": 4, "rl": 1, "gdn": 4, "clvr": 4, "convert": 1, "scaling": 2}
+DATA, ROUTING = ("real", "mock"), ("natural", "balanced")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ROUNDS:
+        command = commands.add_parser(name, allow_abbrev=False)
+        command.add_argument("--json", type=Path, help="where to write the numbers")
+        command.add_argument("--rounds", type=int, default=ROUNDS[name], help="timed, by side")
+        command.add_argument("--warmup", type=int, default=WARMUP[name], help="rounds before")
+        if name not in ("train", "rl"):
+            command.add_argument("--threads", type=int, default=1)
+        if name in ("train", "rl"):
+            command.add_argument("--against", choices=["transformers"])
+            command.add_argument("--threads", type=int, help="default: 1 against transformers, "
+                                 "else torch's")  # fmt: skip
+        if name in ("train", "rl", "clvr"):
+            command.add_argument("--models", nargs="+", default=["tiny", "small"])
+        if name in ("train", "clvr"):
+            command.add_argument("--samples", type=int, help="per step; default: of the model")
+    command = commands.choices["train"]
+    command.add_argument("--data", nargs="+", choices=DATA, help="default: both, if there is data")
+    command.add_argument("--routing", nargs="+", choices=ROUTING, help="default: both")
+    commands.choices["rl"].add_argument("--tokens", type=int, default=64, help="of a completion")
+    command = commands.choices["convert"]
+    command.add_argument("--gigabytes", type=float, default=4.2, help="of the synthetic model")
+    command.add_argument("--folder", type=Path, help="where to work; default: the temporary one")
+    command = commands.add_parser("compare")
+    command.add_argument("a", type=Path, metavar="A.json")
+    command.add_argument("b", type=Path, metavar="B.json")
+    command.add_argument("--json", type=Path, help="where to write the numbers")
+    return parser
+
+
+def _against(args: argparse.Namespace) -> dict[str, Any]:
+    """Comparisons in one process: with transformers, with a copy, with a model without looks."""
+    import torch
+
+    from megatron_mm.config import ParallelConfig
+    from megatron_mm.parallel import groups
+
+    torch.set_num_threads(args.threads or 1)
+    from megatron_mm.benchmark import clvr, convert, gdn, rl, train
+    from megatron_mm.benchmark.measure import environment
+
+    result = {"command": args.command, "environment": environment()}
+    if args.command == "gdn":
+        return result | {"shapes": gdn.compare(args.rounds, args.warmup)}
+    groups.start(ParallelConfig())
+    try:
+        if args.command == "convert":
+            found = convert.compare(args.rounds, args.warmup, args.gigabytes, args.folder)
+            return result | found
+        built = groups.build(ParallelConfig())
+        compare = {"train": train.compare, "clvr": clvr.compare, "rl": rl.compare}[args.command]
+        size = args.tokens if args.command == "rl" else args.samples
+        result["models"] = {
+            name: compare(name, built, args.rounds, args.warmup, size) for name in args.models
+        }
+    finally:
+        groups.stop()
+    return result
+
+
+def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
+    """Of the run that `flags` describe, on the ranks that torchrun started."""
+    import torch
+
+    from megatron_mm.config import ConfigError, load, validate
+
+    run = load(None, flags)
+    objective = "grpo" if args.command == "rl" else "sft"
+    if run.training.objective != objective:
+        other = "train" if objective == "grpo" else "rl"
+        raise ConfigError(
+            f"benchmark.py {args.command} is for objective {objective}, this run's is "
+            f"{run.training.objective}; allowed: benchmark.py {other}"
+        )
+    validate(run, int(os.environ.get("WORLD_SIZE", "1")))
+    kinds, routings = ("real",), ("natural",)
+    if args.command == "train":
+        kinds = args.data or (DATA if run.data.train_data else ("mock",))
+        routings = args.routing or ROUTING
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    from megatron_mm.benchmark.measure import environment, revision
+    from megatron_mm.benchmark.throughput import measure
+    from megatron_mm.parallel import groups
+
+    groups.start(run.parallel)
+    built = groups.build(run.parallel)
+    found = measure(
+        run,
+        built,
+        kinds=kinds,
+        routings=routings,
+        rounds=args.rounds,
+        warmup=args.warmup,
+    )
+    groups.stop()
+    named = {"command": args.command, "revision": revision(), "environment": environment()}
+    return named | found
+
+
+def _scaling(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    from megatron_mm.benchmark import scaling
+    from megatron_mm.benchmark.measure import environment
+
+    found = scaling.measure(args.rounds, args.warmup)
+    return {"command": args.command, "environment": environment()} | found
+
+
+def _write(result: dict[str, Any], file: Path | None, said: str | None = None) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    text = json.dumps(result, indent=1)
+    print(text if said is None else said)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+def _run(args: argparse.Namespace, flags: list[str]) -> None:
+    if args.command == "compare":
+        from megatron_mm.benchmark import compare
+
+        found = compare.compare(compare.read(args.a), compare.read(args.b))
+        _write(found, args.json, compare.text(found))
+        return
+    from megatron_mm import platform
+
+    platform.quiet()
+    platform.install()
+    if args.command in ("train", "rl") and args.against is None:
+        from megatron_mm.benchmark import table
+
+        result = _throughput(args, flags)
+        _write(result, args.json, table.text(result))
+    elif args.command == "scaling":
+        from megatron_mm.benchmark import scaling
+
+        result = _scaling(args)
+        _write(result, args.json, scaling.text(result))
+    else:
+        _write(_against(args), args.json)
+
+
+def main(argv: list[str]) -> int:
+    # Messages of RANK 0 stand for all: what is raised here is raised on every rank.
+    parser = _parser()
+    args, flags = parser.parse_known_args(argv)
+    runs = args.command in ("train", "rl") and args.against is None
+    if flags and not runs:
+        parser.error(f"unknown: {' '.join(flags)}")
+    if runs and not any(flag in ("--config", "--preset") for flag in flags):
+        parser.error(f"{args.command} needs a run: --config FILE or --preset NAME, or --against")
+    # notices about packages that are not there
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from megatron_mm.benchmark.compare import Different
+    from megatron_mm.config import ConfigError
+    from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
+
+    try:
+        _run(args, flags)
+    except (CheckpointError, ConfigError, DataError, Different, NonFiniteError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

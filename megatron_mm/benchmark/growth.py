@@ -1,0 +1,86 @@
+"""What the position of a token adds to the cost of its step, for each kind of mixer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_mm.benchmark.measure import interleave, ratios
+from megatron_mm.config import RunConfig
+from megatron_mm.engine.engine import Engine
+from megatron_mm.model.decode import DecodeCache, Filling
+from megatron_mm.model.segments import Segments
+from megatron_mm.parallel.groups import Groups
+
+NEAR, FAR = 16, 512
+CALLS = 50  # in one timing
+
+
+def growth(run: RunConfig, groups: Groups, rows: int, rounds: int, warmup: int) -> dict[str, Any]:
+    """What a token costs the first layer of each kind at position 512, of what it costs at 16:
+    its memory and what reads it, without the projections, in so many rows."""
+    engine = Engine.create(run, groups)
+    cores = {"gated delta rule": _delta_core, "attention": _attention_core}
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for kind, make in cores.items():
+            near, far = (make(engine, rows, position) for position in (NEAR, FAR))
+            runs = interleave([lambda _, f=f: _often(f) for f in (near, far)], rounds + warmup)
+            first, last = (side[warmup:] for side in runs)
+            microseconds = 1e6 * statistics.median(run.seconds for run in first) / CALLS
+            found[kind] = {"microseconds_at_16": round(microseconds, 1)} | ratios(last, first)
+    return found
+
+
+def _often(function: Callable[[], Any]) -> None:
+    for _ in range(CALLS):
+        function()
+
+
+def _at(rows: int, position: int) -> DecodeCache:
+    """Rows about to hold a prompt of so many positions."""
+    cache = DecodeCache(rows, Filling(torch.arange(rows), torch.zeros(rows, dtype=torch.int64)))
+    cache.lengths_R[:] = position
+    return cache
+
+
+def _segments(*lengths: int) -> Segments:
+    return Segments.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0), "cpu")
+
+
+def _delta_core(engine: Engine, rows: int, position: int) -> Callable[[], Any]:
+    layers = engine.chunks[0].language.layers.values()
+    layer = next(p["mixer"].inner for p in layers if hasattr(p["mixer"].inner, "mix_and_keep"))
+    cache = _at(rows, position)
+    memory = cache.delta(0)
+
+    def mix(segments: Segments, tokens: int):
+        g = torch.Generator().manual_seed(tokens)
+        qkv = torch.randn(tokens, layer.key_heads, sum(layer.widths[:3]), generator=g)
+        ba = torch.randn(tokens, layer.key_heads, sum(layer.widths[4:]), generator=g)
+        return lambda: layer._mix(qkv, ba, segments, memory)
+
+    mix(_segments(position), position)()
+    cache.filling = None
+    return mix(_segments(*[1] * rows), rows)
+
+
+def _attention_core(engine: Engine, rows: int, position: int) -> Callable[[], Any]:
+    language = engine.run.model.language
+    heads, width = language.num_attention_heads, language.kv_channels
+    cache = _at(rows, position)
+    memory = cache.attention(0)
+
+    def attend(segments: Segments, tokens: int):
+        g = torch.Generator().manual_seed(tokens)
+        query = torch.randn(tokens, heads, width, generator=g)
+        pair = [torch.randn(tokens, language.num_query_groups, width, generator=g) for _ in "kv"]
+        # Attention inside the prompt is not timed and need not be computed.
+        return lambda: memory.attend(lambda query, *_: query, query, *pair, segments)
+
+    attend(_segments(position), position)()
+    cache.filling = None
+    return attend(_segments(*[1] * rows), rows)

@@ -1,0 +1,89 @@
+"""Steps that are in memory already: random words and pixels in place of a data set's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_mm.benchmark.models import cut_image, image_token
+from megatron_mm.config import RunConfig, token_multiple
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.collate import collate
+from megatron_mm.data.sample import Sample
+from megatron_mm.data.tiles import image_settings
+from megatron_mm.engine.objective import SupervisedFineTuning
+
+
+class Mock:
+    """A source of steps that were made before and are given out in turn."""
+
+    between = True
+
+    def __init__(self, steps: Sequence[list[Microbatch]]):
+        self.steps, self.given = steps, 0
+        self.metrics: dict[str, float] = {}
+        self.objective = SupervisedFineTuning()
+
+    def next_step(self, stop: bool) -> tuple[list[Microbatch], bool]:
+        self.given += 1
+        return self.steps[(self.given - 1) % len(self.steps)], stop
+
+    def close(self) -> None:
+        self.steps = []
+
+
+def mock_like(batch: Microbatch, vocab_size: int, seed: int) -> Microbatch:
+    """Other words and pixels, the same lengths, tiles and places; equal on ranks of equal seed."""
+    g = torch.Generator().manual_seed(seed)
+    words = torch.randint(0, vocab_size, batch.tokens_T.shape, generator=g)
+    labels = torch.randint(0, vocab_size, batch.labels_T.shape, generator=g)
+    words[batch.stream_positions] = batch.tokens_T[batch.stream_positions]
+    shape = batch.pixels_NCHW.shape
+    return replace(
+        batch,
+        tokens_T=words,
+        labels_T=labels,
+        pixels_NCHW=torch.randn(shape, generator=g) if len(shape) == 4 else batch.pixels_NCHW,
+    )
+
+
+def balanced(batch: Microbatch, layers: Sequence[int], k: int, experts: int) -> Microbatch:
+    """With routes that give every expert of every layer as many tokens, to within one."""
+    slots = torch.arange(len(batch.tokens_T) * k).view(-1, k) % experts
+    routes = {layer: ((slots + layer) % experts).to(torch.int16) for layer in layers}
+    return replace(batch, routes=routes)
+
+
+def made_step(run: RunConfig, microbatches: int, seed: int) -> list[Microbatch]:
+    """Of full samples: `seq_length` tokens, one image of `max_num_tiles` tiles in each."""
+    rng = np.random.default_rng(seed)
+    samples = [
+        [_sample(run, rng) for _ in range(run.training.micro_batch_size)]
+        for _ in range(microbatches)
+    ]
+    settings = image_settings(run) if run.model.vision is not None else None
+    multiple = token_multiple(run)
+    return [collate(s, settings=settings, pad_id=0, pad_multiple=multiple) for s in samples]
+
+
+def _sample(run: RunConfig, rng: np.random.Generator) -> Sample:
+    length, tokens, images = run.data.seq_length, [], []
+    if run.model.vision is not None:
+        settings = image_settings(run)
+        columns = next(n for n in range(1, 100) if n * n >= run.data.max_num_tiles)
+        while run.data.max_num_tiles % columns:
+            columns += 1
+        rows, size = run.data.max_num_tiles // columns, settings.image_size
+        pixels = rng.integers(0, 256, (rows * size, columns * size, 3), dtype=np.uint8)
+        image = cut_image(Image.fromarray(pixels), settings, 0)
+        tokens = [image_token(run)] * (len(image.stream) * settings.tokens_per_tile)
+        images.append(image)
+    words = rng.integers(0, image_token(run), max(2, length - len(tokens)))
+    tokens = torch.tensor([*tokens, *words], dtype=torch.int64)
+    mask = torch.zeros(len(tokens))
+    mask[len(tokens) - len(words) // 2 - 1 : -1] = 1.0  # the answer
+    return Sample(tokens, tokens.roll(-1), mask, images, "mock")

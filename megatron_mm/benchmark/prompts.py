@@ -1,0 +1,94 @@
+"""Prompts of random words and images, in the form that each side reads, and one reward for both.
+
+A word is the decimal name of a token, so transformers' tokenizer gives back the very ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from tokenizers import Tokenizer as WordTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from megatron_mm.benchmark.models import SHAPES, image_token, make_samples
+from megatron_mm.config import RunConfig
+from megatron_mm.data.loading.reader import Prompt
+from megatron_mm.data.sample import Sample
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.rl.rollout.prompts import Drawn
+
+NEVER = -1  # no model draws it: completions are as long as they may be
+
+
+def make_prompts(run: RunConfig, name: str, count: int, *, images: bool, seed: int) -> list[Sample]:
+    """Whole samples of the model's shape, without an answer. With images: in every one but the
+    last, of different tilings as a data set has them."""
+    shape = replace(SHAPES[name], samples=count, text_only=0.0 if images else 1.0)
+    if not images:
+        return make_samples(run, shape, seed)
+    text = make_samples(run, replace(shape, samples=1, text_only=1.0), seed + 1)
+    return make_samples(run, replace(shape, samples=count - 1), seed) + text
+
+
+def even(prompts, completions, completion_ids, **columns) -> list[float]:
+    """The share of even token ids: differs between completions, whatever they say."""
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def words(tokens_T: torch.Tensor) -> str:
+    return " ".join(map(str, tokens_T.tolist()))
+
+
+def our_tokenizer(run: RunConfig) -> Tokenizer:
+    """Only what a rollout asks of it."""
+    size = run.model.language.vocab_size
+    return Tokenizer(
+        vocab_size=size,
+        pad_id=0,
+        message_start_id=NEVER,
+        message_end_id=NEVER,
+        image_start_id=NEVER,
+        image_end_id=NEVER,
+        image_context_id=image_token(run),
+        special_tokens={},
+        encode=lambda text: [int(word) for word in text.split()],
+        decode_plain=lambda ids: " ".join(map(str, ids)),
+        path="",
+    )
+
+
+def their_tokenizer(run: RunConfig) -> PreTrainedTokenizerFast:
+    """Its end of sequence is the first id past the model's vocabulary."""
+    size = run.model.language.vocab_size
+    vocabulary = {str(index): index for index in range(size)} | {"<end>": size}
+    inner = WordTokenizer(WordLevel(vocabulary, unk_token="0"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="0", eos_token="<end>")
+
+
+class Prompts:
+    """The same few rows again and again, as a rollout draws them from a `PromptLoader`."""
+
+    def __init__(self, samples: list[Sample]):
+        self.prompts = [
+            Prompt(s, {"messages": [{"role": "user", "content": words(s.tokens_T)}]}, s.where)
+            for s in samples
+        ]
+        self.consumed_samples = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed_samples": self.consumed_samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.consumed_samples = state["consumed_samples"]
+
+    def numbers(self, count: int) -> list[int]:
+        self.consumed_samples += count
+        return list(range(self.consumed_samples - count, self.consumed_samples))
+
+    def read(self, numbers: list[int]) -> Drawn:
+        found = [self.prompts[number % len(self.prompts)] for number in numbers]
+        return Drawn(found, numbers, [])

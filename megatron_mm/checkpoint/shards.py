@@ -1,0 +1,120 @@
+"""Which block of which whole tensor this rank holds, and which of its copies is written."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from megatron_mm.checkpoint.optimizer_state import MOMENTS, owned, trainable
+from megatron_mm.checkpoint.parameters import Engine, parameters
+from megatron_mm.parallel.param_layout import ParamLayout
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def weight_key(name: str) -> str:
+    return f"model.{name}"
+
+
+def state_key(kind: str, name: str) -> str:
+    return f"optimizer.{kind}.{name}"
+
+
+def kinds_saved(param: torch.Tensor) -> tuple[str, ...]:
+    """An fp32 parameter is its own main parameter: no second copy on disk."""
+    return MOMENTS if param.dtype == torch.float32 else ("master", *MOMENTS)
+
+
+def block(
+    key: str, layout: ParamLayout, data: torch.Tensor, replica: tuple[int, ...] = (0,)
+) -> ShardedTensor:
+    """megatron-core's description of `data`, shaped like the parameter, as a block of the whole.
+
+    The one place that knows how a parameter lies in its block, with its inverse below.
+    """
+    data = layout.held(data.detach().contiguous())
+    return ShardedTensor(
+        key,
+        data,
+        data.dtype,
+        layout.held_shape,
+        layout.global_shape,
+        layout.offset,
+        None,  # no regular grid is promised
+        replica,
+    )
+
+
+def unblock(data: torch.Tensor | None, layout: ParamLayout, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `block`: what was read (None: padding only), shaped like the parameter, in
+    fp32 on the CPU."""
+    whole = torch.zeros(like.shape)
+    if data is not None:
+        layout.held(whole).copy_(data)
+    return whole
+
+
+def is_padding(layout: ParamLayout) -> bool:
+    """No element of this block is in any checkpoint."""
+    return 0 in layout.held_shape
+
+
+def replicas(engine: Engine) -> dict[str, tuple[int, int]]:
+    """name -> (copy among model-parallel ranks, copy among data-parallel ranks).
+
+    (0, 0) is written. Data-parallel ranks take turns, parameter by parameter, to share the
+    work. Collective over the tensor- and expert-parallel groups.
+    """
+    pg = engine.groups.pg
+    result: dict[str, tuple[int, int]] = {}
+    for expert, across, data in ((False, pg.tp, pg.dp_cp), (True, pg.tp_ep, pg.expt_dp)):
+        every = parameters(engine)
+        offsets = {n: layout.offset for n, _, layout in every if layout.expert == expert}
+        held: list[dict] = [offsets]
+        if across.size() > 1:
+            held = [{}] * across.size()
+            dist.all_gather_object(held, offsets, group=across)
+        before = held[: across.rank()]
+        for turn, (name, offset) in enumerate(offsets.items()):
+            copy = sum(other[name] == offset for other in before)
+            result[name] = copy, (data.rank() - turn) % data.size()
+    return result
+
+
+def expected_shapes(engine: Engine, *, with_optimizer: bool) -> Shapes:
+    """Whole shape of every tensor that a checkpoint of this model has. Collective over pg.pp:
+    ranks of one stage have the same names and whole shapes."""
+    mine: Shapes = {}
+    for name, param, layout in parameters(engine):
+        mine[weight_key(name)] = layout.global_shape
+        if with_optimizer and param.requires_grad:
+            for kind in kinds_saved(param):
+                mine[state_key(kind, name)] = layout.global_shape
+    pp = engine.groups.pg.pp
+    parts: list[Shapes] = [mine]
+    if pp.size() > 1:
+        parts = [{}] * pp.size()
+        dist.all_gather_object(parts, mine, group=pp)
+    return {key: tuple(shape) for part in parts for key, shape in part.items()}
+
+
+def empty_blocks(
+    engine: Engine, stored: set[str], *, with_optimizer: bool
+) -> dict[str, ShardedTensor]:
+    """Buffers on the CPU for what this rank needs from a checkpoint that has `stored`."""
+    wanted: dict[str, ShardedTensor] = {}
+
+    def want(key: str, layout: ParamLayout, param: torch.Tensor, dtype: torch.dtype) -> None:
+        if not is_padding(layout):
+            wanted[key] = block(key, layout, torch.empty(param.shape, dtype=dtype))
+
+    for name, param, layout in parameters(engine):
+        if weight_key(name) in stored:
+            want(weight_key(name), layout, param, param.dtype)
+    if with_optimizer:
+        mine = owned(engine)  # the rest of a parameter's state is other ranks' business
+        for name, param, layout in trainable(engine):
+            for kind in kinds_saved(param) if name in mine else ():
+                want(state_key(kind, name), layout, param, torch.float32)
+    return wanted

@@ -1,0 +1,241 @@
+"""What stands in a Hugging Face folder beside its tensors: the model's config, the image
+token, the tokenizer's and processor's files. Nothing in it is ever run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mm.config import (
+    ConfigError,
+    FusionConfig,
+    ModelConfig,
+    from_dict,
+    from_transformers_dict,
+    without_clvr,
+)
+from megatron_mm.config.released import in_transformers_words
+from megatron_mm.convert.hf_files import INDEX, PICKLES, Stored, open_folder
+from megatron_mm.convert.mapping import EMBEDDING, HEAD, LOOKS, PROJECTOR, Plan, read_plan
+from megatron_mm.errors import ConvertError
+from megatron_mm.parallel.param_layout import ParamLayout
+
+CONFIG, CLVR_KEY, IMAGE_CONTEXT = "config.json", "clvr", "<IMG_CONTEXT>"
+NOTES = "huggingface"  # what a checkpoint's `extra` keeps of `Source.notes`
+# What travels along with the weights, by name. Code does not.
+TRAVELS = (
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "*.tiktoken",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+)
+
+
+@dataclass
+class Source:
+    """
+    Attributes:
+        model: what the folder computes; its output layer is always a tensor of its own.
+        tied: the config says that the output layer is the embedding.
+        tensors: by name, of all folders.
+        new: groups of ours that no folder needs to have.
+        assets: files that travel along.
+    """
+
+    folder: Path
+    model: ModelConfig
+    tied: bool
+    image_token_id: int | None
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    new: tuple[tuple[str, ...], ...] = (LOOKS,)
+    assets: list[Path] = field(default_factory=list)
+
+    def plan(self, parameters: Mapping[str, ParamLayout]) -> Plan:
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        return read_plan(self.model, parameters, shapes, new=self.new, tied=self.tied)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the way back needs and no setting of ours says."""
+        return {"image_token_id": self.image_token_id, "tied": self.tied}
+
+    def read(self, name: str, first: int | None, last: int | None) -> torch.Tensor:
+        return self.tensors[name].read(first, last)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConvertError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConvertError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def open_source(hf: Path, hf_vision: Path | None = None, *, weights: bool = True) -> Source:
+    """A fused or text-only folder, or the folders of a language model and of a ViT.
+
+    Args:
+        weights: False reads the configs alone.
+
+    Raises:
+        ConvertError: a file is missing, damaged or disagrees with another.
+        ConfigError: the config describes a model that is not ours.
+    """
+    config = in_transformers_words(read_json(hf / CONFIG))
+    if CLVR_KEY in config:  # an export of ours
+        config["model_type"] = "internvl"
+    new: tuple[tuple[str, ...], ...] = (LOOKS,)
+    if hf_vision is not None:
+        config = _fused(config, hf, hf_vision)
+        new = (LOOKS, PROJECTOR)
+    try:
+        model = _with_clvr(from_transformers_dict(config), config)
+    except ConfigError as error:
+        raise ConvertError(f"{hf / CONFIG}: {error}") from None
+    tied = not model.language.untie_embeddings_and_output_weights
+    model.language.untie_embeddings_and_output_weights = True
+    tensors: dict[str, Stored] = {}
+    if weights:
+        tensors = open_folder(hf)
+        if hf_vision is not None:
+            more = open_folder(hf_vision)
+            shared = sorted(tensors.keys() & more.keys())
+            if shared:
+                raise ConvertError(f"{shared[0]} is in {hf} and in {hf_vision}")
+            tensors = tensors | more
+    image = _image_token(hf, config, model)
+    folders = [hf] if hf_vision is None else [hf_vision, hf]  # the language model's win
+    assets = {path.name: path for folder in folders for path in travelling(folder)}
+    return Source(hf, model, tied, image, tensors, new, list(assets.values()))
+
+
+def travelling(folder: Path) -> list[Path]:
+    """The files of a folder that travel along."""
+    return [p for pattern in TRAVELS for p in sorted(folder.glob(pattern)) if p.is_file()]
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has tensors of any kind, or an index of them."""
+    return any(p.suffix in (".safetensors", *PICKLES) or p.name == INDEX for p in folder.glob("*"))
+
+
+def _fused(text: dict, hf: Path, hf_vision: Path) -> dict[str, Any]:
+    if "text_config" in text:
+        raise ConvertError(f"{hf} is a fused model already: leave --hf-vision out")
+    vision = in_transformers_words(read_json(hf_vision / CONFIG))
+    if "vision_config" in vision:
+        raise ConvertError(f"{hf_vision} is a fused model: --hf-vision takes a ViT alone")
+    return {
+        "model_type": "internvl",
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
+    }
+
+
+def _with_clvr(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:
+    """What transformers has no words for stands under a key of its own (export.py)."""
+    extra = config.get(CLVR_KEY)
+    if extra is None:
+        return model
+    pattern = extra["hybrid_layer_pattern"]
+    if without_clvr(pattern) != model.hybrid_layer_pattern:
+        raise ConfigError(f"{CLVR_KEY}.hybrid_layer_pattern is {pattern!r}, of other layers")
+    fusion = from_dict(FusionConfig, extra["fusion"], CLVR_KEY + ".fusion")
+    return replace(model, hybrid_layer_pattern=pattern, fusion=fusion)
+
+
+def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) -> int | None:
+    """Raises ConvertError where config and tokenizer disagree, or the id is no id."""
+    if model.vision is None:
+        return None
+    said, found = config.get("image_token_id"), tokenizer_id(folder, IMAGE_CONTEXT)
+    if said is not None and found is not None and said != found:
+        raise ConvertError(
+            f"{folder / CONFIG}: image_token_id is {said}, but {IMAGE_CONTEXT} is {found} in the "
+            "tokenizer beside it"
+        )
+    image = found if said is None else said
+    size = model.language.vocab_size
+    if image is not None and not 0 <= image < size:
+        raise ConvertError(
+            f"{folder / CONFIG}: image_token_id is {image}; allowed: 0 to {size - 1}"
+        )
+    return image
+
+
+def tokenizer_id(folder: Path, token: str) -> int | None:
+    """The id of a special token in a folder's tokenizer; None if it has none."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        for entry in read_json(path).get("added_tokens") or []:
+            if entry.get("content") == token:
+                return int(entry["id"])
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        for number, entry in (read_json(path).get("added_tokens_decoder") or {}).items():
+            if entry.get("content") == token:
+                return int(number)
+    path = folder / "added_tokens.json"
+    if path.is_file() and token in (found := read_json(path)):
+        return int(found[token])
+    return None
+
+
+def check_source(source: Source, plan: Plan) -> None:
+    """What can be wrong with a folder although every tensor is there. Reads two tensors.
+
+    Raises ConvertError that names the tensor.
+    """
+    problem = plan.problem()
+    if problem:
+        raise ConvertError(f"{source.folder}: {problem}")
+    for link in plan.links:
+        kinds: dict[torch.dtype, str] = {}
+        for name, _ in link.theirs():
+            kinds.setdefault(source.tensors[name].dtype, name)
+        strange = next((k for k in kinds if not k.is_floating_point or k.itemsize < 2), None)
+        if strange is not None:
+            raise ConvertError(f"{kinds[strange]} is {strange}: quantised weights are not taken")
+        if len(kinds) > 1:
+            (a, first), (b, second) = list(kinds.items())[:2]
+            raise ConvertError(f"{first} is {a} but {second} is {b}: they are one tensor of ours")
+    if source.tied and not plan.tied:
+        ends = {link.ours: link.names[0] for link in plan.links if link.ours in (EMBEDDING, HEAD)}
+        embedding, head = (source.tensors[ends[name]] for name in (EMBEDDING, HEAD))
+        if not same_bits(embedding, head):
+            raise ConvertError(
+                f"{ends[HEAD]} differs from {ends[EMBEDDING]}, but {source.folder / CONFIG} ties "
+                "them (InternVL's tie_word_embeddings is true unless set): set it to false there"
+            )
+
+
+def same_bits(a: Stored, b: Stored, rows: int = 4096) -> bool:
+    """Compared a few thousand rows at a time."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    steps = range(0, a.shape[0], rows)
+    ends = [(i, min(i + rows, a.shape[0])) for i in steps]
+    return all(equal_bits(a.read(*end), b.read(*end)) for end in ends)
+
+
+def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit: -0.0 is not 0.0, and a NaN equals itself."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))

@@ -1,0 +1,245 @@
+"""What goes where: the table's rows written out for one model and one folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from megatron_mm.config import ModelConfig
+from megatron_mm.convert.table import CARRIED, ROWS, SPELLINGS, Form, Row, Spelling
+from megatron_mm.convert.transforms import Shape, Transform
+from megatron_mm.errors import ConvertError
+from megatron_mm.parallel.param_layout import ParamLayout
+
+# (name of theirs, first and last index of its first dimension or None) -> tensor
+Read = Callable[[str, int | None, int | None], torch.Tensor]
+# What a folder may lack: all of a group or nothing of it.
+Group = tuple[str, ...]  # prefixes of our names
+PROJECTOR: Group = ("vision.projector.",)
+LOOKS: Group = ("vision.memory_proj.", "language.looks.")
+HEAD, EMBEDDING = "output_layer.weight", "embedding.weight"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor of ours and those of theirs.
+
+    Attributes:
+        ours: the model's name for it.
+        shape: of the whole.
+        names: of theirs; with `{expert}` in them there is one of each per index of our first
+            dimension.
+        counted: every index of our first dimension is transformed by itself.
+    """
+
+    ours: str
+    shape: Shape
+    names: tuple[str, ...]
+    transform: Transform
+    counted: bool
+
+    @property
+    def separate(self) -> bool:
+        return "{expert}" in self.names[0]
+
+    def named(self, expert: int) -> list[str]:
+        return [name.replace("{expert}", str(expert)) for name in self.names]
+
+    def theirs(self) -> Iterator[tuple[str, Shape]]:
+        """(name, shape) of every tensor of theirs."""
+        shapes = self.transform.shapes(self.shape[1:] if self.counted else self.shape)
+        if not self.counted:
+            yield from zip(self.names, shapes, strict=True)
+        elif not self.separate:
+            yield from ((n, (self.shape[0], *s)) for n, s in zip(self.names, shapes, strict=True))
+        else:
+            for expert in range(self.shape[0]):
+                yield from zip(self.named(expert), shapes, strict=True)
+
+    def make_ours(self, read: Read, first: int, last: int) -> torch.Tensor:
+        """Our tensor; of a counted one the indices first..last-1."""
+        if not self.counted:
+            return self.transform.ours([read(n, None, None) for n in self.names], self.shape)
+        if not self.separate:
+            blocks = [read(name, first, last) for name in self.names]
+            each = zip(*(block.unbind(0) for block in blocks), strict=True)
+        else:
+            each = ([read(n, None, None) for n in self.named(e)] for e in range(first, last))
+        rest, whole = self.shape[1:], None
+        for i, parts in enumerate(each):
+            if whole is None:
+                whole = parts[0].new_empty((last - first, *rest))
+            self.transform.ours(parts, rest, whole[i])
+        return whole
+
+    def make_theirs(self, ours: torch.Tensor, first: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) from our tensor, or from its indices `first`... of a counted one."""
+        if not self.counted:
+            yield from zip(self.names, self.transform.theirs(ours), strict=True)
+            return
+        each = [self.transform.theirs(row) for row in ours]
+        if self.separate:
+            for i, parts in enumerate(each):
+                yield from zip(self.named(first + i), parts, strict=True)
+        else:
+            for name, parts in zip(self.names, zip(*each, strict=True), strict=True):
+                yield name, torch.stack(parts)
+
+
+@lru_cache(maxsize=256)
+def _pattern(template: str) -> re.Pattern[str]:
+    text = re.escape(template)
+    for key in ("layer", "pair"):
+        text = text.replace(rf"\{{{key}\}}", rf"(?P<{key}>\d+)")
+    return re.compile(text.replace(r"\{rest\}", r"(?P<rest>[\w.]+)"))
+
+
+def find_row(ours: str, rows: Sequence[Row]) -> tuple[Row, dict[str, str]]:
+    """The row of a tensor of ours and what its braces stand for. Raises ConvertError."""
+    for row in rows:
+        found = _pattern(row.ours).fullmatch(ours)
+        if found:
+            return row, found.groupdict()
+    raise ConvertError(f"{ours} is in no row of the table of names: it cannot be converted")
+
+
+def _link(
+    ours: str, layout: ParamLayout, form: Form, spelling: Spelling, values: dict, model: ModelConfig
+) -> Link:
+    prefixes = {k: getattr(spelling, k) for k in ("text", "head", "vit", "projector")}
+    names = tuple(n.format(expert="{expert}", **prefixes, **values) for n in form.names)
+    return Link(ours, layout.global_shape, names, form.how(model), layout.rows_drawn_alone)
+
+
+def write_links(
+    model: ModelConfig,
+    parameters: Mapping[str, ParamLayout],
+    spelling: str,
+    *,
+    rows: Sequence[Row] = ROWS,
+) -> list[Link]:
+    """How every parameter is spelled in a folder to be written."""
+    chosen, links = SPELLINGS[spelling], []
+    for ours, layout in parameters.items():
+        row, values = find_row(ours, rows)
+        form = next(form for form in row.forms if form.used_by(chosen))
+        links.append(_link(ours, layout, form, chosen, values, model))
+    return links
+
+
+@dataclass
+class Plan:
+    """A folder read against a model.
+
+    Attributes:
+        links: in the model's order.
+        missing: names of theirs that the folder lacks.
+        unexpected: names of theirs that no row maps.
+        misshaped: one line for each tensor of another shape.
+        new: our names of what the folder need not have: initialised from the seed.
+        carried: names of theirs that travel beside the model.
+        tied: the output layer is a copy of the embedding.
+    """
+
+    links: list[Link] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
+    tied: bool = False
+
+    def problem(self) -> str | None:
+        """What forbids the conversion, in one line; None if nothing does."""
+        words = []
+        for found, what in (
+            (self.missing, "missing"),
+            (self.misshaped, "of another shape"),
+            (self.unexpected, "unexpected"),
+        ):
+            if found:
+                are = "tensor is" if len(found) == 1 else "tensors are"
+                words.append(f"{len(found)} {are} {what} (first {found[0]})")
+        return "; ".join(words) or None
+
+
+def read_plan(
+    model: ModelConfig,
+    parameters: Mapping[str, ParamLayout],
+    stored: Mapping[str, Shape],
+    *,
+    new: Sequence[Group] = (LOOKS,),
+    tied: bool = False,
+    rows: Sequence[Row] = ROWS,
+) -> Plan:
+    """Which of the stored tensors (name -> shape) are which of ours.
+
+    A tensor may be spelled in any known way; what is mapped by no row is reported, never
+    skipped.
+
+    Args:
+        new: groups of ours that the folder may lack altogether.
+        tied: the folder's config says that the output layer is the embedding.
+    """
+    plan, used = Plan(), set()
+    votes = dict.fromkeys(SPELLINGS, 0)
+    absent: list[tuple[str, dict[str, Link]]] = []
+    for ours, layout in parameters.items():
+        candidates = _candidates(ours, layout, model, rows)
+        found = {s: k for s, k in candidates.items() if next(k.theirs())[0] in stored}
+        if not found and ours == HEAD and tied:
+            row, values = find_row(EMBEDDING, rows)
+            head = _every(ours, layout, model, row, values)
+            found = {s: k for s, k in head.items() if next(k.theirs())[0] in stored}
+            plan.tied = bool(found)
+        for spelling in found:
+            votes[spelling] += 1
+        if not found:
+            absent.append((ours, candidates))
+            continue
+        link = next(iter(found.values()))
+        plan.links.append(link)
+        _check(link, stored, plan, used)
+    likely = sorted(votes, key=votes.get, reverse=True)
+    for ours, candidates in absent:
+        group = next((g for g in new if ours.startswith(g)), None)
+        if group and not any(link.ours.startswith(group) for link in plan.links):
+            plan.new.append(ours)
+        else:
+            link = next(candidates[s] for s in likely if s in candidates)
+            plan.missing += [name for name, _ in link.theirs()]
+    plan.carried = [name for name in stored if name.startswith(CARRIED)]
+    plan.unexpected = sorted(stored.keys() - used - set(plan.carried))
+    return plan
+
+
+def _candidates(
+    ours: str, layout: ParamLayout, model: ModelConfig, rows: Sequence[Row]
+) -> dict[str, Link]:
+    row, values = find_row(ours, rows)
+    return _every(ours, layout, model, row, values)
+
+
+def _every(
+    ours: str, layout: ParamLayout, model: ModelConfig, row: Row, values: dict
+) -> dict[str, Link]:
+    """spelling -> how it writes this tensor."""
+    return {
+        name: _link(ours, layout, form, spelling, values, model)
+        for name, spelling in SPELLINGS.items()
+        for form in row.forms
+        if form.used_by(spelling)
+    }
+
+
+def _check(link: Link, stored: Mapping[str, Shape], plan: Plan, used: set[str]) -> None:
+    for name, shape in link.theirs():
+        used.add(name)
+        if name not in stored:
+            plan.missing.append(name)
+        elif tuple(stored[name]) != tuple(shape):
+            plan.misshaped.append(f"{name}: {list(stored[name])} there, {list(shape)} here")

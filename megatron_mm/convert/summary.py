@@ -1,0 +1,88 @@
+"""What a conversion says of itself, in lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from megatron_mm.config import ModelConfig
+from megatron_mm.convert.folder import Source
+from megatron_mm.convert.mapping import PROJECTOR, Link, Plan, write_links
+from megatron_mm.convert.work import nbytes
+from megatron_mm.parallel.param_layout import ParamLayout
+
+MOST = 20  # names shown of a list
+
+
+def published(
+    model: ModelConfig, parameters: Mapping[str, ParamLayout], separate: bool
+) -> list[Link]:
+    """What folders of this model hold when their files are not there to be asked: a fused
+    folder as transformers writes it, a language model and a ViT as they were released."""
+    if model.vision is None:
+        return write_links(model, parameters, "text")
+    if not separate:
+        return write_links(model, parameters, "transformers")
+    vision = {n: p for n, p in parameters.items() if n.startswith("vision.")}
+    text = {n: p for n, p in parameters.items() if n not in vision}
+    vision = {n: p for n, p in vision.items() if not n.startswith(PROJECTOR)}
+    return write_links(model, text, "text") + write_links(model, vision, "internvit")
+
+
+def totals(links: Sequence[Link], itemsize: int) -> tuple[int, int]:
+    """(tensors, bytes) of theirs."""
+    shapes = [shape for link in links for _, shape in link.theirs()]
+    return len(shapes), sum(nbytes(shape, itemsize) for shape in shapes)
+
+
+def expected_lines(
+    source: Source, parameters: Mapping[str, ParamLayout], separate: bool
+) -> list[str]:
+    """Of folders without weights: what they would have to hold, from the config alone."""
+    needed = {n: p for n, p in parameters.items() if not any(n.startswith(g) for g in source.new)}
+    links = published(source.model, needed, separate)
+    tensors, size = totals(links, torch.bfloat16.itemsize)
+    new = [name for name in parameters if name not in needed]
+    first = [name for link in links for name, _ in link.theirs()][:3]
+    return [
+        f"no weights here: from the config, {tensors} tensors, {size:,} bytes in bf16 "
+        f"-> {len(links)} of ours (first {', '.join(first)})",
+        *listed("new, from the seed", new),
+        "dry run: nothing was written",
+    ]
+
+
+def plan_lines(source: Source, plan: Plan, dtype: torch.dtype | None) -> list[str]:
+    """A read folder's plan: how much, and every way in which it is not one to one."""
+    mapped = [name for link in plan.links for name, _ in link.theirs() if name in source.tensors]
+    names = sorted(set(mapped))
+    size = sum(source.tensors[name].nbytes for name in names)
+    kinds = sorted({str(source.tensors[n].dtype).removeprefix("torch.") for n in names})
+    lines = [
+        f"{len(names)} tensors of {', '.join(kinds)}, {size:,} bytes -> {len(plan.links)} of ours"
+    ]
+    if dtype is not None and kinds != [str(dtype).removeprefix("torch.")]:
+        lines.append(f"rounded to {str(dtype).removeprefix('torch.')}")
+    for what, found in (
+        ("missing", plan.missing),
+        ("of another shape", plan.misshaped),
+        ("unexpected", plan.unexpected),
+        ("new, from the seed", plan.new),
+        ("carried along, not trained", plan.carried),
+    ):
+        lines += listed(what, found)
+    if plan.tied:
+        lines.append(
+            "tied embeddings: the output layer becomes a tensor of its own, equal at the start"
+        )
+    if source.model.vision is not None and source.image_token_id is None:
+        lines.append("no tokenizer says which token is <IMG_CONTEXT>: give one when exporting")
+    return lines
+
+
+def listed(what: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    more = f", and {len(names) - MOST} more" if len(names) > MOST else ""
+    return [f"{what} ({len(names)}): {', '.join(names[:MOST])}{more}"]

@@ -1,0 +1,1 @@
+"""Rows of the files that people have: JSONL, parquet, other projects' forms."""

@@ -1,0 +1,77 @@
+"""The forms a row may come in, brought to one.
+
+Everything behind this file knows one form: `messages`, `images` (each a path or the bytes of
+a file), and for evaluation `ground_truth`, `skill`, `form`, `scorer`. A row as verl writes it
+(`prompt`, `images`, `data_source`, `reward_model`, `extra_info`) becomes such a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_mm.errors import DataError
+
+Row = dict[str, Any]
+
+
+def check_columns(columns: Iterable[str], where: str) -> None:
+    """Raises DataError if no row with these columns can hold a conversation."""
+    columns = list(columns)
+    if "messages" not in columns and "prompt" not in columns:
+        raise DataError(
+            f"{where}: 0 of the columns 'messages' and 'prompt' among {len(columns)} "
+            f"({', '.join(columns[:8])}); rename the column that holds the conversation"
+        )
+
+
+def normalise_row(row: Row, where: str) -> Row:
+    """`row` in our form; other keys are kept. Messages are checked later, in `chat.py`.
+
+    Raises DataError for an image that is neither a path nor bytes.
+    """
+    if row.get("messages") is None and row.get("prompt") is not None:
+        row = _from_verl(row, where)
+    images = row.get("images")
+    if isinstance(images, list) and any(not isinstance(image, str) for image in images):
+        row = row | {"images": [_image(i, n, where) for n, i in enumerate(images, start=1)]}
+    return row
+
+
+def _from_verl(row: Row, where: str) -> Row:
+    """verl's keys under our names. The answer, if there is one, is the prompt's last message
+    or a text `response`; without one the row is a question only."""
+    row = dict(row)
+    messages, response = row.pop("prompt"), row.pop("response", None)
+    if response is not None:
+        if not isinstance(response, str) or not isinstance(messages, list):
+            raise DataError(
+                f"{where}: 'prompt' must be a list of messages and 'response' text; these are a "
+                f"{type(messages).__name__} and a {type(response).__name__}"
+            )
+        messages = [*messages, {"role": "assistant", "content": response}]
+    row["messages"] = messages
+    if row.get("skill") is None and row.get("data_source") is not None:
+        row["skill"] = row["data_source"]
+    reward = row.get("reward_model")
+    if row.get("ground_truth") is None and isinstance(reward, dict):
+        truth = reward.get("ground_truth")
+        # verl writes numbers as they are; answers are text.
+        number = isinstance(truth, (int, float)) and not isinstance(truth, bool)
+        row["ground_truth"] = str(truth) if number else truth
+    return row
+
+
+def _image(image: Any, number: int, where: str) -> str | bytes:
+    """An image as a path or as the bytes of its file: either itself, or a struct of both as
+    Hugging Face's datasets write it, where the bytes win."""
+    held = image
+    if isinstance(held, dict):
+        held = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+    if isinstance(held, (str, bytes)):
+        return held
+    keys = f" with the keys {', '.join(map(str, image))}" if isinstance(image, dict) else ""
+    raise DataError(
+        f"{where}: image {number} is of type {type(image).__name__}{keys}; use a path, bytes or "
+        "{'bytes': ..., 'path': ...}"
+    )

@@ -1,0 +1,74 @@
+"""A parquet file read one row at a time."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_mm.data.files.forms import check_columns, normalise_row
+from megatron_mm.data.loading.shuffle import Block, BlockCache
+from megatron_mm.errors import DataError
+
+
+class ParquetRows:
+    """Random access to the rows of a parquet file, row group by row group, never the whole. No
+    file stays open: a dataset may have thousands.
+
+    Row numbers count from 1. Raises DataError at construction for a file that is missing, no
+    parquet, empty or without a conversation column, and on access for one that is damaged.
+    """
+
+    def __init__(self, path: Path, cache: BlockCache) -> None:
+        self.path, self._cache = path, cache
+        # A file that is written again is another one to the cache.
+        self._version = path.stat().st_mtime_ns
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{path}: may not be read; correct its permissions")
+        try:
+            with pq.ParquetFile(path) as file:
+                metadata, names = file.metadata, file.schema_arrow.names
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path}: cannot be read as parquet ({reason})") from error
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        self.blocks = [Block(group.num_rows, group.total_byte_size) for group in groups]
+        self._starts = [0, *accumulate(block.rows for block in self.blocks)]
+        if not len(self):
+            raise DataError(f"{path}: 0 rows; a dataset needs at least 1")
+        check_columns(names, str(path))
+
+    @property
+    def folder(self) -> Path:
+        """Where relative image paths start."""
+        return self.path.parent
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def where(self, index: int) -> str:
+        """`file:row` of the row at `index` (from 0)."""
+        return f"{self.path}:{index + 1}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = bisect_right(self._starts, index) - 1
+        where = self.where(index)
+        try:
+            table = self._group(number)
+            (row,) = table.slice(index - self._starts[number], 1).to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{where}: row group {number + 1} is damaged ({reason})") from error
+        return normalise_row(row, where)
+
+    def _group(self, number: int) -> pa.Table:
+        def read() -> pa.Table:
+            with pq.ParquetFile(self.path) as file:
+                return file.read_row_group(number)
+
+        return self._cache.get((self.path, self._version, number), read)

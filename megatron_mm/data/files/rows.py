@@ -1,0 +1,146 @@
+"""Files of rows, read one row at a time: JSONL here, parquet next door, or several of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from bisect import bisect_right
+from dataclasses import dataclass
+from glob import glob
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_mm.data.files.forms import normalise_row
+from megatron_mm.data.loading.shuffle import Block, BlockCache
+from megatron_mm.errors import DataError
+
+
+class RowFile(Protocol):
+    """One file: its rows in our form (see `forms.py`), and where relative image paths start.
+    Pickling it hands another process the index, not the rows."""
+
+    folder: Path
+    blocks: list[Block]  # of rows that are read together
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def where(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one or several files, one after the other. Raises as its files do."""
+
+    files: list[RowFile]
+    starts: list[int]  # of each file, then the number of rows
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for file in self.files for block in file.blocks]
+
+    def locate(self, index: int) -> tuple[RowFile, int]:
+        """The file of row `index` (from 0) and the row's index in it."""
+        number = bisect_right(self.starts, index) - 1
+        return self.files[number], index - self.starts[number]
+
+
+def open_source(path: str | Path, cache: BlockCache) -> Source:
+    """The file at `path`, or in order of their names all files that its pattern (`*`, `?`)
+    matches. Raises DataError for a missing, empty or unreadable file.
+
+    Args:
+        cache: for what is read by the block; other sources may share it.
+    """
+    names = [str(path)]
+    if any(mark in names[0] for mark in "*?") and not Path(path).exists():
+        names = sorted(glob(names[0], recursive=True))
+        if not names:
+            raise DataError(f"{path}: 0 files match; correct the data path")
+    files = [_open_file(Path(name), cache) for name in names]
+    return Source(files, [0, *accumulate(map(len, files))])
+
+
+def _open_file(path: Path, cache: BlockCache) -> RowFile:
+    if path.suffix == ".parquet" and path.is_file():
+        from megatron_mm.data.files.parquet import ParquetRows  # pyarrow is slow to import
+
+        return ParquetRows(path, cache)
+    return Rows(path)
+
+
+class Rows:
+    """Random access to the rows of a JSONL file. Only byte offsets are held in memory.
+
+    Blank lines are passed over but counted, so row numbers are line numbers, from 1.
+    Raises DataError at construction for a missing or empty file, and on access for a row
+    that is not a JSON object.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: there is no such file; correct the data path")
+        if not os.access(self.path, os.R_OK):
+            raise DataError(f"{self.path}: may not be read; correct its permissions")
+        self._starts, self._lengths, self._lines = array("q"), array("q"), array("q")
+        start = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._starts.append(start)
+                    self._lengths.append(len(line))
+                    self._lines.append(number)
+                start += len(line)
+        if not self._starts:
+            raise DataError(f"{self.path}: 0 rows; a dataset needs at least 1")
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._file = self.path.open("rb")
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [Block(len(self), 0)]
+
+    @property
+    def folder(self) -> Path:
+        """Where relative image paths start."""
+        return self.path.parent
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, index: int) -> str:
+        """`file:row` of the row at `index` (from 0)."""
+        return f"{self.path}:{self._lines[index]}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # pread keeps no position, so threads and forked workers may share the file.
+        try:
+            line = os.pread(self._file.fileno(), self._lengths[index], self._starts[index])
+            row = json.loads(line)
+        except OSError as error:
+            raise DataError(f"{self.where(index)}: cannot be read ({error})") from error
+        except (ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self.where(index)}: not valid JSON ({reason})") from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{self.where(index)}: a row must be a JSON object, this is a {type(row).__name__}"
+            )
+        return normalise_row(row, self.where(index))

@@ -1,0 +1,1 @@
+"""The order of rows, packing, and the resumable loader."""

@@ -1,0 +1,66 @@
+"""The phases of training data as one endless, numbered sequence of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.config.settings import DataPhase, DataSource
+from megatron_mm.data.files.rows import Source, open_source
+from megatron_mm.data.loading.order import Order, PhaseSize
+from megatron_mm.data.loading.reader import Place
+from megatron_mm.data.loading.shuffle import BlockCache
+from megatron_mm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """
+    Attributes:
+        description: what sample numbers mean, as JSON values: a saved position goes on with the
+            same samples only where it is the same.
+    """
+
+    order: Order
+    sources: list[Source]
+    first_source: list[int]  # of each phase
+    description: dict[str, Any]
+
+    def place(self, number: int) -> Place:
+        """Where sample `number` (from 0) is. Raises DataError past the end."""
+        phase, source, row = self.order.row(number)
+        return Place(self.first_source[phase] + source, row)
+
+
+def open_curriculum(phases: Sequence[DataPhase], seed: int) -> Curriculum:
+    """Raises DataError for phases or files that cannot be used."""
+    if not phases:
+        raise DataError("train_data has 0 phases; name at least 1 JSONL or parquet file")
+    sources, sizes, first_source, described = [], [], [], []
+    cache = BlockCache()
+    for phase in phases:
+        first_source.append(len(sources))
+        parts = _parts(phase)
+        opened = [open_source(part.path, cache) for part in parts]
+        weights = tuple(part.weight for part in parts)
+        sizes.append(PhaseSize(tuple(s.blocks for s in opened), weights, phase.samples))
+        described.append(
+            [
+                phase.samples,
+                [
+                    [Path(part.path).name, part.weight, len(source)]
+                    for part, source in zip(parts, opened, strict=True)
+                ],
+            ]
+        )
+        sources += opened
+    description = {"seed": seed, "phases": described}
+    return Curriculum(Order(sizes, seed), sources, first_source, description)
+
+
+def _parts(phase: DataPhase) -> list[DataSource]:
+    if phase.mixture and phase.path:
+        raise DataError(f"train_data: {phase.path} stands beside a mixture; use one of the two")
+    return phase.mixture or [DataSource(phase.path)]

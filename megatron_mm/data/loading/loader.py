@@ -1,0 +1,182 @@
+"""The microbatches that a rank trains on: resumable, and the same under any layout."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.collate import collate
+from megatron_mm.data.loading.curriculum import open_curriculum
+from megatron_mm.data.loading.reader import Place, Reader, in_worker
+from megatron_mm.data.loading.sizes import Sizes
+from megatron_mm.data.loading.steps import InOrder, Packed, assign
+from megatron_mm.data.loading.workers import WorkerPool
+from megatron_mm.data.sample import Sample
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.errors import DataError
+
+
+@dataclass
+class _Planned:
+    """A step that is decided, and perhaps being read by workers."""
+
+    places: list[list[Place]]  # of each of this rank's microbatches
+    skipped: list[str]  # rows left out that this rank reports
+    after: dict[str, Any]  # the state once the step was trained on
+    fingerprint: int = 0  # of the whole step, the same for every rank
+    tickets: list[int] = field(default_factory=list)  # of each microbatch, if workers read it
+    error: DataError | None = None  # what planning it met, to be raised when its turn comes
+
+
+class TrainLoader:
+    """The microbatches of one data-parallel rank.
+
+    Without packing, microbatch m of rank r holds the global samples
+    `consumed + (m * data_parallel_size + r) * micro_batch_size + [0, micro_batch_size)`, so
+    the samples of a step depend on neither the layout nor the rank. With packing, the step is
+    made of global_batch_size / micro_batch_size packs (see `plan.py`), likewise the same under
+    any layout, and handed to ranks so that their tokens and tiles are even.
+
+    With `num_workers` the next step is read while this one is trained on; the microbatches are
+    the same to the bit. `state_dict` is the state after the last step that `next_batch` gave
+    out, whatever has been read ahead. Workers start with the first step and end with `close`
+    or the process. Raises DataError at construction for unusable settings or files.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        tokenizer: Tokenizer,
+        *,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        pad_multiple: int = 1,
+        consumed_samples: int = 0,
+    ) -> None:
+        training, data = run.training, run.data
+        per_step = training.micro_batch_size * data_parallel_size
+        if per_step < 1 or training.global_batch_size % per_step or not training.global_batch_size:
+            raise DataError(
+                f"global_batch_size {training.global_batch_size} is not a multiple of "
+                f"micro_batch_size {training.micro_batch_size} x data parallel size "
+                f"{data_parallel_size} = {per_step}"
+            )
+        self.num_microbatches = training.global_batch_size // per_step
+        self._rank, self._size = data_parallel_rank, data_parallel_size
+        self._pad_multiple = pad_multiple
+        self._num_workers = data.num_workers
+        self._skip_bad = data.on_bad_sample == "skip"
+        curriculum = open_curriculum(data.train_data, training.seed)
+        self._order, self.order = curriculum.order, curriculum.description
+        self._place = curriculum.place
+        self._reader = Reader(run, tokenizer, curriculum.sources)
+        self._sizes = Sizes(self._order, self._reader, self._place)
+        total = self.num_microbatches * data_parallel_size
+        self._plan: InOrder | Packed
+        if data.packing:
+            capacity = training.micro_batch_size * data.seq_length
+            self._plan = Packed(self._order, total, capacity, self._sizes, self._skip_bad)
+        else:
+            self._plan = InOrder(self._order, total, training.micro_batch_size)
+        self.fingerprint = 0  # of the step that next_batch gave out last: the whole job's
+        self._pool: WorkerPool | None = None
+        self._ahead: deque[_Planned] = deque()
+        self.load_state_dict({"consumed_samples": consumed_samples})
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples trained on or left out."""
+        return self._state["consumed_samples"]
+
+    @consumed_samples.setter
+    def consumed_samples(self, value: int) -> None:
+        self.load_state_dict({"consumed_samples": value})
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values; of any rank that reads, since all of them agree."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Also without packing what was saved with it, and the reverse, where
+        no held sample would be lost; else raises DataError."""
+        self._drop_ahead()
+        self._plan.load_state_dict(state)
+        self._state = self._plan.state_dict()
+
+    def next_batch(self) -> list[Microbatch]:
+        """This rank's microbatches of the next step. A bad row raises DataError and leaves the
+        position as it was, or under `on_bad_sample: skip` is left out and named in
+        `Microbatch.skipped`."""
+        if self._num_workers and self._pool is None:
+            arguments = self._reader.for_workers(self._num_workers)
+            self._pool = self._sizes.pool = WorkerPool(self._num_workers, in_worker, arguments)
+        try:
+            step = self._ahead.popleft() if self._ahead else self._plan_step()
+            if self._pool is not None and step.error is None:
+                self._ahead.append(self._plan_step())
+            if step.error is not None:
+                raise step.error
+            batch = [self._microbatch(step, m) for m in range(self.num_microbatches)]
+        except BaseException:
+            self.load_state_dict(self._state)
+            raise
+        self._state, self.fingerprint = step.after, step.fingerprint
+        return batch
+
+    def pass_over(self) -> None:
+        """A step that this rank's reader read. Its state is known here without packing only;
+        the state to be saved is a reader's."""
+        if isinstance(self._plan, InOrder):
+            self._plan.next_step()
+            self._state = self._plan.state_dict()
+
+    def close(self) -> None:
+        """End the workers, if there are any."""
+        self._drop_ahead()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = self._sizes.pool = None
+
+    def _plan_step(self) -> _Planned:
+        try:
+            step = self._plan.next_step()
+        except DataError as error:
+            return _Planned([], [], {}, error=error)
+        mine = assign(step, self._size)[self._rank]
+        places = [[self._place(n) for n in step.microbatches[m]] for m in mine]
+        skipped = step.skipped if self._rank == 0 else []
+        after = self._plan.state_dict()
+        whole = json.dumps([step.microbatches, len(step.skipped), after])
+        planned = _Planned(places, skipped, after, zlib.crc32(whole.encode()))
+        if self._pool is not None:
+            for microbatch in places:
+                at = self._reader.describe(microbatch)
+                planned.tickets.append(self._pool.submit("build", microbatch, at))
+        return planned
+
+    def _microbatch(self, step: _Planned, number: int) -> Microbatch:
+        if self._pool is not None:
+            found = self._pool.result(step.tickets[number])
+        else:
+            found = self._reader.build(step.places[number])
+        bad = [text for text in found if isinstance(text, str)]
+        if bad and not self._skip_bad:
+            raise DataError(bad[0])
+        return collate(
+            [sample for sample in found if isinstance(sample, Sample)],
+            settings=self._reader.builder.settings,
+            pad_id=self._reader.builder.tokenizer.pad_id,
+            pad_multiple=self._pad_multiple,
+            skipped=[*(step.skipped if number == 0 else []), *bad],
+        )
+
+    def _drop_ahead(self) -> None:
+        if self._pool is not None:
+            self._pool.forget([ticket for step in self._ahead for ticket in step.tickets])
+        self._ahead.clear()
+        self._sizes.forget()

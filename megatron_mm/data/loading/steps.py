@@ -1,0 +1,158 @@
+"""Which samples make up the microbatches of a step, before it is known which rank reads them.
+
+A plan is a pure function of its state and the order, the same on every rank; the number of
+data-parallel ranks only decides, in `assign`, who computes what. So a saved state goes on
+under any number of them with no sample lost or repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from megatron_mm.data.loading.order import Order
+from megatron_mm.data.loading.packing import pack, spread
+from megatron_mm.data.sample import Size
+from megatron_mm.errors import DataError, EndOfData
+
+# Upcoming samples held to choose from, beyond those of the step, in packs.
+SPARE_SHARE, MIN_SPARE = 0.5, 8
+# Rows left out one after the other before the data is taken to be all bad.
+MAX_BAD_RUN = 1000
+
+
+class Step(NamedTuple):
+    microbatches: list[list[int]]  # numbers of samples, for each microbatch of the whole step
+    loads: list[Size] | None  # what each costs, if that is known
+    skipped: list[str]  # rows left out before they came near a microbatch
+
+
+class InOrder:
+    """A fixed number of samples a microbatch, in order. State: `consumed_samples`."""
+
+    def __init__(self, order: Order, num_microbatches: int, micro_batch_size: int) -> None:
+        self._order = order
+        self._count, self._size = num_microbatches, micro_batch_size
+        self._consumed = 0
+
+    def next_step(self) -> Step:
+        """Raises DataError if the phases hold no whole step any more."""
+        start, size = self._consumed, self._size
+        end = start + self._count * size
+        self._order.locate(end - 1)
+        self._consumed = end
+        return Step([list(range(n, n + size)) for n in range(start, end, size)], None, [])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed_samples": self._consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        held = state.get("held")
+        if held:
+            raise DataError(
+                f"the checkpoint was packing and holds {len(held)} samples that were read but not "
+                "trained on; set packing, or use finetune to start the data anew"
+            )
+        self._consumed = int(state["consumed_samples"])
+
+
+class Packed:
+    """Microbatches filled with whole samples up to `capacity` tokens.
+
+    State: `position`, the next sample to be read, `held`, those read and not yet trained on,
+    and `consumed_samples`, how many were trained on or left out.
+
+    `measure(number)` is the size of a sample, or what is wrong with it; it must be the same
+    on every rank. Bad samples are raised, or left out if `skip_bad`.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        num_microbatches: int,
+        capacity: int,
+        measure: Callable[[int], Size | str],
+        skip_bad: bool,
+    ) -> None:
+        self._order, self._measure, self._skip_bad = order, measure, skip_bad
+        self._count, self._capacity = num_microbatches, capacity
+        spare = max(int(SPARE_SHARE * num_microbatches), MIN_SPARE)
+        self._wanted_tokens = (num_microbatches + spare) * capacity
+        self._position = 0
+        self._held: list[int] = []
+        self._sizes: dict[int, Size] = {}
+
+    def next_step(self) -> Step:
+        """When finite phases run out the last steps hold what is left. Raises EndOfData when
+        nothing is, DataError for a bad sample."""
+        skipped = self._fill()
+        if not self._held:
+            raise EndOfData(
+                f"train_data: the phases' {self._order.length} samples are used up; raise "
+                "`samples` of the last phase (or leave it out) or lower train_iters"
+            )
+        sizes = [self._sizes[number] for number in self._held]
+        bins = pack(sizes, self._count, self._capacity)
+        microbatches = [[self._held[i] for i in bin_] for bin_ in bins]
+        loads = [
+            Size(sum(sizes[i].tokens for i in bin_), sum(sizes[i].tiles for i in bin_))
+            for bin_ in bins
+        ]
+        taken = {number for numbers in microbatches for number in numbers}
+        self._held = [number for number in self._held if number not in taken]
+        self._sizes = {number: self._sizes[number] for number in self._held}
+        return Step(microbatches, loads, skipped)
+
+    def _fill(self) -> list[str]:
+        """Read sizes until enough samples are held; the rows left out on the way."""
+        skipped: list[str] = []
+        run = 0
+        tokens = sum(self._size(number).tokens for number in self._held)
+        end = self._order.length
+        while tokens < self._wanted_tokens and (end is None or self._position < end):
+            found = self._measure(self._position)
+            if isinstance(found, str):
+                run += 1
+                if not self._skip_bad:
+                    raise DataError(found)
+                if run == MAX_BAD_RUN:
+                    raise DataError(f"{run} rows one after the other are bad, the last: {found}")
+                skipped.append(found)
+            else:
+                run = 0
+                tokens += found.tokens
+                self._held.append(self._position)
+                self._sizes[self._position] = found
+            self._position += 1
+        return skipped
+
+    def _size(self, number: int) -> Size:
+        """Of a held sample; after a resume it is measured again."""
+        if number not in self._sizes:
+            found = self._measure(number)
+            if isinstance(found, str):  # it was good when it was taken in
+                raise DataError(found)
+            self._sizes[number] = found
+        return self._sizes[number]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "consumed_samples": self._position - len(self._held),
+            "position": self._position,
+            "held": list(self._held),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Also takes the state of a run that did not pack."""
+        self._position = int(state.get("position", state["consumed_samples"]))
+        self._held = [int(number) for number in state.get("held", [])]
+        held = set(self._held)
+        self._sizes = {n: size for n, size in self._sizes.items() if n in held}
+
+
+def assign(step: Step, num_ranks: int) -> list[list[int]]:
+    """For each rank the microbatches (indices) it computes, equally many for all: dealt out in
+    turn, or if their loads are known so that these are even."""
+    if step.loads is None:
+        return [list(range(rank, len(step.microbatches), num_ranks)) for rank in range(num_ranks)]
+    return spread(step.loads, num_ranks)

@@ -1,0 +1,160 @@
+"""Which tiles of an image enter the token stream, and which the vision memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.data.images import TilePlan, plan_tiles
+from megatron_mm.errors import DataError
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What the data room must know of the vision side. Sizes are pixels."""
+
+    image_size: int
+    patch_size: int
+    pixel_shuffle_factor: int
+    max_num_tiles: int
+    max_image_tokens: int | None
+    use_thumbnail: bool
+    image_stream: str
+    vision_memory: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Stream tokens of one tile, after the pixel shuffle."""
+        return (self.patches_per_side // self.pixel_shuffle_factor) ** 2
+
+
+def image_settings(run: RunConfig) -> ImageSettings | None:
+    """The image half of a run's settings, checked; None for a model without vision.
+
+    Raises DataError for sizes that do not divide and for a thumbnail that is asked for but
+    never made.
+    """
+    vision, fusion, data = run.model.vision, run.model.fusion, run.data
+    if vision is None:
+        return None
+    unit = vision.patch_size * fusion.pixel_shuffle_factor
+    if unit < 1 or vision.image_size % unit:
+        raise DataError(
+            f"image_size {vision.image_size} is not a multiple of patch_size "
+            f"{vision.patch_size} x pixel_shuffle_factor {fusion.pixel_shuffle_factor} = {unit}"
+        )
+    for name, value in (
+        ("image_stream", fusion.image_stream),
+        ("vision_memory", fusion.vision_memory),
+    ):
+        if value == "thumbnail" and not data.use_thumbnail and data.max_num_tiles > 1:
+            raise DataError(
+                f"{name} is 'thumbnail' but use_thumbnail is false while max_num_tiles is "
+                f"{data.max_num_tiles}; set use_thumbnail or max_num_tiles 1"
+            )
+    if len(data.image_mean) != 3 or len(data.image_std) != 3 or min(data.image_std) <= 0:
+        raise DataError("image_mean and image_std need 3 numbers each, image_std above 0")
+    return ImageSettings(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        pixel_shuffle_factor=fusion.pixel_shuffle_factor,
+        max_num_tiles=data.max_num_tiles,
+        max_image_tokens=data.max_image_tokens,
+        use_thumbnail=data.use_thumbnail,
+        image_stream=fusion.image_stream,
+        vision_memory=fusion.vision_memory,
+        mean=tuple(data.image_mean),
+        std=tuple(data.image_std),
+    )
+
+
+def select_tiles(plan: TilePlan, choice: str) -> list[int]:
+    """Indices into the plan's tiles for none / thumbnail / tiles / all.
+
+    An image of a single tile has no separate thumbnail: that tile is its own summary.
+    """
+    grid = plan.rows * plan.cols
+    if choice == "none":
+        return []
+    if choice == "all":
+        return list(range(plan.num_tiles))
+    if choice == "tiles" or grid == 1:
+        return list(range(grid))
+    if choice == "thumbnail" and plan.thumbnail:
+        return [grid]
+    raise DataError(
+        f"cannot take {choice!r} from a {plan.rows}x{plan.cols} grid without a thumbnail; "
+        "set use_thumbnail"
+    )
+
+
+def used_tiles(plan: TilePlan, settings: ImageSettings) -> list[int]:
+    """The tiles that the ViT sees: those of the stream and those of the memory."""
+    stream = select_tiles(plan, settings.image_stream)
+    return sorted({*stream, *select_tiles(plan, settings.vision_memory)})
+
+
+def plan_images(
+    sizes: Sequence[tuple[int, int]], settings: ImageSettings | None, where: str
+) -> list[TilePlan]:
+    """The grid of every image of a row, from their (width, height). `settings` may be None if
+    there is no image.
+
+    If the tiles that the ViT sees cost more than `max_image_tokens`, all images are tiled
+    again as if `max_num_tiles` were lower, down to 1, until they fit: the largest such limit
+    counts, and it is the same for all of them. Raises DataError if even 1 tile each is too much.
+    """
+    if not sizes:
+        return []
+    budget, per_tile = settings.max_image_tokens, settings.tokens_per_tile
+    cost = 0
+    for most in range(settings.max_num_tiles, 0, -1):
+        plans = [
+            plan_tiles(
+                *size,
+                image_size=settings.image_size,
+                max_num_tiles=most,
+                use_thumbnail=settings.use_thumbnail,
+            )
+            for size in sizes
+        ]
+        if budget is None:
+            return plans
+        cost = per_tile * sum(len(used_tiles(plan, settings)) for plan in plans)
+        if cost <= budget:
+            return plans
+    raise DataError(
+        f"{where}: {len(sizes)} images need {cost} tokens at 1 tile each, max_image_tokens is "
+        f"{budget}; use fewer images or raise max_image_tokens"
+    )
+
+
+@lru_cache(maxsize=1024)
+def memory_coordinates(plan: TilePlan, settings: ImageSettings) -> torch.Tensor:
+    """Centres (y, x) of the patches a look may attend to, tile by tile, float32 [M, 2]. One
+    tensor is shared by all images of the same grid: not to be written to."""
+    tiles = select_tiles(plan, settings.vision_memory)
+    centres = [patch_centres(plan, tile, settings.patches_per_side) for tile in tiles]
+    return torch.cat([torch.zeros(0, 2), *centres])
+
+
+def patch_centres(plan: TilePlan, tile: int, patches_per_side: int) -> torch.Tensor:
+    """Centres (y, x) of a tile's patches in fractions of the whole image, float32 [P*P, 2],
+    row by row. The thumbnail covers the whole image."""
+    if tile < plan.rows * plan.cols:
+        rows, cols, (row, col) = plan.rows, plan.cols, divmod(tile, plan.cols)
+    else:
+        rows, cols, row, col = 1, 1, 0, 0
+    centres = (torch.arange(patches_per_side, dtype=torch.float32) + 0.5) / patches_per_side
+    y, x = torch.meshgrid((row + centres) / rows, (col + centres) / cols, indexing="ij")
+    return torch.stack([y.flatten(), x.flatten()], dim=-1)

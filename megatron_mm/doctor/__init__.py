@@ -1,0 +1,1 @@
+"""What a run would use on this machine, and what is missing."""

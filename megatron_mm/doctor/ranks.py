@@ -1,0 +1,235 @@
+"""Do all ranks of a job have the same software and settings, and how fast are they connected?
+
+`tools/doctor.py` calls it under torchrun. Every rank writes a note; whatever differs is named with
+both values and both hosts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm import platform
+from megatron_mm.config import ConfigError, ParallelConfig, RunConfig, load, to_dict, validate
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = (
+    *("torch", "megatron-core", "transformers", "transformer-engine", "flash-linear-attention"),
+    *("apex", "triton", "numpy"),
+)
+LARGEST_SKEW = 1.0  # seconds: rendezvous and logs compare clocks of different nodes
+BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and both of Adam's moments
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+
+
+def _code() -> str:
+    """Of the sources themselves, since a folder need not be a checkout."""
+    files = sorted((ROOT / "megatron_mm").rglob("*.py"))
+    return _digest(*(file.read_bytes() for file in files))
+
+
+def _revision() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "no checkout"
+
+
+def _run(argv: list[str]) -> tuple[RunConfig | None, str]:
+    """(the run, or None, why not)"""
+    if not argv:
+        return None, ""
+    try:
+        run = load(None, argv)
+        validate(run, dist.get_world_size())
+    except ConfigError as error:
+        return None, str(error)
+    return run, ""
+
+
+def note(run: RunConfig | None, problem: str) -> dict[str, Any]:
+    """What has to be equal everywhere, by name."""
+    same: dict[str, Any] = {"python": ".".join(map(str, sys.version_info[:3]))}
+    same |= {name: _version(name) for name in PACKAGES}
+    same |= {"revision": _revision(), "code": _code(), "config": problem or "none"}
+    if torch.cuda.is_available():
+        same["gpu"] = torch.cuda.get_device_name()
+        same["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        links = sorted(Path("/sys/class/infiniband").glob("*/ports/*/state"))
+        states = [f"{p.parts[-4]}:{p.read_text().strip()}" for p in links]
+        same["infiniband"] = ", ".join(states) or "none"
+    words = sorted(k for k in os.environ if k.startswith("NCCL_") or k == "OMP_NUM_THREADS")
+    same["environment"] = " ".join(f"{k}={os.environ[k]}" for k in words) or "none"
+    settings: dict[str, str] = {}
+    if run is not None:
+        same["config"] = _digest(json.dumps(to_dict(run), sort_keys=True).encode())
+        settings = {
+            f"{section}.{key}": json.dumps(value)
+            for section, part in to_dict(run).items()
+            for key, value in part.items()
+        }
+    return {"host": socket.gethostname(), "same": same, "settings": settings, "problem": problem}
+
+
+def difference(notes: list[dict[str, Any]]) -> str | None:
+    """The first thing in which a rank is not like rank 0, in one line with what to do."""
+    first = notes[0]
+    for rank, other in enumerate(notes):
+        if other["problem"]:
+            return f"rank {rank} on {other['host']} refuses the run: {other['problem']}"
+        for name, value in first["same"].items():
+            theirs = other["same"].get(name)
+            if theirs == value:
+                continue
+            if name == "config":
+                name, theirs, value = _setting(other["settings"], first["settings"])
+            remedy = {
+                "revision": "check out one revision everywhere",
+                "code": "copy one version of megatron_mm everywhere",
+                "environment": "export the same variables on every node",
+                "infiniband": "repair the link, or leave the node out",
+                "gpu": "use nodes of one kind",
+            }.get(name, "give every node the same")
+            return (
+                f"{name} differs: rank {rank} on {other['host']} has {theirs}, rank 0 on "
+                f"{first['host']} has {value}; {remedy}"
+            )
+    return None
+
+
+def _setting(theirs: dict[str, str], ours: dict[str, str]) -> tuple[str, str, str]:
+    """The first setting in which two runs differ, and both values."""
+    for key in [*ours, *theirs]:
+        if theirs.get(key) != ours.get(key):
+            return f"setting {key}", theirs.get(key, "none"), ours.get(key, "none")
+    return "config", "another", "one"
+
+
+def clock_skew() -> list[float]:
+    """Seconds by which each rank's clock is ahead of rank 0's; the median of five barriers, which
+    ranks leave within milliseconds of each other."""
+    rounds = []
+    for _ in range(5):
+        dist.barrier()
+        times: list = [None] * dist.get_world_size()
+        dist.all_gather_object(times, time.time())
+        rounds.append([t - times[0] for t in times])
+    return [statistics.median(r[rank] for r in rounds) for rank in range(len(rounds[0]))]
+
+
+def bandwidths(megabytes: int) -> dict[str, float]:
+    """GB/s of bus bandwidth, as nccl-tests counts it: what a link must carry, whatever the size of
+    the group."""
+    size, device = dist.get_world_size(), platform.device()
+    count = megabytes * 2**20 // 4 // size * size
+    data, other = (torch.zeros(count, device=device) for _ in range(2))
+    share = (size - 1) / size
+    found = {}
+    operations: dict[str, tuple[Callable[[], Any], float]] = {
+        "all-reduce": (lambda: dist.all_reduce(data), 2 * share),
+        "all-to-all": (lambda: dist.all_to_all_single(other, data), share),
+    }
+    for name, (operation, factor) in operations.items():
+        seconds = []
+        for _ in range(5):
+            dist.barrier()
+            begin = time.perf_counter()
+            operation()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        found[name] = factor * 4 * count / statistics.median(seconds[1:]) / 1e9
+    return found
+
+
+def disk(run: RunConfig) -> tuple[str, bool]:
+    """What is free where checkpoints go, against what one needs."""
+    from megatron_mm.model.blueprint import blueprint
+
+    folder = Path(run.checkpoint.save or run.logging.output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    parameters = sum(torch.Size(p.global_shape).numel() for p in blueprint(run.model).values())
+    needed = BYTES_PER_PARAMETER * parameters if run.checkpoint.save else 0
+    text = f"{free / 1e9:,.1f} GB free at {there}"
+    if needed:
+        text += f", a checkpoint needs {needed / 1e9:,.1f} GB"
+    return text, free > needed
+
+
+def examine(argv: list[str]) -> tuple[list[tuple[str, str, bool]], str | None]:
+    """Of a job that has started: (name, finding, whether it is fine) of each check, and what
+    keeps a run from starting. The same on every rank, which all call it."""
+    run, problem = _run(argv)
+    notes: list = [None] * dist.get_world_size()
+    dist.all_gather_object(notes, note(run, problem))
+    hosts = sorted({n["host"] for n in notes})
+    lines = [("ranks", f"{len(notes)} on {len(hosts)} host(s): {', '.join(hosts[:4])}", True)]
+    different = difference(notes)
+    if different is not None:
+        return lines, different
+    same = notes[0]["same"]
+    names = ("revision", "code", "config")
+    lines.append(("same everywhere", ", ".join(f"{n} {same[n]}" for n in names), True))
+    skew = clock_skew()
+    rank = max(range(len(skew)), key=lambda r: abs(skew[r]))
+    lines.append(("clocks", f"at most {abs(skew[rank]):.3f} s from rank 0's", True))
+    if abs(skew[rank]) > LARGEST_SKEW:
+        return lines, (
+            f"the clock of rank {rank} on {notes[rank]['host']} is {skew[rank]:+.1f} s from rank "
+            f"0's on {notes[0]['host']}, {LARGEST_SKEW:g} s is allowed; "
+            "synchronise it (chrony, ntp)"
+        )
+    if len(notes) > 1:
+        for name, speed in bandwidths(256 if torch.cuda.is_available() else 16).items():
+            lines.append((name, f"{speed:.3g} GB/s bus bandwidth over all ranks", True))
+    if run is not None:
+        spaces: list = [None] * len(notes)
+        dist.all_gather_object(spaces, disk(run))
+        text, _ = spaces[0]
+        full = [r for r, (_, enough) in enumerate(spaces) if not enough]
+        lines.append(("disk", text, not full))
+        if full:
+            where = f"rank {full[0]} on {notes[full[0]]['host']}"
+            return lines, f"{where}: {spaces[full[0]][0]}; free some, or set another --save"
+    return lines, None
+
+
+def main(argv: list[str], show: Callable[[str, str, bool], None]) -> int:
+    """Under torchrun: rank 0 shows what was found; 1 on every rank if a run cannot start."""
+    from megatron_mm.parallel import groups
+
+    platform.end_with_parent()
+    groups.start(ParallelConfig())
+    lines, problem = examine(argv)
+    if dist.get_rank() == 0:
+        for line in lines:
+            show(*line)
+        if problem is not None:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0 if problem is None else 1

@@ -1,0 +1,1 @@
+"""EARL: experts of their own for every skill, and their reward."""

@@ -1,0 +1,244 @@
+"""Run a labelled probe through the model and count which experts its tokens took.
+
+The model reads rows with their own answers. Counted are the positions that predict the tokens of
+a labelled span, one before each, with the token that stands there: what the router saw. Routes
+stay on the ranks of their layers and positions; only counts are brought together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.config import token_multiple
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.chat import check_messages
+from megatron_mm.data.collate import collate
+from megatron_mm.data.files.rows import open_source
+from megatron_mm.data.loading.shuffle import BlockCache
+from megatron_mm.data.sample import Sample, SampleBuilder
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.earl.clusters import Tally, on_layers
+from megatron_mm.earl.route_counts import RouteCounts, count_routes
+from megatron_mm.earl.spans import Label, load_labeller, token_labels
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import agree, receive
+from megatron_mm.errors import DataError, RLError
+from megatron_mm.parallel.sequence import shard, take
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is read: at most `samples` rows of a file (None: all), in an order drawn from `seed`,
+    `batch_size` together; spans are found by `labeller` (rl/spans.py). The same is counted with the
+    skills shuffled among rows, `shuffles` times: what chance alone gives."""
+
+    data: str
+    labeller: str = "clauses"
+    samples: int | None = None
+    batch_size: int = 16
+    seed: int = 1
+    shuffles: int = 19  # so many in vain: chance is below 1 in 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is counted. `rows`, in the order in which they are read: row -> (tokens of its answer
+    with the stop, its spans as (first token, end, skill ids: its own, then of each shuffle))."""
+
+    skills: list[str]
+    rows: dict[int, tuple[int, list[tuple[int, int, list[int]]]]]
+    shuffles: int
+
+
+class ProbeRows:
+    """The rows of a probe with their labels. Raises DataError or RLError, also on access."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, probe: Probe) -> None:
+        self._rows = open_source(probe.data, BlockCache())
+        self._builder = SampleBuilder(engine.run, tokenizer)
+        self._tokenizer, self._labeller = tokenizer, load_labeller(probe.labeller)
+        generator = torch.Generator().manual_seed(probe.seed)
+        order = torch.randperm(len(self._rows), generator=generator)
+        self.order = order[: probe.samples].tolist()
+        if len(self.order) < 2:
+            raise DataError(f"{probe.data}: {len(self.order)} rows; two halves need at least 2")
+        self.settings = self._builder.settings
+
+    def labels(self, index: int) -> tuple[int, list[Label]]:
+        """(tokens of a row's answer with its stop, its labels); reads no image."""
+        file, index = self._rows.locate(index)
+        row, where = file[index], file.where(index)
+        last = check_messages(row, where)[-1]
+        if last["role"] != "assistant":
+            raise DataError(
+                f"{where}: the last of {len(row['messages'])} messages is a {last['role']} turn; "
+                "a probe follows the row's own answer, end with an assistant turn"
+            )
+        ids = self._tokenizer.encode(last["content"])
+        labels = token_labels(row, ids, self._tokenizer, self._labeller, where)
+        return len(ids) + 1, labels
+
+    def plan(self, probe: Probe) -> Plan:
+        """What is to be counted. Skills are shuffled among rows and not among spans: the spans of
+        a row have its skills and its routes in common, and must keep them."""
+        found = [self.labels(index) for index in self.order]
+        skills = sorted({label.skill for _, labels in found for label in labels})
+        if not skills:
+            raise DataError(
+                f"0 of {len(self.order)} rows have labels; rows need 'spans' (labeller clauses) "
+                "or 'skill' and 'ground_truth' (labeller whole)"
+            )
+        own = [[skills.index(label.skill) for label in labels] for _, labels in found]
+        generator = torch.Generator().manual_seed(probe.seed)
+        labelled = [number for number, ids in enumerate(own) if ids]
+        donors = []
+        for _ in range(probe.shuffles):
+            places = torch.randperm(len(labelled), generator=generator).tolist()
+            donors.append(dict(zip(labelled, (own[labelled[i]] for i in places), strict=True)))
+        rows = {}
+        for number, (answer, labels) in enumerate(found):
+            spans = [
+                (label.start, label.stop, [own[number][i], *(_nth(d[number], i) for d in donors)])
+                for i, label in enumerate(labels)
+            ]
+            rows[self.order[number]] = answer, spans
+        return Plan(skills, rows, probe.shuffles)
+
+    def sample(self, index: int, plan: Plan) -> tuple[Sample, torch.Tensor]:
+        """(the row as the model reads it, int16 [labellings, tokens] the skill that a position
+        serves or -1)"""
+        file, row = self._rows.locate(index)
+        sample = self._builder.training(file[row], file.where(row), file.folder)
+        answer, spans = plan.rows[index]
+        skill_JT = torch.full((1 + plan.shuffles, len(sample.tokens_T)), -1, dtype=torch.int16)
+        # A sample ends with its answer; the position before a token predicts it.
+        before = len(sample.tokens_T) - answer - 1
+        for start, stop, ids in spans:
+            skill_JT[:, before + start : before + stop] = torch.tensor(ids).unsqueeze(1)
+        return sample, skill_JT
+
+
+def _nth(ids: list[int], i: int) -> int:
+    return ids[i % len(ids)]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The probe's route counts.
+
+    Attributes:
+        halves: of every other row, and of the rest; on the job's first rank, else empty.
+        shuffled: of all rows, each with the skills shuffled among rows in another way; as well.
+    """
+
+    skills: list[str]
+    samples: int
+    halves: list[RouteCounts]
+    shuffled: list[RouteCounts]
+
+
+def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> Counted:
+    """Every rank of the job calls it.
+
+    Raises:
+        DataError: on every rank, if a row is bad or none is labelled.
+    """
+    groups = engine.groups
+    rows, planned, error = None, [None], None
+    if groups.is_reader:
+        try:
+            rows = ProbeRows(engine, tokenizer, probe)
+            if dist.get_rank() == 0:
+                planned = [rows.plan(probe)]
+        except (DataError, RLError) as problem:
+            error = str(problem)
+    agree(groups, error)
+    dist.broadcast_object_list(planned, src=0, group=groups.world)
+    plan: Plan = planned[0]
+    # A microbatch is of one half, and there is one for every stage of every replica in a round.
+    size, order = probe.batch_size, list(plan.rows)
+    chunks = [
+        (half, order[half::2][i : i + size])
+        for half in (0, 1)
+        for i in range(0, len(order[half::2]), size)
+    ]
+    together = groups.pg.dp.size() * groups.pg.pp.size()
+    chunks += [(0, [])] * (-len(chunks) % together)
+    tallies = [Tally() for _ in range(2 + plan.shuffles)]
+    engine.training(False)
+    for start in range(0, len(chunks), together):
+        mine = chunks[start : start + together][groups.pg.dp.rank() :: groups.pg.dp.size()]
+        batches, labels = _read(engine, tokenizer, rows, mine, plan)
+        for (half, _), counts in zip(mine, _count(engine, batches, labels, plan), strict=True):
+            for tally, found in zip([tallies[half], *tallies[2:]], counts, strict=False):
+                tally.add(found)
+    engine.training(True)
+    parts = [None] * groups.world.size() if dist.get_rank() == 0 else None
+    dist.gather_object([tally.total() for tally in tallies], parts, dst=0, group=groups.world)
+    if parts is None:
+        return Counted(plan.skills, len(order), [], [])
+    by_tally = zip(*parts, strict=True)
+    merged = [Tally(waiting=[c for c in counts if c is not None]) for counts in by_tally]
+    totals = [tally.total() for tally in merged]
+    return Counted(plan.skills, len(order), totals[:2], totals[2:])
+
+
+def _read(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    rows: ProbeRows | None,
+    chunks: list[tuple[int, list[int]]],
+    plan: Plan,
+) -> tuple[list[Microbatch], list[torch.Tensor]]:
+    """The replica's microbatches and, [labellings, T], the skills of their positions."""
+    labels: list[torch.Tensor] = []
+    any_row = next(iter(plan.rows))
+
+    def read() -> list[Microbatch]:
+        batches = []
+        for _, indices in chunks:
+            # Nothing to count, but other replicas may need our part of their forward passes.
+            made = [rows.sample(index, plan) for index in indices or [any_row]]
+            batch = collate(
+                [sample for sample, _ in made],
+                settings=rows.settings,
+                pad_id=tokenizer.pad_id,
+                pad_multiple=token_multiple(engine.run),
+            )
+            skill_JT = torch.full((1 + plan.shuffles, len(batch.tokens_T)), -1, dtype=torch.int16)
+            if indices:
+                skill_JT[:, : batch.num_real_tokens] = torch.cat([skill for _, skill in made], 1)
+            batches.append(batch)
+            labels.append(skill_JT)
+        return batches
+
+    batches, _ = receive(engine.groups, read)
+    message = [labels]
+    dist.broadcast_object_list(message, group=engine.groups.replica, group_src=0)
+    return batches, message[0]
+
+
+def _count(
+    engine: Engine, batches: list[Microbatch], labels: list[torch.Tensor], plan: Plan
+) -> list[list[RouteCounts]]:
+    """Of each microbatch, for each labelling: what this rank's layers did at its positions; none
+    on a rank without layers."""
+    language, layers = engine.run.model.language, engine.config.num_layers
+    sizes = language.num_experts, len(plan.skills), language.vocab_size
+    records: list[dict] = [{} for _ in batches]
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    engine.forward(batches, lambda batch: nowhere, lambda logits, **_: None, routes=records)
+    counts: list[list[RouteCounts]] = []
+    for batch, skill_JT, record in zip(batches, labels, records, strict=True):
+        here, mine = sorted(record), shard(len(batch.tokens_T), engine.groups.pg)
+        counts.append([])
+        if here:
+            routes_tLk = torch.stack([record[index] for index in here], 1).cpu()
+            token_t = take(batch.tokens_T, mine)
+            for skill_T in skill_JT.long():
+                found = count_routes(routes_tLk, take(skill_T, mine), token_t, *sizes)
+                counts[-1].append(on_layers(found, here, layers))
+    return counts

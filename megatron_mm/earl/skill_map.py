@@ -1,0 +1,156 @@
+"""The skill map: which experts of which layer serve which skill, as readable JSON.
+
+    {"format": "megatron_mm skill map 1", "num_layers": 4, "num_experts": 8, "moe_router_topk": 2,
+     "skills": {"ocr": [[1, 5], [0], [], [2, 7]], ...}, "info": {...}}
+
+`skills` has for each skill the experts of each layer, `info` whatever a reader may want to know
+(how it was found, how stable it is).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mm.errors import RLError
+
+FORMAT = "megatron_mm skill map 1"
+SIZES = ("num_layers", "num_experts", "moe_router_topk")
+
+
+@dataclass(frozen=True)
+class SkillMap:
+    """Raises RLError if sizes and clusters do not fit each other."""
+
+    num_layers: int
+    num_experts: int
+    moe_router_topk: int
+    # skill -> of each layer, the experts, ascending; a layer may have none
+    skills: dict[str, list[list[int]]]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.skills:
+            raise RLError("a skill map with 0 skills; it needs at least 1")
+        for skill, clusters in self.skills.items():
+            _check_clusters(self, skill, clusters)
+
+    @property
+    def names(self) -> list[str]:
+        """The skills in the order of their ids."""
+        return list(self.skills)
+
+    def membership(self) -> torch.Tensor:
+        """bool [S, L, E]"""
+        member_SLE = torch.zeros(
+            len(self.skills), self.num_layers, self.num_experts, dtype=torch.bool
+        )
+        for s, clusters in enumerate(self.skills.values()):
+            for layer, experts in enumerate(clusters):
+                member_SLE[s, layer, experts] = True
+        return member_SLE
+
+    def skill_ids(
+        self, labels: Sequence[str | None], where: str, on_missing: str = "error"
+    ) -> tuple[list[int], int]:
+        """Ids of labels, -1 for None, and how many labels were skipped.
+
+        A skill that the map has no cluster for raises RLError, naming `where`, or with
+        on_missing="skip" counts as no label.
+        """
+        ids = {skill: number for number, skill in enumerate(self.skills)}
+        unknown = [label for label in labels if label is not None and label not in ids]
+        if unknown and on_missing == "error":
+            raise RLError(
+                f"{where}: skill {unknown[0]!r} has no cluster among the {len(ids)} of the skill "
+                f"map ({', '.join(ids)}); discover it, or relabel the spans"
+            )
+        return [ids.get(label, -1) for label in labels], len(unknown)
+
+
+def load_skill_map(
+    path: str | Path, num_layers: int, num_experts: int, moe_router_topk: int
+) -> SkillMap:
+    """The map in a file, for a model of these sizes. Raises RLError, in one line, for a file that
+    cannot be read, is no map, or was made for another model."""
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON ({error})"
+        raise RLError(f"skill map {path}: {reason}") from None
+    if not isinstance(held, Mapping) or held.get("format") != FORMAT:
+        found = held.get("format") if isinstance(held, Mapping) else type(held).__name__
+        raise RLError(f"skill map {path}: format is {found!r}; this version reads {FORMAT!r}")
+    missing = [key for key in (*SIZES, "skills") if key not in held]
+    if missing:
+        raise RLError(f"skill map {path}: {missing[0]!r} is missing; write the map again")
+    for key, expected in zip(SIZES, (num_layers, num_experts, moe_router_topk), strict=True):
+        if held[key] != expected:
+            raise RLError(
+                f"skill map {path}: {key} is {held[key]}, the model's is {expected}; "
+                "discover the experts of this model"
+            )
+    if not isinstance(held["skills"], Mapping):
+        raise RLError(f"skill map {path}: 'skills' is no object; write the map again")
+    info = held.get("info", {})
+    try:
+        return SkillMap(num_layers, num_experts, moe_router_topk, dict(held["skills"]), info)
+    except RLError as error:
+        raise RLError(f"skill map {path}: {error}") from None
+
+
+def save_skill_map(skill_map: SkillMap, path: str | Path) -> None:
+    """Written whole or not at all; one line for each skill."""
+    head = {"format": FORMAT} | {key: getattr(skill_map, key) for key in SIZES}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    skills = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in skill_map.skills.items()]
+    lines += ['  "skills": {', ",\n".join(skills), "  },"]
+    lines += [f'  "info": {json.dumps(skill_map.info)}']
+    text = "{\n" + "\n".join(lines) + "\n}\n"
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def shuffled(skill_map: SkillMap, seed: int) -> SkillMap:
+    """The control: in each layer the experts change places at random. Sizes of clusters, and how
+    much two skills share, stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    skills: dict[str, list[list[int]]] = {skill: [] for skill in skill_map.skills}
+    for layer in range(skill_map.num_layers):
+        place = torch.randperm(skill_map.num_experts, generator=generator).tolist()
+        for skill, clusters in skill_map.skills.items():
+            skills[skill].append(sorted(place[expert] for expert in clusters[layer]))
+    sizes = [getattr(skill_map, key) for key in SIZES]
+    return SkillMap(*sizes, skills, skill_map.info | {"shuffled_with_seed": seed})
+
+
+def _check_clusters(skill_map: SkillMap, skill: str, clusters: Any) -> None:
+    at = f"skill {skill!r}"
+    if not isinstance(clusters, list) or not all(isinstance(c, list) for c in clusters):
+        raise RLError(f"{at} is no list of layers, each a list of experts; write the map again")
+    if len(clusters) != skill_map.num_layers:
+        raise RLError(
+            f"{at} has {len(clusters)} layers, num_layers is {skill_map.num_layers}; "
+            "write one list for each layer"
+        )
+    for layer, experts in enumerate(clusters):
+        for expert in experts:
+            if type(expert) is not int or not 0 <= expert < skill_map.num_experts:
+                raise RLError(
+                    f"{at}, layer {layer}: expert {expert!r} of {skill_map.num_experts}; "
+                    f"use 0 to {skill_map.num_experts - 1}"
+                )
+        if len({*experts}) != len(experts):
+            raise RLError(f"{at}, layer {layer}: an expert is named twice; name each once")
+    if not any(clusters):
+        raise RLError(
+            f"{at} has 0 experts in all {skill_map.num_layers} layers; probe more samples of it, "
+            "or take it out of the map"
+        )

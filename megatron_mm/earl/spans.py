@@ -1,0 +1,171 @@
+"""Which tokens of a completion exercise which skill, and whether they got it right.
+
+A *labeller* reads a row and the text of a completion and names parts of the text. It is a name
+(`clauses`, `whole`) or the dotted path of a function
+
+    def my_labeller(row, text, where) -> list[Label]
+
+which finds the parts in whatever way its data allows. Here the parts become tokens, for
+`router_reward.label_positions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.errors import DataError, RLError
+from megatron_mm.evaluation.scoring import score
+from megatron_mm.plugins import Registry, parse_specs
+
+Row = Mapping[str, Any]
+BETWEEN = ", "  # clauses
+
+
+class Label(NamedTuple):
+    """Of characters [start, stop) of a text, or of tokens of a completion."""
+
+    start: int
+    stop: int
+    skill: str
+    correct: bool
+
+
+Labeller = Callable[[Row, str, str], list[Label]]
+
+
+LABELLERS: Registry[Labeller] = Registry(
+    "labeller",
+    {name: f"megatron_mm.earl.spans.{name}" for name in ("clauses", "whole")},
+    kind="function",
+    error=RLError,
+)
+
+
+def load_labeller(entry: str) -> Labeller:
+    """The labeller of a name or dotted path, with options as rewards have them. Raises RLError."""
+    (spec,) = parse_specs([entry], LABELLERS)
+    return partial(LABELLERS[spec.path], **spec.options)
+
+
+def clauses(row: Row, text: str, where: str) -> list[Label]:
+    """The text is cut at ", ". Clause i has the skill of the row's span i, and is right if it is
+    that span's text; clauses beyond the spans have no skill. A span whose own text holds ", " is
+    compared with as many clauses together. One word is the answer at once, if the last span
+    has a `value`: it exercises that span's skill, and is right if it is that value."""
+    spans = _spans(row, where)
+    if spans and "value" in spans[-1] and len(text.split()) == 1:
+        return [Label(0, len(text), spans[-1]["skill"], text.strip() == spans[-1]["value"])]
+    labels, start = [], 0
+    for span in spans:
+        if start > len(text):
+            break  # the completion has fewer clauses than the row spans
+        stop = start - len(BETWEEN)
+        for _ in range(1 + span["text"].count(BETWEEN)):
+            found = text.find(BETWEEN, stop + len(BETWEEN))
+            stop = len(text) if found < 0 else found
+            if found < 0:
+                break
+        if start < stop:
+            labels.append(Label(start, stop, span["skill"], text[start:stop] == span["text"]))
+        start = stop + len(BETWEEN)
+    return labels
+
+
+def whole(row: Row, text: str, where: str) -> list[Label]:
+    """The whole text has the row's `skill` and is right if the row's scorer gives it 1. Rows
+    without a skill or a truth have no label."""
+    skill, truth, scorer = row.get("skill"), row.get("ground_truth"), row.get("scorer") or "exact"
+    if skill is None or truth is None or not text:
+        return []
+    for name, value in (("skill", skill), ("ground_truth", truth), ("scorer", scorer)):
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {name} {value!r} is not text; write it in quotes")
+    try:
+        return [Label(0, len(text), skill, score(scorer, text, truth) == 1)]
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def token_labels(
+    row: Row, ids: Sequence[int], tokenizer: Tokenizer, labeller: Labeller, where: str
+) -> list[Label]:
+    """The labels of a completion, in tokens, ascending and apart. A token that parts share
+    belongs to the one that holds most of it. Stop tokens belong to none, nor does what follows
+    the first.
+
+    Args:
+        where: `file:row`, for messages.
+    Raises:
+        DataError: from the labeller, for the row.
+        RLError: for labels that overlap or leave the text.
+    """
+    ids = list(ids)
+    if tokenizer.message_end_id in ids:
+        ids = ids[: ids.index(tokenizer.message_end_id)]
+    text = tokenizer.decode(ids)
+    parts = sorted(labeller(row, text, where))
+    end = 0
+    for part in parts:
+        if not end <= part.start < part.stop <= len(text):
+            raise RLError(
+                f"{where}: a label of characters {part.start} to {part.stop}, the one before ends "
+                f"at {end} and the text at {len(text)}; labels may be neither empty nor overlap"
+            )
+        end = part.stop
+    # Of each token the part it belongs to, -1 for none; a part's tokens are then consecutive.
+    owners = [_owner(parts, *piece) for piece in token_pieces(ids, tokenizer)]
+    return [
+        Label(owners.index(i), len(owners) - owners[::-1].index(i), part.skill, part.correct)
+        for i, part in enumerate(parts)
+        if i in owners
+    ]
+
+
+def _owner(parts: Sequence[Label], start: int, stop: int) -> int:
+    shares = [min(stop, part.stop) - max(start, part.start) for part in parts]
+    best = max(range(len(parts)), key=shares.__getitem__, default=-1)
+    return best if best >= 0 and shares[best] > 0 else -1
+
+
+def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Of each token, which characters [start, stop) of `tokenizer.decode(ids)` it writes. Tokens
+    that only together make a character all write it; one that writes nothing (a special token)
+    is taken with the next character.
+
+    What a token writes depends on a few before it (spaces at a beginning, bytes of a character),
+    so a piece is the difference of two short texts, not of two prefixes.
+    """
+    ends, length, known, done = [], 0, 0, 0
+    for here in range(1, len(ids) + 1):
+        before, now = tokenizer.decode(ids[known:done]), tokenizer.decode(ids[known:here])
+        # A replacement character is an unfinished one, unless nothing follows.
+        if len(now) > len(before) and (not now.endswith("\ufffd") or here == len(ids)):
+            length += len(now) - len(before)
+            known, done = done, here
+        ends.append(length)
+    starts = [0, *ends][:-1]
+    pieces, stop = [], length
+    for start, end in zip(reversed(starts), reversed(ends), strict=True):
+        stop = end if end > start else stop
+        pieces.append((start, max(start, stop)))
+    return pieces[::-1]
+
+
+def _spans(row: Row, where: str) -> list[Mapping[str, str]]:
+    """The row's `spans`, each with texts `text` and `skill`; none if there is no such column."""
+    spans = row.get("spans")
+    if spans is None:
+        return []
+    if not isinstance(spans, list):
+        raise DataError(f"{where}: 'spans' is a {type(spans).__name__}; write a list of objects")
+    for number, span in enumerate(spans, start=1):
+        for key in ("text", "skill"):
+            if not isinstance(span, dict) or not isinstance(span.get(key), str) or not span[key]:
+                raise DataError(
+                    f"{where}: span {number} of {len(spans)} has no text {key!r}; a span is an "
+                    'object such as {"text": "cell 5 is 6", "skill": "ocr"}'
+                )
+    return spans

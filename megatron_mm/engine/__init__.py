@@ -1,0 +1,1 @@
+"""One optimizer step on any layout, and how ranks act together."""

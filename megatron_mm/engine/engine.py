@@ -1,0 +1,265 @@
+"""One optimizer step: megatron-core's DDP, schedule, optimizer and scheduler around a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mm import platform
+from megatron_mm.config import RunConfig
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.objective import Objective, TeachesRouters
+from megatron_mm.engine.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    clip_and_step,
+    distributes,
+    freeze,
+    overlaps,
+)
+from megatron_mm.model.backends.choice import Backend
+from megatron_mm.model.decode import DecodeCache
+from megatron_mm.model.multimodal import MultimodalModel, build
+from megatron_mm.model.routing import Routes, Terms, check_forbidden, check_routes
+from megatron_mm.parallel.groups import Groups
+from megatron_mm.parallel.sequence import held_positions
+
+
+@dataclass
+class Engine:
+    """
+    Attributes:
+        models: this rank's pipeline stages, each wrapped by DDP; one without virtual stages.
+    """
+
+    run: RunConfig
+    groups: Groups
+    models: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def chunks(self) -> list[MultimodalModel]:
+        """This rank's pipeline stages, in the order of the model."""
+        return [wrapped.module for wrapped in self.models]
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.chunks[0].config
+
+    @classmethod
+    def create(cls, run: RunConfig, groups: Groups, backend: Backend | None = None) -> Engine:
+        """`backend`: instead of the one that the settings choose."""
+        destroy_moe_metrics_tracker()  # process-wide, and as long as the last model was deep
+        chunks = build(run, groups.pg, backend)
+        config = chunks[0].config
+        reduce, gather = overlaps(run, groups.pg)
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=distributes(run, groups.pg),
+            overlap_grad_reduce=reduce,
+            overlap_param_gather=gather,
+            grad_reduce_in_fp32=True,
+        )
+        models = []
+        for number, chunk in enumerate(chunks):
+            freeze(chunk, run)
+            models.append(
+                DistributedDataParallel(
+                    config,
+                    ddp,
+                    chunk,
+                    disable_bucketing=number > 0,  # only the first has communication to hide
+                    pg_collection=groups.pg,
+                )
+            )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.no_sync_func = _each(models, "no_sync")
+        if ddp.overlap_grad_reduce:
+            config.grad_sync_func = _each(models, "start_grad_sync")
+        if ddp.overlap_param_gather:
+            config.param_sync_func = _each(models, "start_param_sync")
+        optimizer = build_optimizer(run, models, groups.pg)
+        config.grad_scale_func = optimizer.scale_loss
+        return cls(run, groups, models, optimizer, build_scheduler(run, optimizer))
+
+    def training(self, mode: bool) -> None:
+        """Switch every stage to training or to evaluation."""
+        for model in self.models:
+            model.train(mode)
+
+    def forward_backward(
+        self, batches: Sequence[Microbatch], objective: Objective, terms: Terms | None = None
+    ) -> list:
+        """Accumulate the gradients of one step; the objective's sums on the last stage.
+
+        Args:
+            terms: if given, filled with the router terms of an objective that `TeachesRouters`:
+                moe index -> sum over this rank's positions of all microbatches.
+        """
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        pg = self.groups.pg
+
+        def finish(output: torch.Tensor, batch: Microbatch, positions: torch.Tensor):
+            return objective.loss(output, batch, positions, pg)
+
+        term = objective.router_term if isinstance(objective, TeachesRouters) else None
+        return self._schedule(
+            batches,
+            objective.positions,
+            finish,
+            forward_only=False,
+            router_term=term,
+            terms=terms,
+        )
+
+    def gradient_norm(self) -> float:
+        """Over every parameter of the model, before clipping; the same on every rank."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def update(self, gradient_norm: float) -> None:
+        """Clip, step, advance the schedule.
+
+        Args:
+            gradient_norm: what `gradient_norm` returned for these gradients.
+        """
+        clip_and_step(self.optimizer, gradient_norm, self.run.optimizer.clip_grad)
+        self.scheduler.step(increment=1)
+
+    def learning_rate(self) -> float:
+        """Of the language model; other modules have multiples of it."""
+        return float(self.scheduler.get_lr({}))
+
+    def forward(
+        self,
+        batches: Sequence[Microbatch],
+        positions: Callable[[Microbatch], torch.Tensor],
+        finish: Callable,
+        looks: dict[int, list[torch.Tensor]] | None = None,
+        caches: Sequence[DecodeCache] | None = None,
+        routes: Sequence[Routes] | None = None,
+    ) -> list:
+        """Forward passes only: `finish(logits, batch, positions)` per microbatch on the last
+        stage, where both callables mean what they mean in `Objective`.
+
+        Args:
+            looks: if given, filled with the attention weights of this stage's looks.
+            caches: if given, one for each microbatch, of the rows being decoded. Under a virtual
+                pipeline there are then whole rounds of microbatches.
+            routes: if given, one for each microbatch, filled with the experts that this rank's
+                layers chose at its positions (`model.routing.whole_routes` makes them whole).
+        """
+
+        given = {"cache": caches, "routes": routes}
+        of_each = [
+            {name: values[n] for name, values in given.items() if values is not None}
+            for n in range(len(batches))
+        ]
+
+        def collect(output: torch.Tensor, non_loss_data: bool = True, **which):
+            return finish(output, **which)
+
+        with torch.no_grad():
+            return self._schedule(
+                batches, positions, collect, forward_only=True, of_each=of_each, looks=looks
+            )
+
+    @contextmanager
+    def forbidding(self, experts: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Without some experts, for evaluation: moe index -> bool [E], True where no token may go.
+        Every rank gives those of every layer.
+
+        Raises:
+            ValueError: if fewer experts remain than a token takes.
+        """
+        language, layers = self.run.model.language, self.config.num_layers
+        check_forbidden(experts, layers, language.moe_router_topk, language.num_experts)
+        device = platform.device()
+        for chunk in self.chunks:
+            chunk.forbidden = {index: mask.to(device) for index, mask in experts.items()}
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.forbidden = {}
+
+    def _schedule(
+        self,
+        batches: Sequence[Microbatch],
+        positions: Callable[[Microbatch], torch.Tensor],
+        finish: Callable,
+        forward_only: bool,
+        of_each: Sequence[dict] = (),
+        **model_kwargs,
+    ) -> list:
+        pg, device, wanted = self.groups.pg, platform.device(), len(batches)
+        language = self.run.model.language
+        sizes = language.moe_router_topk, language.num_experts
+
+        def feed(chunk: MultimodalModel) -> Iterator[tuple[Microbatch, torch.Tensor, dict]]:
+            for number, batch in enumerate(batches):
+                tokens = len(batch.tokens_T)
+                if batch.routes is not None:
+                    check_routes(batch.routes, chunk.moe_layers, tokens, *sizes)
+                own = of_each[number] if number < len(of_each) else {}
+                yield batch.to(device), held_positions(positions(batch), tokens, pg.cp), own
+
+        if len(self.models) > 1 and forward_only:
+            # The interleaved schedule takes whole rounds of microbatches only.
+            batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
+        common = {
+            "forward_step_func": forward_step(finish, **model_kwargs),
+            "data_iterator": [feed(chunk) for chunk in self.chunks],
+            "model": self.models,
+            "num_microbatches": len(batches),
+            "seq_length": self.run.data.seq_length,  # shapes are exchanged, not derived from it
+            "micro_batch_size": self.run.training.micro_batch_size,
+            "forward_only": forward_only,
+            "collect_non_loss_data": forward_only,
+            "pg_collection": pg,
+        }
+        if pg.pp.size() == 1:
+            return forward_backward_no_pipelining(**common)
+        common["p2p_communicator"] = P2PCommunicator(pp_group=pg.pp, config=self.config)
+        if len(self.models) > 1:
+            return forward_backward_pipelining_with_interleaving(**common)[:wanted]
+        return forward_backward_pipelining_without_interleaving(**common)
+
+
+def forward_step(finish: Callable, **model_kwargs) -> Callable:
+    """What megatron-core's schedules call with an iterator over (batch, held positions, arguments
+    of its own) and a stage: the stage's output and what becomes of it on the last one."""
+
+    def step(iterator, model):
+        batch, held, own = next(iterator)
+        output = model(batch, positions=held, **own, **model_kwargs)
+        return output, partial(finish, batch=batch, positions=held)
+
+    return step
+
+
+def _each(models: list[DistributedDataParallel], method: str) -> Callable | list[Callable]:
+    """What the schedules expect: one function, or with virtual stages one of each."""
+    functions = [getattr(model, method) for model in models]
+    return functions if len(functions) > 1 else functions[0]

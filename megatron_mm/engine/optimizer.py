@@ -1,0 +1,170 @@
+"""Which parameters learn, how fast, and with what decay."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import chain
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mm import platform
+from megatron_mm.config import ParallelConfig, RunConfig
+from megatron_mm.model.layers.lora import is_adapter
+
+
+def module_of(name: str) -> str:
+    """The module a parameter belongs to: vision, projector, clvr, router or language."""
+    if name.startswith("vision.projector."):
+        return "projector"
+    if name.startswith("vision.memory_proj.") or ".looks." in name:
+        return "clvr"
+    if name.startswith("vision."):
+        return "vision"
+    if ".router." in name:
+        return "router"
+    return "language"
+
+
+def decays(name: str, param: torch.Tensor) -> bool:
+    """No weight decay on norms, biases, layer scales, A_log, dt_bias (all one-dimensional), nor
+    on the class token and the position embedding."""
+    return param.dim() > 1 and not name.endswith(("class_token", "positions"))
+
+
+def freeze(model: torch.nn.Module, run: RunConfig) -> None:
+    """Switch off the gradients of every module whose freeze flag is set, and of what LoRA
+    adapts; adapters always learn."""
+    for name, param in model.named_parameters():
+        module = module_of(name)
+        frozen = run.lora.adapts(module) or getattr(run.training, f"freeze_{module}")
+        if frozen and not is_adapter(name):
+            param.requires_grad_(False)
+
+
+def _overrides(
+    run: RunConfig, models: list[DistributedDataParallel]
+) -> dict[ParamKey, ParamGroupOverride]:
+    """One entry per (module, decays) pair whose settings differ from the default.
+
+    Predicates carry the identity of their parameters: megatron-core hands them tensors only.
+    """
+    settings = run.optimizer
+    members: dict[tuple[float, float], set[int]] = {}
+    named = chain.from_iterable(model.module.named_parameters() for model in models)
+    for name, param in named:
+        module = module_of(name)
+        rate = 1.0 if module == "language" else getattr(settings, f"lr_mult_{module}")
+        members.setdefault((rate, float(decays(name, param))), set()).add(id(param))
+    overrides = {}
+    for (rate, decay), ids in sorted(members.items()):
+        override = {}
+        if rate != 1.0:
+            override |= {"max_lr": settings.lr * rate, "min_lr": settings.min_lr * rate}
+        if not decay:
+            override["wd_mult"] = 0.0
+        if override:
+            predicate = ParamPredicate(
+                name=f"lr x {rate}, decay x {decay}", fn=lambda p, ids=ids: id(p) in ids
+            )
+            overrides[ParamKey(predicate=predicate)] = override
+    return overrides
+
+
+def distributes(run: RunConfig, pg: ProcessGroupCollection) -> bool:
+    """Whether there are replicas to share the optimizer's work. Without them the distributed
+    optimizer would only copy every gradient and parameter once more."""
+    replicas = max(pg.dp_cp.size(), pg.expt_dp.size())
+    return run.parallel.use_distributed_optimizer and replicas > 1
+
+
+def overlaps(run: RunConfig, pg: ProcessGroupCollection) -> tuple[bool, bool]:
+    """Whether gradients are reduced, and parameters gathered, while the model computes."""
+    hides = pg.dp_cp.size() > 1 and platform.device().type == "cuda"
+    reduce, gather = overlap_settings(run.parallel, hides)
+    return reduce, gather and distributes(run, pg)
+
+
+def overlap_settings(parallel: ParallelConfig, hides: bool) -> tuple[bool, bool]:
+    """What is asked for; what is left open is on where it hides anything."""
+    reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    reduce = hides if reduce is None else reduce
+    hides = hides and reduce and parallel.use_distributed_optimizer
+    return reduce, hides if gather is None else gather
+
+
+def build_optimizer(
+    run: RunConfig, models: list[DistributedDataParallel], pg: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """AdamW; the distributed optimizer where there are replicas, unless switched off."""
+    settings = run.optimizer
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=run.training.bf16,
+        params_dtype=torch.bfloat16 if run.training.bf16 else torch.float32,
+        use_distributed_optimizer=distributes(run, pg),
+        overlap_param_gather=overlaps(run, pg)[1],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = get_megatron_optimizer(
+            config,
+            models,
+            config_overrides=_overrides(run, models),
+            use_gloo_process_groups=False,
+            pg_collection=pg,
+        )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if isinstance(inner, torch.optim.AdamW):  # neither apex nor Transformer Engine is there
+            # One pass over each tensor instead of ten; megatron-core has no word for it.
+            for group in inner.param_groups:
+                group["fused"] = True
+    return optimizer
+
+
+def clip_and_step(optimizer: MegatronOptimizer, gradient_norm: float, clip_grad: float) -> None:
+    """`optimizer.step()` with the norm already known. After `prepare_grads`."""
+    scale = clip_grad / (gradient_norm + 1.0e-6)  # as clip_grad_by_total_norm_fp32 has it
+    if 0.0 < scale < 1.0:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            gradients = [p.grad for p in part.get_parameters() if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, scale)
+    optimizer.step_with_ready_grads()
+
+
+def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up, then decay to min_lr at train_iters; counted in steps."""
+    settings, training = run.optimizer, run.training
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=max(training.train_iters, settings.lr_warmup_iters + 1),
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=training.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

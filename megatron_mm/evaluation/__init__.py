@@ -1,0 +1,1 @@
+"""Questions, answers, scores, and what a pass looks like inside."""

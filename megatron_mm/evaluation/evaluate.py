@@ -1,0 +1,177 @@
+"""Accuracy per skill: greedy answers to the questions of a JSONL file, scored row by row."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_mm.config import model_stages
+from megatron_mm.data.sample import Sample
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import agree
+from megatron_mm.errors import DataError
+from megatron_mm.evaluation.questions import EvalItem, EvalSet
+from megatron_mm.evaluation.scoring import chance, score
+from megatron_mm.generation.generate import Prompts, generate
+from megatron_mm.generation.lanes import Completion
+from megatron_mm.generation.sampling import Sampling
+from megatron_mm.parallel.groups import Groups
+from megatron_mm.parallel.param_layout import layouts
+
+Results = dict[str, dict[str, float]]
+
+
+def open_questions(engine: Engine, tokenizer: Tokenizer) -> tuple[EvalSet, list[str]]:
+    """The questions and the key of each. Raises DataError on every rank if a row is bad."""
+    run, questions, keys, error = engine.run, None, [], None
+    try:
+        questions = EvalSet(run.data.valid_data, run, tokenizer, run.evaluation.eval_samples)
+        keys = [questions.key(index) for index in range(len(questions))]
+    except DataError as problem:
+        error = str(problem)
+    agree(engine.groups, error)
+    return questions, keys
+
+
+def _answers(
+    engine: Engine, tokenizer: Tokenizer, questions: EvalSet, asked: list[int], stop
+) -> list[tuple[int, EvalItem, str]] | None:
+    """(index, question, answer) of each question that this replica is asked; none on ranks that
+    do not read; None if any rank wants to stop."""
+    settings, items = engine.run.evaluation, []
+
+    def read(number: int) -> Sample:
+        item = questions[asked[number]]
+        items.append(replace(item, sample=None))  # its pixels need not be kept
+        return item.sample
+
+    found = generate(
+        engine,
+        Prompts(read, asked),
+        Sampling((tokenizer.message_end_id,), settings.max_new_tokens, temperature=0.0),
+        max_num_seqs=settings.eval_batch_size,
+        pad_id=tokenizer.pad_id,
+        stop=stop,
+    )
+    if found is None:
+        return None
+    texts = [tokenizer.decode(_text_ids(completion)) for (completion,) in found]
+    return list(zip(asked, items, texts, strict=True)) if engine.groups.is_reader else []
+
+
+def _text_ids(completion: Completion) -> list[int]:
+    ids = completion.tokens_G.tolist()
+    return ids[:-1] if completion.finished else ids
+
+
+def ask(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    questions: EvalSet,
+    chosen: Iterable[int],
+    keys: Sequence[str],
+    stop: Callable[[], bool] = lambda: False,
+) -> list[dict] | None:
+    """One record for each of the chosen questions, in their order; the same on every rank. None
+    if `stop` turned true on any rank. Every rank of the job calls it.
+
+    Args:
+        keys: of all questions.
+    """
+    groups = engine.groups
+    # Questions of one kind stay together, since their answers are of one length.
+    order = sorted(chosen, key=keys.__getitem__)
+    asked = order[groups.pg.dp.rank() :: groups.pg.dp.size()]
+    found = _answers(engine, tokenizer, questions, asked, stop)
+    if found is None:
+        return None
+    records = []
+    for index, item, text in found:
+        record = {"index": index, "key": item.key, "prediction": text}
+        record |= {"truth": item.ground_truth, "scorer": item.scorer}
+        record["score"] = score(item.scorer, text, item.ground_truth)
+        records.append(record)
+    parts: list = [None] * groups.world.size()
+    dist.all_gather_object(parts, records, group=groups.world)
+    return sorted((r for part in parts for r in part), key=lambda r: r["index"])
+
+
+def evaluate(
+    engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool] = lambda: False
+) -> tuple[Results, list[dict]]:
+    """(results by key, one record per question); the same on every rank.
+
+    Every rank of the job calls it. A result holds accuracy and chance (the best constant answer)
+    from 0 to 1 and the number of questions n. Both are empty if `stop` turned true on any rank.
+    """
+    questions, keys = open_questions(engine, tokenizer)
+    records = ask(engine, tokenizer, questions, range(len(keys)), keys, stop)
+    if records is None:
+        return {}, []
+    constant = chance((r["key"], r["scorer"], r["truth"]) for r in records)
+    results: Results = {}
+    for key in sorted(constant):
+        scores = [r["score"] for r in records if r["key"] == key]
+        mean = sum(scores) / len(scores)
+        results[key] = {"accuracy": mean, "chance": constant[key], "n": len(scores)}
+    return results, records
+
+
+def write_record(groups: Groups, path: Path, record: dict, indent: int | None = None) -> None:
+    """The first rank writes `record` as JSON; see `write_text`."""
+    write_text(groups, path, json.dumps(record, indent=indent) + "\n")
+
+
+def write_text(groups: Groups, path: Path, text: str) -> None:
+    """The first rank writes a file. Every rank calls it.
+
+    Raises:
+        DataError: on every rank, if it cannot be written.
+    """
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        except OSError as problem:
+            error = f"cannot write {path}: {problem}"
+    agree(groups, error)
+
+
+def write_results(
+    engine: Engine,
+    results: Results,
+    records: list[dict],
+    folder: Path,
+    *,
+    iteration: int,
+    seconds: float,
+) -> None:
+    """results.json: the accuracies, and what was trained where; answers.jsonl: the record of every
+    question, to compare runs question by question. Every rank calls it."""
+    run, groups = engine.run, engine.groups
+    sizes = {name: math.prod(layout.global_shape) for name, _, layout in layouts(*engine.chunks)}
+    parts: list = [None] * groups.world.size()
+    dist.all_gather_object(parts, sizes, group=groups.world)
+    parallel = run.parallel
+    record = {
+        "skills": results,
+        "iteration": iteration,
+        "seconds": seconds,
+        "parameters": sum({k: v for part in parts for k, v in part.items()}.values()),
+        "layout": {
+            "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+            "expert_model_parallel_size": parallel.expert_model_parallel_size,
+            "data_parallel_size": groups.pg.dp.size(),
+        },
+        "stages": [" ".join(layer.kind for layer in stage.layers) for stage in model_stages(run)],
+    }
+    write_record(groups, folder / "results.json", record, indent=1)
+    write_text(groups, folder / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in records))

@@ -1,0 +1,157 @@
+"""evaluation.json: example questions with where the model looked, and experts by skill;
+experts_before.json: the same experts before training."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_mm.config import parse_pattern, token_multiple
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import receive, share
+from megatron_mm.evaluation.evaluate import ask, open_questions, write_record
+from megatron_mm.evaluation.probe import Load, Looks, probe
+from megatron_mm.evaluation.questions import EvalItem, EvalSet
+from megatron_mm.generation.answers import with_answers
+from megatron_mm.report.page_rl import BEFORE_FILE
+
+SHOWN_PER_KEY = 3  # examples in the report
+PROBED_PER_KEY = 32  # questions behind the experts-by-skill map, in one microbatch
+
+
+def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], folder: Path) -> None:
+    """Probe some answered questions of every key and write folder/evaluation.json.
+
+    Args:
+        records: of `evaluate`, the same on every rank. Every rank calls it.
+    """
+    # Every replica does the same work: with expert parallelism they share forward passes.
+    questions = EvalSet(engine.run.data.valid_data, engine.run, tokenizer)
+    examples: list[dict] = []
+    load: dict[str, Load] = {}
+    engine.training(False)
+    for key, places in _probed([record["key"] for record in records]).items():
+        chosen = [records[place] for place in places]
+        items, answers, looks, routes = _probe_records(engine, tokenizer, questions, chosen)
+        if items:
+            load[key] = {layer: counts.sum(0) for layer, counts in routes.items()}
+            for i in range(min(SHOWN_PER_KEY, len(items))):
+                shown = _example(chosen[i], items[i], folder)
+                shown["looks"] = _looks(engine, tokenizer, items[i], answers[i], looks, i)
+                examples.append(shown)
+    engine.training(True)
+    record = {"examples": examples, "experts": _experts(load)}
+    write_record(engine.groups, folder / "evaluation.json", record)
+
+
+def write_experts_before(
+    engine: Engine, tokenizer: Tokenizer, folder: Path, stop: Callable[[], bool]
+) -> None:
+    """Write folder/experts_before.json: experts by skill over the questions that `write_examples`
+    will probe, with the answers that the model gives now. Nothing is written if `stop` turned
+    true on any rank. Every rank calls it."""
+    questions, keys = open_questions(engine, tokenizer)
+    probed = _probed(keys)
+    chosen = sorted(place for places in probed.values() for place in places)
+    records = ask(engine, tokenizer, questions, chosen, keys, stop)
+    if records is None:
+        return
+    load: dict[str, Load] = {}
+    engine.training(False)
+    for key in probed:
+        of_key = [record for record in records if record["key"] == key]
+        *_, routes = _probe_records(engine, tokenizer, questions, of_key)
+        if routes:
+            load[key] = {layer: counts.sum(0) for layer, counts in routes.items()}
+    engine.training(True)
+    write_record(engine.groups, folder / BEFORE_FILE, {"experts": _experts(load)})
+
+
+def _probed(keys: Sequence[str]) -> dict[str, list[int]]:
+    """Which places in `keys` are probed for each key."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys):
+        places[key].append(place)
+    chosen = {}
+    for turn, key in enumerate(sorted(places)):
+        # Keys ask about the same images in the same order: begin elsewhere for each.
+        first = turn * SHOWN_PER_KEY % max(1, len(places[key]) - PROBED_PER_KEY)
+        chosen[key] = places[key][first : first + PROBED_PER_KEY]
+    return chosen
+
+
+def _probe_records(
+    engine: Engine, tokenizer: Tokenizer, questions: EvalSet, records: list[dict]
+) -> tuple[list[EvalItem], list[list[int]], Looks, Load]:
+    groups = engine.groups
+    items: list[EvalItem] = []
+
+    def read():
+        items.extend(questions[record["index"]] for record in records)
+        return [questions.collate(items)]
+
+    (prompts,), _ = receive(groups, read)
+    ids = [[*tokenizer.encode(r["prediction"]), tokenizer.message_end_id] for r in records]
+    longest = max(map(len, ids))
+    padded = [row + [tokenizer.pad_id] * (longest - len(row)) for row in ids]
+    multiple = token_multiple(engine.run)
+    batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, multiple)
+    lengths = prompts.cu_seqlens.diff().tolist()
+    looks, routes = probe(engine, share(groups, [batch])[0], lengths)
+    return items, ids, looks, routes
+
+
+def _example(record: dict, item: EvalItem, folder: Path) -> dict:
+    image = item.images[0].resolve() if item.images else None
+    return {
+        "key": record["key"],
+        "image": os.path.relpath(image, folder.resolve()) if image else None,
+        "question": item.question.replace("<image>", "").strip(),
+        "prediction": record["prediction"],
+        "truth": record["truth"],
+        "score": record["score"],
+    }
+
+
+def _looks(
+    engine: Engine, tokenizer: Tokenizer, item: EvalItem, answer: list[int], looks: Looks, i: int
+) -> list[dict]:
+    """The weights of each pair over the first image, in reading order of its patches."""
+    if not item.sample.images:
+        return []
+    where = item.sample.images[0].memory_coordinates_M2
+    rows, columns = len(where[:, 0].unique()), len(where[:, 1].unique())
+    if rows * columns != len(where):
+        return []  # patches of several resolutions do not lie on one grid
+    order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
+    layers = parse_pattern(engine.run.model.hybrid_layer_pattern)
+    found = []
+    for pair in sorted(looks):
+        at = next(n for n, la in enumerate(layers) if la.kind == "L" and la.pair == pair)
+        before = [layer.number for layer in layers[:at] if layer.number is not None]
+        weights = looks[pair][i][: len(answer), : len(where)][:, order]
+        found.append(
+            {
+                "pair": pair,
+                "layer": before[-1] if before else 0,
+                "tokens": [tokenizer.decode([t], skip_special=False) for t in answer],
+                "grid": [rows, columns],
+                "weights": [[round(float(w), 5) for w in row] for row in weights],
+            }
+        )
+    return found
+
+
+def _experts(load: dict[str, Load]) -> dict:
+    """The share of each expert among the choices made, per key and layer."""
+    keys = sorted(load)
+    layers = sorted({layer for counts in load.values() for layer in counts})
+    shares = [
+        [(load[key][layer] / load[key][layer].sum()).tolist() for layer in layers] for key in keys
+    ]
+    return {"keys": keys, "layers": layers, "load": shares}

@@ -1,0 +1,122 @@
+"""Look inside a forward pass: where the looks attended, which experts were chosen.
+
+For evaluation and reports only. What each rank saw of a microbatch is reduced where it is
+and sent to the replica's reader as small tables.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.engine import Engine
+from megatron_mm.model.routing import Routes
+from megatron_mm.model.segments import Segments
+from megatron_mm.parallel.sequence import part, shard, take
+
+# pair -> per sample [answer tokens, patches of that sample], averaged over heads
+Looks = dict[int, list[torch.Tensor]]
+# layer number -> [samples, experts]: tokens of each sample that chose each expert
+Load = dict[int, torch.Tensor]
+
+
+def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple[Looks, Load]:
+    """Run one microbatch forward and report on it; on the replica's reader, else empty.
+
+    Every rank of the job calls it.
+
+    Args:
+        batch: prompts with their answers, without or with a padding tail.
+        prompt_lengths: tokens of each sample that come before its answer. The attention
+            weights are those of the positions that chose the answer's tokens: from the last
+            prompt token on.
+    """
+    samples = len(prompt_lengths)
+    lengths = batch.cu_seqlens.diff()[:samples]
+    sample_of_T = torch.full((len(batch.tokens_T),), samples)  # the padding tail: dropped
+    covered = int(lengths.sum())
+    sample_of_T[:covered] = torch.arange(samples).repeat_interleave(lengths)
+    weights: dict[int, list[torch.Tensor]] = {}
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    chosen: Routes = {}
+    engine.forward(
+        [batch], lambda batch: nowhere, lambda logits, **_: None, looks=weights, routes=[chosen]
+    )
+    groups = engine.groups
+    mine = take(sample_of_T, shard(len(sample_of_T), groups.pg))
+    experts = engine.run.model.language.num_experts
+    load = {layer: _count(routes, mine, samples, experts) for layer, routes in chosen.items()}
+    stream = Segments.from_cu_seqlens(batch.cu_seqlens)
+    local = stream.within(part(stream.total, groups.pg.cp))
+    patches = _patches(batch, samples)
+    looks: Looks = {}
+    for pair, recorded in weights.items():
+        seen = [weights.float().mean(0).cpu() for weights in recorded]
+        looks[pair] = [
+            _answer_rows(seen, stream, local, sample, prompt_lengths[sample], patches[sample])
+            for sample in range(samples)
+        ]
+    parts: list = [None] * groups.replica.size()
+    dist.all_gather_object(parts, (looks, load), group=groups.replica)
+    if not groups.is_reader:
+        return {}, {}
+    return _merge(parts, groups.pg.tp.size())
+
+
+def _count(
+    routes_tk: torch.Tensor, sample_of_t: torch.Tensor, samples: int, experts: int
+) -> torch.Tensor:
+    """fp32 [samples, experts]: how many of a sample's positions here chose each expert."""
+    table = torch.zeros(samples + 1, experts)
+    where = sample_of_t.unsqueeze(1), routes_tk.long().cpu()
+    return table.index_put_(where, torch.ones(()), accumulate=True)[:samples]
+
+
+def _patches(batch: Microbatch, samples: int) -> list[int]:
+    """How many patches of the memory belong to each sample."""
+    owner = torch.searchsorted(batch.cu_seqlens[1:], batch.memory_visible_M2[:, 1].contiguous())
+    return torch.bincount(owner, minlength=samples)[:samples].tolist()
+
+
+def _answer_rows(
+    seen: list[torch.Tensor],
+    stream: Segments,
+    local: Segments,
+    sample: int,
+    prompt: int,
+    patches: int,
+) -> torch.Tensor:
+    """[answer tokens, patches] of one sample; zero where another context-parallel rank holds
+    the position.
+
+    Args:
+        seen: of each sample that has a piece here, [its positions here, its patches].
+    """
+    rows = torch.zeros(int(stream.lengths[sample]) - prompt, patches)
+    place = sample - local.first
+    if not 0 <= place < local.count:
+        return rows
+    # Position of the piece's first token within its sample; the answer's first row is at prompt-1.
+    begins = int(local.origin + local.starts[place] - stream.starts[sample]) - (prompt - 1)
+    first, stop = max(0, begins), min(len(rows), begins + int(local.lengths[place]))
+    if first < stop:
+        rows[first:stop] = seen[place][first - begins : stop - begins]
+    return rows
+
+
+def _merge(parts: list[tuple[Looks, Load]], tp_size: int) -> tuple[Looks, Load]:
+    """Heads are split over tensor-parallel ranks, positions over context-parallel ones, and the
+    positions of the routes over both."""
+    looks: Looks = {}
+    load: Load = defaultdict(lambda: torch.zeros(()))
+    for some_looks, some_load in parts:
+        for pair, per_sample in some_looks.items():
+            shares = [weights / tp_size for weights in per_sample]
+            known = looks.get(pair, [0.0] * len(shares))
+            looks[pair] = [a + b for a, b in zip(known, shares, strict=True)]
+        for layer, counts in some_load.items():
+            load[layer] = load[layer] + counts
+    return looks, dict(load)

@@ -1,0 +1,98 @@
+"""The questions of an evaluation: prompts without their answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.chat import check_messages
+from megatron_mm.data.collate import collate
+from megatron_mm.data.files.rows import open_source
+from megatron_mm.data.loading.shuffle import BlockCache
+from megatron_mm.data.sample import Sample, SampleBuilder
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.errors import DataError
+from megatron_mm.evaluation.scoring import SCORERS, result_key
+
+
+@dataclass
+class EvalItem:
+    """One question. `sample` ends where the answer begins."""
+
+    sample: Sample
+    question: str  # the last user turn, as written in the row
+    ground_truth: str
+    skill: str
+    form: str
+    scorer: str
+    key: str  # what its result is reported under
+    images: list[Path]  # those that are files; images inside the row have no path
+
+
+class EvalSet:
+    """The rows of a JSONL or parquet file as questions, in file order.
+
+    A row without `ground_truth` is compared with its last answer; without `scorer`, exactly.
+    `limit` keeps the first rows only. Raises DataError for a missing or empty file at
+    construction and for a bad row on access.
+    """
+
+    def __init__(
+        self, path: str | Path, run: RunConfig, tokenizer: Tokenizer, limit: int | None = None
+    ) -> None:
+        self._rows = open_source(path, BlockCache())
+        self._builder = SampleBuilder(run, tokenizer)
+        self._length = len(self._rows) if limit is None else min(limit, len(self._rows))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def key(self, index: int) -> str:
+        """What the result of a row is reported under, without building its sample."""
+        file, index = self._rows.locate(index)
+        row = file[index]
+        try:
+            return result_key(row)
+        except DataError as error:
+            raise DataError(f"{file.where(index)}: {error}") from None
+
+    def __getitem__(self, index: int) -> EvalItem:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        file, index = self._rows.locate(index)
+        row, where = file[index], file.where(index)
+        messages = check_messages(row, where)
+        truth, scorer = row.get("ground_truth"), row.get("scorer") or "exact"
+        if truth is None and messages[-1]["role"] == "assistant":
+            truth = messages[-1]["content"]
+        if not isinstance(truth, str):
+            raise DataError(
+                f"{where}: no answer to compare with; add a text 'ground_truth' or end with an "
+                "assistant turn"
+            )
+        if not isinstance(scorer, str) or scorer not in SCORERS:
+            raise DataError(
+                f"{where}: scorer {scorer!r} is unknown; use one of {', '.join(SCORERS)}"
+            )
+        questions = [m["content"] for m in messages if m["role"] == "user"]
+        return EvalItem(
+            sample=self._builder.prompt(row, where, file.folder),
+            question=questions[-1] if questions else "",
+            ground_truth=truth,
+            skill=row.get("skill") or "all",
+            form=row.get("form") or "direct",
+            scorer=scorer,
+            key=result_key(row),
+            images=[file.folder / i for i in row.get("images") or [] if isinstance(i, str)],
+        )
+
+    def collate(self, items: list[EvalItem], pad_multiple: int = 1) -> Microbatch:
+        """The prompts of `items` as one microbatch (nothing in it is supervised)."""
+        return collate(
+            [item.sample for item in items],
+            settings=self._builder.settings,
+            pad_id=self._builder.tokenizer.pad_id,
+            pad_multiple=pad_multiple,
+        )

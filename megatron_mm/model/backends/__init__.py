@@ -1,0 +1,1 @@
+"""Whose code computes the layers."""

@@ -1,0 +1,148 @@
+"""Whose code computes the language stack: ours in torch, or Transformer Engine's and FLA's.
+
+Layers ask a `Backend` for their parts and never look further. Both backends make the same
+parameters with the same names, shapes and layouts, so the same seed is the same model and a
+checkpoint written with one loads with the other.
+
+What the backend does not decide stays in torch, in bf16 under FP8: the embedding, the output
+layer and the router, where rounding changes a choice between tokens or experts; norms, which
+are not products; CLVR, whose memory rows are of any number and whose products are small; and
+the ViT and the projector, where a tile's 1,025 positions fit no FP8 product.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_mm.config import BackendConfig, ConfigError, ParallelConfig
+from megatron_mm.model.layers.core_attention import causal_attention
+from megatron_mm.model.layers.experts import GroupedExperts
+from megatron_mm.model.layers.gdn.mix import convolve_and_scan, convolve_scan_and_keep
+from megatron_mm.model.layers.linear import Column, Row, column, row
+
+INSTALL_TE = (
+    "pip install -e '.[cuda]' on a machine with CUDA, then "
+    "pip install --no-build-isolation 'transformer-engine[pytorch]'"
+)
+INSTALL_FLA = "pip install -e '.[cuda]' on a machine with CUDA"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """
+    Attributes:
+        column, row: make a parallel linear; signatures of `model/linear.py`.
+        shared_expert: classes of the two linears of megatron-core's shared expert.
+        experts: makes the routed experts of a rank; signature of `GroupedExperts`.
+        core_attention: makes a layer's softmax attention; signature of `causal_attention`.
+        mix: the GDN's convolution and delta rule; signature of `convolve_and_scan`.
+        mix_and_keep: the same for decoding; signature of `convolve_scan_and_keep`.
+        precision: (config, layer) -> what that layer's forward pass runs in; layer None is what
+            the whole stage runs in, around its layers.
+    """
+
+    column: Callable[..., nn.Module]
+    row: Callable[..., nn.Module]
+    shared_expert: MLPSubmodules
+    experts: Callable[..., nn.Module]
+    core_attention: Callable[[], Callable[..., torch.Tensor]]
+    mix: Callable[..., torch.Tensor]
+    mix_and_keep: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    precision: Callable[[TransformerConfig, int | None], AbstractContextManager]
+
+
+def choose(settings: BackendConfig) -> Backend:
+    """The backend that the settings ask for, on the machine at hand.
+
+    Raises:
+        ConfigError: this machine lacks what they ask for.
+    """
+    mix, mix_and_keep = _gdn_kernels(settings.gdn_kernel)
+    if settings.transformer_impl == "local":
+        return Backend(
+            column=column,
+            row=row,
+            shared_expert=MLPSubmodules(linear_fc1=Column, linear_fc2=Row),
+            experts=GroupedExperts,
+            core_attention=lambda: causal_attention,
+            mix=mix,
+            mix_and_keep=mix_and_keep,
+            precision=lambda config, layer: nullcontext(),
+        )
+    problem = missing_transformer_engine()
+    if problem is not None:
+        raise ConfigError(f"transformer_impl is 'transformer_engine', but {problem}")
+    from megatron_mm.model.backends import transformer_engine as backend_te
+
+    backend_te.check_device(settings)
+    return Backend(
+        column=backend_te.column,
+        row=backend_te.row,
+        shared_expert=backend_te.shared_expert(),
+        experts=backend_te.TEGroupedExperts,
+        core_attention=backend_te.PackedAttention,
+        mix=mix,
+        mix_and_keep=mix_and_keep,
+        precision=backend_te.precision,
+    )
+
+
+def _gdn_kernels(asked: str) -> tuple[Callable, Callable]:
+    problem = missing_fla()
+    if asked == "torch" or (asked == "auto" and problem is not None):
+        return convolve_and_scan, convolve_scan_and_keep
+    if problem is not None:
+        raise ConfigError(f"gdn_kernel is 'fla', but {problem}")
+    from megatron_mm.model.layers.gdn import fla as gdn_fla
+
+    return gdn_fla.convolve_and_scan_fla, gdn_fla.convolve_scan_and_keep_fla
+
+
+def check_dispatcher(parallel: ParallelConfig) -> None:
+    """Raises ConfigError if this machine lacks what brings tokens to their experts."""
+    if parallel.moe_token_dispatcher_type != "flex":
+        return
+    problem = None
+    if not torch.cuda.is_available():
+        problem = "there is no CUDA device; allowed here: alltoall"
+    elif importlib.util.find_spec("deep_ep") is None:
+        problem = "DeepEP is not installed: build github.com/deepseek-ai/DeepEP, or use alltoall"
+    if problem is not None:
+        raise ConfigError(f"moe_token_dispatcher_type is 'flex', but {problem}")
+
+
+def missing_transformer_engine() -> str | None:
+    """Why Transformer Engine cannot be used here, in one line with the remedy; None if it can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device; allowed here: local"
+    try:
+        importlib.metadata.version("transformer-engine")
+        import transformer_engine.pytorch  # noqa: F401
+    except importlib.metadata.PackageNotFoundError:
+        return f"Transformer Engine is not installed: {INSTALL_TE}"
+    # A wheel without its CUDA part, or built for another torch, fails in many ways.
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        return (
+            f"Transformer Engine does not load ({type(error).__name__}: {reason[0][:120]}): "
+            f"{INSTALL_TE}"
+        )
+    return None
+
+
+def missing_fla() -> str | None:
+    """Why flash-linear-attention cannot be used here; None if it can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device; allowed here: auto, torch"
+    if importlib.util.find_spec("fla") is None:
+        return f"flash-linear-attention is not installed: {INSTALL_FLA}"
+    return None

@@ -1,0 +1,1 @@
+"""Published models, a folder each."""

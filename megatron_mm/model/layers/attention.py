@@ -1,0 +1,124 @@
+"""Qwen3-Next's gated attention: grouped queries, q/k norm, partial rotary, output gate.
+
+Under context parallelism the ranks trade their part of the sequence for a part of the query
+heads; a key/value group goes to every rank that has a query head of it.
+
+Shapes: T whole stream, t this context-parallel rank's part of it, h heads of this
+tensor-parallel rank, g key/value groups they belong to, n = h / CP, D kv_channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_mm.config import LanguageConfig
+from megatron_mm.model.backends.choice import Backend
+from megatron_mm.model.decode import KeysAndValues
+from megatron_mm.model.layers.norms import RMSNorm
+from megatron_mm.model.layers.rotary import apply_rotary
+from megatron_mm.model.recompute import core
+from megatron_mm.model.segments import Segments
+from megatron_mm.parallel.param_layout import normal
+from megatron_mm.parallel.sequence import heads_to_sequence, sequence_to_heads
+
+
+class GatedAttention(nn.Module):
+    """The `*` layer. One fused projection; the rows of query head i are its query, its gate,
+    and the i-th slices of its group's key and value (D / heads of a group rows each).
+
+    So any number of tensor-parallel ranks up to the number of query heads splits it evenly
+    and in the order of the whole, with fewer groups than ranks too: then the slices are
+    gathered, a few features per token, and nothing is kept or computed twice.
+    """
+
+    def __init__(
+        self,
+        language: LanguageConfig,
+        config: TransformerConfig,
+        pg: ProcessGroupCollection,
+        out_std: float,
+        backend: Backend,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        self.core_attention = backend.core_attention()
+        self.recompute = recompute
+        self.tp, self.cp = pg.tp, pg.cp
+        self.head_dim = language.kv_channels
+        self.heads_per_group = language.num_attention_heads // language.num_query_groups
+        self.kv_slice = self.head_dim // self.heads_per_group
+        rows = language.num_attention_heads * 2 * (self.head_dim + self.kv_slice)
+        init = normal(language.init_method_std)
+        self.linear_qkv = backend.column(
+            language.hidden_size, rows, config=config, init=init, tp=pg.tp
+        )
+        self.linear_proj = backend.row(
+            language.num_attention_heads * self.head_dim,
+            language.hidden_size,
+            config=config,
+            init=normal(out_std),
+            tp=pg.tp,
+        )
+        eps, dtype = language.layernorm_epsilon, config.params_dtype
+        # Every rank normalises its own heads with the one shared weight.
+        self.q_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
+        self.k_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
+
+    def forward(
+        self,
+        hidden_t1H: torch.Tensor,
+        segments: Segments,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        state: KeysAndValues | None = None,
+    ) -> torch.Tensor:
+        """[sequence shard, 1, H] -> the same; rotary is (cos, sin) [t, rotary_dim]. `state`: of
+        the rows being decoded."""
+        fused, _ = self.linear_qkv(hidden_t1H)
+        tokens = fused.shape[0]
+        fused = fused.view(tokens, -1, 2 * (self.head_dim + self.kv_slice))
+        query, gate, slices = fused.split([self.head_dim, self.head_dim, 2 * self.kv_slice], -1)
+        key, value = self._groups(slices)
+        query = apply_rotary(self.q_norm(query), *rotary)
+        key = apply_rotary(self.k_norm(key), *rotary)
+        if self.cp.size() > 1:
+            query, key, value = self._trade(query, key, value)
+        if state is None:
+            mixed = core(self.recompute, self.core_attention, query, key, value, segments)
+        else:
+            mixed = state.attend(self.core_attention, query, key, value, segments)
+        mixed = heads_to_sequence(mixed, self.cp)
+        gated = (mixed * gate.sigmoid()).reshape(tokens, 1, -1)
+        return self.linear_proj(gated)[0]
+
+    def _groups(self, slices_thS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [t, g, D] put together from the slices at this rank's query heads."""
+        tokens, heads, width = slices_thS.shape
+        wanted = range(heads // self.heads_per_group)
+        if not wanted:  # the group's heads are spread over ranks
+            # Gradients of the other ranks' queries come back through the gather.
+            slices_thS = all_gather_last_dim_from_tensor_parallel_region(
+                slices_thS.reshape(tokens, -1), group=self.tp
+            )
+            own = self.tp.rank() * heads // self.heads_per_group
+            wanted = range(own, own + 1)
+        slices = slices_thS.reshape(tokens, -1, self.heads_per_group, 2, self.kv_slice)
+        whole = slices[:, wanted.start : wanted.stop].transpose(2, 3)
+        key, value = whole.reshape(tokens, len(wanted), 2, self.head_dim).unbind(2)
+        return key, value
+
+    def _trade(self, query_thD: torch.Tensor, key_tgD: torch.Tensor, value_tgD: torch.Tensor):
+        """(query [T, n, D], key and value [T, groups of those heads, D]) in one exchange."""
+        tokens, heads, _ = query_thD.shape
+        groups, size = key_tgD.shape[1], self.cp.size()
+        if groups % size:  # several ranks have heads of one group: each gets it
+            of_rank = [rank * groups // size for rank in range(size)]
+            index = torch.tensor(of_rank, device=key_tgD.device)
+            key_tgD, value_tgD = (x.index_select(1, index) for x in (key_tgD, value_tgD))
+        parts = [x.reshape(tokens, size, -1) for x in (query_thD, key_tgD, value_tgD)]
+        traded = sequence_to_heads(torch.cat(parts, dim=-1), self.cp).squeeze(1)
+        sizes = [x.shape[-1] for x in parts]
+        return (x.reshape(len(x), -1, self.head_dim) for x in traded.split(sizes, dim=-1))

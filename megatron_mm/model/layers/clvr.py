@@ -1,0 +1,261 @@
+"""CLVR, cross-layer vision refinement: the language model looks at the image again.
+
+A look queries the vision memory (patch features before the pixel shuffle) with the hidden
+state of its layer; what it finds is added to the residual stream where the pattern says
+`J`, at once or several layers, or pipeline stages, later. The out-projection starts at zero,
+so a model with CLVR added equals the model without until it is trained.
+
+Shapes: T stream, t shard of it, M memory patches, m shard of the padded memory, h local
+heads, D clvr_kv_channels, C memory width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_mm.config import ModelConfig
+from megatron_mm.model.decode import Patches
+from megatron_mm.model.layers.linear import column, row
+from megatron_mm.model.layers.norms import RMSNorm
+from megatron_mm.model.recompute import core
+from megatron_mm.model.segments import Buckets, Segments, similar
+from megatron_mm.parallel.param_layout import constant, normal
+from megatron_mm.parallel.sequence import part
+
+COORDINATE_FREQUENCIES = 6  # 2^0 .. 2^5 half periods over the image
+# Several times the default, so that keys begin by saying where they are: a look then chooses
+# places from the first step, and what stands there can be learnt.
+COORDINATE_STD = 0.2
+
+
+@dataclass(frozen=True)
+class View:
+    """Samples of similar size that look: who may see which patch, as one rectangle."""
+
+    stream: Segments
+    patches: Segments  # of the memory; the same samples
+    position: torch.Tensor  # int64 [samples, width of the stream], in the whole stream
+    visible_from: torch.Tensor  # int64 [samples, width of the memory], likewise
+
+    @property
+    def visible(self) -> torch.Tensor:
+        """bool [samples, width of the stream, width of the memory]"""
+        return self.position[:, :, None] >= self.visible_from[:, None, :]
+
+    @cached_property
+    def sees(self) -> torch.Tensor:
+        """bool [samples, 1, width of the stream, 1]: which positions see any patch."""
+        first = self.visible_from.amin(-1, keepdim=True)
+        return (self.position >= first)[:, None, :, None]
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """bool [samples, 1, width of the stream, width of the memory] for attention. Softmax
+        over nothing is NaN, so positions that see nothing may see all; `sees` mends it after."""
+        return self.visible.unsqueeze(1) | ~self.sees
+
+
+@dataclass(frozen=True)
+class MemoryMap:
+    """Who may look at which patch. Samples without patches are in no view.
+
+    Attributes:
+        samples: int64, those of each view, counted in `local`.
+        patches: of every sample of the stream, in the memory.
+    """
+
+    local: Segments
+    patches: Segments
+    samples: list[torch.Tensor]
+    views: list[View]
+    coordinates_M2: torch.Tensor  # float32 (y, x), 0..1
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        return Buckets([view.stream for view in self.views])
+
+    @classmethod
+    def build(
+        cls,
+        stream: Segments,
+        local: Segments,
+        visible_M2: torch.Tensor,
+        coordinates_M2: torch.Tensor,
+        rows: int,
+    ) -> MemoryMap:
+        """Args:
+        stream, local: all samples, and the pieces of them that look here.
+        visible_M2: [from, to) of the whole stream for each patch, patches ordered by sample;
+            on the CPU.
+        rows: length of the padded memory; the rows past M belong to no sample.
+        """
+        ends = stream.starts + stream.lengths
+        sample = torch.searchsorted(ends, visible_M2[:, 1].contiguous())
+        here = slice(local.first, local.first + local.count)
+        lengths = torch.bincount(sample, minlength=stream.count)
+        starts, width = lengths.cumsum(0) - lengths, max(1, int(lengths.max()))
+        whole = Segments(starts, lengths, width, rows, local.device)
+        memory = Segments(starts[here], lengths[here], width, rows, local.device)
+        groups = similar(torch.stack((local.lengths, memory.lengths), 1))
+        views = [
+            _view(local.pick(group), memory.pick(group), local.origin, visible_M2[:, 0], ends[-1])
+            for group in groups
+        ]
+        patches = len(visible_M2)
+        padded = coordinates_M2.new_zeros(rows, 2)
+        padded[:patches] = coordinates_M2
+        return cls(local, whole, groups, views, padded)
+
+
+def _view(
+    stream: Segments,
+    patches: Segments,
+    origin: int,
+    visible_from_M: torch.Tensor,
+    never: torch.Tensor,
+) -> View:
+    index = patches.starts[:, None] + torch.arange(patches.width)
+    visible_from = visible_from_M[index.clamp(max=len(visible_from_M) - 1)]
+    visible_from = torch.where(patches.valid, visible_from, never)
+    position = origin + stream.starts[:, None] + torch.arange(stream.width)
+    position = position.clamp(max=never - 1)  # padding of the rectangle sees what the last sees
+    moved = (x.to(stream.device, non_blocking=True) for x in (position, visible_from))
+    return View(stream, patches, *moved)
+
+
+def coordinate_features(coordinates_M2: torch.Tensor) -> torch.Tensor:
+    """Sines and cosines of (y, x) at doubling frequencies, [M, 4 * COORDINATE_FREQUENCIES]."""
+    exponent = torch.arange(COORDINATE_FREQUENCIES, device=coordinates_M2.device)
+    angles = coordinates_M2.unsqueeze(-1) * (math.pi * 2.0**exponent)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+
+class Look(nn.Module):
+    """The `L` layer: cross-attention from the hidden state to the memory, [t, 1, H].
+
+    A position that may see no patch gets exactly zero.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        pg: ProcessGroupCollection,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        self.recompute, self.cp, tp = recompute, pg.cp, pg.tp
+        language, fusion = model.language, model.fusion
+        self.head_dim = fusion.clvr_kv_channels
+        width = fusion.clvr_num_attention_heads * self.head_dim
+        memory_width = memory_hidden_size(model)
+        init, dtype = normal(language.init_method_std), config.params_dtype
+        eps, sharded = language.layernorm_epsilon, config.sequence_parallel
+        common = {"config": config, "init": init, "tp": tp}
+        self.query_norm = RMSNorm(language.hidden_size, eps, partial_gradient=sharded, dtype=dtype)
+        self.memory_norm = RMSNorm(memory_width, eps, partial_gradient=sharded, dtype=dtype)
+        self.linear_q = column(language.hidden_size, width, **common)
+        # Rows are [key, value] of each head, so that ranks split by head.
+        self.linear_kv = column(memory_width, 2 * width, **common)
+        # As in the attention layers: at the start, logits of unit size whatever the widths, so
+        # that heads differ and the look can begin to choose. The heads are split over ranks.
+        self.q_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
+        self.k_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
+        self.linear_coordinates = None
+        if fusion.memory_coordinates:
+            self.linear_coordinates = column(
+                4 * COORDINATE_FREQUENCIES,
+                width,
+                gathered_input=True,
+                **(common | {"init": normal(COORDINATE_STD)}),
+            )
+        self.linear_proj = row(
+            width, language.hidden_size, config=config, init=constant(0.0), tp=tp
+        )
+
+    def forward(
+        self,
+        hidden_t1H: torch.Tensor,
+        memory_m1C: torch.Tensor,
+        memory: MemoryMap,
+        record: list[torch.Tensor] | None = None,
+        state: Patches | None = None,
+    ) -> torch.Tensor:
+        """[t, 1, H] -> [t, 1, H].
+
+        Args:
+            record: if given, extended by the attention weights of each sample that has a piece
+                here, [h, its positions here, its patches].
+            state: of the rows being decoded; a step needs neither of the memories.
+        """
+        query, _ = self.linear_q(self.query_norm(hidden_t1H))
+        tokens = query.shape[0]
+        query = self.q_norm(query.view(tokens, -1, self.head_dim))
+        if state is not None and state.cache.stepping:
+            found = state.look(query, part(state.cache.rows, self.cp))
+        else:
+            key, value = self._keys_and_values(memory_m1C, memory)
+            if record is not None:
+                record.extend(attention_weights(query, key, memory))
+            if state is not None:
+                state.store(key, value, memory.patches)
+            found = core(self.recompute, memory_attention, query, key, value, memory)
+        return self.linear_proj(found.reshape(tokens, 1, -1))[0]
+
+    def _keys_and_values(
+        self, memory_m1C: torch.Tensor, memory: MemoryMap
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each [M, h, D]"""
+        fused, _ = self.linear_kv(self.memory_norm(memory_m1C))
+        key, value = fused.view(len(fused), -1, 2 * self.head_dim).chunk(2, dim=-1)
+        if self.linear_coordinates is not None:
+            features = coordinate_features(memory.coordinates_M2).to(key.dtype)
+            key = key + self.linear_coordinates(features)[0].view_as(key)
+        return self.k_norm(key), value
+
+
+def memory_attention(
+    query_ThD: torch.Tensor, key_MhD: torch.Tensor, value_MhD: torch.Tensor, memory: MemoryMap
+) -> torch.Tensor:
+    """What each position finds in the patches that it may see, [T, h, D]; exactly 0 if none."""
+    if not memory.views:  # the parameters still take part, with gradients of zero
+        return 0.0 * (query_ThD + key_MhD.sum() + value_MhD.sum())
+    found = []
+    for view in memory.views:
+        query = view.stream.to_rectangle(query_ThD).transpose(1, 2)
+        key, value = (view.patches.to_rectangle(x).transpose(1, 2) for x in (key_MhD, value_MhD))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=view.mask)
+        found.append(torch.where(view.sees, mixed, 0.0).transpose(1, 2))
+    return memory.buckets.join(found)
+
+
+def attention_weights(
+    query_ThD: torch.Tensor, key_MhD: torch.Tensor, memory: MemoryMap
+) -> list[torch.Tensor]:
+    """The weights of `memory_attention` of every sample, [h, its length, its patches], for
+    reports."""
+    lengths = memory.local.lengths.tolist()
+    weights = [query_ThD.new_zeros(query_ThD.shape[1], length, 0) for length in lengths]
+    for samples, view in zip(memory.samples, memory.views, strict=True):
+        query = view.stream.to_rectangle(query_ThD).transpose(1, 2)
+        key = view.patches.to_rectangle(key_MhD).transpose(1, 2)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        found = scores.masked_fill(~view.visible.unsqueeze(1), -torch.inf).softmax(-1)
+        found = torch.where(view.sees, found, 0.0).detach()
+        patches = view.patches.lengths.tolist()
+        for n, of_sample, count in zip(samples.tolist(), found, patches, strict=True):
+            weights[n] = of_sample[:, : lengths[n], :count]
+    return weights
+
+
+def memory_hidden_size(model: ModelConfig) -> int:
+    """Width of a memory row: a quarter of the hidden size unless set."""
+    return model.fusion.memory_hidden_size or model.language.hidden_size // 4

@@ -1,0 +1,116 @@
+"""The routed experts of one rank, as two stacked tensors.
+
+Stacking keeps a 512-expert layer at two parameters instead of 1,024 and lets a sharded
+checkpoint re-shard experts like any other dimension. The gate and up halves are a
+dimension of their own, so expert-tensor-parallel ranks split each half by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from megatron_mm.parallel.param_layout import normal, place
+
+
+class GroupedExperts(nn.Module):
+    """y = (silu(x W_gate^T) * x W_up^T * p) W_down^T for each token of each local expert.
+
+    The interface is that of megatron-core's `MoESubmodules.experts`.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+        std: float,
+        out_std: float,
+    ):
+        super().__init__()
+        etp = pg_collection.expt_tp
+        ffn = config.moe_ffn_hidden_size // etp.size()
+        shape = (num_local_experts, 2, ffn, config.hidden_size)
+        self.gate_up = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+        shape = (num_local_experts, config.hidden_size, ffn)
+        self.down = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+        common = {"rows_drawn_alone": True, "expert": True}
+        place(self.gate_up, normal(std), split={0: pg_collection.ep, 2: etp}, **common)
+        place(self.down, normal(out_std), split={0: pg_collection.ep, 2: etp}, **common)
+
+    def forward(
+        self,
+        tokens_RH: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        probs_R: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """Rows R are sorted by local expert; returns [R, H] and no bias."""
+        sizes = tokens_per_expert.tolist()
+        probs_R = probs_R.to(tokens_RH.dtype)
+        return _Experts.apply(tokens_RH, probs_R, self.gate_up, self.down, sizes), None
+
+    def backward_dw(self) -> None:
+        """Part of megatron-core's interface; weight gradients are never delayed here."""
+
+
+class _Experts(torch.autograd.Function):
+    """By hand, because autograd keeps four [R, F] tensors where one [R, 2F] is enough, and
+    collects the gradients of the experts' weights one by one before it stacks them.
+
+    Only the matrix products go expert by expert; the rest is done for all rows at once.
+    """
+
+    @staticmethod
+    def forward(ctx, x_RH, probs_R, gate_up, down, sizes: list[int]):
+        inner = _products(x_RH, gate_up.flatten(1, 2).transpose(1, 2), sizes)
+        gate, up = inner.chunk(2, dim=-1)
+        hidden = F.silu(gate).mul_(up).mul_(probs_R.unsqueeze(-1))
+        ctx.sizes = sizes
+        ctx.save_for_backward(x_RH, probs_R, gate_up, down, inner)
+        return _products(hidden, down.transpose(1, 2), sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x_RH, probs_R, gate_up, down, inner = ctx.saved_tensors
+        sizes, probs = ctx.sizes, probs_R.unsqueeze(-1)
+        d_out = d_out.contiguous()
+        gate, up = inner.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        hidden = silu * up
+        d_hidden = _products(d_out, down, sizes)
+        d_probs = (d_hidden * hidden).sum(-1)
+        d_hidden.mul_(probs)
+        d_down = d_gate_up = None
+        if ctx.needs_input_grad[3]:
+            d_down = _weight_gradients(d_out, hidden.mul_(probs), sizes)
+        d_inner = torch.empty_like(inner)
+        d_gate, d_up = d_inner.chunk(2, dim=-1)
+        torch.mul(d_hidden, silu, out=d_up)
+        d_gate.copy_(torch.ops.aten.silu_backward(d_hidden.mul_(up), gate))
+        if ctx.needs_input_grad[2]:
+            d_gate_up = _weight_gradients(d_inner, x_RH, sizes).view_as(gate_up)
+        d_x = _products(d_inner, gate_up.flatten(1, 2), sizes)
+        return d_x, d_probs, d_gate_up, d_down, None
+
+
+def _products(x_RI: torch.Tensor, weight_EIO: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Each expert's rows times its weight, [R, O]."""
+    out = x_RI.new_empty(len(x_RI), weight_EIO.shape[-1])
+    for x, weight, y in zip(x_RI.split(sizes), weight_EIO, out.split(sizes), strict=True):
+        torch.mm(x, weight, out=y)
+    return out
+
+
+def _weight_gradients(d_RO: torch.Tensor, x_RI: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Sum of the outer products of each expert's rows, [E, O, I]; zero without any row."""
+    out = x_RI.new_empty(len(sizes), d_RO.shape[-1], x_RI.shape[-1])
+    for d, x, grad in zip(d_RO.split(sizes), x_RI.split(sizes), out, strict=True):
+        torch.mm(d.t(), x, out=grad)
+    return out

@@ -1,0 +1,116 @@
+"""The `E` layer: megatron-core's MoE layer (router, dispatcher, shared expert) around our
+stacked experts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mm.model.backends.choice import Backend
+from megatron_mm.model.context import StreamContext
+from megatron_mm.model.layers.experts import GroupedExperts
+from megatron_mm.parallel.param_layout import normal, place
+
+
+class Router(TopKRouter):
+    """megatron-core's router, with the load-balancing loss weighted like the main loss.
+
+    Gradients are divided by the number of supervised tokens of the whole batch at the end.
+    megatron-core weights a microbatch's balancing loss by this rank's unpadded tokens, which
+    differ between ranks when one holds the padding, and outnumber the supervised ones when
+    prompts are long. Weighted by the microbatch's supervised tokens, the coefficient means
+    what it says on every layout.
+    """
+
+    supervised_tokens: torch.Tensor | float = 0.0  # of the current microbatch
+    recomputing = False  # a repeated pass is not logged again
+
+    def attach_and_log_load_balancing_loss(
+        self, activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **_
+    ):
+        if not self.recomputing:
+            get_moe_metrics_tracker().record(
+                aux_loss_name,
+                aux_loss / aux_loss_coeff,
+                self.layer_number,
+                self.config.num_layers,
+                reduce_group=reduce_group,
+                needs_dp_avg=True,
+            )
+        # Every rank of tp_cp has its own positions' share of the loss.
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss * self.supervised_tokens)
+
+
+class MixtureOfExperts(MoELayer):
+    """megatron-core's layer with the layout of its own parameters described.
+
+    Args:
+        layer: global layer number, from 0.
+        std, out_std: standard deviations of the input and output projections at the start.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg: ProcessGroupCollection,
+        layer: int,
+        std: float,
+        out_std: float,
+        backend: Backend,
+    ):
+        shared = partial(SharedExpertMLP, submodules=backend.shared_expert)
+        experts = partial(backend.experts, std=std, out_std=out_std)
+        super().__init__(
+            config,
+            MoESubmodules(experts=experts, shared_experts=shared, router=Router),
+            layer_number=layer + 1,  # megatron-core counts from 1
+            pg_collection=pg,
+        )
+        self.set_layer_number(layer + 1)
+        sizes = [group.size() for group in (pg.tp, pg.ep, pg.expt_tp)]
+        self.alone = isinstance(self.experts, GroupedExperts) and max(sizes) == 1
+        sequence_parallel = config.sequence_parallel
+        place(self.router.weight, normal(std), partial_gradient=sequence_parallel)
+        place(self.shared_experts.gate_weight, normal(std), partial_gradient=sequence_parallel)
+        fc1, fc2 = self.shared_experts.linear_fc1.weight, self.shared_experts.linear_fc2.weight
+        half = fc1.shape[0] // 2
+        place(fc1, normal(std), split={1: pg.tp}, view=(2, half, fc1.shape[1]))
+        place(fc2, normal(out_std), split={1: pg.tp})
+
+    def forward(self, hidden_t1H: torch.Tensor, context: StreamContext) -> torch.Tensor:
+        """[t, 1, H] -> [t, 1, H]"""
+        self.router.supervised_tokens = context.supervised_tokens
+        self.router.recomputing = context.recomputing
+        routing, index = context.routing, self.layer_number - 1
+        # megatron-core's router asks this object instead of taking the best k itself.
+        self.router.router_replay = routing and routing.of_layer(index, context.recomputing)
+        if self.alone and not torch.is_grad_enabled():
+            hidden_t1H = self._in_place(hidden_t1H, context.padding_1t)
+        else:
+            hidden_t1H = super().forward(hidden_t1H, padding_mask=context.padding_1t)[0]
+            # Kept until the next batch, these would keep all that a repeated pass saved before
+            # them: its graph is never run backward, so nothing else frees it.
+            self.token_dispatcher.probs = self.token_dispatcher.routing_map = None
+        self.router.router_replay = None  # or it would hold the batch until the next one
+        return hidden_t1H
+
+    def _in_place(self, hidden_t1H: torch.Tensor, padding_1t: torch.Tensor | None) -> torch.Tensor:
+        """The layer where every expert is on this rank: sums in megatron-core's order, without
+        its dispatcher, whose steps outweigh the experts' products when a row is one token."""
+        padding_t1 = None if padding_1t is None else padding_1t.t()
+        probs_tE, chosen_tE = self.router(hidden_t1H, padding_t1)
+        flat_tH, chosen_Et = hidden_t1H.flatten(0, 1), chosen_tE.t()
+        (_, token_R) = chosen_Et.nonzero(as_tuple=True)  # sorted by expert
+        rows_RH, _ = self.experts(
+            flat_tH.index_select(0, token_R), chosen_tE.sum(0), probs_tE.t()[chosen_Et]
+        )
+        mixed_tH = torch.zeros_like(flat_tH).index_add_(0, token_R, rows_RH)
+        return mixed_tH.view_as(hidden_t1H) + self.shared_experts(hidden_t1H)

@@ -1,0 +1,168 @@
+"""Registries of named parts, and parts of other people's by dotted path.
+
+A registry maps a name to a part or to the dotted path of one. A path is imported when the part is
+asked for, so listing names imports nothing, and a room may name parts of rooms above it. Wherever
+a name is taken, so is the dotted path of a part that is not registered: `my.module.part`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_mm.errors import ConfigError, unknown
+
+
+def import_object(
+    path: str, what: str, error: type[ValueError] = ConfigError, kind: str = "object"
+) -> Any:
+    """The object at a dotted path.
+
+    Args:
+        what, kind: the part and what it is, for the message: "reward", "function".
+    Raises:
+        error: if it cannot be imported, in one line.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    # Other people's modules fail in any way while they are imported.
+    except Exception as problem:
+        reason = " ".join(str(problem).split())
+        raise error(
+            f"{what} {path} cannot be imported: {type(problem).__name__}: {reason}; give the "
+            f"dotted path of a {kind} in a module on PYTHONPATH"
+        ) from None
+
+
+class Registry[T]:
+    """Named parts of one kind.
+
+    Args:
+        what: the kind of part, for messages: "objective".
+        parts: name -> part, or the dotted path of one.
+        kind: what a part is in Python, for messages: "function".
+        needs: attributes that every part has.
+        error: the exception raised for a name or a part that cannot be used.
+        dotted: whether the dotted path of a part that is not registered is taken, too.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        parts: Mapping[str, T | str] | None = None,
+        *,
+        kind: str = "object",
+        needs: Sequence[str] = (),
+        error: type[ValueError] = ConfigError,
+        dotted: bool = True,
+    ):
+        self.what, self.kind, self.needs = what, kind, tuple(needs)
+        self.error, self.dotted = error, dotted
+        self._parts: dict[str, T | str] = dict(parts or {})
+
+    def register(self, name: str, part: T | str) -> None:
+        """Adds a part. Registering the same part again, as a module that is imported twice does,
+        changes nothing.
+
+        Raises:
+            ConfigError: if the name is taken by another part.
+        """
+        if self._parts.setdefault(name, part) != part:
+            raise self.error(f"{self.what} {name!r} is registered twice; choose another name")
+
+    def names(self) -> list[str]:
+        """The registered names, in the order of registration."""
+        return list(self._parts)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __getitem__(self, name: str) -> T:
+        """The part of a name or dotted path.
+
+        Raises:
+            ConfigError (or `error`): for an unknown name, a part that cannot be imported, or one
+                that lacks an attribute of `needs`.
+        """
+        part = self._parts.get(name)
+        if part is None:
+            if not (self.dotted and "." in name):
+                raise self.error(str(unknown(self.what, name, self._parts)))
+            part = name
+        if isinstance(part, str):
+            part = import_object(part, self.what, self.error, self.kind)
+        lacking = [attribute for attribute in self.needs if not hasattr(part, attribute)]
+        if lacking:
+            raise self.error(
+                f"{self.what} {name} has no `{lacking[0]}`; it needs {', '.join(self.needs)}"
+            )
+        return part
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """(name, part) of every registered part."""
+        return ((name, self[name]) for name in self._parts)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A part and constant arguments, as a setting says them: `numeric(tolerance=0.1)`.
+
+    Attributes:
+        path: the registered name or the dotted path.
+        name: unlike the others of its list, for metrics.
+    """
+
+    path: str
+    options: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+def parse_specs(entries: Sequence[str], registry: Registry) -> list[Spec]:
+    """Reads `exact`, `numeric(tolerance=0.1)`, `my.module.function`; imports nothing. Two of one
+    name become name and name_2.
+
+    Raises:
+        the registry's error: for text that is none of these, or an unknown name.
+    """
+    specs: list[Spec] = []
+    for entry in entries:
+        path, options = _parse(entry, registry)
+        if "." not in path and path not in registry:
+            raise registry.error(
+                f"{registry.what} {entry!r} is not built in; use one of "
+                f"{', '.join(registry)}, or a dotted path such as my.module.function"
+            )
+        name = short = path.rpartition(".")[2]
+        number = 1
+        while any(name == other.name for other in specs):
+            number += 1
+            name = f"{short}_{number}"
+        specs.append(Spec(path, options, name))
+    return specs
+
+
+def _parse(entry: str, registry: Registry) -> tuple[str, dict[str, Any]]:
+    try:
+        node = ast.parse(entry.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else None
+        keywords = call.keywords if call else []
+        if call and call.args:
+            raise ValueError
+        # **values has a keyword of None
+        options = {str(k.arg): ast.literal_eval(k.value) for k in keywords if k.arg}
+        path = ast.unparse(call.func if call else node)
+        if len(options) != len(keywords) or not all(p.isidentifier() for p in path.split(".")):
+            raise ValueError
+    except (SyntaxError, ValueError):
+        raise registry.error(
+            f"{registry.what} {entry!r} cannot be read; write name, name(key=value, ...) with "
+            "plain values, or a dotted path"
+        ) from None
+    return path, options

@@ -1,0 +1,254 @@
+"""One page about one run: `report.html`, readable offline and on paper.
+
+Reads `metrics.jsonl`, `results.json` and `evaluation.json` of a run directory, and of a run of
+reinforcement learning `completions.jsonl` and `experts_before.json`. Every part is optional: a
+run without looks, experts, images or a finished evaluation gets a shorter page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mm.report.charts import curves, experts, histories, percent, skill_chart
+from megatron_mm.report.charts_rl import rl_charts
+from megatron_mm.report.metrics_log import METRICS_FILE, TABLE_FILE, format_duration, read_metrics
+from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups
+
+TEMPLATE = "report.html.j2"
+LAYERS = {
+    "V": "vision encoder",
+    "G": "gated DeltaNet",
+    "*": "attention",
+    "E": "mixture of experts",
+    "L": "look at the image",
+    "J": "inject what was seen",
+}
+# A page is for reading: past these counts it would only grow.
+MAX_SCENES, MAX_LOOK_EXAMPLES, MAX_TOKENS = 24, 6, 12
+MAX_IMAGE_SIDE = 640  # pixels of an inlined image
+
+
+def write_report(run_dir: str | os.PathLike) -> Path:
+    """Write `report.html` into `run_dir` and return its path."""
+    run = Path(run_dir)
+    records = read_metrics(run / METRICS_FILE)
+    results = _read_json(run / "results.json")
+    evaluation = _read_json(run / "evaluation.json")
+    if not (records or results or evaluation):
+        raise FileNotFoundError(f"{run}: no {METRICS_FILE}, results.json or evaluation.json here")
+
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rl = rl_charts(records)
+    before = _read_json(run / BEFORE_FILE) if rl else {}
+    skills = _skills(results)
+    scenes = [_scene(run, example) for example in evaluation.get("examples") or []]
+    page = environment.get_template(TEMPLATE).render(
+        name=run.resolve().name,
+        tiles=_tiles(results, records, skills),
+        skills=skills,
+        skill_chart=skill_chart(skills),
+        layout=_layout(results),
+        stages=_stages(results),
+        layer_names=LAYERS,
+        curves=curves(records),
+        histories=histories(records, skills),
+        scenes=_spread(scenes, MAX_SCENES),
+        looks=_spread(_telling(scenes), MAX_LOOK_EXAMPLES),
+        experts=experts(evaluation.get("experts") or {}, before.get("experts")),
+        rl=rl,
+        hacked=hacked_steps(records),
+        groups=last_groups(read_metrics(run / TABLE_FILE)) if rl else [],
+    )
+    path = run / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def accuracy_table(results: dict[str, Any]) -> str:
+    """The skills of `results.json` as an aligned plain-text table."""
+    rows = [("skill", "accuracy", "chance", "n")]
+    rows += [tuple(skill["cells"]) for skill in _skills(results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *numbers in rows:
+        cells = [n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *cells]))
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def _skills(results: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, found in (results.get("skills") or {}).items():
+        accuracy, chance, n = (found.get(key) for key in ("accuracy", "chance", "n"))
+        cells = [name, percent(accuracy), percent(chance), "–" if n is None else f"{n:,}"]
+        rows.append({"name": name, "accuracy": accuracy, "chance": chance, "cells": cells})
+    return rows
+
+
+def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple[str, str, str]]:
+    """The headline numbers as (value, label, note)."""
+    tiles = []
+    scored = [skill["accuracy"] for skill in skills if skill["accuracy"] is not None]
+    if scored:
+        chances = [skill["chance"] for skill in skills if skill["chance"] is not None]
+        note = f"chance {percent(sum(chances) / len(chances))}" if chances else ""
+        label = "mean accuracy over skills" if len(scored) > 1 else "accuracy"
+        tiles.append((percent(sum(scored) / len(scored)), label, note))
+    losses = [r["lm loss"] for r in records if r.get("lm loss") is not None]
+    if losses:
+        tiles.append((f"{losses[-1]:.3g}", "last training loss", f"first {losses[0]:.3g}"))
+    rewards = [r["reward"] for r in records if r.get("reward") is not None]
+    if rewards:
+        tiles.append((f"{rewards[-1]:.3g}", "last reward", f"first {rewards[0]:.3g}"))
+    step = results.get("iteration") or (records[-1]["iteration"] if records else None)
+    if step is not None:
+        samples = next(
+            (r["consumed samples"] for r in reversed(records) if "consumed samples" in r), 0
+        )
+        unit = "prompts" if rewards else "samples"
+        tiles.append((f"{step:,}", "steps", f"{int(samples):,} {unit}" if samples else ""))
+    if results.get("parameters"):
+        tiles.append((_short(results["parameters"]), "parameters", ""))
+    if results.get("seconds") is not None:
+        tiles.append((format_duration(results["seconds"]), "wall time", ""))
+    return tiles
+
+
+def _short(count: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return str(int(count))
+
+
+def _layout(results: dict) -> list[tuple[str, Any]]:
+    """The parallel sizes in words; what is not set (None) is not shown."""
+    sizes = (results.get("layout") or {}).items()
+    return [(key.replace("_model_", " ").replace("_", " "), v) for key, v in sizes if v is not None]
+
+
+def _stages(results: dict) -> list[list[str]]:
+    """One list of layer letters per pipeline stage; `[V]` is read as the vision encoder."""
+    return [list(re.sub(r"[\s\[\]|]", "", stage)) for stage in results.get("stages") or []]
+
+
+def _spread(items: list[dict], limit: int) -> list[dict]:
+    """At most `limit` items, taken from every skill in turn and shown skill by skill."""
+    turns: dict[str, int] = {}
+    order = []
+    for index, item in enumerate(items):
+        turn = turns[item["key"]] = turns.get(item["key"], -1) + 1
+        order.append((turn, index))
+    first_seen = {key: place for place, key in enumerate(turns)}
+    chosen = sorted(index for _, index in sorted(order)[:limit])
+    return sorted((items[index] for index in chosen), key=lambda item: first_seen[item["key"]])
+
+
+def _telling(scenes: list[dict]) -> list[dict]:
+    """Scenes with looks; right answers written out in several steps first."""
+
+    def length(scene: dict) -> int:
+        return max(len(look["frames"]) + look["more"] for look in scene["looks"])
+
+    seen = [scene for scene in scenes if scene["looks"]]
+    return sorted(seen, key=lambda scene: (scene["verdict"] != "right", -length(scene)))
+
+
+# --- scenes -------------------------------------------------------------------------------
+
+
+def _data_uri(image: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _scene(run: Path, example: dict) -> dict[str, Any]:
+    """One evaluated question, ready to show. A path is tried from the run, then from here."""
+    from PIL import Image
+
+    scene = {key: example.get(key) for key in ("key", "question", "prediction", "truth")}
+    score = float(example.get("score") or 0)
+    scene["verdict"] = "right" if score >= 1 else "partly right" if score > 0 else "wrong"
+    scene |= {"image": None, "aspect": "1", "missing": None, "looks": []}
+    if not example.get("image"):
+        return scene
+    path = next((p for p in (run / example["image"], Path(example["image"])) if p.exists()), None)
+    if path is None:
+        return scene | {"missing": example["image"]}
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    scene |= {"image": _data_uri(image), "aspect": f"{image.width} / {image.height}"}
+    scene["looks"] = [shown for look in example.get("looks") or [] if (shown := _look(look))]
+    return scene
+
+
+def _look(look: dict) -> dict[str, Any] | None:
+    """The attention of one look, one see-through picture per generated token."""
+    rows, columns = look["grid"]
+    frames = []
+    for token, weights in zip(look["tokens"], look["weights"], strict=False):
+        if weights is None or len(weights) != rows * columns:
+            continue
+        grid = np.nan_to_num(np.asarray(weights, dtype=float).reshape(rows, columns))
+        peak = max(float(grid.max()), 1e-12)
+        frames.append({"token": token, "peak": percent(peak), "image": _heat(grid / peak)})
+    if not frames:
+        return None
+    shown = frames[:MAX_TOKENS]
+    title = f"look {look['pair']}, layer {look['layer']}"
+    return {"title": title, "frames": shown, "more": len(frames) - len(shown)}
+
+
+def _heat(strength: np.ndarray) -> str:
+    """Dark where nothing is seen, clearer and warm where much is; one pixel per patch."""
+    from PIL import Image
+
+    warm = np.array([255, 160, 20]) * np.sqrt(strength)[..., None]
+    night = np.array([16, 20, 40]) * (1 - np.sqrt(strength))[..., None]
+    alpha = 0.62 - 0.15 * strength[..., None]
+    pixels = np.concatenate([warm + night, 255 * alpha], axis=-1)
+    return _data_uri(Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8), "RGBA"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write report.html for a run directory.")
+    parser.add_argument("run_dir", type=Path)
+    try:
+        print(write_report(parser.parse_args(argv).run_dir))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

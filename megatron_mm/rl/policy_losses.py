@@ -1,0 +1,236 @@
+"""Policy losses: one loss for each sampled token, by name, and their sum over a microbatch.
+
+The tokens of a microbatch lie one after another, as in the stream (shape K); a completion may lie
+on several context-parallel ranks. So that any split over microbatches and ranks gives the same
+loss and gradient, a rank returns a sum (`policy_loss`), and what it is divided by
+(`loss_denominator`) follows from the lengths of all completions of the minibatch, which are known
+before the first pass.
+
+"sg" below is a stop-gradient. r_t = p(token) / p_old(token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_mm.config.settings import RLConfig
+from megatron_mm.rl.kl import kl_divergence
+
+# exp(20) is 5e8: beyond it a ratio says nothing more, and an infinite one would turn the zero
+# gradient of a clipped token into NaN. There the gradient is 0.
+MAX_LOG_RATIO = 20.0
+
+Sums = dict[str, torch.Tensor]  # metric: [numerator, denominator]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The part of a microbatch that this rank holds. Only `logprobs_K` may need a gradient."""
+
+    logprobs_K: torch.Tensor  # of the sampled tokens, under the weights being trained
+    old_logprobs_K: torch.Tensor  # under the weights before the minibatch's first update
+    advantages_K: torch.Tensor
+    # int64, which completion a token belongs to; -1: no sampled token, or of a completion that
+    # is left out. Such a token has no loss and is in no mean.
+    completion_K: torch.Tensor
+    lengths_N: torch.Tensor  # sampled tokens of each completion, on all ranks together
+    ref_logprobs_K: torch.Tensor | None = None  # under the reference model; for KL in the loss
+    rollout_weights_K: torch.Tensor | None = None  # `truncated_importance_weights`
+    # Sums a [N] tensor over the ranks that share this microbatch's completions (context
+    # parallelism). None: they are all here.
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def mask_K(self) -> torch.Tensor:
+        return self.completion_K >= 0
+
+    def of_completion(self, values_N: torch.Tensor) -> torch.Tensor:
+        """[K]: each token its completion's value, 1 where there is none."""
+        return _of_completion(values_N, self.completion_K)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    loss_K: torch.Tensor
+    # bool: the loss is held constant, or its weight capped, because the ratio is too low or high
+    low_K: torch.Tensor
+    high_K: torch.Tensor
+
+
+def ratio(log_ratio_K: torch.Tensor) -> torch.Tensor:
+    return log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def clip(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+    """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A).
+
+    GRPO, arXiv 2402.03300, eq. 3; with epsilon_high above epsilon DAPO's clip-higher, arXiv
+    2503.14476, eq. 8; with `delta` the dual clip, arXiv 1912.09729: where A < 0 the loss is
+    at most -delta A.
+    """
+    return _clipped(ratio(tokens.logprobs_K - tokens.old_logprobs_K), tokens.advantages_K, rl)
+
+
+def gspo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+    """As `clip`, with s = exp(mean over the completion of log r_t) in place of r_t.
+
+    GSPO, arXiv 2507.18071, eq. 5 to 7, in its token form, eq. 13 and 14: s_t = sg(s) p / sg(p).
+    With one advantage for a completion both have the same value and gradient; this one also
+    takes an advantage for each token, and needs no gradient across ranks.
+    """
+    log_ratio_K = tokens.logprobs_K.detach() - tokens.old_logprobs_K
+    sums_N = completion_sums(log_ratio_K, tokens.completion_K, len(tokens.lengths_N))
+    if tokens.reduce is not None:
+        sums_N = tokens.reduce(sums_N)
+    log_s_K = tokens.of_completion(sums_N / tokens.lengths_N.clamp(min=1))
+    own_K = tokens.logprobs_K - tokens.logprobs_K.detach()
+    return _clipped(ratio(log_s_K + own_K), tokens.advantages_K, rl)
+
+
+def sapo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+    """-(4 / tau) sigmoid(tau (r - 1)) A, with one tau for A > 0 and another for the rest: the
+    slope at r = 1 is A, and it fades on both sides. SAPO, arXiv 2511.20347, eq. 5 and 6."""
+    r_K = ratio(tokens.logprobs_K - tokens.old_logprobs_K)
+    taus = (rl.sapo_temperature_pos, rl.sapo_temperature_neg)
+    tau_K = torch.where(tokens.advantages_K > 0, *(r_K.new_tensor(tau) for tau in taus))
+    gate_K = torch.sigmoid(tau_K * (r_K - 1)) * 4 / tau_K
+    never_K = torch.zeros_like(tokens.mask_K)
+    return TokenLoss(-gate_K * tokens.advantages_K, never_K, never_K)
+
+
+def cispo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+    """-sg(clip(r, 1 - epsilon, 1 + epsilon_high)) A log p: the weight is clipped, never the
+    gradient. CISPO, arXiv 2506.13585, eq. 4 and 5."""
+    r_K = ratio(tokens.logprobs_K.detach() - tokens.old_logprobs_K)
+    low, high = 1 - rl.epsilon, 1 + rl.epsilon_high
+    loss_K = -r_K.clamp(low, high) * tokens.advantages_K * tokens.logprobs_K
+    return TokenLoss(loss_K, r_K < low, r_K > high)
+
+
+def reinforce(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+    """-A log p, without any ratio: the REINFORCE that RLOO, arXiv 2402.14740, goes back to."""
+    del rl
+    never_K = torch.zeros_like(tokens.mask_K)
+    return TokenLoss(-tokens.advantages_K * tokens.logprobs_K, never_K, never_K)
+
+
+POLICY_LOSSES: dict[str, Callable[[Tokens, RLConfig], TokenLoss]] = {
+    "clip": clip,
+    "gspo": gspo,
+    "sapo": sapo,
+    "cispo": cispo,
+    "reinforce": reinforce,
+}
+
+
+def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
+    """The numerator of the loss over this rank's part, and sums to log.
+
+    Args:
+        rl: with nothing left open (`resolve_algorithm`).
+    Returns:
+        a scalar to be summed over microbatches and ranks and divided by `loss_denominator`, and
+        the sums of TRL's metrics `clip_ratio/*` and `kl`.
+    """
+    mask_K = tokens.mask_K
+    tokens = _cleaned(tokens)
+    found = POLICY_LOSSES[rl.policy_loss](tokens, rl)
+    loss_K = found.loss_K
+    if tokens.rollout_weights_K is not None:
+        loss_K = loss_K * tokens.rollout_weights_K
+    sums = {
+        "clip_ratio/low_mean": _share(found.low_K, mask_K),
+        "clip_ratio/high_mean": _share(found.high_K, mask_K),
+        "clip_ratio/region_mean": _share(found.low_K | found.high_K, mask_K),
+    }
+    if tokens.ref_logprobs_K is not None:
+        kl_K = kl_divergence(tokens.logprobs_K, tokens.ref_logprobs_K, rl.kl_estimator)
+        if not rl.use_kl_in_reward:
+            loss_K = loss_K + rl.beta * kl_K
+        sums["kl"] = _share(kl_K.detach(), mask_K)
+    if rl.loss_agg_mode == "seq-mean-token-mean":
+        loss_K = loss_K / tokens.of_completion(tokens.lengths_N)
+    return torch.where(mask_K, loss_K, 0.0).sum(), sums
+
+
+def loss_denominator(
+    mode: str, lengths_N: torch.Tensor, max_completion_length: int
+) -> torch.Tensor:
+    """What the sum of all `policy_loss` is divided by; int64, additive over completions.
+
+    token-mean: all tokens. seq-mean-token-mean and seq-mean-token-sum: completions.
+    seq-mean-token-sum-norm: completions times the longest possible (Dr. GRPO, arXiv
+    2503.20783, a constant in place of a completion's own length).
+
+    Args:
+        lengths_N: of all completions of the minibatch on all ranks, those left out excepted. If
+            none is left it is 0, and so is every numerator.
+    """
+    if mode == "token-mean":
+        return lengths_N.sum()
+    count = (lengths_N > 0).sum()
+    return count * max_completion_length if mode == "seq-mean-token-sum-norm" else count
+
+
+def truncated_importance_weights(
+    old_logprobs_K: torch.Tensor,
+    rollout_logprobs_K: torch.Tensor,
+    completion_K: torch.Tensor,
+    num_completions: int,
+    level: str,
+    threshold: float,
+) -> torch.Tensor:
+    """[K], constants: min(p_old / p_rollout, threshold), for a token or (level "sequence") for
+    the product over its completion, which must be here in full. "TIS" of Yao et al., "Your
+    efficient RL framework secretly brings you off-policy RL training", 2025; verl's rollout_is.
+    """
+    log_K = (old_logprobs_K - rollout_logprobs_K).detach()
+    if level == "sequence":
+        log_K = _of_completion(completion_sums(log_K, completion_K, num_completions), completion_K)
+    return ratio(log_K).clamp(max=threshold)
+
+
+def logprob_abs_diff(tokens: Tokens, rollout_logprobs_K: torch.Tensor) -> Sums:
+    """How far trainer and rollout are apart on the same tokens, in nats."""
+    difference_K = (tokens.old_logprobs_K - rollout_logprobs_K).abs()
+    return {"train/train_rollout_logprob_abs_diff": _share(difference_K, tokens.mask_K)}
+
+
+def completion_sums(
+    values_K: torch.Tensor, completion_K: torch.Tensor, num_completions: int
+) -> torch.Tensor:
+    """[N]: the sum over each completion's tokens; those of completion -1 are in none."""
+    here_K = completion_K >= 0
+    sums_N = values_K.new_zeros(num_completions)
+    return sums_N.index_add(0, completion_K[here_K], values_K[here_K])
+
+
+def _of_completion(values_N: torch.Tensor, completion_K: torch.Tensor) -> torch.Tensor:
+    # -1 takes the last one, which is no completion's; there may be none at all.
+    return torch.cat((values_N, values_N.new_ones(1)))[completion_K]
+
+
+def _cleaned(tokens: Tokens) -> Tokens:
+    """Zeros where there is no sampled token: the gradient of whatever stands there, 0 times
+    something infinite, would be NaN."""
+    names = ("logprobs_K", "old_logprobs_K", "advantages_K", "ref_logprobs_K", "rollout_weights_K")
+    values = {name: getattr(tokens, name) for name in names}
+    mask_K = tokens.mask_K
+    zeroed = {n: torch.where(mask_K, v, 0.0) for n, v in values.items() if v is not None}
+    return replace(tokens, **zeroed)
+
+
+def _clipped(r_K: torch.Tensor, advantages_K: torch.Tensor, rl: RLConfig) -> TokenLoss:
+    low, high = 1 - rl.epsilon, 1 + rl.epsilon_high
+    free_K = r_K if rl.delta is None else r_K.clamp(max=rl.delta)
+    loss_K = -torch.min(free_K * advantages_K, r_K.clamp(low, high) * advantages_K)
+    r_K = r_K.detach()
+    return TokenLoss(loss_K, (r_K < low) & (advantages_K < 0), (r_K > high) & (advantages_K > 0))
+
+
+def _share(values_K: torch.Tensor, mask_K: torch.Tensor) -> torch.Tensor:
+    total = torch.where(mask_K, values_K.double(), 0.0).sum()
+    return torch.stack((total, mask_K.sum().double()))

@@ -1,0 +1,52 @@
+"""The reference model: its weights wait in host memory and take the model's place for a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint.parameters import settle
+from megatron_mm.engine.engine import Engine
+
+
+class Reference:
+    """The weights of a checkpoint, for the engine's layout. The engine is left as it was; make it
+    before an optimizer's state is loaded.
+
+    Raises CheckpointError on every rank for a checkpoint that does not fit.
+    """
+
+    def __init__(self, engine: Engine, folder: str):
+        self._engine = engine
+        own = self._copy()
+        sharded.load(engine, Path(folder), finetune=True)
+        self._weights = self._copy()
+        self._put(own)
+        engine.optimizer.reload_model_params()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The engine computes with the reference's weights. Every rank calls it."""
+        settle(self._engine)  # else a gather under way would overwrite them
+        own = self._copy()
+        self._put(self._weights)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return chain.from_iterable(chunk.parameters() for chunk in self._engine.chunks)
+
+    def _copy(self) -> list[torch.Tensor]:
+        return [param.detach().cpu().clone() for param in self._parameters()]
+
+    def _put(self, weights: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for param, weight in zip(self._parameters(), weights, strict=True):
+                param.copy_(weight)

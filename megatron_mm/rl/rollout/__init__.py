@@ -1,0 +1,1 @@
+"""From rows to microbatches of scored completions."""

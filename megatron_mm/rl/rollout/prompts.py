@@ -1,0 +1,91 @@
+"""The prompts that a rank generates answers to: resumable, and the same under any layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.data.loading.curriculum import open_curriculum
+from megatron_mm.data.loading.reader import Prompt, Reader
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.errors import DataError
+from megatron_mm.evaluation.scoring import result_key
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rows of the training data, for one replica."""
+
+    prompts: list[Prompt]  # those that could be read
+    kept: list[int]  # their numbers
+    skipped: list[str]  # why the others could not
+
+
+class PromptLoader:
+    """Rows of the training data in its shuffled order, each for one replica. Raises DataError at
+    construction for unusable settings or files.
+
+    The state is how many rows were drawn for all replicas together.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        tokenizer: Tokenizer,
+        *,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
+        curriculum = open_curriculum(run.data.train_data, run.training.seed)
+        self._place, self.order = curriculum.place, curriculum.description
+        self._reader = Reader(run, tokenizer, curriculum.sources)
+        self._rank, self._size = data_parallel_rank, data_parallel_size
+        self._longest = run.data.seq_length - run.rl.max_completion_length
+        self._skip_bad = run.data.on_bad_sample == "skip"
+        self.consumed_samples = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed_samples": self.consumed_samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("held"):
+            raise DataError(
+                f"the checkpoint was packing and holds {len(state['held'])} samples; start from "
+                "it with finetune"
+            )
+        self.consumed_samples = int(state["consumed_samples"])
+
+    def numbers(self, count: int) -> list[int]:
+        """This replica's of the next `count` rows, which are then drawn."""
+        first = self.consumed_samples + self._rank
+        self.consumed_samples += count
+        return list(range(first, self.consumed_samples, self._size))
+
+    def read(self, numbers: list[int]) -> Drawn:
+        """On the replica's reader. Raises DataError for a bad row, unless it may be skipped."""
+        found = self._reader.prompts([self._place(number) for number in numbers])
+        found = [self._checked(prompt) for prompt in found]
+        skipped = [text for text in found if isinstance(text, str)]
+        if skipped and not self._skip_bad:
+            raise DataError(skipped[0])
+        good = [i for i, prompt in enumerate(found) if isinstance(prompt, Prompt)]
+        return Drawn([found[i] for i in good], [numbers[i] for i in good], skipped)
+
+    def _checked(self, prompt: Prompt | str) -> Prompt | str:
+        if isinstance(prompt, str):
+            return prompt
+        try:
+            result_key(prompt.row)  # what its reward is reported under
+        except DataError as error:
+            return f"{prompt.where}: {error}"
+        if len(prompt.sample.tokens_T) <= self._longest:
+            return prompt
+        return (
+            f"{prompt.where}: a prompt of {len(prompt.sample.tokens_T)} tokens leaves no room for "
+            f"max_completion_length in seq_length: {self._longest} tokens fit; use fewer tiles or "
+            "raise seq_length"
+        )
+
+    def close(self) -> None:
+        """Nothing is open. As of a TrainLoader."""

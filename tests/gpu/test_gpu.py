@@ -1,0 +1,54 @@
+"""On a CUDA device: the same model, the same numbers, and a bf16 step. Skipped elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mm import platform
+from support.batches import microbatch, small_run
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_platform_file_redirects_nothing(job):
+    assert platform.install() is False
+    assert platform.backend() == "nccl"
+
+
+def test_the_delta_rule_equals_itself_on_the_cpu(job):
+    """The gated delta rule is the layer with the least ordinary arithmetic."""
+    from megatron_mm.model.layers.gdn.delta_rule import gated_delta_rule
+
+    torch.manual_seed(0)
+    shapes = [(2, 150, 4, 16)] * 3 + [(2, 150, 4)] * 2
+    inputs = [torch.randn(shape) for shape in shapes]
+    inputs[3], inputs[4] = -inputs[3].abs(), inputs[4].sigmoid()
+    outs = {}
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in inputs]
+        out = gated_delta_rule(*leaves)
+        out.square().sum().backward()
+        outs[device] = [out.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)]
+    for ours, theirs in zip(outs["cuda"], outs["cpu"], strict=True):
+        # fp32 in another order of summation; TF32 is off by default in matmuls
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_a_bf16_step_is_finite_and_close_to_fp32(job):
+    from megatron_mm.engine.engine import Engine
+    from megatron_mm.engine.objective import SupervisedFineTuning
+
+    losses = {}
+    for bf16 in (False, True):
+        run = small_run()
+        run.training.bf16 = bf16
+        engine = Engine.create(run, job)
+        sums = engine.forward_backward([microbatch(run.model, 1)], SupervisedFineTuning())
+        norm = engine.gradient_norm()
+        assert torch.isfinite(torch.tensor(norm)) and norm > 0
+        engine.update(norm)
+        numerator, denominator = sums[0]["lm loss"]
+        losses[bf16] = float(numerator / denominator)
+    # bf16 keeps 8 bits of each activation: about 0.4 % each, averaged over tokens
+    assert abs(losses[True] - losses[False]) <= 0.02 * losses[False]

@@ -1,0 +1,99 @@
+"""Experts that a rollout draws: with which noise, at which positions, and what learns from them.
+
+A function that starts with `on_rank_` runs on every rank; the test compares what they return.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_grpo import arm, assert_same_steps, skill_map  # noqa: F401  (a fixture)
+
+from megatron_mm.config import RunConfig
+from megatron_mm.generation.sampling import gumbels
+from megatron_mm.model.routing import Choice
+from support.grpo_runs import TOKENS, grpo_run, on_rank_steps, trainer_of
+from support.trainers import LAYOUTS
+
+TEMPERATURE = 0.7
+
+
+def on_rank_draws(run: RunConfig) -> dict[str, int]:
+    """How many positions of a rollout took the experts that their noise says, or without any the
+    best, in every layer; which of them the router term is about."""
+    trainer = trainer_of(run)
+    source, engine, kept, logits_TLE = trainer.source, trainer.engine, [], {}
+    collect, choose = source.collector.collect, Choice.get_replay_topk
+    source.collector.collect = lambda: kept.append(collect()) or kept[-1]
+
+    def note(self, logits, *args):
+        logits_TLE[self.index] = logits.detach()
+        return choose(self, logits, *args)
+
+    counts = dict.fromkeys(("drawn as said", "best", "neither", "first taught", "later taught"), 0)
+    batches, _ = source.next_step(False)
+    (found,) = kept
+    Choice.get_replay_topk = note
+    try:
+        for batch in batches:
+            replayed = replace(batch, router_scale=0.0)  # its routes decide what later layers see
+            engine.forward([replayed], lambda b: b.sampled, lambda *_, **__: None, routes=[{}])
+            at = iter(batch.sampled.tolist())
+            for member in batch.members:
+                group = found.groups[member // run.rl.num_generations]
+                number = group.number * run.rl.num_generations + member % run.rl.num_generations
+                for count in range(TOKENS):
+                    place = next(at)
+                    taught = bool(batch.skill_T[place] >= 0)
+                    counts["later taught" if count else "first taught"] += taught
+                    counts[_what(batch, place, logits_TLE, number, count, run)] += 1
+    finally:
+        Choice.get_replay_topk = choose  # the rank lives on
+        source.close()
+    return counts
+
+
+def _what(batch, place: int, logits_TLE: dict, number: int, count: int, run: RunConfig) -> str:
+    k, experts = run.model.language.moe_router_topk, run.model.language.num_experts
+    row, step, said, best = torch.tensor([number]), torch.tensor([count]), True, True
+    for layer, logits in logits_TLE.items():
+        places = torch.arange(layer * experts, (layer + 1) * experts)
+        noise = TEMPERATURE * gumbels(run.training.seed, row, step, places)[0]
+        took = batch.routes[layer][place].tolist()
+        said &= took == (logits[place] + noise).topk(k).indices.tolist()
+        best &= sorted(took) == sorted(logits[place].topk(k).indices.tolist())
+    return "drawn as said" if count and said else "best" if best else "neither"
+
+
+def test_every_token_but_the_first_draws_with_its_own_noise(ranks, scenes, skill_map):  # noqa: F811
+    run = arm(scenes, skill_map, "drawn", router_temperature=TEMPERATURE)
+    counts = ranks(1, on_rank_draws, run)[0]
+    completions = 16
+    # The first token comes from the prompt's own pass, which all its completions share.
+    assert counts["drawn as said"] == completions * (TOKENS - 1)
+    assert counts["best"] == completions and counts["neither"] == 0
+    assert counts["first taught"] == 0 < counts["later taught"]
+
+
+@pytest.mark.parametrize("layout", ["one rank", "PP2", "PP2xVPP2"])
+def test_blocks_computed_again_meet_the_drawn_experts(ranks, scenes, skill_map, layout):  # noqa: F811
+    size, sizes = LAYOUTS[layout]
+    runs = (
+        arm(scenes, skill_map, "drawn", recompute_granularity=granularity, **sizes)
+        for granularity in (None, "full")
+    )
+    once, twice = (ranks(size, on_rank_steps, run, 1) for run in runs)
+    for kept, again in zip(once, twice, strict=True):
+        assert_same_steps(kept, again, 2e-5)
+
+
+def test_the_reference_takes_the_drawn_experts(ranks, scenes, tmp_path):
+    """Equal weights do not differ, however the experts were drawn."""
+    from test_grpo_loop import on_rank_reference
+
+    drawn = dict(router_temperature=1.0, routing_replay="R3")
+    ranks(1, on_rank_reference, grpo_run(scenes), tmp_path / "ref")
+    run = grpo_run(scenes, beta=0.1, ref_load=str(tmp_path / "ref"), **drawn)
+    assert ranks(1, on_rank_steps, run, 1)[0][0]["kl"] <= 1e-9

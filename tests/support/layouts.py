@@ -1,0 +1,142 @@
+"""Gradients of one training step, gathered into whole tensors, on any layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.objective import SupervisedFineTuning
+from megatron_mm.model import multimodal
+from megatron_mm.parallel import groups
+from megatron_mm.parallel.param_layout import layouts
+from support.batches import SIZES, microbatch
+from support.gathering import at_rank_0
+
+# What each of the four microbatches of a step holds; one has no image at all.
+STEP = ((1, 0, 2), (0, 0), (2,), (1, 1, 1))
+
+
+def steps_batches(run: RunConfig, pad_multiple: int):
+    return [microbatch(run.model, seed, images, pad_multiple) for seed, images in enumerate(STEP)]
+
+
+def parallel_config(**sizes) -> ParallelConfig:
+    return ParallelConfig(**{SIZES.get(name, name): value for name, value in sizes.items()})
+
+
+def off_zero(engine: Engine) -> None:
+    """Move every out-projection of a look away from zero, alike on every layout: while it is
+    zero, a memory without gradient passes every gradient test."""
+    for name, param, layout in layouts(*engine.chunks):
+        if ".looks." in name and name.endswith("linear_proj.weight"):
+            whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(3))
+            param.data.copy_(whole[layout.block] * 0.2)
+    engine.optimizer.reload_model_params()
+
+
+def detach_memory_on_the_wire(engine: Engine) -> None:
+    """The bug that sending the memory as a second tensor would be."""
+    pack = multimodal.pack
+
+    def broken(payload, shape):
+        memory = payload.memory_M1C
+        if memory is not None:
+            payload = replace(payload, memory_M1C=memory.detach())
+        return pack(payload, shape)
+
+    multimodal.pack = broken
+
+
+def forget_reduction(engine: Engine, suffix: str) -> None:
+    """Leave the partial gradients of these parameters unsummed over tensor-parallel ranks."""
+    for name, param, _ in layouts(*engine.chunks):
+        if name.endswith(suffix):
+            assert param.sequence_parallel, f"{name} has no reduction to forget"
+            param.sequence_parallel = False
+
+
+def gather(named_blocks: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    """Whole tensors from every rank's (global shape, offset, block); on rank 0, else {}.
+
+    Blocks of replicas must be equal to the bit on the ranks that hold them after reduction;
+    the largest relative disagreement is returned under "replicas".
+    """
+    whole, seen = {}, {}
+    worst = 0.0
+    for part in at_rank_0(named_blocks):
+        for name, (shape, block_slices, values) in part.items():
+            tensor = whole.setdefault(name, torch.zeros(shape))
+            filled = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))
+            if filled[block_slices].all():
+                scale = values.norm().clamp(min=1e-12)
+                worst = max(worst, float((tensor[block_slices] - values).norm() / scale))
+            tensor[block_slices] = values
+            filled[block_slices] = True
+    assert all(mask.all() for mask in seen.values()), "a part of a tensor is on no rank"
+    whole["replicas"] = torch.tensor(worst)
+    return whole
+
+
+def step_gradients(
+    run: RunConfig,
+    parallel: ParallelConfig,
+    sabotage=None,
+    pad_multiple: int | None = None,
+    make_batches=steps_batches,
+    objective=None,
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """(loss, whole gradient of every parameter) of one step of four microbatches.
+
+    Runs on every rank; `sabotage(engine)` may break something first.
+    """
+    run.parallel = parallel
+    run.parallel.use_distributed_optimizer = False  # gradients stay whole on every replica
+    made = groups.build(parallel)
+    engine = Engine.create(run, made)
+    off_zero(engine)
+    multiple = pad_multiple or token_multiple(run)
+    batches = make_batches(run, multiple)
+    dp, rank = made.pg.dp.size(), made.pg.dp.rank()
+    pack = multimodal.pack
+    try:
+        if sabotage:
+            sabotage(engine)
+        sums = engine.forward_backward(batches[rank::dp], objective or SupervisedFineTuning())
+    finally:
+        multimodal.pack = pack  # the rank lives on
+    loss = torch.zeros(2, dtype=torch.float64)
+    for entry in sums:
+        loss += entry["lm loss"].double()
+    if not (made.is_last_stage and made.pg.tp.rank() == 0):
+        loss.zero_()
+    dist.all_reduce(loss)
+    blocks = {
+        name: (layout.global_shape, layout.block, layout.held(param.main_grad).clone())
+        for name, param, layout in layouts(*engine.chunks)
+        if param.requires_grad
+    }
+    return float(loss[0] / loss[1]), gather(blocks)
+
+
+def saved_bytes(run: RunConfig) -> int:
+    """Bytes of the distinct tensors that one forward pass leaves for the backward pass,
+    parameters not counted. On one rank."""
+    made = groups.build(ParallelConfig())
+    (model,) = multimodal.build(run, made.pg)
+    batch = steps_batches(run, 1)[0]
+    known = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(batch)
+    return sum(storage.nbytes() for storage in kept.values())

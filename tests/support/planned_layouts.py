@@ -1,0 +1,78 @@
+"""One real step of a layout, measured, and the same step planned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mm.config import RunConfig
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.objective import SupervisedFineTuning
+from megatron_mm.parallel import groups
+from megatron_mm.perf import memory
+from megatron_mm.perf.assumed import balanced_routes, planned_batch
+from megatron_mm.perf.rank import RankPlan, plan_rank
+from megatron_mm.perf.recorder import ATTENTION_FLOPS, Recorder
+from support.batches import SIZES, small_run
+
+
+def layout_run(sizes: dict, replicas: int) -> RunConfig:
+    """The tests' small model on a layout; other keys of `sizes` are settings by their names."""
+    run = small_run()
+    run.model.language.num_experts = 8  # divides by everything
+    run.data.seq_length, run.data.max_num_tiles = 96, 3
+    for name, value in sizes.items():
+        name = SIZES.get(name, name)
+        for section in (run.parallel, run.training, run.data):
+            if hasattr(section, name):
+                setattr(section, name, value)
+    # Two show what one leaves behind for the next; a pipeline has several in flight.
+    microbatches = 4 if run.parallel.pipeline_model_parallel_size > 1 else 2
+    run.training.global_batch_size = microbatches * replicas * run.training.micro_batch_size
+    return run
+
+
+def world_of(run: RunConfig, replicas: int) -> int:
+    par = run.parallel
+    return (
+        par.tensor_model_parallel_size
+        * par.context_parallel_size
+        * par.pipeline_model_parallel_size
+        * replicas
+    )
+
+
+def the_batch(run: RunConfig) -> Microbatch:
+    """What the planner assumes, with routes as balanced as it takes them to be."""
+    batch, language = planned_batch(run), run.model.language
+    routes = balanced_routes(len(batch.tokens_T), language.moe_router_topk, language.num_experts)
+    layers = run.model.hybrid_layer_pattern.count("E")
+    return replace(batch, routes=dict.fromkeys(range(layers), routes))
+
+
+def planned(run: RunConfig, world: int) -> list[RankPlan]:
+    return [plan_rank(run, rank, world, the_batch(run), kernels="torch") for rank in range(world)]
+
+
+def measure(run: RunConfig, microbatches: int):
+    """On a real rank: (state, peak bytes of activations, work as recorded, flops as torch's
+    counter has them)."""
+    made = groups.build(run.parallel)
+    engine = Engine.create(run, made)
+    batch = the_batch(run)
+    batch = replace(batch, pixels_NCHW=torch.randn(batch.pixels_NCHW.shape))
+    recorder = Recorder(made.pg)
+    with recorder:
+        engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
+    peak = recorder.peak
+    # By itself: its hooks on modules keep tensors alive.
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+    with counter:
+        engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
+    norm = engine.gradient_norm()
+    with recorder:
+        engine.update(norm)
+    return memory.measured(engine), peak, recorder.work, counter.get_total_flops()

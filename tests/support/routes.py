@@ -1,0 +1,118 @@
+"""Routes recorded and replayed on the ranks of a layout."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.config import ParallelConfig, RunConfig, num_layers, token_multiple
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.engine import Engine
+from megatron_mm.model.routing import Routes, whole_routes
+from megatron_mm.parallel import groups
+from megatron_mm.parallel.param_layout import layouts
+from support.batches import microbatch
+from support.layouts import off_zero, steps_batches
+
+
+def random_routes(run: RunConfig, batch: Microbatch, seed: int) -> Routes:
+    """Experts that no router would choose; every fifth position is left to the router."""
+    generator = torch.Generator().manual_seed(seed)
+    language = run.model.language
+    routes = {}
+    for index in range(num_layers(run.model.hybrid_layer_pattern)):
+        order = torch.rand(len(batch.tokens_T), language.num_experts, generator=generator)
+        routes[index] = order.argsort(1)[:, : language.moe_router_topk].to(torch.int16)
+        routes[index][index % 5 :: 5] = -1
+    return routes
+
+
+def look_alikes(run: RunConfig, pad_multiple: int, replayed: bool = True) -> list[Microbatch]:
+    """Four microbatches that differ in nothing but their routes: to take another one's is no
+    error, only wrong."""
+    batch = microbatch(run.model, 5, (1, 0, 2), pad_multiple)
+    if not replayed:
+        return [batch] * 4
+    return [replace(batch, routes=random_routes(run, batch, seed)) for seed in range(4)]
+
+
+without_routes = partial(look_alikes, replayed=False)
+
+
+def other_microbatchs_routes(run: RunConfig, pad_multiple: int) -> list[Microbatch]:
+    """The mistake of a process-wide slot: the second microbatch's routes for the first."""
+    first, second, *rest = look_alikes(run, pad_multiple)
+    return [second, second, *rest]
+
+
+def perturb_routers(engine: Engine) -> None:
+    """Alike on every layout, and far enough to change most choices."""
+    for name, param, layout in layouts(*engine.chunks):
+        if name.endswith("router.weight"):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            param.data += torch.randn(layout.global_shape, generator=generator)[layout.block]
+
+
+def record(engine: Engine, batches: list[Microbatch]) -> tuple[list[Routes], list]:
+    """(whole routes of all layers, one a microbatch, on every rank; logits on the last stage)"""
+    pg, records = engine.groups.pg, [{} for _ in batches]
+    logits = engine.forward(
+        batches,
+        lambda batch: torch.arange(len(batch.tokens_T)),
+        lambda output, **_: output.clone(),
+        routes=records,
+    )
+    found = []
+    for one in records:
+        parts = [None] * engine.groups.replica.size()
+        dist.all_gather_object(parts, whole_routes(one, pg), group=engine.groups.replica)
+        for part in parts:
+            for index, routes in part.items():
+                same = [torch.equal(routes, p[index]) for p in parts if index in p]
+                assert all(same), f"ranks disagree on the routes of layer {index}"
+        found.append({i: routes for part in parts for i, routes in part.items()})
+    return found, logits
+
+
+def record_and_replay(run: RunConfig, parallel: ParallelConfig, multiple: int | None = None):
+    """(recorded, recorded again by perturbed routers, the same while replaying, logits of the
+    first and of a replay before the perturbation)"""
+    run.parallel = parallel
+    engine = Engine.create(run, groups.build(parallel))
+    off_zero(engine)
+    batches = steps_batches(run, multiple or token_multiple(run))
+    dp = engine.groups.pg.dp
+    batches = batches[dp.rank() :: dp.size()]
+    routes, logits = record(engine, batches)
+    replays = [replace(b, routes=r) for b, r in zip(batches, routes, strict=True)]
+    _, again = record(engine, replays)
+    perturb_routers(engine)
+    return routes, record(engine, batches)[0], record(engine, replays)[0], logits, again
+
+
+def forbid(run: RunConfig, forbidden: Routes):
+    """(routes, routes while some experts are forbidden, routes afterwards), or the error."""
+    engine = Engine.create(run, groups.build(run.parallel))
+    batches = steps_batches(run, 1)[:1]
+    before, _ = record(engine, batches)
+    try:
+        with engine.forbidding(forbidden):
+            during, _ = record(engine, batches)
+    except ValueError as error:
+        return str(error)
+    return before[0], during[0], record(engine, batches)[0][0]
+
+
+def refusal(run: RunConfig, routes: Routes) -> str:
+    """The error of a step with these routes."""
+    engine = Engine.create(run, groups.build(run.parallel))
+    batch = replace(microbatch(run.model, 5, (1,)), routes=routes)
+    try:
+        record(engine, [batch])
+    except ValueError as error:
+        return str(error)
+    return ""

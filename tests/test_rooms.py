@@ -1,0 +1,49 @@
+"""The order of the rooms: a module imports from its own room and from those before it only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ORDER = (
+    *("errors", "platform", "plugins", "cli"),
+    *("config", "report", "parallel", "data", "model", "engine", "generation"),
+    *("checkpoint", "convert", "evaluation", "earl", "rl", "train"),
+    *("perf", "benchmark", "doctor"),
+)
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """(importing module, imported module) inside the package, function-level imports included."""
+    for path in sorted((ROOT / "megatron_mm").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            yield from ((module, name) for name in names if name.startswith("megatron_mm."))
+
+
+def test_every_room_has_its_place_in_the_order():
+    rooms = {path.stem for path in (ROOT / "megatron_mm").iterdir() if path.stem[0] != "_"}
+    assert rooms <= set(ORDER), f"rooms without a place: {sorted(rooms - set(ORDER))}"
+
+
+def test_no_room_imports_from_one_above_it():
+    found = list(imports())
+    place = {name: index for index, name in enumerate(ORDER)}
+    upward = [
+        f"{importer} imports {imported}"
+        for importer, imported in found
+        if place.get(room(imported), -1) > place.get(room(importer), -1)
+    ]
+    assert len(found) > 500 and not upward

@@ -1,1 +1,0 @@
-"""Timings of this package against transformers' and of CLVR; `tools/benchmark.py` runs them."""
