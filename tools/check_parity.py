@@ -26,8 +26,8 @@ def main(argv: list[str]) -> int:
 
     from megatron_mm.config import ParallelConfig, RunConfig
     from megatron_mm.convert import parity, their_model, to_hf
-    from megatron_mm.convert.folder import check_source, open_source
-    from megatron_mm.convert.job import Parser, run_job
+    from megatron_mm.convert.command import Parser, run_job
+    from megatron_mm.convert.folder import check_folder, open_folder
     from megatron_mm.data.tokenizer import load_tokenizer
     from megatron_mm.errors import ConvertError, DataError
     from megatron_mm.model.blueprint import blueprint
@@ -45,9 +45,9 @@ def main(argv: list[str]) -> int:
         args = parser.parse_args(argv)
         if group.size() > 1:
             raise ConvertError(f"{group.size()} ranks: parity is checked by one")
-        source = open_source(args.hf)
+        source = open_folder(args.hf)
         plan = source.plan(blueprint(source.model))
-        check_source(source, plan)
+        check_folder(source, plan)
         checkpoint = to_hf.open_checkpoint(args.checkpoint)
         differing = list(parity.differing_tensors(source, plan, checkpoint))
         for line in differing[:10]:

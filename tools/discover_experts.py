@@ -40,7 +40,7 @@ GIVEN = ("tokenizer_model", "eval_samples", "eval_batch_size", "max_new_tokens")
 
 def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(this tool's flags, the run's). Raises ConfigError for what is wrong with either."""
-    from megatron_mm.convert.job import Parser
+    from megatron_mm.convert.command import Parser
 
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)

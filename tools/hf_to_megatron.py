@@ -76,11 +76,11 @@ def main(argv: list[str]) -> int:
     platform.quiet()
     platform.install()
 
-    from megatron_mm.checkpoint.together import together
+    from megatron_mm.checkpoint.collective import raising_together
     from megatron_mm.convert import summary as report
     from megatron_mm.convert import to_megatron
-    from megatron_mm.convert.folder import check_source, has_weights, open_source
-    from megatron_mm.convert.job import DTYPES, Parser, run_job
+    from megatron_mm.convert.command import DTYPES, Parser, run_job
+    from megatron_mm.convert.folder import check_folder, has_weights, open_folder
     from megatron_mm.errors import CheckpointError
     from megatron_mm.model.blueprint import blueprint
 
@@ -95,9 +95,9 @@ def main(argv: list[str]) -> int:
         args, rest = parser.parse_known_args(argv)
         dtype = DTYPES.get(args.dtype)
         folders = [args.hf] if args.hf_vision is None else [args.hf, args.hf_vision]
-        with together(group, f"cannot convert {args.hf}"):
+        with raising_together(group, f"cannot convert {args.hf}"):
             weights = not args.dry_run or any(has_weights(folder) for folder in folders)
-            source = open_source(args.hf, args.hf_vision, weights=weights)
+            source = open_folder(args.hf, args.hf_vision, weights=weights)
         run = target_run(source.model, rest)
         source.model = run.model
         parameters = blueprint(run.model)
@@ -110,8 +110,8 @@ def main(argv: list[str]) -> int:
                 print("\n".join(lines))
                 raise CheckpointError(f"{args.hf}: {plan.problem()}")
             return [*lines, "dry run: nothing was written"]
-        with together(group, f"cannot convert {args.hf}"):
-            check_source(source, plan)
+        with raising_together(group, f"cannot convert {args.hf}"):
+            check_folder(source, plan)
         run.training.bf16 = to_megatron.dtype_of(source, plan, dtype) == DTYPES["bf16"]
         made = to_megatron.convert(source, plan, parameters, run, args.out, group, dtype=dtype)
         return [*lines, f"converted: {made}"]

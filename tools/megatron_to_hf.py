@@ -22,11 +22,11 @@ def main(argv: list[str]) -> int:
     platform.quiet()
     platform.install()
 
-    from megatron_mm.checkpoint.together import together
+    from megatron_mm.checkpoint.collective import raising_together
     from megatron_mm.convert import to_hf
+    from megatron_mm.convert.command import DTYPES, Parser, run_job
     from megatron_mm.convert.folder import travelling
     from megatron_mm.convert.hf_writer import SHARD_BYTES
-    from megatron_mm.convert.job import DTYPES, Parser, run_job
     from megatron_mm.errors import CheckpointError
 
     parser = Parser(__doc__)
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
     def work(group) -> list[str]:
         args = parser.parse_args(argv)
-        with together(group, f"cannot load {args.checkpoint}"):
+        with raising_together(group, f"cannot load {args.checkpoint}"):
             checkpoint = to_hf.open_checkpoint(args.checkpoint)
             assets = None if args.assets is None else travelling(args.assets)
             if assets == []:

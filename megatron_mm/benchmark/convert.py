@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_mm.benchmark.measure import Peak, interleave
 from megatron_mm.config import LanguageConfig, ModelConfig, RunConfig, to_transformers_dict
 from megatron_mm.convert import export, to_hf, to_megatron
-from megatron_mm.convert.folder import CONFIG, check_source, open_source
+from megatron_mm.convert.folder import CONFIG, check_folder, open_folder
 from megatron_mm.convert.hf_writer import TensorWriter, create_files, lay_out, write_index
 from megatron_mm.convert.mapping import write_links
 from megatron_mm.convert.work import nbytes
@@ -92,10 +92,10 @@ def _compare(root: Path, rounds: int, warmup: int, gigabytes: float) -> dict[str
     group = dist.new_group(backend="gloo")
 
     def forward(target: Path) -> None:
-        source = open_source(source_folder)
+        source = open_folder(source_folder)
         parameters = blueprint(source.model)
         plan = source.plan(parameters)
-        check_source(source, plan)
+        check_folder(source, plan)
         run = RunConfig(model=source.model)
         run.training.bf16 = True
         to_megatron.convert(source, plan, parameters, run, target, group, quiet=True)

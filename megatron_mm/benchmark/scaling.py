@@ -22,7 +22,7 @@ from megatron_mm.benchmark.models import make_run
 from megatron_mm.benchmark.throughput import spread
 from megatron_mm.config import ConfigError, ParallelConfig, RunConfig
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import share
+from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.groups import Groups
@@ -39,7 +39,7 @@ class Side:
         self.built, self.microbatches = built, microbatches
         self.engine, self.objective = Engine.create(run, built), SupervisedFineTuning()
         made = made_step(run, microbatches, seed=0) if built.is_reader else []
-        self.batches = share(built, made)
+        self.batches = broadcast_batches(built, made)
 
     def step(self) -> dict[str, Any]:
         """Seconds of this rank and its phases, begun by both ranks together."""

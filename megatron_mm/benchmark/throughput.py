@@ -17,12 +17,12 @@ from megatron_mm.benchmark.mock import Mock, balanced, made_step, mock_like
 from megatron_mm.config import ConfigError, RunConfig, to_dict
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import share
+from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.errors import NonFiniteError
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.perf.flops import model_flops, total
 from megatron_mm.perf.phases import Phases
-from megatron_mm.train.source import SOURCES, Source
+from megatron_mm.train.source import SOURCES, StepSource
 from megatron_mm.train.start import start
 from megatron_mm.train.trainer import open_data
 
@@ -40,9 +40,9 @@ class Bench:
         torch.manual_seed(run.training.seed)
         self.engine = Engine.create(run, groups)
 
-    def sources(self, kinds: Sequence[str], routings: Sequence[str]) -> dict[str, Source]:
+    def sources(self, kinds: Sequence[str], routings: Sequence[str]) -> dict[str, StepSource]:
         """By "<data>, <routing>"."""
-        sources: dict[str, Source] = {}
+        sources: dict[str, StepSource] = {}
         made: list[list[Microbatch]] = []
         if "real" in kinds:
             tokenizer, loader = open_data(self.run, self.groups)
@@ -78,14 +78,14 @@ class Bench:
         if self.groups.is_reader:
             seed = number * replicas + self.groups.pg.dp.rank()
             batches = made_step(self.run, count, seed)
-        return share(self.groups, batches)
+        return broadcast_batches(self.groups, batches)
 
     def _balanced(self, batch: Microbatch) -> Microbatch:
         language = self.run.model.language
         layers = [layer for chunk in self.engine.chunks for layer in chunk.moe_layers]
         return balanced(batch, layers, language.moe_router_topk, language.num_experts)
 
-    def round(self, source: Source) -> list[Microbatch]:
+    def round(self, source: StepSource) -> list[Microbatch]:
         """A step; in reinforcement learning a rollout and all of its steps. Its microbatches."""
         phases, done, self.clock = self.phases, [], {}
         reading = "rollout" if self.run.training.objective == "grpo" else "data"
@@ -103,7 +103,7 @@ class Bench:
                 done += batches
         return done
 
-    def timed(self, source: Source) -> dict[str, Any]:
+    def timed(self, source: StepSource) -> dict[str, Any]:
         """Of one round: seconds until the last rank is done, phases of every rank, work."""
         world = self.groups.world
         dist.barrier(group=world)
@@ -123,7 +123,7 @@ class Bench:
             "clock": {name: max(note[3][name] for note in notes) for name in self.clock},
         }
 
-    def _work(self, batches: Sequence[Microbatch], source: Source) -> dict[str, float]:
+    def _work(self, batches: Sequence[Microbatch], source: StepSource) -> dict[str, float]:
         """Of this replica, on its reader, which has the pixels."""
         found = dict.fromkeys(COUNTS, 0)
         for batch in batches if self.groups.is_reader else ():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint.parameters import Engine
 from megatron_mm.config import LoraConfig
+from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
 from megatron_mm.model.layers.lora import merge
 

@@ -17,7 +17,8 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_mm.checkpoint.parameters import Engine, parameters
+from megatron_mm.checkpoint.parameters import parameters
+from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel.param_layout import ParamLayout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

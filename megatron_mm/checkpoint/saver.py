@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.checkpoint import snapshot
-from megatron_mm.checkpoint.parameters import Engine
+from megatron_mm.engine.engine import Engine
 
 
 class Saver:

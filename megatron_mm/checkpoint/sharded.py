@@ -17,15 +17,16 @@ import torch.distributed as dist
 
 from megatron_mm.checkpoint import folders, optimizer_state, rng, sealed, storage
 from megatron_mm.checkpoint import shards as blocks
+from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import (
     CARRIED_PREFIX,
     check_adapters,
     check_model,
     check_tensors,
 )
-from megatron_mm.checkpoint.parameters import Engine, parameters, settle
+from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
 from megatron_mm.checkpoint.snapshot import layout_of, rng_name, take, write
-from megatron_mm.checkpoint.together import together
+from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
 
 
@@ -72,13 +73,13 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     groups = engine.groups
     doing = f"cannot load {folder}"
     found: list[Any] = [None]
-    with together(groups.world, doing):
+    with raising_together(groups.world, doing):
         if dist.get_rank() == 0:
             found = [folders.resolve(Path(folder))]
     dist.broadcast_object_list(found, src=0, group=groups.world)
     path, run = found[0]
     expected = blocks.expected_shapes(engine, with_optimizer=not finetune)
-    with together(groups.world, doing):
+    with raising_together(groups.world, doing):
         check_model(run["config"]["model"], engine.run.model, finetune=finetune)
         check_adapters(run["config"].get("lora", {}), engine.run.lora)
         _check_precision(run["config"], engine, finetune)
@@ -86,7 +87,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
         added = check_tensors(stored, expected, finetune=finetune)
         storage.check_files(path, index, groups.world.rank(), groups.world.size())
     same_layout = run["layout"] == layout_of(engine)
-    with together(groups.world, doing):
+    with raising_together(groups.world, doing):
         wanted = blocks.empty_blocks(engine, set(stored), with_optimizer=not finetune)
         storage.read_tensors(wanted, path, index)
         generators = None
@@ -94,7 +95,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
             name = rng_name(dist.get_rank())
             content = sealed.read_bytes(path / name, run["checksums"].get(name))
             generators = torch.load(io.BytesIO(content), weights_only=True)
-    settle(engine)  # else a gather under way would overwrite what is loaded
+    finish_param_gather(engine)  # else a gather under way would overwrite what is loaded
     _apply(engine, {key: entry.data for key, entry in wanted.items()}, run, finetune)
     if generators is not None:
         rng.restore(generators)

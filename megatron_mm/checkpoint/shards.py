@@ -7,7 +7,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_mm.checkpoint.optimizer_state import MOMENTS, owned, trainable
-from megatron_mm.checkpoint.parameters import Engine, parameters
+from megatron_mm.checkpoint.parameters import parameters
+from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel.param_layout import ParamLayout
 
 Shapes = dict[str, tuple[int, ...]]

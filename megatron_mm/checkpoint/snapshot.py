@@ -21,9 +21,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 import megatron_mm
 from megatron_mm.checkpoint import folders, optimizer_state, rng, sealed, storage
 from megatron_mm.checkpoint import shards as blocks
-from megatron_mm.checkpoint.parameters import Engine, parameters, settle
-from megatron_mm.checkpoint.together import together
+from megatron_mm.checkpoint.collective import raising_together
+from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
 from megatron_mm.config import to_dict
+from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
 
 
@@ -50,7 +51,7 @@ def take(engine: Engine, loader_state: dict, iteration: int, extra: dict | None 
         CheckpointError: on every rank; `loader_state` or `extra` is no JSON, or parameters
             disagree about the number of steps.
     """
-    settle(engine)
+    finish_param_gather(engine)
     tensors, steps = _tensors(engine)
     buffer = io.BytesIO()
     torch.save(rng.capture(), buffer)
@@ -69,7 +70,7 @@ def take(engine: Engine, loader_state: dict, iteration: int, extra: dict | None 
         "config": to_dict(engine.run),
         "checksums": {rng_name(rank): checksum for rank, (_, checksum) in enumerate(notes)},
     }
-    with together(engine.groups.world, f"cannot save iteration {iteration}"):
+    with raising_together(engine.groups.world, f"cannot save iteration {iteration}"):
         run["adam_step"] = _same_step(set().union(*(found for found, _ in notes)))
         if dist.get_rank() == 0:
             run = json.loads(json.dumps(run))  # a copy of all that others may still change
@@ -151,19 +152,19 @@ def _write(
     snapshot: Snapshot, partial: Path, final: Path, group: dist.ProcessGroup, doing: str
 ) -> None:
     leader = group.rank() == 0
-    with together(group, doing):
+    with raising_together(group, doing):
         if leader:
             final.parent.mkdir(parents=True, exist_ok=True)
             folders.clear_leftovers(final.parent)
             partial.mkdir()
-    with together(group, doing):
+    with raising_together(group, doing):
         storage.write_tensors(snapshot.tensors, partial, group)
-    with together(group, doing):
+    with raising_together(group, doing):
         sealed.write_bytes(partial / rng_name(group.rank()), snapshot.generators)
         if leader:
             checksums = snapshot.run["checksums"] | storage.write_format(partial)
             sealed.write_json(partial / folders.RUN, snapshot.run | {"checksums": checksums})
             sealed.sync_folder(partial)
-    with together(group, doing):
+    with raising_together(group, doing):
         if leader:
             folders.publish(partial, final)

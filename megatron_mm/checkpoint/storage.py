@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.futures import Future
 
 from megatron_mm.checkpoint import sealed
-from megatron_mm.checkpoint.together import one_line
+from megatron_mm.checkpoint.collective import one_line
 from megatron_mm.errors import CheckpointError
 
 METADATA = ".metadata"

@@ -20,13 +20,13 @@ from megatron_mm.config import (
     without_clvr,
 )
 from megatron_mm.config.released import in_transformers_words
-from megatron_mm.convert.hf_files import INDEX, PICKLES, Stored, open_folder
-from megatron_mm.convert.mapping import EMBEDDING, HEAD, LOOKS, PROJECTOR, Plan, read_plan
+from megatron_mm.convert.hf_files import INDEX, PICKLES, Stored, stored_tensors
+from megatron_mm.convert.mapping import EMBEDDING, HEAD, LOOKS, PROJECTOR, StateMapping, read_plan
 from megatron_mm.errors import ConvertError
 from megatron_mm.parallel.param_layout import ParamLayout
 
 CONFIG, CLVR_KEY, IMAGE_CONTEXT = "config.json", "clvr", "<IMG_CONTEXT>"
-NOTES = "huggingface"  # what a checkpoint's `extra` keeps of `Source.notes`
+NOTES = "huggingface"  # what a checkpoint's `extra` keeps of `HFFolder.notes`
 # What travels along with the weights, by name. Code does not.
 TRAVELS = (
     "tokenizer*.json",
@@ -43,7 +43,7 @@ TRAVELS = (
 
 
 @dataclass
-class Source:
+class HFFolder:
     """
     Attributes:
         model: what the folder computes; its output layer is always a tensor of its own.
@@ -61,7 +61,7 @@ class Source:
     new: tuple[tuple[str, ...], ...] = (LOOKS,)
     assets: list[Path] = field(default_factory=list)
 
-    def plan(self, parameters: Mapping[str, ParamLayout]) -> Plan:
+    def plan(self, parameters: Mapping[str, ParamLayout]) -> StateMapping:
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         return read_plan(self.model, parameters, shapes, new=self.new, tied=self.tied)
 
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def open_source(hf: Path, hf_vision: Path | None = None, *, weights: bool = True) -> Source:
+def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True) -> HFFolder:
     """A fused or text-only folder, or the folders of a language model and of a ViT.
 
     Args:
@@ -111,9 +111,9 @@ def open_source(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
     model.language.untie_embeddings_and_output_weights = True
     tensors: dict[str, Stored] = {}
     if weights:
-        tensors = open_folder(hf)
+        tensors = stored_tensors(hf)
         if hf_vision is not None:
-            more = open_folder(hf_vision)
+            more = stored_tensors(hf_vision)
             shared = sorted(tensors.keys() & more.keys())
             if shared:
                 raise ConvertError(f"{shared[0]} is in {hf} and in {hf_vision}")
@@ -121,7 +121,7 @@ def open_source(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
     image = _image_token(hf, config, model)
     folders = [hf] if hf_vision is None else [hf_vision, hf]  # the language model's win
     assets = {path.name: path for folder in folders for path in travelling(folder)}
-    return Source(hf, model, tied, image, tensors, new, list(assets.values()))
+    return HFFolder(hf, model, tied, image, tensors, new, list(assets.values()))
 
 
 def travelling(folder: Path) -> list[Path]:
@@ -197,7 +197,7 @@ def tokenizer_id(folder: Path, token: str) -> int | None:
     return None
 
 
-def check_source(source: Source, plan: Plan) -> None:
+def check_folder(source: HFFolder, plan: StateMapping) -> None:
     """What can be wrong with a folder although every tensor is there. Reads two tensors.
 
     Raises ConvertError that names the tensor.

@@ -122,7 +122,7 @@ def _entry(path: Path, base: int, entry: dict) -> Stored:
     return stored
 
 
-def open_folder(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a model's folder, from the headers alone.
 
     Raises ConvertError for a folder without safetensors, an index that names a file outside

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import check_model
-from megatron_mm.checkpoint.parameters import Engine, parameters, settle
-from megatron_mm.checkpoint.together import together
+from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
 from megatron_mm.config import to_dict
-from megatron_mm.convert.folder import check_source, open_source
+from megatron_mm.convert.folder import check_folder, open_folder
+from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.model.layers.lora import is_adapter
@@ -49,14 +50,14 @@ def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> 
             anything changed), or could not be read to the end (on every rank).
     """
     group, doing = engine.groups.world, f"cannot load {folder}"
-    with together(group, doing):
-        source = open_source(folder)
+    with raising_together(group, doing):
+        source = open_folder(folder)
         check_model(to_dict(source.model), engine.run.model, finetune=True)
         # CLVR and the way images enter are this run's; the base is the folder's.
         source.model = engine.run.model
         whole = blueprint(engine.run.model)
         plan = source.plan(whole)
-        check_source(source, plan)
+        check_folder(source, plan)
         there = source.image_token_id
         if None not in (there, image_token_id) and there != image_token_id:
             raise ConvertError(
@@ -64,8 +65,8 @@ def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> 
             )
     links = {link.ours: link for link in plan.links}
     added: list[str] = []
-    settle(engine)  # else a gather under way would overwrite what is loaded
-    with together(group, doing):
+    finish_param_gather(engine)  # else a gather under way would overwrite what is loaded
+    with raising_together(group, doing):
         for name, param, layout in parameters(engine):
             if name in links:
                 link = links[name]

@@ -25,7 +25,7 @@ HEAD, EMBEDDING = "output_layer.weight", "embedding.weight"
 
 
 @dataclass(frozen=True)
-class Link:
+class ParamMapping:
     """One tensor of ours and those of theirs.
 
     Attributes:
@@ -109,10 +109,10 @@ def find_row(ours: str, rows: Sequence[Row]) -> tuple[Row, dict[str, str]]:
 
 def _link(
     ours: str, layout: ParamLayout, form: Form, spelling: Spelling, values: dict, model: ModelConfig
-) -> Link:
+) -> ParamMapping:
     prefixes = {k: getattr(spelling, k) for k in ("text", "head", "vit", "projector")}
     names = tuple(n.format(expert="{expert}", **prefixes, **values) for n in form.names)
-    return Link(ours, layout.global_shape, names, form.how(model), layout.rows_drawn_alone)
+    return ParamMapping(ours, layout.global_shape, names, form.how(model), layout.rows_drawn_alone)
 
 
 def write_links(
@@ -121,7 +121,7 @@ def write_links(
     spelling: str,
     *,
     rows: Sequence[Row] = ROWS,
-) -> list[Link]:
+) -> list[ParamMapping]:
     """How every parameter is spelled in a folder to be written."""
     chosen, links = SPELLINGS[spelling], []
     for ours, layout in parameters.items():
@@ -132,7 +132,7 @@ def write_links(
 
 
 @dataclass
-class Plan:
+class StateMapping:
     """A folder read against a model.
 
     Attributes:
@@ -145,7 +145,7 @@ class Plan:
         tied: the output layer is a copy of the embedding.
     """
 
-    links: list[Link] = field(default_factory=list)
+    links: list[ParamMapping] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
@@ -175,7 +175,7 @@ def read_plan(
     new: Sequence[Group] = (LOOKS,),
     tied: bool = False,
     rows: Sequence[Row] = ROWS,
-) -> Plan:
+) -> StateMapping:
     """Which of the stored tensors (name -> shape) are which of ours.
 
     A tensor may be spelled in any known way; what is mapped by no row is reported, never
@@ -185,9 +185,9 @@ def read_plan(
         new: groups of ours that the folder may lack altogether.
         tied: the folder's config says that the output layer is the embedding.
     """
-    plan, used = Plan(), set()
+    plan, used = StateMapping(), set()
     votes = dict.fromkeys(SPELLINGS, 0)
-    absent: list[tuple[str, dict[str, Link]]] = []
+    absent: list[tuple[str, dict[str, ParamMapping]]] = []
     for ours, layout in parameters.items():
         candidates = _candidates(ours, layout, model, rows)
         found = {s: k for s, k in candidates.items() if next(k.theirs())[0] in stored}
@@ -219,14 +219,14 @@ def read_plan(
 
 def _candidates(
     ours: str, layout: ParamLayout, model: ModelConfig, rows: Sequence[Row]
-) -> dict[str, Link]:
+) -> dict[str, ParamMapping]:
     row, values = find_row(ours, rows)
     return _every(ours, layout, model, row, values)
 
 
 def _every(
     ours: str, layout: ParamLayout, model: ModelConfig, row: Row, values: dict
-) -> dict[str, Link]:
+) -> dict[str, ParamMapping]:
     """spelling -> how it writes this tensor."""
     return {
         name: _link(ours, layout, form, spelling, values, model)
@@ -236,7 +236,9 @@ def _every(
     }
 
 
-def _check(link: Link, stored: Mapping[str, Shape], plan: Plan, used: set[str]) -> None:
+def _check(
+    link: ParamMapping, stored: Mapping[str, Shape], plan: StateMapping, used: set[str]
+) -> None:
     for name, shape in link.theirs():
         used.add(name)
         if name not in stored:

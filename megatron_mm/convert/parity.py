@@ -13,9 +13,9 @@ from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_model
 from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import DataConfig, RunConfig, effective_pattern, parse_pattern, to_dict
 from megatron_mm.convert.export import has_clvr
-from megatron_mm.convert.folder import Source, equal_bits
+from megatron_mm.convert.folder import HFFolder, equal_bits
 from megatron_mm.convert.live import fill
-from megatron_mm.convert.mapping import Plan
+from megatron_mm.convert.mapping import StateMapping
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample, SampleBuilder, SampleImage
@@ -33,7 +33,9 @@ TOLERANCE = 1e-5
 BUILT_IN = ((1, 1), (3, 1))
 
 
-def differing_tensors(source: Source, plan: Plan, checkpoint: Checkpoint) -> Iterator[str]:
+def differing_tensors(
+    source: HFFolder, plan: StateMapping, checkpoint: Checkpoint
+) -> Iterator[str]:
     """One line for each tensor of theirs that the checkpoint does not give back to the bit."""
     check_model(to_dict(source.model), checkpoint.model, finetune=True)
     reader = checkpoint.reader

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megatron_mm.config import ModelConfig
-from megatron_mm.convert.folder import Source
-from megatron_mm.convert.mapping import PROJECTOR, Link, Plan, write_links
+from megatron_mm.convert.folder import HFFolder
+from megatron_mm.convert.mapping import PROJECTOR, ParamMapping, StateMapping, write_links
 from megatron_mm.convert.work import nbytes
 from megatron_mm.parallel.param_layout import ParamLayout
 
@@ -17,7 +17,7 @@ MOST = 20  # names shown of a list
 
 def published(
     model: ModelConfig, parameters: Mapping[str, ParamLayout], separate: bool
-) -> list[Link]:
+) -> list[ParamMapping]:
     """What folders of this model hold when their files are not there to be asked: a fused
     folder as transformers writes it, a language model and a ViT as they were released."""
     if model.vision is None:
@@ -30,14 +30,14 @@ def published(
     return write_links(model, text, "text") + write_links(model, vision, "internvit")
 
 
-def totals(links: Sequence[Link], itemsize: int) -> tuple[int, int]:
+def totals(links: Sequence[ParamMapping], itemsize: int) -> tuple[int, int]:
     """(tensors, bytes) of theirs."""
     shapes = [shape for link in links for _, shape in link.theirs()]
     return len(shapes), sum(nbytes(shape, itemsize) for shape in shapes)
 
 
 def expected_lines(
-    source: Source, parameters: Mapping[str, ParamLayout], separate: bool
+    source: HFFolder, parameters: Mapping[str, ParamLayout], separate: bool
 ) -> list[str]:
     """Of folders without weights: what they would have to hold, from the config alone."""
     needed = {n: p for n, p in parameters.items() if not any(n.startswith(g) for g in source.new)}
@@ -53,7 +53,7 @@ def expected_lines(
     ]
 
 
-def plan_lines(source: Source, plan: Plan, dtype: torch.dtype | None) -> list[str]:
+def plan_lines(source: HFFolder, plan: StateMapping, dtype: torch.dtype | None) -> list[str]:
     """A read folder's plan: how much, and every way in which it is not one to one."""
     mapped = [name for link in plan.links for name, _ in link.theirs() if name in source.tensors]
     names = sorted(set(mapped))

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import to_transformers_dict
-from megatron_mm.convert.folder import CONFIG, Source, read_json
-from megatron_mm.convert.mapping import Plan, write_links
+from megatron_mm.convert.folder import CONFIG, HFFolder, read_json
+from megatron_mm.convert.mapping import StateMapping, write_links
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
 
@@ -40,7 +40,7 @@ def is_release(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def released_in_transformers(source: Source, plan: Plan):
+def released_in_transformers(source: HFFolder, plan: StateMapping):
     """A release's tensors in transformers' model, brought there by the table of names.
 
     What is compared then is two computations with the same tensors. That the table reads the

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.checkpoint import folders, sealed, storage
+from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
 from megatron_mm.checkpoint.shards import weight_key
-from megatron_mm.checkpoint.together import together
 from megatron_mm.config import ModelConfig, RunConfig, from_dict
 from megatron_mm.convert import export
 from megatron_mm.convert.folder import NOTES, equal_bits, travelling
@@ -27,7 +27,7 @@ from megatron_mm.convert.hf_writer import (
     lay_out,
     write_index,
 )
-from megatron_mm.convert.mapping import EMBEDDING, HEAD, Link, write_links
+from megatron_mm.convert.mapping import EMBEDDING, HEAD, ParamMapping, write_links
 from megatron_mm.convert.stored import BlockReader
 from megatron_mm.convert.to_megatron import ASSETS, check_space
 from megatron_mm.convert.work import nbytes, progress, share
@@ -96,34 +96,34 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 
 @dataclass(frozen=True)
-class Job:
+class Export:
     """What is read at once: a link, some indices of a counted one, or a carried tensor."""
 
     bytes: int
-    link: Link | None = None
+    link: ParamMapping | None = None
     first: int = 0
     last: int = 0
     carried: str | None = None
 
 
-def jobs(checkpoint: Checkpoint, links: list[Link]) -> list[Job]:
+def jobs(checkpoint: Checkpoint, links: list[ParamMapping]) -> list[Export]:
     reader, found = checkpoint.reader, []
     for link in links:
         key = weight_key(link.ours)
         size = reader.dtype(key).itemsize
         if not link.counted:
-            found.append(Job(nbytes(link.shape, size), link))
+            found.append(Export(nbytes(link.shape, size), link))
             continue
         row = nbytes(link.shape[1:], size)
-        found += [Job((b - a) * row, link, a, b) for a, b in reader.ranges(key)]
+        found += [Export((b - a) * row, link, a, b) for a, b in reader.ranges(key)]
     for name in checkpoint.carried:
         key = CARRIED_PREFIX + name
-        found.append(Job(nbytes(reader.shape(key), reader.dtype(key).itemsize), carried=name))
+        found.append(Export(nbytes(reader.shape(key), reader.dtype(key).itemsize), carried=name))
     return found
 
 
 def outputs(
-    checkpoint: Checkpoint, links: list[Link], dtype: torch.dtype | None
+    checkpoint: Checkpoint, links: list[ParamMapping], dtype: torch.dtype | None
 ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """(name, shape, dtype) of every tensor to be written, in the order of reading."""
     reader, found = checkpoint.reader, []
@@ -165,7 +165,7 @@ def convert(
     doing = f"cannot convert {checkpoint.path} to {target}"
     partial = folders.with_suffix(target, folders.PARTIAL)
     lines: list[str] = []
-    with together(group, doing):
+    with raising_together(group, doing):
         tied = is_tied(checkpoint)
         if checkpoint.notes.get("tied") and not tied:
             lines.append("the output layer is no longer the embedding: written untied")
@@ -177,7 +177,7 @@ def convert(
             _prepare(checkpoint, target, partial, assets, tied, places, heads, sizes, lines)
     try:
         _write(checkpoint, links, partial, places, group, doing, quiet)
-        with together(group, doing):
+        with raising_together(group, doing):
             if leader:
                 sealed.sync_folder(partial)
                 partial.rename(target)
@@ -230,7 +230,7 @@ def _prepare(
 
 def _write(
     checkpoint: Checkpoint,
-    links: list[Link],
+    links: list[ParamMapping],
     partial: Path,
     places: dict[str, Place],
     group: dist.ProcessGroup,
@@ -241,7 +241,7 @@ def _write(
     total, shown = sum(job.bytes for job in mine), group.rank() == 0 and not quiet
     read = checkpoint.reader.read
     with (
-        together(group, doing),
+        raising_together(group, doing),
         TensorWriter(partial, places) as writer,
         progress(total, "to Hugging Face", shown) as done,
     ):

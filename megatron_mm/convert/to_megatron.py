@@ -17,12 +17,12 @@ import torch.distributed as dist
 
 import megatron_mm
 from megatron_mm.checkpoint import folders, sealed, storage
+from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX
 from megatron_mm.checkpoint.shards import weight_key
-from megatron_mm.checkpoint.together import together
 from megatron_mm.config import RunConfig, data_parallel_size, to_dict
-from megatron_mm.convert.folder import NOTES, Source
-from megatron_mm.convert.mapping import Link, Plan
+from megatron_mm.convert.folder import NOTES, HFFolder
+from megatron_mm.convert.mapping import ParamMapping, StateMapping
 from megatron_mm.convert.stored import BLOCK_BYTES, Block, BlockWriter, write_index
 from megatron_mm.convert.work import nbytes, progress, row_ranges, share
 from megatron_mm.errors import CheckpointError, ConvertError
@@ -32,26 +32,29 @@ ASSETS = "huggingface"  # folder inside a checkpoint
 
 
 @dataclass(frozen=True)
-class Job:
+class Import:
     """A block to be written: of a link, of a new parameter, or a carried tensor."""
 
     key: str
     bytes: int
     first: int = 0
     last: int = 0
-    link: Link | None = None
+    link: ParamMapping | None = None
     new: str | None = None
     carried: str | None = None
 
 
-def dtype_of(source: Source, plan: Plan, dtype: torch.dtype | None) -> torch.dtype:
+def dtype_of(source: HFFolder, plan: StateMapping, dtype: torch.dtype | None) -> torch.dtype:
     """What new parameters are written in: what was asked for, or what the embedding is in."""
     return dtype or source.tensors[plan.links[0].names[0].replace("{expert}", "0")].dtype
 
 
 def jobs(
-    source: Source, plan: Plan, parameters: Mapping[str, ParamLayout], dtype: torch.dtype | None
-) -> list[Job]:
+    source: HFFolder,
+    plan: StateMapping,
+    parameters: Mapping[str, ParamLayout],
+    dtype: torch.dtype | None,
+) -> list[Import]:
     found = []
     for link in plan.links:
         name = link.names[0].replace("{expert}", "0")
@@ -64,21 +67,21 @@ def jobs(
             weight_key(name), layout.global_shape, layout.rows_drawn_alone, size, new=name
         )
     for name in plan.carried:
-        found.append(Job(CARRIED_PREFIX + name, source.tensors[name].nbytes, carried=name))
+        found.append(Import(CARRIED_PREFIX + name, source.tensors[name].nbytes, carried=name))
     return found
 
 
-def _of_rows(key: str, shape: tuple[int, ...], counted: bool, size: int, **what) -> list[Job]:
+def _of_rows(key: str, shape: tuple[int, ...], counted: bool, size: int, **what) -> list[Import]:
     if not counted:
-        return [Job(key, nbytes(shape, size), **what)]
+        return [Import(key, nbytes(shape, size), **what)]
     row = nbytes(shape[1:], size)
     ranges = row_ranges(shape[0], row, BLOCK_BYTES)
-    return [Job(key, (last - first) * row, first, last, **what) for first, last in ranges]
+    return [Import(key, (last - first) * row, first, last, **what) for first, last in ranges]
 
 
 def _make(
-    job: Job,
-    source: Source,
+    job: Import,
+    source: HFFolder,
     parameters: Mapping[str, ParamLayout],
     dtype: torch.dtype | None,
     start: torch.dtype,
@@ -99,8 +102,8 @@ def _make(
 
 
 def convert(
-    source: Source,
-    plan: Plan,
+    source: HFFolder,
+    plan: StateMapping,
     parameters: Mapping[str, ParamLayout],
     run: RunConfig,
     target: Path,
@@ -124,12 +127,12 @@ def convert(
     partial = folders.with_suffix(final, folders.PARTIAL)
     doing = f"cannot convert {source.folder} to {target}"
     work = jobs(source, plan, parameters, dtype)
-    with together(group, doing):
+    with raising_together(group, doing):
         if leader:
             _prepare(target, partial, sum(job.bytes for job in work))
     try:
         blocks = _write(source, plan, parameters, work, run, partial, group, doing, dtype, quiet)
-        with together(group, doing):
+        with raising_together(group, doing):
             if leader:
                 _finish(source, blocks, run, partial)
                 folders.publish(partial, final)
@@ -167,7 +170,7 @@ def _write(source, plan, parameters, work, run, partial, group, doing, dtype, qu
     blocks: list[Block] = []
     total, shown = sum(job.bytes for job in mine), group.rank() == 0 and not quiet
     with (
-        together(group, doing),
+        raising_together(group, doing),
         BlockWriter(partial, group.rank()) as writer,
         progress(total, "to megatron", shown) as done,
     ):
@@ -181,7 +184,7 @@ def _write(source, plan, parameters, work, run, partial, group, doing, dtype, qu
     return [block for part in every for block in part]
 
 
-def _finish(source: Source, blocks: list[Block], run: RunConfig, partial: Path) -> None:
+def _finish(source: HFFolder, blocks: list[Block], run: RunConfig, partial: Path) -> None:
     write_index(partial, blocks)
     (partial / ASSETS).mkdir()
     for path in source.assets:

@@ -14,7 +14,7 @@ from megatron_mm.earl.clusters import Found, causal_test, discover, measure
 from megatron_mm.earl.probe import Probe, count_probe
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import agree
+from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError, RLError
 from megatron_mm.evaluation.evaluate import Results, evaluate
 
@@ -62,7 +62,7 @@ def probe_and_discover(
                 )
         except RLError as problem:
             error = str(problem)
-    agree(groups, error)
+    raise_together(groups, error)
     dist.broadcast_object_list(found, src=0, group=groups.world)
     (result,) = found
     _write(engine, result, out)
@@ -85,7 +85,7 @@ def _write(engine: Engine, found: Found, out: Path) -> None:
             out.with_suffix(".png").write_bytes(picture)
         except OSError as problem:
             error = f"cannot write {out}: {problem.strerror}"
-    agree(engine.groups, error)
+    raise_together(engine.groups, error)
 
 
 def forbid_clusters(engine: Engine, tokenizer: Tokenizer, skill_map: SkillMap) -> dict:

@@ -17,14 +17,14 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.chat import check_messages
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import open_source
-from megatron_mm.data.loading.shuffle import BlockCache
+from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.clusters import Tally, on_layers
 from megatron_mm.earl.route_counts import RouteCounts, count_routes
 from megatron_mm.earl.spans import Label, load_labeller, token_labels
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import agree, receive
+from megatron_mm.engine.feed import raise_together, receive
 from megatron_mm.errors import DataError, RLError
 from megatron_mm.parallel.sequence import shard, take
 
@@ -44,7 +44,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProbePlan:
     """What is counted. `rows`, in the order in which they are read: row -> (tokens of its answer
     with the stop, its spans as (first token, end, skill ids: its own, then of each shuffle))."""
 
@@ -57,7 +57,7 @@ class ProbeRows:
     """The rows of a probe with their labels. Raises DataError or RLError, also on access."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, probe: Probe) -> None:
-        self._rows = open_source(probe.data, BlockCache())
+        self._rows = open_source(probe.data, RowGroupCache())
         self._builder = SampleBuilder(engine.run, tokenizer)
         self._tokenizer, self._labeller = tokenizer, load_labeller(probe.labeller)
         generator = torch.Generator().manual_seed(probe.seed)
@@ -81,7 +81,7 @@ class ProbeRows:
         labels = token_labels(row, ids, self._tokenizer, self._labeller, where)
         return len(ids) + 1, labels
 
-    def plan(self, probe: Probe) -> Plan:
+    def plan(self, probe: Probe) -> ProbePlan:
         """What is to be counted. Skills are shuffled among rows and not among spans: the spans of
         a row have its skills and its routes in common, and must keep them."""
         found = [self.labels(index) for index in self.order]
@@ -105,9 +105,9 @@ class ProbeRows:
                 for i, label in enumerate(labels)
             ]
             rows[self.order[number]] = answer, spans
-        return Plan(skills, rows, probe.shuffles)
+        return ProbePlan(skills, rows, probe.shuffles)
 
-    def sample(self, index: int, plan: Plan) -> tuple[Sample, torch.Tensor]:
+    def sample(self, index: int, plan: ProbePlan) -> tuple[Sample, torch.Tensor]:
         """(the row as the model reads it, int16 [labellings, tokens] the skill that a position
         serves or -1)"""
         file, row = self._rows.locate(index)
@@ -155,9 +155,9 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> Counted:
                 planned = [rows.plan(probe)]
         except (DataError, RLError) as problem:
             error = str(problem)
-    agree(groups, error)
+    raise_together(groups, error)
     dist.broadcast_object_list(planned, src=0, group=groups.world)
-    plan: Plan = planned[0]
+    plan: ProbePlan = planned[0]
     # A microbatch is of one half, and there is one for every stage of every replica in a round.
     size, order = probe.batch_size, list(plan.rows)
     chunks = [
@@ -191,7 +191,7 @@ def _read(
     tokenizer: Tokenizer,
     rows: ProbeRows | None,
     chunks: list[tuple[int, list[int]]],
-    plan: Plan,
+    plan: ProbePlan,
 ) -> tuple[list[Microbatch], list[torch.Tensor]]:
     """The replica's microbatches and, [labellings, T], the skills of their positions."""
     labels: list[torch.Tensor] = []
@@ -222,7 +222,7 @@ def _read(
 
 
 def _count(
-    engine: Engine, batches: list[Microbatch], labels: list[torch.Tensor], plan: Plan
+    engine: Engine, batches: list[Microbatch], labels: list[torch.Tensor], plan: ProbePlan
 ) -> list[list[RouteCounts]]:
     """Of each microbatch, for each labelling: what this rank's layers did at its positions; none
     on a rank without layers."""

@@ -19,7 +19,7 @@ from megatron_mm.errors import DataError, RLError
 from megatron_mm.parallel.groups import Groups
 
 
-def agree(
+def raise_together(
     groups: Groups, error: DataError | str | None, stop: bool = False, plan: int | None = None
 ) -> bool:
     """Whether any rank wants to stop; every rank must call it.
@@ -56,7 +56,7 @@ def receive(
     Args:
         read: called on the reader only; may raise DataError.
         stop: this rank's wish (a signal arrived).
-        plan: called after `read`; see `agree`.
+        plan: called after `read`; see `raise_together`.
     Raises:
         DataError: on every rank of the job, if any reader's `read` raised it.
     """
@@ -70,11 +70,11 @@ def receive(
         # Nobody may be left waiting for a reader that failed, for whatever reason.
         except Exception as problem:
             error = f"reading failed: {type(problem).__name__}: {problem}"
-    stopping = agree(groups, error, stop, planned)
-    return share(groups, batches), stopping
+    stopping = raise_together(groups, error, stop, planned)
+    return broadcast_batches(groups, batches), stopping
 
 
-def tell[T](groups: Groups, make: Callable[[], T]) -> T:
+def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
     """What `make` gives on the replica's reader, on all ranks of the replica.
 
     Raises:
@@ -90,7 +90,7 @@ def tell[T](groups: Groups, make: Callable[[], T]) -> T:
             error = str(problem)
         except Exception as problem:  # nobody may be left waiting
             error = f"{type(problem).__name__}: {problem}"
-    agree(groups, error)
+    raise_together(groups, error)
     if groups.replica.size() == 1:
         return value
     message = [value]
@@ -98,7 +98,7 @@ def tell[T](groups: Groups, make: Callable[[], T]) -> T:
     return message[0]
 
 
-def share(groups: Groups, batches: Sequence[Microbatch]) -> list[Microbatch]:
+def broadcast_batches(groups: Groups, batches: Sequence[Microbatch]) -> list[Microbatch]:
     """Hand the reader's microbatches to its replica; pixels travel to the first stage only."""
     if groups.replica.size() == 1:
         return list(batches)

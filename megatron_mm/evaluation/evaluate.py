@@ -14,7 +14,7 @@ from megatron_mm.config import model_stages
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import agree
+from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.questions import EvalItem, EvalSet
 from megatron_mm.evaluation.scoring import chance, score
@@ -35,7 +35,7 @@ def open_questions(engine: Engine, tokenizer: Tokenizer) -> tuple[EvalSet, list[
         keys = [questions.key(index) for index in range(len(questions))]
     except DataError as problem:
         error = str(problem)
-    agree(engine.groups, error)
+    raise_together(engine.groups, error)
     return questions, keys
 
 
@@ -141,7 +141,7 @@ def write_text(groups: Groups, path: Path, text: str) -> None:
             path.write_text(text)
         except OSError as problem:
             error = f"cannot write {path}: {problem}"
-    agree(groups, error)
+    raise_together(groups, error)
 
 
 def write_results(

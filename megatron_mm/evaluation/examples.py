@@ -13,7 +13,7 @@ import torch
 from megatron_mm.config import parse_pattern, token_multiple
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import receive, share
+from megatron_mm.engine.feed import broadcast_batches, receive
 from megatron_mm.evaluation.evaluate import ask, open_questions, write_record
 from megatron_mm.evaluation.probe import Load, Looks, probe
 from megatron_mm.evaluation.questions import EvalItem, EvalSet
@@ -102,7 +102,7 @@ def _probe_records(
     multiple = token_multiple(engine.run)
     batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, multiple)
     lengths = prompts.cu_seqlens.diff().tolist()
-    looks, routes = probe(engine, share(groups, [batch])[0], lengths)
+    looks, routes = probe(engine, broadcast_batches(groups, [batch])[0], lengths)
     return items, ids, looks, routes
 
 

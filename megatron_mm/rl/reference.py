@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint.parameters import settle
+from megatron_mm.checkpoint.parameters import finish_param_gather
 from megatron_mm.engine.engine import Engine
 
 
@@ -32,7 +32,7 @@ class Reference:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The engine computes with the reference's weights. Every rank calls it."""
-        settle(self._engine)  # else a gather under way would overwrite them
+        finish_param_gather(self._engine)  # else a gather under way would overwrite them
         own = self._copy()
         self._put(self._weights)
         try:

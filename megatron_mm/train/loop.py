@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_mm.config import RunConfig, to_dict
-from megatron_mm.engine.feed import agree
+from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError, EndOfData
 from megatron_mm.evaluation.evaluate import Results, evaluate, write_results
 from megatron_mm.evaluation.examples import write_examples, write_experts_before
@@ -70,7 +70,7 @@ def _open_outputs(trainer: Trainer) -> MetricsLogger:
             probe.unlink()
     except (OSError, ValueError) as problem:
         error = f"cannot write the run's output: {problem}"
-    agree(trainer.groups, error)
+    raise_together(trainer.groups, error)
     return log
 
 

@@ -18,7 +18,7 @@ from megatron_mm.rl.rollout.experience import Experience
 from megatron_mm.rl.rollout.prompts import PromptLoader
 
 
-class Source(Protocol):
+class StepSource(Protocol):
     """
     Attributes:
         loader: the position in the data, to be saved.
@@ -76,4 +76,4 @@ class Supervised:
         self.loader.close()
 
 
-SOURCES: dict[str, Callable[..., Source]] = {"sft": Supervised, "grpo": Experience}
+SOURCES: dict[str, Callable[..., StepSource]] = {"sft": Supervised, "grpo": Experience}

@@ -20,7 +20,7 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import agree
+from megatron_mm.engine.feed import raise_together
 from megatron_mm.engine.objective import Sums
 from megatron_mm.errors import DataError, NonFiniteError
 from megatron_mm.evaluation.evaluate import open_questions
@@ -28,7 +28,7 @@ from megatron_mm.model.routing import Terms
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.rl.rollout.prompts import PromptLoader
 from megatron_mm.train.router_norms import RouterNorms
-from megatron_mm.train.source import SOURCES, Source
+from megatron_mm.train.source import SOURCES, StepSource
 from megatron_mm.train.start import resumed, start
 
 
@@ -47,7 +47,7 @@ class Trainer:
         self.engine = Engine.create(run, groups)
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
             open_questions(self.engine, self.tokenizer)
-        self.source: Source = SOURCES[run.training.objective](
+        self.source: StepSource = SOURCES[run.training.objective](
             run, self.engine, self.tokenizer, loader
         )
         self.router_norms = RouterNorms(self.engine)
@@ -198,7 +198,7 @@ class Trainer:
         limit = self.run.training.exit_duration_in_mins
         if limit is None or not self.source.between:
             return False
-        return agree(self.groups, None, self.seconds >= 60 * limit)
+        return raise_together(self.groups, None, self.seconds >= 60 * limit)
 
     def save(self) -> float:
         """Save, or start to (`async_save`); for how many seconds training stood still."""
@@ -225,5 +225,5 @@ def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader | 
             loader = TrainLoader(run, tokenizer, **ranks, pad_multiple=token_multiple(run))
     except DataError as problem:
         error = str(problem)
-    agree(groups, error)
+    raise_together(groups, error)
     return tokenizer, loader

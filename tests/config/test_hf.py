@@ -25,14 +25,14 @@ def classes():
     return InternVLConfig, Qwen3NextConfig, InternVLVisionConfig
 
 
-def agree(config, keywords: dict) -> None:
+def raise_together(config, keywords: dict) -> None:
     """Every keyword is a declared field of the config object and holds what we gave."""
     declared = {field.name for field in dataclasses.fields(config)} | {"model_type"}
     assert set(keywords) <= declared
     for key, value in keywords.items():
         found = getattr(config, key)
         if key in ("text_config", "vision_config"):
-            agree(found, value)
+            raise_together(found, value)
         else:
             same = list(found) == value if isinstance(value, list) else found == value
             assert same, (key, found, value)
@@ -42,7 +42,7 @@ def agree(config, keywords: dict) -> None:
 def test_fused_presets_are_what_transformers_reads(classes, name):
     ours = to_transformers_dict(preset(name), IMAGE_TOKEN)
     config = classes[0](**to_transformers_dict(preset(name), IMAGE_TOKEN))
-    agree(config, ours)
+    raise_together(config, ours)
     assert type(config.text_config) is classes[1]
     assert type(config.vision_config) is classes[2]
     assert config.tie_word_embeddings is config.text_config.tie_word_embeddings is False
@@ -50,7 +50,7 @@ def test_fused_presets_are_what_transformers_reads(classes, name):
 
 def test_text_only_preset_is_what_transformers_reads(classes):
     ours = to_transformers_dict(preset("qwen3-next-80b-a3b"))
-    agree(classes[1](**ours), ours)
+    raise_together(classes[1](**ours), ours)
 
 
 def test_80b_against_the_class_defaults(classes):

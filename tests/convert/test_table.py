@@ -59,12 +59,12 @@ def test_the_table_makes_what_is_copied_by_hand(by_hand):
 
 
 def test_two_experts_exchanged_are_noticed(by_hand, monkeypatch):
-    named = planning.Link.named
+    named = planning.ParamMapping.named
 
     def exchanged(link, expert):
         return named(link, {0: 1, 1: 0}.get(expert, expert))
 
-    monkeypatch.setattr(planning.Link, "named", exchanged)
+    monkeypatch.setattr(planning.ParamMapping, "named", exchanged)
     assert len(differing(by_hand)) == 8  # gate_up and down of four layers
 
 

@@ -9,7 +9,7 @@ from megatron_mm.config.settings import DataPhase
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.data.loading.order import Order, PhaseSize
-from megatron_mm.data.loading.shuffle import Block
+from megatron_mm.data.loading.shuffle import RowGroup
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.questions import EvalSet
 
@@ -23,7 +23,10 @@ def names(batch):
 
 
 def test_locate():
-    phases = [PhaseSize(([Block(4, 0)],), (1.0,), 6), PhaseSize(([Block(3, 0)],), (1.0,), None)]
+    phases = [
+        PhaseSize(([RowGroup(4, 0)],), (1.0,), 6),
+        PhaseSize(([RowGroup(3, 0)],), (1.0,), None),
+    ]
     order = Order(phases, seed=0)
     assert [tuple(order.locate(n)) for n in (0, 3, 4, 5, 6, 8, 9, 3006)] == [
         (0, 0, 0, 0), (0, 0, 0, 3), (0, 0, 1, 0), (0, 0, 1, 1),

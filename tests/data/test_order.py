@@ -9,7 +9,7 @@ from megatron_mm.config import ConfigError, validate
 from megatron_mm.config.settings import DataPhase, DataSource
 from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.data.loading.order import MAX_PERIOD, Deal, Order, PhaseSize, whole_parts
-from megatron_mm.data.loading.shuffle import Block, shuffled
+from megatron_mm.data.loading.shuffle import RowGroup, shuffled
 from megatron_mm.errors import DataError
 
 
@@ -46,7 +46,7 @@ def test_parts():
 
 
 def test_each_source_is_read_in_its_own_epochs():
-    order = Order([PhaseSize(([Block(6, 0)], [Block(4, 0)]), (3, 1), None)], seed=5)
+    order = Order([PhaseSize(([RowGroup(6, 0)], [RowGroup(4, 0)]), (3, 1), None)], seed=5)
     rows = [order.row(n) for n in range(48)]
     first, second = ([row for _, s, row in rows if s == source] for source in (0, 1))
     assert len(first) == 36 and len(second) == 12
@@ -60,7 +60,7 @@ def test_each_source_is_read_in_its_own_epochs():
 
 def test_a_path_alone_keeps_the_order_it_always_had():
     """Published figures depend on it: numpy's permutation seeded by (seed, phase, epoch)."""
-    first, second = [Block(5, 0)], [Block(2, 10), Block(7, 30)]
+    first, second = [RowGroup(5, 0)], [RowGroup(2, 10), RowGroup(7, 30)]
     order = Order([PhaseSize((first,), (1.0,), 7), PhaseSize((second,), (2.5,), None)], seed=1234)
     for phase, start, size, count in ((0, 0, 5, 7), (1, 7, 9, 20)):
         expected = [
@@ -110,7 +110,7 @@ def test_bad_mixtures(run, tokenizer, digits_folder):
 
 def test_large_blocks_are_shuffled_in_windows():
     """Ten row groups of ten rows, three of which fit: no row lost, each group read once."""
-    blocks = [Block(10, 30)] * 10
+    blocks = [RowGroup(10, 30)] * 10
     rows = shuffled(blocks, np.random.default_rng(0), window_bytes=100)
     assert sorted(rows) == list(range(100))
     windows = [rows[start : start + 30] for start in range(0, 100, 30)]
@@ -120,7 +120,7 @@ def test_large_blocks_are_shuffled_in_windows():
     assert all(list(w) != sorted(w) and (np.diff(w // 10) != 0).sum() > 9 for w in windows[:3])
     again = shuffled(blocks, np.random.default_rng(1), window_bytes=100)
     assert {*(again[:30] // 10)} != groups[0]
-    huge = shuffled([Block(4, 500)] * 3, np.random.default_rng(0), window_bytes=100)
+    huge = shuffled([RowGroup(4, 500)] * 3, np.random.default_rng(0), window_bytes=100)
     assert sorted(huge) == list(range(12))
     plain = np.random.default_rng(0).permutation(100)
     assert (shuffled(blocks, np.random.default_rng(0), window_bytes=300) == plain).all()

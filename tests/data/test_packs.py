@@ -7,7 +7,7 @@ import pytest
 
 from megatron_mm.data.loading.order import Order, PhaseSize
 from megatron_mm.data.loading.packing import pack, spread
-from megatron_mm.data.loading.shuffle import Block
+from megatron_mm.data.loading.shuffle import RowGroup
 from megatron_mm.data.loading.steps import MAX_BAD_RUN, Packed, assign
 from megatron_mm.data.sample import Size
 from megatron_mm.errors import DataError
@@ -23,7 +23,7 @@ def trace():
 
 def plan(sizes, packs, samples=None, skip_bad=False, seed=0):
     """Over `sizes` in shuffled epochs. `samples`: how many in all, default endless."""
-    order = Order([PhaseSize(([Block(len(sizes), 0)],), (1.0,), samples)], seed)
+    order = Order([PhaseSize(([RowGroup(len(sizes), 0)],), (1.0,), samples)], seed)
     return Packed(order, packs, CAPACITY, lambda n: sizes[order.row(n)[2]], skip_bad)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from megatron_mm.data.files.parquet import ParquetRows
 from megatron_mm.data.files.rows import open_source
 from megatron_mm.data.loading.reader import Place, Reader
-from megatron_mm.data.loading.shuffle import BlockCache
+from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.questions import EvalSet
@@ -26,7 +26,7 @@ def write_parquet(path, rows, **options):
 
 
 def build_all(run, tokenizer, path):
-    source = open_source(path, BlockCache())
+    source = open_source(path, RowGroupCache())
     return Reader(run, tokenizer, [source]).build([Place(0, n) for n in range(len(source))])
 
 
@@ -67,7 +67,7 @@ def test_parquet_holds_the_same_samples_as_jsonl(run, tokenizer, three, kind):
 def test_a_row_is_read_with_its_group_only(tmp_path, monkeypatch):
     rows = [{"messages": [{"role": "user", "content": f"{n}"}]} for n in range(100)]
     path = write_parquet(tmp_path / "rows.parquet", rows, row_group_size=10)
-    cache = BlockCache()
+    cache = RowGroupCache()
     made, read = ParquetRows(path, cache), []
     whole = pq.ParquetFile.read_row_group
     monkeypatch.setattr(
@@ -133,7 +133,7 @@ def test_several_files_under_one_name(run, tokenizer, tmp_path, make_row):
         )
     rows = [make_row("p", "1") | {"images": None}]
     write_parquet(tmp_path / "part3.parquet", rows)
-    source = open_source(tmp_path / "part*", BlockCache())
+    source = open_source(tmp_path / "part*", RowGroupCache())
     assert len(source) == 6
     names = [file.where(i).rpartition("/")[2] for file, i in map(source.locate, range(6))]
     assert names == [
@@ -143,7 +143,7 @@ def test_several_files_under_one_name(run, tokenizer, tmp_path, make_row):
     ]
     assert len(EvalSet(tmp_path / "part*.jsonl", run, tokenizer)) == 5
     with pytest.raises(DataError, match=r"none\*.jsonl: 0 files match"):
-        open_source(tmp_path / "none*.jsonl", BlockCache())
+        open_source(tmp_path / "none*.jsonl", RowGroupCache())
 
 
 def test_files_that_are_no_parquet(tmp_path):
@@ -165,7 +165,7 @@ def test_files_that_are_no_parquet(tmp_path):
     ):
         path = tmp_path / f"{name}.parquet"
         with pytest.raises(DataError, match=what) as caught:
-            open_source(path, BlockCache())
+            open_source(path, RowGroupCache())
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
     start = column.dictionary_page_offset or column.data_page_offset
     data[start : start + 40] = bytes(40)
     path.write_bytes(data)
-    made = ParquetRows(path, BlockCache())
+    made = ParquetRows(path, RowGroupCache())
     assert made[49]["messages"]
     with pytest.raises(DataError, match=r"rows.parquet:51: row group 2 is damaged") as caught:
         made[50]
@@ -223,7 +223,9 @@ def test_a_budget_lowers_the_tiles_of_all_images_alike(
     run, tokenizer, write_rows, make_row, budget, tiles
 ):
     run.data.max_image_tokens = budget
-    source = open_source(write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)), BlockCache())
+    source = open_source(
+        write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)), RowGroupCache()
+    )
     reader = Reader(run, tokenizer, [source])
     (sample,) = reader.build([Place(0, 0)])
     assert [len(image.tiles) for image in sample.images] == [tiles // 3] * 3
@@ -237,7 +239,9 @@ def test_a_budget_counts_what_the_vit_sees_not_only_the_stream(
     run, tokenizer, write_rows, make_row
 ):
     run.model.fusion.image_stream, run.model.fusion.vision_memory = "thumbnail", "tiles"
-    source = open_source(write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)), BlockCache())
+    source = open_source(
+        write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)), RowGroupCache()
+    )
     for budget, tiles in ((36, 9), (35, 3)):
         run.data.max_image_tokens = budget
         ((_, seen),) = Reader(run, tokenizer, [source]).measure([Place(0, 0)])
@@ -247,7 +251,7 @@ def test_a_budget_counts_what_the_vit_sees_not_only_the_stream(
 def test_a_row_of_200_images_is_fitted_or_refused(run, tokenizer, write_rows, make_row):
     run.data.seq_length = 2048
     path = two_hundred(write_rows, make_row)
-    row, builder = open_source(path, BlockCache()).files[0][0], SampleBuilder(run, tokenizer)
+    row, builder = open_source(path, RowGroupCache()).files[0][0], SampleBuilder(run, tokenizer)
     with pytest.raises(DataError, match=r"r:1: 28\d\d tokens, seq_length is 2048"):
         builder.training(row, "r:1", path.parent)
     run.data.max_image_tokens = 900

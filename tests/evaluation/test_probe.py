@@ -9,7 +9,7 @@ from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.collate import collate
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import load_tokenizer
-from megatron_mm.engine.feed import share
+from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.evaluation.probe import probe
 from megatron_mm.generation.answers import with_answers
 from support.trainers import LAYOUTS, digits_run, prompts_of, random_engine
@@ -27,7 +27,7 @@ def on_rank_probe(run: RunConfig, path) -> tuple[dict, dict, bool, int]:
     answers = torch.tensor([a + [pad] * (longest - len(a)) for _, a in PROBED])
     batch = with_answers(prompts, answers, pad, token_multiple(run))
     lengths = prompts.cu_seqlens.diff().tolist()
-    looks, routes = probe(engine, share(engine.groups, [batch])[0], lengths)
+    looks, routes = probe(engine, broadcast_batches(engine.groups, [batch])[0], lengths)
     hooks = sum(len(module._forward_hooks) for module in engine.chunks[0].modules())
     return looks, routes, engine.groups.is_reader, hooks
 

@@ -9,7 +9,8 @@ import torch
 
 from megatron_mm.checkpoint import rng
 from megatron_mm.checkpoint.optimizer_state import KINDS, owned
-from megatron_mm.checkpoint.parameters import Engine, parameters
+from megatron_mm.checkpoint.parameters import parameters
+from megatron_mm.engine.engine import Engine
 
 
 def _add(digest: Any, label: str, value: Any) -> None:

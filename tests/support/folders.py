@@ -19,8 +19,8 @@ from megatron_mm.benchmark.hf_weights import IMAGE_TOKEN, randomise, transformer
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import ModelConfig, ParallelConfig, RunConfig, to_transformers_dict
 from megatron_mm.convert import to_hf, to_megatron
-from megatron_mm.convert.folder import NOTES, Source, check_source, open_source
-from megatron_mm.convert.mapping import Plan
+from megatron_mm.convert.folder import NOTES, HFFolder, check_folder, open_folder
+from megatron_mm.convert.mapping import StateMapping
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.parallel import groups
@@ -192,15 +192,15 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(*(x.flatten().view(torch.uint8) for x in (other, tensor))), name
 
 
-def planned(folder: Path, vision: Path | None = None) -> tuple[Source, Plan, dict]:
-    source = open_source(folder, vision)
+def planned(folder: Path, vision: Path | None = None) -> tuple[HFFolder, StateMapping, dict]:
+    source = open_folder(folder, vision)
     parameters = blueprint(source.model)
     plan = source.plan(parameters)
-    check_source(source, plan)
+    check_folder(source, plan)
     return source, plan, parameters
 
 
-def to_checkpoint(folder: Path, out: Path, parallel: dict | None = None, dtype=None) -> Source:
+def to_checkpoint(folder: Path, out: Path, parallel: dict | None = None, dtype=None) -> HFFolder:
     """Every rank calls it."""
     source, plan, parameters = planned(folder)
     run = RunConfig(model=source.model, parallel=ParallelConfig(**(parallel or {})))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_mm.data.files.forms import check_columns, normalise_row
-from megatron_mm.data.loading.shuffle import Block, BlockCache
+from megatron_mm.data.loading.shuffle import RowGroup, RowGroupCache
 from megatron_mm.errors import DataError
 
 
@@ -24,7 +24,7 @@ class ParquetRows:
     parquet, empty or without a conversation column, and on access for one that is damaged.
     """
 
-    def __init__(self, path: Path, cache: BlockCache) -> None:
+    def __init__(self, path: Path, cache: RowGroupCache) -> None:
         self.path, self._cache = path, cache
         # A file that is written again is another one to the cache.
         self._version = path.stat().st_mtime_ns
@@ -37,7 +37,7 @@ class ParquetRows:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{path}: cannot be read as parquet ({reason})") from error
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        self.blocks = [Block(group.num_rows, group.total_byte_size) for group in groups]
+        self.blocks = [RowGroup(group.num_rows, group.total_byte_size) for group in groups]
         self._starts = [0, *accumulate(block.rows for block in self.blocks)]
         if not len(self):
             raise DataError(f"{path}: 0 rows; a dataset needs at least 1")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_mm.data.files.forms import normalise_row
-from megatron_mm.data.loading.shuffle import Block, BlockCache
+from megatron_mm.data.loading.shuffle import RowGroup, RowGroupCache
 from megatron_mm.errors import DataError
 
 
@@ -22,7 +22,7 @@ class RowFile(Protocol):
     Pickling it hands another process the index, not the rows."""
 
     folder: Path
-    blocks: list[Block]  # of rows that are read together
+    blocks: list[RowGroup]  # of rows that are read together
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -30,7 +30,7 @@ class RowFile(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class RowFiles:
     """The rows of one or several files, one after the other. Raises as its files do."""
 
     files: list[RowFile]
@@ -40,7 +40,7 @@ class Source:
         return self.starts[-1]
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[RowGroup]:
         return [block for file in self.files for block in file.blocks]
 
     def locate(self, index: int) -> tuple[RowFile, int]:
@@ -49,7 +49,7 @@ class Source:
         return self.files[number], index - self.starts[number]
 
 
-def open_source(path: str | Path, cache: BlockCache) -> Source:
+def open_source(path: str | Path, cache: RowGroupCache) -> RowFiles:
     """The file at `path`, or in order of their names all files that its pattern (`*`, `?`)
     matches. Raises DataError for a missing, empty or unreadable file.
 
@@ -62,10 +62,10 @@ def open_source(path: str | Path, cache: BlockCache) -> Source:
         if not names:
             raise DataError(f"{path}: 0 files match; correct the data path")
     files = [_open_file(Path(name), cache) for name in names]
-    return Source(files, [0, *accumulate(map(len, files))])
+    return RowFiles(files, [0, *accumulate(map(len, files))])
 
 
-def _open_file(path: Path, cache: BlockCache) -> RowFile:
+def _open_file(path: Path, cache: RowGroupCache) -> RowFile:
     if path.suffix == ".parquet" and path.is_file():
         from megatron_mm.data.files.parquet import ParquetRows  # pyarrow is slow to import
 
@@ -114,8 +114,8 @@ class Rows:
         self._open()
 
     @property
-    def blocks(self) -> list[Block]:
-        return [Block(len(self), 0)]
+    def blocks(self) -> list[RowGroup]:
+        return [RowGroup(len(self), 0)]
 
     @property
     def folder(self) -> Path:

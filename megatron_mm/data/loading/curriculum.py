@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.config.settings import DataPhase, DataSource
-from megatron_mm.data.files.rows import Source, open_source
+from megatron_mm.data.files.rows import RowFiles, open_source
 from megatron_mm.data.loading.order import Order, PhaseSize
 from megatron_mm.data.loading.reader import Place
-from megatron_mm.data.loading.shuffle import BlockCache
+from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.errors import DataError
 
 
@@ -24,7 +24,7 @@ class Curriculum:
     """
 
     order: Order
-    sources: list[Source]
+    sources: list[RowFiles]
     first_source: list[int]  # of each phase
     description: dict[str, Any]
 
@@ -39,7 +39,7 @@ def open_curriculum(phases: Sequence[DataPhase], seed: int) -> Curriculum:
     if not phases:
         raise DataError("train_data has 0 phases; name at least 1 JSONL or parquet file")
     sources, sizes, first_source, described = [], [], [], []
-    cache = BlockCache()
+    cache = RowGroupCache()
     for phase in phases:
         first_source.append(len(sources))
         parts = _parts(phase)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_mm.data.loading.shuffle import WINDOW_BYTES, Block, shuffled
+from megatron_mm.data.loading.shuffle import WINDOW_BYTES, RowGroup, shuffled
 from megatron_mm.errors import DataError
 
 # Weights that are no small whole numbers to each other are rounded to shares of this many slots.
@@ -26,7 +26,7 @@ MAX_PERIOD = 2**16
 
 
 class PhaseSize(NamedTuple):
-    sources: tuple[Sequence[Block], ...]  # the rows of each source, as they are read
+    sources: tuple[Sequence[RowGroup], ...]  # the rows of each source, as they are read
     weights: tuple[float, ...]
     samples: int | None  # samples to draw in all; None: without end
 

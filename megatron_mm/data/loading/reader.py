@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mm.config.settings import RunConfig
-from megatron_mm.data.files.rows import Source
+from megatron_mm.data.files.rows import RowFiles
 from megatron_mm.data.sample import CACHE_BYTES, Sample, SampleBuilder, Size
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
@@ -36,7 +36,7 @@ class Reader:
         self,
         run: RunConfig,
         tokenizer: Tokenizer,
-        sources: Sequence[Source],
+        sources: Sequence[RowFiles],
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.builder = SampleBuilder(run, tokenizer, cache_bytes)

@@ -20,7 +20,7 @@ WINDOW_BYTES = 128 * 2**20
 CACHE_BYTES = 2 * WINDOW_BYTES
 
 
-class BlockCache:
+class RowGroupCache:
     """The blocks that were read last, of all files together, up to `limit` bytes; at least one.
     Pickling it hands another process an empty one."""
 
@@ -42,10 +42,10 @@ class BlockCache:
         return sum(block.nbytes for block in self._blocks.values())
 
     def __reduce__(self) -> tuple:
-        return BlockCache, (self.limit,)
+        return RowGroupCache, (self.limit,)
 
 
-class Block(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows that are read together. `num_bytes` is 0 where each row is read by itself."""
 
     rows: int
@@ -53,7 +53,7 @@ class Block(NamedTuple):
 
 
 def shuffled(
-    blocks: Sequence[Block], generator: np.random.Generator, window_bytes: int = WINDOW_BYTES
+    blocks: Sequence[RowGroup], generator: np.random.Generator, window_bytes: int = WINDOW_BYTES
 ) -> np.ndarray:
     """All rows of `blocks` in a new order, int64. If they fit into one window it is
     `generator.permutation` of the rows, whatever the blocks."""

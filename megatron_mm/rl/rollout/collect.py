@@ -15,7 +15,7 @@ from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment, Span
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import tell
+from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.errors import DataError
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.lanes import Completion
@@ -102,7 +102,7 @@ class Collector:
             )
             return self._runner.names, self._runner.wants_routes
 
-        self.names, self._rewards_want_routes = tell(engine.groups, start_rewards)
+        self.names, self._rewards_want_routes = broadcast_from_reader(engine.groups, start_rewards)
         mapped = alignment is not None and alignment.found is not None
         self.record_routes = mapped or self._rewards_want_routes or rl.routing_replay == "R3"
 
@@ -126,7 +126,7 @@ class Collector:
             why = found.skipped or ["all rewards of every group were equal; see reward_funcs"]
             raise DataError(
                 f"0 groups to train on after {found.rounds} rounds of {self.plan.prompts} prompts: "
-                f"{tell(self.engine.groups, lambda: why[0])}"
+                f"{broadcast_from_reader(self.engine.groups, lambda: why[0])}"
             )
         self._place(found)
         return found
@@ -146,7 +146,7 @@ class Collector:
             prompts.extend(drawn.prompts)
             return drawn.kept, drawn.skipped
 
-        kept, skipped = tell(groups, draw)
+        kept, skipped = broadcast_from_reader(groups, draw)
         found.skipped += skipped
         completions = generate(
             self.engine,
@@ -159,7 +159,7 @@ class Collector:
         )
         generated = clock()
         routes = self._all_routes(completions) if self._rewards_want_routes else None
-        values, failed, failures, spans, missing = tell(
+        values, failed, failures, spans, missing = broadcast_from_reader(
             groups, lambda: self._judge(prompts, completions, routes)
         )
         found.rounds += 1

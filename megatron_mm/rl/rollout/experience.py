@@ -25,7 +25,7 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment
 from megatron_mm.earl.hacking import HackingWatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import agree, share
+from megatron_mm.engine.feed import broadcast_batches, raise_together
 from megatron_mm.errors import RLError
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.rl.credit import Credit
@@ -54,7 +54,7 @@ class Experience:
             self.alignment = Alignment.of(run)
         except RLError as problem:
             error = str(problem)
-        agree(engine.groups, error)
+        raise_together(engine.groups, error)
         self.objective: PolicyObjective = PolicyObjective(self.rl)
         if self.rl.router_loss_coeff:
             self.objective = ExpertAlignedObjective(self.rl, self.alignment.used.membership())
@@ -84,7 +84,7 @@ class Experience:
         """
         self.metrics, self.table = {}, []
         if not self._ready:
-            if agree(self.engine.groups, None, stop):
+            if raise_together(self.engine.groups, None, stop):
                 return [], True
             position = self.loader.state_dict()
             try:
@@ -171,7 +171,7 @@ class Experience:
                 )
                 for chosen in bins
             ]
-        batches = share(engine.groups, batches)
+        batches = broadcast_batches(engine.groups, batches)
         if self.rl.routing_replay == "R3":
             for batch in batches:
                 batch.routes = self._recorded(groups, batch)

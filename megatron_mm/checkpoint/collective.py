@@ -19,7 +19,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def together(group: dist.ProcessGroup, doing: str) -> Iterator[None]:
+def raising_together(group: dist.ProcessGroup, doing: str) -> Iterator[None]:
     """What fails inside on any rank of a gloo group raises CheckpointError on all of them after.
 
     The block must not wait for other ranks, unless what it calls fails on all ranks at once.
