@@ -30,7 +30,7 @@ class RLConfig:
     """Reinforcement learning with group rewards; names are TRL's, or verl's where TRL has none.
 
     `algorithm` names a published one. It fills in every setting of the second block that is
-    left at none (`config/rl.py`), so each can also be changed by itself.
+    left at none (`config/algorithms.py`), so each can also be changed by itself.
     """
 
     algorithm: Algorithm = "grpo"

@@ -32,7 +32,7 @@ from megatron_mm.parallel.sequence import shard, take
 @dataclass(frozen=True)
 class Probe:
     """What is read: at most `samples` rows of a file (None: all), in an order drawn from `seed`,
-    `batch_size` together; spans are found by `labeller` (rl/spans.py). The same is counted with the
+    `batch_size` together; spans are found by `labeller` (earl/spans.py). The same is counted with the
     skills shuffled among rows, `shuffles` times: what chance alone gives."""
 
     data: str

@@ -59,7 +59,7 @@ def language_config(run: RunConfig) -> TransformerConfig:
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
         calculate_per_token_loss=True,
-        perform_initialization=False,  # parallel/layout.py does it, whatever the layout
+        perform_initialization=False,  # parallel/param_layout.py does it, whatever the layout
         gradient_accumulation_fusion=False,
         transformer_impl=backend.transformer_impl,
         fp8=backend.fp8_format,

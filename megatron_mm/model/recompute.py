@@ -25,7 +25,7 @@ class Recompute:
 
     Attributes:
         sublayers: run this many sub-layers of the language model as one block; None: none.
-        core_attn, moe, vision: see `RecomputeModule` in config/schema.py.
+        core_attn, moe, vision: see `RecomputeModule` in config/settings.py.
     """
 
     sublayers: int | None = None

@@ -112,7 +112,7 @@ def _look_pairs(batch: Microbatch, segments: Segments, rows: int) -> int:
 
 
 def _chunked_delta_rule(run: RunConfig, segments: Segments) -> tuple[float, float]:
-    """(forward, backward) of model/gdn_kernels.py: B chunks of C positions, `later` of them with
+    """(forward, backward) of model/layers/gdn/delta_rule.py: B chunks of C positions, `later` of them with
     a state to begin with. Solving for the inverse is no product and not counted."""
     lm = run.model.language
     keys, values = lm.linear_num_key_heads, lm.linear_num_value_heads

@@ -141,8 +141,8 @@ def test_a_worker_that_cannot_start_says_why():
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = {path!r}
-from megatron_mm.data.workers import WorkerPool
-from desk import Desk
+from megatron_mm.data.loading.workers import WorkerPool
+from support.desk import Desk
 
 if __name__ == "__main__":
     import torch.distributed as dist

@@ -30,7 +30,7 @@ def transformers_size(model) -> tuple[int, int]:
     """(total, active) of transformers' own model on no device."""
     words = to_transformers_dict(model, image_token_id=151671)
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/convert/meta_names.py"],
+        [sys.executable, ROOT / "tests/support/meta_names.py"],
         input=json.dumps([words]),
         capture_output=True,
         text=True,

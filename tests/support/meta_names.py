@@ -1,6 +1,6 @@
 """Models of transformers' own without memory, in a process of its own: name -> shape on stdout.
 
-    python tests/convert/meta_names.py < configs.json
+    python tests/support/meta_names.py < configs.json
 
 Nothing of ours is imported: what it says is transformers' word alone.
 """

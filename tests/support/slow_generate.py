@@ -1,6 +1,6 @@
 """Greedy decoding by running the whole sequence again for every token, on any layout.
 
-Slow and plainly right: train/generate.py is tested against it.
+Slow and plainly right: generation/generate.py is tested against it.
 """
 
 from __future__ import annotations

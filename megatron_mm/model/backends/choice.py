@@ -40,7 +40,7 @@ INSTALL_FLA = "pip install -e '.[cuda]' on a machine with CUDA"
 class Backend:
     """
     Attributes:
-        column, row: make a parallel linear; signatures of `model/linear.py`.
+        column, row: make a parallel linear; signatures of `model/layers/linear.py`.
         shared_expert: classes of the two linears of megatron-core's shared expert.
         experts: makes the routed experts of a rank; signature of `GroupedExperts`.
         core_attention: makes a layer's softmax attention; signature of `causal_attention`.

@@ -108,7 +108,7 @@ def row(
 
 
 def _leave(weight: torch.Tensor) -> None:
-    """An init_method: `parallel/layout.py` fills parameters, whatever the layout."""
+    """An init_method: `parallel/param_layout.py` fills parameters, whatever the layout."""
 
 
 def shared_expert() -> MLPSubmodules:
