@@ -38,6 +38,31 @@ def flag_name(leaf: Leaf) -> str:
     return "--" + leaf.name.replace("_", "-")
 
 
+def explained(leaf: Leaf) -> str:
+    """What the setting means, its bounds and its default, in one line."""
+    default = "none" if leaf.default in (None, "", []) else leaf.default
+    bounds = f"{leaf.bounds}; " if leaf.bounds else ""
+    section = ".".join(leaf.path[:-1])
+    return f"{leaf.explanation} {bounds}default: {default} [{section}]".strip()
+
+
+@dataclass(frozen=True)
+class Early:
+    """What is needed before the other flags can be read: plug-ins may add some."""
+
+    config: str | None
+    plugins: list[str] | None
+
+
+def parse_early(argv: Sequence[str]) -> Early:
+    """Reads `--config` and `--plugins` and ignores the rest. Raises ConfigError."""
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config")
+    parser.add_argument("--plugins", nargs="+")
+    given, _ = parser.parse_known_args(list(argv))
+    return Early(given.config, given.plugins)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all flags; values stay text until `parse_flags` reads them."""
     parser = _Parser(
@@ -55,8 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         inner, _ = optional(leaf.hint)
-        default = "none" if leaf.default in (None, "", []) else leaf.default
-        text = f"default: {default} [{section}]".replace("%", "%%")
+        text = explained(leaf).replace("%", "%%")
         if inner is bool:
             options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         elif get_origin(inner) is list:

@@ -8,13 +8,14 @@ checks names and types; `validate.py` checks the sizes.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_mm.config.flags import parse_flags
+from megatron_mm.config.flags import parse_early, parse_flags
 from megatron_mm.config.presets import preset, vision_preset
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.config.tree import coerce, from_dict, merge, to_dict
@@ -85,14 +86,34 @@ def load(path: str | None = None, argv: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with one line for the first name, type or preset that is wrong.
     """
-    flags = parse_flags(argv)
-    path = flags.config or path
+    early = parse_early(argv)
+    path = early.config or path
     tree = _with_bases(path) if path else {}
+    import_plugins(tree.get("plugins", []) if early.plugins is None else early.plugins)
+    flags = parse_flags(argv)
     if flags.preset is not None or "model" in tree:
         tree["model"] = _over_presets(tree.get("model", {}), flags.preset)
     for leaf, value in flags.values.items():
         tree = merge(tree, _nested(tree, leaf, value))
     return from_dict(RunConfig, tree)
+
+
+def import_plugins(modules: Any) -> None:
+    """Imports the modules that `plugins` names, which register parts of their own.
+
+    Raises:
+        ConfigError: for a module that cannot be imported, in one line.
+    """
+    for index, module in enumerate(coerce(list[str], modules, "plugins")):
+        try:
+            importlib.import_module(module)
+        # Other people's modules fail in any way while they are imported.
+        except Exception as problem:
+            reason = " ".join(str(problem).split())
+            raise ConfigError(
+                f"plugins[{index}] {module} cannot be imported: {type(problem).__name__}: "
+                f"{reason}; give a module on PYTHONPATH"
+            ) from None
 
 
 def _over_presets(model: Any, chosen: str | None) -> Any:

@@ -285,6 +285,9 @@ class EvaluationConfig:
 
 @dataclass
 class RunConfig:
+    plugins: list[str] = field(default_factory=list)
+    """Modules imported before the settings are read. They may register layers, families,
+    objectives and other parts of their own; a checkpoint that needs them does not import them."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)

@@ -1,0 +1,112 @@
+"""How a setting is declared: its bounds, its explanation, and sections that a registry decides.
+
+    micro_batch_size: PositiveInt = 1
+    \"\"\"Samples of a microbatch; with packing, places of seq_length tokens.\"\"\"
+
+The string behind a field is its explanation: `--help` and config/README.md print it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, get_args, get_origin
+
+from megatron_mm.plugins import Registry
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a setting may have: from `ge` or above `gt`, up to `le` or below `lt`."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        """NaN is in no bounds."""
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+            and value == value
+        )
+
+    def __str__(self) -> str:
+        low = f"{self.ge:g}" if self.ge is not None else None
+        low = f"more than {self.gt:g}" if self.gt is not None else low
+        high = f"{self.le:g}" if self.le is not None else None
+        high = f"less than {self.lt:g}" if self.lt is not None else high
+        if low and high:
+            return f"{low} to {high}" if self.lt is None else f"{low} to below {self.lt:g}"
+        if self.ge is not None:
+            return f"{low} or more"
+        return f"{high} or less" if self.le is not None else low or high or "any number"
+
+
+PositiveInt = Annotated[int, Bounds(gt=0)]
+NonNegativeInt = Annotated[int, Bounds(ge=0)]
+PositiveFloat = Annotated[float, Bounds(gt=0)]
+NonNegativeFloat = Annotated[float, Bounds(ge=0)]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Marks a section whose dataclass the registry gives for its key `type`.
+
+    Every part of the registry has `settings`, a dataclass with a field `type` whose default is the
+    part's name. A section without the key is of the type `default`.
+    """
+
+    registry: Registry
+    default: str
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Marks a dict of sections: a key of each part of the registry, with the part's `settings`.
+
+    Parts whose `settings` are None have no section. A part may call its section otherwise than
+    itself, by an attribute `section`. With `flat`, the sections stand beside the other fields in
+    files, not below the field's name.
+    """
+
+    registry: Registry
+    flat: bool = False
+
+    def kinds(self) -> Iterator[tuple[str, type]]:
+        """(key, dataclass) of every section."""
+        for name, part in self.registry.items():
+            if part.settings is not None:
+                yield getattr(part, "section", None) or name, part.settings
+
+
+def marker[T](hint: Any, kind: type[T]) -> T | None:
+    """The annotation of this kind in an Annotated hint; None without one."""
+    found = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return next((item for item in found if isinstance(item, kind)), None)
+
+
+def bare(hint: Any) -> Any:
+    """The hint without annotations."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+@cache
+def explanations(cls: type) -> dict[str, str]:
+    """Field name -> the string behind it, in one line; fields of base classes included."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for field, text in zip(body, body[1:], strict=False):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(text, ast.Expr):
+                continue
+            if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+                found[field.target.id] = " ".join(text.value.value.split())
+    return found
