@@ -38,12 +38,16 @@ def flag_name(leaf: Leaf) -> str:
     return "--" + leaf.name.replace("_", "-")
 
 
+def default_text(leaf: Leaf) -> str:
+    """The default as a flag takes it."""
+    return "none" if leaf.default in (None, "", []) else str(leaf.default)
+
+
 def explained(leaf: Leaf) -> str:
-    """What the setting means, its bounds and its default, in one line."""
-    default = "none" if leaf.default in (None, "", []) else leaf.default
+    """The explanation of a setting, its bounds and its default, in one line."""
     bounds = f"{leaf.bounds}; " if leaf.bounds else ""
     section = ".".join(leaf.path[:-1])
-    return f"{leaf.explanation} {bounds}default: {default} [{section}]".strip()
+    return f"{leaf.explanation} {bounds}default: {default_text(leaf)} [{section}]".strip()
 
 
 @dataclass(frozen=True)
