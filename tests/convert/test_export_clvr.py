@@ -11,13 +11,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from PIL import Image
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from megatron_mm.checkpoint import sharded
@@ -33,6 +30,7 @@ from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 from support.batches import small_run
 from support.folders import assert_same, planned, read_all, to_checkpoint, to_folder
+from support.hf_tokenizers import byte_level_tokenizer
 from support.slow_generate import generate
 
 # A look between a mixer and its experts, two in flight at once, one injected at once.
@@ -42,16 +40,7 @@ SIZES = [(16, 16), (48, 16), (16, 33), (70, 40)]  # pixels; tiles are 16 wide
 
 
 def make_tokenizer(folder: Path) -> None:
-    model = FastTokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    model.train_from_iterator(["user assistant what stands in cell"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
-    special = list(SPECIAL_TOKENS.values())
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer = byte_level_tokenizer(["user assistant what stands in cell"], 270)
     tokenizer.pad_token = SPECIAL_TOKENS["pad_id"]
     tokenizer.save_pretrained(folder)
 

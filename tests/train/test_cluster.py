@@ -18,6 +18,7 @@ import yaml
 from megatron_mm.config import RunConfig, dump_yaml, make_parser, preset
 from megatron_mm.config.settings import DataPhase
 from megatron_mm.report.metrics_log import read_metrics
+from support.launches import free_port
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples" / "launch"
@@ -41,12 +42,6 @@ def config(tmp_path, scenes) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(run))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Nodes:

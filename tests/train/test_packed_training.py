@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_launch import ALONE, TORCHRUN, launch
-from test_loop import LOSS_TOLERANCE
 
 from megatron_mm.config import dump_yaml
 from megatron_mm.report.metrics_log import read_metrics
-from support.trainers import PP2, digits_run, new_trainer
+from support.launches import ALONE, TORCHRUN, launch
+from support.trainers import LOSS_TOLERANCE, PP2, digits_run, new_trainer
 
 
 def packed_run(scenes, **settings):
