@@ -80,6 +80,7 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.mark.launches
 def test_there_and_back_by_two_ranks(folder, tmp_path, call, done):
     token = {"id": 95, "content": "<IMG_CONTEXT>", "special": True}
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [token]}))

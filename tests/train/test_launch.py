@@ -15,6 +15,8 @@ from megatron_mm.report.metrics_log import read_metrics
 from support.launches import ALONE, ROOT, TIMEOUT, TORCHRUN, environment, launch
 from support.trainers import digits_run
 
+pytestmark = pytest.mark.launches
+
 OUR_CODE = str(ROOT / "megatron_mm")
 PIPELINE = ("--pipeline-model-parallel-size", "2")
 

@@ -68,6 +68,7 @@ def test_two_replicas_train_the_same_packs_and_fewer_go_on(ranks, scenes, tmp_pa
         assert rank["consumed"] == whole[0]["consumed"][part]
 
 
+@pytest.mark.launches
 def test_a_launch_with_workers_is_one_without(scenes, tmp_path):
     """Two replicas, each with a worker of its own reader's, beside one process without."""
     settings = dict(valid_data=None, train_iters=3)
