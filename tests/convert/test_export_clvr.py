@@ -17,6 +17,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from megatron_mm.benchmark.hf_weights import randomise
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import ParallelConfig, RunConfig
 from megatron_mm.convert import parity, their_model, to_hf
@@ -27,7 +28,6 @@ from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
-from megatron_mm.parallel.param_layout import layouts
 from support.batches import small_run
 from support.folders import assert_same, planned, read_all, to_checkpoint, to_folder
 from support.hf_tokenizers import byte_level_tokenizer
@@ -78,21 +78,6 @@ def clvr_run(folder: Path, stream: str, memory: str) -> RunConfig:
     return run
 
 
-@torch.no_grad()
-def randomise(engine: Engine) -> None:
-    """No norm and no look at its start; what the model says depends on what it sees."""
-    g = torch.Generator().manual_seed(5)
-    for name, param, _ in layouts(*engine.chunks):
-        if param.dim() == 1:
-            param.add_(torch.empty_like(param).normal_(0.0, 0.2, generator=g))
-        elif ".looks." in name and name.endswith("linear_proj.weight"):
-            param.normal_(0.0, 0.3, generator=g)
-        elif "vit" in name or "projector" in name:
-            param.mul_(3)
-        elif name.startswith("embedding"):  # else a token mostly repeats itself
-            param.mul_(0.3)
-
-
 @pytest.fixture(scope="module", params=[("thumbnail", "tiles"), ("all", "thumbnail")])
 def exported(request, tmp_path_factory):
     """(run, engine, folder of its tokenizer, rows, checkpoint `mega` and export `hf`)"""
@@ -104,7 +89,8 @@ def exported(request, tmp_path_factory):
     run = clvr_run(root / "tokenizer", *request.param)
     groups.start(ParallelConfig())
     engine = Engine.create(run, groups.build(run.parallel))
-    randomise(engine)
+    (model,) = engine.chunks
+    randomise(model, seed=5)
     sharded.save(engine, {}, root / "mega", 7)
     to_folder(root / "mega", root / "hf")
     yield run, engine, root

@@ -13,7 +13,7 @@ from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
 from support.trainers import digits_run
-from support.weights import randomise
+from support.weights import randomise_engine
 
 TOKENS = 10
 SKILLS = ("transcribe", "ocr", "count", "spatial", "arithmetic", "multihop")
@@ -89,7 +89,7 @@ def trainer_of(run: RunConfig) -> Trainer:
     multiprocessing.current_process()._config["daemon"] = False
     trainer = Trainer(run, groups.build(run.parallel))
     if not run.checkpoint.load:
-        randomise(trainer.engine)
+        randomise_engine(trainer.engine)
     return trainer
 
 

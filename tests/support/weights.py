@@ -12,7 +12,7 @@ from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 
 
-def randomise(engine: Engine) -> None:
+def randomise_engine(engine: Engine) -> None:
     """Gives every matrix random values, the same on every layout.
 
     A new model mostly repeats a function of its last token. At this scale every part of it, the
@@ -30,7 +30,7 @@ def randomise(engine: Engine) -> None:
 def random_engine(run: RunConfig) -> Engine:
     """Returns an engine of random weights that is not in training mode."""
     engine = Engine.create(run, groups.build(run.parallel))
-    randomise(engine)
+    randomise_engine(engine)
     engine.training(False)
     return engine
 
