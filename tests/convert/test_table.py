@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def by_hand(folder):
-    """(our tensors as tests/hf_weights.py copies them, the folder)"""
+    """(our tensors as benchmark/hf_weights.py copies them, the folder)"""
     path, hf = folder
     groups.start(ParallelConfig())
     model = build(RunConfig(model=base_model()), groups.build(ParallelConfig()).pg)[0]

@@ -277,6 +277,8 @@ PARENT = """
 import sys, time
 from megatron_mm.rl.rewards.runner import RewardRunner
 
+pytestmark = pytest.mark.kills
+
 if __name__ == "__main__":
     runner = RewardRunner(["support.misbehaving.by_word"], num_workers=2, timeout=600)
     print(*runner.pids, flush=True)

@@ -1,4 +1,4 @@
-"""Small models and random microbatches for tests; no files, no tokenizer."""
+"""Small models and random microbatches, made without files and without a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from megatron_mm.config import FusionConfig, LanguageConfig, ModelConfig, RunConfig, VisionConfig
 from megatron_mm.data.batch import Microbatch
 
-# Megatron's names of a layout's sizes, by what people call them.
+# Megatron's settings for the sizes of a layout, by their usual short names.
 SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -19,8 +19,10 @@ SIZES = {
 
 
 def small_model(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
-    """Every kind of layer; two look/inject pairs in flight at once; every size differs from
-    every other where it may, so that a swapped dimension is an error."""
+    """Returns a model with every kind of layer and two look/inject pairs in flight at once.
+
+    Its sizes differ from each other where they may, so that a swapped dimension is an error.
+    """
     return ModelConfig(
         hybrid_layer_pattern=pattern,
         language=LanguageConfig(
@@ -66,15 +68,18 @@ def small_model(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
 
 
 def small_run(pattern: str = "GE L *E GE L J *E J", **fusion) -> RunConfig:
+    """Returns a run of `small_model` with a seed of its own."""
     run = RunConfig(model=small_model(pattern, **fusion))
     run.training.seed = 7
     return run
 
 
 def aligned_run(fp8_recipe: str | None = None, transformer_impl: str = "transformer_engine"):
-    """In bf16, with sizes that products in FP8 can take, mxfp8 included. A token goes to all
-    experts: where it goes to some, rounding changes which, and two runs soon have little in
-    common."""
+    """Returns a run in bf16 whose sizes suit every FP8 recipe, mxfp8 included.
+
+    A token goes to all experts. If it went to some, rounding would change which, and two runs would
+    soon differ.
+    """
     run = small_run()
     language = run.model.language
     language.num_query_groups, language.kv_channels = 2, 32
@@ -92,9 +97,9 @@ def aligned_run(fp8_recipe: str | None = None, transformer_impl: str = "transfor
 def microbatch(
     model: ModelConfig, seed: int, images: tuple[int, ...] = (1, 0, 2), pad_multiple: int = 1
 ) -> Microbatch:
-    """One sample per entry of `images`: that many images, each of two tiles and a thumbnail.
+    """Returns a sample for each entry of `images`, which counts its images.
 
-    The last third of every sample is supervised.
+    An image is two tiles and a thumbnail. The last third of every sample is supervised.
     """
     g = torch.Generator().manual_seed(seed)
     vision, fusion = model.vision, model.fusion
