@@ -19,7 +19,7 @@ README = ROOT / "README.md"
 FOLDERS = ("megatron_mm", "tools", "examples")
 # Flags of other people's commands, by what a section or command that shows them has in it.
 FOREIGN = {
-    "torchrun": {"--nproc-per-node", "--nnodes", "--standalone"},
+    "torchrun": {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"},
     "pip install": {"--no-build-isolation"},
     "apex": {"--cpp_ext", "--cuda_ext"},
 }
@@ -203,6 +203,24 @@ def test_shell_commands_parse_and_name_files_that_exist(page):
                 if not (there.with_suffix(".py").is_file() or (there / "__main__.py").is_file()):
                     missing.append(word)
     assert not missing
+
+
+def test_training_commands_of_the_front_page_are_valid(monkeypatch):
+    """Each gives a run whose sizes fit the number of ranks that torchrun starts."""
+    from megatron_mm.config import load, validate
+
+    monkeypatch.chdir(ROOT)
+    copies, valid = {}, 0
+    for command in commands(README):
+        words = shlex.split(command, comments=True)
+        if words[0] == "cp":
+            copies[words[2]] = words[1]
+        if words[:1] == ["torchrun"] and "megatron_mm.train" in words:
+            flags = [copies.get(word, word) for word in words[words.index("-m") + 2 :]]
+            sizes = [int(words[words.index(f) + 1]) for f in ("--nnodes", "--nproc-per-node")]
+            validate(load(None, flags), sizes[0] * sizes[1])
+            valid += 1
+    assert valid == 2
 
 
 def test_python_examples_run(tmp_path):
