@@ -51,11 +51,11 @@ def language_config(run: RunConfig) -> TransformerConfig:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or tp,
-        sequence_parallel=tp > 1,  # never without: see DESIGN, partial gradients
+        sequence_parallel=tp > 1,  # never without: docs/design.md 4.3
         # The stream's length differs between microbatches; the schedule exchanges shapes.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
         # The interleaved schedule is silently wrong with batched exchanges, and 1F1B does not
-        # know overlapped ones (DESIGN 4.4).
+        # know overlapped ones (docs/design.md 4.4).
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
         calculate_per_token_loss=True,

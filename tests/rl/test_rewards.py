@@ -202,7 +202,8 @@ def test_where_the_truth_is_unknown_rewards_do_not_apply():
 
 
 def test_the_readmes_example_is_a_reward():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2] / "megatron_mm" / "rl" / "README.md"
+    readme = page.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(def .*?)```", readme, re.DOTALL)
     names = {}
     exec(code, names)
