@@ -31,16 +31,23 @@ from megatron_mm.parallel.sequence import shard, take
 
 @dataclass(frozen=True)
 class Probe:
-    """What is read: at most `samples` rows of a file (None: all), in an order drawn from `seed`,
-    `batch_size` together; spans are found by `labeller` (earl/spans.py). The same is counted with the
-    skills shuffled among rows, `shuffles` times: what chance alone gives."""
+    """The settings of a probe.
+
+    Attributes:
+        data: a file of rows with their answers.
+        labeller: finds the labelled spans of an answer (earl/spans.py).
+        samples: how many rows are read, in an order drawn from `seed`; None: all.
+        batch_size: rows of a microbatch.
+        shuffles: how often the same is counted with the skills exchanged among rows, which shows
+            what chance alone gives. If the map beats all of 19, the odds of chance are 1 in 20.
+    """
 
     data: str
     labeller: str = "clauses"
     samples: int | None = None
     batch_size: int = 16
     seed: int = 1
-    shuffles: int = 19  # so many in vain: chance is below 1 in 20
+    shuffles: int = 19
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_mm.config.settings import RLConfig
-from megatron_mm.rl.kl import kl_divergence
 
 # exp(20) is 5e8: beyond it a ratio says nothing more, and an infinite one would turn the zero
 # gradient of a clipped token into NaN. There the gradient is 0.
@@ -197,6 +196,29 @@ def logprob_abs_diff(tokens: Tokens, rollout_logprobs_K: torch.Tensor) -> Sums:
     """How far trainer and rollout are apart on the same tokens, in nats."""
     difference_K = (tokens.old_logprobs_K - rollout_logprobs_K).abs()
     return {"train/train_rollout_logprob_abs_diff": _share(difference_K, tokens.mask_K)}
+
+
+def kl_divergence(
+    logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor, estimator: str
+) -> torch.Tensor:
+    """Estimates the KL divergence from the reference model at each token; [K], differentiable in
+    `logprobs_K`. KL(p || ref) is the mean of any of the estimators over tokens drawn from p. With
+    the log ratio d = log ref - log p (J. Schulman, "Approximating KL divergence", 2020):
+
+        k1 = -d              unbiased, of either sign
+        k2 = d^2 / 2         biased; its gradient is an unbiased one of the KL divergence
+        k3 = exp(d) - 1 - d  unbiased, never negative; GRPO's (arXiv 2402.03300, eq. 4)
+
+    In a loss k1 does nothing: the mean of its gradient, that of log p, is zero. In a reward it is
+    the usual choice (RLOO, REINFORCE++).
+    """
+    log_ratio_K = ref_logprobs_K - logprobs_K
+    if estimator == "k1":
+        return -log_ratio_K
+    if estimator == "k2":
+        return log_ratio_K.square() / 2
+    log_ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio_K.exp() - 1 - log_ratio_K
 
 
 def completion_sums(

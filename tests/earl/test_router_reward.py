@@ -6,16 +6,13 @@ from itertools import permutations
 import pytest
 import torch
 
-from megatron_mm.earl.router_reward import (
+from megatron_mm.earl.router_reward import hit_rates, hit_sums, label_positions, router_reward
+from megatron_mm.earl.router_term import (
     cluster_log_mass,
     drawn_log_probability,
     drawn_router_loss,
     drawn_weights,
-    hit_rates,
-    hit_sums,
-    label_positions,
     router_loss,
-    router_reward,
     router_weights,
 )
 from megatron_mm.errors import RLError

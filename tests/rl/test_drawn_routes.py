@@ -5,8 +5,6 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from test_grpo import arm, assert_same_steps, skill_map  # noqa: F401  (a fixture)
@@ -34,19 +32,19 @@ def on_rank_draws(run: RunConfig) -> dict[str, int]:
 
     counts = dict.fromkeys(("drawn as said", "best", "neither", "first taught", "later taught"), 0)
     batches, _ = source.next_step(False)
-    (found,) = kept
+    ((scored, _),) = kept
     Choice.get_replay_topk = note
     try:
         for batch in batches:
-            replayed = replace(batch, router_scale=0.0)  # its routes decide what later layers see
-            engine.forward([replayed], lambda b: b.sampled, lambda *_, **__: None, routes=[{}])
+            # Its routes are replayed, so later layers see what they saw.
+            engine.forward([batch], lambda b: b.sampled, lambda *_, **__: None, routes=[{}])
             at = iter(batch.sampled.tolist())
             for member in batch.members:
-                group = found.groups[member // run.rl.num_generations]
+                group = scored.groups[member // run.rl.num_generations]
                 number = group.number * run.rl.num_generations + member % run.rl.num_generations
                 for count in range(TOKENS):
                     place = next(at)
-                    taught = bool(batch.skill_T[place] >= 0)
+                    taught = bool(batch.router.skill_T[place] >= 0)
                     counts["later taught" if count else "first taught"] += taught
                     counts[_what(batch, place, logits_TLE, number, count, run)] += 1
     finally:

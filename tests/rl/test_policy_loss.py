@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_mm.config import ALGORITHMS, RLConfig, resolve_algorithm
-from megatron_mm.rl.kl import kl_divergence
 from megatron_mm.rl.policy_losses import (
     Tokens,
+    kl_divergence,
     logprob_abs_diff,
     loss_denominator,
     policy_loss,

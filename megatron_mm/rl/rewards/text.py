@@ -43,7 +43,7 @@ def exact(completions, ground_truth, ignore_case: bool = False, **columns) -> Va
 
 
 def scorer(completions, ground_truth, scorer, **columns) -> Values:
-    """The share that is right, by the row's own `scorer` (evaluation/scoring.py), as in evaluation."""
+    """The share that is right, by the row's own `scorer` (evaluation/scoring.py)."""
     rows = zip(completions, ground_truth, scorer, strict=True)
     return [
         None if truth is None else score(name or "exact", text_of(c), str(truth))
