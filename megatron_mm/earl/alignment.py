@@ -49,7 +49,7 @@ class Hits:
 
 @dataclass(frozen=True)
 class Alignment:
-    """What a run knows about skills.
+    """A run's skill maps and its labeller.
 
     Attributes:
         maps: None: skills have no experts, only the spans' correctness matters.

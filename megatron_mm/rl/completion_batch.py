@@ -29,7 +29,8 @@ from megatron_mm.rl.rollout.draw import Group, moe_layers
 
 @dataclass(kw_only=True)
 class CompletionBatch(Microbatch):
-    """
+    """A microbatch of completions, for forward passes before training.
+
     Attributes:
         members: which of the replica's completions these are.
         completion_T: int64, the number within the microbatch of the completion whose token was
@@ -43,7 +44,7 @@ class CompletionBatch(Microbatch):
 
     @property
     def sampled(self) -> torch.Tensor:
-        """int64, ascending: the positions from which tokens were sampled."""
+        """The positions from which tokens were sampled; int64, ascending."""
         return self.loss_mask_T.nonzero().flatten()
 
     def spread(

@@ -1,5 +1,5 @@
-"""From rewards to what every sampled token is credited with. No process groups here: the one sum
-over ranks is a function that is handed in.
+"""The credit of every sampled token, from rewards. No process group is used here: the one sum over
+ranks is a function that the caller hands in.
 
 Shapes: P groups of this replica, G completions of each or tokens of one, C rewards, N = P x G.
 """

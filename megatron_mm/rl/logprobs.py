@@ -23,13 +23,13 @@ from megatron_mm.rl.reference import Reference
 
 @dataclass(frozen=True)
 class Logprobs:
-    """What is known of a microbatch's sampled tokens before the first update; fp32 [T] each, 0
-    where no token was sampled.
+    """The log-probabilities of a microbatch's sampled tokens before the first update; fp32 [T]
+    each, 0 where no token was sampled.
 
     Attributes:
         rollout_T: under the model that drew them, as it computed them while it drew.
-        old_T: under the same weights, as the trainer computes them. None: the first training pass
-            says it.
+        old_T: under the same weights, as the trainer computes them. None: they are those of the
+            training pass itself.
         ref_T: under the reference model, if there is one.
         routes: the experts of the pass that gave `old_T`, where they are replayed (R2).
     """
@@ -133,7 +133,7 @@ def sampled_logprobs(
 
 
 def _entropy(logits_KV: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
-    """log Z - E[logit]"""
+    """Returns log Z - E[logit] of each row."""
     highest_K = logits_KV.amax(1)
     if tp.size() > 1:
         dist.all_reduce(highest_K, op=dist.ReduceOp.MAX, group=tp)

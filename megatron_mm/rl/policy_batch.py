@@ -1,4 +1,4 @@
-"""Policy batches: microbatches of completions with all that the objective needs, made in one go."""
+"""Policy batches: microbatches of completions with all that the objective needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PolicyBatch(CompletionBatch):
     and length 0. Values of sampled tokens are fp32 [T], 0 elsewhere.
 
     Attributes:
-        old_logprobs_T: None: the pass itself says them.
+        old_logprobs_T: None: they are those of the training pass itself.
         rollout_weights_T: `truncated_importance_weights`, where the settings ask for them.
         router: what the routers learn; None without a router term.
     """
@@ -70,7 +70,7 @@ def policy_batch(
     rl: RLConfig,
     router: RouterTargets | None,
 ) -> PolicyBatch:
-    """Makes a microbatch to train on, complete; the only place that does."""
+    """Makes one microbatch to train on. Nothing else makes a `PolicyBatch`."""
     kept_N = credited.kept_N
     out_N = torch.tensor([not kept_N[n] for n in batch.members], dtype=torch.bool)
     # Position -1 takes the last entry: no token was sampled there.
@@ -108,7 +108,7 @@ def _router_targets(
     member_SLE: torch.Tensor,
     sum_over_readers: SumOverReaders,
 ) -> list[RouterTargets]:
-    """Returns what each microbatch of a step teaches the routers. The router term is a mean over
+    """Makes the router targets of a step's microbatches. The router term is a mean over
     taught positions and layers, but gradients will be divided by the policy loss's denominator:
     its scale makes up for that, and needs both counts of the whole step."""
     kept_N, spans_N = credited.kept_N, credited.scored.spans_N

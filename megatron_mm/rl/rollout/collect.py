@@ -1,4 +1,4 @@
-"""Collects what a rollout trains on: round after round, until there are enough groups."""
+"""Collects the groups that a rollout trains on, in rounds, until there are enough."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ class Collector:
         return scored.only(informative(scored, self.scorer.weights))
 
     def _over_replicas(self, count: int) -> int:
-        """A replica's count, summed over replicas."""
+        """Sums a replica's count over replicas."""
         total = torch.tensor(count if self.engine.groups.is_reader else 0)
         dist.all_reduce(total, group=self.engine.groups.world)
         return int(total)
 
     def _over_all(self, numbers: list[int]) -> list[int]:
-        """A replica's numbers, with those of all others."""
+        """Returns the numbers of all replicas."""
         groups = self.engine.groups
         parts: list = [None] * groups.world.size()
         dist.all_gather_object(parts, numbers if groups.is_reader else [], group=groups.world)

@@ -90,5 +90,6 @@ def draw_rollout(
 
 
 def moe_layers(engine: Engine) -> list[int]:
-    """Moe indices of this rank's layers of experts, in the order of a completion's routes."""
+    """Returns the moe indices of this rank's layers of experts, in the order of a completion's
+    routes."""
     return sorted(index for chunk in engine.chunks for index in chunk.moe_layers)

@@ -40,7 +40,7 @@ from megatron_mm.rl.rollout.score import Scored
 
 
 class Experience:
-    """A `train.source.StepSource`.
+    """The source of a run's steps; a `train.source.StepSource`. Close it.
 
     Attributes:
         objective: the objective of the steps.
@@ -98,7 +98,7 @@ class Experience:
         return self._ready.popleft(), False
 
     def _rollout(self) -> list[list[PolicyBatch]]:
-        """The microbatches of every step of a rollout; sets `metrics` and `table`."""
+        """Makes the microbatches of every step of a rollout; sets `metrics` and `table`."""
         begin, engine, rl = time.perf_counter(), self.engine, self.rl
         scored, steps = self.collector.collect()
         self._warn_of_failures(scored)
@@ -156,7 +156,7 @@ class Experience:
         return credit(scored, weights, rl, hits, kl, self._sum_over_readers)
 
     def _sum_over_readers(self, values: torch.Tensor) -> torch.Tensor:
-        """The values of a replica are its reader's."""
+        """Sums values over the readers of all replicas; every rank calls it."""
         groups = self.engine.groups
         total = values if groups.is_reader else torch.zeros_like(values)
         dist.all_reduce(total, group=groups.world)

@@ -127,7 +127,7 @@ def completions_table(credited: Credited, tokenizer: Tokenizer) -> list[dict[str
 
 
 def _lengths(completions: Sequence[Completion]) -> Pairs:
-    """Lengths under TRL's names."""
+    """Returns lengths under TRL's names."""
     count, ended = float(len(completions)), [c for c in completions if c.finished]
     tokens = float(sum(len(c.tokens_G) for c in completions))
     return {
@@ -141,13 +141,13 @@ def _lengths(completions: Sequence[Completion]) -> Pairs:
 
 
 def _extremes(completions: Sequence[Completion]) -> tuple[float, float]:
-    """The shortest and the longest completion's tokens."""
+    """Returns the lengths of the shortest and the longest completion."""
     lengths = [len(c.tokens_G) for c in completions]
     return (min(lengths), max(lengths)) if lengths else (float("inf"), 0.0)
 
 
 def _by_skill(credited: Credited, weights: Sequence[float]) -> Pairs:
-    """The reward functions' weighted sum, without the router's reward, over all and by the rows'
+    """Returns the weighted sum of the reward functions alone, over all rows and by the rows'
     skill."""
     count = len(weights)
     usable = ~(credited.failed_PGC | credited.rewards_PGC.isnan())[..., :count]

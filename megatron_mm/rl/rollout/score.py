@@ -58,15 +58,16 @@ class Scored:
 
     @property
     def completions(self) -> list[Completion]:
-        """All N, group by group."""
+        """All N completions, group by group."""
         return [completion for group in self.groups for completion in group.completions]
 
     @property
     def spans_N(self) -> list[list[Span]]:
+        """The labelled spans of all N completions."""
         return [marks for group in self.spans for marks in group]
 
     def only(self, chosen: Sequence[int]) -> Scored:
-        """The same with some groups alone, by their places here; counts stay."""
+        """Returns the same with some groups alone, by their places here; the counts stay."""
         return replace(
             self,
             groups=tuple(self.groups[p] for p in chosen),
@@ -77,7 +78,7 @@ class Scored:
 
 
 def join(rounds: Sequence[Scored]) -> Scored:
-    """Several rounds as one."""
+    """Joins several rounds into one value."""
 
     def chained(name: str) -> tuple:
         return tuple(value for one in rounds for value in getattr(one, name))
@@ -98,8 +99,8 @@ def join(rounds: Sequence[Scored]) -> Scored:
 
 
 def informative(scored: Scored, weights: Sequence[float]) -> list[int]:
-    """The places of the groups whose completions differ in their reward: those that DAPO's dynamic
-    sampling keeps (`keep_groups`)."""
+    """Returns the places of the groups whose completions differ in their reward, those that DAPO's
+    dynamic sampling keeps (`keep_groups`)."""
     places = []
     for p, (rewards_GC, failed_GC) in enumerate(
         zip(scored.rewards_PGC, scored.failed_PGC, strict=True)
@@ -142,7 +143,7 @@ class Scorer:
             self._runner.close()
 
     def score(self, rollout: Rollout) -> Scored:
-        """Every rank of the job calls it.
+        """Scores this replica's completions. Every rank of the job calls it.
 
         Raises:
             DataError: on every rank, for a row that cannot be labelled.
@@ -175,7 +176,7 @@ class Scorer:
         completions: Sequence[Completion],
         routes: list[torch.Tensor] | None,
     ) -> _Verdict:
-        """On the reader, which has the prompts."""
+        """Calls the reward functions and the labeller; on the reader, which has the prompts."""
         asked = [group.prompt for group in groups for _ in group.completions]
         ids = [completion.tokens_G.tolist() for completion in completions]
         said = [
@@ -204,7 +205,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What the reader found, as it is sent to the other ranks of its replica; see `Scored`."""
+    """The reader's findings, as they are sent to the other ranks of its replica; see `Scored`."""
 
     rewards_NC: torch.Tensor
     failed_NC: torch.Tensor
