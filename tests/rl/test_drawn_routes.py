@@ -1,4 +1,4 @@
-"""Experts that a rollout draws: with which noise, at which positions, and what learns from them.
+"""Experts that a rollout draws: their noise, their positions, and the router term on them.
 
 A function that starts with `on_rank_` runs on every rank; the test compares what they return.
 """
@@ -19,8 +19,8 @@ TEMPERATURE = 0.7
 
 
 def on_rank_draws(run: RunConfig) -> dict[str, int]:
-    """How many positions of a rollout took the experts that their noise says, or without any the
-    best, in every layer; which of them the router term is about."""
+    """Counts the positions of a rollout that took in every layer the experts that their noise says,
+    or without noise the best ones, and those that the router term teaches."""
     trainer = trainer_of(run)
     source, engine, kept, logits_TLE = trainer.source, trainer.engine, [], {}
     collect, choose = source.collector.collect, Choice.get_replay_topk
