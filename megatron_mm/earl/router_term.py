@@ -20,8 +20,8 @@ from megatron_mm.earl.router_reward import Span, label_positions
 from megatron_mm.parallel.sequence import take
 
 
-class Lesson(NamedTuple):
-    """What one completion teaches the routers.
+class CompletionTargets(NamedTuple):
+    """The targets of the router term for one completion.
 
     Attributes:
         skill_G: int64, the skill of each sampled token; -1: nothing is taught there.
@@ -32,10 +32,10 @@ class Lesson(NamedTuple):
     weight_G: torch.Tensor
 
 
-def lesson(
+def completion_targets(
     spans: Sequence[Span], advantages_G: torch.Tensor, *, kept: bool, clip: float, drawn: bool
-) -> Lesson:
-    """Returns the skills and weights of one completion's tokens.
+) -> CompletionTargets:
+    """Makes the targets of one completion.
 
     Args:
         kept: whether the completion takes part in the loss; if not, nothing is taught.
@@ -46,21 +46,21 @@ def lesson(
     if not kept:
         skill_G.fill_(-1)
     if not drawn:
-        return Lesson(skill_G, router_weights(advantages_G, correct_G, clip))
+        return CompletionTargets(skill_G, router_weights(advantages_G, correct_G, clip))
     skill_G[:1] = -1  # drawn from the last prompt token, which took its best experts
-    return Lesson(skill_G, drawn_weights(advantages_G, clip))
+    return CompletionTargets(skill_G, drawn_weights(advantages_G, clip))
 
 
-def count_taught(lessons: Iterable[Lesson], member_SLE: torch.Tensor) -> int:
+def count_taught(targets: Iterable[CompletionTargets], member_SLE: torch.Tensor) -> int:
     """Returns how many (position, layer) pairs have a skill with experts in that layer. The router
     term is a mean over them."""
     layers_S = member_SLE.any(2).sum(1)
-    return sum(int(layers_S[skill_G[skill_G >= 0]].sum()) for skill_G, _ in lessons)
+    return sum(int(layers_S[skill_G[skill_G >= 0]].sum()) for skill_G, _ in targets)
 
 
 @dataclass(frozen=True)
 class RouterTargets:
-    """What one microbatch teaches the routers.
+    """The targets of the router term for one microbatch.
 
     Attributes:
         skill_T: int64, the skill that each position of the stream exercises; -1: none.

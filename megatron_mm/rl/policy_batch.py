@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_mm.config import RLConfig
-from megatron_mm.earl.router_term import Lesson, RouterTargets, count_taught, lesson
+from megatron_mm.earl.router_term import (
+    CompletionTargets,
+    RouterTargets,
+    completion_targets,
+    count_taught,
+)
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.credit import Credited, SumOverReaders
 from megatron_mm.rl.logprobs import Logprobs
@@ -108,13 +113,13 @@ def _router_targets(
     member_SLE: torch.Tensor,
     sum_over_readers: SumOverReaders,
 ) -> list[RouterTargets]:
-    """Makes the router targets of a step's microbatches. The router term is a mean over
-    taught positions and layers, but gradients will be divided by the policy loss's denominator:
-    its scale makes up for that, and needs both counts of the whole step."""
+    """Makes the router targets of a step's microbatches. The router term is a mean over taught
+    positions and layers, but gradients will be divided by the policy loss's denominator. The scale
+    makes up for that; it needs both counts of the whole step."""
     kept_N, spans_N = credited.kept_N, credited.scored.spans_N
     members = [n for batch in batches for n in batch.members]
-    lessons: dict[int, Lesson] = {
-        n: lesson(
+    taught: dict[int, CompletionTargets] = {
+        n: completion_targets(
             spans_N[n],
             credited.token_advantages[n],
             kept=kept_N[n],
@@ -124,15 +129,15 @@ def _router_targets(
         for n in members
     }
     lengths = [len(credited.token_advantages[n]) for n in members if kept_N[n]]
-    policy = loss_denominator(
+    divisor = loss_denominator(
         rl.loss_agg_mode, torch.tensor(lengths, dtype=torch.int64), rl.max_completion_length
     )
-    counts = torch.tensor([int(policy), count_taught(lessons.values(), member_SLE)])
-    policy, taught = sum_over_readers(counts).tolist()
-    scale = rl.router_loss_coeff * policy / max(taught, 1)
+    counts = torch.tensor([int(divisor), count_taught(taught.values(), member_SLE)])
+    divisor, positions = sum_over_readers(counts).tolist()
+    scale = rl.router_loss_coeff * divisor / max(positions, 1)
     targets = []
     for batch in batches:
-        mine = [lessons[n] for n in batch.members]
+        mine = [taught[n] for n in batch.members]
         skill_T = batch.spread([skill_G for skill_G, _ in mine], -1, torch.int64)
         weight_T = batch.spread([weight_G for _, weight_G in mine])
         targets.append(RouterTargets(skill_T, weight_T, member_SLE, scale, rl.router_temperature))
