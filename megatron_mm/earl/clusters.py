@@ -112,9 +112,9 @@ def discover(
         agreement[given_token] = stability(one, other, experts)
         if given_token:
             correlated = correlation(*found)
-    told = _told(counts, shuffled)
-    total = sum(told["mutual_information"]) / layers
-    by_shuffling = told["mutual_information_shuffled"]
+    information = _information_of(counts, shuffled)
+    total = sum(information["mutual_information"]) / layers
+    by_shuffling = information["mutual_information_shuffled"]
     warning = stability_warning(agreement[True], agreement[False], total, by_shuffling)
     rows = _rows(counts, lift_LES, named, moe_router_topk)
     info = dict(info) | {
@@ -127,7 +127,7 @@ def discover(
         "lift_correlation": correlated,
         "warning": warning,
     }
-    skill_map = SkillMap(layers, experts, moe_router_topk, kept, info | told)
+    skill_map = SkillMap(layers, experts, moe_router_topk, kept, info | information)
     return Discovery(skill_map, list(skills), lift_LES, rows, warning)
 
 
@@ -145,22 +145,22 @@ def measure(
     nothing: list[list[int]] = [[] for _ in range(skill_map.num_layers)]
     named = {skill: skill_map.skills.get(skill, nothing) for skill in skills}
     rows = _rows(counts, lift_LES, named, skill_map.moe_router_topk)
-    info = skill_map.info | dict(info) | _told(counts, shuffled) | {"measured": rows}
+    info = skill_map.info | dict(info) | _information_of(counts, shuffled) | {"measured": rows}
     return Discovery(replace(skill_map, info=info), list(skills), lift_LES, rows, None)
 
 
-def _told(counts: RouteCounts, shuffled: Sequence[RouteCounts]) -> dict[str, Any]:
+def _information_of(counts: RouteCounts, shuffled: Sequence[RouteCounts]) -> dict[str, Any]:
     """Returns the information between experts and skills given the token, in nats: of each layer,
     by chance, and with the skills shuffled."""
     information = [mutual_information(counts.layer(layer)) for layer in range(counts.sizes[0])]
     return {
         "mutual_information": [nats for nats, _ in information],
         "mutual_information_by_chance": [chance for _, chance in information],
-        "mutual_information_shuffled": [_information(other) for other in shuffled],
+        "mutual_information_shuffled": [_mean_information(other) for other in shuffled],
     }
 
 
-def _information(counts: RouteCounts) -> float:
+def _mean_information(counts: RouteCounts) -> float:
     """Returns the information given the token in nats, mean over the layers."""
     layers = counts.sizes[0]
     return sum(mutual_information(counts.layer(layer))[0] for layer in range(layers)) / layers

@@ -126,7 +126,7 @@ def cluster_log_mass(
     """Returns [T]: log of the probability that the router's softmax gives the cluster of the
     position's skill in one layer; 0 where there is no skill or no cluster."""
     clustered_T = _clustered(skill_T, member_SE)
-    # Where nothing is asked every expert counts: the mass is 1 and the gradient is finite.
+    # Where nothing is taught every expert counts: the mass is 1 and the gradient is finite.
     inside_TE = member_SE[skill_T.clamp(min=0)] | ~clustered_T.unsqueeze(1)
     logits_TE = _at_least_fp32(router_logits_TE)
     inside_T = logits_TE.masked_fill(~inside_TE, -torch.inf).logsumexp(1)

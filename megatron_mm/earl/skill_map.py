@@ -34,7 +34,7 @@ class SkillMap:
     num_layers: int
     num_experts: int
     moe_router_topk: int
-    # skill -> of each layer, the experts, ascending; a layer may have none
+    # skill -> for each layer its experts, ascending; a layer may have none
     skills: dict[str, list[list[int]]]
     info: dict[str, Any] = field(default_factory=dict)
 

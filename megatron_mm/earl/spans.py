@@ -145,7 +145,8 @@ def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, in
     ends, length, known, done = [], 0, 0, 0
     for here in range(1, len(ids) + 1):
         before, now = tokenizer.decode(ids[known:done]), tokenizer.decode(ids[known:here])
-        # A replacement character is an unfinished one, unless nothing follows.
+        # A replacement character stands for a character whose bytes are not complete, unless
+        # nothing follows.
         if len(now) > len(before) and (not now.endswith("\ufffd") or here == len(ids)):
             length += len(now) - len(before)
             known, done = done, here

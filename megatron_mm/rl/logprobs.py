@@ -60,7 +60,7 @@ def measure_logprobs(
     ref: list = [None] * len(batches)
     routes: list = [None] * len(batches)
     replays = rl.routing_replay == "R2"
-    # With one step on these weights, what it computes is what it would be compared with.
+    # A single step on these weights computes them itself: old and new are the same.
     if steps > 1 or rl.rollout_is or rl.use_kl_in_reward or replays:
         record: list[Routes] | None = [{} for _ in batches] if replays else None
         old = trainer_logprobs(engine, batches, rl.temperature, record)
@@ -68,8 +68,8 @@ def measure_logprobs(
             whole = [whole_routes(one, engine.groups.pg) for one in record]
             routes = [{layer: taken.cpu() for layer, taken in one.items()} for one in whole]
     if reference is not None:
-        # The reference chooses its own experts, whatever the policy's steps replay; but where
-        # they are drawn, those are given: equal weights must not differ by the draw.
+        # The reference chooses its own experts, even where the policy replays routes. Drawn experts
+        # it is given: equal weights must not differ by the draw.
         drawn = rl.router_temperature > 0
         free = batches if drawn else [replace(batch, routes=None) for batch in batches]
         with reference.in_place():
@@ -127,7 +127,7 @@ def sampled_logprobs(
     scaled_K1V = logits_K1V.float() / temperature
     with torch.no_grad():
         entropy_K = _entropy(scaled_K1V[:, 0], tp)
-    # It may overwrite its argument.
+    # The cross entropy may overwrite its argument, so the entropy comes first.
     losses_K1 = vocab_parallel_cross_entropy(scaled_K1V, labels_K.unsqueeze(1), tp_group=tp)
     return -losses_K1.squeeze(1), entropy_K
 

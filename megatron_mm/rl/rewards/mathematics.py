@@ -17,7 +17,7 @@ from megatron_mm.rl.rewards.text import Values, text_of
 def math_equal(completions, ground_truth, **columns) -> Values:
     """Returns 1 if the completion's answer equals the truth (1/2, 0.5, \\frac12), else 0; None
     where the truth cannot be read as mathematics."""
-    # They warn at every call without a time limit of their own; the worker's limit is enough.
+    # math-verify warns at every call without a time limit of its own; the worker's is enough.
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)
     rewards: Values = []

@@ -69,7 +69,7 @@ def scores_of(function: RewardFunction, arguments: Sequence[Any]) -> list[Score]
     count = len(arguments[1])
     try:
         result = function(*arguments)
-        # tensors and arrays
+        # Tensors and arrays have tolist.
         values = result.tolist() if hasattr(result, "tolist") else list(result)
         if len(values) != count:
             return f"returned {len(values)} rewards for {count} completions"
@@ -102,7 +102,7 @@ def end_with_parent(lifeline: Connection) -> None:
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-    # It may have closed before this was set up.
+    # The pipe may have closed before this was set up.
     poll = select.poll()
     poll.register(fd, select.POLLHUP)
     if poll.poll(0):
