@@ -31,7 +31,7 @@ def place(ranks, scenes, tmp_path_factory):
 
 
 def find(ranks, place, scenes, layout="one rank", rows="rows.jsonl", min_lift=1.2, **settings):
-    """(what every rank found, the file of the map)"""
+    """Returns what every rank found, and the file of the map."""
     size, sizes = LAYOUTS[layout]
     trained = settings.pop("trained", True)
     probe = Probe(str(place / rows), batch_size=7, **settings)

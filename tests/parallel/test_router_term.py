@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_mm.config import RunConfig, num_layers
-from megatron_mm.earl.router_reward import router_loss
+from megatron_mm.earl.router_term import router_loss
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.model.layers.moe import Router
