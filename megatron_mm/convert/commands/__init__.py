@@ -1,0 +1,1 @@
+"""The converting commands, one module each; `tools/` starts them."""
