@@ -195,7 +195,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def planned(folder: Path, vision: Path | None = None) -> tuple[HFFolder, StateMapping, dict]:
     source = open_folder(folder, vision)
     parameters = blueprint(source.model)
-    plan = source.plan(parameters)
+    plan = source.mapping(parameters)
     check_folder(source, plan)
     return source, plan, parameters
 
