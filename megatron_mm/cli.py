@@ -57,7 +57,7 @@ def fail(error: Exception) -> int:
 
 
 def flag(key: str) -> str:
-    """The flag of a setting: `--max-new-tokens` for `max_new_tokens`."""
+    """Flag of a setting: `--max-new-tokens` for `max_new_tokens`."""
     return "--" + key.replace("_", "-")
 
 

@@ -338,7 +338,7 @@ def install() -> bool:
 
 
 def device() -> torch.device:
-    """The device this rank computes on."""
+    """Device this rank computes on."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return _STAND_IN.get()

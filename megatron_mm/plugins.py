@@ -113,7 +113,7 @@ class Registry[T]:
 
 @dataclass(frozen=True)
 class Spec:
-    """A part with constant arguments, as written in a setting: `numeric(tolerance=0.1)`.
+    """Part with constant arguments, as written in a setting: `numeric(tolerance=0.1)`.
 
     Attributes:
         path: registered name or dotted path.

@@ -57,10 +57,10 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
     rl = a["run"]["training"]["objective"] == "grpo"
     found = {}
     for name in sides:
-        ours, theirs = a["sides"][name], b["sides"][name]
-        _same_rounds(name, ours, theirs, rl)
+        first, second = a["sides"][name], b["sides"][name]
+        _same_rounds(name, first, second, rl)
         speed = "supervised_tokens_per_second" if rl else "tokens_per_second"
-        one, other = ours[speed], theirs[speed]
+        one, other = first[speed], second[speed]
         ranks = a["layout"]["world_size"] / b["layout"]["world_size"]
         ratio = other["median"] / one["median"]
         found[name] = {
@@ -73,7 +73,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 other["quartiles"][1] / one["quartiles"][0],
             ],
             "ratio_per_rank": ratio * ranks,
-            "mfu": [ours["mfu"], theirs["mfu"]],
+            "mfu": [first["mfu"], second["mfu"]],
         }
     return found
 
@@ -84,26 +84,26 @@ def _same_work(a: dict[str, Any], b: dict[str, Any]) -> None:
     if "grpo" in (x["run"]["training"]["objective"] for x in (a, b)):
         sections["rl"] = ROLLOUTS
     for section, keys in sections.items():
-        ours, theirs = (
+        first, second = (
             {k: x["run"][section].get(k) for k in keys or x["run"][section]} for x in (a, b)
         )
-        _same(section, ours, theirs)
+        _same(section, first, second)
 
 
-def _same(name: str, ours: Any, theirs: Any) -> None:
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        for key in [*ours, *(k for k in theirs if k not in ours)]:
-            _same(f"{name}.{key}", ours.get(key), theirs.get(key))
-    elif ours != theirs:
-        raise Different(f"different work: {name} is {ours!r} in A and {theirs!r} in B")
+def _same(name: str, first: Any, second: Any) -> None:
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for key in [*first, *(k for k in second if k not in first)]:
+            _same(f"{name}.{key}", first.get(key), second.get(key))
+    elif first != second:
+        raise Different(f"different work: {name} is {first!r} in A and {second!r} in B")
 
 
-def _same_rounds(name: str, ours: dict, theirs: dict, rl: bool) -> None:
+def _same_rounds(name: str, first: dict, second: dict, rl: bool) -> None:
     """Compares the work of each round. Samples of a policy depend on its arithmetic, so for
     rollouts only the number of completions counts."""
     counts = ("samples",) if rl else ("samples", "tokens", "supervised", "tiles")
-    _same(f"rounds of {name!r}", len(ours["work"]), len(theirs["work"]))
-    for number, (one, other) in enumerate(zip(ours["work"], theirs["work"], strict=True), 1):
+    _same(f"rounds of {name!r}", len(first["work"]), len(second["work"]))
+    for number, (one, other) in enumerate(zip(first["work"], second["work"], strict=True), 1):
         for count in counts:
             _same(f"{count} of {name!r}, round {number}", one[count], other[count])
 

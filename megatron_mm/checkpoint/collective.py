@@ -32,7 +32,7 @@ def raising_together(group: dist.ProcessGroup, doing: str) -> Iterator[None]:
     cause = problem = None
     try:
         yield
-    # Other ranks wait for the outcome, whatever it is. torch's is not an Exception (api.py:25).
+    # Other ranks wait for any outcome. torch's error is not an Exception (api.py:25).
     except (Exception, CheckpointException) as error:
         cause, problem = error, one_line(error)
     problems: list[str | None] = [None] * group.size()

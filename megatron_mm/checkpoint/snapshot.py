@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that one rank writes. Shares no memory with the engine, so later steps cannot change it.
+    """State that one rank writes. Shares no memory with the engine, so later steps cannot alter it.
 
     Attributes:
         tensors: this rank's shards, on the CPU.
@@ -74,7 +74,7 @@ def take(engine: Engine, loader_state: dict, iteration: int, extra: dict | None 
     with raising_together(engine.groups.world, f"cannot save iteration {iteration}"):
         run["adam_step"] = _same_step(set().union(*(found for found, _ in notes)))
         if dist.get_rank() == 0:
-            run = json.loads(json.dumps(run))  # a copy: callers may change theirs
+            run = json.loads(json.dumps(run))  # a copy, because callers may change the values
     return Snapshot(iteration, tensors, generators, run)
 
 

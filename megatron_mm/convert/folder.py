@@ -44,7 +44,7 @@ TRAVELS = (
 
 @dataclass
 class HFFolder:
-    """An opened Hugging Face model, from one folder or two.
+    """Opened Hugging Face model, from one folder or two.
 
     Attributes:
         model: config of the folder's model; its output layer is always a tensor of its own.

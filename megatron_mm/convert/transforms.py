@@ -35,26 +35,26 @@ class Transform:
         return None
 
     def ours(
-        self, theirs: Sequence[torch.Tensor], shape: Shape, out: torch.Tensor | None = None
+        self, hf: Sequence[torch.Tensor], shape: Shape, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Makes the mcore tensor of `shape` from the hf tensors, in `out` if given."""
         order = self.order()
         if order is None and out is not None:
-            sizes = [tensor.numel() for tensor in theirs]
-            for part, tensor in zip(out.view(-1).split(sizes), theirs, strict=True):
+            sizes = [tensor.numel() for tensor in hf]
+            for part, tensor in zip(out.view(-1).split(sizes), hf, strict=True):
                 part.copy_(tensor.reshape(-1))
             return out
-        flat = theirs[0].reshape(-1)
-        if len(theirs) > 1:
-            flat = torch.cat([tensor.reshape(-1) for tensor in theirs])
+        flat = hf[0].reshape(-1)
+        if len(hf) > 1:
+            flat = torch.cat([tensor.reshape(-1) for tensor in hf])
         if order is not None:
             flat = flat.view(len(order), -1).index_select(0, order)
         return flat.view(shape) if out is None else out.copy_(flat.view(shape))
 
-    def theirs(self, ours: torch.Tensor) -> list[torch.Tensor]:
+    def theirs(self, mcore: torch.Tensor) -> list[torch.Tensor]:
         """Makes the hf tensors from the mcore tensor; inverse of `ours`."""
-        shapes = self.shapes(tuple(ours.shape))
-        flat, order = ours.reshape(-1), self.order()
+        shapes = self.shapes(tuple(mcore.shape))
+        flat, order = mcore.reshape(-1), self.order()
         if order is not None:
             flat = flat.view(len(order), -1).index_select(0, order.argsort()).view(-1)
         parts = flat.split([math.prod(shape) for shape in shapes])
@@ -63,7 +63,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Stacked(Transform):
-    """`count` hf tensors are stacked along the first dimension of the mcore tensor."""
+    """Stack: `count` hf tensors lie along the first dimension of the mcore tensor."""
 
     count: int
 
@@ -75,7 +75,7 @@ class Stacked(Transform):
 
 @dataclass(frozen=True)
 class Joined(Transform):
-    """The first two mcore dimensions are one of the hf tensor: gate and up concatenated."""
+    """Concatenation: the first two mcore dimensions are one of the hf tensor (gate and up)."""
 
     def shapes(self, shape: Shape) -> list[Shape]:
         return [(shape[0] * shape[1], *shape[2:])]
@@ -83,7 +83,7 @@ class Joined(Transform):
 
 @dataclass(frozen=True)
 class ByHead(Transform):
-    """Rows are grouped by head in mcore, and by kind (all queries, all keys, ...) in hf.
+    """Permutation: rows are grouped by head in mcore, by kind (all queries, all keys, ...) in hf.
 
     Attributes:
         heads: number of heads.

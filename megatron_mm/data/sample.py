@@ -45,7 +45,7 @@ class Size(NamedTuple):
 
 @dataclass
 class SampleImage:
-    """One image of a sample: its used tiles, and which of them enter the stream and the memory."""
+    """Image of a sample: its used tiles, and which of them enter the stream and the memory."""
 
     tiles: np.ndarray  # uint8 [used tiles, S, S, 3]
     grid: TileGrid

@@ -31,7 +31,7 @@ TE_REMEDY = f"{CUDA_EXTRA}, then pip install --no-build-isolation 'transformer-e
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the output."""
+    """Line of the output."""
 
     name: str
     text: str

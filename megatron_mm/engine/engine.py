@@ -93,7 +93,7 @@ class Engine:
                     config,
                     ddp,
                     chunk,
-                    disable_bucketing=number > 0,  # only the first chunk overlaps
+                    disable_bucketing=number > 0,  # only the first has communication to hide
                     pg_collection=groups.pg,
                 )
             )

@@ -140,7 +140,7 @@ def build_optimizer(
 
 
 def clip_and_step(optimizer: MegatronOptimizer, gradient_norm: float, clip_grad: float) -> None:
-    """Does what `optimizer.step()` does, with a norm already known. Needs `prepare_grads`."""
+    """Clips by a known norm and updates, as `optimizer.step()` does. Needs `prepare_grads`."""
     scale = clip_grad / (gradient_norm + 1.0e-6)  # as in clip_grad_by_total_norm_fp32
     if 0.0 < scale < 1.0:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -19,7 +19,7 @@ from megatron_mm.evaluation.scoring import SCORERS, result_key
 
 @dataclass
 class EvalItem:
-    """One question. `sample` ends where the answer begins."""
+    """Question of an evaluation. `sample` ends where the answer begins."""
 
     sample: Sample
     question: str  # the last user turn, as written in the row

@@ -19,7 +19,7 @@ FREE = -1
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion of a prompt.
+    """Completion of a prompt.
 
     Attributes:
         tokens_G: int64. The last one is a stop token if `finished`; otherwise the length limit was

@@ -23,7 +23,7 @@ ROUTERS = "rollout/moe/"
 
 
 class Line(NamedTuple):
-    """One line of a chart.
+    """Line of a chart.
 
     Attributes:
         key: metric.

@@ -1,1 +1,1 @@
-"""The converting commands, one module each; `tools/` starts them."""
+"""Commands of conversion, one module each; `tools/` starts them."""

@@ -1,4 +1,4 @@
-"""The job in which a converting command runs."""
+"""Job in which a converting command runs."""
 
 from __future__ import annotations
 

@@ -108,9 +108,7 @@ def _swap(load_B2: np.ndarray, owner_B: np.ndarray, sums_R2: np.ndarray) -> bool
         # In (s + d)^2 + (t - d)^2 - s^2 - t^2 the means cancel.
         change_MO2 = 2.0 * move_MO2 * (sums_R2[worst] - sums_O2[None] + move_MO2)
         change_MO = change_MO2[..., 0] + change_MO2[..., 1]
-        if (
-            not change_MO.size or change_MO.min() > -1e-9
-        ):  # smaller gains may be rounding, and swap for ever
+        if not change_MO.size or change_MO.min() > -1e-9:  # smaller gains may be rounding and cycle
             continue
         at_mine, at_other = np.unravel_index(int(change_MO.argmin()), change_MO.shape)
         a, b = mine[at_mine], others[at_other]

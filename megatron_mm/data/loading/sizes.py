@@ -15,7 +15,7 @@ from megatron_mm.data.loading.workers import WorkerPool
 from megatron_mm.data.sample import Size
 
 CHUNK = 32  # samples measured by one task
-AHEAD = 16  # chunks requested from the workers, from the needed one on
+AHEAD = 16  # chunks requested at a time, from the needed one on
 MAX_REMEMBERED = 10**6  # sizes, about 200 MB
 
 
