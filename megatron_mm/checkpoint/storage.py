@@ -171,14 +171,14 @@ class Reader(FileSystemReader):
     def __init__(self, folder: Path, index: Metadata):
         super().__init__(folder)
         self._index = index
-        self._block = "no block"
+        self._chunk = "no chunk"
 
     def _slice_file(self, file: io.IOBase, info: Any) -> io.BytesIO:
-        self._block = f"{info.relative_path} is damaged in the block at byte {info.offset}"
+        self._chunk = f"{info.relative_path} is damaged in the chunk at byte {info.offset}"
         content = io.BytesIO(super()._slice_file(file, info).read())
         with zipfile.ZipFile(content) as archive:
             if archive.testzip():
-                raise CheckpointError(self._block)
+                raise CheckpointError(self._chunk)
         content.seek(0)
         return content
 
@@ -188,7 +188,7 @@ class Reader(FileSystemReader):
         Raises:
             CheckpointError: it is damaged.
         """
-        self._block = f"{info.relative_path} is damaged in the block at byte {info.offset}"
+        self._chunk = f"{info.relative_path} is damaged in the chunk at byte {info.offset}"
         content = torch.empty(info.length, dtype=torch.uint8)
         try:
             path = Path(self.path) / info.relative_path
@@ -200,7 +200,7 @@ class Reader(FileSystemReader):
         except OSError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{self._block}: {one_line(error)}") from error
+            raise CheckpointError(f"{self._chunk}: {one_line(error)}") from error
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
         try:
@@ -209,7 +209,7 @@ class Reader(FileSystemReader):
             raise
         # A wrong bit in a length or offset makes zipfile and torch fail in many ways.
         except Exception as error:
-            raise CheckpointError(f"{self._block}: {one_line(error)}") from error
+            raise CheckpointError(f"{self._chunk}: {one_line(error)}") from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._index

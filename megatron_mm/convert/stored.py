@@ -188,11 +188,11 @@ class ChunkReader:
             whole[place] = part
             filled += part.numel()
         if filled != whole.numel():
-            raise ConvertError(f"{key}: its blocks hold {filled} of {whole.numel()} elements")
+            raise ConvertError(f"{key}: its chunks hold {filled} of {whole.numel()} elements")
         return whole
 
     def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         tensor = self._reader.tensor(self._places[MetadataIndex(key, chunk.offsets)])
         if not torch.is_tensor(tensor) or tensor.shape != chunk.sizes:
-            raise ConvertError(f"{key}: the block at {list(chunk.offsets)} is not what it says")
+            raise ConvertError(f"{key}: the chunk at {list(chunk.offsets)} is not what it says")
         return tensor

@@ -48,8 +48,9 @@ def raise_together(
     if len(found) > 1:
         one, other, *_ = sorted(found.values())
         raise DataError(
-            f"ranks {one} and {other} plan different steps: a data file differs between their "
-            "machines, or one of them could not read a row; make the files the same and resume"
+            f"ranks {one} and {other} chose different samples for a step: a data file differs "
+            "between their machines, or one of them could not read a row; make the files the same "
+            "and resume"
         )
     return any(wants for _, wants, _ in notes)
 
