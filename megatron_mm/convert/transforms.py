@@ -1,9 +1,9 @@
-"""How tensors of Hugging Face's lie in ours: rearrangements that know their own inverse.
+"""Invertible rearrangements between hf tensors and an mcore tensor.
 
-Every transform says two things about a tensor of ours: the shapes of theirs, and, where rows
-change places, in which order theirs follow in ours. `ours` and `theirs` are both made of
-that one description, so neither can be right while the other is wrong: a permutation is
-inverted by sorting it. No value is ever computed with, only moved.
+A transform describes two things: the shapes of the hf tensors, and the order in which their rows
+stand in the mcore tensor. Both directions (`ours`: hf to mcore, `theirs`: mcore to hf) follow from
+this one description, so they cannot disagree: a permutation is inverted by sorting it. Values are
+only moved, never changed.
 """
 
 from __future__ import annotations
@@ -19,38 +19,42 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Transform:
-    """One tensor of theirs is one of ours as it stands. Base of those that do more."""
+    """Identity: one hf tensor is the mcore tensor. Base class of the other transforms."""
 
     def shapes(self, shape: Shape) -> list[Shape]:
-        """Of their tensors, for ours of `shape`. Raises ValueError where `shape` cannot be one."""
+        """Shapes of the hf tensors of an mcore tensor of `shape`.
+
+        Raises:
+            ValueError: no mcore tensor has this shape.
+        """
         return [shape]
 
     def order(self) -> torch.Tensor | None:
-        """int64: for each of our rows, its number among the rows of theirs laid end to end.
-        None where the elements keep their order."""
+        """int64: index of each mcore row among the rows of all hf tensors, concatenated. None where
+        elements keep their order."""
         return None
 
     def ours(
-        self, theirs: Sequence[torch.Tensor], shape: Shape, out: torch.Tensor | None = None
+        self, hf: Sequence[torch.Tensor], shape: Shape, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Our tensor of `shape`, made of theirs; in `out` if that is given."""
+        """Makes the mcore tensor of `shape` from the hf tensors, in `out` if given."""
         order = self.order()
         if order is None and out is not None:
-            sizes = [tensor.numel() for tensor in theirs]
-            for part, tensor in zip(out.view(-1).split(sizes), theirs, strict=True):
+            sizes = [tensor.numel() for tensor in hf]
+            for part, tensor in zip(out.view(-1).split(sizes), hf, strict=True):
                 part.copy_(tensor.reshape(-1))
             return out
-        flat = theirs[0].reshape(-1)
-        if len(theirs) > 1:
-            flat = torch.cat([tensor.reshape(-1) for tensor in theirs])
+        flat = hf[0].reshape(-1)
+        if len(hf) > 1:
+            flat = torch.cat([tensor.reshape(-1) for tensor in hf])
         if order is not None:
             flat = flat.view(len(order), -1).index_select(0, order)
         return flat.view(shape) if out is None else out.copy_(flat.view(shape))
 
-    def theirs(self, ours: torch.Tensor) -> list[torch.Tensor]:
-        """Their tensors, made of ours. The inverse of `ours`."""
-        shapes = self.shapes(tuple(ours.shape))
-        flat, order = ours.reshape(-1), self.order()
+    def theirs(self, mcore: torch.Tensor) -> list[torch.Tensor]:
+        """Makes the hf tensors from the mcore tensor; inverse of `ours`."""
+        shapes = self.shapes(tuple(mcore.shape))
+        flat, order = mcore.reshape(-1), self.order()
         if order is not None:
             flat = flat.view(len(order), -1).index_select(0, order.argsort()).view(-1)
         parts = flat.split([math.prod(shape) for shape in shapes])
@@ -59,7 +63,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Stacked(Transform):
-    """`count` tensors of theirs are ours at index 0, 1, ... of our first dimension."""
+    """Stack: `count` hf tensors lie along the first dimension of the mcore tensor."""
 
     count: int
 
@@ -71,7 +75,7 @@ class Stacked(Transform):
 
 @dataclass(frozen=True)
 class Joined(Transform):
-    """Our first two dimensions are one of theirs: gate above up in a single tensor."""
+    """Concatenation: the first two mcore dimensions are one of the hf tensor (gate and up)."""
 
     def shapes(self, shape: Shape) -> list[Shape]:
         return [(shape[0] * shape[1], *shape[2:])]
@@ -79,13 +83,13 @@ class Joined(Transform):
 
 @dataclass(frozen=True)
 class ByHead(Transform):
-    """Rows that are grouped by head in ours, and by kind (all queries, all keys, ...) in theirs.
+    """Permutation: rows are grouped by head in mcore, by kind (all queries, all keys, ...) in hf.
 
     Attributes:
-        heads: how many there are.
-        rows: of one head, for each kind in turn.
-        fused: their kinds are parts of a single tensor, one below the other.
-        unit: their tensor has a further dimension of size 1 after the first.
+        heads: number of heads.
+        rows: rows per head of each kind.
+        fused: whether the kinds are concatenated in a single hf tensor.
+        unit: whether the hf tensor has an extra dimension of size 1 after the first.
     """
 
     heads: int

@@ -200,7 +200,7 @@ def planned(folder: Path, vision: Path | None = None) -> tuple[HFFolder, StateMa
     """Returns a folder that was opened and checked, its plan and the parameters of its model."""
     source = open_folder(folder, vision)
     parameters = blueprint(source.model)
-    plan = source.plan(parameters)
+    plan = source.mapping(parameters)
     check_folder(source, plan)
     return source, plan, parameters
 

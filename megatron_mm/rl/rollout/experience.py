@@ -9,7 +9,7 @@ none is changed afterwards.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mm.cli import EVERY_RANK
 from megatron_mm.config import RunConfig, resolve_algorithm, rollout_plan
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment, count_hits
@@ -37,6 +38,8 @@ from megatron_mm.rl.rollout.draw import moe_layers
 from megatron_mm.rl.rollout.metrics import completions_table, rollout_metrics
 from megatron_mm.rl.rollout.prompts import PromptLoader
 from megatron_mm.rl.rollout.score import Scored
+
+logger = logging.getLogger(__name__)
 
 
 class Experience:
@@ -177,8 +180,8 @@ class Experience:
         )
         more, warning = self.watch.observe(self.metrics)
         self.metrics |= more
-        if warning and dist.get_rank() == 0:
-            print(f"warning: {warning}", file=sys.stderr)
+        if warning:
+            logger.warning("%s", warning)
         if self.engine.groups.is_reader:
             self.table = completions_table(credited, self.tokenizer)
 
@@ -186,4 +189,4 @@ class Experience:
         """Says why rows were skipped and rewards failed; the metrics have the numbers."""
         for what, reasons in (("left out", scored.skipped), ("rewards failed", scored.failures)):
             if reasons and self.engine.groups.is_reader:
-                print(f"{what}: {'; '.join(reasons[:most])}", file=sys.stderr)
+                logger.info("%s: %s", what, "; ".join(reasons[:most]), extra=EVERY_RANK)
