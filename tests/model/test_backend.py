@@ -115,12 +115,16 @@ def missing_transformer_engine(*folders) -> str:
     return line
 
 
+# 5 s of CPU time: a process with its imports.
+@pytest.mark.slow
 @without_cuda
 def test_missing_transformer_engine_says_how_to_install_it():
     line = missing_transformer_engine()
     assert "not installed" in line and "pip install" in line
 
 
+# 5 s of CPU time: a process with its imports.
+@pytest.mark.slow
 @without_cuda
 def test_half_of_transformer_engine_is_told_from_none(tmp_path):
     """Its wheel without the CUDA part: the import raises FileNotFoundError."""

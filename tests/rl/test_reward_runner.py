@@ -17,6 +17,8 @@ from megatron_mm.errors import RLError
 from megatron_mm.rl.rewards import process
 from megatron_mm.rl.rewards.runner import RewardRunner
 
+pytestmark = pytest.mark.kills
+
 TESTS = Path(__file__).parents[1]
 SLEEP_SECONDS = str(10**6 + os.getpid())  # tells our processes from those of another test run
 
@@ -277,8 +279,6 @@ def test_columns_of_another_length_are_refused():
 PARENT = """
 import sys, time
 from megatron_mm.rl.rewards.runner import RewardRunner
-
-pytestmark = pytest.mark.kills
 
 if __name__ == "__main__":
     runner = RewardRunner(["support.misbehaving.by_word"], num_workers=2, timeout=600)
