@@ -6,10 +6,9 @@ value and what would be allowed, with both numbers where one does not divide the
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
-from megatron_mm.config.algorithms import check_rl
+from megatron_mm.config.objectives import check_objective
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
 from megatron_mm.config.settings import (
@@ -19,7 +18,7 @@ from megatron_mm.config.settings import (
     ParallelConfig,
     RunConfig,
 )
-from megatron_mm.config.tree import leaves, optional
+from megatron_mm.config.tree import leaves, optional, value_at
 from megatron_mm.errors import ConfigError
 
 # Numbers are positive, but these may be zero (a rate, a weight or a count that is off).
@@ -39,15 +38,6 @@ MAY_BE_ZERO = frozenset(
         "lr_mult_clvr",
         "lr_mult_router",
         "num_workers",
-        "beta",
-        "reward_std_floor",
-        "router_reward_weight",
-        "router_loss_coeff",
-        "router_temperature",
-        "rl_moe_aux_loss_coeff",
-        "span_credit",
-        "top_k",
-        "skill_map_shuffle_seed",
     )
 )
 
@@ -68,7 +58,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_training(run)
     _check_lora(run)
     check_backend(run)
-    check_rl(run)
+    check_objective(run)
     if world_size is not None:
         _check_world(run, world_size)
 
@@ -100,11 +90,13 @@ def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
 def _check_signs(run: RunConfig) -> None:
     for leaf in leaves(RunConfig):
         inner, _ = optional(leaf.hint)
-        value = reduce(lambda node, key: getattr(node, key, None), leaf.path, run)
+        value = value_at(run, leaf.path)
         if inner not in (int, float) or value is None:
             continue
         key = ".".join(leaf.path)
-        if leaf.name in MAY_BE_ZERO:
+        if leaf.bounds:
+            _require(value in leaf.bounds, key, value, str(leaf.bounds))
+        elif leaf.name in MAY_BE_ZERO:
             _require(value >= 0, key, value, "0 or more")
         else:
             _require(value > 0, key, value, "more than 0")

@@ -42,25 +42,28 @@ def explained(leaf: Leaf) -> str:
     """What the setting means, its bounds and its default, in one line."""
     default = "none" if leaf.default in (None, "", []) else leaf.default
     bounds = f"{leaf.bounds}; " if leaf.bounds else ""
+    names = f"{', '.join(leaf.named.registry)} or a dotted path; " if leaf.named else ""
     section = ".".join(leaf.path[:-1])
-    return f"{leaf.explanation} {bounds}default: {default} [{section}]".strip()
+    return f"{leaf.explanation} {bounds}{names}default: {default} [{section}]".strip()
 
 
 @dataclass(frozen=True)
 class Early:
-    """What is needed before the other flags can be read: plug-ins may add some."""
+    """Flags that are read before the others: plug-ins and an objective may add some."""
 
     config: str | None
     plugins: list[str] | None
+    objective: str | None
 
 
 def parse_early(argv: Sequence[str]) -> Early:
-    """Reads `--config` and `--plugins` and ignores the rest. Raises ConfigError."""
+    """Reads `--config`, `--plugins` and `--objective`, ignores the rest. Raises ConfigError."""
     parser = _Parser(allow_abbrev=False, add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--plugins", nargs="+")
+    parser.add_argument("--objective")
     given, _ = parser.parse_known_args(list(argv))
-    return Early(given.config, given.plugins)
+    return Early(given.config, given.plugins, given.objective)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -12,9 +12,11 @@ steps are optimizer steps ("iterations" in Megatron's words).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from megatron_mm.config.settings_rl import RLConfig
+from megatron_mm.config.fields import Named, Sections
+from megatron_mm.config.objectives import OBJECTIVES
+from megatron_mm.errors import ConfigError
 
 VisionMemory = Literal["none", "thumbnail", "tiles"]
 ImageStream = Literal["thumbnail", "tiles", "all"]
@@ -216,7 +218,9 @@ class OptimizerConfig:
 
 @dataclass
 class TrainingConfig:
-    objective: Literal["sft", "grpo"] = "sft"  # grpo: reinforcement learning, see RLConfig
+    objective: Annotated[str, Named(OBJECTIVES)] = "sft"
+    """Objective that is trained: sft (supervised fine-tuning), grpo (reinforcement learning) or the
+    dotted path of a Declaration."""
     train_iters: int = 100
     exit_duration_in_mins: float | None = None  # of training: end early, and evaluate
     micro_batch_size: int = 1
@@ -283,6 +287,9 @@ class EvaluationConfig:
     report: bool = False  # write report.html at the end
 
 
+_OF_OBJECTIVES = Sections(OBJECTIVES, flat=True)
+
+
 @dataclass
 class RunConfig:
     plugins: list[str] = field(default_factory=list)
@@ -295,7 +302,20 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    rl: RLConfig = field(default_factory=RLConfig)
+    objectives: Annotated[dict[str, Any], _OF_OBJECTIVES] = field(
+        default_factory=_OF_OBJECTIVES.defaults
+    )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def section[T](self, settings: type[T]) -> T:
+        """The settings of this type that an objective has: `run.section(RLConfig)`.
+
+        Raises:
+            ConfigError: if no known objective has them.
+        """
+        for found in self.objectives.values():
+            if isinstance(found, settings):
+                return found
+        raise ConfigError(f"the run has no settings {settings.__name__}; set training.objective")
