@@ -26,7 +26,7 @@ READY := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd)" ] && $(PY) -c '' 2
 help:
 	@echo "make setup         create .venv with the tested versions"
 	@echo "make test          run the tests"
-	@echo "make lint          ruff check and format check"
+	@echo "make lint          ruff check and format check, mypy"
 	@echo "make demo          train, discover experts, reinforce: the digits demo, into runs/demo"
 	@echo "make demo-control  the same without the look back at the image"
 	@echo "make clean         remove caches and build output (keeps .venv and runs)"
@@ -58,6 +58,7 @@ test: setup
 lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
 
 demo: setup
 	@bash examples/digits/demo.sh
@@ -67,5 +68,5 @@ demo-control: setup
 	@bash examples/digits/control.sh
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -52,6 +52,6 @@ setup(
         # environment of its own. CUDA 13 is what torch 2.11 from PyPI is built with.
         "cuda": ["transformer-engine[core_cu13]>=2.20,<3", "flash-linear-attention>=0.6"],
         "bench": ["trl==1.16.0"],  # what tools/benchmark.py rl compares a GRPO step with
-        "dev": ["pytest", "pytest-xdist", "ruff"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff"],
     },
 )

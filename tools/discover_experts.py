@@ -27,12 +27,12 @@ from megatron_mm.config import (
     RunConfig,
     TrainingConfig,
     data_parallel_size,
-    from_dict,
     load,
+    run_of_checkpoint,
     validate,
 )
 from megatron_mm.config.flags import parse_flags
-from megatron_mm.config.settings import CheckpointConfig, RLConfig
+from megatron_mm.config.settings import CheckpointConfig
 
 # Of the run's own settings, beside the layout and the backend.
 GIVEN = ("tokenizer_model", "eval_samples", "eval_batch_size", "max_new_tokens")
@@ -78,8 +78,7 @@ def probed_run(stored: dict, args: argparse.Namespace, rest: list[str], world: i
     """The run that made the checkpoint, on this layout and with what is asked of it here. Raises
     ConfigError if it does not fit."""
     given = load(None, rest)
-    stored = {key: value for key, value in stored.items() if key not in ("backend", "rl")}
-    run = from_dict(RunConfig, stored)
+    run = run_of_checkpoint({k: v for k, v in stored.items() if k not in ("backend", "rl")})
     training = TrainingConfig(
         bf16=run.training.bf16, global_batch_size=data_parallel_size(given, world)
     )
@@ -90,7 +89,7 @@ def probed_run(stored: dict, args: argparse.Namespace, rest: list[str], world: i
         parallel=given.parallel,
         backend=given.backend,
         training=training,
-        rl=RLConfig(),
+        objectives=RunConfig().objectives,
         checkpoint=CheckpointConfig(),
         data=replace(data, **{k: v for k, v in named.items() if hasattr(data, k)}),
         evaluation=replace(

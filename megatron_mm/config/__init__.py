@@ -3,7 +3,7 @@
 from megatron_mm.config.checks import data_parallel_size, validate
 from megatron_mm.config.flags import make_parser
 from megatron_mm.config.hf import from_transformers_dict, to_transformers_dict
-from megatron_mm.config.load import dump_yaml, from_dict, load, run_from_dict, to_dict
+from megatron_mm.config.load import dump_yaml, from_dict, load, run_of_checkpoint, to_dict
 from megatron_mm.config.pattern import (
     Layer,
     Stage,
@@ -70,7 +70,7 @@ __all__ = [
     "num_layers",
     "parse_pattern",
     "preset",
-    "run_from_dict",
+    "run_of_checkpoint",
     "stages",
     "to_dict",
     "to_transformers_dict",

@@ -38,13 +38,22 @@ def flag_name(leaf: Leaf) -> str:
     return "--" + leaf.name.replace("_", "-")
 
 
+def default_text(leaf: Leaf) -> str:
+    """The default as a flag takes it."""
+    return "none" if leaf.default in (None, "", []) else str(leaf.default)
+
+
+def names_text(leaf: Leaf) -> str:
+    """The names that a setting may have; empty unless it names a part of a registry."""
+    return f"{', '.join(leaf.named.registry)} or a dotted path" if leaf.named else ""
+
+
 def explained(leaf: Leaf) -> str:
-    """What the setting means, its bounds and its default, in one line."""
-    default = "none" if leaf.default in (None, "", []) else leaf.default
+    """The explanation of a setting, its bounds and its default, in one line."""
     bounds = f"{leaf.bounds}; " if leaf.bounds else ""
-    names = f"{', '.join(leaf.named.registry)} or a dotted path; " if leaf.named else ""
+    names = f"{names_text(leaf)}; " if leaf.named else ""
     section = ".".join(leaf.path[:-1])
-    return f"{leaf.explanation} {bounds}{names}default: {default} [{section}]".strip()
+    return f"{leaf.explanation} {bounds}{names}default: {default_text(leaf)} [{section}]".strip()
 
 
 @dataclass(frozen=True)

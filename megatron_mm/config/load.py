@@ -16,13 +16,13 @@ from typing import Any
 import yaml
 
 from megatron_mm.config.flags import parse_early, parse_flags
-from megatron_mm.config.objectives import make_known
+from megatron_mm.config.objectives import OBJECTIVES, make_known
 from megatron_mm.config.presets import preset, vision_preset
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.config.tree import coerce, from_dict, merge, to_dict
 from megatron_mm.errors import ConfigError
 
-__all__ = ["dump_yaml", "from_dict", "load", "read_yaml", "run_from_dict", "to_dict"]
+__all__ = ["dump_yaml", "from_dict", "load", "read_yaml", "run_of_checkpoint", "to_dict"]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -100,14 +100,19 @@ def load(path: str | None = None, argv: Sequence[str] = ()) -> RunConfig:
     return from_dict(RunConfig, tree)
 
 
-def run_from_dict(tree: Mapping[str, Any]) -> RunConfig:
-    """The run that `to_dict` described, for example in a checkpoint. An objective that is given by
-    a dotted path is imported, so that its settings are known.
+def run_of_checkpoint(tree: Mapping[str, Any]) -> RunConfig:
+    """The run that a checkpoint holds. An objective that was given by a dotted path is left out
+    with its settings: a model is converted or probed without it, and its module may not be here.
 
     Raises:
-        ConfigError: as `from_dict`, and for an objective that cannot be imported.
+        ConfigError: as `from_dict`.
     """
-    make_known(_objective(tree))
+    name = _objective(tree)
+    if isinstance(name, str) and name not in OBJECTIVES:
+        known = to_dict(RunConfig())
+        tree = {key: value for key, value in tree.items() if key in known}
+        kept = {k: v for k, v in tree["training"].items() if k != "objective"}
+        tree = tree | {"training": kept}
     return from_dict(RunConfig, tree)
 
 

@@ -14,14 +14,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from megatron_mm.config.fields import Named, Sections
+from megatron_mm.config.fields import (
+    Bounds,
+    Named,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Sections,
+)
 from megatron_mm.config.objectives import OBJECTIVES
 from megatron_mm.errors import ConfigError
 
 VisionMemory = Literal["none", "thumbnail", "tiles"]
 ImageStream = Literal["thumbnail", "tiles", "all"]
-# core_attn: whatever mixes positions (attention, delta rule, look), without its projections;
-# moe: a whole mixture of experts; vision: a whole layer of the ViT.
 RecomputeModule = Literal["core_attn", "moe", "vision"]
 LoraTarget = Literal["language", "vision", "projector"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
@@ -108,29 +114,41 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """Where it is computed. Data parallelism is what is left of the world size."""
+    """Where the model is computed. Data parallelism is what is left of the world size."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    # Stages per pipeline rank, dealt round-robin (interleaved 1F1B).
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None  # default: tensor_model_parallel_size
-    # hybrid_layer_pattern with `|` at the stage boundaries, in the order of the model;
-    # default: balanced by cost.
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share every matrix product; more than 1 implies sequence parallelism."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Ranks that hold consecutive parts of the layers."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Stages of each pipeline rank, dealt round-robin (interleaved 1F1B); none: one stage."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of every microbatch."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the routed experts of a layer."""
+    expert_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that share the products of one expert; none: tensor_model_parallel_size."""
     pipeline_model_parallel_layout: str | None = None
-    overlap_p2p_comm: bool | None = None  # default: with virtual stages, and only with them
+    """The layer pattern with | at the stage boundaries, in the order of the model; none: stages of
+    equal cost."""
+    overlap_p2p_comm: bool | None = None
+    """Overlap the exchange between stages with compute; none: with virtual stages, and only with
+    them."""
     use_distributed_optimizer: bool = True
-    # Default: with replicas, on a GPU; on a CPU gloo's threads would take the cores from compute.
+    """Share the optimizer's state among the replicas (ZeRO 1)."""
     overlap_grad_reduce: bool | None = None
-    overlap_param_gather: bool | None = None  # likewise, with the distributed optimizer
-    # How tokens reach experts on other ranks; flex is DeepEP. Megatron's allgather needs streams of
-    # one length.
+    """Reduce gradients during the backward pass; none: with replicas on a GPU, because on a CPU
+    gloo's threads would take the cores from compute."""
+    overlap_param_gather: bool | None = None
+    """Gather parameters during the forward pass, with the distributed optimizer; none: with
+    replicas on a GPU."""
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
-    # The shared expert is computed while tokens travel; with alltoall.
+    """How tokens reach experts on other ranks; flex is DeepEP. Megatron's allgather needs streams
+    of one length and is not offered."""
     moe_shared_expert_overlap: bool = False
-    distributed_timeout_minutes: int = 10
+    """Compute the shared expert while tokens travel; with alltoall."""
+    distributed_timeout_minutes: PositiveInt = 10
+    """Minutes until a collective that waits for a rank fails on every rank."""
 
 
 @dataclass
@@ -142,17 +160,26 @@ class BackendConfig:
     """
 
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    # auto: flash-linear-attention on a GPU that has it, else torch.
+    """Whose linears, experts and attention compute the language stack."""
     gdn_kernel: Literal["auto", "torch", "fla"] = "auto"
-    fp8_format: Literal["hybrid", "e4m3"] | None = None  # hybrid: gradients in e5m2
+    """Kernel of the gated delta rule; auto: flash-linear-attention on a GPU that has it, else
+    torch."""
+    fp8_format: Literal["hybrid", "e4m3"] | None = None
+    """Switches FP8 on. hybrid: gradients in e5m2, everything else in e4m3."""
     # Megatron's default is delayed. It keeps a history of maxima that checkpoints do not hold, so
     # the first step after a resume rounds otherwise; the other recipes keep nothing.
     fp8_recipe: Fp8Recipe = "tensorwise"
-    fp8_amax_history_len: int = 1  # steps; delayed only
-    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"  # delayed only
-    first_last_layers_bf16: bool = False  # keep some layers at both ends out of FP8
-    num_layers_at_start_in_bf16: int = 1
-    num_layers_at_end_in_bf16: int = 1
+    """How FP8 tensors are scaled; mxfp8 needs Blackwell, and delayed does not resume exactly."""
+    fp8_amax_history_len: PositiveInt = 1
+    """Steps of maxima that the recipe delayed keeps."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """Which of the kept maxima scales a tensor; delayed only."""
+    first_last_layers_bf16: bool = False
+    """Keep some layers at both ends out of FP8."""
+    num_layers_at_start_in_bf16: PositiveInt = 1
+    """Layers at the start that stay in bf16, with first_last_layers_bf16."""
+    num_layers_at_end_in_bf16: PositiveInt = 1
+    """Layers at the end that stay in bf16, with first_last_layers_bf16."""
 
 
 @dataclass
@@ -161,82 +188,130 @@ class DataSource:
     give or take one; each source goes through shuffled epochs of its own."""
 
     path: str = ""
-    weight: float = 1.0  # 0 switches the source off
+    """A .jsonl or .parquet file, or a pattern with * that names several."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other weights; 0 switches the source off."""
 
 
 @dataclass
 class DataPhase:
-    """One leg of the curriculum: a file, or a mixture of files, read in shuffled epochs until
-    `samples` are used. A path is .jsonl or .parquet, or a pattern with * that names several."""
+    """One phase of the curriculum: a file, or a mixture of files, read in shuffled epochs until
+    `samples` are used."""
 
     path: str = ""
-    samples: int | None = None  # None: until training ends (only the last phase may)
-    mixture: list[DataSource] = field(default_factory=list)  # instead of `path`
+    """A .jsonl or .parquet file, or a pattern with * that names several."""
+    samples: int | None = None
+    """Samples of the phase; none: until training ends, in the last phase only."""
+    mixture: list[DataSource] = field(default_factory=list)
+    """Sources read side by side, in place of `path`."""
 
 
 @dataclass
 class DataConfig:
+    """What is read, and how rows become samples."""
+
     train_data: list[DataPhase] = field(default_factory=list)
-    valid_data: str | None = None  # JSONL or parquet evaluated per skill
-    tokenizer_model: str = ""  # a SentencePiece .model file or a Hugging Face folder
-    seq_length: int = 4096  # longest sample in tokens; a longer one is an error, never cut
-    # Packing: a microbatch is filled with whole samples up to micro_batch_size * seq_length
-    # tokens, and global_batch_size counts the seq_length-token places of a step, not samples.
+    """Training data, phase by phase; the flag takes PATH or PATH:SAMPLES for each."""
+    valid_data: str | None = None
+    """Rows that are answered and scored by skill; JSONL or parquet."""
+    tokenizer_model: str = ""
+    """A SentencePiece .model file or a Hugging Face folder."""
+    seq_length: PositiveInt = 4096
+    """Tokens of the longest sample; a longer one is an error and is never cut."""
     packing: bool = False
-    num_workers: int = 0  # processes that read ahead for each replica's reader; 0: in the reader
-    max_num_tiles: int = 12  # InternVL dynamic tiling, thumbnail not counted
-    # Of all images of a row together, at tokens_per_tile for every tile that the ViT sees;
-    # a row beyond it gets fewer tiles per image. Default: no limit but seq_length.
-    max_image_tokens: int | None = None
+    """Fill a microbatch with whole samples up to micro_batch_size * seq_length tokens;
+    global_batch_size then counts places of seq_length tokens."""
+    num_workers: NonNegativeInt = 0
+    """Processes that read ahead for each replica; 0: rows are read between the steps."""
+    max_num_tiles: PositiveInt = 12
+    """Most tiles of an image in InternVL's dynamic tiling, the thumbnail not counted."""
+    max_image_tokens: PositiveInt | None = None
+    """Most image tokens of a row, counted as the stream tokens of every tile that the ViT sees; a
+    row beyond it gets fewer tiles per image. none: no limit but seq_length."""
     use_thumbnail: bool = True
-    # The rows' key for the images that looks see. Another than the stream's is a control: looks
-    # that see the right kind of image, but not this row's.
+    """Add a thumbnail of the whole image to images of several tiles."""
     memory_images: str = "images"
+    """The rows' key for the images that looks see. Another than the stream's is a control: looks
+    then see the right kind of image, but not this row's."""
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Mean of red, green and blue (0 to 1) that normalisation subtracts."""
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    on_bad_sample: Literal["error", "skip"] = "error"  # skip: counted and reported
+    """Standard deviation of red, green and blue that normalisation divides by."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """Stop at a row that cannot be used, or leave it out, count it and report it."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with Megatron's schedule. Per-module rates are multiples of `lr`."""
+    """AdamW with Megatron's schedule. Rates of single modules are multiples of `lr`."""
 
-    lr: float = 1e-4
-    min_lr: float = 0.0
+    lr: PositiveFloat = 1e-4
+    """Highest learning rate, reached after the warm-up."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    lr_warmup_iters: int = 0
-    lr_mult_vision: float = 1.0
-    lr_mult_projector: float = 1.0
-    lr_mult_clvr: float = 1.0
-    lr_mult_router: float = 1.0
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    """Form of the decay from lr to min_lr over train_iters."""
+    lr_warmup_iters: NonNegativeInt = 0
+    """Steps over which the rate grows linearly from 0 to lr."""
+    lr_mult_vision: NonNegativeFloat = 1.0
+    """Learning rate of the vision encoder, as a multiple of lr."""
+    lr_mult_projector: NonNegativeFloat = 1.0
+    """Learning rate of the projector, as a multiple of lr."""
+    lr_mult_clvr: NonNegativeFloat = 1.0
+    """Learning rate of the looks and their memory, as a multiple of lr."""
+    lr_mult_router: NonNegativeFloat = 1.0
+    """Learning rate of the routers of experts, as a multiple of lr."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decoupled decay; norms, biases, A_log and dt_bias never decay."""
+    adam_beta1: Annotated[float, Bounds(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Annotated[float, Bounds(ge=0, lt=1)] = 0.95
+    """Decay of Adam's second moment."""
+    adam_eps: PositiveFloat = 1e-8
+    """Term added to Adam's denominator."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
 
 
 @dataclass
 class TrainingConfig:
+    """How long and how training runs."""
+
     objective: Annotated[str, Named(OBJECTIVES)] = "sft"
-    """Objective that is trained: sft (supervised fine-tuning), grpo (reinforcement learning) or the
-    dotted path of a Declaration."""
-    train_iters: int = 100
-    exit_duration_in_mins: float | None = None  # of training: end early, and evaluate
-    micro_batch_size: int = 1
-    global_batch_size: int = 1
-    seed: int = 1234
+    """Objective that is trained. sft: supervised fine-tuning; grpo: reinforcement learning, with
+    the settings of the section rl."""
+    train_iters: PositiveInt = 100
+    """Optimizer steps."""
+    exit_duration_in_mins: PositiveFloat | None = None
+    """Minutes of training after which the run ends early, and evaluates."""
+    micro_batch_size: PositiveInt = 1
+    """Samples of one forward pass of one replica; with packing, places of seq_length tokens."""
+    global_batch_size: PositiveInt = 1
+    """Samples of an optimizer step over all replicas; with packing, places of seq_length tokens;
+    in reinforcement learning, completions."""
+    seed: NonNegativeInt = 1234
+    """Seed of initialisation, of the order of samples and of sampling; the same seed gives the
+    same model under every layout."""
     bf16: bool = False
-    # full: only the input of every recompute_num_layers sub-layers is kept; selective: the
-    # insides of recompute_modules are not.
+    """Compute in bfloat16, with fp32 master weights and gradient sums."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    recompute_num_layers: int = 2
+    """full: keep only the input of every recompute_num_layers sub-layers; selective: run
+    recompute_modules again in the backward pass."""
+    recompute_num_layers: PositiveInt = 2
+    """Sub-layers (letters of the pattern) of a recomputed block, with full."""
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
+    """What selective recompute runs again. core_attn: what mixes positions, without its
+    projections; moe: a whole mixture of experts; vision: a whole layer of the ViT."""
     freeze_vision: bool = False
+    """Do not train the vision encoder."""
     freeze_projector: bool = False
+    """Do not train the projector."""
     freeze_language: bool = False
+    """Do not train the language model; its routers and looks have flags of their own."""
     freeze_clvr: bool = False
+    """Do not train the looks and their memory."""
     freeze_router: bool = False
+    """Do not train the routers of experts."""
 
 
 @dataclass
@@ -247,44 +322,71 @@ class LoraConfig:
     train. Modules that are no target (the router and CLVR among them) follow their flags.
     """
 
-    lora_rank: int | None = None
-    lora_alpha: float = 32.0  # what adapters add is scaled by lora_alpha / lora_rank
+    lora_rank: PositiveInt | None = None
+    """Rank of the adapters; none: no adapters."""
+    lora_alpha: PositiveFloat = 32.0
+    """What adapters add is scaled by lora_alpha / lora_rank."""
     lora_targets: list[LoraTarget] = field(default_factory=lambda: ["language"])
+    """Modules whose linears get adapters."""
 
     def adapts(self, module: str) -> bool:
+        """Whether the linears of this module get adapters."""
         return self.lora_rank is not None and module in self.lora_targets
 
 
 @dataclass
 class CheckpointConfig:
+    """What is saved and what a run starts from."""
+
     save: str | None = None
-    save_interval: int | None = None  # steps; default: only at the end
-    async_save: bool = False  # training goes on while a checkpoint is written
-    keep_last_checkpoints: int | None = None  # delete older ones once a newer is complete
+    """Folder of the run's checkpoints."""
+    save_interval: PositiveInt | None = None
+    """Steps between checkpoints; none: only at the end."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written."""
+    keep_last_checkpoints: PositiveInt | None = None
+    """Checkpoints kept; older ones are deleted once a newer is complete. none: all."""
     load: str | None = None
-    load_hf: str | None = None  # a Hugging Face folder: weights only, instead of `load`
-    finetune: bool = False  # load weights only: no optimizer, RNG or data position
-    # Go on from the newest checkpoint in `save`, where there is one, whatever the others say: for
-    # jobs that a launcher or a scheduler starts again by the same command.
+    """Checkpoint, or folder of checkpoints, to start from."""
+    load_hf: str | None = None
+    """Hugging Face folder to take the weights from, in place of `load`."""
+    finetune: bool = False
+    """Load weights only: no optimizer state, generators or data position."""
     resume: bool = False
+    """Go on from the newest checkpoint in `save`, where there is one, whatever load says: for jobs
+    that a scheduler starts again by the same command."""
 
 
 @dataclass
 class LoggingConfig:
+    """Where a run says what it does."""
+
     output_dir: str = "runs/default"
-    log_interval: int = 1
+    """Folder of metrics, results and the report."""
+    log_interval: PositiveInt = 1
+    """Steps between lines on the console."""
     tensorboard: bool = True
+    """Write TensorBoard's files into output_dir."""
     wandb_mode: Literal["disabled", "offline", "online"] = "offline"
+    """Mode of Weights & Biases."""
     wandb_project: str = "megatron_mm"
+    """Project of Weights & Biases."""
 
 
 @dataclass
 class EvaluationConfig:
-    eval_interval: int | None = None  # steps; default: only at the end
-    eval_samples: int | None = None  # rows of valid_data per evaluation; default: all
-    eval_batch_size: int = 32  # rows generated together
-    max_new_tokens: int = 64
-    report: bool = False  # write report.html at the end
+    """Questions of valid_data, answered and scored by skill."""
+
+    eval_interval: PositiveInt | None = None
+    """Steps between evaluations; none: only at the end."""
+    eval_samples: PositiveInt | None = None
+    """Rows of valid_data in an evaluation; none: all."""
+    eval_batch_size: PositiveInt = 32
+    """Rows that are answered together."""
+    max_new_tokens: PositiveInt = 64
+    """Most tokens of an answer."""
+    report: bool = False
+    """Write report.html at the end."""
 
 
 _OF_OBJECTIVES = Sections(OBJECTIVES, flat=True)

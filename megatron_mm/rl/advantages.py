@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mm.errors import RLError
+from megatron_mm.rl.algorithms import ESTIMATORS
 
 EPSILON = 1e-4
 
@@ -26,6 +27,16 @@ class Advantages:
     kept_PG: torch.Tensor  # bool: takes part in the loss
     # Metric: [numerator, denominator], to be summed over ranks.
     sums: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """Marks an estimator whose advantages are normalised over all tokens afterwards (`whiten`)."""
+
+    estimate: Callable[[torch.Tensor, float], torch.Tensor]
+
+    def __call__(self, rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
+        return self.estimate(rewards_PG, std_floor)
 
 
 def grpo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
@@ -53,22 +64,21 @@ def rloo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
     return _zero_where_idle(rewards_PG, centred_PG * count_P1 / (count_P1 - 1).clamp(min=1))
 
 
+@Whitened
 def reinforce_plus_plus(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
-    """The reward itself: REINFORCE++, arXiv 2501.03262, still to be whitened over the tokens of
-    all completions that are kept (`whiten`)."""
+    """The reward itself, whitened over the tokens of all completions that are kept: REINFORCE++,
+    arXiv 2501.03262."""
     del std_floor
     return rewards_PG.masked_fill(rewards_PG.isnan(), 0.0)
 
 
-# By name. REINFORCE++ with a baseline takes away the group's mean; both variants are whitened.
-ESTIMATORS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-    "reinforce_plus_plus": reinforce_plus_plus,
-    "reinforce_plus_plus_baseline": dr_grpo,
-}
-WHITENED = frozenset(("reinforce_plus_plus", "reinforce_plus_plus_baseline"))
+# r - mean over the group, whitened: REINFORCE++ with a baseline, arXiv 2501.03262.
+reinforce_plus_plus_baseline = Whitened(dr_grpo)
+
+
+def is_whitened(estimator: str) -> bool:
+    """Whether the advantages of a registered estimator or dotted path need `whiten`."""
+    return isinstance(ESTIMATORS[estimator], Whitened)
 
 
 def compute_advantages(
@@ -86,7 +96,7 @@ def compute_advantages(
         failed_PGC: bool, where it applies but could not be computed. Such a completion is left
             out of everything, unless the weight of the reward is 0.
         weights: of the C rewards.
-        estimator: a name of ESTIMATORS; those in WHITENED need `whiten` afterwards.
+        estimator: a name of ESTIMATORS or a dotted path; see `is_whitened`.
         aggregation: sum_then_normalize: the estimator sees the weighted sum.
             normalize_then_sum: it sees every reward alone, and advantages are summed.
     Raises RLError if the numbers of weights and rewards differ.

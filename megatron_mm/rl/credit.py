@@ -12,7 +12,6 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config import RLConfig
 from megatron_mm.earl.alignment import Alignment
 from megatron_mm.earl.router_reward import (
     drawn_weights,
@@ -22,9 +21,9 @@ from megatron_mm.earl.router_reward import (
 )
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.rl.advantages import (
-    WHITENED,
     Advantages,
     compute_advantages,
+    is_whitened,
     returns_to_go,
     span_advantages,
     whiten,
@@ -35,6 +34,7 @@ from megatron_mm.rl.policy_batch import PolicyBatch
 from megatron_mm.rl.policy_losses import loss_denominator
 from megatron_mm.rl.rollout.collect import Collected, Collector
 from megatron_mm.rl.rollout.metrics import Rollout
+from megatron_mm.rl.settings import RLConfig
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Credit:
         return [found[n] for n in range(len(flat))]
 
     def _whitened(self, tokens: list[torch.Tensor], found: Advantages) -> list[torch.Tensor]:
-        if self.rl.advantage_estimator not in WHITENED:
+        if not is_whitened(self.rl.advantage_estimator):
             return tokens
         kept = found.kept_PG.flatten().tolist()
         mine = [t for t, keep in zip(tokens, kept, strict=True) if keep]

@@ -15,17 +15,30 @@ from __future__ import annotations
 
 import torch
 
+from megatron_mm.rl.algorithms import KL_ESTIMATORS
+
 MAX_LOG_RATIO = 20.0  # as for policy ratios: exp(20) is 5e8; beyond it k3's gradient is 0
+
+
+def k1(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    return -(ref_logprobs_K - logprobs_K)
+
+
+def k2(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    return (ref_logprobs_K - logprobs_K).square() / 2
+
+
+def k3(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    log_ratio_K = (ref_logprobs_K - logprobs_K).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio_K.exp() - 1 - log_ratio_K
 
 
 def kl_divergence(
     logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor, estimator: str
 ) -> torch.Tensor:
-    """[K], differentiable in `logprobs_K`; `estimator` is k1, k2 or k3."""
-    log_ratio_K = ref_logprobs_K - logprobs_K
-    if estimator == "k1":
-        return -log_ratio_K
-    if estimator == "k2":
-        return log_ratio_K.square() / 2
-    log_ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return log_ratio_K.exp() - 1 - log_ratio_K
+    """[K], differentiable in `logprobs_K`.
+
+    Args:
+        estimator: a name of KL_ESTIMATORS or a dotted path.
+    """
+    return KL_ESTIMATORS[estimator](logprobs_K, ref_logprobs_K)

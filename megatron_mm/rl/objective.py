@@ -11,7 +11,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch.distributed import ProcessGroup
 
-from megatron_mm.config import RLConfig
 from megatron_mm.earl.router_reward import drawn_router_loss, router_loss
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.objective import Sums
@@ -19,6 +18,7 @@ from megatron_mm.model.routing import Routes
 from megatron_mm.parallel.sequence import take
 from megatron_mm.rl.policy_batch import PolicyBatch
 from megatron_mm.rl.policy_losses import Tokens, logprob_abs_diff, loss_denominator, policy_loss
+from megatron_mm.rl.settings import RLConfig
 
 
 class PolicyObjective:

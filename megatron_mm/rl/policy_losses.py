@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_mm.config.settings import RLConfig
+from megatron_mm.rl.algorithms import LOSS_AGGREGATIONS, POLICY_LOSSES
 from megatron_mm.rl.kl import kl_divergence
+from megatron_mm.rl.settings import RLConfig
 
 # exp(20) is 5e8: beyond it a ratio says nothing more, and an infinite one would turn the zero
 # gradient of a clipped token into NaN. There the gradient is 0.
@@ -117,13 +118,39 @@ def reinforce(tokens: Tokens, rl: RLConfig) -> TokenLoss:
     return TokenLoss(-tokens.advantages_K * tokens.logprobs_K, never_K, never_K)
 
 
-POLICY_LOSSES: dict[str, Callable[[Tokens, RLConfig], TokenLoss]] = {
-    "clip": clip,
-    "gspo": gspo,
-    "sapo": sapo,
-    "cispo": cispo,
-    "reinforce": reinforce,
-}
+@dataclass(frozen=True)
+class LossAggregation:
+    """How the losses of single tokens become one loss: their sum divided by `denominator`.
+
+    Attributes:
+        per_token: whether a token's loss is divided by the length of its completion first.
+        denominator: (lengths [N] of all completions of the minibatch, max_completion_length) ->
+            int64, additive over completions. A length is 0 where the completion is left out.
+    """
+
+    per_token: bool
+    denominator: Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def _tokens(lengths_N: torch.Tensor, longest: int) -> torch.Tensor:
+    del longest
+    return lengths_N.sum()
+
+
+def _completions(lengths_N: torch.Tensor, longest: int) -> torch.Tensor:
+    del longest
+    return (lengths_N > 0).sum()
+
+
+def _longest_completions(lengths_N: torch.Tensor, longest: int) -> torch.Tensor:
+    return (lengths_N > 0).sum() * longest
+
+
+TOKEN_MEAN = LossAggregation(False, _tokens)
+SEQ_MEAN_TOKEN_MEAN = LossAggregation(True, _completions)
+SEQ_MEAN_TOKEN_SUM = LossAggregation(False, _completions)
+# Dr. GRPO, arXiv 2503.20783: a constant in place of a completion's own length.
+SEQ_MEAN_TOKEN_SUM_NORM = LossAggregation(False, _longest_completions)
 
 
 def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
@@ -151,7 +178,7 @@ def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
         if not rl.use_kl_in_reward:
             loss_K = loss_K + rl.beta * kl_K
         sums["kl"] = _share(kl_K.detach(), mask_K)
-    if rl.loss_agg_mode == "seq-mean-token-mean":
+    if LOSS_AGGREGATIONS[rl.loss_agg_mode].per_token:
         loss_K = loss_K / tokens.of_completion(tokens.lengths_N)
     return torch.where(mask_K, loss_K, 0.0).sum(), sums
 
@@ -159,20 +186,15 @@ def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
 def loss_denominator(
     mode: str, lengths_N: torch.Tensor, max_completion_length: int
 ) -> torch.Tensor:
-    """What the sum of all `policy_loss` is divided by; int64, additive over completions.
-
-    token-mean: all tokens. seq-mean-token-mean and seq-mean-token-sum: completions.
-    seq-mean-token-sum-norm: completions times the longest possible (Dr. GRPO, arXiv
-    2503.20783, a constant in place of a completion's own length).
+    """Returns the number that the sum of all `policy_loss` is divided by; int64, additive over
+    completions.
 
     Args:
+        mode: a name of LOSS_AGGREGATIONS or a dotted path.
         lengths_N: of all completions of the minibatch on all ranks, those left out excepted. If
             none is left it is 0, and so is every numerator.
     """
-    if mode == "token-mean":
-        return lengths_N.sum()
-    count = (lengths_N > 0).sum()
-    return count * max_completion_length if mode == "seq-mean-token-sum-norm" else count
+    return LOSS_AGGREGATIONS[mode].denominator(lengths_N, max_completion_length)
 
 
 def truncated_importance_weights(

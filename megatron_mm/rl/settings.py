@@ -14,6 +14,7 @@ from megatron_mm.config.fields import (
     PositiveInt,
 )
 from megatron_mm.config.settings import RunConfig
+from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.rl.algorithms import (
     ALGORITHMS,
     ESTIMATORS,
@@ -24,7 +25,7 @@ from megatron_mm.rl.algorithms import (
 
 
 @dataclass
-class RLConfig:
+class RLConfig(EARLConfig):
     """Reinforcement learning with group rewards. Names are TRL's, or verl's where TRL has none.
 
     `algorithm` fills in every setting of the second block that is left at none, so each can also
@@ -111,27 +112,6 @@ class RLConfig:
     """Seconds that one call of a reward function may take."""
     reward_batch_size: PositiveInt = 1
     """Completions in one call of a reward function. A call that fails costs all of them."""
-
-    skill_map: str | None = None
-    """JSON file that says which experts serve which skill; tools/discover_experts.py makes it."""
-    skill_map_shuffle_seed: NonNegativeInt | None = None
-    """Control: the experts of the map change places at random by this seed."""
-    span_labels: str = "clauses"
-    """Which tokens exercise which skill: clauses, whole, or the dotted path of a function."""
-    on_missing_cluster: Literal["error", "skip"] = "error"
-    """Treatment of spans whose skill is not in the map."""
-    router_reward_weight: NonNegativeFloat = 0.0
-    """Weight of the share of routes into the skill's experts beyond chance, as a reward."""
-    router_loss_coeff: NonNegativeFloat = 0.0
-    """Coefficient of the router term of the loss."""
-    router_loss_clip: PositiveFloat = 2.0
-    """Bound of the advantage in the router term."""
-    router_temperature: NonNegativeFloat = 0.0
-    """Above 0, experts of completions are drawn (Gumbel top-k of the logits divided by it, arXiv
-    1903.06059), and the router term is about those drawn. The gradient is about moe_router_topk /
-    router_temperature times as strong."""
-    span_credit: NonNegativeFloat = 0.0
-    """Weight of a span's own answer in the advantage of its tokens."""
 
 
 def resolve_algorithm(rl: RLConfig) -> RLConfig:

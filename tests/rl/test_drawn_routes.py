@@ -14,6 +14,7 @@ from test_grpo import arm, assert_same_steps, skill_map  # noqa: F401  (a fixtur
 from megatron_mm.config import RunConfig
 from megatron_mm.generation.sampling import gumbels
 from megatron_mm.model.routing import Choice
+from megatron_mm.rl.settings import RLConfig
 from support.grpo_runs import TOKENS, grpo_run, on_rank_steps, trainer_of
 from support.trainers import LAYOUTS
 
@@ -32,6 +33,7 @@ def on_rank_draws(run: RunConfig) -> dict[str, int]:
         logits_TLE[self.index] = logits.detach()
         return choose(self, logits, *args)
 
+    size = run.section(RLConfig).num_generations
     counts = dict.fromkeys(("drawn as said", "best", "neither", "first taught", "later taught"), 0)
     batches, _ = source.next_step(False)
     (found,) = kept
@@ -42,8 +44,8 @@ def on_rank_draws(run: RunConfig) -> dict[str, int]:
             engine.forward([replayed], lambda b: b.sampled, lambda *_, **__: None, routes=[{}])
             at = iter(batch.sampled.tolist())
             for member in batch.members:
-                group = found.groups[member // run.rl.num_generations]
-                number = group.number * run.rl.num_generations + member % run.rl.num_generations
+                group = found.groups[member // size]
+                number = group.number * size + member % size
                 for count in range(TOKENS):
                     place = next(at)
                     taught = bool(batch.skill_T[place] >= 0)

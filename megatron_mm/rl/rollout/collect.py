@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config import RunConfig, resolve_algorithm, rollout_plan
+from megatron_mm.config import RunConfig
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment, Span
@@ -23,6 +23,7 @@ from megatron_mm.generation.sampling import Sampling
 from megatron_mm.rl.advantages import keep_groups
 from megatron_mm.rl.rewards.runner import RewardRunner
 from megatron_mm.rl.rollout.prompts import PromptLoader
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
 
 NOT_COLUMNS = ("messages", "images")  # of a row; a reward gets the first as its prompt
 
@@ -82,7 +83,7 @@ class Collector:
     ):
         self.engine, self.tokenizer, self.loader = engine, tokenizer, loader
         self.alignment = alignment
-        self.rl, self.plan = resolve_algorithm(run.rl), rollout_plan(run)
+        self.rl, self.plan = resolve_algorithm(run.section(RLConfig)), rollout_plan(run)
         self.weights = self.rl.reward_weights or [1.0] * len(self.rl.reward_funcs)
         rl = self.rl
         self.sampling = Sampling(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config import RunConfig, resolve_algorithm, rollout_plan, token_multiple
+from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment
@@ -36,6 +36,7 @@ from megatron_mm.rl.reference import Reference
 from megatron_mm.rl.rollout.collect import Collected, Collector, Group
 from megatron_mm.rl.rollout.metrics import completions_table, rollout_metrics
 from megatron_mm.rl.rollout.prompts import PromptLoader
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
 
 
 class Experience:
@@ -48,7 +49,7 @@ class Experience:
 
     def __init__(self, run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: PromptLoader):
         self.run, self.engine, self.tokenizer, self.loader = run, engine, tokenizer, loader
-        self.rl, self.plan = resolve_algorithm(run.rl), rollout_plan(run)
+        self.rl, self.plan = resolve_algorithm(run.section(RLConfig)), rollout_plan(run)
         error = self.alignment = None
         try:
             self.alignment = Alignment.of(run)
