@@ -56,7 +56,7 @@ class Declaration:
     settings: type | None = None
     section: str | None = None
     check: Callable[[RunConfig], None] | None = None
-    console: tuple[str, ...] = ()
+    console: tuple[str, ...] = ("train/lm_loss",)
     before: Part | None = None
     moe_aux_loss_coeff: Callable[[RunConfig], float] = balance_of_model
     generates: bool = False
@@ -72,9 +72,7 @@ class Declaration:
 OBJECTIVES: Registry[Declaration] = Registry(
     "objective",
     {
-        "sft": Declaration(
-            "megatron_mm.train.sft.SupervisedFineTuning", console=("train/lm_loss",)
-        ),
+        "sft": Declaration("megatron_mm.train.sft.SupervisedFineTuning"),
         "grpo": "megatron_mm.rl.declaration.GRPO",
     },
     kind="Declaration",

@@ -1,5 +1,5 @@
-"""What a run says about itself while it trains: a JSON Lines file, TensorBoard, Weights &
-Biases and the console. The JSON Lines file is the record; the others are views of it.
+"""The log of a run while it trains: a JSON Lines file, TensorBoard, Weights & Biases and the
+console. The JSON Lines file is the record; the others are views of it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,9 @@ from typing import Any, TextIO
 METRICS_FILE = "metrics.jsonl"
 TABLE_FILE = "completions.jsonl"
 ROUTER_NORM = "moe/router_grad_norm/"  # and the number of the layer
-# Shown on the console, in this order; the rest is in the file.
-CONSOLE_KEYS = (
-    "lm loss",
-    "reward",
-    "reward_std",
-    "kl",
-    "entropy",
-    "completions/mean_length",
-    "rollout/moe/hit_rate",
-    "load_balancing_loss",
-    "grad norm",
-    "learning rate",
-)
-WHEN_NOT_ZERO = ("skipped samples",)
+# Shown on the console after the objective's own; the rest is in the file.
+CONSOLE_KEYS = ("moe/load_balancing_loss", "train/grad_norm", "train/learning_rate")
+WHEN_NOT_ZERO = ("train/skipped_samples",)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -63,7 +52,8 @@ def format_duration(seconds: float) -> str:
 class MetricsLogger:
     """Logs one dictionary of numbers per step.
 
-    `config` is a `LoggingConfig`; `run_config` is stored with the Weights & Biases run.
+    `config` is a `LoggingConfig`; `run_config` is stored with the Weights & Biases run. `console`
+    names the metrics that the console shows first.
     All ranks may make one, but only the one with `enabled` writes anything. `start_step` is
     the last step already done (0 in a fresh run): later records of an earlier attempt are
     dropped, so a resumed run holds every step once.
@@ -77,8 +67,10 @@ class MetricsLogger:
         start_step: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
+        console: Sequence[str] = (),
     ) -> None:
         self.enabled = enabled
+        self._shown = (*console, *CONSOLE_KEYS)
         self._file: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -187,7 +179,7 @@ class MetricsLogger:
         return run
 
     def _show(self, step: int, numbers: dict[str, float]) -> None:
-        shown = [f"{key} {numbers[key]:.4g}" for key in CONSOLE_KEYS if key in numbers]
+        shown = [f"{key} {numbers[key]:.4g}" for key in self._shown if key in numbers]
         shown += [f"{key} {numbers[key]:.0f}" for key in WHEN_NOT_ZERO if numbers.get(key)]
         shown += [f"{k} {v:.1%}" for k, v in sorted(numbers.items()) if k.startswith("accuracy/")]
         if self._bar is not None:

@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_mm.earl.router_reward import drawn_router_loss, router_loss
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import Sums
-from megatron_mm.model.routing import Routes
+from megatron_mm.model.routing import RouterTerm, Routes
 from megatron_mm.parallel.sequence import take
+from megatron_mm.report.metrics import Metrics
 from megatron_mm.rl.policy_batch import PolicyBatch
 from megatron_mm.rl.policy_losses import Tokens, logprob_abs_diff, loss_denominator, policy_loss
 from megatron_mm.rl.settings import RLConfig
@@ -26,6 +26,8 @@ class PolicyObjective:
     Args:
         rl: with nothing left open (`resolve_algorithm`).
     """
+
+    router_term: RouterTerm | None = None
 
     def __init__(self, rl: RLConfig):
         self.rl = rl
@@ -39,7 +41,8 @@ class PolicyObjective:
         batch: PolicyBatch,
         positions_K: torch.Tensor,
         pg: ProcessGroupCollection,
-    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        metrics: Metrics,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = positions_K.to(logits_K1V.device, non_blocking=True)
         logprobs_K, entropy_K = sampled_logprobs(
             logits_K1V, batch.labels_T[rows], self.rl.temperature, pg.tp
@@ -66,12 +69,12 @@ class PolicyObjective:
         if pg.cp.rank():
             count = torch.zeros_like(count)  # the completions are counted once
         mask_K = tokens.mask_K
-        sums["policy_loss"] = torch.stack((numerator.detach().double(), count.double()))
-        sums["entropy"] = torch.stack(
-            (torch.where(mask_K, entropy_K, 0.0).double().sum(), mask_K.double().sum())
-        )
         sums |= logprob_abs_diff(tokens, at(batch.rollout_logprobs_T))
-        return numerator, count.int(), sums
+        for name, (total, number) in sums.items():
+            metrics.ratio(name, total, number)
+        metrics.ratio("train/policy_loss", numerator, count)
+        metrics.ratio("entropy", torch.where(mask_K, entropy_K, 0.0).double().sum(), mask_K.sum())
+        return numerator, count.int()
 
 
 class ExpertAlignedObjective(PolicyObjective):
@@ -84,18 +87,6 @@ class ExpertAlignedObjective(PolicyObjective):
     def __init__(self, rl: RLConfig, member_SLE: torch.Tensor):
         super().__init__(rl)
         self.member_SLE = member_SLE
-
-    def loss(
-        self,
-        logits_K1V: torch.Tensor,
-        batch: PolicyBatch,
-        positions_K: torch.Tensor,
-        pg: ProcessGroupCollection,
-    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        numerator, count, sums = super().loss(logits_K1V, batch, positions_K, pg)
-        # The numerator is what the ranks of the routers say (`Engine.forward_backward`).
-        sums["router_loss"] = torch.stack((torch.zeros_like(count), count)).double()
-        return numerator, count, sums
 
     def router_term(
         self, logits_tE: torch.Tensor, batch: PolicyBatch, moe_index: int, positions: range

@@ -13,10 +13,10 @@ from megatron_mm.config.settings import ParallelConfig
 from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.perf.flops import executed_flops, model_flops, total
 from megatron_mm.perf.work import executed, needed
+from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import microbatch, small_run
 
 aten = torch.ops.aten

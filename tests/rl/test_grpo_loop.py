@@ -85,7 +85,7 @@ def test_a_reward_that_fails_costs_its_samples_only(ranks, scenes):
     assert 0 < failed < 1
     assert steps[0]["rewards/fails_on_short/frac_failed"] == failed
     assert steps[0]["rewards/fails_on_short/mean"] == 1.0
-    assert all(step["grad norm"] > 0 for step in steps)
+    assert all(step["train/grad_norm"] > 0 for step in steps)
 
 
 def on_rank_error(run: RunConfig) -> tuple[str, int]:
@@ -163,7 +163,7 @@ def test_another_objectives_checkpoint_is_for_finetuning(ranks, scenes, tmp_path
 def test_every_algorithm_takes_steps(ranks, scenes, algorithm):
     run = grpo_run(scenes, algorithm=algorithm, train_iters=4, num_iterations=2)
     steps = ranks(1, on_rank_steps, run, 2)[0]
-    assert all(0 < step["grad norm"] < 1e4 for step in steps)
+    assert all(0 < step["train/grad_norm"] < 1e4 for step in steps)
 
 
 def on_rank_reference(run: RunConfig, folder: Path) -> list[dict]:

@@ -123,7 +123,7 @@ def test_what_is_left_out_is_counted_and_said(ranks, scenes, tmp_path):
     run = run_on(path, scenes, on_bad_sample="skip", rollout_batch_size=16, global_batch_size=64)
     run.section(RLConfig).reward_funcs = ["support.even.even", "support.even.fails_on_short"]
     metrics, _, said = ranks(1, on_rank_step, run)[0]
-    assert metrics["skipped samples"] == 5 and metrics["rollout/generated"] == 44
+    assert metrics["train/skipped_samples"] == 5 and metrics["rollout/generated"] == 44
     assert "left out: " in said and "gone.png" in said
     assert "rewards failed: " in said and "fails_on_short" in said and "odd end" in said
 

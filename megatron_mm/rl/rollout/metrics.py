@@ -84,7 +84,7 @@ def rollout_metrics(
         for name, (total, count) in totals.items()
         if count or name.startswith("rollout/")
     }
-    metrics["skipped samples"] = metrics.pop("rollout/skipped")  # as in supervised training
+    metrics["train/skipped_samples"] = metrics.pop("rollout/skipped")  # as in supervised training
     metrics["completions/min_length"] = min(low for _, _, (low, _) in parts)
     metrics["completions/max_length"] = max(high for _, _, (_, high) in parts)
     metrics["rollout/rounds"] = rollout.collected.rounds
