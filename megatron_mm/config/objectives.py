@@ -111,7 +111,7 @@ def part_of(run: RunConfig, name: str) -> Callable[..., Any]:
     part = getattr(OBJECTIVES[objective], name)
     if part is None:
         raise ConfigError(f"objective {objective} has no `{name}`, which its source needs")
-    what = f"{name} of objective {objective},"
+    what = f"`{name}` of objective {objective}:"
     return import_object(part, what, kind="callable") if isinstance(part, str) else part
 
 

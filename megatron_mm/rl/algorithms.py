@@ -50,7 +50,7 @@ LOSS_AGGREGATIONS: Registry[Any] = Registry(
 # (log-probabilities [K], those of the reference [K]) -> KL divergence [K]
 KL_ESTIMATORS: Registry[Callable[..., Any]] = Registry(
     "KL estimator",
-    {name: f"megatron_mm.rl.kl.{name}" for name in ("k1", "k2", "k3")},
+    {name: f"{_LOSSES}.{name}" for name in ("k1", "k2", "k3")},
     kind="function",
 )
 

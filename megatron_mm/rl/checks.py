@@ -30,7 +30,8 @@ def check_rl(run: RunConfig) -> None:
     allowed = f"none, or more than 1 + epsilon_high = {least:g}"
     _require(rl.delta is None or rl.delta > least, "delta", rl.delta, allowed)
     allowed = "none, or this value with policy_loss clip or gspo"
-    _require(rl.delta is None or rl.policy_loss in ("clip", "gspo"), "delta", rl.delta, allowed)
+    ignored = rl.policy_loss in ("sapo", "cispo", "reinforce")
+    _require(rl.delta is None or not ignored, "delta", rl.delta, allowed)
     functions, weights = len(rl.reward_funcs), len(rl.reward_weights)
     allowed = f"none, or one for each of the {functions} reward_funcs"
     _require(weights in (0, functions), "reward_weights", rl.reward_weights, allowed)

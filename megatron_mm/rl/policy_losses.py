@@ -1,10 +1,9 @@
-"""Policy losses: one loss for each sampled token, by name, and their sum over a microbatch.
+"""Policy losses: the loss of each sampled token, and its sum over a microbatch.
 
 The tokens of a microbatch lie one after another, as in the stream (shape K); a completion may lie
-on several context-parallel ranks. So that any split over microbatches and ranks gives the same
-loss and gradient, a rank returns a sum (`policy_loss`), and what it is divided by
-(`loss_denominator`) follows from the lengths of all completions of the minibatch, which are known
-before the first pass.
+on several context-parallel ranks. Any split over microbatches and ranks gives the same loss and
+gradient: a rank returns a sum (`policy_loss`), and its divisor (`loss_denominator`) follows from
+the lengths of all completions of the minibatch, which are known before the first pass.
 
 "sg" below is a stop-gradient. r_t = p(token) / p_old(token).
 """
@@ -16,12 +15,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_mm.rl.algorithms import LOSS_AGGREGATIONS, POLICY_LOSSES
-from megatron_mm.rl.kl import kl_divergence
+from megatron_mm.rl.algorithms import KL_ESTIMATORS, LOSS_AGGREGATIONS, POLICY_LOSSES
 from megatron_mm.rl.settings import RLConfig
 
-# exp(20) is 5e8: beyond it a ratio says nothing more, and an infinite one would turn the zero
-# gradient of a clipped token into NaN. There the gradient is 0.
+# exp(20) is 5e8. Larger ratios mean nothing, and an infinite one would turn the zero gradient of a
+# clipped token into NaN. Beyond the bound the gradient is 0.
 MAX_LOG_RATIO = 20.0
 
 Sums = dict[str, torch.Tensor]  # metric: [numerator, denominator]
@@ -49,7 +47,7 @@ class Tokens:
         return self.completion_K >= 0
 
     def of_completion(self, values_N: torch.Tensor) -> torch.Tensor:
-        """[K]: each token its completion's value, 1 where there is none."""
+        """Returns [K]: for each token the value of its completion, 1 where there is none."""
         return _of_completion(values_N, self.completion_K)
 
 
@@ -76,7 +74,7 @@ def clip(tokens: Tokens, rl: RLConfig) -> TokenLoss:
 
 
 def gspo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
-    """As `clip`, with s = exp(mean over the completion of log r_t) in place of r_t.
+    """`clip` with s = exp(mean over the completion of log r_t) in place of r_t.
 
     GSPO, arXiv 2507.18071, eq. 5 to 7, in its token form, eq. 13 and 14: s_t = sg(s) p / sg(p).
     With one advantage for a completion both have the same value and gradient; this one also
@@ -154,7 +152,7 @@ SEQ_MEAN_TOKEN_SUM_NORM = LossAggregation(False, _longest_completions)
 
 
 def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
-    """The numerator of the loss over this rank's part, and sums to log.
+    """Returns the numerator of the loss over this rank's part, and sums to log.
 
     Args:
         rl: with nothing left open (`resolve_algorithm`).
@@ -186,13 +184,12 @@ def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
 def loss_denominator(
     mode: str, lengths_N: torch.Tensor, max_completion_length: int
 ) -> torch.Tensor:
-    """Returns the number that the sum of all `policy_loss` is divided by; int64, additive over
-    completions.
+    """Returns the divisor of the sum of all `policy_loss`; int64, additive over completions.
 
     Args:
         mode: a name of LOSS_AGGREGATIONS or a dotted path.
-        lengths_N: of all completions of the minibatch on all ranks, those left out excepted. If
-            none is left it is 0, and so is every numerator.
+        lengths_N: of all completions of the minibatch on all ranks, 0 for those left out. If all
+            are left out the divisor is 0, and so is every numerator.
     """
     return LOSS_AGGREGATIONS[mode].denominator(lengths_N, max_completion_length)
 
@@ -205,9 +202,10 @@ def truncated_importance_weights(
     level: str,
     threshold: float,
 ) -> torch.Tensor:
-    """[K], constants: min(p_old / p_rollout, threshold), for a token or (level "sequence") for
-    the product over its completion, which must be here in full. "TIS" of Yao et al., "Your
-    efficient RL framework secretly brings you off-policy RL training", 2025; verl's rollout_is.
+    """Returns [K], constants: min(p_old / p_rollout, threshold) of each token or, with level
+    "sequence", of the product over its completion, all of which must be on this rank. "TIS" of Yao
+    et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025; verl's
+    rollout_is.
     """
     log_K = (old_logprobs_K - rollout_logprobs_K).detach()
     if level == "sequence":
@@ -216,28 +214,58 @@ def truncated_importance_weights(
 
 
 def logprob_abs_diff(tokens: Tokens, rollout_logprobs_K: torch.Tensor) -> Sums:
-    """How far trainer and rollout are apart on the same tokens, in nats."""
+    """Sums the absolute differences of trainer's and rollout's log-probabilities, in nats."""
     difference_K = (tokens.old_logprobs_K - rollout_logprobs_K).abs()
     return {"train/train_rollout_logprob_abs_diff": _share(difference_K, tokens.mask_K)}
+
+
+def kl_divergence(
+    logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor, estimator: str
+) -> torch.Tensor:
+    """Estimates the KL divergence from the reference model at each token; [K], differentiable in
+    `logprobs_K`. KL(p || ref) is the mean of `k1`, `k2` or `k3` over tokens drawn from p. Below,
+    d = log ref - log p (J. Schulman, "Approximating KL divergence", 2020).
+
+    Args:
+        estimator: a name of KL_ESTIMATORS or a dotted path.
+    """
+    return KL_ESTIMATORS[estimator](logprobs_K, ref_logprobs_K)
+
+
+def k1(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    """-d: unbiased, of either sign. In a loss it does nothing, since the mean of its gradient, that
+    of log p, is zero. In a reward it is the usual choice (RLOO, REINFORCE++)."""
+    return -(ref_logprobs_K - logprobs_K)
+
+
+def k2(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    """d^2 / 2: biased; its gradient is an unbiased one of the KL divergence."""
+    return (ref_logprobs_K - logprobs_K).square() / 2
+
+
+def k3(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    """exp(d) - 1 - d: unbiased, never negative; GRPO's (arXiv 2402.03300, eq. 4)."""
+    log_ratio_K = (ref_logprobs_K - logprobs_K).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio_K.exp() - 1 - log_ratio_K
 
 
 def completion_sums(
     values_K: torch.Tensor, completion_K: torch.Tensor, num_completions: int
 ) -> torch.Tensor:
-    """[N]: the sum over each completion's tokens; those of completion -1 are in none."""
+    """Returns [N]: the sum over each completion's tokens; tokens of completion -1 are in none."""
     here_K = completion_K >= 0
     sums_N = values_K.new_zeros(num_completions)
     return sums_N.index_add(0, completion_K[here_K], values_K[here_K])
 
 
 def _of_completion(values_N: torch.Tensor, completion_K: torch.Tensor) -> torch.Tensor:
-    # -1 takes the last one, which is no completion's; there may be none at all.
+    # -1 takes the last entry, which is no completion's; there may be no completion at all.
     return torch.cat((values_N, values_N.new_ones(1)))[completion_K]
 
 
 def _cleaned(tokens: Tokens) -> Tokens:
-    """Zeros where there is no sampled token: the gradient of whatever stands there, 0 times
-    something infinite, would be NaN."""
+    """Puts zeros where no token was sampled: the gradient of an infinite value there, times 0,
+    would be NaN."""
     names = ("logprobs_K", "old_logprobs_K", "advantages_K", "ref_logprobs_K", "rollout_weights_K")
     values = {name: getattr(tokens, name) for name in names}
     mask_K = tokens.mask_K

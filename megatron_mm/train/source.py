@@ -113,6 +113,6 @@ def _check_parts(run: RunConfig, what: str, made: Any, parts: Sequence[str]) -> 
     for part in parts:
         if not hasattr(made, part):
             raise ConfigError(
-                f"the {what} of objective {run.training.objective}, {type(made).__name__}, has no "
+                f"objective {run.training.objective}: its {what} {type(made).__name__} has no "
                 f"`{part}`; it needs {', '.join(parts)}"
             )

@@ -31,7 +31,7 @@ def place(ranks, scenes, tmp_path_factory):
 
 
 def find(ranks, place, scenes, layout="one rank", rows="rows.jsonl", min_lift=1.2, **settings):
-    """(what every rank found, the file of the map)"""
+    """Returns what every rank found, and the file of the map."""
     size, sizes = LAYOUTS[layout]
     trained = settings.pop("trained", True)
     probe = Probe(str(place / rows), batch_size=7, **settings)
@@ -104,7 +104,7 @@ def test_a_part_of_the_rows_is_drawn_from_the_seed(ranks, place, scenes):
 
 @pytest.fixture
 def tool(capsys):
-    """`tool(*flags)` in this process: (status, stdout, stderr)."""
+    """Returns `tool(*flags) -> (status, stdout, stderr)`, which runs the tool in this process."""
     path = Path(__file__).parents[2] / "tools" / "discover_experts.py"
     spec = importlib.util.spec_from_file_location("discover_experts", path)
     module = importlib.util.module_from_spec(spec)

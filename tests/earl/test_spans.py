@@ -1,4 +1,4 @@
-"""From a row's spans and a completion's tokens to labelled tokens."""
+"""Labelled tokens, from a row's spans and a completion's tokens."""
 
 from random import Random
 
@@ -18,7 +18,7 @@ TEXTS = ["cell 5 is 6, cell 6 is 8", "total 12, left is cell 3", "été 漢字 �
 
 @pytest.fixture(scope="module", params=["sentencepiece", "huggingface"])
 def tokenizer(request, tmp_path_factory):
-    """The demo's, where ", cell " is one token, and a byte-level one as Qwen's."""
+    """The demo's tokenizer, where ", cell " is one token, and a byte-level one like Qwen's."""
     folder = tmp_path_factory.mktemp("tokenizer")
     if request.param == "sentencepiece":
         return train_sentencepiece(TEXTS * 5, folder / "t.model", 448, PHRASES)
@@ -43,7 +43,7 @@ HOPS = row_of(("cell 5 is 6", "ocr"), ("cell 6 is 8", "multihop"))
 
 
 def parts(row, text, labeller="clauses"):
-    """(text, skill, right) of each label."""
+    """Returns (text, skill, right) of each label."""
     labels = load_labeller(labeller)(row, text, "a.jsonl:3")
     return [(text[label.start : label.stop], label.skill, label.correct) for label in labels]
 

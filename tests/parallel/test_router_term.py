@@ -9,7 +9,7 @@ import torch
 from test_invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
 
 from megatron_mm.config import RunConfig, num_layers
-from megatron_mm.earl.router_reward import router_loss
+from megatron_mm.earl.router_term import router_loss
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.layers.moe import Router
 from megatron_mm.parallel import groups

@@ -1,11 +1,9 @@
-"""Experts that a rollout draws: with which noise, at which positions, and what learns from them.
+"""Experts that a rollout draws: their noise, their positions, and the router term on them.
 
 A function that starts with `on_rank_` runs on every rank; the test compares what they return.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
@@ -22,8 +20,8 @@ TEMPERATURE = 0.7
 
 
 def on_rank_draws(run: RunConfig) -> dict[str, int]:
-    """How many positions of a rollout took the experts that their noise says, or without any the
-    best, in every layer; which of them the router term is about."""
+    """Counts the positions of a rollout that took in every layer the experts that their noise says,
+    or without noise the best ones, and those that the router term teaches."""
     trainer = trainer_of(run)
     source, engine, kept, logits_TLE = trainer.source, trainer.engine, [], {}
     collect, choose = source.collector.collect, Choice.get_replay_topk
@@ -36,19 +34,19 @@ def on_rank_draws(run: RunConfig) -> dict[str, int]:
     size = run.section(RLConfig).num_generations
     counts = dict.fromkeys(("drawn as said", "best", "neither", "first taught", "later taught"), 0)
     batches, _ = source.next_step(False)
-    (found,) = kept
+    ((scored, _),) = kept
     Choice.get_replay_topk = note
     try:
         for batch in batches:
-            replayed = replace(batch, router_scale=0.0)  # its routes decide what later layers see
-            engine.forward([replayed], lambda b: b.sampled, lambda *_, **__: None, routes=[{}])
+            # Its routes are replayed, so later layers see what they saw.
+            engine.forward([batch], lambda b: b.sampled, lambda *_, **__: None, routes=[{}])
             at = iter(batch.sampled.tolist())
             for member in batch.members:
-                group = found.groups[member // size]
+                group = scored.groups[member // size]
                 number = group.number * size + member % size
                 for count in range(TOKENS):
                     place = next(at)
-                    taught = bool(batch.skill_T[place] >= 0)
+                    taught = bool(batch.router.skill_T[place] >= 0)
                     counts["later taught" if count else "first taught"] += taught
                     counts[_what(batch, place, logits_TLE, number, count, run)] += 1
     finally:

@@ -28,7 +28,7 @@ def assert_same_steps(one: list[dict], other: list[dict], bound: float) -> None:
 
 @pytest.fixture(scope="module")
 def skill_map(tmp_path_factory) -> str:
-    """Of the runs' model: two layers, experts as in the tiny preset."""
+    """A map of the runs' model: two layers, experts as in the tiny preset."""
     run = digits_run(tmp_path_factory.mktemp("none"))
     experts, k = run.model.language.num_experts, run.model.language.moe_router_topk
     skills = {

@@ -1,4 +1,4 @@
-"""What befalls a run of reinforcement learning: bad rows and rewards, stops, replayed routes.
+"""Runs of reinforcement learning: resuming, stops, bad rows and rewards, replayed routes.
 
 A function that starts with `on_rank_` runs on every rank; the test compares what they return.
 """
@@ -26,7 +26,7 @@ from support.trainers import CP2, PP2, TP2, VPP2
 
 
 def on_rank_cut(run: RunConfig, folder: Path, cut: bool) -> tuple[list[dict], str]:
-    """Four rollouts of two steps; with a cut, saved after the second and gone on with elsewhere."""
+    """Takes the steps of four rollouts; with a cut, of two, and saves for `on_rank_resume`."""
     run.checkpoint.save = str(folder)
     trainer = trainer_of(run)
     steps = 4 if cut else 8
@@ -59,7 +59,8 @@ def test_a_run_goes_on_with_the_prompts_and_tokens_it_would_have_had(
 
 
 def on_rank_asked_to_stop(run: RunConfig) -> list[bool]:
-    """Asked after the first step of a rollout: which steps are still done."""
+    """Asks for a stop after the first step of a rollout; returns which steps are still done, and
+    the rows consumed."""
     trainer = trainer_of(run)
     done = []
     for step in range(3):
@@ -177,8 +178,8 @@ def on_rank_reference(run: RunConfig, folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, {}), (2, PP2)])
 def test_the_reference_is_its_checkpoint_and_stays_it(ranks, scenes, tmp_path, size, sizes):
-    """The divergence is that of the weights: none at first, some after steps; the resumed run
-    compares with the same reference."""
+    """The divergence is zero at first and grows with the steps; a resumed run compares with the
+    same reference."""
     ranks(size, on_rank_reference, grpo_run(scenes, **sizes), tmp_path / "ref")
     settings = dict(beta=0.1, ref_load=str(tmp_path / "ref"), lr=1e-2, train_iters=8)
     for kl_in_reward in (False, True):
@@ -195,8 +196,8 @@ def test_the_reference_is_its_checkpoint_and_stays_it(ranks, scenes, tmp_path, s
 
 
 def on_rank_replay(run: RunConfig) -> tuple[int, int]:
-    """After a change of every router: positions of the next step whose experts are the rollout's,
-    and those that are not."""
+    """Changes every router; counts the positions of the next step whose experts are the recorded
+    ones, and those at which the routers alone would choose others."""
     trainer = trainer_of(run)
     batches, _ = trainer.source.next_step(False)
     engine = trainer.engine
@@ -242,8 +243,8 @@ def test_the_trainer_uses_the_recorded_experts(ranks, scenes, sizes, replay, rec
 
 
 def test_replayed_routes_agree_with_what_was_sampled(ranks, scenes):
-    """TOKENS of a completion, and log-probabilities of both, with routes from the rollout; drawn
-    experts say something else."""
+    """With the rollout's routes the trainer's log-probabilities are the rollout's; drawn experts
+    give other completions."""
     said = []
     for replay in ("R3", "drawn"):
         steps = ranks(1, on_rank_steps, grpo_run(scenes, **REPLAYS[replay]), 2)[0]

@@ -20,8 +20,8 @@ def problem():
 
 
 def on_a_rank(layout, algorithm):
-    """Loss and gradient of the minibatch. "dp": whole completions on each rank, in two
-    microbatches; "cp": every completion cut where its ranks meet."""
+    """Returns loss and gradient of the minibatch. With "dp" each rank holds whole completions in
+    two microbatches; with "cp" completions are cut where ranks meet."""
     rl = resolve_algorithm(RLConfig(algorithm=algorithm, beta=0.1))
     rank, size = dist.get_rank(), dist.get_world_size()
     logprobs, old, ref, advantages, completion = problem()

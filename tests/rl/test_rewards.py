@@ -13,7 +13,7 @@ from megatron_mm.rl.rewards.text import chosen_letter, edit_distance, soft_overl
 
 
 def one(spec, completion, truth=None, ids=(1,), **columns):
-    """The reward of one completion, called as a worker does."""
+    """Returns the reward of one completion, called as a worker does."""
     function = RewardFunction(parse_specs([spec], REWARDS)[0])
     columns = {"ground_truth": [truth]} | {key: [value] for key, value in columns.items()}
     (reward,) = function(["q"], [completion], [list(ids)], columns, None)

@@ -135,12 +135,12 @@ def on_rank_refused(run: RunConfig) -> str:
     [
         (
             "LOSSLESS",
-            "the objective of objective support.smoothed.LOSSLESS, WithoutLoss, has no `loss`; it "
-            "needs positions, loss, router_term",
+            "objective support.smoothed.LOSSLESS: its objective WithoutLoss has no `loss`; it needs "
+            "positions, loss, router_term",
         ),
         (
             "NOWHERE",
-            "objective of objective support.smoothed.NOWHERE, support.smoothed.Missing cannot be "
+            "`objective` of objective support.smoothed.NOWHERE: support.smoothed.Missing cannot be "
             "imported: AttributeError",
         ),
     ],

@@ -1,4 +1,4 @@
-"""From a setting to a function that can be called: built-in names, dotted paths, verl's form."""
+"""Reward functions by built-in name or dotted path, in TRL's form or verl's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REWARDS: Registry[Callable[..., Any]] = Registry(
 
 
 class RewardFunction:
-    """A reward function with its signature looked at once.
+    """A reward function and what its signature asks for.
 
     Attributes:
         wants: the columns it takes by name; None if it takes whatever there is (`**columns`).
@@ -68,7 +68,12 @@ class RewardFunction:
         columns: Mapping[str, Sequence[Any]],
         routed_experts: Sequence[Any] | None,
     ) -> Any:
-        """Whatever the function returns; a coroutine is run to its end."""
+        """Calls the function and returns its result, that of a coroutine after running it.
+
+        Args:
+            columns: the rows' other keys, each with one value a completion.
+            routed_experts: int16 [positions, layers, k] of each completion.
+        """
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         if self.wants_routes:
             given["routed_experts"] = routed_experts
@@ -80,8 +85,8 @@ class RewardFunction:
         return _finish(self._function(**given | self._options))
 
     def _score_verl(self, i: int, given: Mapping[str, Sequence[Any]]) -> Any:
-        """verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, one sample
-        at a time; a score, or a dict that holds one as `score`."""
+        """Calls verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` on one
+        sample, and returns its score; verl also allows a dict with the score as `score`."""
 
         def of(column: str) -> Any:
             return given[column][i] if column in given else None
@@ -103,7 +108,11 @@ def _finish(result: Any) -> Any:
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The function of a built-in name or dotted path. Raises RLError, in one line."""
+    """Returns the function of a built-in name or dotted path.
+
+    Raises:
+        RLError: in one line, for a path that cannot be imported or is no function.
+    """
     function = REWARDS[path]
     if not callable(function):
         raise RLError(f"reward {path} is a {type(function).__name__}; give a function")

@@ -1,4 +1,4 @@
-"""What scoring a batch of completions gives: values, and why some are missing."""
+"""The rewards of a batch of completions: values, and the reasons why some are missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_mm.rl.rewards.worker import Score
 
 
 class Task(NamedTuple):
-    """Some samples, from `start` up to `stop`, for one function."""
+    """Samples `start` to `stop` (exclusive) for one function."""
 
     function: int
     start: int
@@ -26,7 +26,7 @@ class Failure:
 
 @dataclass
 class Rewards:
-    """Of N samples and C rewards."""
+    """The rewards of N samples by C functions; `RewardRunner.score` fills it in."""
 
     names: list[str]
     # NaN where a reward does not apply (None) and where it failed
@@ -42,7 +42,7 @@ class Rewards:
         return cls([*names], values, failed, seconds=dict.fromkeys(names, 0.0))
 
     def record(self, task: Task, answer: list[Score] | str) -> None:
-        """Scores of a task's samples, or the reason why none of them has one."""
+        """Enters the scores of a task's samples, or the reason why none of them has one."""
         for place, sample in enumerate(range(task.start, task.stop)):
             score = Score(None, answer) if isinstance(answer, str) else answer[place]
             if score.reason is not None:
