@@ -106,6 +106,11 @@ class Registry[T]:
             )
         return part
 
+    def check(self, name: str) -> None:
+        """Raises what [] raises, but imports no registered part."""
+        if name not in self._parts:
+            _ = self[name]
+
     def items(self) -> Iterator[tuple[str, T]]:
         """Yields (name, part) of every registered part."""
         return ((name, self[name]) for name in self._parts)

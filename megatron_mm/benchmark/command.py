@@ -102,14 +102,15 @@ def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     import torch
 
     from megatron_mm.config import ConfigError, load, validate
+    from megatron_mm.config.objectives import OBJECTIVES, declaration
 
     run = load(None, flags)
-    objective = "grpo" if args.command == "rl" else "sft"
-    if run.training.objective != objective:
-        other = "train" if objective == "grpo" else "rl"
+    generates = args.command == "rl"
+    if declaration(run).generates != generates:
+        fitting = [name for name, found in OBJECTIVES.items() if found.generates == generates]
         raise ConfigError(
-            f"benchmark.py {args.command} is for objective {objective}, this run's is "
-            f"{run.training.objective}; allowed: benchmark.py {other}"
+            f"benchmark.py {args.command} is for objective {' or '.join(fitting)}, this run's is "
+            f"{run.training.objective}; allowed: benchmark.py {'train' if generates else 'rl'}"
         )
     validate(run, cli.world_size())
     kinds, routings = ("real",), ("natural",)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_mm.config.objectives import OBJECTIVES
+
 # Settings that decide what is computed, on any machine.
 SAME = {
     "model": None,  # all of it
@@ -54,7 +56,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
             f"sides: A has {'; '.join(a['sides'])}, B has {'; '.join(b['sides'])}; measure one "
             "kind of data and of routing on both (--data, --routing)"
         )
-    rl = a["run"]["training"]["objective"] == "grpo"
+    rl = _generates(a)
     found = {}
     for name in sides:
         first, second = a["sides"][name], b["sides"][name]
@@ -78,11 +80,17 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _generates(side: dict[str, Any]) -> bool:
+    """Whether the steps of a side are made of rollouts."""
+    return OBJECTIVES[side["run"]["training"]["objective"]].generates
+
+
 def _same_work(a: dict[str, Any], b: dict[str, Any]) -> None:
     _same("unit of a rank", a["units"]["rank"], b["units"]["rank"])
     sections = dict(SAME)
-    if "grpo" in (x["run"]["training"]["objective"] for x in (a, b)):
-        sections["rl"] = ROLLOUTS
+    for side in (a, b):
+        if _generates(side):
+            sections[OBJECTIVES[side["run"]["training"]["objective"]].section] = ROLLOUTS
     for section, keys in sections.items():
         first, second = (
             {k: x["run"][section].get(k) for k in keys or x["run"][section]} for x in (a, b)

@@ -13,6 +13,7 @@ from megatron_mm.config import RunConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.rl.rollout.experience import Experience
+from megatron_mm.rl.settings import RLConfig
 
 PIP = (
     "pip install -c constraints.txt trl==1.16.0 (the extra [bench]); or into another folder with "
@@ -37,10 +38,11 @@ def grpo_run(run: RunConfig, prompts: int, group: int, tokens: int, longest: int
     run.training.objective = "grpo"
     run.training.global_batch_size = run.training.micro_batch_size = prompts * group
     run.data.seq_length = longest + tokens
-    run.rl.num_generations, run.rl.max_num_seqs = group, prompts * group
-    run.rl.max_completion_length = tokens
-    run.rl.reward_funcs, run.rl.reward_num_workers = ["megatron_mm.benchmark.prompts.even"], 1
-    run.rl.reward_batch_size = prompts * group
+    rl = run.section(RLConfig)
+    rl.num_generations, rl.max_num_seqs = group, prompts * group
+    rl.max_completion_length = tokens
+    rl.reward_funcs, rl.reward_num_workers = ["megatron_mm.benchmark.prompts.even"], 1
+    rl.reward_batch_size = prompts * group
     return run
 
 
@@ -73,7 +75,7 @@ class TheirGRPO:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        rl, size = run.rl, run.training.global_batch_size
+        rl, size = run.section(RLConfig), run.training.global_batch_size
         settings = GRPOConfig(
             output_dir="unused",
             use_cpu=True,

@@ -15,7 +15,7 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tiles import image_settings
-from megatron_mm.engine.objective import SupervisedFineTuning
+from megatron_mm.train.sft import SupervisedFineTuning
 
 
 class Mock:

@@ -23,10 +23,10 @@ from megatron_mm.benchmark.throughput import spread
 from megatron_mm.config import ConfigError, ParallelConfig, RunConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.perf.phases import Phases
+from megatron_mm.train.sft import SupervisedFineTuning
 
 MODEL, MICROBATCHES = "tiny", 8
 SAMPLES, TOKENS, TILES = 16, 128, 9  # samples per microbatch; tokens and tiles per sample

@@ -15,9 +15,9 @@ from megatron_mm.benchmark.models import image_token
 from megatron_mm.config import RunConfig, to_transformers_dict, without_clvr
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.engine.optimizer import decays
 from megatron_mm.parallel.groups import Groups
+from megatron_mm.train.sft import SupervisedFineTuning
 
 LAYOUTS = ("padded", "one by one")  # all samples padded to a rectangle, or each alone
 EXPERTS = ("eager", "grouped_mm")  # not batched_mm, which copies the weights for every token
@@ -33,7 +33,7 @@ class Ours:
     def step(self, batches: list[Microbatch]) -> float:
         found = self.engine.forward_backward(batches, self.objective)
         self.engine.update(self.engine.gradient_norm())
-        total, count = sum(sums["lm loss"] for sums in found).tolist()
+        total, count = sum(metrics.pair("train/lm_loss") for metrics in found).tolist()
         return total / count
 
 

@@ -15,6 +15,7 @@ from megatron_mm import platform
 from megatron_mm.benchmark.measure import Peak
 from megatron_mm.benchmark.mock import Mock, balanced, made_step, mock_like
 from megatron_mm.config import ConfigError, RunConfig, to_dict
+from megatron_mm.config.objectives import declaration
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches
@@ -22,9 +23,8 @@ from megatron_mm.errors import NonFiniteError
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.perf.flops import model_flops, total
 from megatron_mm.perf.phases import Phases
-from megatron_mm.train.source import SOURCES, StepSource
+from megatron_mm.train.source import StepSource, open_data, open_source
 from megatron_mm.train.start import start
-from megatron_mm.train.trainer import open_data
 
 STORED = 2  # steps kept in memory for mock data
 STRETCH = 4  # consecutive steps of a side, the first untimed: its batch may have been read before
@@ -47,8 +47,7 @@ class Bench:
         if "real" in kinds:
             tokenizer, loader = open_data(self.run, self.groups)
             start(self.engine, loader, self.run.checkpoint, tokenizer.image_context_id)
-            objective = self.run.training.objective
-            real = SOURCES[objective](self.run, self.engine, tokenizer, loader)
+            real = open_source(self.run, self.engine, tokenizer, loader)
             if "mock" in kinds or "balanced" in routings:
                 position = loader.state_dict()
                 made = [list(real.next_step(False)[0]) for _ in range(STORED)]
@@ -88,7 +87,7 @@ class Bench:
     def round(self, source: StepSource) -> list[Microbatch]:
         """Runs a step, or a rollout and all of its steps. Returns its microbatches."""
         phases, done, self.clock = self.phases, [], {}
-        reading = "rollout" if self.run.training.objective == "grpo" else "data"
+        reading = "rollout" if declaration(self.run).generates else "data"
         with phases.region("step"):
             while not done or not source.between:
                 with phases.region(reading):
@@ -164,10 +163,8 @@ def measure(
     warmup: int,
 ) -> dict[str, Any]:
     """Measures all sides in turn. Every rank calls it and gets the result."""
-    if run.training.objective == "grpo" and (list(kinds), list(routings)) != (
-        ["real"],
-        ["natural"],
-    ):
+    generates = declaration(run).generates
+    if generates and (list(kinds), list(routings)) != (["real"], ["natural"]):
         raise ConfigError(
             "rl draws its own data and routes; allowed: --data real --routing natural"
         )
@@ -190,7 +187,7 @@ def measure(
                 for _ in range(warmup):
                     bench.timed(source)
             # Nothing is read ahead of a rollout.
-            size, ahead = (1, 0) if run.training.objective == "grpo" else (STRETCH, 1)
+            size, ahead = (1, 0) if generates else (STRETCH, 1)
             while any(len(done) < rounds for done in found.values()):
                 for name, source in sources.items():
                     stretch = [bench.timed(source) for _ in range(size)][ahead:]

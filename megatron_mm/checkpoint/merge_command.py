@@ -20,8 +20,8 @@ from megatron_mm.config import (
     RunConfig,
     TrainingConfig,
     data_parallel_size,
-    from_dict,
     load,
+    run_of_checkpoint,
     validate,
 )
 from megatron_mm.config.flags import parse_flags
@@ -53,7 +53,7 @@ def stored_run(path: Path, stored: dict, given: RunConfig, world_size: int) -> R
     """
     # Parameters do not depend on the backend, and nothing is computed here.
     stored = {key: value for key, value in stored.items() if key != "backend"}
-    run = replace(from_dict(RunConfig, stored), parallel=given.parallel)
+    run = replace(run_of_checkpoint(stored), parallel=given.parallel)
     if run.lora.lora_rank is None:
         raise ConfigError(f"{path} has no adapters: nothing to merge")
     if Path(given.checkpoint.save).resolve() in (path.resolve(), path.resolve().parent):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mm.config.algorithms import check_rl
 from megatron_mm.config.fields import Bounds
+from megatron_mm.config.objectives import check_objective
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
 from megatron_mm.config.settings import (
@@ -39,7 +39,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_training(run)
     _check_lora(run)
     check_backend(run)
-    check_rl(run)
+    check_objective(run)
     if world_size is not None:
         _check_world(run, world_size)
 

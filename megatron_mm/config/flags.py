@@ -43,28 +43,36 @@ def default_text(leaf: Leaf) -> str:
     return "none" if leaf.default in (None, "", []) else str(leaf.default)
 
 
+def names_text(leaf: Leaf) -> str:
+    """The names that a setting may have; empty unless it names a part of a registry."""
+    return f"{', '.join(leaf.named.registry)} or a dotted path" if leaf.named else ""
+
+
 def explained(leaf: Leaf) -> str:
     """The explanation of a setting, its bounds and its default, in one line."""
     bounds = f"{leaf.bounds}; " if leaf.bounds else ""
+    names = f"{names_text(leaf)}; " if leaf.named else ""
     section = ".".join(leaf.path[:-1])
-    return f"{leaf.explanation} {bounds}default: {default_text(leaf)} [{section}]".strip()
+    return f"{leaf.explanation} {bounds}{names}default: {default_text(leaf)} [{section}]".strip()
 
 
 @dataclass(frozen=True)
 class Early:
-    """What is needed before the other flags can be read: plug-ins may add some."""
+    """Flags that are read before the others: plug-ins and an objective may add some."""
 
     config: str | None
     plugins: list[str] | None
+    objective: str | None
 
 
 def parse_early(argv: Sequence[str]) -> Early:
-    """Reads `--config` and `--plugins` and ignores the rest. Raises ConfigError."""
+    """Reads `--config`, `--plugins` and `--objective`, ignores the rest. Raises ConfigError."""
     parser = _Parser(allow_abbrev=False, add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--plugins", nargs="+")
+    parser.add_argument("--objective")
     given, _ = parser.parse_known_args(list(argv))
-    return Early(given.config, given.plugins)
+    return Early(given.config, given.plugins, given.objective)
 
 
 def make_parser() -> argparse.ArgumentParser:

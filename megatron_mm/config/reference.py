@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from megatron_mm.config.flags import default_text, flag_name
+from megatron_mm.config.flags import default_text, flag_name, names_text
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.config.tree import Leaf, expected, leaves
 
@@ -53,7 +53,7 @@ def page() -> str:
 
 
 def _row(leaf: Leaf) -> str:
-    allowed = str(leaf.bounds) if leaf.bounds else expected(leaf.hint)
+    allowed = str(leaf.bounds) if leaf.bounds else names_text(leaf) or expected(leaf.hint)
     cells = (f"`{flag_name(leaf)}`", allowed, f"`{default_text(leaf)}`", leaf.explanation)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

@@ -12,16 +12,19 @@ steps are optimizer steps ("iterations" in Megatron's words).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_mm.config.fields import (
     Bounds,
+    Named,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Sections,
 )
-from megatron_mm.config.settings_rl import RLConfig
+from megatron_mm.config.objectives import OBJECTIVES
+from megatron_mm.errors import ConfigError
 
 VisionMemory = Literal["none", "thumbnail", "tiles"]
 ImageStream = Literal["thumbnail", "tiles", "all"]
@@ -274,8 +277,9 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long and how training runs."""
 
-    objective: Literal["sft", "grpo"] = "sft"
-    """What is optimised; grpo is reinforcement learning, with the settings of the section rl."""
+    objective: Annotated[str, Named(OBJECTIVES)] = "sft"
+    """Objective that is trained. sft: supervised fine-tuning; grpo: reinforcement learning, with
+    the settings of the section rl."""
     train_iters: PositiveInt = 100
     """Optimizer steps."""
     exit_duration_in_mins: PositiveFloat | None = None
@@ -385,6 +389,9 @@ class EvaluationConfig:
     """Write report.html at the end."""
 
 
+_OF_OBJECTIVES = Sections(OBJECTIVES, flat=True)
+
+
 @dataclass
 class RunConfig:
     plugins: list[str] = field(default_factory=list)
@@ -397,7 +404,20 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    rl: RLConfig = field(default_factory=RLConfig)
+    objectives: Annotated[dict[str, Any], _OF_OBJECTIVES] = field(
+        default_factory=_OF_OBJECTIVES.defaults
+    )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def section[T](self, settings: type[T]) -> T:
+        """The settings of this type that an objective has: `run.section(RLConfig)`.
+
+        Raises:
+            ConfigError: if no known objective has them.
+        """
+        for found in self.objectives.values():
+            if isinstance(found, settings):
+                return found
+        raise ConfigError(f"the run has no settings {settings.__name__}; set training.objective")

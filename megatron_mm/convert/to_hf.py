@@ -16,7 +16,7 @@ from megatron_mm.checkpoint import folders, sealed, storage
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
 from megatron_mm.checkpoint.shards import weight_key
-from megatron_mm.config import ModelConfig, RunConfig, from_dict
+from megatron_mm.config import ModelConfig, RunConfig, run_of_checkpoint
 from megatron_mm.convert import export
 from megatron_mm.convert.folder import NOTES, equal_bits, travelling
 from megatron_mm.convert.hf_writer import (
@@ -75,7 +75,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: the checkpoint is incomplete, damaged or of another model.
     """
     path, stored = folders.resolve(folder)
-    run = from_dict(RunConfig, stored["config"])
+    run = run_of_checkpoint(stored["config"])
     shapes, index = storage.read_index(path, stored["checksums"])
     storage.check_files(path, index)
     parameters = blueprint(run.model)

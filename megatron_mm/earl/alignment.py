@@ -15,6 +15,7 @@ from megatron_mm.config import RunConfig, effective_pattern, num_layers
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.router_reward import Span, hit_sums, label_positions
+from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.earl.skill_map import SkillMap, load_skill_map, shuffled
 from megatron_mm.earl.spans import Labeller, load_labeller, token_labels
 from megatron_mm.generation.lanes import Completion
@@ -68,7 +69,7 @@ class Alignment:
         Raises:
             RLError: for a map or a labeller that cannot be used.
         """
-        rl, language = run.rl, run.model.language
+        rl, language = run.section(EARLConfig), run.model.language
         if not (rl.skill_map or rl.span_credit):
             return None
         maps = None

@@ -28,12 +28,12 @@ from megatron_mm.config import (
     RunConfig,
     TrainingConfig,
     data_parallel_size,
-    from_dict,
     load,
+    run_of_checkpoint,
     validate,
 )
 from megatron_mm.config.flags import parse_flags
-from megatron_mm.config.settings import CheckpointConfig, RLConfig
+from megatron_mm.config.settings import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def probed_run(stored: dict, args: argparse.Namespace, rest: list[str], world: i
     """
     given = load(None, rest)
     stored = {key: value for key, value in stored.items() if key not in ("backend", "rl")}
-    run = from_dict(RunConfig, stored)
+    run = run_of_checkpoint(stored)
     training = TrainingConfig(
         bf16=run.training.bf16, global_batch_size=data_parallel_size(given, world)
     )
@@ -98,7 +98,7 @@ def probed_run(stored: dict, args: argparse.Namespace, rest: list[str], world: i
         parallel=given.parallel,
         backend=given.backend,
         training=training,
-        rl=RLConfig(),
+        objectives=RunConfig().objectives,
         checkpoint=CheckpointConfig(),
         data=replace(data, **{k: v for k, v in named.items() if hasattr(data, k)}),
         evaluation=replace(

@@ -21,13 +21,12 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_pipelining_with_interleaving,
     forward_backward_pipelining_without_interleaving,
 )
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.engine.objective import Objective, TeachesRouters
+from megatron_mm.engine.objective import Objective
 from megatron_mm.engine.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -39,9 +38,10 @@ from megatron_mm.engine.optimizer import (
 from megatron_mm.model.backends.choice import Backend
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.multimodal import MultimodalModel, build
-from megatron_mm.model.routing import Routes, Terms, check_forbidden, check_routes
+from megatron_mm.model.routing import Routes, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import held_positions
+from megatron_mm.report.metrics import DIVISOR, MUTED, Metrics
 
 
 @dataclass
@@ -75,7 +75,6 @@ class Engine:
         Args:
             backend: replaces the backend that the settings choose.
         """
-        destroy_moe_metrics_tracker()  # process-wide, and sized for the last model
         chunks = build(run, groups.pg, backend)
         config = chunks[0].config
         reduce, gather = overlaps(run, groups.pg)
@@ -113,34 +112,38 @@ class Engine:
             model.train(mode)
 
     def forward_backward(
-        self, batches: Sequence[Microbatch], objective: Objective, terms: Terms | None = None
-    ) -> list:
+        self, batches: Sequence[Microbatch], objective: Objective
+    ) -> list[Metrics]:
         """Accumulates the gradients of one step.
 
-        Args:
-            terms: if given, filled with the router terms of an objective that `TeachesRouters`:
-                MoE index -> sum over this rank's positions of all microbatches.
-
         Returns:
-            The objective's sums of each microbatch, on the last stage.
+            The numbers of each microbatch that this rank's layers and, on the last stage, the
+            objective added to the metrics.
         """
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         pg = self.groups.pg
+        found = [Metrics() for _ in batches]
+        counts = pg.tp.rank() == 0  # tensor-parallel ranks have the same loss
 
-        def finish(output: torch.Tensor, batch: Microbatch, positions: torch.Tensor):
-            return objective.loss(output, batch, positions, pg)
+        def finish(
+            output: torch.Tensor, batch: Microbatch, positions: torch.Tensor, metrics: Metrics
+        ):
+            metrics = metrics.for_objective() if counts else MUTED
+            total, divisor = objective.loss(output, batch, positions, pg, metrics)
+            metrics.sum(DIVISOR, divisor)
+            return total, divisor, {}
 
-        term = objective.router_term if isinstance(objective, TeachesRouters) else None
-        return self._schedule(
+        self._schedule(
             batches,
             objective.positions,
             finish,
             forward_only=False,
-            router_term=term,
-            terms=terms,
+            of_each=[{"metrics": metrics} for metrics in found],
+            router_term=objective.router_term,
         )
+        return found
 
     def gradient_norm(self) -> float:
         """L2 norm of all gradients of the model before clipping, the same on every rank."""
@@ -190,7 +193,7 @@ class Engine:
             for n in range(len(batches))
         ]
 
-        def collect(output: torch.Tensor, non_loss_data: bool = True, **which):
+        def collect(output: torch.Tensor, metrics: Metrics, non_loss_data: bool = True, **which):
             return finish(output, **which)
 
         with torch.no_grad():
@@ -266,12 +269,14 @@ class Engine:
 def forward_step(finish: Callable, **model_kwargs) -> Callable:
     """Returns the forward-step function for megatron-core's schedules. It takes an iterator over
     (batch, held positions, model arguments of the batch) and a stage, and returns the stage's
-    output and the function that the schedule applies to it on the last stage."""
+    output and the function that the schedule applies to it on the last stage: `finish(output,
+    batch, positions, metrics)`."""
 
     def step(iterator, model):
         batch, held, own = next(iterator)
         output = model(batch, positions=held, **own, **model_kwargs)
-        return output, partial(finish, batch=batch, positions=held)
+        metrics = own.get("metrics", MUTED)
+        return output, partial(finish, batch=batch, positions=held, metrics=metrics)
 
     return step
 

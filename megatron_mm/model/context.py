@@ -20,6 +20,7 @@ from megatron_mm.model.layers.rotary import rotary_table
 from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
+from megatron_mm.report.metrics import MUTED, Metrics
 
 
 def memory_rows(batch: Microbatch, model: ModelConfig, tp_size: int) -> int:
@@ -44,6 +45,7 @@ class StreamContext:
         cache: of the rows being decoded.
         routing: what is asked of the routers, if anything.
         watch: called with every layer and its output (parity tests, diagnostics).
+        first_pass_metrics: see `metrics`.
     """
 
     segments: Segments
@@ -57,6 +59,7 @@ class StreamContext:
     cache: DecodeCache | None = None
     routing: Routing | None = None
     watch: Callable[[Layer, torch.Tensor], None] | None = None
+    first_pass_metrics: Metrics = MUTED
 
     @classmethod
     def build(
@@ -92,6 +95,12 @@ class StreamContext:
             batch.loss_mask_T.sum(),
             memory,
         )
+
+    @property
+    def metrics(self) -> Metrics:
+        """Takes numbers from any layer: `context.metrics.mean("moe/entropy", entropy)`. A repeated
+        pass adds none, nor does a pass that is not trained on."""
+        return MUTED if self.recomputing else self.first_pass_metrics
 
     def look_record(self, pair: int) -> list[torch.Tensor] | None:
         return None if self.looks is None else self.looks.setdefault(pair, [])

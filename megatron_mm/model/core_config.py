@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config import RunConfig, effective_pattern, num_layers
+from megatron_mm.config.objectives import declaration
 
 
 def language_config(run: RunConfig) -> TransformerConfig:
@@ -18,8 +19,6 @@ def language_config(run: RunConfig) -> TransformerConfig:
     tp = parallel.tensor_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     interleaved = virtual > 1
-    rl = training.objective == "grpo"
-    balance = run.rl.rl_moe_aux_loss_coeff if rl else language.moe_aux_loss_coeff
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     return TransformerConfig(
         num_layers=num_layers(effective_pattern(run.model)),
@@ -41,7 +40,7 @@ def language_config(run: RunConfig) -> TransformerConfig:
         moe_shared_expert_intermediate_size=language.moe_shared_expert_intermediate_size,
         moe_shared_expert_gate=True,
         moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=balance,
+        moe_aux_loss_coeff=declaration(run).moe_aux_loss_coeff(run),
         moe_router_dtype=language.moe_router_dtype,
         moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
         moe_shared_expert_overlap=parallel.moe_shared_expert_overlap,

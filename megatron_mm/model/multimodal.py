@@ -34,11 +34,12 @@ from megatron_mm.model.layers.lora import add_lora
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.layers.projector import Projector
 from megatron_mm.model.recompute import Recompute
-from megatron_mm.model.routing import RouterTerm, Routes, Routing, Terms
+from megatron_mm.model.routing import RouterTerm, Routes, Routing
 from megatron_mm.model.stack import Stack
 from megatron_mm.parallel.param_layout import initialize, normal
 from megatron_mm.parallel.sequence import part, take
 from megatron_mm.parallel.wire import Payload, WireShape, pack, unpack
+from megatron_mm.report.metrics import MUTED, Metrics
 
 
 class VisionTower(nn.Module):
@@ -230,7 +231,7 @@ class MultimodalModel(MegatronModule):
         cache: DecodeCache | None = None,
         routes: Routes | None = None,
         router_term: RouterTerm | None = None,
-        terms: Terms | None = None,
+        metrics: Metrics = MUTED,
     ) -> torch.Tensor:
         """
         Args:
@@ -242,7 +243,7 @@ class MultimodalModel(MegatronModule):
                 batch is one token of every row, each a sample of its own.
             routes: if given, filled with the experts chosen at this rank's positions.
             router_term: added to the loss by every layer of experts of this stage.
-            terms: if given, its values are added to it.
+            metrics: takes what layers add to the metrics of this microbatch.
 
         Returns:
             logits [K, 1, V / TP] on the last stage, else the wire's tensor.
@@ -251,7 +252,8 @@ class MultimodalModel(MegatronModule):
         looks_here = self.looks_here and prompts
         context = StreamContext.build(batch, self.model_config, self.pg, looks_here)
         context.looks, context.watch, context.cache = looks, self.watch, cache
-        context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term, terms)
+        context.first_pass_metrics = metrics
+        context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term)
         if self.pre_process:
             payload = self._embed(batch, prompts)
         else:

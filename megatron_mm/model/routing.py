@@ -1,5 +1,5 @@
-"""What may be asked of the routers beside their own choice: to use given routes, to draw with given
-noise, to write down the routes they take, to leave experts out, to learn from a term of their own.
+"""Requests to the routers beside their own choice: to use given routes, to draw with given noise,
+to write down the routes they take, to leave experts out, to learn from a term of their own.
 
 Routing is replayed for RL: R2 uses the routes of the trainer's own first pass (Zheng et al. 2025,
 arXiv 2507.18071), R3 those of the rollout (Ma et al. 2025, arXiv 2510.11370). Both are the same
@@ -27,16 +27,16 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.parallel.sequence import gather_shards, shard, take
+from megatron_mm.report.metrics import Metrics
 
 Routes = dict[int, torch.Tensor]  # moe index -> int16 [positions, k]
-Terms = dict[int, torch.Tensor]  # moe index -> scalar
 
 
 class RouterTerm(Protocol):
     def __call__(
         self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range
     ) -> torch.Tensor | None:
-        """What one layer's router adds to the loss of a microbatch, or None for nothing.
+        """Computes one layer's addition to the loss of a microbatch; None for nothing.
 
         Args:
             logits_tE: of the router, before anything is forbidden.
@@ -113,7 +113,6 @@ class Routing:
         forbidden: bool [E], True: its logit counts as minus infinity. Given routes are used as
             they are.
         term: (logits [t, E], moe index) -> the router's own loss, added to the main one.
-        terms: the values of `term` are added to it.
     """
 
     given: Routes = field(default_factory=dict)
@@ -121,7 +120,6 @@ class Routing:
     record: Routes | None = None
     forbidden: Routes = field(default_factory=dict)
     term: Callable[[torch.Tensor, int], torch.Tensor | None] | None = None
-    terms: Terms | None = None
 
     @classmethod
     def of(
@@ -131,7 +129,6 @@ class Routing:
         record: Routes | None,
         forbidden: Routes,
         term: RouterTerm | None,
-        terms: Terms | None,
     ) -> Routing | None:
         """None if nothing is asked."""
         asked = batch.routes, batch.route_noise, record, term
@@ -144,10 +141,10 @@ class Routing:
         )
         if term is not None:
             term = partial(_term_here, term, batch, mine)
-        return cls(given, noise, record, forbidden, term, terms)
+        return cls(given, noise, record, forbidden, term)
 
-    def of_layer(self, index: int, recomputing: bool) -> Choice:
-        return Choice(self, index, recomputing)
+    def of_layer(self, index: int, recomputing: bool, metrics: Metrics) -> Choice:
+        return Choice(self, index, recomputing, metrics)
 
 
 @dataclass(frozen=True)
@@ -157,6 +154,7 @@ class Choice:
     asked: Routing
     index: int
     recomputing: bool
+    metrics: Metrics
 
     def get_replay_topk(
         self,
@@ -183,8 +181,7 @@ class Choice:
             asked.record[index] = experts_tk.to(torch.int16)
         term = None if asked.term is None else asked.term(logits_tE, index)
         if term is not None:
-            if asked.terms is not None and not self.recomputing:
-                asked.terms[index] = asked.terms.get(index, 0.0) + term.detach()
+            self.metrics.loss_term("moe/router_loss", term)
             # Hangs the term's gradient on what follows. A repeated pass hangs it on a graph that
             # nobody differentiates, so it counts once.
             top_tk = MoEAuxLossAutoScaler.apply(top_tk, term)

@@ -12,11 +12,11 @@ from megatron.core.pipeline_parallel.schedules import forward_step as schedule_f
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine, forward_step
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.perf.fake import META
 from megatron_mm.perf.recorder import Recorder, Work
 from megatron_mm.perf.standins import balance, fused_attention
+from megatron_mm.train.sft import SupervisedFineTuning
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def _once(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> 
     objective, pg = SupervisedFineTuning(), engine.groups.pg
     held_at = held_positions(objective.positions(batch), len(batch.tokens_T), pg.cp)
 
-    def finish(output, batch, positions):
-        return objective.loss(output, batch, positions, pg)
+    def finish(output, batch, positions, metrics):
+        return (*objective.loss(output, batch, positions, pg, metrics), {})
 
     def feed():
         yield batch.to(platform.device()), held_at, {}

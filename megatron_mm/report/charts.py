@@ -105,33 +105,32 @@ def series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def curves(records: list[dict]) -> list[dict[str, Any]]:
     titles = {
-        "lm loss": "language model loss",
-        "load_balancing_loss": "load-balancing loss (1 = even experts)",
-        "grad norm": "gradient norm",
-        "learning rate": "learning rate",
+        "train/lm_loss": "language model loss",
+        "moe/load_balancing_loss": "load-balancing loss (1 = even experts)",
+        "train/grad_norm": "gradient norm",
+        "train/learning_rate": "learning rate",
     }
     curves = []
     for key, title in titles.items():
         steps, values = series(records, key)
-        off = key == "load_balancing_loss" and not values.any()  # the coefficient is 0
-        if len(steps) < 2 or off:
+        if len(steps) < 2:
             continue
         figure, axes = new_axes(4.8, 2.5)
         # Long runs: one point per bin, so that the page stays small.
         bins = np.array_split(np.arange(len(steps)), min(len(steps), MAX_POINTS))
         steps, values = (np.array([part[b].mean() for b in bins]) for part in (steps, values))
-        if key == "learning rate":
+        if key == "train/learning_rate":
             axes.plot(steps, values, color=ACCENT, linewidth=1.8)
         else:
             axes.plot(steps, values, color=ACCENT, linewidth=0.8, alpha=0.35)
             axes.plot(steps, _smooth(values), color=ACCENT, linewidth=1.8)
         if (
-            key in ("lm loss", "grad norm")
+            key in ("train/lm_loss", "train/grad_norm")
             and values.min() > 0
             and values.max() > 30 * values.min()
         ):
             axes.set_yscale("log")
-        elif key != "load_balancing_loss":
+        elif key != "moe/load_balancing_loss":
             axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         axes.set_xlabel("step", color=MUTED, fontsize=9)

@@ -65,7 +65,7 @@ EXPERTS = {
         Line(ROUTERS + "mutual_information")
     ],
     "busiest expert above the mean (0 = even)": [Line(ROUTERS + "max_violation")],
-    "the router term of the loss": [Line("router_loss")],
+    "the router term of the loss": [Line("moe/router_loss")],
 }
 GRADIENTS = "gradient norm of each router"
 

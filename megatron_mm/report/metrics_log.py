@@ -19,20 +19,9 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TABLE_FILE = "completions.jsonl"
 ROUTER_NORM = "moe/router_grad_norm/"  # followed by the layer number
-# Shown on the console, in this order; the rest is in the file.
-CONSOLE_KEYS = (
-    "lm loss",
-    "reward",
-    "reward_std",
-    "kl",
-    "entropy",
-    "completions/mean_length",
-    "rollout/moe/hit_rate",
-    "load_balancing_loss",
-    "grad norm",
-    "learning rate",
-)
-WHEN_NOT_ZERO = ("skipped samples",)
+# Shown on the console after the objective's own; the rest is in the file.
+CONSOLE_KEYS = ("moe/load_balancing_loss", "train/grad_norm", "train/learning_rate")
+WHEN_NOT_ZERO = ("train/skipped_samples",)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -76,6 +65,7 @@ class MetricsLogger:
             dropped, so that a resumed run has every step once.
         enabled: whether this rank writes.
         stream: console; default: stderr.
+        console: names of metrics that the console shows first.
 
     Raises:
         ValueError: the output directory holds files that are not records of a run.
@@ -89,8 +79,10 @@ class MetricsLogger:
         start_step: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
+        console: Sequence[str] = (),
     ) -> None:
         self.enabled = enabled
+        self._shown = (*console, *CONSOLE_KEYS)
         self._file: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -199,7 +191,7 @@ class MetricsLogger:
         return run
 
     def _show(self, step: int, numbers: dict[str, float]) -> None:
-        shown = [f"{key} {numbers[key]:.4g}" for key in CONSOLE_KEYS if key in numbers]
+        shown = [f"{key} {numbers[key]:.4g}" for key in self._shown if key in numbers]
         shown += [f"{key} {numbers[key]:.0f}" for key in WHEN_NOT_ZERO if numbers.get(key)]
         shown += [f"{k} {v:.1%}" for k, v in sorted(numbers.items()) if k.startswith("accuracy/")]
         if self._bar is not None:

@@ -127,7 +127,7 @@ def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple
         note = f"chance {percent(sum(chances) / len(chances))}" if chances else ""
         label = "mean accuracy over skills" if len(scored) > 1 else "accuracy"
         tiles.append((percent(sum(scored) / len(scored)), label, note))
-    losses = [r["lm loss"] for r in records if r.get("lm loss") is not None]
+    losses = [r["train/lm_loss"] for r in records if r.get("train/lm_loss") is not None]
     if losses:
         tiles.append((f"{losses[-1]:.3g}", "last training loss", f"first {losses[0]:.3g}"))
     rewards = [r["reward"] for r in records if r.get("reward") is not None]
@@ -136,7 +136,12 @@ def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple
     step = results.get("iteration") or (records[-1]["iteration"] if records else None)
     if step is not None:
         samples = next(
-            (r["consumed samples"] for r in reversed(records) if "consumed samples" in r), 0
+            (
+                r["train/consumed_samples"]
+                for r in reversed(records)
+                if "train/consumed_samples" in r
+            ),
+            0,
         )
         unit = "prompts" if rewards else "samples"
         tiles.append((f"{step:,}", "steps", f"{int(samples):,} {unit}" if samples else ""))

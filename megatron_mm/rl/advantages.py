@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mm.errors import RLError
+from megatron_mm.rl.algorithms import ESTIMATORS
 
 EPSILON = 1e-4
 
@@ -26,6 +27,22 @@ class Advantages:
     kept_PG: torch.Tensor  # bool: takes part in the loss
     # Metric: [numerator, denominator], to be summed over ranks.
     sums: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """Marks an estimator whose advantages are normalised over all tokens afterwards (`whiten`).
+
+    Attributes:
+        kl_to_go: whether a KL divergence in the reward is subtracted at each token, from there to
+            the end (`returns_to_go`), instead of from the completion's reward.
+    """
+
+    estimate: Callable[[torch.Tensor, float], torch.Tensor]
+    kl_to_go: bool = False
+
+    def __call__(self, rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
+        return self.estimate(rewards_PG, std_floor)
 
 
 def grpo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
@@ -53,22 +70,27 @@ def rloo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
     return _zero_where_idle(rewards_PG, centred_PG * count_P1 / (count_P1 - 1).clamp(min=1))
 
 
-def reinforce_plus_plus(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
-    """The reward itself: REINFORCE++, arXiv 2501.03262. It is whitened afterwards over the tokens
-    of all completions that are kept (`whiten`)."""
+def _reward(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
     del std_floor
     return rewards_PG.masked_fill(rewards_PG.isnan(), 0.0)
 
 
-# REINFORCE++ with a baseline subtracts the group's mean; both variants are whitened.
-ESTIMATORS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-    "reinforce_plus_plus": reinforce_plus_plus,
-    "reinforce_plus_plus_baseline": dr_grpo,
-}
-WHITENED = frozenset(("reinforce_plus_plus", "reinforce_plus_plus_baseline"))
+# The reward itself, whitened over the tokens of all completions that are kept: REINFORCE++, arXiv
+# 2501.03262.
+reinforce_plus_plus = Whitened(_reward, kl_to_go=True)
+# r - mean over the group, whitened: REINFORCE++ with a baseline, arXiv 2501.03262.
+reinforce_plus_plus_baseline = Whitened(dr_grpo)
+
+
+def is_whitened(estimator: str) -> bool:
+    """Whether the advantages of a registered estimator or dotted path need `whiten`."""
+    return isinstance(ESTIMATORS[estimator], Whitened)
+
+
+def has_kl_to_go(estimator: str) -> bool:
+    """Whether a registered estimator or dotted path wants `returns_to_go`."""
+    found = ESTIMATORS[estimator]
+    return isinstance(found, Whitened) and found.kl_to_go
 
 
 def compute_advantages(
@@ -86,7 +108,7 @@ def compute_advantages(
         failed_PGC: bool, True where a reward applies but could not be computed. Such a completion
             is left out of everything, unless the weight of the reward is 0.
         weights: one for each of the C rewards.
-        estimator: a name of ESTIMATORS; those in WHITENED need `whiten` afterwards.
+        estimator: a name of ESTIMATORS or a dotted path; see `is_whitened`.
         aggregation: sum_then_normalize gives the estimator the weighted sum of the rewards;
             normalize_then_sum gives it each reward alone, and sums the weighted advantages.
         std_floor: lower bound of a group's standard deviation.

@@ -25,6 +25,7 @@ from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.model.routing import Routes
 from megatron_mm.rl.rollout.draw import Group, moe_layers
+from megatron_mm.rl.settings import RLConfig
 
 
 @dataclass(kw_only=True)
@@ -120,7 +121,7 @@ def pack_step(
         groups: of this replica, all of the rollout; chosen: the places of those in this step.
     """
     run = engine.run
-    size = run.rl.num_generations
+    size = run.section(RLConfig).num_generations
     completions = [completion for group in groups for completion in group.completions]
     members = [p * size + g for p in chosen for g in range(size)]
     capacity = run.training.micro_batch_size * run.data.seq_length
@@ -148,7 +149,7 @@ def pack_step(
             for inside in bins
         ]
     batches = broadcast_batches(engine.groups, batches)
-    if run.rl.routing_replay != "R3":
+    if run.section(RLConfig).routing_replay != "R3":
         return batches
     layers, k = moe_layers(engine), run.model.language.moe_router_topk
     return [

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mm.config import RLConfig
 from megatron_mm.earl.alignment import Hits
 from megatron_mm.earl.router_reward import Span, router_reward
 from megatron_mm.rl.advantages import (
-    WHITENED,
     Advantages,
     compute_advantages,
+    has_kl_to_go,
+    is_whitened,
     returns_to_go,
     span_advantages,
     whiten,
@@ -27,6 +27,7 @@ from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_losses import kl_divergence
 from megatron_mm.rl.rollout.score import Scored
+from megatron_mm.rl.settings import RLConfig
 
 # Sums a tensor over the readers of all replicas; every rank of the job calls it.
 SumOverReaders = Callable[[torch.Tensor], torch.Tensor]
@@ -74,7 +75,7 @@ def credit(
         kl: [G] of each completion, where the KL divergence is a part of the reward.
     """
     lengths = [len(completion.tokens_G) for completion in scored.completions]
-    per_token = kl is not None and rl.advantage_estimator == "reinforce_plus_plus"
+    per_token = kl is not None and has_kl_to_go(rl.advantage_estimator)
     more: dict[str, tuple[float, torch.Tensor]] = {}  # name -> weight, [N]
     if rl.router_reward_weight:
         more["router"] = rl.router_reward_weight, router_reward(hits.used).float()
@@ -96,7 +97,7 @@ def credit(
             returns_to_go(float(value), kl_G, rl.beta)
             for value, kl_G in zip(values, kl, strict=True)
         ]
-    if rl.advantage_estimator in WHITENED:
+    if is_whitened(rl.advantage_estimator):
         kept = [t for t, k in zip(tokens, advantages.kept_PG.flatten(), strict=True) if k]
         sums = sum_over_readers(whitening_sums(torch.cat([torch.zeros(0), *kept])))
         tokens = [whiten(values_G, sums) for values_G in tokens]

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch.distributed import ProcessGroup
 
-from megatron_mm.config import RLConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.reference import Reference
+from megatron_mm.rl.settings import RLConfig
 
 
 @dataclass(frozen=True)

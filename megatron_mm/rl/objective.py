@@ -8,11 +8,12 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from megatron_mm.config import RLConfig
-from megatron_mm.engine.objective import Sums
+from megatron_mm.model.routing import RouterTerm
+from megatron_mm.report.metrics import Metrics
 from megatron_mm.rl.logprobs import sampled_logprobs
 from megatron_mm.rl.policy_batch import PolicyBatch
 from megatron_mm.rl.policy_losses import Tokens, logprob_abs_diff, loss_denominator, policy_loss
+from megatron_mm.rl.settings import RLConfig
 
 
 class PolicyObjective:
@@ -21,6 +22,8 @@ class PolicyObjective:
     Args:
         rl: with nothing left open (`resolve_algorithm`).
     """
+
+    router_term: RouterTerm | None = None
 
     def __init__(self, rl: RLConfig):
         self.rl = rl
@@ -34,7 +37,8 @@ class PolicyObjective:
         batch: PolicyBatch,
         positions_K: torch.Tensor,
         pg: ProcessGroupCollection,
-    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        metrics: Metrics,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = positions_K.to(logits_K1V.device, non_blocking=True)
         logprobs_K, entropy_K = sampled_logprobs(
             logits_K1V, batch.labels_T[rows], self.rl.temperature, pg.tp
@@ -61,29 +65,17 @@ class PolicyObjective:
         if pg.cp.rank():
             count = torch.zeros_like(count)  # the completions are counted once
         mask_K = tokens.mask_K
-        sums["policy_loss"] = torch.stack((numerator.detach().double(), count.double()))
-        sums["entropy"] = torch.stack(
-            (torch.where(mask_K, entropy_K, 0.0).double().sum(), mask_K.double().sum())
-        )
         sums |= logprob_abs_diff(tokens, at(batch.rollout_logprobs_T))
-        return numerator, count.int(), sums
+        for name, (total, number) in sums.items():
+            metrics.ratio(name, total, number)
+        metrics.ratio("train/policy_loss", numerator, count)
+        metrics.ratio("entropy", torch.where(mask_K, entropy_K, 0.0).double().sum(), mask_K.sum())
+        return numerator, count.int()
 
 
 class ExpertAlignedObjective(PolicyObjective):
-    """The policy loss with EARL's router term (earl/router_term.py). Its batches have a `router`;
-    also an `engine.objective.TeachesRouters`."""
-
-    def loss(
-        self,
-        logits_K1V: torch.Tensor,
-        batch: PolicyBatch,
-        positions_K: torch.Tensor,
-        pg: ProcessGroupCollection,
-    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        numerator, count, sums = super().loss(logits_K1V, batch, positions_K, pg)
-        # The numerator comes from the ranks of the routers (`Engine.forward_backward`).
-        sums["router_loss"] = torch.stack((torch.zeros_like(count), count)).double()
-        return numerator, count, sums
+    """The policy loss with EARL's router term (earl/router_term.py), whose targets stand in the
+    batches' `router`."""
 
     def router_term(
         self, logits_tE: torch.Tensor, batch: PolicyBatch, moe_index: int, positions: range

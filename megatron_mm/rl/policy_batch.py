@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_mm.config import RLConfig
 from megatron_mm.earl.router_term import (
     CompletionTargets,
     RouterTargets,
@@ -18,6 +17,7 @@ from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.credit import Credited, SumOverReaders
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_losses import loss_denominator, truncated_importance_weights
+from megatron_mm.rl.settings import RLConfig
 
 
 @dataclass(kw_only=True)

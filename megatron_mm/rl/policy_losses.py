@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_mm.config.settings import RLConfig
+from megatron_mm.rl.algorithms import KL_ESTIMATORS, LOSS_AGGREGATIONS, POLICY_LOSSES
+from megatron_mm.rl.settings import RLConfig
 
 # exp(20) is 5e8. Larger ratios mean nothing, and an infinite one would turn the zero gradient of a
 # clipped token into NaN. Beyond the bound the gradient is 0.
@@ -115,13 +116,39 @@ def reinforce(tokens: Tokens, rl: RLConfig) -> TokenLoss:
     return TokenLoss(-tokens.advantages_K * tokens.logprobs_K, never_K, never_K)
 
 
-POLICY_LOSSES: dict[str, Callable[[Tokens, RLConfig], TokenLoss]] = {
-    "clip": clip,
-    "gspo": gspo,
-    "sapo": sapo,
-    "cispo": cispo,
-    "reinforce": reinforce,
-}
+@dataclass(frozen=True)
+class LossAggregation:
+    """How the losses of single tokens become one loss: their sum divided by `denominator`.
+
+    Attributes:
+        per_token: whether a token's loss is divided by the length of its completion first.
+        denominator: (lengths [N] of all completions of the minibatch, max_completion_length) ->
+            int64, additive over completions. A length is 0 where the completion is left out.
+    """
+
+    per_token: bool
+    denominator: Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def _tokens(lengths_N: torch.Tensor, longest: int) -> torch.Tensor:
+    del longest
+    return lengths_N.sum()
+
+
+def _completions(lengths_N: torch.Tensor, longest: int) -> torch.Tensor:
+    del longest
+    return (lengths_N > 0).sum()
+
+
+def _longest_completions(lengths_N: torch.Tensor, longest: int) -> torch.Tensor:
+    return (lengths_N > 0).sum() * longest
+
+
+TOKEN_MEAN = LossAggregation(False, _tokens)
+SEQ_MEAN_TOKEN_MEAN = LossAggregation(True, _completions)
+SEQ_MEAN_TOKEN_SUM = LossAggregation(False, _completions)
+# Dr. GRPO, arXiv 2503.20783: a constant in place of a completion's own length.
+SEQ_MEAN_TOKEN_SUM_NORM = LossAggregation(False, _longest_completions)
 
 
 def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
@@ -149,7 +176,7 @@ def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
         if not rl.use_kl_in_reward:
             loss_K = loss_K + rl.beta * kl_K
         sums["kl"] = _share(kl_K.detach(), mask_K)
-    if rl.loss_agg_mode == "seq-mean-token-mean":
+    if LOSS_AGGREGATIONS[rl.loss_agg_mode].per_token:
         loss_K = loss_K / tokens.of_completion(tokens.lengths_N)
     return torch.where(mask_K, loss_K, 0.0).sum(), sums
 
@@ -159,18 +186,12 @@ def loss_denominator(
 ) -> torch.Tensor:
     """Returns the divisor of the sum of all `policy_loss`; int64, additive over completions.
 
-    token-mean divides by the number of tokens, seq-mean-token-mean and seq-mean-token-sum by the
-    number of completions, seq-mean-token-sum-norm by completions times `max_completion_length`
-    (Dr. GRPO, arXiv 2503.20783: a constant in place of a completion's own length).
-
     Args:
+        mode: a name of LOSS_AGGREGATIONS or a dotted path.
         lengths_N: of all completions of the minibatch on all ranks, 0 for those left out. If all
             are left out the divisor is 0, and so is every numerator.
     """
-    if mode == "token-mean":
-        return lengths_N.sum()
-    count = (lengths_N > 0).sum()
-    return count * max_completion_length if mode == "seq-mean-token-sum-norm" else count
+    return LOSS_AGGREGATIONS[mode].denominator(lengths_N, max_completion_length)
 
 
 def truncated_importance_weights(
@@ -202,22 +223,29 @@ def kl_divergence(
     logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor, estimator: str
 ) -> torch.Tensor:
     """Estimates the KL divergence from the reference model at each token; [K], differentiable in
-    `logprobs_K`. KL(p || ref) is the mean of any of the estimators over tokens drawn from p. With
-    the log ratio d = log ref - log p (J. Schulman, "Approximating KL divergence", 2020):
+    `logprobs_K`. KL(p || ref) is the mean of `k1`, `k2` or `k3` over tokens drawn from p. Below,
+    d = log ref - log p (J. Schulman, "Approximating KL divergence", 2020).
 
-        k1 = -d              unbiased, of either sign
-        k2 = d^2 / 2         biased; its gradient is an unbiased one of the KL divergence
-        k3 = exp(d) - 1 - d  unbiased, never negative; GRPO's (arXiv 2402.03300, eq. 4)
-
-    In a loss k1 does nothing: the mean of its gradient, that of log p, is zero. In a reward it is
-    the usual choice (RLOO, REINFORCE++).
+    Args:
+        estimator: a name of KL_ESTIMATORS or a dotted path.
     """
-    log_ratio_K = ref_logprobs_K - logprobs_K
-    if estimator == "k1":
-        return -log_ratio_K
-    if estimator == "k2":
-        return log_ratio_K.square() / 2
-    log_ratio_K = log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return KL_ESTIMATORS[estimator](logprobs_K, ref_logprobs_K)
+
+
+def k1(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    """-d: unbiased, of either sign. In a loss it does nothing, since the mean of its gradient, that
+    of log p, is zero. In a reward it is the usual choice (RLOO, REINFORCE++)."""
+    return -(ref_logprobs_K - logprobs_K)
+
+
+def k2(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    """d^2 / 2: biased; its gradient is an unbiased one of the KL divergence."""
+    return (ref_logprobs_K - logprobs_K).square() / 2
+
+
+def k3(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    """exp(d) - 1 - d: unbiased, never negative; GRPO's (arXiv 2402.03300, eq. 4)."""
+    log_ratio_K = (ref_logprobs_K - logprobs_K).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return log_ratio_K.exp() - 1 - log_ratio_K
 
 

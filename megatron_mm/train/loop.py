@@ -1,7 +1,6 @@
 """The training loop: step, log, save, evaluate, report.
 
-There is one loop. What is optimised is an objective (objective.py); where it runs is the
-layout; both are settings.
+There is one loop for every objective (config/objectives.py) and every layout.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ import signal
 from pathlib import Path
 
 from megatron_mm.config import RunConfig, to_dict
+from megatron_mm.config.objectives import declaration, part_of
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError, EndOfData
 from megatron_mm.evaluation.evaluate import Results, evaluate, write_results
-from megatron_mm.evaluation.examples import write_examples, write_experts_before
+from megatron_mm.evaluation.examples import write_examples
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics_log import MetricsLogger
 from megatron_mm.report.page import accuracy_table, write_report
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(run: RunConfig, groups: Groups) -> Trainer:
-    """Train to `train_iters`, evaluate, report. Every rank calls it; errors are collective."""
+    """Trains to `train_iters`, evaluate, report. Every rank calls it; errors are collective."""
     trainer = Trainer(run, groups)
     previous = signal.signal(signal.SIGTERM, trainer.request_stop)
     log = _open_outputs(trainer)
@@ -42,19 +42,19 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
 
 
 def _before(trainer: Trainer) -> None:
-    """What the report of a run of reinforcement learning compares with; a run that is resumed has
-    it from its beginning."""
+    """Records what the report compares the trained model with, if the objective asks for it. A run
+    that is resumed has it from its beginning."""
     run = trainer.run
-    reported = run.training.objective == "grpo" and run.evaluation.report
+    reported = declaration(run).before is not None and run.evaluation.report
     if reported and run.data.valid_data and not trainer.iteration:
         output = Path(run.logging.output_dir)
-        write_experts_before(
+        part_of(run, "before")(
             trainer.engine, trainer.tokenizer, output, lambda: trainer.stop_requested
         )
 
 
 def _open_outputs(trainer: Trainer) -> MetricsLogger:
-    """Open the log and try the checkpoint folder: better to fail now than hours later."""
+    """Opens the log and tries the checkpoint folder: better to fail now than hours later."""
     run, log, error = trainer.run, None, None
     try:
         log = MetricsLogger(
@@ -63,6 +63,7 @@ def _open_outputs(trainer: Trainer) -> MetricsLogger:
             run.training.train_iters,
             trainer.iteration,
             enabled=trainer.is_logger,
+            console=declaration(run).console,
         )
         if run.checkpoint.save and trainer.is_logger:
             folder = Path(run.checkpoint.save)
@@ -77,7 +78,7 @@ def _open_outputs(trainer: Trainer) -> MetricsLogger:
 
 
 def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
-    """Train until the end or a stop signal, saving as asked; whether the end was reached."""
+    """Trains until the end or a stop signal, saving as asked; whether the end was reached."""
     run, total = trainer.run, trainer.run.training.train_iters
     save_interval, eval_interval = run.checkpoint.save_interval, run.evaluation.eval_interval
     saved = trainer.iteration if run.checkpoint.load and not run.checkpoint.finetune else None
@@ -102,7 +103,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             # A rollout that found fewer prompts has fewer steps, and moves the later ones.
             due = due or bool(save_interval and now % save_interval == 0)
             if due and trainer.source.between:
-                metrics["save stall"] = trainer.save()
+                metrics["checkpoint/save_stall"] = trainer.save()
                 saved, due = now, False
         finally:
             log.log(now, metrics)  # a step that cannot be saved was done all the same

@@ -42,7 +42,7 @@ def write_run(folder: Path, right: dict[str, float], seed: int, hit_rate: float 
         for key in right
     }
     (folder / "results.json").write_text(json.dumps({"skills": skills, "iteration": 3}))
-    steps = [{"iteration": 1, "grad norm": 1.0}]
+    steps = [{"iteration": 1, "train/grad_norm": 1.0}]
     if hit_rate is not None:
         steps = [
             {"iteration": i, "rollout/moe/hit_rate": hit_rate + 0.1 * (i > 0)} for i in range(11)

@@ -101,7 +101,7 @@ def on_rank_evaluate_between(run: RunConfig, between: bool) -> tuple[list, list 
         if between and step == 2:
             _, records = evaluate(trainer.engine, trainer.tokenizer)
         found = trainer.step()
-        metrics.append({name: found[name] for name in found if name != "iteration time"})
+        metrics.append({name: found[name] for name in found if name != "perf/iteration_time"})
     return metrics, records, parameter_hash(trainer.engine)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
@@ -12,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config import RunConfig
 from megatron_mm.config.settings import ParallelConfig
-from megatron_mm.config.tree import leaves
+from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.perf.flops import executed_flops, model_flops, total
 from megatron_mm.perf.work import executed, needed
+from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import microbatch, small_run
 
 aten = torch.ops.aten
@@ -57,7 +55,7 @@ def run_with(pattern="GE L *E GE L J *E J", **settings) -> RunConfig:
     run = small_run(pattern)
     paths = {leaf.name: leaf.path for leaf in leaves(RunConfig)}
     for name, value in settings.items():
-        setattr(reduce(getattr, paths[name][:-1], run), name, value)
+        setattr(value_at(run, paths[name][:-1]), name, value)
     return run
 
 

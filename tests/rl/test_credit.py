@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from megatron_mm.config import RLConfig, resolve_algorithm
 from megatron_mm.data.sample import Sample
 from megatron_mm.earl.alignment import Hits
 from megatron_mm.generation.lanes import Completion
@@ -19,6 +18,7 @@ from megatron_mm.rl.policy_batch import policy_batches
 from megatron_mm.rl.rollout.collect import assign_steps
 from megatron_mm.rl.rollout.draw import Group
 from megatron_mm.rl.rollout.score import Scored, informative, join
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm
 
 LENGTHS = [3, 1, 2, 4]  # two groups of two completions
 

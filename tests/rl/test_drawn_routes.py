@@ -11,6 +11,7 @@ import torch
 from megatron_mm.config import RunConfig
 from megatron_mm.generation.sampling import gumbels
 from megatron_mm.model.routing import Choice
+from megatron_mm.rl.settings import RLConfig
 from support.grpo_runs import (
     TOKENS,
     arm,
@@ -37,6 +38,7 @@ def on_rank_draws(run: RunConfig) -> dict[str, int]:
         logits_TLE[self.index] = logits.detach()
         return choose(self, logits, *args)
 
+    size = run.section(RLConfig).num_generations
     counts = dict.fromkeys(("drawn as said", "best", "neither", "first taught", "later taught"), 0)
     batches, _ = source.next_step(False)
     ((scored, _),) = kept
@@ -47,8 +49,8 @@ def on_rank_draws(run: RunConfig) -> dict[str, int]:
             engine.forward([batch], lambda b: b.sampled, lambda *_, **__: None, routes=[{}])
             at = iter(batch.sampled.tolist())
             for member in batch.members:
-                group = scored.groups[member // run.rl.num_generations]
-                number = group.number * run.rl.num_generations + member % run.rl.num_generations
+                group = scored.groups[member // size]
+                number = group.number * size + member % size
                 for count in range(TOKENS):
                     place = next(at)
                     taught = bool(batch.router.skill_T[place] >= 0)

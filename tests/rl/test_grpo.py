@@ -22,7 +22,9 @@ def test_a_step_learns_from_what_was_sampled(one_rank, name):
     begins = [True] * 4 if name == "drawn" else [True, False, True, False]
     assert [bool(step["table"]) for step in steps] == begins
     for step in steps:
-        assert step["grad norm"] > 1e-3 and step["train/train_rollout_logprob_abs_diff"] <= 1e-5
+        assert (
+            step["train/grad_norm"] > 1e-3 and step["train/train_rollout_logprob_abs_diff"] <= 1e-5
+        )
     begun = steps[0]
     if name == "filtered":
         assert begun["rollout/rounds"] > 1 and begun["frac_reward_zero_std"] == 0
@@ -30,8 +32,8 @@ def test_a_step_learns_from_what_was_sampled(one_rank, name):
         return
     assert begun["reward_std"] > 0 and begun["completions/max_length"] == TOKENS
     prompts = 4 if name == "drawn" else 8
-    assert begun["consumed samples"] == prompts
-    assert steps[2]["consumed samples"] == prompts * sum(begins[:3])
+    assert begun["train/consumed_samples"] == prompts
+    assert steps[2]["train/consumed_samples"] == prompts * sum(begins[:3])
     if name == "earl":
         assert begun["rewards/router/mean"] > 0
         assert 0 < begun["rollout/moe/hit_rate"] < 1 and "rollout/moe/hit_rate/ocr" in begun
@@ -49,11 +51,11 @@ def test_the_router_term_has_a_say(ranks, scenes, skill_map, one_rank, name):
         for settings in changed
     )
     with_it = one_rank[name][0]
-    assert without["reward"] == with_it["reward"] and "router_loss" not in without
+    assert without["reward"] == with_it["reward"] and "moe/router_loss" not in without
     # Rounding is below 1e-6.
-    assert abs(without["grad norm"] / with_it["grad norm"] - 1) > 1e-3
-    assert double["router_loss"] == pytest.approx(2 * with_it["router_loss"], rel=1e-5)
-    assert abs(with_it["router_loss"]) > 1e-3
+    assert abs(without["train/grad_norm"] / with_it["train/grad_norm"] - 1) > 1e-3
+    assert double["moe/router_loss"] == pytest.approx(2 * with_it["moe/router_loss"], rel=1e-5)
+    assert abs(with_it["moe/router_loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("layout", ["one rank", "TP2", "DP2", "EP2", "PP2xVPP2"])
@@ -66,7 +68,7 @@ def test_norms_of_routers_are_the_norm_if_only_they_learn(ranks, scenes, layout)
             assert len(norms) == 2 and min(norms.values()) > 0
             whole = sum(v * v for v in norms.values()) ** 0.5
             # The whole norm is taken in fp32.
-            assert whole == pytest.approx(step["grad norm"], rel=1e-5)
+            assert whole == pytest.approx(step["train/grad_norm"], rel=1e-5)
 
 
 OTHERS = [name for name in LAYOUTS if name != "one rank"]

@@ -25,6 +25,7 @@ from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
 from megatron_mm.rl.reference import Reference
+from megatron_mm.rl.settings import RLConfig
 from megatron_mm.train import loop
 from megatron_mm.train.trainer import Trainer
 from support.grpo_runs import grpo_run, trainer_of
@@ -122,9 +123,9 @@ def test_a_prompt_without_a_question_is_answered(ranks, scenes, tmp_path):
 def test_what_is_left_out_is_counted_and_said(ranks, scenes, tmp_path):
     path = rows_with(scenes, tmp_path, [{"images": ["gone.png"]}] * 5)
     run = run_on(path, scenes, on_bad_sample="skip", rollout_batch_size=16, global_batch_size=64)
-    run.rl.reward_funcs = ["support.even.even", "support.even.fails_on_short"]
+    run.section(RLConfig).reward_funcs = ["support.even.even", "support.even.fails_on_short"]
     metrics, _, said = ranks(1, on_rank_step, run)[0]
-    assert metrics["skipped samples"] == 5 and metrics["rollout/generated"] == 44
+    assert metrics["train/skipped_samples"] == 5 and metrics["rollout/generated"] == 44
     assert "left out: " in said and "gone.png" in said
     assert "rewards failed: " in said and "fails_on_short" in said and "odd end" in said
 

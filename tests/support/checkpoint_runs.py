@@ -14,10 +14,10 @@ from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.optimizer_state import KINDS, collect
 from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
+from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import SIZES, microbatch, small_run
 from support.fingerprints import parameter_hash, state_hash
 from support.gathering import at_rank_0
@@ -59,10 +59,10 @@ def train(engine: Engine, steps, images_of=MICROBATCHES) -> list[float]:
             for i, images in enumerate(images_of)
         ]
         mine = batches[pg.dp.rank() :: pg.dp.size()]
-        sums = engine.forward_backward(mine, SupervisedFineTuning())
+        parts = engine.forward_backward(mine, SupervisedFineTuning())
         total = torch.zeros(2, dtype=torch.float64)
-        if engine.groups.is_last_stage and pg.tp.rank() == 0:
-            total += sum(entry["lm loss"].double() for entry in sums)
+        for metrics in parts:
+            total += metrics.pair("train/lm_loss")
         dist.all_reduce(total, group=engine.groups.world)
         losses.append(float(total[0] / total[1]))
         engine.update(engine.gradient_norm())

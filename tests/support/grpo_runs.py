@@ -127,5 +127,5 @@ def assert_same_steps(one: list[dict], other: list[dict], bound: float) -> None:
             if name == "train/train_rollout_logprob_abs_diff":
                 assert max(a[name], b[name]) <= 1e-5
             # The one is a mean over replicas by definition, the other is of no use in RL.
-            elif name not in ("rollout/moe/mutual_information", "load_balancing_loss"):
+            elif name not in ("rollout/moe/mutual_information", "moe/load_balancing_loss"):
                 assert b[name] == pytest.approx(a[name], rel=bound, abs=bound), (step, name)

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.model import multimodal
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
+from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import SIZES, microbatch
 from support.gathering import at_rank_0
 from support.weights import move_looks_off_zero
@@ -98,14 +98,12 @@ def step_gradients(
     try:
         if sabotage:
             sabotage(engine)
-        sums = engine.forward_backward(batches[rank::dp], objective or SupervisedFineTuning())
+        parts = engine.forward_backward(batches[rank::dp], objective or SupervisedFineTuning())
     finally:
         multimodal.pack = pack  # the rank lives on
     loss = torch.zeros(2, dtype=torch.float64)
-    for entry in sums:
-        loss += entry["lm loss"].double()
-    if not (made.is_last_stage and made.pg.tp.rank() == 0):
-        loss.zero_()
+    for metrics in parts:
+        loss += metrics.pair("train/lm_loss")
     dist.all_reduce(loss)
     blocks = {
         name: (layout.global_shape, layout.block, layout.held(param.main_grad).clone())

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.perf import memory
 from megatron_mm.perf.assumed import balanced_routes, planned_batch
 from megatron_mm.perf.rank import RankPlan, plan_rank
 from megatron_mm.perf.recorder import ATTENTION_FLOPS, Recorder
+from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import SIZES, small_run
 
 

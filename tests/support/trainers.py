@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import fields
-from functools import reduce
 from pathlib import Path
 
 import torch
 
 from megatron_mm.config import RunConfig, preset
 from megatron_mm.config.settings import DataPhase
-from megatron_mm.config.tree import leaves
+from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.sample import Sample, SampleBuilder
@@ -69,7 +68,7 @@ def digits_run(scenes: Path, rows: Path | None = None, **settings) -> RunConfig:
     run.logging.wandb_mode, run.logging.tensorboard = "disabled", False
     paths = {leaf.name: leaf.path for leaf in leaves(RunConfig)}
     for name, value in settings.items():
-        setattr(reduce(getattr, paths[name][:-1], run), name, value)
+        setattr(value_at(run, paths[name][:-1]), name, value)
     return run
 
 

@@ -48,7 +48,12 @@ def check_results(folder: Path, pipeline: int) -> None:
     metrics = read_metrics(folder / "metrics.jsonl")
     assert [record["iteration"] for record in metrics] == [1, 2, 3, 3]  # and the evaluation
     for record in metrics[:3]:
-        assert {"lm loss", "grad norm", "learning rate", "tokens"} <= record.keys()
+        assert {
+            "train/lm_loss",
+            "train/grad_norm",
+            "train/learning_rate",
+            "train/tokens",
+        } <= record.keys()
     assert {f"accuracy/{skill}" for skill in skills} <= metrics[3].keys()
     assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
@@ -101,7 +106,7 @@ def test_sigterm_saves_and_the_next_launch_goes_on(config, tmp_path):
     assert latest(tmp_path) == f"iter_{iteration + 2:07d}"
     metrics = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [record["iteration"] for record in metrics] == list(range(1, iteration + 3))
-    assert [record["consumed samples"] for record in metrics[-2:]] == [
+    assert [record["train/consumed_samples"] for record in metrics[-2:]] == [
         4 * (iteration + 1), 4 * (iteration + 2),
     ]  # fmt: skip
 

@@ -39,8 +39,8 @@ def on_rank_steps(run, steps: int, save: bool = False) -> dict:
     return {
         "reader": trainer.groups.is_reader,
         "names": read[:steps],
-        "losses": [step["lm loss"] for step in metrics],
-        "consumed": [step["consumed samples"] for step in metrics],
+        "losses": [step["train/lm_loss"] for step in metrics],
+        "consumed": [step["train/consumed_samples"] for step in metrics],
         "state": before,
     }
 
@@ -82,6 +82,6 @@ def test_a_launch_with_workers_is_one_without(scenes, tmp_path):
         records[name] = read_metrics(out / "metrics.jsonl")
     assert len(records["two"]) == 3
     for two, one in zip(records["two"], records["one"], strict=True):
-        assert two["lm loss"] == pytest.approx(one["lm loss"], rel=LOSS_TOLERANCE)
-        for exact in ("tokens", "consumed samples", "skipped samples"):
+        assert two["train/lm_loss"] == pytest.approx(one["train/lm_loss"], rel=LOSS_TOLERANCE)
+        for exact in ("train/tokens", "train/consumed_samples", "train/skipped_samples"):
             assert two[exact] == one[exact]

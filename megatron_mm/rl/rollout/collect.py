@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config import RunConfig, resolve_algorithm, rollout_plan
+from megatron_mm.config import RunConfig
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment
 from megatron_mm.engine.engine import Engine
@@ -17,6 +17,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.rl.rollout.draw import draw_rollout
 from megatron_mm.rl.rollout.prompts import PromptLoader
 from megatron_mm.rl.rollout.score import Scored, Scorer, informative, join
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Collector:
         alignment: Alignment | None,
     ):
         self.engine, self.tokenizer, self.loader = engine, tokenizer, loader
-        self.rl, self.plan = resolve_algorithm(run.rl), rollout_plan(run)
+        self.rl, self.plan = resolve_algorithm(run.section(RLConfig)), rollout_plan(run)
         self.scorer = Scorer(self.rl, engine, tokenizer, alignment)
         mapped = alignment is not None and alignment.maps is not None
         replayed = self.rl.routing_replay == "R3"

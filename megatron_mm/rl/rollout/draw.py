@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from megatron_mm.config import rollout_plan
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
@@ -14,6 +13,7 @@ from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.rl.rollout.prompts import PromptLoader
+from megatron_mm.rl.settings import RLConfig, rollout_plan
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def draw_rollout(
     Raises:
         DataError: on every rank, for a row that cannot be read.
     """
-    begin, groups, rl = time.perf_counter(), engine.groups, engine.run.rl
+    begin, groups, rl = time.perf_counter(), engine.groups, engine.run.section(RLConfig)
     numbers = loader.numbers(rollout_plan(engine.run).prompts)
     prompts: list[Prompt] = []
 

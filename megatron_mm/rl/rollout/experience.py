@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.cli import EVERY_RANK
-from megatron_mm.config import RunConfig, resolve_algorithm, rollout_plan
+from megatron_mm.config import RunConfig
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment, count_hits
 from megatron_mm.earl.hacking import HackingWatch
@@ -38,6 +38,7 @@ from megatron_mm.rl.rollout.draw import moe_layers
 from megatron_mm.rl.rollout.metrics import completions_table, rollout_metrics
 from megatron_mm.rl.rollout.prompts import PromptLoader
 from megatron_mm.rl.rollout.score import Scored
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Experience:
 
     def __init__(self, run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: PromptLoader):
         self.run, self.engine, self.tokenizer, self.loader = run, engine, tokenizer, loader
-        self.rl, self.plan = resolve_algorithm(run.rl), rollout_plan(run)
+        self.rl, self.plan = resolve_algorithm(run.section(RLConfig)), rollout_plan(run)
         error = self.alignment = None
         try:
             self.alignment = Alignment.of(run)

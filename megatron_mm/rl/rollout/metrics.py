@@ -89,7 +89,7 @@ def _ratios(parts: Sequence[Pairs]) -> dict[str, float]:
         for name, (total, count) in totals.items()
         if count or name.startswith("rollout/")
     }
-    metrics["skipped samples"] = metrics.pop("rollout/skipped")  # as in supervised training
+    metrics["train/skipped_samples"] = metrics.pop("rollout/skipped")  # as in supervised training
     return metrics
 
 

@@ -11,6 +11,7 @@ from megatron_mm.data.loading.reader import Prompt, Reader
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.scoring import result_key
+from megatron_mm.rl.settings import RLConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PromptLoader:
         self._place, self.order = curriculum.place, curriculum.description
         self._reader = Reader(run, tokenizer, curriculum.sources)
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._longest = run.data.seq_length - run.rl.max_completion_length
+        self._longest = run.data.seq_length - run.section(RLConfig).max_completion_length
         self._skip_bad = run.data.on_bad_sample == "skip"
         self.consumed_samples = 0
 

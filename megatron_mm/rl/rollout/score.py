@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config import RLConfig
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment
@@ -21,6 +20,7 @@ from megatron_mm.generation.lanes import Completion
 from megatron_mm.rl.advantages import keep_groups
 from megatron_mm.rl.rewards.runner import RewardRunner
 from megatron_mm.rl.rollout.draw import Group, Rollout, moe_layers
+from megatron_mm.rl.settings import RLConfig
 
 NOT_COLUMNS = ("messages", "images")  # of a row; a reward gets the messages as its prompt
 

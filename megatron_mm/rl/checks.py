@@ -1,109 +1,37 @@
-"""What the published algorithms are made of, and which RL settings make no sense."""
+"""Checks of the settings of reinforcement learning."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_mm.config.settings import RunConfig
-from megatron_mm.config.settings_rl import RLConfig
-from megatron_mm.errors import ConfigError
-
-_CLIP = {"policy_loss": "clip", "epsilon": 0.2, "epsilon_high": 0.2, "filter_groups": False}
-
-# Each algorithm as its paper has it; RLConfig's fields that are none take these values.
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    # arXiv 2402.03300, eq. 3
-    "grpo": _CLIP | {"advantage_estimator": "grpo", "loss_agg_mode": "seq-mean-token-mean"},
-    # arXiv 2503.20783: no division by the standard deviation nor by a completion's own length
-    "dr_grpo": _CLIP
-    | {"advantage_estimator": "dr_grpo", "loss_agg_mode": "seq-mean-token-sum-norm"},
-    # arXiv 2503.14476, eq. 8 and section 4.1; its overlong punishment is a reward
-    "dapo": {
-        "advantage_estimator": "grpo",
-        "policy_loss": "clip",
-        "loss_agg_mode": "token-mean",
-        "epsilon": 0.2,
-        "epsilon_high": 0.28,
-        "filter_groups": True,
-    },
-    # arXiv 2507.18071, eq. 5 and section 5.1
-    "gspo": {
-        "advantage_estimator": "grpo",
-        "policy_loss": "gspo",
-        "loss_agg_mode": "seq-mean-token-mean",
-        "epsilon": 3e-4,
-        "epsilon_high": 4e-4,
-        "filter_groups": False,
-    },
-    # arXiv 2511.20347, eq. 5; there is no clipping
-    "sapo": _CLIP
-    | {
-        "advantage_estimator": "grpo",
-        "policy_loss": "sapo",
-        "loss_agg_mode": "seq-mean-token-mean",
-    },
-    # arXiv 2506.13585, eq. 4: no lower bound; it gives no upper one, this is TRL's cap of 5
-    "cispo": {
-        "advantage_estimator": "grpo",
-        "policy_loss": "cispo",
-        "loss_agg_mode": "token-mean",
-        "epsilon": 1.0,
-        "epsilon_high": 4.0,
-        "filter_groups": False,
-    },
-    # arXiv 2402.14740
-    "rloo": _CLIP
-    | {
-        "advantage_estimator": "rloo",
-        "policy_loss": "reinforce",
-        "loss_agg_mode": "seq-mean-token-sum",
-    },
-    # arXiv 2501.03262
-    "reinforce_plus_plus": _CLIP
-    | {"advantage_estimator": "reinforce_plus_plus", "loss_agg_mode": "token-mean"},
-    "reinforce_plus_plus_baseline": _CLIP
-    | {"advantage_estimator": "reinforce_plus_plus_baseline", "loss_agg_mode": "token-mean"},
-}
-
-
-def resolve_algorithm(rl: RLConfig) -> RLConfig:
-    """`rl` with what it leaves at none filled in from its algorithm."""
-    given = ALGORITHMS[rl.algorithm]
-    return replace(rl, **{k: v for k, v in given.items() if getattr(rl, k) is None})
-
-
-class RolloutPlan(NamedTuple):
-    """How rollouts and optimizer steps go together."""
-
-    prompts: int  # of a rollout, on all replicas together
-    prompts_per_step: int
-    steps: int  # of a rollout, over all its num_iterations passes
-
-
-def rollout_plan(run: RunConfig) -> RolloutPlan:
-    rl = run.rl
-    per_step = run.training.global_batch_size // rl.num_generations
-    prompts = rl.rollout_batch_size or per_step
-    return RolloutPlan(prompts, per_step, prompts // per_step * rl.num_iterations)
+from megatron_mm.errors import ConfigError, unknown
+from megatron_mm.rl.algorithms import (
+    ALGORITHMS,
+    ESTIMATORS,
+    KL_ESTIMATORS,
+    LOSS_AGGREGATIONS,
+    POLICY_LOSSES,
+)
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
 
 
 def check_rl(run: RunConfig) -> None:
-    """Raises ConfigError for RL settings that do not fit each other. Signs are checked already."""
-    if run.training.objective == "sft":
-        default = RLConfig()
-        for key, value in vars(run.rl).items():
-            off = getattr(default, key)
-            _require(value == off, key, value, f"{off!r} with objective sft, which does no RL")
-        return
-    rl = resolve_algorithm(run.rl)
+    """Raises ConfigError for settings that do not fit each other. Bounds are checked already."""
+    _check_algorithm(run.section(RLConfig).algorithm)
+    rl = resolve_algorithm(run.section(RLConfig))
+    ESTIMATORS.check(rl.advantage_estimator)
+    POLICY_LOSSES.check(rl.policy_loss)
+    LOSS_AGGREGATIONS.check(rl.loss_agg_mode)
+    KL_ESTIMATORS.check(rl.kl_estimator)
     _require(rl.num_generations > 1, "num_generations", rl.num_generations, "2 or more, a group")
     _require(rl.epsilon <= 1, "epsilon", rl.epsilon, "above 0 to 1; 1 is no lower bound")
     least = 1 + rl.epsilon_high
     allowed = f"none, or more than 1 + epsilon_high = {least:g}"
     _require(rl.delta is None or rl.delta > least, "delta", rl.delta, allowed)
     allowed = "none, or this value with policy_loss clip or gspo"
-    _require(rl.delta is None or rl.policy_loss in ("clip", "gspo"), "delta", rl.delta, allowed)
+    ignored = rl.policy_loss in ("sapo", "cispo", "reinforce")
+    _require(rl.delta is None or not ignored, "delta", rl.delta, allowed)
     functions, weights = len(rl.reward_funcs), len(rl.reward_weights)
     allowed = f"none, or one for each of the {functions} reward_funcs"
     _require(weights in (0, functions), "reward_weights", rl.reward_weights, allowed)
@@ -140,8 +68,19 @@ def check_rl(run: RunConfig) -> None:
     _require(not (drawn and late), "router_temperature", drawn, allowed)
 
 
+def _check_algorithm(name: str) -> None:
+    """Whether an algorithm of somebody else's decides what the built-in ones decide."""
+    given, needed = ALGORITHMS[name], ALGORITHMS["grpo"]
+    for key in needed:
+        if key not in given:
+            raise ConfigError(f"algorithm {name} has no `{key}`; it needs {', '.join(needed)}")
+    for key in given:
+        if key not in needed:
+            raise unknown(f"key in algorithm {name}:", key, needed)
+
+
 def _check_rollouts(run: RunConfig) -> None:
-    rl, training, data = run.rl, run.training, run.data
+    rl, training, data = run.section(RLConfig), run.training, run.data
     group, batch = rl.num_generations, training.global_batch_size
     allowed = f"one that divides global_batch_size = {batch}, which counts completions"
     _require(batch % group == 0, "num_generations", group, allowed)
@@ -163,8 +102,10 @@ def _check_rollouts(run: RunConfig) -> None:
         )
     for key, value in (("packing", data.packing), ("num_workers", data.num_workers)):
         if value:
-            raise ConfigError(f"{key} is {value!r}; allowed: {type(value)()!r} with objective grpo")
-    _require(rl.top_p <= 1, "top_p", rl.top_p, "above 0 to 1")
+            raise ConfigError(
+                f"{key} is {value!r}; allowed: {type(value)()!r} with objective "
+                f"{training.objective}, which generates its data"
+            )
     needed = "the reference model's checkpoint with beta above 0, none with beta 0"
     _require((rl.beta > 0) == bool(rl.ref_load), "ref_load", rl.ref_load, needed)
 
