@@ -15,7 +15,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from megatron_mm.config import ModelConfig, to_transformers_dict, without_clvr
 
 IMAGE_TOKEN = 95  # the last of the small models' vocabulary of 96; random text avoids it
-OURS_ALONE = ("language.looks.", "vision.memory_proj.")  # CLVR: transformers has no such thing
+OURS_ALONE = ("language.looks.", "vision.memory_proj")  # CLVR: transformers has no such thing
 
 
 def transformers_model(model: ModelConfig, seed: int = 0) -> InternVLForConditionalGeneration:

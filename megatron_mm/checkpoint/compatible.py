@@ -29,7 +29,7 @@ NOT_THE_MODEL = {
 # model for the way back.
 CARRIED_PREFIX = "carried."
 # CLVR's own parameters: what a base model does not have.
-CLVR = ("model.language.looks.", "model.vision.memory_proj.")
+CLVR = ("model.language.looks.", "model.vision.memory_proj")
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

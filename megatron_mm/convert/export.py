@@ -14,7 +14,8 @@ from megatron_mm.config import (
     ConfigError,
     ModelConfig,
     RunConfig,
-    effective_pattern,
+    look_memories,
+    memories,
     to_dict,
     to_transformers_dict,
     without_clvr,
@@ -22,7 +23,6 @@ from megatron_mm.config import (
 from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.errors import ConvertError
-from megatron_mm.model.layers.clvr import memory_hidden_size
 
 REMOTE = Path(__file__).parent / "remote"
 CODE = ("configuration_clvr.py", "modeling_clvr.py", "processing_clvr.py")
@@ -31,7 +31,7 @@ TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 
 def has_clvr(model: ModelConfig) -> bool:
     """Whether a look is computed: the pattern has one, and there is a memory to look at."""
-    return model.vision is not None and "L" in effective_pattern(model)
+    return bool(look_memories(model))
 
 
 def small_files(
@@ -41,10 +41,11 @@ def small_files(
     dtypes: set[torch.dtype],
     lines: list[str],
 ) -> dict[str, bytes]:
-    """name -> content of everything beside the tensors. Adds to `lines` what is lacking.
+    """Returns name -> content of everything beside the tensors. Adds to `lines` what is lacking.
 
-    Raises ConvertError where transformers could not compute the model, or where nothing says
-    which token stands for an image.
+    Raises:
+        ConvertError: where transformers could not compute the model, or where nothing says which
+            token stands for an image.
     """
     files = {path.name: path.read_bytes() for path in assets}
     config = model_config(checkpoint, assets, tied)
@@ -66,7 +67,7 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def clvr_config(model: ModelConfig) -> dict[str, Any]:
-    """What config.json says beyond transformers' own model, and who computes it."""
+    """Returns the keys of config.json beyond transformers' own model."""
     return {
         "model_type": "internvl_clvr",
         "architectures": ["CLVRForConditionalGeneration"],
@@ -78,13 +79,17 @@ def clvr_config(model: ModelConfig) -> dict[str, Any]:
         CLVR_KEY: {
             "hybrid_layer_pattern": model.hybrid_layer_pattern,
             "fusion": to_dict(model.fusion),
-            "memory_hidden_size": memory_hidden_size(model),
+            "memories": [
+                {"name": m.name, "width": m.width, "coordinates": m.coordinates}
+                for m in memories(model)
+            ],
+            "look_memories": [memory.name for memory in look_memories(model)],
         },
     }
 
 
 def processor_config(run: RunConfig) -> dict[str, Any]:
-    """How the run that trained the model cut its images."""
+    """Returns processor_config.json: how the run that trained the model cut its images."""
     settings = image_settings(run)
     return {
         "processor_class": "CLVRProcessor",
@@ -94,7 +99,7 @@ def processor_config(run: RunConfig) -> dict[str, Any]:
 
 
 def model_config(checkpoint: Any, assets: Iterable[Path], tied: bool) -> dict[str, Any]:
-    """config.json as transformers' own class writes it."""
+    """Returns config.json as transformers' own class writes it."""
     from transformers import InternVLConfig, Qwen3NextConfig  # seconds to import
 
     model = checkpoint.model

@@ -1,4 +1,4 @@
-"""Which tiles of an image enter the token stream, and which the vision memory."""
+"""The choice of an image's tiles for the token stream and for each vision memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from megatron_mm.config.memories import IMAGES, Memory, memories
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.images import TilePlan, plan_tiles
 from megatron_mm.errors import DataError
@@ -15,7 +16,8 @@ from megatron_mm.errors import DataError
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the data room must know of the vision side. Sizes are pixels."""
+    """The settings of the vision side that cutting and placing images depends on. Sizes are
+    pixels."""
 
     image_size: int
     patch_size: int
@@ -24,7 +26,7 @@ class ImageSettings:
     max_image_tokens: int | None
     use_thumbnail: bool
     image_stream: str
-    vision_memory: str
+    memories: tuple[Memory, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -39,10 +41,10 @@ class ImageSettings:
 
 
 def image_settings(run: RunConfig) -> ImageSettings | None:
-    """The image half of a run's settings, checked; None for a model without vision.
+    """Returns the image half of a run's settings, checked; None for a model without vision.
 
-    Raises DataError for sizes that do not divide and for a thumbnail that is asked for but
-    never made.
+    Raises:
+        DataError: for sizes that do not divide, or a thumbnail that is asked for but never made.
     """
     vision, fusion, data = run.model.vision, run.model.fusion, run.data
     if vision is None:
@@ -53,10 +55,9 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
             f"image_size {vision.image_size} is not a multiple of patch_size "
             f"{vision.patch_size} x pixel_shuffle_factor {fusion.pixel_shuffle_factor} = {unit}"
         )
-    for name, value in (
-        ("image_stream", fusion.image_stream),
-        ("vision_memory", fusion.vision_memory),
-    ):
+    held = memories(run.model, data.memory_images)
+    chosen = {"image_stream": fusion.image_stream} | {m.tiles_setting: m.tiles for m in held}
+    for name, value in chosen.items():
         if value == "thumbnail" and not data.use_thumbnail and data.max_num_tiles > 1:
             raise DataError(
                 f"{name} is 'thumbnail' but use_thumbnail is false while max_num_tiles is "
@@ -72,20 +73,18 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
         max_image_tokens=data.max_image_tokens,
         use_thumbnail=data.use_thumbnail,
         image_stream=fusion.image_stream,
-        vision_memory=fusion.vision_memory,
+        memories=held,
         mean=tuple(data.image_mean),
         std=tuple(data.image_std),
     )
 
 
 def select_tiles(plan: TilePlan, choice: str) -> list[int]:
-    """Indices into the plan's tiles for none / thumbnail / tiles / all.
+    """Returns ascending indices into the plan's tiles for thumbnail / tiles / all.
 
     An image of a single tile has no separate thumbnail: that tile is its own summary.
     """
     grid = plan.rows * plan.cols
-    if choice == "none":
-        return []
     if choice == "all":
         return list(range(plan.num_tiles))
     if choice == "tiles" or grid == 1:
@@ -99,20 +98,35 @@ def select_tiles(plan: TilePlan, choice: str) -> list[int]:
 
 
 def used_tiles(plan: TilePlan, settings: ImageSettings) -> list[int]:
-    """The tiles that the ViT sees: those of the stream and those of the memory."""
-    stream = select_tiles(plan, settings.image_stream)
-    return sorted({*stream, *select_tiles(plan, settings.vision_memory)})
+    """Returns the tiles that the ViT sees: those of the stream and of every memory, ascending."""
+    choices = (settings.image_stream, *(memory.tiles for memory in settings.memories))
+    return sorted({tile for choice in choices for tile in select_tiles(plan, choice)})
+
+
+def tiles_by_images(plan: TilePlan, settings: ImageSettings) -> dict[str, list[int]]:
+    """Returns the tiles that the ViT sees of the images under each key of a row, ascending; the
+    stream's key comes first."""
+    choices = {IMAGES: {settings.image_stream}}
+    for memory in settings.memories:
+        choices.setdefault(memory.images, set()).add(memory.tiles)
+    return {
+        key: sorted({tile for choice in chosen for tile in select_tiles(plan, choice)})
+        for key, chosen in choices.items()
+    }
 
 
 def plan_images(
     sizes: Sequence[tuple[int, int]], settings: ImageSettings | None, where: str
 ) -> list[TilePlan]:
-    """The grid of every image of a row, from their (width, height). `settings` may be None if
-    there is no image.
+    """Returns the grid of every image of a row, from their (width, height). `settings` may be
+    None if there is no image.
 
     If the tiles that the ViT sees cost more than `max_image_tokens`, all images are tiled
     again as if `max_num_tiles` were lower, down to 1, until they fit: the largest such limit
-    counts, and it is the same for all of them. Raises DataError if even 1 tile each is too much.
+    counts, and it is the same for all of them.
+
+    Raises:
+        DataError: if even 1 tile each is too much.
     """
     if not sizes:
         return []
@@ -140,17 +154,16 @@ def plan_images(
 
 
 @lru_cache(maxsize=1024)
-def memory_coordinates(plan: TilePlan, settings: ImageSettings) -> torch.Tensor:
-    """Centres (y, x) of the patches a look may attend to, tile by tile, float32 [M, 2]. One
+def memory_coordinates(plan: TilePlan, memory: Memory, patches_per_side: int) -> torch.Tensor:
+    """Returns the centres (y, x) of the patches in a memory, tile by tile, float32 [M, 2]. One
     tensor is shared by all images of the same grid: not to be written to."""
-    tiles = select_tiles(plan, settings.vision_memory)
-    centres = [patch_centres(plan, tile, settings.patches_per_side) for tile in tiles]
-    return torch.cat([torch.zeros(0, 2), *centres])
+    tiles = select_tiles(plan, memory.tiles)
+    return torch.cat([patch_centres(plan, tile, patches_per_side) for tile in tiles])
 
 
 def patch_centres(plan: TilePlan, tile: int, patches_per_side: int) -> torch.Tensor:
-    """Centres (y, x) of a tile's patches in fractions of the whole image, float32 [P*P, 2],
-    row by row. The thumbnail covers the whole image."""
+    """Returns the centres (y, x) of a tile's patches in fractions of the whole image, float32
+    [P*P, 2], row by row. The thumbnail covers the whole image."""
     if tile < plan.rows * plan.cols:
         rows, cols, (row, col) = plan.rows, plan.cols, divmod(tile, plan.cols)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.config import parse_pattern, token_multiple
+from megatron_mm.config import look_memories, parse_pattern, token_multiple
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches, receive
@@ -25,7 +25,7 @@ PROBED_PER_KEY = 32  # questions behind the experts-by-skill map, in one microba
 
 
 def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], folder: Path) -> None:
-    """Probe some answered questions of every key and write folder/evaluation.json.
+    """Probes some answered questions of every key and writes folder/evaluation.json.
 
     Args:
         records: of `evaluate`, the same on every rank. Every rank calls it.
@@ -52,7 +52,7 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
 def write_experts_before(
     engine: Engine, tokenizer: Tokenizer, folder: Path, stop: Callable[[], bool]
 ) -> None:
-    """Write folder/experts_before.json: experts by skill over the questions that `write_examples`
+    """Writes folder/experts_before.json: experts by skill over the questions that `write_examples`
     will probe, with the answers that the model gives now. Nothing is written if `stop` turned
     true on any rank. Every rank calls it."""
     questions, keys = open_questions(engine, tokenizer)
@@ -73,7 +73,7 @@ def write_experts_before(
 
 
 def _probed(keys: Sequence[str]) -> dict[str, list[int]]:
-    """Which places in `keys` are probed for each key."""
+    """Returns the places in `keys` that are probed for each key."""
     places: dict[str, list[int]] = defaultdict(list)
     for place, key in enumerate(keys):
         places[key].append(place)
@@ -121,17 +121,17 @@ def _example(record: dict, item: EvalItem, folder: Path) -> dict:
 def _looks(
     engine: Engine, tokenizer: Tokenizer, item: EvalItem, answer: list[int], looks: Looks, i: int
 ) -> list[dict]:
-    """The weights of each pair over the first image, in reading order of its patches."""
+    """Returns the weights of each look over the first image, in reading order of the patches of
+    the memory that it reads."""
     if not item.sample.images:
         return []
-    where = item.sample.images[0].memory_coordinates_M2
-    rows, columns = len(where[:, 0].unique()), len(where[:, 1].unique())
-    if rows * columns != len(where):
-        return []  # patches of several resolutions do not lie on one grid
-    order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
-    layers = parse_pattern(engine.run.model.hybrid_layer_pattern)
+    model = engine.run.model
+    layers, reads = parse_pattern(model.hybrid_layer_pattern), look_memories(model)
     found = []
     for pair in sorted(looks):
+        where = item.sample.images[0].memories[reads[pair].name].coordinates_M2
+        rows, columns = len(where[:, 0].unique()), len(where[:, 1].unique())
+        order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
         at = next(n for n, la in enumerate(layers) if la.kind == "L" and la.pair == pair)
         before = [layer.number for layer in layers[:at] if layer.number is not None]
         weights = looks[pair][i][: len(answer), : len(where)][:, order]
@@ -139,6 +139,7 @@ def _looks(
             {
                 "pair": pair,
                 "layer": before[-1] if before else 0,
+                "memory": reads[pair].name,
                 "tokens": [tokenizer.decode([t], skip_special=False) for t in answer],
                 "grid": [rows, columns],
                 "weights": [[round(float(w), 5) for w in row] for row in weights],
@@ -148,7 +149,7 @@ def _looks(
 
 
 def _experts(load: dict[str, Load]) -> dict:
-    """The share of each expert among the choices made, per key and layer."""
+    """Returns the share of each expert among the choices made, per key and layer."""
     keys = sorted(load)
     layers = sorted({layer for counts in load.values() for layer in counts})
     shares = [

@@ -1,7 +1,7 @@
-"""Look inside a forward pass: where the looks attended, which experts were chosen.
+"""The inside of a forward pass: where the looks attended, which experts were chosen.
 
-For evaluation and reports only. What each rank saw of a microbatch is reduced where it is
-and sent to the replica's reader as small tables.
+For evaluation and reports only. Each rank reduces what it saw of a microbatch and sends small
+tables to the replica's reader.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from megatron_mm.data.batch import Microbatch
+from megatron_mm.config import look_memories
+from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.routing import Routes
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
 
-# pair -> per sample [answer tokens, patches of that sample], averaged over heads
+# pair -> per sample [answer tokens, patches of that sample in the memory that the look reads],
+# averaged over heads
 Looks = dict[int, list[torch.Tensor]]
 # layer number -> [samples, experts]: tokens of each sample that chose each expert
 Load = dict[int, torch.Tensor]
 
 
 def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple[Looks, Load]:
-    """Run one microbatch forward and report on it; on the replica's reader, else empty.
-
-    Every rank of the job calls it.
+    """Runs one microbatch forward. Returns what it looked like inside on the replica's reader, two
+    empty dicts elsewhere. Every rank of the job calls it.
 
     Args:
         batch: prompts with their answers, without or with a padding tail.
@@ -51,9 +52,10 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
     load = {layer: _count(routes, mine, samples, experts) for layer, routes in chosen.items()}
     stream = Segments.from_cu_seqlens(batch.cu_seqlens)
     local = stream.within(part(stream.total, groups.pg.cp))
-    patches = _patches(batch, samples)
     looks: Looks = {}
+    reads = look_memories(engine.run.model)
     for pair, recorded in weights.items():
+        patches = _patches(batch.memories[reads[pair].name], batch.cu_seqlens, samples)
         seen = [weights.float().mean(0).cpu() for weights in recorded]
         looks[pair] = [
             _answer_rows(seen, stream, local, sample, prompt_lengths[sample], patches[sample])
@@ -69,15 +71,15 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
 def _count(
     routes_tk: torch.Tensor, sample_of_t: torch.Tensor, samples: int, experts: int
 ) -> torch.Tensor:
-    """fp32 [samples, experts]: how many of a sample's positions here chose each expert."""
+    """Returns fp32 [samples, experts]: how many of a sample's positions here chose each expert."""
     table = torch.zeros(samples + 1, experts)
     where = sample_of_t.unsqueeze(1), routes_tk.long().cpu()
     return table.index_put_(where, torch.ones(()), accumulate=True)[:samples]
 
 
-def _patches(batch: Microbatch, samples: int) -> list[int]:
-    """How many patches of the memory belong to each sample."""
-    owner = torch.searchsorted(batch.cu_seqlens[1:], batch.memory_visible_M2[:, 1].contiguous())
+def _patches(memory: BatchMemory, cu_seqlens: torch.Tensor, samples: int) -> list[int]:
+    """Counts the patches of a memory that belong to each sample."""
+    owner = torch.searchsorted(cu_seqlens[1:], memory.visible_M2[:, 1].contiguous())
     return torch.bincount(owner, minlength=samples)[:samples].tolist()
 
 
@@ -89,8 +91,8 @@ def _answer_rows(
     prompt: int,
     patches: int,
 ) -> torch.Tensor:
-    """[answer tokens, patches] of one sample; zero where another context-parallel rank holds
-    the position.
+    """Returns [answer tokens, patches] of one sample; zero where another context-parallel rank
+    holds the position.
 
     Args:
         seen: of each sample that has a piece here, [its positions here, its patches].
@@ -108,8 +110,8 @@ def _answer_rows(
 
 
 def _merge(parts: list[tuple[Looks, Load]], tp_size: int) -> tuple[Looks, Load]:
-    """Heads are split over tensor-parallel ranks, positions over context-parallel ones, and the
-    positions of the routes over both."""
+    """Joins what the ranks of a replica saw. Heads are split over tensor-parallel ranks, positions
+    over context-parallel ones, and the positions of the routes over both."""
     looks: Looks = {}
     load: Load = defaultdict(lambda: torch.zeros(()))
     for some_looks, some_load in parts:

@@ -43,10 +43,8 @@ def detach_memory_on_the_wire(engine: Engine) -> None:
     pack = multimodal.pack
 
     def broken(payload, shape):
-        memory = payload.memory_M1C
-        if memory is not None:
-            payload = replace(payload, memory_M1C=memory.detach())
-        return pack(payload, shape)
+        detached = {name: memory.detach() for name, memory in payload.memories.items()}
+        return pack(replace(payload, memories=detached), shape)
 
     multimodal.pack = broken
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from dataclasses import fields
 from functools import reduce
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 from megatron_mm.train.trainer import Trainer
+from support.batches import values_of
 
 TP2 = dict(tensor_model_parallel_size=2)
 PP2 = dict(pipeline_model_parallel_size=2)
@@ -86,15 +86,14 @@ def move_looks_off_zero(engine: Engine) -> None:
 
 def batch_hash(batch: Microbatch, without: tuple[str, ...] = ()) -> str:
     digest = hashlib.sha256()
-    for field in fields(batch):
-        if field.name in without:
+    for name, value in values_of(batch).items():
+        if name in without:
             continue
-        value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):
-            digest.update(f"{field.name}{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.contiguous().numpy().tobytes())
         else:
-            digest.update(f"{field.name}={value}".encode())
+            digest.update(f"{name}={value}".encode())
     return digest.hexdigest()
 
 
