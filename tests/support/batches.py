@@ -9,6 +9,7 @@ import torch
 from megatron_mm.config import (
     FusionConfig,
     LanguageConfig,
+    MemoryConfig,
     ModelConfig,
     RunConfig,
     VisionConfig,
@@ -72,6 +73,19 @@ def small_model(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
             | fusion
         ),
     )
+
+
+def two_memories(*reads: str) -> dict:
+    """Settings of a coarse memory and a fine one, of different widths; `reads` are the memories
+    of the looks."""
+    return {
+        "vision_memory": "none",
+        "memories": {
+            "overview": MemoryConfig("thumbnail", 16),
+            "detail": MemoryConfig("tiles", 32),
+        },
+        "look_memories": list(reads),
+    }
 
 
 def small_run(pattern: str = "GE L *E GE L J *E J", **fusion) -> RunConfig:

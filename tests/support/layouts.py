@@ -38,15 +38,39 @@ def off_zero(engine: Engine) -> None:
     engine.optimizer.reload_model_params()
 
 
-def detach_memory_on_the_wire(engine: Engine) -> None:
-    """The bug that sending the memory as a second tensor would be."""
+def detach_memory_on_the_wire(engine: Engine, only: str | None = None) -> None:
+    """The bug that sending memories as tensors of their own would be.
+
+    Args:
+        only: the memory that is sent so; default: all.
+    """
     pack = multimodal.pack
 
     def broken(payload, shape):
-        detached = {name: memory.detach() for name, memory in payload.memories.items()}
-        return pack(replace(payload, memories=detached), shape)
+        memories = {
+            name: memory.detach() if only in (None, name) else memory
+            for name, memory in payload.memories.items()
+        }
+        return pack(replace(payload, memories=memories), shape)
 
     multimodal.pack = broken
+
+
+def swap_memories_on_the_wire(engine: Engine) -> None:
+    """Sender and receiver disagree about the order of memories."""
+    pack = multimodal.pack
+
+    def broken(payload, shape):
+        return pack(payload, replace(shape, memories=shape.memories[::-1]))
+
+    multimodal.pack = broken
+
+
+def swap_memories_of_looks(engine: Engine) -> None:
+    """Each look reads the other's memory."""
+    for chunk in engine.chunks:
+        for look in chunk.language.looks.values():
+            look.reads = {"overview": "detail", "detail": "overview"}[look.reads]
 
 
 def forget_reduction(engine: Engine, suffix: str) -> None:
