@@ -15,7 +15,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from megatron_mm.config import ModelConfig, to_transformers_dict, without_clvr
 
 IMAGE_TOKEN = 95  # last id of the small models' vocabulary of 96; random text avoids it
-MCORE_ONLY = ("language.looks.", "vision.memory_proj.")  # CLVR, which transformers lacks
+MCORE_ONLY = ("language.looks.", "vision.memory_proj")  # CLVR, which transformers lacks
 
 
 def transformers_model(model: ModelConfig, seed: int = 0) -> InternVLForConditionalGeneration:

@@ -17,7 +17,7 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.images import choose_grid, cut_tiles
 from megatron_mm.data.sample import Sample, SampleImage
-from megatron_mm.data.tiles import ImageSettings, image_settings, used_tiles
+from megatron_mm.data.tiles import ImageSettings, image_settings, tiles_by_images
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,10 @@ def cut_image(image: Image.Image, settings: ImageSettings, start: int) -> Sample
         max_num_tiles=settings.max_num_tiles,
         use_thumbnail=settings.use_thumbnail,
     )
-    tiles = cut_tiles(image, grid, settings.image_size)[used_tiles(grid, settings)]
-    return SampleImage.of(grid, np.ascontiguousarray(tiles), settings, start)
+    cut = cut_tiles(image, grid, settings.image_size)
+    by_key = tiles_by_images(grid, settings).items()
+    tiles = {key: np.ascontiguousarray(cut[used]) for key, used in by_key}
+    return SampleImage.build(grid, tiles, settings, start)
 
 
 def make_batch(run: RunConfig, samples: list[Sample]) -> Microbatch:

@@ -29,7 +29,7 @@ NOT_THE_MODEL = {
 # Prefix of tensors that no parameter holds (multi-token prediction): kept for the export.
 CARRIED_PREFIX = "carried."
 # CLVR's own parameters, which a base model lacks.
-CLVR = ("model.language.looks.", "model.vision.memory_proj.")
+CLVR = ("model.language.looks.", "model.vision.memory_proj")
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from megatron_mm.config.checks import data_parallel_size, validate
 from megatron_mm.config.flags import make_parser
 from megatron_mm.config.hf import from_transformers_dict, to_transformers_dict
 from megatron_mm.config.load import dump_yaml, from_dict, load, run_of_checkpoint, to_dict
+from megatron_mm.config.memories import Memory, look_memories, memories, read_memories
 from megatron_mm.config.pattern import (
     Layer,
     Stage,
@@ -27,6 +28,7 @@ from megatron_mm.config.settings import (
     LanguageConfig,
     LoggingConfig,
     LoraConfig,
+    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -51,6 +53,8 @@ __all__ = [
     "LoggingConfig",
     "LoraConfig",
     "Manifest",
+    "Memory",
+    "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -65,11 +69,14 @@ __all__ = [
     "from_dict",
     "from_transformers_dict",
     "load",
+    "look_memories",
     "make_parser",
+    "memories",
     "model_stages",
     "num_layers",
     "parse_pattern",
     "preset",
+    "read_memories",
     "run_of_checkpoint",
     "stages",
     "to_dict",

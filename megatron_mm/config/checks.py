@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mm.config.fields import Bounds
+from megatron_mm.config.memories import check_memories
 from megatron_mm.config.objectives import check_objective
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
@@ -32,6 +33,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_bounds(run)
     _check_language(run.model, run.parallel)
     _check_vision(run.model, run.parallel)
+    check_memories(run)
     _check_pattern(run)
     _check_pipeline(run.parallel)
     _check_dispatcher(run)
@@ -172,9 +174,6 @@ def _check_pattern(run: RunConfig) -> None:
     if "L" in effective_pattern(model):
         heads, tp = model.fusion.clvr_num_attention_heads, parallel.tensor_model_parallel_size
         _divides("clvr_num_attention_heads", heads, "tensor_model_parallel_size", tp)
-        # On the wire, rows of the memory are folded into rows of the hidden size.
-        width = model.fusion.memory_hidden_size or model.language.hidden_size // 4
-        _divides("hidden_size", model.language.hidden_size, "memory_hidden_size", width)
 
 
 def _check_pipeline(parallel: ParallelConfig) -> None:
@@ -225,13 +224,9 @@ def _check_data(run: RunConfig) -> None:
         value = getattr(data, key)
         _require(len(value) == 3, key, value, "3 numbers (red, green, blue)")
     _require(min(data.image_std) > 0, "image_std", data.image_std, "3 numbers above 0")
-    if run.model.vision is not None and "thumbnail" in (fusion.image_stream, fusion.vision_memory):
-        _require(
-            data.use_thumbnail,
-            "use_thumbnail",
-            data.use_thumbnail,
-            "true, because image_stream or vision_memory is thumbnail",
-        )
+    if run.model.vision is not None and fusion.image_stream == "thumbnail":
+        allowed = "true, because image_stream is thumbnail"
+        _require(data.use_thumbnail, "use_thumbnail", data.use_thumbnail, allowed)
 
 
 def _check_sources(phase: DataPhase, key: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from megatron_mm.config.memories import Memory, read_memories
 from megatron_mm.config.settings import LanguageConfig, ModelConfig, RunConfig, VisionConfig
 
 Linear = tuple[int, int]  # inputs, outputs
@@ -44,10 +45,9 @@ def costs(run: RunConfig) -> Costs:
         of |= vision_linears(model)
         share = 1 / 3 if run.training.freeze_vision else 1.0
         first = share * vision(model, _tiles(run))
-        memory = {"none": 0, "thumbnail": 1, "tiles": run.data.max_num_tiles}
-        seen = memory[model.fusion.vision_memory] * patches(model.vision)
-        letters["L"] = products(of["L"], tokens) + products(of["L memory"], seen)
-        letters["L"] += look(model, tokens * seen)
+        read = read_memories(model)
+        looks = [_look(run, of["L"], memory) for memory in read]
+        letters["L"] = sum(looks) / max(1, len(looks))  # of different memories: the mean
     return Costs(letters, first, last=products(of["output"], tokens))
 
 
@@ -82,19 +82,25 @@ def language_linears(lm: LanguageConfig) -> dict[str, tuple[Linear, ...]]:
 
 def vision_linears(model: ModelConfig) -> dict[str, tuple[Linear, ...]]:
     """`patches` and `vit layer` by position of a tile, `projector` by token of the stream,
-    `memory` by patch of the memory; of a look, `L` by token and `L memory` by patch, without the
-    keys' coordinates."""
+    and of a look, `L` by token."""
     vit, fusion, hidden = model.vision, model.fusion, model.language.hidden_size
     width, inner = vit.vision_hidden_size, vit.vision_ffn_hidden_size
-    memory_width = fusion.memory_hidden_size or hidden // 4
     look_width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
     return {
         "patches": ((3 * vit.patch_size**2, width),),
         "vit layer": ((width, 3 * width), (width, width), (width, inner), (inner, width)),
         "projector": ((width * fusion.pixel_shuffle_factor**2, hidden), (hidden, hidden)),
-        "memory": ((width, memory_width),),
         "L": ((hidden, look_width), (look_width, hidden)),
-        "L memory": ((memory_width, 2 * look_width),),
+    }
+
+
+def memory_linears(model: ModelConfig, memory: Memory) -> dict[str, tuple[Linear, ...]]:
+    """`memory` by patch of the memory, and `L memory` by patch of it for each look, without the
+    keys' coordinates."""
+    look_width = model.fusion.clvr_num_attention_heads * model.fusion.clvr_kv_channels
+    return {
+        "memory": ((model.vision.vision_hidden_size, memory.width),),
+        "L memory": ((memory.width, 2 * look_width),),
     }
 
 
@@ -112,6 +118,16 @@ def attention(lm: LanguageConfig, pairs: float) -> float:
 def look(model: ModelConfig, pairs: float) -> float:
     """Scores and mixtures of so many pairs (position, patch)."""
     return 4.0 * pairs * model.fusion.clvr_num_attention_heads * model.fusion.clvr_kv_channels
+
+
+def _look(run: RunConfig, linears: Iterable[Linear], memory: Memory) -> float:
+    """A look at the memory of one image."""
+    model, tokens = run.model, run.data.seq_length
+    tiles = {"thumbnail": 1, "tiles": run.data.max_num_tiles}
+    seen = tiles[memory.tiles] * patches(model.vision)
+    spent = products(linears, tokens)
+    spent += products(memory_linears(model, memory)["L memory"], seen)
+    return spent + look(model, tokens * seen)
 
 
 def vision_attention(vit: VisionConfig, tiles: int) -> float:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from megatron_mm.config.cost import Costs, costs
+from megatron_mm.config.memories import memories
 from megatron_mm.config.settings import ModelConfig, RunConfig
 from megatron_mm.errors import ConfigError
 
@@ -107,8 +108,8 @@ def num_layers(pattern: str) -> int:
 
 def effective_pattern(model: ModelConfig) -> str:
     """The pattern that is built: with nothing to look at, looks and injects are dropped."""
-    blind = model.vision is None or model.fusion.vision_memory == "none"
-    return without_clvr(model.hybrid_layer_pattern) if blind else model.hybrid_layer_pattern
+    pattern = model.hybrid_layer_pattern
+    return pattern if memories(model) else without_clvr(pattern)
 
 
 def model_stages(run: RunConfig) -> tuple[Stage, ...]:

@@ -83,22 +83,51 @@ class VisionConfig:
 
 
 @dataclass
-class FusionConfig:
-    """How the image enters the language model: the token stream and CLVR's memory.
+class MemoryConfig:
+    """One memory of `fusion.memories`."""
 
-    The *stream* is what stands in the token sequence (pixel-shuffled and projected);
-    the *memory* is what a look (pattern letter `L`) may attend to: patch features
-    before the shuffle. The two resolutions are chosen separately.
+    tiles: VisionMemory = "tiles"
+    """The tiles of each image that it holds; none: it is switched off."""
+    hidden_size: PositiveInt | None = None
+    """Features of a row; none: the language model's hidden_size // 4."""
+    coordinates: bool = True
+    """Whether the keys of looks carry 2-D patch coordinates; false is a control."""
+    images: str = "images"
+    """The rows' key for the images that it holds; another than `images` is a control."""
+
+
+@dataclass
+class FusionConfig:
+    """How the image enters the language model: the token stream and CLVR's memories.
+
+    The *stream* is what stands in the token sequence (pixel-shuffled and projected). A *memory* is
+    what a look (pattern letter `L`) may attend to: patch features before the shuffle. Their
+    resolutions are chosen separately. `config/memories.py` resolves the settings of memories.
     """
 
     image_stream: ImageStream = "all"
-    pixel_shuffle_factor: int = 2  # s: s*s patches become one stream token
-    pixel_shuffle_version: Literal["v1", "v2"] = "v2"  # v1 leaves rows and columns swapped
+    """The tiles of each image that enter the token stream."""
+    pixel_shuffle_factor: PositiveInt = 2
+    """Patches along each side of the square that becomes one token of the stream."""
+    pixel_shuffle_version: Literal["v1", "v2"] = "v2"
+    """The order of stream tokens: v2 in reading order; v1, of the first InternVL releases, leaves
+    rows and columns swapped."""
     vision_memory: VisionMemory = "none"
-    memory_hidden_size: int | None = None  # default: hidden_size // 4
-    memory_coordinates: bool = True  # 2-D patch coordinates on the keys; False is a control
-    clvr_num_attention_heads: int = 16
-    clvr_kv_channels: int = 64
+    """The tiles of each image that the memory `vision` holds; none: there is no such memory."""
+    memory_hidden_size: PositiveInt | None = None
+    """Features of a row of the memory `vision`; none: hidden_size // 4."""
+    memory_coordinates: bool = True
+    """Whether the keys of looks at the memory `vision` carry 2-D patch coordinates; false is a
+    control."""
+    memories: dict[str, MemoryConfig] = field(default_factory=dict)
+    """Further memories by name."""
+    look_memories: list[str] = field(default_factory=list)
+    """The memory that each look (L) reads, in the order of the pattern, as names of `memories` or
+    `vision`; empty: all read the first, which is `vision` where there is one."""
+    clvr_num_attention_heads: PositiveInt = 16
+    """Heads of a look."""
+    clvr_kv_channels: PositiveInt = 64
+    """Features of each head of a look."""
 
 
 @dataclass
@@ -231,8 +260,8 @@ class DataConfig:
     use_thumbnail: bool = True
     """Add a thumbnail of the whole image to images of several tiles."""
     memory_images: str = "images"
-    """The rows' key for the images that looks see. Another than the stream's is a control: looks
-    then see the right kind of image, but not this row's."""
+    """The rows' key for the images of the memory `vision`. Another than `images` is a control:
+    looks then see the right kind of image, but not this row's."""
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Mean of red, green and blue (0 to 1) that normalisation subtracts."""
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])

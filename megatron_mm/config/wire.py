@@ -1,4 +1,7 @@
-"""What crosses each pipeline stage boundary besides the hidden state. Pure functions of stages."""
+"""The contents of the wire: what crosses a boundary of pipeline stages besides the hidden state.
+
+Pure functions of stages.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,25 @@ from megatron_mm.config.pattern import Stage
 
 @dataclass(frozen=True)
 class Manifest:
-    """What crosses one stage boundary besides the hidden state. `refinements` are pairs."""
+    """Contents of one stage boundary besides the hidden state, each in the order of the wire.
 
-    memory: bool
+    Attributes:
+        memories: names, in alphabetical order.
+        refinements: numbers of pairs, ascending.
+    """
+
+    memories: tuple[str, ...]
     refinements: tuple[int, ...]
 
 
-def wire(stages: Sequence[Stage]) -> tuple[Manifest, ...]:
-    """What travels from stage i to stage i + 1, one Manifest per boundary.
+def wire(stages: Sequence[Stage], read: Sequence[str]) -> tuple[Manifest, ...]:
+    """Returns the contents of the boundary between stage i and stage i + 1, for every i.
 
-    The memory travels while a later stage still looks; a refinement travels from the
-    stage of its look to the stage of its injection, and is listed in the order of pairs.
+    A memory travels up to the last stage with a look that reads it; a refinement from the stage of
+    its look to the stage of its injection.
+
+    Args:
+        read: the name of the memory that the look of each pair reads.
     """
     manifests = []
     for boundary in range(1, len(stages)):
@@ -28,6 +39,6 @@ def wire(stages: Sequence[Stage]) -> tuple[Manifest, ...]:
         after = [layer for stage in stages[boundary:] for layer in stage.layers]
         looked = {layer.pair for layer in before if layer.kind == "L"}
         waiting = [layer.pair for layer in after if layer.kind == "J" and layer.pair in looked]
-        memory = any(layer.kind == "L" for layer in after)
-        manifests.append(Manifest(memory, tuple(sorted(waiting))))
+        memories = {read[layer.pair] for layer in after if layer.kind == "L"}
+        manifests.append(Manifest(tuple(sorted(memories)), tuple(sorted(waiting))))
     return tuple(manifests)

@@ -14,7 +14,8 @@ from megatron_mm.config import (
     ConfigError,
     ModelConfig,
     RunConfig,
-    effective_pattern,
+    look_memories,
+    memories,
     to_dict,
     to_transformers_dict,
     without_clvr,
@@ -22,7 +23,6 @@ from megatron_mm.config import (
 from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.errors import ConvertError
-from megatron_mm.model.layers.clvr import memory_hidden_size
 
 REMOTE = Path(__file__).parent / "remote"
 CODE = ("configuration_clvr.py", "modeling_clvr.py", "processing_clvr.py")
@@ -31,7 +31,7 @@ TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 
 def has_clvr(model: ModelConfig) -> bool:
     """Whether the model computes looks: the pattern has one and there is a memory."""
-    return model.vision is not None and "L" in effective_pattern(model)
+    return bool(look_memories(model))
 
 
 def small_files(
@@ -78,7 +78,11 @@ def clvr_config(model: ModelConfig) -> dict[str, Any]:
         CLVR_KEY: {
             "hybrid_layer_pattern": model.hybrid_layer_pattern,
             "fusion": to_dict(model.fusion),
-            "memory_hidden_size": memory_hidden_size(model),
+            "memories": [
+                {"name": m.name, "width": m.width, "coordinates": m.coordinates}
+                for m in memories(model)
+            ],
+            "look_memories": [memory.name for memory in look_memories(model)],
         },
     }
 

@@ -20,7 +20,7 @@ Read = Callable[[str, int | None, int | None], torch.Tensor]
 # What a folder may lack: all of a group or nothing of it.
 Group = tuple[str, ...]  # prefixes of our names
 PROJECTOR: Group = ("vision.projector.",)
-LOOKS: Group = ("vision.memory_proj.", "language.looks.")
+LOOKS: Group = ("vision.memory_proj", "language.looks.")
 HEAD, EMBEDDING = "output_layer.weight", "embedding.weight"
 
 

@@ -19,7 +19,7 @@ from megatron_mm.convert.mapping import StateMapping
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample, SampleBuilder, SampleImage
-from megatron_mm.data.tiles import choose_grids, image_settings, used_tiles
+from megatron_mm.data.tiles import choose_grids, image_settings, tiles_by_images
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.multimodal import MultimodalModel, build
@@ -90,9 +90,10 @@ def built_in_cases(run: RunConfig, image_token_id: int | None, seed: int = 0) ->
         pixels = (columns * side, rows * side)
         (grid,) = choose_grids([pixels], settings, "built-in image")
         tiles = torch.randint(0, 256, (grid.num_tiles, side, side, 3), generator=g)
-        cells = tiles[used_tiles(grid, settings)].to(torch.uint8).numpy()
+        by_key = tiles_by_images(grid, settings).items()
+        cells = {key: tiles[used].to(torch.uint8).numpy() for key, used in by_key}
         tokens = words(8)
-        image = SampleImage.of(grid, cells, settings, len(tokens))
+        image = SampleImage.build(grid, cells, settings, len(tokens))
         count = len(image.stream) * settings.tokens_per_tile
         tokens += [image_token_id] * count + words(12)
         cases.append(Case(_sample(tokens, [image]), f"{grid.num_tiles} tiles"))
@@ -185,14 +186,18 @@ def hf_outputs(hf, run: RunConfig, case: Case) -> list[tuple[str, torch.Tensor]]
 
 
 def clvr_inputs(batch) -> dict[str, torch.Tensor]:
-    """Inputs of an export's remote code other than pixels, for a batch of one sample."""
-    visible = batch.memory_visible_M2
+    """Returns the inputs of an export's remote code other than pixels, for a batch of one sample:
+    the memories one after the other."""
+    held = list(batch.memories.values())
+    counts = torch.tensor([len(memory.tiles) for memory in held])
+    visible_from = torch.cat([memory.visible_M2[:, 0] for memory in held])
     return {
         "stream_tiles": batch.stream_tiles,
-        "memory_tiles": batch.memory_tiles,
-        "memory_coordinates": batch.memory_coordinates_M2,
-        "memory_sample": torch.zeros(len(visible), dtype=torch.int64),
-        "memory_visible_from": visible[:, 0],
+        "memory_tiles": torch.cat([memory.tiles for memory in held]),
+        "memory_number": torch.arange(len(held)).repeat_interleave(counts),
+        "memory_coordinates": torch.cat([memory.coordinates_M2 for memory in held]),
+        "memory_sample": torch.zeros_like(visible_from),
+        "memory_visible_from": visible_from,
     }
 
 

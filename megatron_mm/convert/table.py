@@ -287,6 +287,7 @@ PROJECTOR = tuple(
 # CLVR is ours alone; the remote code of an export uses these names.
 CLVR = (
     _row("vision.memory_proj.{rest}", "clvr.memory_proj.{rest}"),
+    _row("vision.memory_projs.{rest}", "clvr.memory_projs.{rest}"),
     _row("language.looks.{pair}.{rest}", "clvr.looks.{pair}.{rest}"),
 )
 ROWS = (*TEXT, *VISION, *PROJECTOR, *CLVR)

@@ -1,22 +1,57 @@
 """Microbatch: several samples packed end to end in one stream of tokens.
 
-This is the only form. Samples are never padded to a rectangle; `cu_seqlens` marks where each
-begins, and every layer that mixes positions respects it. Shape letters: T tokens in the stream,
-N tiles, M memory patches, P patches along a tile's side.
+There is one form only. Samples are never padded to a rectangle; `cu_seqlens` marks
+where each begins, and every layer that mixes positions respects it. Shape letters:
+T tokens in the stream, N tiles, M patches of a memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 
 import torch
 
-# Shapes depend on these; reading them from a GPU would synchronise with it.
-ON_CPU = ("cu_seqlens", "stream_positions", "memory_visible_M2")
+# Shapes follow from these: reading them from a GPU would stall it.
+ON_CPU = ("cu_seqlens", "stream_positions", "visible_M2")
+
+
+@dataclass(frozen=True)
+class BatchMemory:
+    """The patches that one vision memory holds of a microbatch's images, ordered by sample."""
+
+    tiles: torch.Tensor  # int64, tile by tile of the memory: its place among the N tiles
+    coordinates_M2: torch.Tensor  # float32 (y, x) of each patch centre, 0..1 of its image
+    visible_M2: torch.Tensor  # int64 [from, to): the positions that may see each patch
+
+    @classmethod
+    def build(
+        cls,
+        tiles: Sequence[int] = (),
+        coordinates: Sequence[torch.Tensor] = (),
+        visible: Sequence[torch.Tensor] = (),
+    ) -> BatchMemory:
+        """Joins the patches of several images.
+
+        Args:
+            coordinates, visible: of each image, [its patches, 2].
+        """
+        return cls(
+            torch.tensor(tiles, dtype=torch.int64),
+            torch.cat([torch.zeros(0, 2), *coordinates]),
+            torch.cat([torch.zeros(0, 2, dtype=torch.int64), *visible]),
+        )
+
+    def to(self, device: torch.device | str) -> BatchMemory:
+        """Moves what is computed with; see `Microbatch.to`."""
+        return replace(self, **_moved(self, device))
 
 
 @dataclass
 class Microbatch:
+    """Every tensor of a microbatch. `Microbatch.build` makes it."""
+
     tokens_T: torch.Tensor  # int64
     labels_T: torch.Tensor  # int64, the next token of the same sample
     loss_mask_T: torch.Tensor  # float32, 1 where the label is supervised
@@ -25,10 +60,8 @@ class Microbatch:
     num_real_tokens: int  # tokens before the padding tail (a segment of its own)
     pixels_NCHW: torch.Tensor  # float32, normalised
     stream_tiles: torch.Tensor  # int64, the tiles whose shuffled features enter the stream
-    stream_positions: torch.Tensor  # int64, positions in T, tile by tile, row by row
-    memory_tiles: torch.Tensor  # int64, the tiles a look may attend to
-    memory_coordinates_M2: torch.Tensor  # float32 (y, x) of each patch centre, 0..1 of its image
-    memory_visible_M2: torch.Tensor  # int64, positions [from, to) that may see each patch
+    stream_positions: torch.Tensor  # int64, where in T, tile by tile, row by row
+    memories: dict[str, BatchMemory] = field(default_factory=dict)  # by name; none in a step
     samples: list[str] = field(default_factory=list)  # "file:row" of each sample
     skipped: list[str] = field(default_factory=list)  # rows left out, with the reason
     # Experts to use at every position, MoE index -> int16 [T, k] (model/routing.py), for the
@@ -37,13 +70,67 @@ class Microbatch:
     # Noise added to the logits of routers that choose, MoE index -> float32 [T, E]; same layers.
     route_noise: dict[int, torch.Tensor] | None = None
 
+    @classmethod
+    def build(
+        cls,
+        tokens_T: torch.Tensor,
+        lengths: Sequence[int],
+        *,
+        labels_T: torch.Tensor | None = None,
+        loss_mask_T: torch.Tensor | None = None,
+        position_ids_T: torch.Tensor | None = None,
+        pad_id: int = 0,
+        pad_multiple: int = 1,
+        pixels_NCHW: torch.Tensor | None = None,
+        stream_tiles: Sequence[int] = (),
+        stream_positions: torch.Tensor | None = None,
+        memories: Mapping[str, BatchMemory] | None = None,
+        samples: Sequence[str] = (),
+        skipped: Sequence[str] = (),
+    ) -> Microbatch:
+        """Completes a microbatch from its samples' tokens, which are laid end to end.
+
+        If the total is no multiple of `pad_multiple`, tokens of `pad_id` follow as a segment of
+        their own that is not supervised. No tokens at all give `pad_multiple` of them.
+
+        Args:
+            lengths: of the samples; they add up to T.
+            labels_T: default: zeros.
+            loss_mask_T: default: nothing is supervised.
+            position_ids_T: default: counted from 0 in every sample.
+            pixels_NCHW: default: no tiles.
+            stream_positions: default: none.
+        """
+        real = len(tokens_T)
+        tail = -real % pad_multiple if real else pad_multiple
+        segments = [*lengths, tail] if tail else list(lengths)
+        if labels_T is None:
+            labels_T = torch.zeros_like(tokens_T)
+        if loss_mask_T is None:
+            loss_mask_T = torch.zeros(real)
+        if position_ids_T is None:
+            position_ids_T = torch.cat([torch.zeros(0).long(), *map(torch.arange, lengths)])
+        pad_T = torch.full((tail,), pad_id, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(
+            tokens_T=torch.cat([tokens_T, pad_T]),
+            labels_T=torch.cat([labels_T, pad_T]),
+            loss_mask_T=torch.cat([loss_mask_T, torch.zeros(tail)]),
+            position_ids_T=torch.cat([position_ids_T, torch.arange(tail)]),
+            cu_seqlens=torch.tensor([0, *accumulate(segments)], dtype=torch.int64),
+            num_real_tokens=real,
+            pixels_NCHW=torch.zeros(0, 3, 1, 1) if pixels_NCHW is None else pixels_NCHW,
+            stream_tiles=torch.tensor(stream_tiles, dtype=torch.int64),
+            stream_positions=none if stream_positions is None else stream_positions,
+            memories=dict(memories or {}),
+            samples=list(samples),
+            skipped=list(skipped),
+        )
+
     def to(self, device: torch.device | str) -> Microbatch:
-        """Moves what is computed with to `device`; lengths and positions stay on the CPU."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor) and f.name not in ON_CPU
-        }
+        """Moves everything that is computed with; lengths and positions are read on the CPU."""
+        moved = _moved(self, device)
+        moved["memories"] = {name: held.to(device) for name, held in self.memories.items()}
         for name in ("routes", "route_noise"):
             if (by_layer := getattr(self, name)) is not None:
                 moved[name] = {
@@ -51,3 +138,11 @@ class Microbatch:
                     for index, values in by_layer.items()
                 }
         return replace(self, **moved)
+
+
+def _moved(value: Microbatch | BatchMemory, device: torch.device | str) -> dict[str, torch.Tensor]:
+    return {
+        f.name: getattr(value, f.name).to(device, non_blocking=True)
+        for f in fields(value)
+        if isinstance(getattr(value, f.name), torch.Tensor) and f.name not in ON_CPU
+    }

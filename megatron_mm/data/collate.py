@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.data.images import normalise
-from megatron_mm.data.sample import Sample
+from megatron_mm.data.sample import Sample, SampleImage
 from megatron_mm.data.tiles import ImageSettings
 from megatron_mm.errors import DataError
 
@@ -36,64 +37,64 @@ def collate(
     """
     if pad_multiple < 1:
         raise DataError(f"pad_multiple is {pad_multiple}; it must be at least 1")
+    none = torch.zeros(0, dtype=torch.int64)
     lengths = [len(sample.tokens_T) for sample in samples]
-    num_real = sum(lengths)
-    tail = -num_real % pad_multiple if num_real else pad_multiple
-    segments = [*lengths, tail] if tail else lengths
-    pad_T = torch.full((tail,), pad_id, dtype=torch.int64)
-    return Microbatch(
-        tokens_T=torch.cat([*(s.tokens_T for s in samples), pad_T]),
-        labels_T=torch.cat([*(s.labels_T for s in samples), pad_T]),
-        loss_mask_T=torch.cat([*(s.loss_mask_T for s in samples), torch.zeros(tail)]),
-        position_ids_T=torch.cat([torch.arange(n) for n in segments]),
-        cu_seqlens=torch.tensor([0, *np.cumsum(segments)], dtype=torch.int64),
-        num_real_tokens=num_real,
-        **_image_tensors(samples, lengths, settings),
+    return Microbatch.build(
+        torch.cat([none, *(s.tokens_T for s in samples)]),
+        lengths,
+        labels_T=torch.cat([none, *(s.labels_T for s in samples)]),
+        loss_mask_T=torch.cat([torch.zeros(0), *(s.loss_mask_T for s in samples)]),
+        pad_id=pad_id,
+        pad_multiple=pad_multiple,
+        **({} if settings is None else _images(samples, lengths, settings)),
         samples=[sample.where for sample in samples],
-        skipped=list(skipped),
+        skipped=skipped,
     )
 
 
-def _image_tensors(
-    samples: Sequence[Sample], lengths: list[int], settings: ImageSettings | None
-) -> dict[str, torch.Tensor]:
-    size = settings.image_size if settings else 1
-    tokens_per_tile = settings.tokens_per_tile if settings else 1
+def _images(
+    samples: Sequence[Sample], lengths: list[int], settings: ImageSettings
+) -> dict[str, Any]:
+    """Pixels, and the tiles and positions of the stream and of every memory."""
     tiles: list[np.ndarray] = []
     stream_tiles: list[int] = []
-    stream_positions: list[torch.Tensor] = []
-    memory_tiles: list[int] = []
-    coordinates: list[torch.Tensor] = []
-    visible: list[torch.Tensor] = []
-    # Completions of a prompt share its image objects, so each image is computed once. The key is
-    # the image, not its tiles: a cache decides whether two rows share tiles, and microbatches must
-    # not depend on it.
+    stream_positions = [torch.zeros(0, dtype=torch.int64)]
+    shown: list[tuple[SampleImage, int, torch.Tensor]] = []  # its first tile, who may see it
+    # Completions of a prompt share its images, which are then computed once. Not by their tiles:
+    # whether two rows' tiles are one object depends on a cache, and microbatches must not.
     first_tile: dict[int, int] = {}
     num_tiles, offset = 0, 0
     for sample, length in zip(samples, lengths, strict=True):
         for image in sample.images:
             start = offset + image.start
-            after = start + len(image.stream) * tokens_per_tile  # the image's </img>
+            after = start + len(image.stream) * settings.tokens_per_tile  # the image's </img>
             first = first_tile.setdefault(id(image), num_tiles)
             if first == num_tiles:
                 tiles.append(image.tiles)
                 num_tiles += len(image.tiles)
             stream_tiles += [first + tile for tile in image.stream]
             stream_positions.append(torch.arange(start, after))
-            memory_tiles += [first + tile for tile in image.memory]
-            coordinates.append(image.memory_coordinates_M2)
-            span = torch.tensor([[after, offset + length]])
-            visible.append(span.expand(len(image.memory_coordinates_M2), 2))
+            shown.append((image, first, torch.tensor([[after, offset + length]])))
         offset += length
     if tiles:
         pixels = normalise(np.concatenate(tiles), settings.mean, settings.std)
     else:
-        pixels = torch.zeros(0, 3, size, size)
+        pixels = torch.zeros(0, 3, settings.image_size, settings.image_size)
     return {
         "pixels_NCHW": pixels,
-        "stream_tiles": torch.tensor(stream_tiles, dtype=torch.int64),
-        "stream_positions": torch.cat([torch.zeros(0, dtype=torch.int64), *stream_positions]),
-        "memory_tiles": torch.tensor(memory_tiles, dtype=torch.int64),
-        "memory_coordinates_M2": torch.cat([torch.zeros(0, 2), *coordinates]),
-        "memory_visible_M2": torch.cat([torch.zeros(0, 2, dtype=torch.int64), *visible]),
+        "stream_tiles": stream_tiles,
+        "stream_positions": torch.cat(stream_positions),
+        "memories": {memory.name: _memory(memory.name, shown) for memory in settings.memories},
     }
+
+
+def _memory(name: str, shown: Sequence[tuple[SampleImage, int, torch.Tensor]]) -> BatchMemory:
+    """The memory of this name over all images."""
+    tiles: list[int] = []
+    coordinates, visible = [], []
+    for image, first, span in shown:
+        held = image.memories[name]
+        tiles += [first + tile for tile in held.tiles]
+        coordinates.append(held.coordinates_M2)
+        visible.append(span.expand(len(held.coordinates_M2), 2))
+    return BatchMemory.build(tiles, coordinates, visible)

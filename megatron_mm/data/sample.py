@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from megatron_mm.config.memories import IMAGES, Memory
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.chat import Encoded, encode_prompt, encode_row
 from megatron_mm.data.images import (
@@ -26,7 +28,7 @@ from megatron_mm.data.tiles import (
     image_settings,
     memory_coordinates,
     select_tiles,
-    used_tiles,
+    tiles_by_images,
 )
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
@@ -37,47 +39,53 @@ MAX_SIZES = 10**5  # image sizes kept in memory, about 20 MB
 
 
 class Size(NamedTuple):
-    """Cost of a sample: tokens in the stream, tiles through the ViT."""
+    """The cost of a sample: tokens of the stream, tiles through the ViT."""
 
     tokens: int
     tiles: int
 
 
-@dataclass
+@dataclass(frozen=True)
+class ImageMemory:
+    """The part of one image that one memory holds."""
+
+    tiles: list[int]  # indices into the image's tiles
+    coordinates_M2: torch.Tensor  # float32 (y, x) of the patch centres
+
+
+@dataclass(frozen=True)
 class SampleImage:
     """Image of a sample: its used tiles, and which of them enter the stream and the memory."""
 
     tiles: np.ndarray  # uint8 [used tiles, S, S, 3]
     grid: TileGrid
     stream: list[int]  # indices into `tiles`
-    memory: list[int]  # indices into `tiles`
-    memory_coordinates_M2: torch.Tensor  # float32 (y, x) of the memory's patch centres
+    memories: dict[str, ImageMemory]  # by the name of the memory
     start: int  # position of the first stream token in the sample
 
-    @staticmethod
-    def of(
-        grid: TileGrid,
-        tiles: np.ndarray,
-        settings: ImageSettings,
-        start: int,
-        other: np.ndarray | None = None,
+    @classmethod
+    def build(
+        cls, grid: TileGrid, tiles: Mapping[str, np.ndarray], settings: ImageSettings, start: int
     ) -> SampleImage:
-        """Sorts tiles by use.
-
-        Args:
-            tiles: uint8 [used tiles, S, S, 3].
-            start: position of the first stream token in the sample.
-            other: used tiles of the image that replaces this one in the memory.
         """
-        used = used_tiles(grid, settings)
-        stream = [used.index(t) for t in select_tiles(grid, settings.image_stream)]
-        memory = [used.index(t) for t in select_tiles(grid, settings.vision_memory)]
-        if other is not None:
-            tiles = np.concatenate((tiles[stream], other[memory]))
-            places = range(len(tiles))
-            stream, memory = [*places[: len(stream)]], [*places[len(stream) :]]
-        centres_M2 = memory_coordinates(grid, settings)
-        return SampleImage(tiles, grid, stream, memory, centres_M2, start)
+        Args:
+            tiles: by key of the row, those of `tiles_by_images`: memories may hold another image
+                in the place of the stream's.
+        """
+        place: dict[tuple[str, int], int] = {}
+        for key, used in tiles_by_images(grid, settings).items():
+            place |= {(key, tile): len(place) + n for n, tile in enumerate(used)}
+        stream = [place[IMAGES, tile] for tile in select_tiles(grid, settings.image_stream)]
+        memories = {
+            memory.name: ImageMemory(
+                [place[memory.images, tile] for tile in select_tiles(grid, memory.tiles)],
+                memory_coordinates(grid, memory, settings.patches_per_side),
+            )
+            for memory in settings.memories
+        }
+        held = list(tiles.values())
+        joined = held[0] if len(held) == 1 else np.concatenate(held)
+        return cls(joined, grid, stream, memories, start)
 
 
 @dataclass
@@ -92,8 +100,7 @@ class Sample:
 class _Draft(NamedTuple):
     """Sample whose pixels have not been read."""
 
-    files: list[ImageFile]
-    others: list[ImageFile]  # replace them in the memory; empty: none
+    files: dict[str, list[ImageFile]]  # by key of the row, "images" first
     grids: list[TileGrid]
     encoded: Encoded
 
@@ -113,55 +120,44 @@ class SampleBuilder:
         self.settings = image_settings(run)
         self.tokenizer = tokenizer
         self.seq_length = run.data.seq_length
-        self._memory_images = run.data.memory_images
-        self._cache: OrderedDict[tuple[Path | None, TileGrid], np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._cache_bytes, self._held_bytes = cache_bytes, 0
         self._sizes: dict[Path | None, tuple[int, int]] = {}
 
     def training(self, row: dict[str, Any], where: str, folder: Path) -> Sample:
-        """Builds the whole conversation with supervised answers.
-
-        Raises:
-            DataError: the row is bad.
-        """
+        """Returns the whole conversation, its answers supervised. Raises DataError."""
         return self._build(encode_row, row, where, folder)
 
     def prompt(self, row: dict[str, Any], where: str, folder: Path) -> Sample:
-        """Builds the conversation up to where the last answer begins.
-
-        Raises:
-            DataError: the row is bad.
-        """
+        """Returns the conversation up to where the last answer begins. Raises DataError."""
         return self._build(encode_prompt, row, where, folder)
 
     def measure(self, row: dict[str, Any], where: str, folder: Path) -> Size:
-        """Returns the size of the sample that `training` builds, from text and image headers.
-
-        Raises:
-            DataError: the row is bad. Pixels that cannot be decoded are not noticed.
-        """
+        """Returns the size that `training` would have, from the text and the headers of the
+        images. Raises DataError for all that is wrong with the row but pixels that cannot be
+        decoded."""
         draft = self._draft(encode_row, row, where, folder)
         return Size(len(draft.encoded.tokens), sum(map(self._tiles_seen, draft.grids)))
 
     def _tiles_seen(self, grid: TileGrid) -> int:
-        if self._memory_images == "images":
-            return len(used_tiles(grid, self.settings))
-        choices = (self.settings.image_stream, self.settings.vision_memory)
-        return sum(len(select_tiles(grid, choice)) for choice in choices)
+        return sum(map(len, tiles_by_images(grid, self.settings).values()))
 
     def _draft(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> _Draft:
-        files = self._files("images", row, where, folder)
-        if files and self.settings is None:
+        own = self._files(IMAGES, row, where, folder)
+        if own and self.settings is None:
             raise DataError(
-                f"{where}: {len(files)} images but the model has no vision; remove them or set "
+                f"{where}: {len(own)} images but the model has no vision; remove them or set "
                 "model.vision"
             )
-        grids = choose_grids([self._size(f, where) for f in files], self.settings, where)
-        others = self._others(grids, row, where, folder)
+        grids = choose_grids([self._size(f, where) for f in own], self.settings, where)
+        files = {IMAGES: own}
+        for memory in self.settings.memories if self.settings else ():
+            if memory.images not in files:
+                files[memory.images] = self._others(memory, grids, row, where, folder)
         stream = [select_tiles(grid, self.settings.image_stream) for grid in grids]
         counts = [len(tiles) * self.settings.tokens_per_tile for tiles in stream]
         encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length)
-        return _Draft(files, others, grids, encoded)
+        return _Draft(files, grids, encoded)
 
     def _files(self, key: str, row: dict[str, Any], where: str, folder: Path) -> list[ImageFile]:
         names = row.get(key)
@@ -171,36 +167,27 @@ class SampleBuilder:
         return [find_image(n, i, folder, where) for i, n in enumerate(names, start=1)]
 
     def _others(
-        self, grids: list[TileGrid], row: dict[str, Any], where: str, folder: Path
+        self, memory: Memory, grids: list[TileGrid], row: dict[str, Any], where: str, folder: Path
     ) -> list[ImageFile]:
-        key = self._memory_images
-        if key == "images":
-            return []
+        key = memory.images
         files = self._files(key, row, where, folder)
         found = choose_grids([self._size(f, where) for f in files], self.settings, where)
         if found != grids:
             raise DataError(
                 f"{where}: {len(files)} images in {key!r} for {len(grids)} in 'images'; "
-                "memory_images needs as many, of the same grids of tiles"
+                f"{memory.images_setting} needs as many, of the same grids of tiles"
             )
         return files
 
     def _build(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> Sample:
         draft = self._draft(encode, row, where, folder)
-        encoded = draft.encoded
-        others = draft.others or [None] * len(draft.files)
-        images = [
-            SampleImage.of(
-                grid,
-                self._tiles(file, grid, where),
-                self.settings,
-                start,
-                None if other is None else self._tiles(other, grid, where),
-            )
-            for file, other, grid, start in zip(
-                draft.files, others, draft.grids, encoded.image_starts, strict=True
-            )
-        ]
+        encoded, images = draft.encoded, []
+        for n, (grid, start) in enumerate(zip(draft.grids, encoded.image_starts, strict=True)):
+            tiles = {
+                key: self._tiles(draft.files[key][n], grid, used, where)
+                for key, used in tiles_by_images(grid, self.settings).items()
+            }
+            images.append(SampleImage.build(grid, tiles, self.settings, start))
         tokens_T = torch.tensor(encoded.tokens, dtype=torch.int64)
         labels_T = torch.full_like(tokens_T, self.tokenizer.pad_id)
         labels_T[:-1] = tokens_T[1:]
@@ -218,15 +205,16 @@ class SampleBuilder:
             self._sizes[file.path] = size
         return size
 
-    def _tiles(self, file: ImageFile, grid: TileGrid, where: str) -> np.ndarray:
-        """Returns the used tiles, uint8 [N, S, S, 3], from the cache if possible."""
-        key = (file.path, grid)
+    def _tiles(
+        self, file: ImageFile, grid: TileGrid, used: Sequence[int], where: str
+    ) -> np.ndarray:
+        """Returns some tiles of an image, uint8 [N, S, S, 3], decoded and cut or remembered."""
+        key = (file.path, grid, *used)
         found = self._cache.get(key)
         if found is not None:
             self._cache.move_to_end(key)
             return found
         image = load_image(file, where)
-        used = used_tiles(grid, self.settings)
         found = np.ascontiguousarray(cut_tiles(image, grid, self.settings.image_size)[used])
         if file.path is None or found.nbytes > self._cache_bytes:
             return found

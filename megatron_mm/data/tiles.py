@@ -1,4 +1,4 @@
-"""Selects the tiles of an image for the token stream and for the vision memory."""
+"""Chooses the tiles of an image for the token stream and for each vision memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from megatron_mm.config.memories import IMAGES, Memory, memories
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.images import TileGrid, choose_grid
 from megatron_mm.errors import DataError
@@ -15,7 +16,8 @@ from megatron_mm.errors import DataError
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Image settings of a run. Sizes are in pixels."""
+    """The settings of the vision side that cutting and placing images depends on. Sizes are
+    pixels."""
 
     image_size: int
     patch_size: int
@@ -24,7 +26,7 @@ class ImageSettings:
     max_image_tokens: int | None
     use_thumbnail: bool
     image_stream: str
-    vision_memory: str
+    memories: tuple[Memory, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -39,10 +41,10 @@ class ImageSettings:
 
 
 def image_settings(run: RunConfig) -> ImageSettings | None:
-    """Returns the checked image settings of a run; None for a model without vision.
+    """Returns the image half of a run's settings, checked; None for a model without vision.
 
     Raises:
-        DataError: sizes do not divide, or a thumbnail is used but never made.
+        DataError: for sizes that do not divide, or a thumbnail that is asked for but never made.
     """
     vision, fusion, data = run.model.vision, run.model.fusion, run.data
     if vision is None:
@@ -53,10 +55,9 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
             f"image_size {vision.image_size} is not a multiple of patch_size "
             f"{vision.patch_size} x pixel_shuffle_factor {fusion.pixel_shuffle_factor} = {unit}"
         )
-    for name, value in (
-        ("image_stream", fusion.image_stream),
-        ("vision_memory", fusion.vision_memory),
-    ):
+    held = memories(run.model, data.memory_images)
+    chosen = {"image_stream": fusion.image_stream} | {m.tiles_setting: m.tiles for m in held}
+    for name, value in chosen.items():
         if value == "thumbnail" and not data.use_thumbnail and data.max_num_tiles > 1:
             raise DataError(
                 f"{name} is 'thumbnail' but use_thumbnail is false while max_num_tiles is "
@@ -72,14 +73,14 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
         max_image_tokens=data.max_image_tokens,
         use_thumbnail=data.use_thumbnail,
         image_stream=fusion.image_stream,
-        vision_memory=fusion.vision_memory,
+        memories=held,
         mean=tuple(data.image_mean),
         std=tuple(data.image_std),
     )
 
 
 def select_tiles(grid: TileGrid, choice: str) -> list[int]:
-    """Returns indices of the grid's tiles for a choice: none, thumbnail, tiles or all.
+    """Returns ascending indices into the grid's tiles for thumbnail / tiles / all.
 
     An image of one tile has no separate thumbnail; the tile itself is used in its place.
 
@@ -87,8 +88,6 @@ def select_tiles(grid: TileGrid, choice: str) -> list[int]:
         DataError: the choice is "thumbnail" and the grid has none.
     """
     cells = grid.rows * grid.cols
-    if choice == "none":
-        return []
     if choice == "all":
         return list(range(grid.num_tiles))
     if choice == "tiles" or cells == 1:
@@ -102,25 +101,35 @@ def select_tiles(grid: TileGrid, choice: str) -> list[int]:
 
 
 def used_tiles(grid: TileGrid, settings: ImageSettings) -> list[int]:
-    """Returns indices of the tiles the ViT sees: those of the stream and of the memory."""
-    stream = select_tiles(grid, settings.image_stream)
-    return sorted({*stream, *select_tiles(grid, settings.vision_memory)})
+    """Returns the tiles that the ViT sees: those of the stream and of every memory, ascending."""
+    choices = (settings.image_stream, *(memory.tiles for memory in settings.memories))
+    return sorted({tile for choice in choices for tile in select_tiles(grid, choice)})
+
+
+def tiles_by_images(grid: TileGrid, settings: ImageSettings) -> dict[str, list[int]]:
+    """Returns the tiles that the ViT sees of the images under each key of a row, ascending; the
+    stream's key comes first."""
+    choices = {IMAGES: {settings.image_stream}}
+    for memory in settings.memories:
+        choices.setdefault(memory.images, set()).add(memory.tiles)
+    return {
+        key: sorted({tile for choice in chosen for tile in select_tiles(grid, choice)})
+        for key, chosen in choices.items()
+    }
 
 
 def choose_grids(
     sizes: Sequence[tuple[int, int]], settings: ImageSettings | None, where: str
 ) -> list[TileGrid]:
-    """Chooses the grid of every image of a row.
+    """Returns the grid of every image of a row, from their (width, height). `settings` may be
+    None if there is no image.
 
-    If the tiles that the ViT sees exceed `max_image_tokens`, one lower `max_num_tiles` is used for
-    all images: the largest with which they fit.
-
-    Args:
-        sizes: (width, height) of each image in pixels.
-        settings: may be None if there is no image.
+    If the tiles that the ViT sees cost more than `max_image_tokens`, all images are tiled
+    again as if `max_num_tiles` were lower, down to 1, until they fit: the largest such limit
+    counts, and it is the same for all of them.
 
     Raises:
-        DataError: the images do not fit with 1 tile each.
+        DataError: if even 1 tile each is too much.
     """
     if not sizes:
         return []
@@ -148,12 +157,11 @@ def choose_grids(
 
 
 @lru_cache(maxsize=1024)
-def memory_coordinates(grid: TileGrid, settings: ImageSettings) -> torch.Tensor:
-    """Returns the centres (y, x) of the memory's patches, tile by tile, float32 [M, 2]. All images
-    of the same grid share the tensor, so it must not be changed."""
-    tiles = select_tiles(grid, settings.vision_memory)
-    centres = [patch_centres(grid, tile, settings.patches_per_side) for tile in tiles]
-    return torch.cat([torch.zeros(0, 2), *centres])
+def memory_coordinates(grid: TileGrid, memory: Memory, patches_per_side: int) -> torch.Tensor:
+    """Returns the centres (y, x) of the patches in a memory, tile by tile, float32 [M, 2]. One
+    tensor is shared by all images of the same grid: not to be written to."""
+    tiles = select_tiles(grid, memory.tiles)
+    return torch.cat([patch_centres(grid, tile, patches_per_side) for tile in tiles])
 
 
 def patch_centres(grid: TileGrid, tile: int, patches_per_side: int) -> torch.Tensor:

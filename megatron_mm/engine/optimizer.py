@@ -26,7 +26,7 @@ def module_of(name: str) -> str:
     """Returns the module of a parameter: vision, projector, clvr, router or language."""
     if name.startswith("vision.projector."):
         return "projector"
-    if name.startswith("vision.memory_proj.") or ".looks." in name:
+    if name.startswith("vision.memory_proj") or ".looks." in name:
         return "clvr"
     if name.startswith("vision."):
         return "vision"

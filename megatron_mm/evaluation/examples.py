@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.config import parse_pattern, token_multiple
+from megatron_mm.config import look_memories, parse_pattern, token_multiple
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches, receive
@@ -122,17 +122,17 @@ def _example(record: dict, item: EvalItem, folder: Path) -> dict:
 def _looks(
     engine: Engine, tokenizer: Tokenizer, item: EvalItem, answer: list[int], looks: Looks, i: int
 ) -> list[dict]:
-    """Attention weights of each look over the first image, with patches in reading order."""
+    """Attention weights of each look over the first image, with the patches of the memory that it
+    reads in reading order."""
     if not item.sample.images:
         return []
-    where = item.sample.images[0].memory_coordinates_M2
-    rows, columns = len(where[:, 0].unique()), len(where[:, 1].unique())
-    if rows * columns != len(where):
-        return []  # patches of several resolutions do not lie on one grid
-    order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
-    layers = parse_pattern(engine.run.model.hybrid_layer_pattern)
+    model = engine.run.model
+    layers, reads = parse_pattern(model.hybrid_layer_pattern), look_memories(model)
     found = []
     for pair in sorted(looks):
+        where = item.sample.images[0].memories[reads[pair].name].coordinates_M2
+        rows, columns = len(where[:, 0].unique()), len(where[:, 1].unique())
+        order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
         at = next(n for n, la in enumerate(layers) if la.kind == "L" and la.pair == pair)
         before = [layer.number for layer in layers[:at] if layer.number is not None]
         weights = looks[pair][i][: len(answer), : len(where)][:, order]
@@ -140,6 +140,7 @@ def _looks(
             {
                 "pair": pair,
                 "layer": before[-1] if before else 0,
+                "memory": reads[pair].name,
                 "tokens": [tokenizer.decode([t], skip_special=False) for t in answer],
                 "grid": [rows, columns],
                 "weights": [[round(float(w), 5) for w in row] for row in weights],

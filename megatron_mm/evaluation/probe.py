@@ -11,13 +11,15 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from megatron_mm.data.batch import Microbatch
+from megatron_mm.config import look_memories
+from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.routing import Routes
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
 
-# pair -> per sample [answer tokens, patches of that sample], averaged over heads
+# pair -> per sample [answer tokens, patches of that sample in the memory that the look reads],
+# averaged over heads
 Looks = dict[int, list[torch.Tensor]]
 # layer number -> [samples, experts]: number of tokens of each sample routed to each expert
 Load = dict[int, torch.Tensor]
@@ -49,9 +51,10 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
     load = {layer: _count(routes, mine, samples, experts) for layer, routes in chosen.items()}
     stream = Segments.from_cu_seqlens(batch.cu_seqlens)
     local = stream.within(part(stream.total, groups.pg.cp))
-    patches = _patches(batch, samples)
     looks: Looks = {}
+    reads = look_memories(engine.run.model)
     for pair, recorded in weights.items():
+        patches = _patches(batch.memories[reads[pair].name], batch.cu_seqlens, samples)
         seen = [weights.float().mean(0).cpu() for weights in recorded]
         looks[pair] = [
             _answer_rows(seen, stream, local, sample, prompt_lengths[sample], patches[sample])
@@ -74,9 +77,9 @@ def _count(
     return table.index_put_(where, torch.ones(()), accumulate=True)[:samples]
 
 
-def _patches(batch: Microbatch, samples: int) -> list[int]:
-    """Number of memory patches of each sample."""
-    owner = torch.searchsorted(batch.cu_seqlens[1:], batch.memory_visible_M2[:, 1].contiguous())
+def _patches(memory: BatchMemory, cu_seqlens: torch.Tensor, samples: int) -> list[int]:
+    """Counts the patches of a memory that belong to each sample."""
+    owner = torch.searchsorted(cu_seqlens[1:], memory.visible_M2[:, 1].contiguous())
     return torch.bincount(owner, minlength=samples)[:samples].tolist()
 
 

@@ -41,9 +41,12 @@ def with_answers(
     if tail:
         positions[total:] = torch.arange(tail)
         cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + tail))
-    visible = prompts.memory_visible_M2
-    owner = torch.searchsorted(prompts.cu_seqlens[1:].contiguous(), visible[:, 1].contiguous())
-    visible = torch.stack((moved(visible[:, 0], owner), moved(visible[:, 1], owner) + grown), 1)
+    ends, memories = prompts.cu_seqlens[1:].contiguous(), {}
+    for name, memory in prompts.memories.items():
+        first, last = memory.visible_M2.unbind(1)
+        owner = torch.searchsorted(ends, last.contiguous())
+        visible = torch.stack((moved(first, owner), moved(last, owner) + grown), 1)
+        memories[name] = replace(memory, visible_M2=visible)
     return replace(
         prompts,
         tokens_T=tokens,
@@ -53,5 +56,5 @@ def with_answers(
         cu_seqlens=cu_seqlens,
         num_real_tokens=total,
         stream_positions=moved(prompts.stream_positions, sample[prompts.stream_positions]),
-        memory_visible_M2=visible,
+        memories=memories,
     )

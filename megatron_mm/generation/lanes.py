@@ -123,18 +123,8 @@ class Lane:
         """Returns one position per row: its last token, or a pad token if the row is free."""
         rows = torch.arange(self.cache.rows)
         tokens = self.tokens_RG[rows, (self.count_R - 1).clamp(min=0)]
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return Microbatch(
-            tokens_T=torch.where(self.active_R, tokens, pad_id),
-            labels_T=torch.zeros_like(rows),
-            loss_mask_T=torch.zeros(len(rows)),
+        return Microbatch.build(
+            torch.where(self.active_R, tokens, pad_id),
+            [1] * len(rows),
             position_ids_T=self.cache.lengths_R.clone(),
-            cu_seqlens=torch.arange(len(rows) + 1),
-            num_real_tokens=len(rows),
-            pixels_NCHW=torch.zeros(0),
-            stream_tiles=nothing,
-            stream_positions=nothing,
-            memory_tiles=nothing,
-            memory_coordinates_M2=torch.zeros(0, 2),
-            memory_visible_M2=nothing.view(0, 2),
         )

@@ -1,21 +1,21 @@
-"""What every layer of a stage knows about the microbatch, worked out once per stage.
+"""The facts about a microbatch that every layer of a stage needs, worked out once per stage.
 
-All of it follows from the batch's lengths and offsets, which every rank has; nothing here
+All of them follow from the batch's lengths and offsets, which every rank has; nothing here
 crosses the wire.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mm.config import Layer, ModelConfig
+from megatron_mm.config import Layer, Memory, ModelConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.layers.clvr import MemoryMap, memory_hidden_size
+from megatron_mm.model.layers.clvr import MemoryMap
 from megatron_mm.model.layers.rotary import rotary_table
 from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
@@ -23,11 +23,11 @@ from megatron_mm.parallel.sequence import part, shard, take
 from megatron_mm.report.metrics import MUTED, Metrics
 
 
-def memory_rows(batch: Microbatch, model: ModelConfig, tp_size: int) -> int:
-    """Rows of the padded memory: at least one per rank, foldable to full width on the wire."""
-    fold = model.language.hidden_size // memory_hidden_size(model)
-    multiple = tp_size * fold
-    return max(1, -(-len(batch.memory_visible_M2) // multiple)) * multiple
+def memory_rows(batch: Microbatch, memory: Memory, tp_size: int) -> int:
+    """Returns the rows of a padded memory: at least one per rank, foldable to full width on the
+    wire."""
+    multiple = tp_size * memory.fold
+    return max(1, -(-len(batch.memories[memory.name].visible_M2) // multiple)) * multiple
 
 
 @dataclass
@@ -39,7 +39,8 @@ class StreamContext:
         rotary: (cos, sin) of the part, each [T / CP, rotary_dim] in fp32.
         padding_1t: bool, True on this rank's positions that are padding; None without padding.
         supervised_tokens: of the whole microbatch, a scalar.
-        memory: for the looks of this stage, seen from the part.
+        memories: name -> who may look at which patch, for the memories that the looks of this
+            stage read, seen from the part.
         recomputing: the pass is a repetition for the backward pass.
         looks: pair -> attention weights, filled when recording (evaluation only).
         cache: of the rows being decoded.
@@ -53,7 +54,7 @@ class StreamContext:
     rotary: tuple[torch.Tensor, torch.Tensor]
     padding_1t: torch.Tensor | None
     supervised_tokens: torch.Tensor
-    memory: MemoryMap | None
+    memories: dict[str, MemoryMap]
     recomputing: bool = False
     looks: dict[int, list[torch.Tensor]] | None = None
     cache: DecodeCache | None = None
@@ -63,8 +64,16 @@ class StreamContext:
 
     @classmethod
     def build(
-        cls, batch: Microbatch, model: ModelConfig, pg: ProcessGroupCollection, with_memory: bool
+        cls,
+        batch: Microbatch,
+        model: ModelConfig,
+        pg: ProcessGroupCollection,
+        read: Iterable[Memory],
     ) -> StreamContext:
+        """
+        Args:
+            read: the memories that the looks of this stage read.
+        """
         language, device = model.language, batch.tokens_T.device
         segments = Segments.from_cu_seqlens(batch.cu_seqlens, device)
         rotary_dim = int(language.kv_channels * language.rotary_percent)
@@ -78,14 +87,11 @@ class StreamContext:
             held = shard(tokens, pg)
             positions = torch.arange(held.start, held.stop, device=device)
             padding = (positions >= batch.num_real_tokens).unsqueeze(0)
-        memory = None
-        if with_memory:
-            memory = MemoryMap.build(
-                segments,
-                local,
-                batch.memory_visible_M2,
-                batch.memory_coordinates_M2,
-                memory_rows(batch, model, pg.tp.size()),
+        memories = {}
+        for memory in read:
+            held, rows = batch.memories[memory.name], memory_rows(batch, memory, pg.tp.size())
+            memories[memory.name] = MemoryMap.build(
+                segments, local, held.visible_M2, held.coordinates_M2, rows
             )
         return cls(
             segments,
@@ -93,7 +99,7 @@ class StreamContext:
             rotary_table(take(batch.position_ids_T, mine), rotary_dim, language.rotary_base),
             padding,
             batch.loss_mask_T.sum(),
-            memory,
+            memories,
         )
 
     @property
@@ -103,6 +109,7 @@ class StreamContext:
         return MUTED if self.recomputing else self.first_pass_metrics
 
     def look_record(self, pair: int) -> list[torch.Tensor] | None:
+        """Returns the list that a look's attention weights are added to; None: none is wanted."""
         return None if self.looks is None else self.looks.setdefault(pair, [])
 
     def tap(self, layer: Layer, hidden_t1H: torch.Tensor) -> None:

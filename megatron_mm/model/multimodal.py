@@ -7,7 +7,7 @@ one packed tensor (parallel/wire.py) whose contents the layer pattern decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from megatron.core.enums import ModelType
@@ -21,14 +21,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm import platform
-from megatron_mm.config import Manifest, RunConfig, effective_pattern, model_stages, wire
+from megatron_mm.config import (
+    Manifest,
+    RunConfig,
+    look_memories,
+    model_stages,
+    read_memories,
+    wire,
+)
+from megatron_mm.config.memories import VISION
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.backends.choice import Backend, check_dispatcher, choose
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.families.internvit.model import InternViT
-from megatron_mm.model.layers.clvr import memory_hidden_size
 from megatron_mm.model.layers.linear import ReplicatedLinear, column, vocab_embedding
 from megatron_mm.model.layers.lora import add_lora
 from megatron_mm.model.layers.norms import RMSNorm
@@ -38,34 +45,39 @@ from megatron_mm.model.routing import RouterTerm, Routes, Routing
 from megatron_mm.model.stack import Stack
 from megatron_mm.parallel.param_layout import initialize, normal
 from megatron_mm.parallel.sequence import part, take
-from megatron_mm.parallel.wire import Payload, WireShape, pack, unpack
+from megatron_mm.parallel.wire import MemoryShape, Payload, WireShape, pack, unpack
 from megatron_mm.report.metrics import MUTED, Metrics
 
 
 class VisionTower(nn.Module):
     """Tiles to stream tokens and memory rows, whole on every tensor- and context-parallel rank.
 
-    Context-parallel ranks share the tiles of the ViT among them and gather its features.
+    Context-parallel ranks share the tiles of the ViT among them and gather its features. The
+    projection of the memory `vision` is `memory_proj`, those of further memories are
+    `memory_projs.<name>`. A memory that no look reads has none.
     """
 
-    def __init__(
-        self, run: RunConfig, config: TransformerConfig, pg: ProcessGroupCollection, memory: bool
-    ):
+    def __init__(self, run: RunConfig, config: TransformerConfig, pg: ProcessGroupCollection):
         super().__init__()
         model, self.cp = run.model, pg.cp
         inner = vision_config(run, config)
         self.size = model.vision.image_size
         self.vit = InternViT(model.vision, inner, pg.tp, Recompute.of(run.training).vision)
         self.projector = Projector(model, inner, pg.tp)
-        self.memory_proj = None
-        if memory:
-            self.memory_proj = ReplicatedLinear(
+        self.memories = read_memories(model)
+        self.memory_proj, self.memory_projs = None, nn.ModuleDict()
+        for memory in self.memories:
+            linear = ReplicatedLinear(
                 model.vision.vision_hidden_size,
-                memory_hidden_size(model),
+                memory.width,
                 init=normal(model.vision.vision_init_method_std),
                 bias=True,
                 dtype=config.params_dtype,
             )
+            if memory.name == VISION:
+                self.memory_proj = linear
+            else:
+                self.memory_projs[memory.name] = linear
 
     def _features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """[N, P * P, V]"""
@@ -78,8 +90,11 @@ class VisionTower(nn.Module):
         # Backward it sums what every rank's tokens and looks ask of the features.
         return gather_from_sequence_parallel_region(mine, group=self.cp)[:tiles]
 
-    def forward(self, batch: Microbatch, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(stream tokens [k, H], memory [rows, C], zero beyond the batch's patches).
+    def forward(
+        self, batch: Microbatch, rows: Mapping[str, int]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns stream tokens [k, H] and, by name, memories [its rows, its width], zero beyond
+        the batch's patches.
 
         A batch without images runs one empty tile whose features count nothing, so that
         every parameter takes part in every backward pass (DDP's overlap asserts it).
@@ -90,15 +105,16 @@ class VisionTower(nn.Module):
         features = self._features(pixels)
         stream = self.projector(features if empty else features[batch.stream_tiles])
         stream = stream.flatten(0, 1)
-        memory = None
-        if self.memory_proj is not None:
-            chosen = features if empty else features[batch.memory_tiles]
-            memory = self.memory_proj(chosen.flatten(0, 1))
+        found = {}
+        for name in (memory.name for memory in self.memories):
+            project = self.memory_proj if name == VISION else self.memory_projs[name]
+            chosen = features if empty else features[batch.memories[name].tiles]
+            memory = project(chosen.flatten(0, 1))
             if empty:
                 memory = memory[:1] * 0.0
-            padding = memory.new_zeros(rows - len(memory), memory.shape[1])
-            memory = torch.cat((memory, padding))
-        return (stream[:1] * 0.0 if empty else stream), memory
+            padding = memory.new_zeros(rows[name] - len(memory), memory.shape[1])
+            found[name] = torch.cat((memory, padding))
+        return (stream[:1] * 0.0 if empty else stream), found
 
 
 class MultimodalModel(MegatronModule):
@@ -121,27 +137,32 @@ class MultimodalModel(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.model_config, self.pg = run.model, pg
         language = run.model.language
-        pattern = effective_pattern(run.model)
         plan = model_stages(run)
-        boundaries = wire(plan)
+        looks = look_memories(run.model)
+        boundaries = wire(plan, [memory.name for memory in looks])
         index = chunk * pg.pp.size() + pg.pp.rank()
         stage = plan[index]
         self.pre_process, self.post_process = index == 0, index == len(plan) - 1
         self.arrives: Manifest | None = None if self.pre_process else boundaries[index - 1]
         self.leaves: Manifest | None = None if self.post_process else boundaries[index]
-        self.has_looks = "L" in pattern
+        self.memories = {memory.name: memory for memory in looks}
+        # The memories that looks of this stage read.
+        self.reads = [
+            memory
+            for memory in self.memories.values()
+            if any(la.kind == "L" and looks[la.pair] == memory for la in stage.layers)
+        ]
         # Moe indices of this stage's layers of experts, and experts that they leave out for now.
         self.moe_layers = [layer.number for layer in stage.layers if layer.kind == "E"]
         self.forbidden: Routes = {}
         self.letters = "".join(layer.kind for layer in stage.layers)
-        self.looks_here = any(layer.kind == "L" for layer in stage.layers)
         self.received: torch.Tensor | None = None
         self.watch: Callable | None = None  # diagnostics: (layer, hidden) as each layer ends
         init, dtype = normal(language.init_method_std), config.params_dtype
         self.vision = self.embedding = self.final_norm = self.output_layer = None
         if self.pre_process:
             if run.model.vision is not None:
-                self.vision = VisionTower(run, config, pg, self.has_looks)
+                self.vision = VisionTower(run, config, pg)
             self.embedding = vocab_embedding(
                 language.vocab_size, language.hidden_size, config=config, init=init, tp=pg.tp
             )
@@ -166,35 +187,38 @@ class MultimodalModel(MegatronModule):
         """Called by the schedule with what the previous stage sent."""
         self.received = tensor[0] if isinstance(tensor, list) else tensor
 
-    def _wire_shape(self, batch: Microbatch, manifest: Manifest, memory: bool) -> WireShape:
+    def _wire_shape(self, batch: Microbatch, manifest: Manifest, images: bool) -> WireShape:
         tp = self.pg.tp.size()
-        travels = manifest.memory and memory
-        rows = memory_rows(batch, self.model_config, tp) // tp if travels else 0
-        width = memory_hidden_size(self.model_config)
+        travel = [self.memories[name] for name in manifest.memories] if images else []
+        shapes = (MemoryShape(m.name, memory_rows(batch, m, tp) // tp, m.width) for m in travel)
         tokens = len(batch.tokens_T) // self.pg.tp_cp.size()
-        return WireShape(tokens, rows, width, manifest.refinements)
+        return WireShape(tokens, tuple(shapes), manifest.refinements)
 
     def wire_rows(self, batch: Microbatch, manifest: Manifest) -> int:
-        """Rows of the packed tensor [rows, 1, H] with these contents on this rank."""
+        """Returns the rows of the packed tensor [rows, 1, H] with these contents on this rank."""
         shape = self._wire_shape(batch, manifest, True)
-        folded = shape.memory_rows * shape.memory_width // self.model_config.language.hidden_size
-        return shape.hidden_rows * (1 + len(shape.refinements)) + folded
+        return sum(shape.sizes(self.model_config.language.hidden_size))
 
     def _embed(self, batch: Microbatch, images: bool) -> Payload:
         mine = part(len(batch.tokens_T), self.pg.cp)
         hidden = self.embedding(take(batch.tokens_T, mine))  # [T / CP, H], on every TP rank
-        memory = None
+        memories: dict[str, torch.Tensor] = {}
         if self.vision is not None and images:
-            rows = memory_rows(batch, self.model_config, self.pg.tp.size())
-            stream, memory = self.vision(batch, rows)
+            rows = {
+                memory.name: memory_rows(batch, memory, self.pg.tp.size())
+                for memory in self.vision.memories
+            }
+            stream, memories = self.vision(batch, rows)
             hidden = self._fill_in(hidden, stream.to(hidden.dtype), batch.stream_positions, mine)
         hidden = hidden.unsqueeze(1)
-        memory = None if memory is None else memory.unsqueeze(1)
+        memories = {name: memory.unsqueeze(1) for name, memory in memories.items()}
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg.tp)
-            if memory is not None:
-                memory = scatter_to_sequence_parallel_region(memory, group=self.pg.tp)
-        return Payload(hidden, memory)
+            memories = {
+                name: scatter_to_sequence_parallel_region(memory, group=self.pg.tp)
+                for name, memory in memories.items()
+            }
+        return Payload(hidden, memories)
 
     def _fill_in(
         self,
@@ -249,8 +273,8 @@ class MultimodalModel(MegatronModule):
             logits [K, 1, V / TP] on the last stage, else the wire's tensor.
         """
         prompts = cache is None or not cache.stepping  # in a step no row has an image
-        looks_here = self.looks_here and prompts
-        context = StreamContext.build(batch, self.model_config, self.pg, looks_here)
+        reads = self.reads if prompts else ()
+        context = StreamContext.build(batch, self.model_config, self.pg, reads)
         context.looks, context.watch, context.cache = looks, self.watch, cache
         context.first_pass_metrics = metrics
         context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term)

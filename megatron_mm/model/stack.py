@@ -14,7 +14,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mm.config import Layer, RunConfig, Stage, effective_pattern, num_layers
+from megatron_mm.config import (
+    Layer,
+    RunConfig,
+    Stage,
+    effective_pattern,
+    look_memories,
+    num_layers,
+)
 from megatron_mm.model.backends.choice import Backend
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.layers.attention import GatedAttention
@@ -80,7 +87,8 @@ class Stack(nn.Module):
         again = self.recompute.core_attn
         for layer in stage.layers:
             if layer.kind == "L":
-                self.looks[str(layer.pair)] = Look(model, config, pg, again)
+                memory = look_memories(model)[layer.pair]
+                self.looks[str(layer.pair)] = Look(model, config, pg, memory, again)
             if layer.kind in "G*E":
                 if layer.kind == "G":
                     inner = GatedDeltaNet(language, config, pg, out_std, backend, again)
@@ -112,7 +120,7 @@ class Stack(nn.Module):
                 record = context.look_record(layer.pair)
                 state = cache and cache.look(layer.pair)
                 waiting[layer.pair] = look(
-                    hidden, payload.memory_M1C, context.memory, record, state
+                    hidden, payload.memories, context.memories, record, state
                 )
             elif layer.kind == "J":
                 hidden = hidden + waiting.pop(layer.pair)
@@ -134,7 +142,7 @@ class Stack(nn.Module):
                     hidden, context.segments, cache and cache.delta(layer.number)
                 )
             context.tap(layer, hidden)
-        return Payload(hidden, payload.memory_M1C, waiting)
+        return Payload(hidden, payload.memories, waiting)
 
 
 def _blocks(layers: Sequence[Layer], size: int | None) -> list[tuple[Layer, ...]]:

@@ -13,7 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_mm.config import RunConfig, effective_pattern
+from megatron_mm.config import (
+    Memory,
+    RunConfig,
+    effective_pattern,
+    look_memories,
+    read_memories,
+)
 from megatron_mm.config import cost as sizes
 from megatron_mm.config.cost import Linear, products
 from megatron_mm.data.batch import Microbatch
@@ -115,9 +121,10 @@ class _Counter:
 def count(run: RunConfig, work: Work) -> dict[str, Flops]:
     """By part: vision, projector, memory, delta_net, attention, router, experts, looks, output."""
     counter, recompute = _Counter(run, work), Recompute.of(run.training)
-    memory_flows = stream_flows = False
+    stream_flows, memory_flows = False, {}
     if run.model.vision is not None:
         stream_flows, memory_flows = _vision(counter, recompute)
+    reads = iter(look_memories(run.model))
     counter.flows = stream_flows or counter.trains("language")  # the embedding
     found: list[bool] = []  # what waiting looks found: whether it depends on what learns
     whole = recompute.sublayers is not None
@@ -126,7 +133,8 @@ def count(run: RunConfig, work: Work) -> dict[str, Flops]:
     for letter in effective_pattern(run.model):
         if letter == "L":
             before = _forward(counter, ("looks",))
-            core, flows = _look(counter, memory_flows)
+            memory = next(reads)
+            core, flows = _look(counter, memory, memory_flows.get(memory.name, False))
             found.append(flows)
             # A look whose find nobody has added yet is repeated with the block it stands in.
             kept, counter.flows = counter.flows, counter.flows or flows
@@ -155,8 +163,8 @@ def _forward(counter: _Counter, parts: tuple[str, ...]) -> float:
     return sum(counter.parts[name].forward for name in parts if name in counter.parts)
 
 
-def _vision(counter: _Counter, recompute: Recompute) -> tuple[bool, bool]:
-    """Whether the stream's image tokens, and the memory, depend on what learns."""
+def _vision(counter: _Counter, recompute: Recompute) -> tuple[bool, dict[str, bool]]:
+    """Returns whether the stream's image tokens, and each memory, depend on what learns."""
     run, work, vit = counter.run, counter.work, counter.run.model.vision
     of = sizes.vision_linears(run.model)
     inside = sizes.patches(vit) * work.tiles
@@ -184,11 +192,14 @@ def _vision(counter: _Counter, recompute: Recompute) -> tuple[bool, bool]:
     for linear in of["projector"]:
         given = stream or counter.trains("projector")  # the norm, the bias
         stream = counter.linear("projector", linear, tokens, "projector", flows=given, adapter=True)
-    if not work.patches:
-        return stream, False
-    (linear,) = of["memory"]
-    memory = counter.linear("memory", linear, work.patches, "clvr", flows=flows, spare="none")
-    return stream, memory
+    memories = {}
+    for memory in read_memories(run.model):
+        if rows := work.memories[memory.name].patches:
+            (linear,) = sizes.memory_linears(run.model, memory)["memory"]
+            memories[memory.name] = counter.linear(
+                "memory", linear, rows, "clvr", flows=flows, spare="none"
+            )
+    return stream, memories
 
 
 def _delta_net(counter: _Counter) -> float:
@@ -239,17 +250,17 @@ def _experts(counter: _Counter) -> float:
     return 0.0
 
 
-def _look(counter: _Counter, memory_flows: bool) -> tuple[float, bool]:
-    """(the core's FLOPs forward, whether what it finds depends on what learns)."""
+def _look(counter: _Counter, memory: Memory, memory_flows: bool) -> tuple[float, bool]:
+    """Returns the core's FLOPs forward, and whether what it finds depends on what learns."""
     work, model = counter.work, counter.run.model
-    of, learns = sizes.vision_linears(model), counter.trains("clvr")
-    query, out = of["L"]
-    (memory,) = of["L memory"]
+    learns, held = counter.trains("clvr"), work.memories[memory.name]
+    query, out = sizes.vision_linears(model)["L"]
+    (both,) = sizes.memory_linears(model, memory)["L memory"]
     flows = counter.linear("looks", query, work.tokens, "clvr", flows=counter.flows or learns)
-    flows |= counter.linear("looks", memory, work.memory_rows, "clvr", flows=memory_flows or learns)
-    if model.fusion.memory_coordinates:
+    flows |= counter.linear("looks", both, held.rows, "clvr", flows=memory_flows or learns)
+    if memory.coordinates:
         features = (4 * COORDINATE_FREQUENCIES, query[1])
-        counter.linear("looks", features, work.memory_rows, "clvr", flows=False)
-    mixing = sizes.look(model, work.look_pairs)
+        counter.linear("looks", features, held.rows, "clvr", flows=False)
+    mixing = sizes.look(model, held.pairs)
     counter.mix("looks", mixing, work.attention_backward * mixing, flows)
     return mixing, counter.linear("looks", out, work.tokens, "clvr", flows=flows)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megatron_mm.config import ConfigError, RunConfig, model_stages, validate, wire
+from megatron_mm.config import (
+    ConfigError,
+    RunConfig,
+    look_memories,
+    model_stages,
+    validate,
+    wire,
+)
 from megatron_mm.engine.optimizer import overlap_settings
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.hardware import GPU, Assumptions
@@ -88,13 +95,14 @@ def too_large(plan: LayoutPlan) -> ConfigError:
 
 
 def _what_it_holds(run: RunConfig, place: int) -> tuple:
-    """Equal for pipeline ranks that hold and exchange the same."""
-    stages = model_stages(run)
-    between = [None, *wire(stages), None]
+    """Returns a value that is equal for pipeline ranks that hold and exchange the same."""
+    stages, reads = model_stages(run), look_memories(run.model)
+    between = [None, *wire(stages, [memory.name for memory in reads]), None]
     ranks = run.parallel.pipeline_model_parallel_size
     return tuple(
         (
             "".join(layer.kind for layer in stages[index].layers),
+            tuple(reads[layer.pair] for layer in stages[index].layers if layer.kind == "L"),
             _contents(between[index]),
             _contents(between[index + 1]),
         )
@@ -103,4 +111,4 @@ def _what_it_holds(run: RunConfig, place: int) -> tuple:
 
 
 def _contents(manifest) -> tuple | None:
-    return None if manifest is None else (manifest.memory, len(manifest.refinements))
+    return None if manifest is None else (manifest.memories, len(manifest.refinements))

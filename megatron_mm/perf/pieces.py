@@ -12,7 +12,13 @@ from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
-from megatron_mm.config import RunConfig, Stage, effective_pattern
+from megatron_mm.config import (
+    RunConfig,
+    Stage,
+    effective_pattern,
+    look_memories,
+    read_memories,
+)
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.memory import State
 from megatron_mm.perf.rank import RankPlan, plan_rank
@@ -24,10 +30,11 @@ FIRST, LAST = "first", "last"
 
 @dataclass(frozen=True)
 class Pieces:
-    """Of one split and recompute: letter, or what only the first and the last stage have, to its
-    plan as a stage; a microbatch is one sample.
+    """The pieces of one split and recompute; a microbatch is one sample.
 
     Attributes:
+        plans: a letter, a look by its memory, or what only the first and the last stage have ->
+            its plan as a stage.
         expert_ranks: ranks that the routed experts of a layer were dealt to.
     """
 
@@ -41,10 +48,11 @@ def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
         run: its tensor, context and expert parallel sizes and its recompute count; pipeline and
             micro batch do not.
     """
-    letters = [kind for kind in "G*LJ" if kind in effective_pattern(run.model)]
-    pattern = "".join(kind + "E" * (kind in "G*") for kind in letters)
+    letters = [kind for kind in "G*" if kind in effective_pattern(run.model)]
+    read = [memory.name for memory in read_memories(run.model)]
+    pattern = "".join(kind + "E" for kind in letters) + "L" * len(read) + "J" * len(read)
     small = deepcopy(run)
-    small.model.hybrid_layer_pattern = pattern
+    small.model.hybrid_layer_pattern, small.model.fusion.look_memories = pattern, read
     par = small.parallel
     par.pipeline_model_parallel_size = len(pattern) + 2
     par.virtual_pipeline_model_parallel_size = None
@@ -56,11 +64,17 @@ def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
     small.training.global_batch_size = per_stage // shards
     batch = planned_batch(small, images, supervised)
     wanted = {FIRST: 0, LAST: len(pattern) + 1}
-    wanted |= {kind: pattern.index(kind) + 1 for kind in {*pattern}}
+    wanted |= {kind: pattern.index(kind) + 1 for kind in {*pattern} - {"L"}}
+    wanted |= {_look(name): pattern.find("L") + n + 1 for n, name in enumerate(read)}
     plans = {
         name: plan_rank(small, place * per_stage, world, batch) for name, place in wanted.items()
     }
     return Pieces(plans, par.expert_model_parallel_size)
+
+
+def _look(memory: str) -> str:
+    """Returns the name of the piece that looks at this memory."""
+    return f"L {memory}"
 
 
 def rough_rank(
@@ -71,10 +85,10 @@ def rough_rank(
     ranks = par.pipeline_model_parallel_size
     shards = par.tensor_model_parallel_size * par.context_parallel_size
     replicas = world_size // (ranks * shards)
-    mine, traces = stages[place::ranks], []
+    mine, traces, reads = stages[place::ranks], [], look_memories(run.model)
     dense = expert = 0
     for stage in mine:
-        names = [layer.kind for layer in stage.layers]
+        names = [_look(reads[la.pair].name) if la.kind == "L" else la.kind for la in stage.layers]
         names = [FIRST] * (stage.index == 0) + names + [LAST] * (stage.index == len(stages) - 1)
         found = [pieces.plans[name] for name in names]
         dense += sum(plan.elements[0] - plan.elements[1] for plan in found)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mm import cli
+from megatron_mm.config.memories import VISION
 from megatron_mm.report.charts import curves, experts, histories, percent, skill_chart
 from megatron_mm.report.charts_rl import rl_charts
 from megatron_mm.report.metrics_log import METRICS_FILE, TABLE_FILE, format_duration, read_metrics
@@ -236,7 +237,9 @@ def _look(look: dict) -> dict[str, Any] | None:
     if not frames:
         return None
     shown = frames[:MAX_TOKENS]
-    title = f"look {look['pair']}, layer {look['layer']}"
+    memory = look.get("memory", VISION)
+    at = "" if memory == VISION else f" at {memory}"
+    title = f"look {look['pair']}{at}, layer {look['layer']}"
     return {"title": title, "frames": shown, "more": len(frames) - len(shown)}
 
 

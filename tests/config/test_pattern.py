@@ -20,6 +20,7 @@ from megatron_mm.config import (
     without_clvr,
 )
 from megatron_mm.config.cost import Costs
+from megatron_mm.config.memories import VISION
 
 
 def letters(some_stages) -> str:
@@ -146,7 +147,9 @@ def test_balanced_split_is_the_best_there_is(pattern, name):
             parts = [layers[a:b] for a, b in bounds]
             if all(any(layer.kind in "G*E" for layer in part) for part in parts):
                 options.append(score(parts, sum(map(waiting, cuts))))
-        chosen = sum(bool(manifest.refinements) for manifest in wire(found))
+        chosen = sum(
+            bool(manifest.refinements) for manifest in wire(found, [VISION] * pattern.count("L"))
+        )
         assert score([stage.layers for stage in found], chosen) == min(options)
 
 
@@ -177,14 +180,15 @@ def test_more_stages_than_layers():
 
 def test_wire_with_several_pairs_in_flight():
     pattern = "GE L GE L GE J GE L GE J GE J GE"
-    found = wire(stages(pattern, 7, "GE L| GE L| GE J| GE L| GE J| GE J| GE"))
+    layout = "GE L| GE L| GE J| GE L| GE J| GE J| GE"
+    found = wire(stages(pattern, 7, layout), [VISION] * 3)
     assert found == (
-        Manifest(memory=True, refinements=(0,)),
-        Manifest(memory=True, refinements=(0, 1)),
-        Manifest(memory=True, refinements=(1,)),
-        Manifest(memory=False, refinements=(1, 2)),
-        Manifest(memory=False, refinements=(2,)),
-        Manifest(memory=False, refinements=()),
+        Manifest(memories=(VISION,), refinements=(0,)),
+        Manifest(memories=(VISION,), refinements=(0, 1)),
+        Manifest(memories=(VISION,), refinements=(1,)),
+        Manifest(memories=(), refinements=(1, 2)),
+        Manifest(memories=(), refinements=(2,)),
+        Manifest(memories=(), refinements=()),
     )
 
 
@@ -195,21 +199,22 @@ def test_wire_carries_exactly_what_is_needed_at_any_boundary(pattern):
     layers = parse_pattern(pattern)
     for cut in range(1, len(layers)):
         text = "".join(layer.kind for layer in layers)
-        (manifest,) = wire(stages(pattern, 2, f"{text[:cut]}|{text[cut:]}"))
+        split = stages(pattern, 2, f"{text[:cut]}|{text[cut:]}")
+        (manifest,) = wire(split, [VISION] * text.count("L"))
         later_looks = [layer.pair for layer in layers[cut:] if layer.kind == "L"]
         later_injects = [layer.pair for layer in layers[cut:] if layer.kind == "J"]
-        assert manifest.memory == bool(later_looks)
+        assert manifest.memories == ((VISION,) if later_looks else ())
         assert set(manifest.refinements) == set(later_injects) - set(later_looks)
         assert list(manifest.refinements) == sorted(manifest.refinements)
 
 
 def test_no_wire_without_a_boundary():
-    assert wire(stages("GE L GE J", 1)) == ()
+    assert wire(stages("GE L GE J", 1), [VISION]) == ()
 
 
 def test_an_injection_at_once_needs_no_wire_of_its_own():
-    assert wire(stages("GE LJ GE", 2, "GELJ|GE")) == (Manifest(False, ()),)
-    assert wire(stages("GE LJ GE", 2, "GE|LJGE")) == (Manifest(True, ()),)
+    assert wire(stages("GE LJ GE", 2, "GELJ|GE"), [VISION]) == (Manifest((), ()),)
+    assert wire(stages("GE LJ GE", 2, "GE|LJGE"), [VISION]) == (Manifest((VISION,), ()),)
 
 
 def test_effective_pattern_drops_looks_that_have_nothing_to_look_at():

@@ -132,8 +132,8 @@ def test_greedy_tokens(exported):
     for mine, theirs in (
         (batch.pixels_NCHW, "pixel_values"),
         (batch.stream_tiles, "stream_tiles"),
-        (batch.memory_tiles, "memory_tiles"),
-        (batch.memory_coordinates_M2, "memory_coordinates"),
+        (batch.memories["vision"].tiles, "memory_tiles"),
+        (batch.memories["vision"].coordinates_M2, "memory_coordinates"),
     ):
         assert torch.equal(inputs[theirs], mine), theirs
     hf = load(root / "hf")

@@ -5,11 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_mm.data.batch import BatchMemory
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.images import normalise
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.errors import DataError
+from support.batches import values_of
 
 
 def build(run, tokenizer, path):
@@ -89,13 +91,15 @@ def test_tiles_of_stream_and_memory(
     ]
     assert torch.equal(made.pixels_NCHW, torch.cat(pixels))
     assert made.stream_tiles.tolist() == stream_tiles
-    assert made.memory_tiles.tolist() == memory_tiles
+    assert list(made.memories) == ([] if memory == "none" else ["vision"])
+    held = made.memories.get("vision", BatchMemory.build())
+    assert held.tiles.tolist() == memory_tiles
     # 4 stream tokens a tile, exactly where the context tokens stand.
     context = (made.tokens_T == tokenizer.image_context_id).nonzero().flatten()
     assert torch.equal(made.stream_positions, context)
     assert len(context) == 4 * len(stream_tiles)
-    assert made.memory_coordinates_M2.shape == made.memory_visible_M2.shape
-    assert len(made.memory_visible_M2) == 16 * len(memory_tiles)
+    assert held.coordinates_M2.shape == held.visible_M2.shape
+    assert len(held.visible_M2) == 16 * len(memory_tiles)
 
 
 def test_looks_may_be_given_other_images(run, tokenizer, write_rows, make_row):
@@ -118,16 +122,17 @@ def test_looks_may_be_given_other_images(run, tokenizer, write_rows, make_row):
         builder.training(one, rows.where(0), rows.folder)
     same = batch(builder, [builder.training(rows[1], rows.where(1), rows.folder)])
     assert torch.equal(same.tokens_T, own.tokens_T)
-    for name in ("stream_tiles", "memory_tiles"):
-        tiles = [made.pixels_NCHW[getattr(made, name)] for made in (same, own)]
+    for name in ("stream_tiles", "memories.vision.tiles"):
+        tiles = [made.pixels_NCHW[values_of(made)[name]] for made in (same, own)]
         assert len(tiles[0]) and torch.equal(*tiles)
     made = batch(builder, [builder.training(rows[2], rows.where(2), rows.folder)])
     halves = normalise(
         np.stack((pixels[:, :8], pixels[:, 8:])), run.data.image_mean, run.data.image_std
     )
-    assert torch.equal(made.pixels_NCHW[made.memory_tiles], halves)
+    assert torch.equal(made.pixels_NCHW[made.memories["vision"].tiles], halves)
     assert torch.equal(made.pixels_NCHW[made.stream_tiles], own.pixels_NCHW[own.stream_tiles])
-    assert torch.equal(same.memory_coordinates_M2, own.memory_coordinates_M2)
+    of_same, of_own = (made.memories["vision"].coordinates_M2 for made in (same, own))
+    assert torch.equal(of_same, of_own)
     assert builder.measure(rows[1], rows.where(1), rows.folder).tiles == len(same.pixels_NCHW) == 3
 
 
@@ -139,15 +144,17 @@ def test_a_patch_is_visible_from_its_image_to_the_end_of_its_sample(run, tokeniz
     bounds = made.cu_seqlens.tolist()
     expected = [[ends[0], bounds[1]]] * 32 + [[ends[1], bounds[1]]] * 16
     expected += [[ends[2], bounds[3]]] * 32
-    assert made.memory_visible_M2.tolist() == expected
-    left, right = made.memory_coordinates_M2[:16], made.memory_coordinates_M2[16:32]
+    held = made.memories["vision"]
+    assert held.visible_M2.tolist() == expected
+    left, right = held.coordinates_M2[:16], held.coordinates_M2[16:32]
     steps = [0.125, 0.375, 0.625, 0.875]
     assert left.tolist() == [[y, x / 2] for y in steps for x in steps]
     assert right.tolist() == [[y, 0.5 + x / 2] for y in steps for x in steps]
-    assert made.memory_coordinates_M2[32:48].tolist() == [[y, x] for y in steps for x in steps]
+    assert held.coordinates_M2[32:48].tolist() == [[y, x] for y in steps for x in steps]
 
 
 def test_empty_and_text_only_microbatches(run, tokenizer, three):
+    run.model.fusion.vision_memory = "tiles"
     builder, samples = build(run, tokenizer, three)
     for made, tokens in (
         (batch(builder, [], 8), 8),
@@ -155,10 +162,11 @@ def test_empty_and_text_only_microbatches(run, tokenizer, three):
     ):
         assert len(made.tokens_T) == tokens and made.cu_seqlens.tolist() == [0, tokens]
         assert made.pixels_NCHW.shape == (0, 3, 8, 8)
-        for name in ("stream_tiles", "stream_positions", "memory_tiles"):
-            assert getattr(made, name).shape == (0,) and getattr(made, name).dtype == torch.int64
-        assert made.memory_coordinates_M2.shape == made.memory_visible_M2.shape == (0, 2)
-        assert made.memory_visible_M2.dtype == torch.int64
+        held = made.memories["vision"]
+        for none in (made.stream_tiles, made.stream_positions, held.tiles):
+            assert none.shape == (0,) and none.dtype == torch.int64
+        assert held.coordinates_M2.shape == held.visible_M2.shape == (0, 2)
+        assert held.visible_M2.dtype == torch.int64
     empty = batch(builder, [], 8)
     assert empty.num_real_tokens == 0 and empty.loss_mask_T.sum() == 0
     assert (empty.tokens_T == tokenizer.pad_id).all()

@@ -231,8 +231,9 @@ def test_a_budget_lowers_the_tiles_of_all_images_alike(
     assert [len(image.tiles) for image in sample.images] == [tiles // 3] * 3
     (size,) = reader.measure([Place(0, 0)])
     assert size == (len(sample.tokens_T), tiles)
-    coordinates = sample.images[0].memory_coordinates_M2
-    assert len(coordinates) == 16 * len(sample.images[0].memory)
+    memory = sample.images[0].memories["vision"]
+    coordinates = memory.coordinates_M2
+    assert len(coordinates) == 16 * len(memory.tiles)
 
 
 def test_a_budget_counts_what_the_vit_sees_not_only_the_stream(

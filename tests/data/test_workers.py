@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 
 import psutil
 import pytest
@@ -15,6 +14,7 @@ import torch
 from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.data.loading.workers import WorkerPool
 from megatron_mm.errors import DataError
+from support.batches import values_of
 from support.desk import Desk
 
 
@@ -23,12 +23,14 @@ def loader(run, tokenizer, rank=0, size=1, **more):
 
 
 def equal(a, b):
-    for field in fields(a):
-        one, other = getattr(a, field.name), getattr(b, field.name)
+    others = values_of(b)
+    assert values_of(a).keys() == others.keys()
+    for name, one in values_of(a).items():
+        other = others[name]
         if isinstance(one, torch.Tensor):
-            assert one.dtype == other.dtype and torch.equal(one, other), field.name
+            assert one.dtype == other.dtype and torch.equal(one, other), name
         else:
-            assert one == other, field.name
+            assert one == other, name
 
 
 def gone(pids, seconds=10):

@@ -44,7 +44,9 @@ def test_looks_spread_one_whole_over_what_is_visible(one_rank_probe, scenes, mix
     samples = prompts_of(run, mixed_rows)
     assert list(looks) == [0] and len(looks[0]) == len(PROBED) and hooks == 0
     for weights, (number, _) in zip(looks[0], PROBED, strict=True):
-        patches = sum(len(image.memory_coordinates_M2) for image in samples[number].images)
+        patches = sum(
+            len(image.memories["vision"].coordinates_M2) for image in samples[number].images
+        )
         assert patches == 36 * len(samples[number].images)  # nine tiles of 2 x 2 patches each
         assert weights.shape[0] == max(len(answer) for _, answer in PROBED)
         assert (weights >= 0).all()

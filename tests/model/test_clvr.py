@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from megatron_mm.config import memories
 from megatron_mm.model import segments
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config
@@ -52,30 +53,36 @@ class Stage:
         self.model = run.model
         self.batch = pack(run.model, samples, pad_multiple)
         config = language_config(run)
-        self.look = Look(run.model, config, pg)
+        (memory,) = memories(run.model)
+        self.look = Look(run.model, config, pg, memory)
         initialize(self.look, seed=5)
         g = torch.Generator().manual_seed(6)
         self.look.linear_proj.weight.data.normal_(0, 0.2, generator=g)
         for name, param in self.look.named_parameters():
             if "norm" in name:
                 param.data.normal_(0, 0.2, generator=g)
-        self.context = StreamContext.build(self.batch, run.model, pg, with_memory=True)
-        rows = memory_rows(self.batch, run.model, 1)
+        self.held = self.batch.memories[memory.name]
+        self.context = StreamContext.build(self.batch, run.model, pg, [memory])
+        rows = memory_rows(self.batch, memory, 1)
         self.hidden = torch.randn(len(self.batch.tokens_T), 1, 64, generator=g)
         self.memory = torch.randn(rows, 1, 32, generator=g)
-        self.memory[len(self.batch.memory_visible_M2) :] = 0
+        self.memory[len(self.held.visible_M2) :] = 0
+
+    @property
+    def map(self) -> MemoryMap:
+        return self.context.memories["vision"]
 
     def __call__(self, memory=None, coordinates=None, record=None):
-        map_ = self.context.memory
+        map_ = self.map
         if coordinates is not None:
             map_ = replace(map_, coordinates_M2=coordinates)
         memory = self.memory if memory is None else memory
-        return self.look(self.hidden, memory, map_, record)
+        return self.look(self.hidden, {"vision": memory}, {"vision": map_}, record)
 
     def sees(self) -> torch.Tensor:
         """bool [T, M], straight from the batch: patch m is seen from `from` up to `to`."""
         at = torch.arange(len(self.batch.tokens_T))[:, None]
-        first, last = self.batch.memory_visible_M2.unbind(1)
+        first, last = self.held.visible_M2.unbind(1)
         return (at >= first) & (at < last)
 
 
@@ -130,7 +137,7 @@ def test_order_of_patches_counts_only_through_coordinates(pg, double):
         stage = Stage(pg, mixed(run.model), run)
         order = torch.arange(len(stage.memory))
         # The last image alone: patches of one image are seen by the same positions.
-        last = slice(len(stage.batch.memory_visible_M2) - 3 * PATCHES, None)
+        last = slice(len(stage.held.visible_M2) - 3 * PATCHES, None)
         order[last] = order[last].flip(0)
         out = stage()
         moved = relative(stage(stage.memory[order]), out)
@@ -138,7 +145,7 @@ def test_order_of_patches_counts_only_through_coordinates(pg, double):
             assert moved <= DOUBLE_TOLERANCE
         else:
             assert moved > 1e-3
-            along = stage.context.memory.coordinates_M2[order]
+            along = stage.map.coordinates_M2[order]
             assert relative(stage(stage.memory[order], along), out) <= DOUBLE_TOLERANCE
 
 
@@ -153,15 +160,15 @@ def test_a_look_by_hand(pg, double, monkeypatch, views):
     run = small_run()
     stage = Stage(pg, mixed(run.model), run)
     look, heads, width = stage.look, 4, 16
-    assert len(stage.context.memory.views) == views
-    patches = len(stage.batch.memory_visible_M2)
+    assert len(stage.map.views) == views
+    patches = len(stage.held.visible_M2)
     query = look.linear_q(look.query_norm(stage.hidden))[0].view(-1, heads, width)
     memory = look.memory_norm(stage.memory[:patches, 0])
     rows = look.linear_kv.weight.view(heads, 2, width, -1)
     key = torch.einsum("mc,hdc->mhd", memory, rows[:, 0])
     value = torch.einsum("mc,hdc->mhd", memory, rows[:, 1])
     half_periods = 2.0 ** torch.arange(COORDINATE_FREQUENCIES)
-    angle = stage.batch.memory_coordinates_M2[:, :, None] * torch.pi * half_periods
+    angle = stage.held.coordinates_M2[:, :, None] * torch.pi * half_periods
     # (y sines, y cosines, x sines, x cosines)
     features = torch.cat((angle.sin(), angle.cos()), -1).flatten(1)
     key = key + (features @ look.linear_coordinates.weight.T).view_as(key)
@@ -177,7 +184,7 @@ def test_a_look_by_hand(pg, double, monkeypatch, views):
     record = []
     assert relative(stage(record=record)[:, 0], expected) <= DOUBLE_TOLERANCE
     # What is recorded is what was used.
-    stream, ends = stage.context.segments, stage.batch.memory_visible_M2[:, 1]
+    stream, ends = stage.context.segments, stage.held.visible_M2[:, 1]
     assert len(record) == stream.count
     for part, start, length in zip(record, stream.starts, stream.lengths, strict=True):
         mine = weights[:, start : start + length, ends == start + length]
@@ -193,7 +200,7 @@ def test_recorded_weights_of_the_whole_model(pg):
     logits = model(batch, looks=looks)
     assert torch.equal(logits, model(batch)), "recording changes nothing"
     assert sorted(looks) == [0, 1]
-    starts, (first, last) = batch.cu_seqlens.tolist(), batch.memory_visible_M2.unbind(1)
+    starts, (first, last) = batch.cu_seqlens.tolist(), batch.memories["vision"].visible_M2.unbind(1)
     for pair in looks.values():
         for weights, start, end in zip(pair, starts[:-1], starts[1:], strict=True):
             visible = torch.arange(start, end)[:, None] >= first[last == end]

@@ -7,7 +7,8 @@ import pytest
 from megatron_mm.model.layers.moe import MixtureOfExperts
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
-from support.trainers import LAYOUTS, digits_run, move_looks_off_zero
+from support.trainers import LAYOUTS, digits_run
+from support.weights import move_looks_off_zero
 
 
 def on_rank_step(run) -> dict[str, float]:

@@ -123,10 +123,12 @@ def test_the_models_count_is_the_executed_one_without_its_overhead(built):
     assert spent["attention"].backward - parts["attention"].backward == wasted
     # A look: patches that a position may not see yet.
     width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
-    seen = int((batch.memory_visible_M2[:, 1] - batch.memory_visible_M2[:, 0]).sum())
-    hidden = tokens * len(batch.memory_visible_M2) - seen
-    assert asked.look_pairs == seen < done.look_pairs == seen + hidden
-    padding = done.memory_rows - asked.memory_rows
+    visible = batch.memories["vision"].visible_M2
+    seen = int((visible[:, 1] - visible[:, 0]).sum())
+    hidden = tokens * len(visible) - seen
+    mine, ours = asked.memories["vision"], done.memories["vision"]
+    assert mine.pairs == seen < ours.pairs == seen + hidden
+    padding = ours.rows - mine.rows
     rows = 2 * padding * width * (2 * fusion.memory_hidden_size + 24)
     assert spent["looks"].forward - parts["looks"].forward == 2 * (4 * width * hidden + rows)
     # The delta rule: three products with the state, forward, against chunks.

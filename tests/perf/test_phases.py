@@ -49,9 +49,10 @@ def wire_bytes(engine: Engine, batch: Microbatch) -> int:
     (stage,), width = engine.chunks, engine.config.hidden_size
     if stage.leaves is None:
         return 0
-    shape = stage._wire_shape(batch, stage.leaves, memory=True)
+    shape = stage._wire_shape(batch, stage.leaves, images=True)
     rows = shape.hidden_rows * (1 + len(shape.refinements))
-    return 4 * (rows * width + shape.memory_rows * shape.memory_width) + 3 * 8
+    (memory,) = shape.memories
+    return 4 * (rows * width + memory.rows * memory.width) + 3 * 8
 
 
 def of_kind(split: dict, start: str) -> dict:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from megatron_mm.config import Memory
 from megatron_mm.data.images import TileGrid
-from megatron_mm.data.sample import Sample, SampleImage
+from megatron_mm.data.sample import ImageMemory, Sample, SampleImage
 from megatron_mm.data.tiles import ImageSettings
 from megatron_mm.rl.completion_batch import answered, completion_batch, token_bins
 
@@ -18,7 +19,8 @@ def prompt(length: int, tiles: int = 0) -> Sample:
         pixels = np.random.default_rng(length).integers(0, 255, (tiles, 8, 8, 3), dtype=np.uint8)
         coordinates = torch.rand(16 * tiles, 2)
         chosen = list(range(tiles))
-        images = [SampleImage(pixels, TileGrid(tiles, 1, False), chosen, chosen, coordinates, 1)]
+        memories = {"vision": ImageMemory(chosen, coordinates)}
+        images = [SampleImage(pixels, TileGrid(tiles, 1, False), chosen, memories, 1)]
     return Sample(tokens, tokens, torch.zeros(length), images, f"rows:{length}")
 
 
@@ -48,10 +50,11 @@ def test_a_batch_of_nothing_is_padding():
 def test_completions_of_a_prompt_share_its_image():
     asked, other = prompt(40, tiles=2), prompt(50, tiles=1)
     samples = [answered(p, torch.tensor([1, 2])) for p in (asked, asked, other)]
-    settings = ImageSettings(8, 2, 2, 4, None, False, "all", "tiles", (0.5,) * 3, (0.5,) * 3)
+    memory = Memory("vision", "tiles", 16, 4, True, "images")
+    settings = ImageSettings(8, 2, 2, 4, None, False, "all", (memory,), (0.5,) * 3, (0.5,) * 3)
     batch = completion_batch(samples, [0, 1, 2], settings=settings, **SETTINGS)
     assert len(batch.pixels_NCHW) == 3
-    assert batch.stream_tiles.tolist() == batch.memory_tiles.tolist() == [0, 1, 0, 1, 2]
+    assert batch.stream_tiles.tolist() == batch.memories["vision"].tiles.tolist() == [0, 1, 0, 1, 2]
 
 
 def test_bins_hold_what_fits_and_keep_neighbours_together():

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
-from megatron_mm.config import FusionConfig, LanguageConfig, ModelConfig, RunConfig, VisionConfig
-from megatron_mm.data.batch import Microbatch
+from megatron_mm.config import (
+    FusionConfig,
+    LanguageConfig,
+    MemoryConfig,
+    ModelConfig,
+    RunConfig,
+    VisionConfig,
+    memories,
+)
+from megatron_mm.data.batch import BatchMemory, Microbatch
 
 # Megatron's settings for the sizes of a layout, by their usual short names.
 SIZES = {
@@ -67,6 +77,19 @@ def small_model(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
     )
 
 
+def two_memories(*reads: str) -> dict:
+    """Settings of a coarse memory and a fine one, of different widths; `reads` are the memories
+    of the looks."""
+    return {
+        "vision_memory": "none",
+        "memories": {
+            "overview": MemoryConfig("thumbnail", 16),
+            "detail": MemoryConfig("tiles", 32),
+        },
+        "look_memories": list(reads),
+    }
+
+
 def small_run(pattern: str = "GE L *E GE L J *E J", **fusion) -> RunConfig:
     """Returns a run of `small_model` with a seed of its own."""
     run = RunConfig(model=small_model(pattern, **fusion))
@@ -97,7 +120,8 @@ def aligned_run(fp8_recipe: str | None = None, transformer_impl: str = "transfor
 def microbatch(
     model: ModelConfig, seed: int, images: tuple[int, ...] = (1, 0, 2), pad_multiple: int = 1
 ) -> Microbatch:
-    """Returns a sample for each entry of `images`, which counts its images.
+    """Returns a sample for each entry of `images`, which counts its images. Their thumbnails are in
+    the stream.
 
     An image is two tiles and a thumbnail. The last third of every sample is supervised.
     """
@@ -105,50 +129,58 @@ def microbatch(
     vision, fusion = model.vision, model.fusion
     side = vision.image_size // vision.patch_size
     stream_tokens = (side // fusion.pixel_shuffle_factor) ** 2
-    tokens, labels, mask, positions, cu = [], [], [], [], [0]
-    stream_tiles, stream_positions, memory_tiles, visible, coordinates = [], [], [], [], []
-    tiles = 0
+    tokens, labels, mask, lengths = [], [], [], []
+    stream_tiles, stream_positions = [], []
+    held = {memory.name: ([], [], []) for memory in memories(model)}
+    tiles = start = 0
     for count in images:
         length = int(torch.randint(14, 30, (), generator=g)) + 7 * count
-        start, cursor, sees = cu[-1], cu[-1] + 1, []
+        cursor = start + 1
         for _ in range(count):
             stream_tiles.append(tiles + 2)
             stream_positions += range(cursor, cursor + stream_tokens)
             cursor += stream_tokens + 1
-            memory_tiles += [tiles, tiles + 1]
-            sees += [cursor - 1] * (2 * side * side)
-            tiles += 3
             y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-            for tile in range(2):
-                grid = torch.stack(((y + 0.5) / side, (x + 0.5 + tile * side) / (2 * side)), -1)
-                coordinates.append(grid.reshape(-1, 2))
+            for memory in memories(model):
+                chosen, coordinates, visible = held[memory.name]
+                columns = {"tiles": 2, "thumbnail": 1}[memory.tiles]
+                chosen += [tiles, tiles + 1] if columns == 2 else [tiles + 2]
+                for tile in range(columns):
+                    right = (x + 0.5 + tile * side) / (columns * side)
+                    grid = torch.stack(((y + 0.5) / side, right), -1)
+                    coordinates.append(grid.reshape(-1, 2))
+                seen = torch.tensor([cursor - 1, start + length])
+                visible.append(seen.expand(columns * side * side, 2))
+            tiles += 3
         tokens.append(torch.randint(0, model.language.vocab_size, (length,), generator=g))
         labels.append(torch.randint(0, model.language.vocab_size, (length,), generator=g))
         supervised = torch.zeros(length)
         supervised[-length // 3 : -1] = 1
         mask.append(supervised)
-        positions.append(torch.arange(length))
-        cu.append(start + length)
-        visible += [(first, cu[-1]) for first in sees]
-    real = cu[-1]
-    tail = -real % pad_multiple
-    if tail:
-        for parts, fill in ((tokens, 0), (labels, 0), (positions, 0)):
-            parts.append(torch.full((tail,), fill))
-        mask.append(torch.zeros(tail))
-        cu.append(real + tail)
-    return Microbatch(
-        tokens_T=torch.cat(tokens),
+        lengths.append(length)
+        start += length
+    return Microbatch.build(
+        torch.cat(tokens),
+        lengths,
         labels_T=torch.cat(labels),
         loss_mask_T=torch.cat(mask),
-        position_ids_T=torch.cat(positions),
-        cu_seqlens=torch.tensor(cu),
-        num_real_tokens=real,
+        pad_multiple=pad_multiple,
         pixels_NCHW=torch.randn(tiles, 3, vision.image_size, vision.image_size, generator=g),
-        stream_tiles=torch.tensor(stream_tiles, dtype=torch.int64),
+        stream_tiles=stream_tiles,
         stream_positions=torch.tensor(stream_positions, dtype=torch.int64),
-        memory_tiles=torch.tensor(memory_tiles, dtype=torch.int64),
-        memory_coordinates_M2=torch.cat(coordinates) if coordinates else torch.zeros(0, 2),
-        memory_visible_M2=torch.tensor(visible, dtype=torch.int64).reshape(-1, 2),
+        memories={name: BatchMemory.build(*parts) for name, parts in held.items()},
         samples=[f"synthetic:{i}" for i in range(len(images))],
     )
+
+
+def values_of(batch: Microbatch) -> dict[str, object]:
+    """Every value of a microbatch by name; those of its memories as `memories.vision.tiles`."""
+    found = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if field.name == "memories":
+            for name, held in value.items():
+                found |= {f"memories.{name}.{f.name}": getattr(held, f.name) for f in fields(held)}
+        else:
+            found[field.name] = value
+    return found

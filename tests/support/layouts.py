@@ -31,17 +31,39 @@ def parallel_config(**sizes) -> ParallelConfig:
     return ParallelConfig(**{SIZES.get(name, name): value for name, value in sizes.items()})
 
 
-def detach_memory_on_the_wire(engine: Engine) -> None:
-    """Cuts the memory's gradient on the wire, as sending it as a second tensor would."""
+def detach_memory_on_the_wire(engine: Engine, only: str | None = None) -> None:
+    """Cuts the gradient of memories on the wire, as sending them as tensors of their own would.
+
+    Args:
+        only: the memory that is cut; default: all.
+    """
     pack = multimodal.pack
 
     def broken(payload, shape):
-        memory = payload.memory_M1C
-        if memory is not None:
-            payload = replace(payload, memory_M1C=memory.detach())
-        return pack(payload, shape)
+        memories = {
+            name: memory.detach() if only in (None, name) else memory
+            for name, memory in payload.memories.items()
+        }
+        return pack(replace(payload, memories=memories), shape)
 
     multimodal.pack = broken
+
+
+def swap_memories_on_the_wire(engine: Engine) -> None:
+    """Sender and receiver disagree about the order of memories."""
+    pack = multimodal.pack
+
+    def broken(payload, shape):
+        return pack(payload, replace(shape, memories=shape.memories[::-1]))
+
+    multimodal.pack = broken
+
+
+def swap_memories_of_looks(engine: Engine) -> None:
+    """Each look reads the other's memory."""
+    for chunk in engine.chunks:
+        for look in chunk.language.looks.values():
+            look.reads = {"overview": "detail", "detail": "overview"}[look.reads]
 
 
 def forget_reduction(engine: Engine, suffix: str) -> None:

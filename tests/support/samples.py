@@ -14,8 +14,17 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_mm.benchmark.hf_weights import IMAGE_TOKEN
-from megatron_mm.config import ModelConfig
-from megatron_mm.data.batch import Microbatch
+from megatron_mm.config import ModelConfig, memories
+from megatron_mm.data.batch import BatchMemory, Microbatch
+
+
+@dataclass
+class MemoryPart:
+    """What one memory holds of a sample."""
+
+    tiles: list[int] = field(default_factory=list)
+    coordinates: list[torch.Tensor] = field(default_factory=list)  # one [P * P, 2] per tile
+    visible_from: list[int] = field(default_factory=list)  # one per patch
 
 
 @dataclass
@@ -24,9 +33,7 @@ class Sample:
     pixels: torch.Tensor  # [tiles, 3, side, side]
     stream_tiles: list[int] = field(default_factory=list)
     stream_positions: list[int] = field(default_factory=list)
-    memory_tiles: list[int] = field(default_factory=list)
-    coordinates: list[torch.Tensor] = field(default_factory=list)  # one [P * P, 2] per tile
-    visible_from: list[int] = field(default_factory=list)  # one per memory patch
+    memories: dict[str, MemoryPart] = field(default_factory=dict)
     image_ends: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -36,7 +43,7 @@ class Sample:
 def chosen(setting: str, tiles: list[int], thumbnail: int) -> list[int]:
     """Returns the tiles of an image that a setting names; a lone tile is its own thumbnail."""
     tiles = tiles or [thumbnail]
-    pick = {"none": [], "thumbnail": [thumbnail], "tiles": tiles}
+    pick = {"thumbnail": [thumbnail], "tiles": tiles}
     pick["all"] = tiles + [thumbnail] if thumbnail not in tiles else tiles
     return pick[setting]
 
@@ -63,25 +70,25 @@ def sample(
     tokens = words(text if first is None else first)
     count = sum(n + (n > 1) for n in images)
     made = Sample(tokens, torch.randn(count, 3, vision.image_size, vision.image_size, generator=g))
+    made.memories = {memory.name: MemoryPart() for memory in memories(model)}
     tile = 0
     for split in images:
         tiles = list(range(tile, tile + split)) if split > 1 else []
         thumbnail = tile + len(tiles)
         tile = thumbnail + 1
         stream = chosen(fusion.image_stream, tiles, thumbnail)
-        memory = chosen(fusion.vision_memory, tiles, thumbnail)
         made.stream_tiles += stream
         made.stream_positions += range(len(tokens), len(tokens) + per_tile * len(stream))
         tokens += [IMAGE_TOKEN] * (per_tile * len(stream))
         made.image_ends.append(len(tokens))
-        made.memory_tiles += memory
-        made.visible_from += [len(tokens)] * (side * side * len(memory))
         y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        for column in range(len(memory)):  # side by side over the image's width
-            grid = torch.stack(
-                ((y + 0.5) / side, (x / side + column + 0.5 / side) / len(memory)), -1
-            )
-            made.coordinates.append(grid.reshape(-1, 2))
+        for memory in memories(model):
+            part, held = made.memories[memory.name], chosen(memory.tiles, tiles, thumbnail)
+            part.tiles += held
+            part.visible_from += [len(tokens)] * (side * side * len(held))
+            for column in range(len(held)):  # side by side over the image's width
+                right = (x / side + column + 0.5 / side) / len(held)
+                part.coordinates.append(torch.stack(((y + 0.5) / side, right), -1).reshape(-1, 2))
         tokens += words(text)
     return made
 
@@ -89,39 +96,35 @@ def sample(
 def pack(model: ModelConfig, samples: list[Sample], pad_multiple: int = 1) -> Microbatch:
     """Returns the samples end to end; the second half of each is supervised."""
     size = model.vision.image_size
-    tokens, labels, mask, positions, cu = [], [], [], [], [0]
-    stream_tiles, stream_positions, memory_tiles, visible = [], [], [], []
-    tiles = 0
+    tokens, labels, mask, lengths = [], [], [], []
+    stream_tiles, stream_positions = [], []
+    held = {memory.name: ([], [], []) for memory in memories(model)}
+    tiles = start = 0
     for s in samples:
-        start, length = cu[-1], len(s)
+        length = len(s)
         tokens += s.tokens
         labels += [*s.tokens[1:], 0]
         mask += [float(length // 2 <= i < length - 1) for i in range(length)]
-        positions += range(length)
-        cu.append(start + length)
+        lengths.append(length)
         stream_tiles += [tiles + t for t in s.stream_tiles]
-        memory_tiles += [tiles + t for t in s.memory_tiles]
         stream_positions += [start + p for p in s.stream_positions]
-        visible += [(start + p, cu[-1]) for p in s.visible_from]
+        for name, part in s.memories.items():
+            chosen_tiles, coordinates, visible = held[name]
+            chosen_tiles += [tiles + t for t in part.tiles]
+            coordinates += part.coordinates
+            visible += [torch.tensor([[start + p, start + length]]) for p in part.visible_from]
         tiles += len(s.pixels)
-    real = cu[-1]
-    tail = -real % pad_multiple
-    if tail:
-        cu.append(real + tail)
-    coordinates = [c for s in samples for c in s.coordinates]
-    return Microbatch(
-        tokens_T=torch.tensor(tokens + [0] * tail),
-        labels_T=torch.tensor(labels + [0] * tail),
-        loss_mask_T=torch.tensor(mask + [0.0] * tail),
-        position_ids_T=torch.tensor(positions + [0] * tail),
-        cu_seqlens=torch.tensor(cu),
-        num_real_tokens=real,
+        start += length
+    return Microbatch.build(
+        torch.tensor(tokens),
+        lengths,
+        labels_T=torch.tensor(labels),
+        loss_mask_T=torch.tensor(mask),
+        pad_multiple=pad_multiple,
         pixels_NCHW=torch.cat([s.pixels for s in samples] or [torch.zeros(0, 3, size, size)]),
-        stream_tiles=torch.tensor(stream_tiles, dtype=torch.int64),
+        stream_tiles=stream_tiles,
         stream_positions=torch.tensor(stream_positions, dtype=torch.int64),
-        memory_tiles=torch.tensor(memory_tiles, dtype=torch.int64),
-        memory_coordinates_M2=torch.cat(coordinates) if coordinates else torch.zeros(0, 2),
-        memory_visible_M2=torch.tensor(visible, dtype=torch.int64).reshape(-1, 2),
+        memories={name: BatchMemory.build(*parts) for name, parts in held.items()},
         samples=[f"synthetic:{i}" for i in range(len(samples))],
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 from megatron_mm.train.trainer import Trainer
+from support.batches import values_of
 from support.weights import move_looks_off_zero
 
 TP2 = dict(tensor_model_parallel_size=2)
@@ -80,15 +80,14 @@ def new_trainer(run: RunConfig) -> Trainer:
 def batch_hash(batch: Microbatch, without: tuple[str, ...] = ()) -> str:
     """Returns the sha256 of a microbatch's fields, but for those in `without`."""
     digest = hashlib.sha256()
-    for field in fields(batch):
-        if field.name in without:
+    for name, value in values_of(batch).items():
+        if name in without:
             continue
-        value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):
-            digest.update(f"{field.name}{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.contiguous().numpy().tobytes())
         else:
-            digest.update(f"{field.name}={value}".encode())
+            digest.update(f"{name}={value}".encode())
     return digest.hexdigest()
 
 

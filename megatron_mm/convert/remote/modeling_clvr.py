@@ -1,9 +1,9 @@
 """InternVL around Qwen3-Next whose layers look at the image again. Travels with exported weights.
 
-An intermediate layer's hidden state queries the patch features before the pixel shuffle (the
-memory); what a look (L) finds is added where the pattern says (J). Prompts are batched with
-padding on the left; greedy search and sampling decode with a cache that keeps the memory's
-keys and values.
+An intermediate layer's hidden state queries patch features before the pixel shuffle (a memory;
+there may be several, each look reads one); what a look (L) finds is added where the pattern says
+(J). Prompts are batched with padding on the left; greedy search and sampling decode with a cache
+that keeps the memories' keys and values.
 """
 
 import math
@@ -43,7 +43,8 @@ def read_pattern(pattern: str) -> list[tuple[str, int]]:
 
 
 class Memory:
-    """Patches of a batch of prompts as a rectangle [B, P], and each look's keys and values."""
+    """One memory's patches of a batch of prompts as a rectangle [B, P], and the keys and values of
+    each look that reads it."""
 
     def __init__(self, rows, coordinates, sample, visible_from, batch: int):
         counts = torch.bincount(sample, minlength=batch)
@@ -61,20 +62,22 @@ class Memory:
 
 
 class CLVRLook(nn.Module):
-    def __init__(self, config: CLVRConfig):
+    def __init__(self, config: CLVRConfig, memory: dict):
         super().__init__()
         text, extra = config.text_config, config.clvr
+        self.reads = memory["name"]
         self.dim = extra["fusion"]["clvr_kv_channels"]
         width = extra["fusion"]["clvr_num_attention_heads"] * self.dim
-        hidden, memory, eps = text.hidden_size, extra["memory_hidden_size"], text.rms_norm_eps
+        hidden, eps = text.hidden_size, text.rms_norm_eps
         self.query_norm = Qwen3NextRMSNorm(hidden, eps)
-        self.memory_norm = Qwen3NextRMSNorm(memory, eps)
+        self.memory_norm = Qwen3NextRMSNorm(memory["width"], eps)
         self.linear_q = nn.Linear(hidden, width, bias=False)
-        self.linear_kv = nn.Linear(memory, 2 * width, bias=False)  # [key, value] of each head
+        # Rows are [key, value] of each head.
+        self.linear_kv = nn.Linear(memory["width"], 2 * width, bias=False)
         self.q_norm = Qwen3NextRMSNorm(self.dim, eps)
         self.k_norm = Qwen3NextRMSNorm(self.dim, eps)
         self.linear_coordinates = None
-        if extra["fusion"]["memory_coordinates"]:
+        if memory["coordinates"]:
             self.linear_coordinates = nn.Linear(4 * FREQUENCIES, width, bias=False)
         self.linear_proj = nn.Linear(width, hidden, bias=False)
 
@@ -89,11 +92,12 @@ class CLVRLook(nn.Module):
             key = key + self.linear_coordinates(features.to(key.dtype)).view_as(key)
         return self.k_norm(key).transpose(1, 2), value.transpose(1, 2)
 
-    def forward(self, hidden: torch.Tensor, memory: Memory, first: int, pair: int):
-        """What each position finds, [B, T, H]; exactly 0 where no image stands before it.
+    def forward(self, hidden: torch.Tensor, memories: dict[str, Memory], first: int, pair: int):
+        """Returns what each position finds, [B, T, H]; exactly 0 where no image stands before it.
 
         `first` is the place of the first position in its padded row.
         """
+        memory = memories[self.reads]
         if pair not in memory.projected:
             memory.projected[pair] = self.project(memory)
         key, value = memory.projected[pair]
@@ -109,13 +113,27 @@ class CLVRLook(nn.Module):
 
 
 class CLVRParts(nn.Module):
+    """The projections of the memories, that of `vision` and those of others by name, and the
+    looks."""
+
     def __init__(self, config: CLVRConfig):
         super().__init__()
-        pairs = sum(letter == "L" for letter in config.clvr["hybrid_layer_pattern"])
-        self.memory_proj = nn.Linear(
-            config.vision_config.hidden_size, config.clvr["memory_hidden_size"]
-        )
-        self.looks = nn.ModuleDict({str(pair): CLVRLook(config) for pair in range(pairs)})
+        self.memory_proj, self.memory_projs = None, nn.ModuleDict()
+        memories = {memory["name"]: memory for memory in config.clvr["memories"]}
+        for name, memory in memories.items():
+            linear = nn.Linear(config.vision_config.hidden_size, memory["width"])
+            if name == "vision":
+                self.memory_proj = linear
+            else:
+                self.memory_projs[name] = linear
+        reads = enumerate(config.clvr["look_memories"])
+        self.looks = nn.ModuleDict({str(n): CLVRLook(config, memories[name]) for n, name in reads})
+
+    def projections(self) -> dict[str, nn.Linear]:
+        """By memory, in the order of the processor."""
+        names = list(self.memory_projs)
+        found = {} if self.memory_proj is None else {"vision": self.memory_proj}
+        return found | {name: self.memory_projs[name] for name in names}
 
 
 class CLVRTextModel(Qwen3NextModel):
@@ -128,7 +146,7 @@ class CLVRTextModel(Qwen3NextModel):
         inputs_embeds,
         letters,
         looks,
-        memory=None,
+        memories=None,
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
@@ -150,8 +168,8 @@ class CLVRTextModel(Qwen3NextModel):
         rotary = self.rotary_emb(hidden, position_ids)
         for letter, number in letters:
             if letter == "L":
-                if memory is not None:
-                    waiting[number] = looks[str(number)](hidden, memory, first, number)
+                if memories is not None:
+                    waiting[number] = looks[str(number)](hidden, memories, first, number)
                 continue
             if letter == "J":
                 hidden = hidden + waiting.pop(number) if number in waiting else hidden
@@ -203,16 +221,30 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         self.letters = read_pattern(config.clvr["hybrid_layer_pattern"])
         self.post_init()
 
-    def see(self, pixel_values, stream_tiles, memory_tiles):
-        """(image tokens [k, H], memory rows [M, C]) of tiles [N, 3, S, S]."""
+    def features(self, pixel_values):
+        """Returns the patch features [N, P, V] of tiles [N, 3, S, S]."""
         pixels = pixel_values.to(self.model.vision_tower.dtype)
-        features = self.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+        return self.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+
+    def image_tokens(self, features, stream_tiles):
+        """Returns the image tokens [k, H] of the stream."""
         stream = features[stream_tiles]
         side = math.isqrt(stream.shape[1])
         stream = stream.reshape(len(stream), side, side, -1)
         stream = self.model.pixel_shuffle(stream, scale_factor=self.config.downsample_ratio)
         stream = self.model.multi_modal_projector(stream.flatten(1, 2))
-        return stream.flatten(0, 1), self.clvr.memory_proj(features[memory_tiles].flatten(0, 1))
+        return stream.flatten(0, 1)
+
+    def memories(self, features, tiles, number, coordinates, sample, visible_from, batch):
+        """Returns the memories by name; `number` says which of them each tile is in."""
+        number = torch.zeros_like(tiles) if number is None else number
+        of_patch = number.repeat_interleave(features.shape[1])
+        found = {}
+        for index, (name, project) in enumerate(self.clvr.projections().items()):
+            rows, here = features[tiles[number == index]].flatten(0, 1), of_patch == index
+            about = coordinates[here], sample[here], visible_from[here]
+            found[name] = Memory(project(rows), *about, batch)
+        return found
 
     def forward(
         self,
@@ -220,6 +252,7 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         pixel_values=None,
         stream_tiles=None,
         memory_tiles=None,
+        memory_number=None,
         memory_coordinates=None,
         memory_sample=None,
         memory_visible_from=None,
@@ -233,29 +266,31 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         **kwargs,
     ):
         """The image arguments are what the processor of this folder makes: which tiles stand in the
-        token stream, which in the memory, and of every memory patch its centre (y, x), its prompt
-        and the first place of the padded prompt that may look at it."""
+        token stream, which in a memory, the number of that memory (default: all in the first), and
+        of every memory patch its centre (y, x), its prompt and the first place of the padded prompt
+        that may look at it."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         cached = use_cache if use_cache is not None else self.config.text_config.use_cache
         if cached and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        memory = getattr(past_key_values, "clvr", None)
+        memories = getattr(past_key_values, "clvr", None)
         if pixel_values is not None and len(pixel_values):
-            stream, rows = self.see(pixel_values, stream_tiles, memory_tiles)
-            batch = len(inputs_embeds)
-            memory = Memory(rows, memory_coordinates, memory_sample, memory_visible_from, batch)
+            features = self.features(pixel_values)
+            stream = self.image_tokens(features, stream_tiles)
+            about = memory_coordinates, memory_sample, memory_visible_from, len(inputs_embeds)
+            memories = self.memories(features, memory_tiles, memory_number, *about)
             here = (input_ids == self.config.image_token_id).unsqueeze(-1)
             if int(here.sum()) != len(stream):
                 raise ValueError(f"{int(here.sum())} image tokens, {len(stream)} image features")
             inputs_embeds = inputs_embeds.masked_scatter(here, stream.to(inputs_embeds.dtype))
             if past_key_values is not None:
-                past_key_values.clvr = memory
+                past_key_values.clvr = memories
         outputs = self.model.language_model(
             inputs_embeds,
             self.letters,
             self.clvr.looks,
-            memory,
+            memories,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

@@ -2,7 +2,7 @@
 
 An image is stretched to the grid of square tiles whose aspect ratio is closest to its own, cut,
 and joined by a thumbnail of the whole. `image_stream` says which tiles stand in the token
-stream, `vision_memory` which of them the looks may attend to.
+stream, `memories` which of them each memory holds for the looks that read it.
 """
 
 import numpy as np
@@ -36,7 +36,8 @@ class CLVRProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template)
 
     def _tiles(self, image: Image.Image, most: int):
-        """(used tiles uint8 [N, S, S, 3], stream, memory: indices into them, centres [M, 2])"""
+        """Returns (used tiles uint8 [N, S, S, 3], indices into them for the stream, and for every
+        memory such indices and the centres [M, 2] of its patches)."""
         s = self.tiles
         size = s["image_size"]
         rows, columns = grid_of(*image.size, size, most)
@@ -44,14 +45,13 @@ class CLVRProcessor(ProcessorMixin):
         thumbnail = s["use_thumbnail"] and grid > 1
 
         def choose(what: str) -> list[int]:
-            if what == "none":
-                return []
             if what == "all":
                 return list(range(grid + thumbnail))
             return list(range(grid)) if what == "tiles" or grid == 1 else [grid]
 
-        stream, memory = choose(s["image_stream"]), choose(s["vision_memory"])
-        used = sorted({*stream, *memory})
+        stream = choose(s["image_stream"])
+        memories = [choose(memory["tiles"]) for memory in s["memories"]]
+        used = sorted({*stream, *(tile for memory in memories for tile in memory)})
         image = image.convert("RGB")
 
         def resized(w: int, h: int) -> np.ndarray:
@@ -63,13 +63,14 @@ class CLVRProcessor(ProcessorMixin):
         cut = cut.reshape(grid, size, size, 3)
         if thumbnail:
             cut = np.concatenate([cut, resized(size, size)[None]])
-        centres = [self._centres(tile, rows, columns) for tile in memory]
-        return (
-            cut[used],
-            [used.index(tile) for tile in stream],
-            [used.index(tile) for tile in memory],
-            torch.cat([torch.zeros(0, 2), *centres]),
-        )
+        held = [
+            (
+                [used.index(tile) for tile in memory],
+                torch.cat([self._centres(tile, rows, columns) for tile in memory]),
+            )
+            for memory in memories
+        ]
+        return cut[used], [used.index(tile) for tile in stream], held
 
     def _centres(self, tile: int, rows: int, columns: int) -> torch.Tensor:
         """Of a tile's patches, (y, x) in fractions of the image; the thumbnail covers it all."""
@@ -106,8 +107,9 @@ class CLVRProcessor(ProcessorMixin):
             raise ValueError(f"{marks} {IMAGE_MARK} marks but {len(images)} images")
         encode, of = self.tokenizer.encode, self.tokenizer.convert_tokens_to_ids
         per_tile = self.tiles["tokens_per_tile"]
-        rows, pixels, stream, memory, centres, sample, visible = [], [], [], [], [], [], []
-        tiles = 0
+        rows, pixels, stream, tiles = [], [], [], 0
+        # Of every memory: tiles, centres, prompts and first positions of its patches.
+        memories = [([], [], [], []) for _ in self.tiles["memories"]]
         for number, prompt in enumerate(texts):
             pieces = prompt.split(IMAGE_MARK)
             mine, images = images[: len(pieces) - 1], images[len(pieces) - 1 :]
@@ -115,14 +117,15 @@ class CLVRProcessor(ProcessorMixin):
             ids = []
             for piece, words in enumerate(pieces):
                 if piece:
-                    used, in_stream, in_memory, places = cut[piece - 1]
+                    used, in_stream, held = cut[piece - 1]
                     ids += [of(START), *[of(CONTEXT)] * (len(in_stream) * per_tile)]
                     pixels.append(used)
                     stream += [tiles + tile for tile in in_stream]
-                    memory += [tiles + tile for tile in in_memory]
-                    centres.append(places)
-                    sample += [number] * len(places)
-                    visible += [len(ids)] * len(places)
+                    for memory, (in_memory, places) in zip(memories, held, strict=True):
+                        memory[0].extend(tiles + tile for tile in in_memory)
+                        memory[1].append(places)
+                        memory[2].extend([number] * len(places))
+                        memory[3].extend([len(ids)] * len(places))
                     ids.append(of(END))
                     tiles += len(used)
                 ids += encode(words, add_special_tokens=False) if words else []
@@ -140,13 +143,18 @@ class CLVRProcessor(ProcessorMixin):
                 for name in ("mean", "std")
             )
             scaled = torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).float() / 255.0
-            owner = torch.tensor(sample, dtype=torch.int64)
+            counts = torch.tensor([len(memory[0]) for memory in memories])
+            owner, visible = (
+                torch.tensor(sum((memory[n] for memory in memories), []), dtype=torch.int64)
+                for n in (2, 3)
+            )
             data |= {
                 "pixel_values": ((scaled - mean) / std).contiguous(),
                 "stream_tiles": torch.tensor(stream, dtype=torch.int64),
-                "memory_tiles": torch.tensor(memory, dtype=torch.int64),
-                "memory_coordinates": torch.cat(centres),
+                "memory_tiles": torch.tensor(sum((memory[0] for memory in memories), [])),
+                "memory_number": torch.arange(len(memories)).repeat_interleave(counts),
+                "memory_coordinates": torch.cat([c for memory in memories for c in memory[1]]),
                 "memory_sample": owner,
-                "memory_visible_from": torch.tensor(visible, dtype=torch.int64) + before[owner],
+                "memory_visible_from": visible + before[owner],
             }
         return BatchFeature(data)

@@ -1,9 +1,10 @@
 """CLVR, cross-layer vision refinement: the language model looks at the image again.
 
-A look queries the vision memory (patch features before the pixel shuffle) with the hidden
-state of its layer; what it finds is added to the residual stream where the pattern says
-`J`, at once or several layers, or pipeline stages, later. The out-projection starts at zero,
-so a model with CLVR added equals the model without until it is trained.
+A look queries a vision memory (patch features before the pixel shuffle) with the hidden state
+of its layer. A model may have several memories; each look reads one. What a look finds is added
+to the residual stream where the pattern says `J`, at once or several layers, or pipeline stages,
+later. The out-projection starts at zero, so a model with CLVR added equals the model without
+until it is trained.
 
 Shapes: T stream, t shard of it, M memory patches, m shard of the padded memory, h local
 heads, D clvr_kv_channels, C memory width.
@@ -12,6 +13,7 @@ heads, D clvr_kv_channels, C memory width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mm.config import ModelConfig
+from megatron_mm.config import Memory, ModelConfig
 from megatron_mm.model.decode import Patches
 from megatron_mm.model.layers.linear import column, row
 from megatron_mm.model.layers.norms import RMSNorm
@@ -52,7 +54,7 @@ class View:
 
     @cached_property
     def sees(self) -> torch.Tensor:
-        """bool [samples, 1, width of the stream, 1]: which positions see any patch."""
+        """bool [samples, 1, width of the stream, 1]: the positions that see any patch."""
         first = self.visible_from.amin(-1, keepdim=True)
         return (self.position >= first)[:, None, :, None]
 
@@ -65,7 +67,7 @@ class View:
 
 @dataclass(frozen=True)
 class MemoryMap:
-    """Who may look at which patch. Samples without patches are in no view.
+    """Who may look at which patch of one memory. Samples without patches are in no view.
 
     Attributes:
         samples: int64, those of each view, counted in `local`.
@@ -91,11 +93,12 @@ class MemoryMap:
         coordinates_M2: torch.Tensor,
         rows: int,
     ) -> MemoryMap:
-        """Args:
-        stream, local: all samples, and the pieces of them that look here.
-        visible_M2: [from, to) of the whole stream for each patch, patches ordered by sample;
-            on the CPU.
-        rows: length of the padded memory; the rows past M belong to no sample.
+        """
+        Args:
+            stream, local: all samples, and the pieces of them that look here.
+            visible_M2: [from, to) of the whole stream for each patch, patches ordered by sample;
+                on the CPU.
+            rows: length of the padded memory; the rows past M belong to no sample.
         """
         ends = stream.starts + stream.lengths
         sample = torch.searchsorted(ends, visible_M2[:, 1].contiguous())
@@ -132,14 +135,15 @@ def _view(
 
 
 def coordinate_features(coordinates_M2: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines of (y, x) at doubling frequencies, [M, 4 * COORDINATE_FREQUENCIES]."""
+    """Returns sines and cosines of (y, x) at doubling frequencies, [M, 4 *
+    COORDINATE_FREQUENCIES]."""
     exponent = torch.arange(COORDINATE_FREQUENCIES, device=coordinates_M2.device)
     angles = coordinates_M2.unsqueeze(-1) * (math.pi * 2.0**exponent)
     return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
 class Look(nn.Module):
-    """The `L` layer: cross-attention from the hidden state to the memory, [t, 1, H].
+    """The `L` layer: cross-attention from the hidden state to one memory, [t, 1, H].
 
     A position that may see no patch gets exactly zero.
     """
@@ -149,28 +153,29 @@ class Look(nn.Module):
         model: ModelConfig,
         config: TransformerConfig,
         pg: ProcessGroupCollection,
+        memory: Memory,
         recompute: bool = False,
     ):
         super().__init__()
         self.recompute, self.cp, tp = recompute, pg.cp, pg.tp
+        self.reads = memory.name
         language, fusion = model.language, model.fusion
         self.head_dim = fusion.clvr_kv_channels
         width = fusion.clvr_num_attention_heads * self.head_dim
-        memory_width = memory_hidden_size(model)
         init, dtype = normal(language.init_method_std), config.params_dtype
         eps, sharded = language.layernorm_epsilon, config.sequence_parallel
         common = {"config": config, "init": init, "tp": tp}
         self.query_norm = RMSNorm(language.hidden_size, eps, partial_gradient=sharded, dtype=dtype)
-        self.memory_norm = RMSNorm(memory_width, eps, partial_gradient=sharded, dtype=dtype)
+        self.memory_norm = RMSNorm(memory.width, eps, partial_gradient=sharded, dtype=dtype)
         self.linear_q = column(language.hidden_size, width, **common)
         # Rows are [key, value] of each head, so that ranks split by head.
-        self.linear_kv = column(memory_width, 2 * width, **common)
+        self.linear_kv = column(memory.width, 2 * width, **common)
         # As in the attention layers: at the start, logits of unit size whatever the widths, so
         # that heads differ and the look can begin to choose. The heads are split over ranks.
         self.q_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
         self.k_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
         self.linear_coordinates = None
-        if fusion.memory_coordinates:
+        if memory.coordinates:
             self.linear_coordinates = column(
                 4 * COORDINATE_FREQUENCIES,
                 width,
@@ -184,17 +189,19 @@ class Look(nn.Module):
     def forward(
         self,
         hidden_t1H: torch.Tensor,
-        memory_m1C: torch.Tensor,
-        memory: MemoryMap,
+        memories: Mapping[str, torch.Tensor],
+        maps: Mapping[str, MemoryMap],
         record: list[torch.Tensor] | None = None,
         state: Patches | None = None,
     ) -> torch.Tensor:
-        """[t, 1, H] -> [t, 1, H].
+        """Returns [t, 1, H] from [t, 1, H].
 
         Args:
+            memories: by name, [m, 1, C]; the look takes the one that it reads.
+            maps: by name, who may look at which of its patches.
             record: if given, extended by the attention weights of each sample that has a piece
                 here, [h, its positions here, its patches].
-            state: of the rows being decoded; a step needs neither of the memories.
+            state: of the rows being decoded; a step needs neither memories nor maps.
         """
         query, _ = self.linear_q(self.query_norm(hidden_t1H))
         tokens = query.shape[0]
@@ -202,7 +209,8 @@ class Look(nn.Module):
         if state is not None and state.cache.stepping:
             found = state.look(query, part(state.cache.rows, self.cp))
         else:
-            key, value = self._keys_and_values(memory_m1C, memory)
+            memory = maps[self.reads]
+            key, value = self._keys_and_values(memories[self.reads], memory)
             if record is not None:
                 record.extend(attention_weights(query, key, memory))
             if state is not None:
@@ -213,7 +221,7 @@ class Look(nn.Module):
     def _keys_and_values(
         self, memory_m1C: torch.Tensor, memory: MemoryMap
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each [M, h, D]"""
+        """Returns keys and values, each [M, h, D]."""
         fused, _ = self.linear_kv(self.memory_norm(memory_m1C))
         key, value = fused.view(len(fused), -1, 2 * self.head_dim).chunk(2, dim=-1)
         if self.linear_coordinates is not None:
@@ -225,7 +233,8 @@ class Look(nn.Module):
 def memory_attention(
     query_ThD: torch.Tensor, key_MhD: torch.Tensor, value_MhD: torch.Tensor, memory: MemoryMap
 ) -> torch.Tensor:
-    """What each position finds in the patches that it may see, [T, h, D]; exactly 0 if none."""
+    """Returns what each position finds in the patches that it may see, [T, h, D]; exactly 0 if
+    none."""
     if not memory.views:  # the parameters still take part, with gradients of zero
         return 0.0 * (query_ThD + key_MhD.sum() + value_MhD.sum())
     found = []
@@ -240,8 +249,8 @@ def memory_attention(
 def attention_weights(
     query_ThD: torch.Tensor, key_MhD: torch.Tensor, memory: MemoryMap
 ) -> list[torch.Tensor]:
-    """The weights of `memory_attention` of every sample, [h, its length, its patches], for
-    reports."""
+    """Returns the weights of `memory_attention` for every sample, [h, its length, its patches],
+    for reports."""
     lengths = memory.local.lengths.tolist()
     weights = [query_ThD.new_zeros(query_ThD.shape[1], length, 0) for length in lengths]
     for samples, view in zip(memory.samples, memory.views, strict=True):
@@ -254,8 +263,3 @@ def attention_weights(
         for n, of_sample, count in zip(samples.tolist(), found, patches, strict=True):
             weights[n] = of_sample[:, : lengths[n], :count]
     return weights
-
-
-def memory_hidden_size(model: ModelConfig) -> int:
-    """Width of a memory row: a quarter of the hidden size unless set."""
-    return model.fusion.memory_hidden_size or model.language.hidden_size // 4

@@ -1,0 +1,155 @@
+"""The vision memories of a model: named sets of patch features that looks attend to.
+
+Settings describe the memory `vision` by `vision_memory` and its companions, and any further one by
+a section of `fusion.memories`. `memories` turns both into complete descriptions. Every other
+module reads those and not the settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mm.config.settings import MemoryConfig, ModelConfig, RunConfig, VisionMemory
+from megatron_mm.errors import ConfigError, unknown
+
+VISION = "vision"  # the memory of `vision_memory`
+IMAGES = "images"  # the rows' key for the images of the token stream
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One vision memory.
+
+    Attributes:
+        tiles: the tiles of each image whose patches it holds; never none.
+        width: features of a row.
+        fold: rows that fill one row of the hidden size on the wire.
+        coordinates: whether its keys carry the places of their patches.
+        images: the rows' key for the images that it holds.
+    """
+
+    name: str
+    tiles: VisionMemory
+    width: int
+    fold: int
+    coordinates: bool
+    images: str
+
+    @property
+    def tiles_setting(self) -> str:
+        """The name of the setting that chose its tiles, for messages."""
+        return "vision_memory" if self.name == VISION else f"memories.{self.name}.tiles"
+
+    @property
+    def images_setting(self) -> str:
+        """The name of the setting that chose its images, for messages."""
+        return "memory_images" if self.name == VISION else f"memories.{self.name}.images"
+
+    @property
+    def width_setting(self) -> str:
+        """The name of the setting that chose its width, for messages."""
+        return "memory_hidden_size" if self.name == VISION else f"memories.{self.name}.hidden_size"
+
+
+def memories(model: ModelConfig, images: str = IMAGES) -> tuple[Memory, ...]:
+    """Returns the memories that hold anything, `vision` first, the others in their order.
+
+    Args:
+        images: `memory_images` of the run, for callers that read rows.
+    """
+    if model.vision is None:
+        return ()
+    fusion, hidden = model.fusion, model.language.hidden_size
+    vision = MemoryConfig(
+        fusion.vision_memory, fusion.memory_hidden_size, fusion.memory_coordinates, images
+    )
+    found = []
+    for name, section in {VISION: vision, **fusion.memories}.items():
+        if section.tiles != "none":
+            width = section.hidden_size or hidden // 4
+            found.append(
+                Memory(
+                    name,
+                    section.tiles,
+                    width,
+                    hidden // width,
+                    section.coordinates,
+                    section.images,
+                )
+            )
+    return tuple(found)
+
+
+def look_memories(model: ModelConfig) -> tuple[Memory, ...]:
+    """Returns the memory that each look reads, by the number of its pair; empty if no look is
+    built.
+
+    Raises:
+        ConfigError: for a memory that does not exist, or a list that is not one name for each look.
+    """
+    looks, names = model.hybrid_layer_pattern.count("L"), model.fusion.look_memories
+    available = {memory.name: memory for memory in memories(model)}
+    if not looks or not available:
+        return ()
+    if not names:
+        return (next(iter(available.values())),) * looks
+    if len(names) != looks:
+        raise ConfigError(
+            f"look_memories names {len(names)} memories for the {looks} L of hybrid_layer_pattern; "
+            "allowed: one for each L, or none for the first memory everywhere"
+        )
+    for name in names:
+        if name not in available:
+            raise unknown("memory in look_memories:", name, available)
+    return tuple(available[name] for name in names)
+
+
+def read_memories(model: ModelConfig) -> tuple[Memory, ...]:
+    """Returns the memories that some look reads, each once, in the order of `memories`."""
+    read = {memory.name for memory in look_memories(model)}
+    return tuple(memory for memory in memories(model) if memory.name in read)
+
+
+def check_memories(run: RunConfig) -> None:
+    """Checks names, widths, images and readers of the memories.
+
+    Raises:
+        ConfigError: for the first setting that cannot work.
+    """
+    model = run.model
+    for name, section in model.fusion.memories.items():
+        if not name.isidentifier() or name == VISION:
+            raise ConfigError(
+                f"memories holds {name!r}; allowed: a name of letters, digits and _ other than "
+                f"{VISION}, which vision_memory describes"
+            )
+        if section.hidden_size is not None and section.hidden_size < 1:
+            raise ConfigError(
+                f"memories.{name}.hidden_size is {section.hidden_size}; allowed: more than 0"
+            )
+        if not section.images:
+            raise ConfigError(f"memories.{name}.images is ''; allowed: a key of the rows")
+    if model.vision is None and any(s.tiles != "none" for s in model.fusion.memories.values()):
+        names = ", ".join(model.fusion.memories)
+        raise ConfigError(f"memories holds {names}; allowed: none, because model.vision is none")
+    found, read = memories(model, run.data.memory_images), look_memories(model)
+    for memory in found:
+        if memory.tiles == "thumbnail" and not run.data.use_thumbnail:
+            raise ConfigError(
+                f"use_thumbnail is False; allowed: true, because {memory.tiles_setting} is "
+                "thumbnail"
+            )
+        if not read:  # nothing is built
+            continue
+        if memory.name not in {other.name for other in read}:
+            raise ConfigError(
+                f"{memory.tiles_setting} is {memory.tiles!r} but no look reads the memory "
+                f"{memory.name}; allowed: none, or the name in look_memories"
+            )
+        # On the wire, rows of a memory are folded into rows of the hidden size.
+        hidden = model.language.hidden_size
+        if hidden % memory.width:
+            raise ConfigError(
+                f"hidden_size {hidden} does not divide by {memory.width_setting} {memory.width}; "
+                f"allowed: a divisor of {hidden}"
+            )

@@ -1,0 +1,158 @@
+"""Settings of memories: one description of each, the memory of each look, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_mm.config import (
+    ConfigError,
+    Manifest,
+    Memory,
+    MemoryConfig,
+    effective_pattern,
+    load,
+    look_memories,
+    memories,
+    preset,
+    read_memories,
+    stages,
+    to_dict,
+    validate,
+    wire,
+)
+
+YAML = """
+model:
+  preset: tiny
+  hybrid_layer_pattern: GE L *E L J GE J
+  fusion:
+    vision_memory: none
+    memories:
+      overview: {tiles: thumbnail, hidden_size: 24, coordinates: false}
+      detail: {images: others}
+    look_memories: [detail, overview]
+data: {seq_length: 128}
+"""
+OVERVIEW = Memory("overview", "thumbnail", 24, 4, False, "images")
+DETAIL = Memory("detail", "tiles", 24, 4, True, "others")
+
+
+def read(tmp_path, *changes: tuple[str, str]):
+    text = YAML
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "run.yaml").write_text(text)
+    return load(str(tmp_path / "run.yaml"))
+
+
+def test_present_settings_describe_the_memory_vision():
+    model = preset("tiny")
+    (memory,) = memories(model, "others")
+    assert memory == Memory("vision", "tiles", 48, 2, True, "others")
+    assert look_memories(model) == (memories(model)[0],) == read_memories(model)
+    model.fusion.memory_hidden_size = None
+    assert memories(model)[0].width == 24  # a quarter of 96
+    model.fusion.vision_memory = "none"
+    assert memories(model) == look_memories(model) == ()
+    model.fusion.vision_memory, model.vision = "tiles", None
+    assert memories(model) == ()
+
+
+def test_named_memories_from_yaml(tmp_path):
+    run = read(tmp_path)
+    validate(run)
+    assert memories(run.model) == (OVERVIEW, DETAIL)
+    assert look_memories(run.model) == (DETAIL, OVERVIEW)
+    assert read_memories(run.model) == (OVERVIEW, DETAIL)
+    assert to_dict(run)["model"]["fusion"]["memories"]["detail"]["images"] == "others"
+    assert effective_pattern(run.model) == "GE L *E L J GE J"
+
+
+def test_looks_read_the_first_memory_unless_told(tmp_path):
+    off = ("detail: {images: others}", "detail: {tiles: none}")
+    run = read(tmp_path, ("look_memories: [detail, overview]", "look_memories: []"), off)
+    validate(run)
+    assert look_memories(run.model) == (OVERVIEW, OVERVIEW)
+    run.model.fusion.vision_memory = "tiles"
+    assert [memory.name for memory in look_memories(run.model)] == ["vision", "vision"]
+
+
+def test_without_looks_or_tiles_no_memory_is_read(tmp_path):
+    run = read(tmp_path, ("GE L *E L J GE J", "GE *E GE"))
+    validate(run)
+    assert look_memories(run.model) == read_memories(run.model) == ()
+    run = read(tmp_path, ("tiles: thumbnail", "tiles: none"), ("images: others", "tiles: none"))
+    validate(run)
+    assert effective_pattern(run.model) == "GE*EGE" and look_memories(run.model) == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "[detail, overview]",
+            "[detail, overveiw]",
+            "unknown memory in look_memories: overveiw; did you mean overview",
+        ),
+        (
+            "[detail, overview]",
+            "[detail, x]",
+            "unknown memory in look_memories: x; allowed: detail, overview",
+        ),
+        (
+            "[detail, overview]",
+            "[detail]",
+            "look_memories names 1 memories for the 2 L of hybrid_layer_pattern; allowed: one for",
+        ),
+        (
+            "[detail, overview]",
+            "[detail, detail]",
+            "memories.overview.tiles is 'thumbnail' but no look reads the memory overview; allowed",
+        ),
+        (
+            "vision_memory: none",
+            "vision_memory: tiles",
+            "vision_memory is 'tiles' but no look reads the memory vision; allowed: none, or the",
+        ),
+        ("overview: {tiles", "vision: {tiles", "memories holds 'vision'; allowed: a name of"),
+        ("overview: {tiles", "over-view: {tiles", "memories holds 'over-view'; allowed: a name of"),
+        (
+            "hidden_size: 24",
+            "hidden_size: 40",
+            "hidden_size 96 does not divide by memories.overview.hidden_size 40; allowed: a div",
+        ),
+        ("hidden_size: 24", "hidden_size: 0", "memories.overview.hidden_size is 0; allowed: more"),
+        ("images: others", "images: ''", "memories.detail.images is ''; allowed: a key"),
+        ("tiles: thumbnail", "tiles: all", "memories.overview.tiles is 'all'; allowed: none, thu"),
+        (
+            "seq_length: 128",
+            "seq_length: 128, use_thumbnail: false",
+            "use_thumbnail is False; allowed: true, because memories.overview.tiles is thumbnail",
+        ),
+    ],
+)
+def test_refused(tmp_path, old, new, words):
+    with pytest.raises(ConfigError) as error:
+        run = read(tmp_path, (old, new))
+        run.model.fusion.image_stream = "tiles"
+        validate(run)
+    assert words in str(error.value)
+
+
+def test_a_text_model_has_no_memories():
+    run = load(None, ["--preset", "qwen3-next-80b-a3b", "--seq-length", "128"])
+    run.model.fusion.memories = {"detail": MemoryConfig()}
+    with pytest.raises(ConfigError, match="memories holds detail; allowed: none, because model.vi"):
+        validate(run)
+
+
+def test_a_memory_travels_to_the_last_look_that_reads_it():
+    pattern = "GE L GE L GE J GE L J GE J"
+    split = stages(pattern, 5, "GE L| GE L| GE J| GE L J| GE J")
+    assert wire(split, ["b", "a", "b"]) == (
+        Manifest(memories=("a", "b"), refinements=(0,)),
+        Manifest(memories=("b",), refinements=(0, 1)),
+        Manifest(memories=("b",), refinements=(1,)),
+        Manifest(memories=(), refinements=(2,)),
+    )
