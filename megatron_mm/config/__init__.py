@@ -12,6 +12,7 @@ from megatron_mm.config.pattern import (
     model_stages,
     num_layers,
     parse_pattern,
+    reads_memory,
     stages,
     without_clvr,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "num_layers",
     "parse_pattern",
     "preset",
+    "reads_memory",
     "resolve_algorithm",
     "rollout_plan",
     "stages",

@@ -80,7 +80,8 @@ def leaves(cls: type, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
     """Every setting below the dataclass `cls`, in the order of declaration.
 
     A section that a registry decides has the settings of all its kinds; a setting that several
-    kinds have counts once, and its `type` is none of them. Settings below a dict of names are left out: they stand in files only.
+    kinds have counts once, and its `type` is none of them. Settings below a dict of names are left
+    out: they stand in files only.
     """
     hints, texts = hints_of(cls), explanations(cls)
     for f in fields(cls):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.pattern import Stage
 
 
@@ -26,8 +27,8 @@ def wire(stages: Sequence[Stage]) -> tuple[Manifest, ...]:
     for boundary in range(1, len(stages)):
         before = [layer for stage in stages[:boundary] for layer in stage.layers]
         after = [layer for stage in stages[boundary:] for layer in stage.layers]
-        looked = {layer.pair for layer in before if layer.kind == "L"}
-        waiting = [layer.pair for layer in after if layer.kind == "J" and layer.pair in looked]
-        memory = any(layer.kind == "L" for layer in after)
-        manifests.append(Manifest(memory, tuple(sorted(waiting))))
+        opened = {layer.pair for layer in before if LAYERS[layer.kind].pair == "opens"}
+        closed = {layer.pair for layer in after if LAYERS[layer.kind].pair == "closes"}
+        memory = any(LAYERS[layer.kind].reads_memory for layer in after)
+        manifests.append(Manifest(memory, tuple(sorted(opened & closed))))
     return tuple(manifests)

@@ -14,7 +14,7 @@ from megatron_mm.config import (
     ConfigError,
     ModelConfig,
     RunConfig,
-    effective_pattern,
+    reads_memory,
     to_dict,
     to_transformers_dict,
     without_clvr,
@@ -31,7 +31,7 @@ TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 
 def has_clvr(model: ModelConfig) -> bool:
     """Whether a look is computed: the pattern has one, and there is a memory to look at."""
-    return model.vision is not None and "L" in effective_pattern(model)
+    return reads_memory(model)
 
 
 def small_files(

@@ -11,7 +11,7 @@ import torch
 
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_model
 from megatron_mm.checkpoint.shards import weight_key
-from megatron_mm.config import DataConfig, RunConfig, effective_pattern, parse_pattern, to_dict
+from megatron_mm.config import DataConfig, RunConfig, effective_pattern, num_layers, to_dict
 from megatron_mm.convert.export import has_clvr
 from megatron_mm.convert.folder import HFFolder, equal_bits
 from megatron_mm.convert.live import fill
@@ -199,7 +199,7 @@ def compare_outputs(
     checkpoint: Checkpoint, ours: MultimodalModel, theirs, run: RunConfig, cases: list[Case]
 ) -> Iterator[Difference]:
     """In the order of the model, for one case after the other."""
-    layers = sum(layer.kind in "G*" for layer in parse_pattern(effective_pattern(run.model)))
+    layers = num_layers(effective_pattern(run.model))
     for case in cases:
         a, b = our_outputs(ours, run, case), their_outputs(theirs, run, case)
         if [name for name, _ in a] != [name for name, _ in b] or len(a) != layers + 1:

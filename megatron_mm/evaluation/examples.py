@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import parse_pattern, token_multiple
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches, receive
@@ -130,9 +131,10 @@ def _looks(
         return []  # patches of several resolutions do not lie on one grid
     order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
     layers = parse_pattern(engine.run.model.hybrid_layer_pattern)
+    opened = [n for n, layer in enumerate(layers) if LAYERS[layer.kind].pair == "opens"]
     found = []
     for pair in sorted(looks):
-        at = next(n for n, la in enumerate(layers) if la.kind == "L" and la.pair == pair)
+        at = opened[pair]
         before = [layer.number for layer in layers[:at] if layer.number is not None]
         weights = looks[pair][i][: len(answer), : len(where)][:, order]
         found.append(

@@ -1,4 +1,4 @@
-"""What every layer of a stage knows about the microbatch, worked out once per stage.
+"""Facts about the microbatch that every layer of a stage shares, worked out once per stage.
 
 All of it follows from the batch's lengths and offsets, which every rank has; nothing here
 crosses the wire.
@@ -6,8 +6,9 @@ crosses the wire.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,7 +17,6 @@ from megatron_mm.config import Layer, ModelConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.layers.clvr import MemoryMap, memory_hidden_size
-from megatron_mm.model.layers.rotary import rotary_table
 from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
@@ -35,7 +35,7 @@ class StreamContext:
     Attributes:
         segments: of the whole stream.
         local: of this context-parallel rank's part of it.
-        rotary: (cos, sin) of the part, each [T / CP, rotary_dim] in fp32.
+        position_ids_t: int64 [T / CP], positions inside their samples, of the part.
         padding_1t: bool, True on this rank's positions that are padding; None without padding.
         supervised_tokens: of the whole microbatch, a scalar.
         memory: for the looks of this stage, seen from the part.
@@ -44,11 +44,12 @@ class StreamContext:
         cache: of the rows being decoded.
         routing: what is asked of the routers, if anything.
         watch: called with every layer and its output (parity tests, diagnostics).
+        shared: results of `once`.
     """
 
     segments: Segments
     local: Segments
-    rotary: tuple[torch.Tensor, torch.Tensor]
+    position_ids_t: torch.Tensor
     padding_1t: torch.Tensor | None
     supervised_tokens: torch.Tensor
     memory: MemoryMap | None
@@ -57,14 +58,14 @@ class StreamContext:
     cache: DecodeCache | None = None
     routing: Routing | None = None
     watch: Callable[[Layer, torch.Tensor], None] | None = None
+    shared: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
     def build(
         cls, batch: Microbatch, model: ModelConfig, pg: ProcessGroupCollection, with_memory: bool
     ) -> StreamContext:
-        language, device = model.language, batch.tokens_T.device
+        device = batch.tokens_T.device
         segments = Segments.from_cu_seqlens(batch.cu_seqlens, device)
-        rotary_dim = int(language.kv_channels * language.rotary_percent)
         tokens = segments.total
         mine = part(tokens, pg.cp)
         local = segments.within(mine)
@@ -87,11 +88,18 @@ class StreamContext:
         return cls(
             segments,
             local,
-            rotary_table(take(batch.position_ids_T, mine), rotary_dim, language.rotary_base),
+            take(batch.position_ids_T, mine),
             padding,
             batch.loss_mask_T.sum(),
             memory,
         )
+
+    def once[T](self, key: Hashable, make: Callable[[], T]) -> T:
+        """`make()`, computed by the first layer that asks and shared by all that give the same key;
+        for tables that depend on no parameter."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def look_record(self, pair: int) -> list[torch.Tensor] | None:
         return None if self.looks is None else self.looks.setdefault(pair, [])

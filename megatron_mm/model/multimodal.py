@@ -21,9 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm import platform
-from megatron_mm.config import Manifest, RunConfig, effective_pattern, model_stages, wire
+from megatron_mm.config import Manifest, RunConfig, model_stages, reads_memory, wire
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.backends.choice import Backend, check_dispatcher, choose
+from megatron_mm.model.backends.choice import check_dispatcher, choose
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
@@ -120,7 +122,6 @@ class MultimodalModel(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.model_config, self.pg = run.model, pg
         language = run.model.language
-        pattern = effective_pattern(run.model)
         plan = model_stages(run)
         boundaries = wire(plan)
         index = chunk * pg.pp.size() + pg.pp.rank()
@@ -128,12 +129,14 @@ class MultimodalModel(MegatronModule):
         self.pre_process, self.post_process = index == 0, index == len(plan) - 1
         self.arrives: Manifest | None = None if self.pre_process else boundaries[index - 1]
         self.leaves: Manifest | None = None if self.post_process else boundaries[index]
-        self.has_looks = "L" in pattern
+        kinds = [LAYERS[layer.kind] for layer in stage.layers]
+        self.has_looks = reads_memory(run.model)
         # Moe indices of this stage's layers of experts, and experts that they leave out for now.
-        self.moe_layers = [layer.number for layer in stage.layers if layer.kind == "E"]
+        layers = zip(stage.layers, kinds, strict=True)
+        self.moe_layers = [layer.number for layer, kind in layers if kind.routed]
         self.forbidden: Routes = {}
         self.letters = "".join(layer.kind for layer in stage.layers)
-        self.looks_here = any(layer.kind == "L" for layer in stage.layers)
+        self.looks_here = any(kind.reads_memory for kind in kinds)
         self.received: torch.Tensor | None = None
         self.watch: Callable | None = None  # diagnostics: (layer, hidden) as each layer ends
         init, dtype = normal(language.init_method_std), config.params_dtype

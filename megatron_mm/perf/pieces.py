@@ -1,9 +1,10 @@
 """Costs of single sub-layers, and rough plans of whole layouts put together from them.
 
-For a search, where tracing every layout would take hours. Each letter of the pattern is traced as
-a pipeline stage of its own, once for each way to split and to recompute it; a stage of a layout
-is then about the sum of its letters. Rough: a letter's neighbours, padding of buffers and the
-fold of recomputed blocks are left out. What a search shows in the end is traced in full.
+They serve a search, where tracing every layout would take hours. Each letter of the pattern is
+traced as a pipeline stage of its own, once for each way to split and to recompute it; a stage of a
+layout is then about the sum of its letters. Rough: a letter's neighbours, padding of buffers and
+the fold of recomputed blocks are left out. The layouts that a search shows in the end are traced
+in full.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from megatron_mm.config import RunConfig, Stage, effective_pattern
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.memory import State
 from megatron_mm.perf.rank import RankPlan, plan_rank
@@ -24,10 +26,11 @@ FIRST, LAST = "first", "last"
 
 @dataclass(frozen=True)
 class Pieces:
-    """Of one split and recompute: letter, or what only the first and the last stage have, to its
-    plan as a stage; a microbatch is one sample.
+    """Plans of single stages, for one split and recompute; a microbatch is one sample.
 
     Attributes:
+        plans: letter, or FIRST and LAST for what only the first and the last stage have -> its
+            plan as a stage.
         expert_ranks: ranks that the routed experts of a layer were dealt to.
     """
 
@@ -41,8 +44,7 @@ def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
         run: its tensor, context and expert parallel sizes and its recompute count; pipeline and
             micro batch do not.
     """
-    letters = [kind for kind in "G*LJ" if kind in effective_pattern(run.model)]
-    pattern = "".join(kind + "E" * (kind in "G*") for kind in letters)
+    pattern = _one_of_each(effective_pattern(run.model))
     small = deepcopy(run)
     small.model.hybrid_layer_pattern = pattern
     par = small.parallel
@@ -61,6 +63,21 @@ def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
         name: plan_rank(small, place * per_stage, world, batch) for name, place in wanted.items()
     }
     return Pieces(plans, par.expert_model_parallel_size)
+
+
+def _one_of_each(pattern: str) -> str:
+    """A pattern with every letter of this one, as short as it can be."""
+    kinds = LAYERS.used(pattern)
+
+    def together(first: list[str], second: list[str]) -> str:
+        """Both lists, in turns; the shorter one repeats its last letter."""
+        places = range(max(len(first), len(second)))
+        turns = ((letters, at) for at in places for letters in (first, second))
+        return "".join(letters[min(at, len(letters) - 1)] for letters, at in turns)
+
+    roles = [[k.letter for k in kinds if k.role == role] for role in ("mixer", "ffn")]
+    pairs = [[k.letter for k in kinds if k.pair == pair] for pair in ("opens", "closes")]
+    return together(*roles) + together(*pairs)
 
 
 def rough_rank(

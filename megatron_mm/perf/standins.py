@@ -20,7 +20,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_mm.config import ConfigError, RunConfig
-from megatron_mm.model.backends.choice import Backend, choose
+from megatron_mm.model.backends.choice import choose
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.layers.gdn.mix import split_heads
 from megatron_mm.model.layers.moe import MixtureOfExperts
 from megatron_mm.perf.assumed import expert_counts

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm.config import ModelConfig
-from megatron_mm.model.decode import Patches
+from megatron_mm.config.layers.looks import COORDINATE_FREQUENCIES
+from megatron_mm.model.decode import LayerState
+from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.linear import column, row
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.recompute import core
@@ -30,7 +33,9 @@ from megatron_mm.model.segments import Buckets, Segments, similar
 from megatron_mm.parallel.param_layout import constant, normal
 from megatron_mm.parallel.sequence import part
 
-COORDINATE_FREQUENCIES = 6  # 2^0 .. 2^5 half periods over the image
+if TYPE_CHECKING:
+    from megatron_mm.model.context import StreamContext
+
 # Several times the default, so that keys begin by saying where they are: a look then chooses
 # places from the first step, and what stands there can be learnt.
 COORDINATE_STD = 0.2
@@ -138,11 +143,45 @@ def coordinate_features(coordinates_M2: torch.Tensor) -> torch.Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
+class Patches(LayerState):
+    """Keys and values of the patches of every row's prompt."""
+
+    def store(self, key_MhD: torch.Tensor, value_MhD: torch.Tensor, patches: Segments) -> None:
+        """After a prefill's look. `patches`: those of each prompt, in the order of the memory."""
+        for name, x in (("key", key_MhD), ("value", value_MhD)):
+            self.hand_out_rectangle(name, patches.to_rectangle(x).transpose(1, 2))
+        self.hand_out("count", patches.lengths)  # on the CPU
+
+    def look(self, query_rhD: torch.Tensor, rows: range) -> torch.Tensor:
+        """What each of these rows' tokens finds in all patches of its prompt, [r, h, D]; exactly
+        0 without any. Every image of a prompt stands before what is generated."""
+        key, value, count = (
+            self.tensors[name][rows.start : rows.stop] for name in ("key", "value", "count")
+        )
+        longest = int(count.max())
+        if not longest:
+            return torch.zeros_like(query_rhD)
+        count = count.to(query_rhD.device, non_blocking=True)
+        mask = torch.arange(longest, device=count.device) < count[:, None]
+        sees = (count > 0)[:, None, None, None]
+        found = F.scaled_dot_product_attention(
+            query_rhD.unsqueeze(2),
+            key[:, :, :longest],
+            value[:, :, :longest],
+            attn_mask=mask[:, None, None] | ~sees,
+        )
+        return torch.where(sees, found, 0.0).squeeze(2)
+
+
 class Look(nn.Module):
     """The `L` layer: cross-attention from the hidden state to the memory, [t, 1, H].
 
     A position that may see no patch gets exactly zero.
+    Args:
+        pair: number of the pair that this look opens.
     """
+
+    State = Patches
 
     def __init__(
         self,
@@ -150,8 +189,10 @@ class Look(nn.Module):
         config: TransformerConfig,
         pg: ProcessGroupCollection,
         recompute: bool = False,
+        pair: int = 0,
     ):
         super().__init__()
+        self.pair = pair
         self.recompute, self.cp, tp = recompute, pg.cp, pg.tp
         language, fusion = model.language, model.fusion
         self.head_dim = fusion.clvr_kv_channels
@@ -180,6 +221,22 @@ class Look(nn.Module):
         self.linear_proj = row(
             width, language.hidden_size, config=config, init=constant(0.0), tp=tp
         )
+
+    @classmethod
+    def build(cls, given: BuildContext) -> Look:
+        again, pair = given.recompute.core_attn, given.layer.pair
+        return cls(given.run.model, given.config, given.pg, again, pair)
+
+    def run(
+        self,
+        hidden_t1H: torch.Tensor,
+        context: StreamContext,
+        state: Patches | None,
+        memory_m1C: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `LayerModule.run`."""
+        record = context.look_record(self.pair)
+        return self(hidden_t1H, memory_m1C, context.memory, record, state)
 
     def forward(
         self,
