@@ -59,7 +59,7 @@ def costs(run: RunConfig) -> Costs:
 def _forward(kind: LayerKind, run: RunConfig, work: Work) -> float:
     counter = Counter(run, work)
     kind.flops(counter)
-    return sum(forward for forward, _ in counter.forward().values())
+    return sum((forward for forward, _ in counter.forward().values()), 0.0)
 
 
 def output(lm: LanguageConfig) -> Linear:

@@ -96,7 +96,7 @@ AS_IF_CUDA = """
 import torch
 from megatron_mm import platform
 platform.install()
-from megatron_mm.model import backend
+from megatron_mm.model.backends import choice as backend
 torch.cuda.is_available = lambda: True
 print(backend.missing_transformer_engine())
 """
