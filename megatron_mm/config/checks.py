@@ -1,4 +1,4 @@
-"""Refuses a run whose sizes do not divide or make no sense, before anything is built.
+"""Rejects a run whose sizes do not divide or make no sense, before anything is built.
 
 Types are right already (`load.py`). Each rule is one line; each message names the key, its
 value and what would be allowed, with both numbers where one does not divide the other.

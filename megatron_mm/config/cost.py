@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from megatron_mm.config.layers.counting import Counter, Linear, Work, causal_pairs, products
+from megatron_mm.config.layers.counting import Counter, Linear, Workload, causal_pairs, products
 from megatron_mm.config.layers.kinds import LAYERS, LayerKind
 from megatron_mm.config.layers.looks import memory_width
 from megatron_mm.config.settings import (
@@ -44,7 +44,7 @@ def costs(run: RunConfig) -> Costs:
         first = share * vision(model, _tiles(run))
         memory = {"none": 0, "thumbnail": 1, "tiles": run.data.max_num_tiles}
         seen = memory[model.fusion.vision_memory] * patches(model.vision)
-    work = Work(
+    work = Workload(
         tokens=tokens,
         attention_pairs=causal_pairs(tokens),
         look_pairs=tokens * seen,
@@ -56,7 +56,7 @@ def costs(run: RunConfig) -> Costs:
     return Costs(letters, first, last=products([output(model.language)], tokens))
 
 
-def _forward(kind: LayerKind, run: RunConfig, work: Work) -> float:
+def _forward(kind: LayerKind, run: RunConfig, work: Workload) -> float:
     counter = Counter(run, work)
     kind.flops(counter)
     return sum((forward for forward, _ in counter.forward().values()), 0.0)

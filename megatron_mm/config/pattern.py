@@ -79,7 +79,10 @@ def parse_pattern(pattern: str) -> tuple[Layer, ...]:
                 pattern, f"{here} belongs in pipeline_model_parallel_layout, not in the model"
             )
         if letter not in LAYERS:
-            raise _wrong(pattern, f"unknown letter {here}; allowed: {allowed}")
+            raise _wrong(
+                pattern,
+                f"unknown letter {here}; allowed: {allowed}, or one that a module in plugins adds",
+            )
         if letter in mixers:
             if open_mixer:
                 raise _wrong(pattern, f"{open_mixer} needs an {_words(closers)} before {here}")

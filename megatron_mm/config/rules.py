@@ -1,4 +1,4 @@
-"""Words of the checks: what does not divide, and what is not allowed."""
+"""Conditions that several checks share, with one wording for their messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def divides(key: str, value: int, by_key: str, by: int) -> None:
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    """Raises ConfigError with what is allowed if the condition does not hold."""
+    """Raises ConfigError that names the allowed values, if the condition does not hold."""
     if not condition:
         raise ConfigError(f"{key} is {value!r}; allowed: {allowed}")
 

@@ -42,7 +42,7 @@ class StreamContext:
         recomputing: the pass is a repetition for the backward pass.
         looks: pair -> attention weights, filled when recording (evaluation only).
         cache: of the rows being decoded.
-        routing: what is asked of the routers, if anything.
+        routing: requests to the routers, if there are any.
         watch: called with every layer and its output (parity tests, diagnostics).
         shared: results of `once`.
     """
@@ -95,8 +95,8 @@ class StreamContext:
         )
 
     def once[T](self, key: Hashable, make: Callable[[], T]) -> T:
-        """`make()`, computed by the first layer that asks and shared by all that give the same key;
-        for tables that depend on no parameter."""
+        """Returns `make()`, computed by the first layer that asks and shared by all that give the
+        same key; for tables that depend on no parameter."""
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]

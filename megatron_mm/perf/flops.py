@@ -1,15 +1,15 @@
-"""FLOPs of a microbatch, counted product by product, with what is frozen and what LoRA adds.
+"""FLOPs of a microbatch, counted product by product; freezing and LoRA included.
 
 Each kind of layer counts its own products (config/layers/); this file walks the model. The same
-walk counts what training asks for or what our kernels compute: a test holds the latter equal to
-torch's counter. MFU is of what is asked for (`model_flops`).
+walk counts the FLOPs that training asks for, or those that our kernels execute: a test holds the
+latter equal to torch's counter. MFU counts the former (`model_flops`).
 """
 
 from __future__ import annotations
 
 from megatron_mm.config import RunConfig, effective_pattern
 from megatron_mm.config import cost as sizes
-from megatron_mm.config.layers.counting import Counter, Flops, Work, products
+from megatron_mm.config.layers.counting import Counter, Flops, Workload, products
 from megatron_mm.config.layers.kinds import LAYERS, LayerKind
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.recompute import Recompute
@@ -30,7 +30,7 @@ def total(parts: dict[str, Flops]) -> float:
     return sum(part.total for part in parts.values())
 
 
-def count(run: RunConfig, work: Work) -> dict[str, Flops]:
+def count(run: RunConfig, work: Workload) -> dict[str, Flops]:
     """FLOPs by part: vision, projector, memory, output, and those that the layers of the pattern
     name (delta_net, attention, router, experts, looks)."""
     counter, recompute = Counter(run, work), Recompute.of(run.training)
@@ -47,7 +47,7 @@ def count(run: RunConfig, work: Work) -> dict[str, Flops]:
 
 
 def _layer(counter: Counter, kind: LayerKind, recompute: Recompute, found: list[bool]) -> None:
-    """Counts one layer, and what of it the backward pass computes again."""
+    """Counts one layer, and the part of it that the backward pass computes again."""
     before, stream = counter.forward(), counter.flows
     flows = kind.flops(counter)
     if kind.pair == "closes":

@@ -72,7 +72,7 @@ def on_gpus(run: RunConfig, world_size: int) -> RunConfig:
 
 
 def too_large(plan: LayoutPlan) -> ConfigError:
-    """What to say where a layout does not fit."""
+    """The error for a layout that does not fit."""
     worst = max(range(len(plan.ranks)), key=lambda place: plan.ranks[place].total)
     rank, gb = plan.ranks[worst], 1e9
     held, able = rank.total / gb, room(plan.gpu, plan.assumed) / gb

@@ -1,8 +1,8 @@
 """Rows, pairs and mixing that one microbatch brings to the model.
 
-`needed` is what the model's own mathematics asks for, whoever computes it and on whatever layout:
-causal pairs only, the delta rule as its recurrence, no padding. `executed` is what our torch
-kernels compute for it on one rank: rectangles, chunks, padding, a dummy tile for a text.
+`needed` is the work of the model's own mathematics, the same on every backend and layout: causal
+pairs only, the delta rule as its recurrence, no padding. `executed` is the work of our torch
+kernels on one rank: rectangles, chunks, padding, a dummy tile for a text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from megatron_mm.config import RunConfig, effective_pattern, reads_memory
 from megatron_mm.config.cost import patches
-from megatron_mm.config.layers.counting import Work, causal_pairs
+from megatron_mm.config.layers.counting import Workload, causal_pairs
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.context import memory_rows
@@ -20,7 +20,7 @@ from megatron_mm.model.segments import Segments
 from megatron_mm.plugins import import_object
 
 
-def needed(run: RunConfig, batch: Microbatch, logits: int) -> Work:
+def needed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
     """The work that the model's mathematics asks for.
 
     Args:
@@ -32,7 +32,7 @@ def needed(run: RunConfig, batch: Microbatch, logits: int) -> Work:
     looks = reads_memory(run.model)
     seen, until = batch.memory_visible_M2.unbind(1) if looks else (torch.zeros(0),) * 2
     kinds = LAYERS.used(effective_pattern(run.model))
-    return Work(
+    return Workload(
         tokens=real,
         logits=logits,
         attention_pairs=sum(map(causal_pairs, lengths)),
@@ -46,7 +46,7 @@ def needed(run: RunConfig, batch: Microbatch, logits: int) -> Work:
     )
 
 
-def executed(run: RunConfig, batch: Microbatch, logits: int) -> Work:
+def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
     """The work of our torch kernels on one rank; arguments as for `needed`."""
     tokens = len(batch.tokens_T)
     segments = Segments.from_cu_seqlens(batch.cu_seqlens)
@@ -60,7 +60,7 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Work:
             rows = of_tile * (1 if empty else len(batch.memory_tiles))
             memory = memory_rows(batch, run.model, 1)
             pairs = _look_pairs(batch, segments, memory)
-    return Work(
+    return Workload(
         tokens=tokens,
         logits=logits,
         attention_pairs=sum(part.count * part.width**2 for part in segments.buckets.parts),

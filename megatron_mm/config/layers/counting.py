@@ -6,7 +6,7 @@ them; not norms, activations, the short convolution, routing and the optimizer.
 The backward pass of a linear has one product for the gradient of its weight, if it learns, and one
 for the gradient of its input, if anything before it learns. A product of two activations has one
 for each. The same count serves the balanced pipeline split, MFU and the comparison with what torch
-executes; `Work` says how many rows there are and which of them it is.
+executes; `Workload` says how many rows there are and which of them it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def causal_pairs(tokens: int) -> float:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """Rows and pairs that one microbatch brings.
 
     Attributes:
@@ -46,8 +46,8 @@ class Work:
         mixing: letter -> FLOPs (forward, backward) of one layer's mixing over positions, for kinds
             that compute it by a rule of their own (`LayerKind.mixing`).
         attention_backward: FLOPs of attention's backward pass over those of its forward pass.
-        executed: count what is computed though nobody asked for it: input gradients of whatever
-            megatron-core's linears were given, and what recomputation runs again.
+        executed: count also what nobody asked for: the input gradients that megatron-core's
+            linears always compute, and the passes that recomputation runs again.
     """
 
     tokens: int
@@ -89,7 +89,7 @@ class Counter:
     """
 
     run: RunConfig
-    work: Work
+    work: Workload
     flows: bool = False
     memory_flows: bool = False
     parts: dict[str, Flops] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a letter of the layer pattern stands for.
+"""Kinds of layers, one for each letter of the layer pattern.
 
 A kind has two halves. The torch-free half is a `LayerKind`, in this folder for the built-in
 letters; the torch half is a module (`LayerKind.module`) beside the layer's mathematics. Everything

@@ -166,8 +166,8 @@ class GatedAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         state: KeysAndValues | None = None,
     ) -> torch.Tensor:
-        """[sequence shard, 1, H] -> the same; rotary is (cos, sin) [t, rotary_dim]. `state`: of
-        the rows being decoded."""
+        """[sequence shard, 1, H] -> the same; `rotary` is (cos, sin) [t, rotary_dim], `state` that
+        of the rows being decoded."""
         fused, _ = self.linear_qkv(hidden_t1H)
         tokens = fused.shape[0]
         fused = fused.view(tokens, -1, 2 * (self.head_dim + self.kv_slice))

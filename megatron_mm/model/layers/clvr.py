@@ -1,8 +1,8 @@
 """CLVR, cross-layer vision refinement: the language model looks at the image again.
 
 A look queries the vision memory (patch features before the pixel shuffle) with the hidden
-state of its layer; what it finds is added to the residual stream where the pattern says
-`J`, at once or several layers, or pipeline stages, later. The out-projection starts at zero,
+state of its layer; its result is added to the residual stream where the pattern says `J`, at once
+or several layers, or pipeline stages, later. The out-projection starts at zero,
 so a model with CLVR added equals the model without until it is trained.
 
 Shapes: T stream, t shard of it, M memory patches, m shard of the padded memory, h local
@@ -153,8 +153,8 @@ class Patches(LayerState):
         self.hand_out("count", patches.lengths)  # on the CPU
 
     def look(self, query_rhD: torch.Tensor, rows: range) -> torch.Tensor:
-        """What each of these rows' tokens finds in all patches of its prompt, [r, h, D]; exactly
-        0 without any. Every image of a prompt stands before what is generated."""
+        """Attends from the tokens of these rows to all patches of their prompts, [r, h, D]; exactly
+        0 without any. Every image of a prompt stands before the generated tokens."""
         key, value, count = (
             self.tensors[name][rows.start : rows.stop] for name in ("key", "value", "count")
         )
@@ -282,7 +282,7 @@ class Look(nn.Module):
 def memory_attention(
     query_ThD: torch.Tensor, key_MhD: torch.Tensor, value_MhD: torch.Tensor, memory: MemoryMap
 ) -> torch.Tensor:
-    """What each position finds in the patches that it may see, [T, h, D]; exactly 0 if none."""
+    """Attends from each position to the patches that it may see, [T, h, D]; exactly 0 if none."""
     if not memory.views:  # the parameters still take part, with gradients of zero
         return 0.0 * (query_ThD + key_MhD.sum() + value_MhD.sum())
     found = []

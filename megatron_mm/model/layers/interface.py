@@ -58,8 +58,8 @@ class BuildContext:
 class LayerModule(Protocol):
     """
     Attributes:
-        State: what a layer remembers of rows that are decoded; None if every position is computed
-            by itself.
+        State: the layer's memory of rows that are decoded; None if every position is computed by
+            itself.
     """
 
     State: type[LayerState] | None

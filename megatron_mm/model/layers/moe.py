@@ -28,7 +28,7 @@ class Router(TopKRouter):
     megatron-core weights a microbatch's balancing loss by this rank's unpadded tokens, which
     differ between ranks when one holds the padding, and outnumber the supervised ones when
     prompts are long. Weighted by the microbatch's supervised tokens, the coefficient means
-    what it says on every layout.
+    the same on every layout.
     """
 
     supervised_tokens: torch.Tensor | float = 0.0  # of the current microbatch

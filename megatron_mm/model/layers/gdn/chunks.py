@@ -1,8 +1,8 @@
 """A stream of samples cut into chunks of one size, for kernels that carry a state along.
 
-Every sample is cut by itself, so that short samples beside a long one cost what they are, not
-what the longest is. Only a sample's last chunk holds padding: repeats of its last position,
-which causality keeps from everything real.
+Every sample is cut by itself, so that the cost of a short sample does not depend on the longest.
+Only a sample's last chunk holds padding: repeats of its last position, which causality keeps from
+everything real.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class GatedDeltaNet(nn.Module):
     def forward(
         self, hidden_t1H: torch.Tensor, segments: Segments, state: DeltaState | None = None
     ) -> torch.Tensor:
-        """[t, 1, H] -> [t, 1, H]. `state`: of the rows being decoded."""
+        """[t, 1, H] -> [t, 1, H]; `state` is that of the rows being decoded."""
         fused, _ = self.in_proj(hidden_t1H)
         tokens = fused.shape[0]
         fused = fused.view(tokens, self.key_heads, sum(self.widths))
