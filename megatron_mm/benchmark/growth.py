@@ -12,6 +12,8 @@ from megatron_mm.benchmark.measure import interleave, ratios
 from megatron_mm.config import RunConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.decode import DecodeCache, Filling
+from megatron_mm.model.layers.attention import KeysAndValues
+from megatron_mm.model.layers.gdn.layer import DeltaState
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.groups import Groups
 
@@ -59,7 +61,7 @@ def _delta_core(engine: Engine, rows: int, position: int) -> Callable[[], Any]:
     layers = engine.chunks[0].language.layers.values()
     layer = next(p["mixer"].inner for p in layers if hasattr(p["mixer"].inner, "mix_and_keep"))
     cache = _at(rows, position)
-    memory = cache.delta(0)
+    memory = cache.state("G", 0, DeltaState)
 
     def mix(segments: Segments, tokens: int):
         g = torch.Generator().manual_seed(tokens)
@@ -76,7 +78,7 @@ def _attention_core(engine: Engine, rows: int, position: int) -> Callable[[], An
     language = engine.run.model.language
     heads, width = language.num_attention_heads, language.kv_channels
     cache = _at(rows, position)
-    memory = cache.attention(0)
+    memory = cache.state("*", 0, KeysAndValues)
 
     def attend(segments: Segments, tokens: int):
         g = torch.Generator().manual_seed(tokens)

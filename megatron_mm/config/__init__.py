@@ -12,6 +12,7 @@ from megatron_mm.config.pattern import (
     model_stages,
     num_layers,
     parse_pattern,
+    reads_memory,
     stages,
     without_clvr,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "parse_pattern",
     "preset",
     "read_memories",
+    "reads_memory",
     "run_of_checkpoint",
     "stages",
     "to_dict",

@@ -23,6 +23,7 @@ from megatron_mm.config.fields import (
     PositiveInt,
     Sections,
 )
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.objectives import OBJECTIVES
 from megatron_mm.errors import ConfigError
 
@@ -132,13 +133,25 @@ class FusionConfig:
 
 @dataclass
 class ModelConfig:
-    """The model itself. `hybrid_layer_pattern` is the single source of truth for layers:
-    G = gated DeltaNet, * = attention, E = mixture of experts, L = look, J = inject."""
+    """The model itself. `hybrid_layer_pattern` is the single source of truth for layers: letters of
+    config/layers/, such as G = gated DeltaNet, * = attention, E = mixture of experts."""
 
     hybrid_layer_pattern: str = "GEGEGE*E" * 12
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    layers: Annotated[dict, Sections(LAYERS)] = field(default_factory=dict)
+    """Settings of letters that have their own, by letter."""
+
+    def __post_init__(self) -> None:
+        # One section for each such letter of the pattern, none for others: a model does not depend
+        # on letters that happen to be registered.
+        kinds = [kind for kind in LAYERS.used(self.hybrid_layer_pattern) if kind.settings]
+        self.layers = {kind.letter: self.layer_settings(kind.letter) for kind in kinds}
+
+    def layer_settings(self, letter: str) -> Any:
+        """The settings of a letter's own; its defaults where none are given."""
+        return self.layers.get(letter) or LAYERS[letter].settings()
 
 
 @dataclass

@@ -16,6 +16,7 @@ from megatron_mm.config import (
     RunConfig,
     look_memories,
     memories,
+    reads_memory,
     to_dict,
     to_transformers_dict,
     without_clvr,
@@ -31,7 +32,7 @@ TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 
 def has_clvr(model: ModelConfig) -> bool:
     """Whether the model computes looks: the pattern has one and there is a memory."""
-    return bool(look_memories(model))
+    return reads_memory(model)
 
 
 def small_files(

@@ -11,7 +11,7 @@ import torch
 
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_model
 from megatron_mm.checkpoint.shards import weight_key
-from megatron_mm.config import DataConfig, RunConfig, effective_pattern, parse_pattern, to_dict
+from megatron_mm.config import DataConfig, RunConfig, effective_pattern, num_layers, to_dict
 from megatron_mm.convert.export import has_clvr
 from megatron_mm.convert.folder import HFFolder, equal_bits
 from megatron_mm.convert.live import fill
@@ -218,7 +218,7 @@ def compare_outputs(
     Raises:
         ConvertError: the models have different numbers of layers.
     """
-    layers = sum(layer.kind in "G*" for layer in parse_pattern(effective_pattern(run.model)))
+    layers = num_layers(effective_pattern(run.model))
     for case in cases:
         a, b = mcore_outputs(mcore, run, case), hf_outputs(hf, run, case)
         if [name for name, _ in a] != [name for name, _ in b] or len(a) != layers + 1:

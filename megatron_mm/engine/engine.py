@@ -35,7 +35,7 @@ from megatron_mm.engine.optimizer import (
     freeze,
     overlaps,
 )
-from megatron_mm.model.backends.choice import Backend
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.model.routing import Routes, check_forbidden, check_routes

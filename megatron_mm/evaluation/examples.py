@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import look_memories, parse_pattern, token_multiple
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches, receive
@@ -128,12 +129,13 @@ def _looks(
         return []
     model = engine.run.model
     layers, reads = parse_pattern(model.hybrid_layer_pattern), look_memories(model)
+    opened = [n for n, layer in enumerate(layers) if LAYERS[layer.kind].pair == "opens"]
     found = []
     for pair in sorted(looks):
         where = item.sample.images[0].memories[reads[pair].name].coordinates_M2
         rows, columns = len(where[:, 0].unique()), len(where[:, 1].unique())
         order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
-        at = next(n for n, la in enumerate(layers) if la.kind == "L" and la.pair == pair)
+        at = opened[pair]
         before = [layer.number for layer in layers[:at] if layer.number is not None]
         weights = looks[pair][i][: len(answer), : len(where)][:, order]
         found.append(

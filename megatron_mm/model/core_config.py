@@ -13,7 +13,7 @@ from megatron_mm.config.objectives import declaration
 
 
 def language_config(run: RunConfig) -> TransformerConfig:
-    """For the language stack, and for the schedule, DDP and optimizer."""
+    """The config of the language stack, also for the schedule, DDP and optimizer."""
     language, parallel, training = run.model.language, run.parallel, run.training
     backend = run.backend
     tp = parallel.tensor_model_parallel_size
@@ -75,7 +75,8 @@ def language_config(run: RunConfig) -> TransformerConfig:
 
 
 def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerConfig:
-    """For the linears of the ViT and the projector: no sequence parallelism, no experts, no FP8."""
+    """The config of the linears of the ViT and the projector: no sequence parallelism, experts or
+    FP8."""
     vision, tp = run.model.vision, language.tensor_model_parallel_size
     heads = -(-vision.vision_num_attention_heads // tp) * tp  # padded
     return replace(

@@ -29,9 +29,11 @@ from megatron_mm.config import (
     read_memories,
     wire,
 )
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import VISION
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.backends.choice import Backend, check_dispatcher, choose
+from megatron_mm.model.backends.choice import check_dispatcher, choose
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
@@ -145,15 +147,18 @@ class MultimodalModel(MegatronModule):
         self.pre_process, self.post_process = index == 0, index == len(plan) - 1
         self.arrives: Manifest | None = None if self.pre_process else boundaries[index - 1]
         self.leaves: Manifest | None = None if self.post_process else boundaries[index]
+        kinds = [LAYERS[layer.kind] for layer in stage.layers]
         self.memories = {memory.name: memory for memory in looks}
         # The memories that looks of this stage read.
-        self.reads = [
-            memory
-            for memory in self.memories.values()
-            if any(la.kind == "L" and looks[la.pair] == memory for la in stage.layers)
+        here = [
+            looks[layer.pair].name
+            for layer, kind in zip(stage.layers, kinds, strict=True)
+            if kind.reads_memory
         ]
+        self.reads = [memory for name, memory in self.memories.items() if name in here]
         # Moe indices of this stage's layers of experts, and experts that they leave out for now.
-        self.moe_layers = [layer.number for layer in stage.layers if layer.kind == "E"]
+        layers = zip(stage.layers, kinds, strict=True)
+        self.moe_layers = [layer.number for layer, kind in layers if kind.routed]
         self.forbidden: Routes = {}
         self.letters = "".join(layer.kind for layer in stage.layers)
         self.received: torch.Tensor | None = None

@@ -1,5 +1,5 @@
 """Requests to the routers beside their own choice: to use given routes, to draw with given noise,
-to write down the routes they take, to leave experts out, to learn from a term of their own.
+to record the routes they take, to leave experts out, to learn from a term of their own.
 
 Routing is replayed for RL: R2 uses the routes of the trainer's own first pass (Zheng et al. 2025,
 arXiv 2507.18071), R3 those of the rollout (Ma et al. 2025, arXiv 2510.11370). Both are the same
@@ -7,8 +7,7 @@ here: `Microbatch.routes`. They belong to the microbatch and reach its layers th
 own context, so a pipeline schedule that interleaves microbatches, or a block computed again,
 cannot meet another one's (megatron-core's RouterReplay holds one target for the process).
 
-A layer of experts is known by its *moe index*, its number among the `E` of the pattern from 0.
-Every mixer has one `E`, so this is the layer's number too.
+A layer of experts is known by its *moe index*, the number of its transformers layer from 0.
 
 Shapes: T stream, t positions whose hidden state this rank holds (`parallel.sequence.shard`), k
 experts chosen at a position, E experts.
@@ -36,7 +35,7 @@ class RouterTerm(Protocol):
     def __call__(
         self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range
     ) -> torch.Tensor | None:
-        """Computes one layer's addition to the loss of a microbatch; None for nothing.
+        """The term that one layer's router adds to the loss of a microbatch; None for nothing.
 
         Args:
             logits_tE: of the router, before anything is forbidden.
@@ -98,7 +97,7 @@ def check_forbidden(forbidden: Mapping[int, torch.Tensor], layers: int, k: int, 
 
 @dataclass(frozen=True)
 class Routing:
-    """What is asked of one stage's routers for one microbatch.
+    """Requests to one stage's routers for one microbatch.
 
     Attributes:
         given: int16 [t, k]; rows of -1: choose freely.
@@ -130,7 +129,7 @@ class Routing:
         forbidden: Routes,
         term: RouterTerm | None,
     ) -> Routing | None:
-        """None if nothing is asked."""
+        """The requests for a microbatch on this rank; None if there are none."""
         asked = batch.routes, batch.route_noise, record, term
         if not forbidden and all(thing is None for thing in asked):
             return None
@@ -195,8 +194,8 @@ def _term_here(
 
 
 def whole_routes(record: Routes, pg: ProcessGroupCollection) -> Routes:
-    """A record of this rank's positions -> int16 [T, k] of the whole stream, on every rank that
-    holds the stage. Routes stay on the stages of their layers."""
+    """Gathers a record of this rank's positions to int16 [T, k] of the whole stream, on every rank
+    that holds the stage. Routes stay on the stages of their layers."""
     if not record:
         return {}
     stacked = gather_shards(torch.stack([record[index] for index in sorted(record)], 1), pg)

@@ -21,16 +21,16 @@ from megatron_mm.train.sft import SupervisedFineTuning
 
 @dataclass(frozen=True)
 class ChunkTrace:
-    """Of one microbatch on one stage; bytes of tensors, without parameters and gradients.
+    """Memory and work of one microbatch on one stage; bytes without parameters and gradients.
 
     Attributes:
-        arrives, leaves: of the packed tensor from the stage before and to the one after.
+        arrives, leaves: bytes of the packed tensor from the stage before and to the one after.
         forward_peak: the most that the forward pass holds, what arrived included.
         held: what stays until the backward pass.
         backward_peak: the most that the backward pass holds.
-        forward, backward: work; a backward pass includes what it computes again.
-        stays: what the first microbatch leaves behind for good (megatron-core's buffer of gathered
-            activations); in none of the above.
+        forward, backward: work; a backward pass includes recomputation.
+        stays: bytes that the first microbatch leaves behind for good (megatron-core's buffer of
+            gathered activations); in none of the above.
     """
 
     arrives: int
@@ -44,7 +44,7 @@ class ChunkTrace:
 
 
 def trace_chunk(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> ChunkTrace:
-    """Run stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step."""
+    """Runs stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step."""
     wrapped, model = engine.models[chunk], engine.chunks[chunk]
     balance(model, len(batch.tokens_T))
     if wrapped.ddp_config.overlap_param_gather:
@@ -111,8 +111,8 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def trace_sync(engine: Engine, recorder: Recorder) -> Work:
-    """What a step sends once, whatever the number of microbatches: gradients, and parameters
-    after the update."""
+    """The traffic of a step that does not depend on the number of microbatches: gradients, and
+    parameters after the update."""
     with recorder:
         begin = recorder.copy()
         # A real number: it is divided by.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mm import cli
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import VISION
 from megatron_mm.report.charts import curves, experts, histories, percent, skill_chart
 from megatron_mm.report.charts_rl import rl_charts
@@ -28,14 +29,7 @@ from megatron_mm.report.metrics_log import METRICS_FILE, TABLE_FILE, format_dura
 from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups
 
 TEMPLATE = "page.html.j2"
-LAYERS = {
-    "V": "vision encoder",
-    "G": "gated DeltaNet",
-    "*": "attention",
-    "E": "mixture of experts",
-    "L": "look at the image",
-    "J": "inject what was seen",
-}
+VISION_LETTER = "V"  # stands for the vision encoder; it is no letter of a pattern
 # Limits that keep the page readable.
 MAX_SCENES, MAX_LOOK_EXAMPLES, MAX_TOKENS = 24, 6, 12
 MAX_IMAGE_SIDE = 640  # pixels of an inlined image
@@ -74,7 +68,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         skill_chart=skill_chart(skills),
         layout=_layout(results),
         stages=_stages(results),
-        layer_names=LAYERS,
+        layer_names={VISION_LETTER: "vision encoder"}
+        | {k.letter: k.title for _, k in LAYERS.items()},
         curves=curves(records),
         histories=histories(records, skills),
         scenes=_spread(scenes, MAX_SCENES),

@@ -166,7 +166,7 @@ def test_experts_with_rows_that_need_padding(job, recipe):
 @needs("transformer_engine")
 def test_packed_attention(job):
     from megatron_mm.model.backends.transformer_engine import PackedAttention
-    from megatron_mm.model.layers.core_attention import causal_attention
+    from megatron_mm.model.layers.attention import causal_attention
     from megatron_mm.model.segments import Segments
 
     segments = Segments.from_cu_seqlens(torch.tensor([0, 70, 70, 75, 192], device="cuda"))

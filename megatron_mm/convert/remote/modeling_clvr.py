@@ -26,19 +26,21 @@ from .configuration_clvr import CLVRConfig
 FREQUENCIES = 6  # of the coordinates: 2^0 .. 2^5 half periods over the image
 
 
+# Letters of the pattern: how each is numbered. A mixer opens a layer and an ffn closes it; the k-th
+# that closes a pair adds what the k-th that opens one found.
+LETTERS = {"G": "mixer", "*": "mixer", "E": "ffn", "L": "opens", "J": "closes"}
+
+
 def read_pattern(pattern: str) -> list[tuple[str, int]]:
-    """(letter, number) of every sub-layer: of the layer for G, * and E, of the pair for L, J."""
-    counts = dict.fromkeys("G*ELJ", 0)
-    found, layers = [], 0
-    for letter in pattern:
-        if letter in "G*":
-            found.append((letter, layers))
-            layers += 1
-        elif letter == "E":
-            found.append((letter, layers - 1))
-        elif letter in "LJ":
-            found.append((letter, counts[letter]))
-            counts[letter] += 1
+    """(letter, number) of every sub-layer: that of its layer, or of its pair."""
+    counts = dict.fromkeys(LETTERS.values(), 0)
+    found = []
+    for letter in "".join(pattern.split()):
+        if letter not in LETTERS:
+            raise ValueError(f"hybrid_layer_pattern has {letter!r}; known: {', '.join(LETTERS)}")
+        role = LETTERS[letter]
+        found.append((letter, counts[role]))
+        counts[role] += 1
     return found
 
 
@@ -167,32 +169,32 @@ class CLVRTextModel(Qwen3NextModel):
         hidden, waiting = inputs_embeds, {}
         rotary = self.rotary_emb(hidden, position_ids)
         for letter, number in letters:
-            if letter == "L":
+            role = LETTERS[letter]
+            if role == "opens":
                 if memories is not None:
                     waiting[number] = looks[str(number)](hidden, memories, first, number)
-                continue
-            if letter == "J":
+            elif role == "closes":
                 hidden = hidden + waiting.pop(number) if number in waiting else hidden
-                continue
-            layer = self.layers[number]
-            if letter == "G":
-                hidden = hidden + layer.linear_attn(
-                    hidden_states=layer.input_layernorm(hidden),
-                    cache_params=past_key_values,
-                    attention_mask=recurrent,
-                )
-            elif letter == "*":
-                hidden = (
-                    hidden
-                    + layer.self_attn(
-                        hidden_states=layer.input_layernorm(hidden),
+            elif role == "mixer":
+                layer = self.layers[number]
+                normed = layer.input_layernorm(hidden)
+                if letter == "G":
+                    found = layer.linear_attn(
+                        hidden_states=normed,
+                        cache_params=past_key_values,
+                        attention_mask=recurrent,
+                    )
+                else:
+                    found = layer.self_attn(
+                        hidden_states=normed,
                         attention_mask=causal,
                         position_ids=position_ids,
                         past_key_values=past_key_values,
                         position_embeddings=rotary,
                     )[0]
-                )
+                hidden = hidden + found
             else:
+                layer = self.layers[number]
                 found = layer.mlp(layer.post_attention_layernorm(hidden))
                 hidden = hidden + (found[0] if isinstance(found, tuple) else found)
                 if self.watch is not None:

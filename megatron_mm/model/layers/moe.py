@@ -13,9 +13,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mm.model.backends.choice import Backend
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.layers.experts import GroupedExperts
+from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.parallel.param_layout import normal, place
 from megatron_mm.report.metrics import MUTED, Metrics
 
@@ -27,7 +28,7 @@ class Router(TopKRouter):
     megatron-core weights a microbatch's balancing loss by this rank's unpadded tokens, which
     differ between ranks when one holds the padding, and outnumber the supervised ones when
     prompts are long. Weighted by the microbatch's supervised tokens, the coefficient means
-    what it says on every layout.
+    the same on every layout.
     """
 
     supervised_tokens: torch.Tensor | float = 0.0  # of the current microbatch
@@ -50,6 +51,8 @@ class MixtureOfExperts(MoELayer):
         layer: global layer number, from 0.
         std, out_std: standard deviations of the input and output projections at the start.
     """
+
+    State = None
 
     def __init__(
         self,
@@ -78,6 +81,16 @@ class MixtureOfExperts(MoELayer):
         half = fc1.shape[0] // 2
         place(fc1, normal(std), split={1: pg.tp}, view=(2, half, fc1.shape[1]))
         place(fc2, normal(out_std), split={1: pg.tp})
+
+    @classmethod
+    def build(cls, given: BuildContext) -> MixtureOfExperts:
+        return cls(
+            given.config, given.pg, given.layer.number, given.std, given.out_std, given.backend
+        )
+
+    def run(self, hidden_t1H: torch.Tensor, context: StreamContext, state: None) -> torch.Tensor:
+        """See `LayerModule.run`."""
+        return self(hidden_t1H, context)
 
     def forward(self, hidden_t1H: torch.Tensor, context: StreamContext) -> torch.Tensor:
         """[t, 1, H] -> [t, 1, H]"""
