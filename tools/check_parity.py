@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
             print(line)
         if differing:
             raise ConvertError(f"{len(differing)} tensors differ (first {differing[0]})")
-        count = sum(1 for link in plan.links for _ in link.theirs()) + len(plan.carried)
+        count = sum(1 for link in plan.links for _ in link.hf_tensors()) + len(plan.carried)
         lines = [f"{count} tensors are equal to the bit"]
         if args.tensors_only:
             return lines

@@ -153,17 +153,26 @@ def copy_attention(ledger: Ledger, text, theirs: str, ours: str) -> None:
 
 
 def copy_gdn(ledger: Ledger, text, theirs: str, ours: str) -> None:
-    """Ours per key head: [q, k, v, z, b, a], theirs [q, k, v, z] apart from [b, a]; the
+    """Ours per key head: [q, k, v, z, b, a]. Qwen3-Next's: [q, k, v, z] apart from [b, a], each per
+    key head; Qwen3.5-MoE's: all q, all k, all v in one tensor, z, b and a in one each. The
     convolution's channels are per key head [q, k, v], theirs all q, all k, all v."""
     heads = text.linear_num_key_heads
-    qkvz, ba = (ledger.take(f"{theirs}in_proj_{x}.weight") for x in ("qkvz", "ba"))
-    rows = torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in (qkvz, ba)], dim=1)
-    ledger.put(ours + "in_proj.weight", rows.flatten(0, 1))
-    conv = ledger.take(theirs + "conv1d.weight").squeeze(1)
     key_rows = heads * text.linear_key_head_dim
-    split = conv.split([key_rows, key_rows, len(conv) - 2 * key_rows])
-    rows = torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in split], dim=1)
-    ledger.put(ours + "conv_weight", rows.flatten(0, 1))
+
+    def kinds(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return qkv.split([key_rows, key_rows, len(qkv) - 2 * key_rows])
+
+    def by_head(parts) -> torch.Tensor:
+        return torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in parts], dim=1).flatten(0, 1)
+
+    separate = text.model_type == "qwen3_5_moe_text"
+    names = ("qkv", "z", "b", "a") if separate else ("qkvz", "ba")
+    parts = [ledger.take(f"{theirs}in_proj_{name}.weight") for name in names]
+    if separate:
+        parts = [*kinds(parts[0]), *parts[1:]]
+    ledger.put(ours + "in_proj.weight", by_head(parts))
+    conv = ledger.take(theirs + "conv1d.weight").squeeze(1)
+    ledger.put(ours + "conv_weight", by_head(kinds(conv)))
     ledger.move(theirs + "A_log", ours + "A_log")
     ledger.move(theirs + "dt_bias", ours + "dt_bias")
     ledger.move(theirs + "norm.weight", ours + "out_norm.weight")

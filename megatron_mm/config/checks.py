@@ -6,10 +6,10 @@ value and what would be allowed, with both numbers where one does not divide the
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import Any
-
 from megatron_mm.config.algorithms import check_rl
+from megatron_mm.config.families import language_family, vision_family
+from megatron_mm.config.numbers import divides as _divides
+from megatron_mm.config.numbers import require as _require
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
 from megatron_mm.config.settings import (
@@ -19,7 +19,7 @@ from megatron_mm.config.settings import (
     ParallelConfig,
     RunConfig,
 )
-from megatron_mm.config.tree import leaves, optional
+from megatron_mm.config.tree import leaves, optional, value_at
 from megatron_mm.errors import ConfigError
 
 # Numbers are positive, but these may be zero (a rate, a weight or a count that is off).
@@ -32,8 +32,6 @@ MAY_BE_ZERO = frozenset(
         "clip_grad",
         "adam_beta1",
         "adam_beta2",
-        "moe_aux_loss_coeff",
-        "vision_layer_scale_init",
         "lr_mult_vision",
         "lr_mult_projector",
         "lr_mult_clvr",
@@ -83,28 +81,16 @@ def data_parallel_size(run: RunConfig, world_size: int) -> int:
     return world_size // (tp * cp * pp)
 
 
-def _divides(key: str, value: int, by_key: str, by: int) -> None:
-    if value < 1 or value % by:
-        nearest = -(-max(value, 1) // by) * by
-        raise ConfigError(
-            f"{key} {value} does not divide by {by_key} {by}; "
-            f"allowed: a multiple of {by}, such as {nearest}"
-        )
-
-
-def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} is {value!r}; allowed: {allowed}")
-
-
 def _check_signs(run: RunConfig) -> None:
     for leaf in leaves(RunConfig):
         inner, _ = optional(leaf.hint)
-        value = reduce(lambda node, key: getattr(node, key, None), leaf.path, run)
+        value = value_at(run, leaf.path)
         if inner not in (int, float) or value is None:
             continue
         key = ".".join(leaf.path)
-        if leaf.name in MAY_BE_ZERO:
+        if leaf.bounds is not None:
+            _require(value in leaf.bounds, key, value, str(leaf.bounds))
+        elif leaf.name in MAY_BE_ZERO:
             _require(value >= 0, key, value, "0 or more")
         else:
             _require(value > 0, key, value, "more than 0")
@@ -168,12 +154,12 @@ def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
     )
     shared = lm.moe_shared_expert_intermediate_size
     _divides("moe_shared_expert_intermediate_size", shared, *by_tp)
+    language_family(model).check(lm, parallel)
 
 
 def _check_vision(model: ModelConfig, parallel: ParallelConfig) -> None:
-    vit, fusion = model.vision, model.fusion
-    by_tp = ("tensor_model_parallel_size", parallel.tensor_model_parallel_size)
-    if vit is None:
+    fusion = model.fusion
+    if model.vision is None:
         _require(
             fusion.vision_memory == "none",
             "vision_memory",
@@ -181,14 +167,7 @@ def _check_vision(model: ModelConfig, parallel: ParallelConfig) -> None:
             "none, because model.vision is none",
         )
         return
-    heads = vit.vision_num_attention_heads
-    _divides("vision_hidden_size", vit.vision_hidden_size, "vision_num_attention_heads", heads)
-    # Heads that do not divide are padded; the features are never split but by heads.
-    _divides("vision_ffn_hidden_size", vit.vision_ffn_hidden_size, *by_tp)
-    _divides("image_size", vit.image_size, "patch_size", vit.patch_size)
-    side = f"patches per side (image_size {vit.image_size} / patch_size {vit.patch_size} =)"
-    patches = vit.image_size // vit.patch_size
-    _divides(side, patches, "pixel_shuffle_factor", fusion.pixel_shuffle_factor)
+    vision_family(model).check(model.vision, fusion, parallel)
 
 
 def _check_pattern(run: RunConfig) -> None:

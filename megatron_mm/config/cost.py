@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from megatron_mm.config.settings import LanguageConfig, ModelConfig, RunConfig, VisionConfig
-
-Linear = tuple[int, int]  # inputs, outputs
+from megatron_mm.config.families import Linear, vision_family
+from megatron_mm.config.settings import LanguageConfig, ModelConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def costs(run: RunConfig) -> Costs:
         share = 1 / 3 if run.training.freeze_vision else 1.0
         first = share * vision(model, _tiles(run))
         memory = {"none": 0, "thumbnail": 1, "tiles": run.data.max_num_tiles}
-        seen = memory[model.fusion.vision_memory] * patches(model.vision)
+        seen = memory[model.fusion.vision_memory] * patches(model)
         letters["L"] = products(of["L"], tokens) + products(of["L memory"], seen)
         letters["L"] += look(model, tokens * seen)
     return Costs(letters, first, last=products(of["output"], tokens))
@@ -84,13 +83,13 @@ def vision_linears(model: ModelConfig) -> dict[str, tuple[Linear, ...]]:
     """`patches` and `vit layer` by position of a tile, `projector` by token of the stream,
     `memory` by patch of the memory; of a look, `L` by token and `L memory` by patch, without the
     keys' coordinates."""
-    vit, fusion, hidden = model.vision, model.fusion, model.language.hidden_size
-    width, inner = vit.vision_hidden_size, vit.vision_ffn_hidden_size
+    fusion, hidden = model.fusion, model.language.hidden_size
+    encoder, width = vision_family(model).cost(model.vision), model.vision.vision_hidden_size
     memory_width = fusion.memory_hidden_size or hidden // 4
     look_width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
     return {
-        "patches": ((3 * vit.patch_size**2, width),),
-        "vit layer": ((width, 3 * width), (width, width), (width, inner), (inner, width)),
+        "patches": (encoder.embedding,),
+        "vit layer": encoder.layer,
         "projector": ((width * fusion.pixel_shuffle_factor**2, hidden), (hidden, hidden)),
         "memory": ((width, memory_width),),
         "L": ((hidden, look_width), (look_width, hidden)),
@@ -114,21 +113,22 @@ def look(model: ModelConfig, pairs: float) -> float:
     return 4.0 * pairs * model.fusion.clvr_num_attention_heads * model.fusion.clvr_kv_channels
 
 
-def vision_attention(vit: VisionConfig, tiles: int) -> float:
-    """Of one layer, every position of a tile with every other."""
-    return 4.0 * tiles * (patches(vit) + 1) ** 2 * vit.vision_hidden_size
+def vision_attention(model: ModelConfig, tiles: int) -> float:
+    """Scores and mixtures of one layer of the encoder, within tiles."""
+    encoder = vision_family(model).cost(model.vision)
+    return 4.0 * tiles * encoder.positions**2 * encoder.width
 
 
 def vision(model: ModelConfig, tiles: int) -> float:
-    """The ViT over that many tiles."""
-    vit, of = model.vision, vision_linears(model)
-    layer = products(of["vit layer"], tiles * (patches(vit) + 1)) + vision_attention(vit, tiles)
-    return vit.vision_num_layers * layer + products(of["patches"], tiles * patches(vit))
+    """The encoder over that many tiles."""
+    of, encoder = vision_linears(model), vision_family(model).cost(model.vision)
+    layer = products(of["vit layer"], tiles * encoder.positions) + vision_attention(model, tiles)
+    return encoder.layers * layer + products(of["patches"], tiles * patches(model))
 
 
-def patches(vit: VisionConfig) -> int:
-    """Of one tile."""
-    return (vit.image_size // vit.patch_size) ** 2
+def patches(model: ModelConfig) -> int:
+    """Patches of one tile."""
+    return vision_family(model).grid(model.vision, None).patches
 
 
 def _tiles(run: RunConfig) -> int:

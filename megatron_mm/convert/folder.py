@@ -19,7 +19,7 @@ from megatron_mm.config import (
     from_transformers_dict,
     without_clvr,
 )
-from megatron_mm.config.released import in_transformers_words
+from megatron_mm.config.hf import fused_type, in_transformers_words
 from megatron_mm.convert.hf_files import INDEX, PICKLES, Stored, stored_tensors
 from megatron_mm.convert.mapping import EMBEDDING, HEAD, LOOKS, PROJECTOR, StateMapping, read_plan
 from megatron_mm.errors import ConvertError
@@ -98,7 +98,7 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
     """
     config = in_transformers_words(read_json(hf / CONFIG))
     if CLVR_KEY in config:  # an export of ours
-        config["model_type"] = "internvl"
+        config["model_type"] = fused_type(config.get("vision_config") or {})
     new: tuple[tuple[str, ...], ...] = (LOOKS,)
     if hf_vision is not None:
         config = _fused(config, hf, hf_vision)
@@ -141,7 +141,7 @@ def _fused(text: dict, hf: Path, hf_vision: Path) -> dict[str, Any]:
     if "vision_config" in vision:
         raise ConvertError(f"{hf_vision} is a fused model: --hf-vision takes a ViT alone")
     return {
-        "model_type": "internvl",
+        "model_type": fused_type(vision),
         "text_config": text,
         "vision_config": vision,
         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
@@ -207,7 +207,7 @@ def check_folder(source: HFFolder, plan: StateMapping) -> None:
         raise ConvertError(f"{source.folder}: {problem}")
     for link in plan.links:
         kinds: dict[torch.dtype, str] = {}
-        for name, _ in link.theirs():
+        for name, _ in link.hf_tensors():
             kinds.setdefault(source.tensors[name].dtype, name)
         strange = next((k for k in kinds if not k.is_floating_point or k.itemsize < 2), None)
         if strange is not None:
@@ -216,7 +216,7 @@ def check_folder(source: HFFolder, plan: StateMapping) -> None:
             (a, first), (b, second) = list(kinds.items())[:2]
             raise ConvertError(f"{first} is {a} but {second} is {b}: they are one tensor of ours")
     if source.tied and not plan.tied:
-        ends = {link.ours: link.names[0] for link in plan.links if link.ours in (EMBEDDING, HEAD)}
+        ends = {link.mcore: link.names[0] for link in plan.links if link.mcore in (EMBEDDING, HEAD)}
         embedding, head = (source.tensors[ends[name]] for name in (EMBEDDING, HEAD))
         if not same_bits(embedding, head):
             raise ConvertError(

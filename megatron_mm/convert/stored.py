@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_mm.checkpoint import sealed, storage
 from megatron_mm.convert.spool import Spool
-from megatron_mm.convert.transforms import Shape
 from megatron_mm.errors import ConvertError
+from megatron_mm.model.families.transforms import Shape
 
 # A block of a stacked tensor holds as many experts as fit. Small enough to hold several at
 # once, large enough that what a block costs beside its bytes (about 1 KB) is nothing.

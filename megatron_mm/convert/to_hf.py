@@ -109,7 +109,7 @@ class Export:
 def jobs(checkpoint: Checkpoint, links: list[ParamMapping]) -> list[Export]:
     reader, found = checkpoint.reader, []
     for link in links:
-        key = weight_key(link.ours)
+        key = weight_key(link.mcore)
         size = reader.dtype(key).itemsize
         if not link.counted:
             found.append(Export(nbytes(link.shape, size), link))
@@ -128,8 +128,8 @@ def outputs(
     """(name, shape, dtype) of every tensor to be written, in the order of reading."""
     reader, found = checkpoint.reader, []
     for link in links:
-        kind = dtype or reader.dtype(weight_key(link.ours))
-        found += [(name, tuple(shape), kind) for name, shape in link.theirs()]
+        kind = dtype or reader.dtype(weight_key(link.mcore))
+        found += [(name, tuple(shape), kind) for name, shape in link.hf_tensors()]
     for name in checkpoint.carried:
         key = CARRIED_PREFIX + name
         found.append((name, reader.shape(key), reader.dtype(key)))
@@ -170,7 +170,7 @@ def convert(
         if checkpoint.notes.get("tied") and not tied:
             lines.append("the output layer is no longer the embedding: written untied")
         links = write_links(checkpoint.model, checkpoint.parameters, _spelling(checkpoint, stacked))
-        links = [link for link in links if not (tied and link.ours == HEAD)]
+        links = [link for link in links if not (tied and link.mcore == HEAD)]
         written = outputs(checkpoint, links, dtype)
         places, heads, sizes = lay_out(written, shard_bytes)
         if leader:
@@ -249,11 +249,11 @@ def _write(
             if job.carried is not None:
                 writer.write(job.carried, read(CARRIED_PREFIX + job.carried))
             elif job.link.counted:
-                ours = read(weight_key(job.link.ours), job.first, job.last)
-                for name, tensor in job.link.make_theirs(ours, job.first):
+                ours = read(weight_key(job.link.mcore), job.first, job.last)
+                for name, tensor in job.link.to_hf(ours, job.first):
                     writer.write(name, tensor, 0 if job.link.separate else job.first)
             else:
-                for name, tensor in job.link.make_theirs(read(weight_key(job.link.ours)), 0):
+                for name, tensor in job.link.to_hf(read(weight_key(job.link.mcore)), 0):
                     writer.write(name, tensor)
             done(job.bytes)
         writer.finish()

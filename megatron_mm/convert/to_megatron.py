@@ -59,7 +59,7 @@ def jobs(
     for link in plan.links:
         name = link.names[0].replace("{expert}", "0")
         size = (dtype or source.tensors[name].dtype).itemsize
-        found += _of_rows(weight_key(link.ours), link.shape, link.counted, size, link=link)
+        found += _of_rows(weight_key(link.mcore), link.shape, link.counted, size, link=link)
     for name in plan.new:
         layout = parameters[name]
         size = dtype_of(source, plan, dtype).itemsize
@@ -92,7 +92,7 @@ def _make(
         tensor = source.read(job.carried, None, None)
         return tensor, tuple(tensor.shape)
     if job.link is not None:
-        tensor = job.link.make_ours(source.read, job.first, job.last)
+        tensor = job.link.to_mcore(source.read, job.first, job.last)
         return tensor.to(dtype or tensor.dtype), job.link.shape
     layout = parameters[job.new]
     if not layout.rows_drawn_alone:

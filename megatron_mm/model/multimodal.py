@@ -22,12 +22,12 @@ from torch import nn
 
 from megatron_mm import platform
 from megatron_mm.config import Manifest, RunConfig, effective_pattern, model_stages, wire
+from megatron_mm.config.families import vision_family
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.backends.choice import Backend, check_dispatcher, choose
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.families.internvit.model import InternViT
 from megatron_mm.model.layers.clvr import memory_hidden_size
 from megatron_mm.model.layers.linear import ReplicatedLinear, column, vocab_embedding
 from megatron_mm.model.layers.lora import add_lora
@@ -53,9 +53,11 @@ class VisionTower(nn.Module):
         super().__init__()
         model, self.cp = run.model, pg.cp
         inner = vision_config(run, config)
-        self.size = model.vision.image_size
-        self.vit = InternViT(model.vision, inner, pg.tp, Recompute.of(run.training).vision)
-        self.projector = Projector(model, inner, pg.tp)
+        family = vision_family(model)
+        self.grid = family.grid(model.vision, None)
+        encoder, recompute = family.module(), Recompute.of(run.training).vision
+        self.vit = encoder(model.vision, inner, pg.tp, recompute)
+        self.projector = Projector(model, self.grid, inner, pg.tp)
         self.memory_proj = None
         if memory:
             self.memory_proj = ReplicatedLinear(
@@ -67,7 +69,7 @@ class VisionTower(nn.Module):
             )
 
     def _features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """[N, P * P, V]"""
+        """[N, patches of a tile, V]"""
         if self.cp.size() == 1:
             return self.vit(pixels_NCHW)
         tiles = len(pixels_NCHW)
@@ -85,7 +87,7 @@ class VisionTower(nn.Module):
         """
         pixels, empty = batch.pixels_NCHW, len(batch.pixels_NCHW) == 0
         if empty:
-            pixels = pixels.new_zeros(1, 3, self.size, self.size)
+            pixels = pixels.new_zeros(1, 3, self.grid.height, self.grid.width)
         features = self._features(pixels)
         stream = self.projector(features if empty else features[batch.stream_tiles])
         stream = stream.flatten(0, 1)

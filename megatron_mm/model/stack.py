@@ -15,12 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm.config import Layer, RunConfig, Stage, effective_pattern, num_layers
+from megatron_mm.config.families import language_family
 from megatron_mm.model.backends.choice import Backend
 from megatron_mm.model.context import StreamContext
-from megatron_mm.model.layers.attention import GatedAttention
 from megatron_mm.model.layers.clvr import Look
-from megatron_mm.model.layers.gdn.layer import GatedDeltaNet
-from megatron_mm.model.layers.moe import MixtureOfExperts
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.recompute import Recompute, recomputed
 from megatron_mm.parallel.wire import Payload
@@ -67,7 +65,7 @@ class Stack(nn.Module):
         backend: Backend,
     ):
         super().__init__()
-        model, language = run.model, run.model.language
+        model, language, family = run.model, run.model.language, language_family(run.model)
         self.precision = partial(backend.precision, config, None)
         self.recompute = Recompute.of(run.training)
         self.blocks = _blocks(stage.layers, self.recompute.sublayers)
@@ -82,12 +80,11 @@ class Stack(nn.Module):
             if layer.kind == "L":
                 self.looks[str(layer.pair)] = Look(model, config, pg, again)
             if layer.kind in "G*E":
-                if layer.kind == "G":
-                    inner = GatedDeltaNet(language, config, pg, out_std, backend, again)
-                elif layer.kind == "*":
-                    inner = GatedAttention(language, config, pg, out_std, backend, again)
+                module = family.module(layer.kind)
+                if layer.kind == "E":
+                    inner = module(config, pg, layer.number, std, out_std, backend)
                 else:
-                    inner = MixtureOfExperts(config, pg, layer.number, std, out_std, backend)
+                    inner = module(language, config, pg, out_std, backend, again)
                 key, part = str(layer.number), "moe" if layer.kind == "E" else "mixer"
                 if key not in self.layers:
                     self.layers[key] = nn.ModuleDict()

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from megatron_mm.config import RunConfig, effective_pattern
 from megatron_mm.config import cost as sizes
-from megatron_mm.config.cost import Linear, products
+from megatron_mm.config.cost import products
+from megatron_mm.config.families import Linear, vision_family
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.layers.clvr import COORDINATE_FREQUENCIES
 from megatron_mm.model.recompute import Recompute
@@ -157,19 +158,20 @@ def _forward(counter: _Counter, parts: tuple[str, ...]) -> float:
 
 def _vision(counter: _Counter, recompute: Recompute) -> tuple[bool, bool]:
     """Whether the stream's image tokens, and the memory, depend on what learns."""
-    run, work, vit = counter.run, counter.work, counter.run.model.vision
+    run, work = counter.run, counter.work
     of = sizes.vision_linears(run.model)
-    inside = sizes.patches(vit) * work.tiles
-    positions = inside + work.tiles  # and the class tokens
+    encoder = vision_family(run.model).cost(run.model.vision)
+    of_tile = sizes.patches(run.model)
+    inside, positions = of_tile * work.tiles, encoder.positions * work.tiles
     (embedding,) = of["patches"]
     norms = counter.trains("vision")
     flows = counter.linear("vision", embedding, inside, "vision", flows=False, spare="none")
-    mixing = sizes.vision_attention(vit, work.tiles)
+    mixing = sizes.vision_attention(run.model, work.tiles)
     once = products(of["vit layer"], positions) + mixing
     if run.lora.adapts("vision"):
         rank = run.lora.lora_rank
         once += sum(products([(a + b, rank)], positions) for a, b in of["vit layer"])
-    for _ in range(vit.vision_num_layers):
+    for _ in range(encoder.layers):
         for number, linear in enumerate(of["vit layer"]):
             given = flows or norms
             flows |= counter.linear(
@@ -180,7 +182,7 @@ def _vision(counter: _Counter, recompute: Recompute) -> tuple[bool, bool]:
         counter.flows = flows
         counter.again("vision", once * recompute.vision)
     stream = flows
-    tokens = work.stream_tiles * sizes.patches(vit) / run.model.fusion.pixel_shuffle_factor**2
+    tokens = work.stream_tiles * of_tile / run.model.fusion.pixel_shuffle_factor**2
     for linear in of["projector"]:
         given = stream or counter.trains("projector")  # the norm, the bias
         stream = counter.linear("projector", linear, tokens, "projector", flows=given, adapter=True)

@@ -85,7 +85,7 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Work:
         tiles = len(batch.pixels_NCHW) or 1
         stream_tiles = 1 if empty else len(batch.stream_tiles)
         if "L" in effective_pattern(run.model):
-            of_tile = patches(run.model.vision)
+            of_tile = patches(run.model)
             rows = of_tile * (1 if empty else len(batch.memory_tiles))
             memory = memory_rows(batch, run.model, 1)
             pairs = _look_pairs(batch, segments, memory)

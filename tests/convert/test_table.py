@@ -17,9 +17,9 @@ from megatron_mm.convert import mapping as planning
 from megatron_mm.convert import summary as report
 from megatron_mm.convert.mapping import LOOKS, PROJECTOR, find_row, read_plan, write_links
 from megatron_mm.convert.table import ROWS
-from megatron_mm.convert.transforms import ByHead, Joined, Stacked, Transform
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
+from megatron_mm.model.families.transforms import ByHead, Joined, Stacked, Transform
 from megatron_mm.model.multimodal import build
 from megatron_mm.parallel import groups
 from support.batches import small_model
@@ -49,7 +49,7 @@ def differing(by_hand) -> list[str]:
     """Names of ours that the table makes otherwise than the copy by hand."""
     expected, path = by_hand
     source, plan, _ = planned(path)
-    made = {k.ours: k.make_ours(source.read, 0, k.shape[0]) for k in plan.links}
+    made = {k.mcore: k.to_mcore(source.read, 0, k.shape[0]) for k in plan.links}
     assert made.keys() == {n for n in expected if not n.startswith(OURS_ALONE)}
     return [n for n, t in made.items() if not torch.equal(t.flatten(), expected[n].flatten())]
 
@@ -94,9 +94,9 @@ def test_no_row_can_be_missing(blueprints, number):
 
 def test_no_tensor_is_served_twice(blueprints):
     for kind, model in MODELS.items():
-        for spelling in ("transformers", "stacked", "internvl"):
+        for spelling in ("transformers", "stacked", "release"):
             links = write_links(model, blueprints[kind], spelling)
-            names = [name for link in links for name, _ in link.theirs()]
+            names = [name for link in links for name, _ in link.hf_tensors()]
             assert len(names) == len(set(names))
 
 
@@ -107,28 +107,28 @@ def test_no_tensor_is_served_twice(blueprints):
         (Stacked(2), (2, 5, 3)),
         (Joined(), (2, 5, 3)),
         (ByHead(3, (2, 1, 4)), (21, 5)),
-        (ByHead(3, (2, 1, 4), fused=True), (21,)),
-        (ByHead(4, (2, 2, 3), fused=True, unit=True), (28, 6)),
+        (ByHead(3, (2, 1, 4), fused=3), (21,)),
+        (ByHead(4, (2, 2, 3), fused=3, unit=True), (28, 6)),
     ],
 )
 def test_transforms_are_their_own_inverse(transform, shape):
     """Both ways round, on numbers that are all different."""
     ours = torch.randperm(torch.Size(shape).numel()).view(shape)
-    theirs = transform.theirs(ours)
-    assert [tuple(t.shape) for t in theirs] == transform.shapes(shape)
-    assert torch.equal(transform.ours(theirs, shape), ours)
-    assert torch.equal(transform.ours(theirs, shape, torch.zeros_like(ours)), ours)
-    again = transform.theirs(transform.ours([t + 1000 for t in theirs], shape))
+    theirs = transform.to_hf(ours)
+    assert [tuple(t.shape) for t in theirs] == transform.hf_shapes(shape)
+    assert torch.equal(transform.to_mcore(theirs, shape), ours)
+    assert torch.equal(transform.to_mcore(theirs, shape, torch.zeros_like(ours)), ours)
+    again = transform.to_hf(transform.to_mcore([t + 1000 for t in theirs], shape))
     assert all(torch.equal(a, b + 1000) for a, b in zip(again, theirs, strict=True))
 
 
 def test_heads_that_do_not_make_the_shape_are_refused():
     with pytest.raises(ValueError, match="3 heads of 7 rows"):
-        ByHead(3, (2, 1, 4)).shapes((20, 5))
+        ByHead(3, (2, 1, 4)).hf_shapes((20, 5))
 
 
 def shapes_of(links) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for link in links for name, shape in link.theirs()}
+    return {name: tuple(shape) for link in links for name, shape in link.hf_tensors()}
 
 
 def meta(*configs: dict) -> list[list[dict[str, tuple[int, ...]]]]:
