@@ -16,30 +16,38 @@ from megatron_mm.config import ParallelConfig, RunConfig, preset, to_transformer
 from megatron_mm.convert import mapping as planning
 from megatron_mm.convert import summary as report
 from megatron_mm.convert.mapping import LOOKS, PROJECTOR, find_row, read_plan, write_links
-from megatron_mm.convert.table import ROWS
+from megatron_mm.convert.table import rows as table_rows
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.model.families.transforms import ByHead, Joined, Stacked, Transform
 from megatron_mm.model.multimodal import build
 from megatron_mm.parallel import groups
-from support.batches import small_model
+from support.batches import SMALL_MODELS, small_model, small_qwen3_5_moe
 from support.folders import SIX_B, base_model, planned, save_fused
 
-MODELS = {"300M and CLVR": small_model(), "6B": replace(base_model(**SIX_B))}
+MODELS = {
+    "300M and CLVR": small_model(),
+    "6B": replace(base_model(**SIX_B)),
+    "Qwen3.5-MoE": small_qwen3_5_moe(),
+}
+ROWS = {kind: table_rows(model) for kind, model in MODELS.items()}
+# Every row once: those that models share are served by the first that has them.
+EVERY_ROW = list(dict.fromkeys(row for rows in ROWS.values() for row in rows))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("hf")
-    return made, save_fused(made)
+@pytest.fixture(scope="module", params=SMALL_MODELS)
+def folder(request, tmp_path_factory):
+    """(the folder, transformers' model of it, ours) of a family."""
+    made, model = tmp_path_factory.mktemp("hf"), base_model(family=request.param)
+    return made, save_fused(made, model), model
 
 
 @pytest.fixture
 def by_hand(folder):
-    """(our tensors as tests/hf_weights.py copies them, the folder)"""
-    path, hf = folder
+    """(our tensors as benchmark/hf_weights.py copies them, the folder)"""
+    path, hf, config = folder
     groups.start(ParallelConfig())
-    model = build(RunConfig(model=base_model()), groups.build(ParallelConfig()).pg)[0]
+    model = build(RunConfig(model=config), groups.build(ParallelConfig()).pg)[0]
     copy_weights(hf, model)
     yield dict(model.named_parameters()), path
     groups.stop()
@@ -74,14 +82,14 @@ def blueprints():
     return {name: blueprint(model) for name, model in MODELS.items()}
 
 
-@pytest.mark.parametrize("number", range(len(ROWS)))
+@pytest.mark.parametrize("number", range(len(EVERY_ROW)))
 def test_no_row_can_be_missing(blueprints, number):
     """Each serves a tensor, and without it nothing is converted."""
-    rows = [row for i, row in enumerate(ROWS) if i != number]
     served = []
     for kind, model in MODELS.items():
         parameters = blueprints[kind]
-        served += [n for n in parameters if find_row(n, ROWS)[0] is ROWS[number]]
+        rows = [row for row in ROWS[kind] if row is not EVERY_ROW[number]]
+        served += [n for n in parameters if find_row(n, ROWS[kind])[0] is EVERY_ROW[number]]
         if not served:
             continue
         with pytest.raises(ConvertError, match="in no row of the table"):
@@ -108,6 +116,7 @@ def test_no_tensor_is_served_twice(blueprints):
         (Joined(), (2, 5, 3)),
         (ByHead(3, (2, 1, 4)), (21, 5)),
         (ByHead(3, (2, 1, 4), fused=3), (21,)),
+        (ByHead(3, (2, 1, 4, 3), fused=2), (30, 4)),
         (ByHead(4, (2, 2, 3), fused=3, unit=True), (28, 6)),
     ],
 )

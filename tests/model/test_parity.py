@@ -120,6 +120,11 @@ def base_pair(pairs):
     return pairs["qwen3_next"]
 
 
+def test_each_family_is_compared_with_its_own_transformers_model(pairs):
+    kinds = {family: type(hf.model.language_model).__name__ for family, (hf, _) in pairs.items()}
+    assert kinds == {"qwen3_next": "Qwen3NextModel", "qwen3_5_moe": "Qwen3_5MoeTextModel"}
+
+
 @pytest.mark.parametrize("family", SMALL_MODELS)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_every_layer(pairs, name, family):
@@ -135,8 +140,8 @@ def test_logits_and_every_layer(pairs, name, family):
 DOUBLE_TOLERANCE = 1e-12
 
 
-def double_pair(pg, **vision):
-    model = small_model(PATTERN, vision_memory="none", image_stream="all")
+def double_pair(pg, family="qwen3_next", **vision):
+    model = SMALL_MODELS[family](PATTERN, vision_memory="none", image_stream="all")
     model.vision = replace(model.vision, **vision)
     model.language.moe_router_dtype = "fp64"
     hf, ours = pair(model, pg, torch.float64)
@@ -146,9 +151,10 @@ def double_pair(pg, **vision):
     return hf, ours, model, samples
 
 
+@pytest.mark.parametrize("family", SMALL_MODELS)
 @pytest.mark.parametrize("style", ["300M", "6B"])
-def test_in_double_precision(pg, double, style):
-    found = errors(*double_pair(pg, **(SIX_B if style == "6B" else {})))
+def test_in_double_precision(pg, double, style, family):
+    found = errors(*double_pair(pg, family, **(SIX_B if style == "6B" else {})))
     assert max(found.values()) <= DOUBLE_TOLERANCE, found
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from megatron_mm.benchmark.hf_weights import IMAGE_TOKEN, randomise, transformers_model
 from megatron_mm.checkpoint import sharded
@@ -25,17 +25,23 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
-from support.batches import small_model
+from support.batches import SMALL_MODELS
 from support.gathering import at_rank_0
 
 PATTERN = "GE *E GE *E"
 SHARD = 150_000  # bytes: some ten files
+TEXT_CLASSES = {
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM"),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM"),
+}
 SIX_B = dict(vision_normalization="RMSNorm", vision_add_qkv_bias=False, vision_qk_layernorm=True)
 
 
-def base_model(tp: int = 1, *, tied: bool = False, **vision) -> ModelConfig:
-    """The small model without CLVR; with sizes that 3 ranks divide where tp is 3."""
-    model = small_model(PATTERN, image_stream="all", vision_memory="none")
+def base_model(
+    tp: int = 1, *, tied: bool = False, family: str = "qwen3_next", **vision
+) -> ModelConfig:
+    """A family's small model without CLVR; with sizes that 3 ranks divide where tp is 3."""
+    model = SMALL_MODELS[family](PATTERN, image_stream="all", vision_memory="none")
     language = model.language
     language.untie_embeddings_and_output_weights = not tied
     if tp == 3:
@@ -61,11 +67,13 @@ def save_fused(
     return hf
 
 
-def save_text(folder: Path, *, mtp: bool = True) -> dict[str, torch.Tensor]:
+def save_text(
+    folder: Path, *, mtp: bool = True, family: str = "qwen3_next"
+) -> dict[str, torch.Tensor]:
     """A text-only model as released: per-expert tensors, multi-token prediction beside it."""
-    model = replace(base_model(), vision=None)
-    config = Qwen3NextConfig(**{k: v for k, v in to_transformers_dict(model).items()})
-    hf = Qwen3NextForCausalLM._from_config(config)
+    model = replace(base_model(family=family), vision=None)
+    config_class, model_class = (getattr(transformers, n) for n in TEXT_CLASSES[family])
+    hf = model_class._from_config(config_class(**to_transformers_dict(model)))
     randomise(hf, 1)
     hf.save_pretrained(folder)
     tensors = read_all(folder)
