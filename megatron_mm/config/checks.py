@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from megatron_mm.config.algorithms import check_rl
 from megatron_mm.config.families import language_family, vision_family
-from megatron_mm.config.numbers import divides as _divides
-from megatron_mm.config.numbers import require as _require
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
+from megatron_mm.config.rules import divides, require
 from megatron_mm.config.settings import (
     DataPhase,
     LoraConfig,
@@ -77,7 +76,7 @@ def data_parallel_size(run: RunConfig, world_size: int) -> int:
     cp = run.parallel.context_parallel_size
     pp = run.parallel.pipeline_model_parallel_size
     sizes = "tensor_model_parallel_size * context_parallel_size * pipeline_model_parallel_size"
-    _divides("world_size", world_size, f"{sizes} ({tp} * {cp} * {pp} =)", tp * cp * pp)
+    divides("world_size", world_size, f"{sizes} ({tp} * {cp} * {pp} =)", tp * cp * pp)
     return world_size // (tp * cp * pp)
 
 
@@ -89,78 +88,76 @@ def _check_signs(run: RunConfig) -> None:
             continue
         key = ".".join(leaf.path)
         if leaf.bounds is not None:
-            _require(value in leaf.bounds, key, value, str(leaf.bounds))
+            require(value in leaf.bounds, key, value, str(leaf.bounds))
         elif leaf.name in MAY_BE_ZERO:
-            _require(value >= 0, key, value, "0 or more")
+            require(value >= 0, key, value, "0 or more")
         else:
-            _require(value > 0, key, value, "more than 0")
+            require(value > 0, key, value, "more than 0")
 
 
 def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
     lm = model.language
     tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     by_tp = ("tensor_model_parallel_size", tp)
-    _divides("vocab_size", lm.vocab_size, *by_tp)
-    _divides("hidden_size", lm.hidden_size, *by_tp)
-    _divides("num_attention_heads", lm.num_attention_heads, "num_query_groups", lm.num_query_groups)
+    divides("vocab_size", lm.vocab_size, *by_tp)
+    divides("hidden_size", lm.hidden_size, *by_tp)
+    divides("num_attention_heads", lm.num_attention_heads, "num_query_groups", lm.num_query_groups)
     # Context parallelism exchanges the sequence for heads inside a layer.
     cp = parallel.context_parallel_size
     by_heads = by_tp
     if cp > 1:
         by_heads = (f"tensor_model_parallel_size * context_parallel_size ({tp} * {cp} =)", tp * cp)
-    _divides("num_attention_heads", lm.num_attention_heads, *by_heads)
+    divides("num_attention_heads", lm.num_attention_heads, *by_heads)
     per_group = lm.num_attention_heads // lm.num_query_groups
     for ranks in (tp, tp * cp):
         per_rank = lm.num_attention_heads // ranks
-        _require(
+        require(
             per_rank % per_group == 0 or per_group % per_rank == 0,
             "num_query_groups",
             lm.num_query_groups,
             f"one whose {per_group} heads a group divide, or are divided by, the {per_rank} heads "
             f"of a rank",
         )
-    _divides("kv_channels", lm.kv_channels, "heads of a query group", per_group)
-    _require(
+    divides("kv_channels", lm.kv_channels, "heads of a query group", per_group)
+    require(
         lm.untie_embeddings_and_output_weights,
         "untie_embeddings_and_output_weights",
         lm.untie_embeddings_and_output_weights,
         "true; tied embeddings cannot be trained yet",
     )
     rotary = lm.kv_channels * lm.rotary_percent
-    _require(
+    require(
         0 < lm.rotary_percent <= 1 and rotary == int(rotary) and rotary % 2 == 0,
         "rotary_percent",
         lm.rotary_percent,
         f"a share of kv_channels {lm.kv_channels} that is an even number of features "
         f"(this one is {rotary:g})",
     )
-    _divides("linear_num_key_heads", lm.linear_num_key_heads, *by_heads)
-    _divides(
+    divides("linear_num_key_heads", lm.linear_num_key_heads, *by_heads)
+    divides(
         "linear_num_value_heads",
         lm.linear_num_value_heads,
         "linear_num_key_heads",
         lm.linear_num_key_heads,
     )
-    _require(
+    require(
         lm.moe_router_topk <= lm.num_experts,
         "moe_router_topk",
         lm.moe_router_topk,
         f"1 to num_experts {lm.num_experts}",
     )
-    _divides("num_experts", lm.num_experts, "expert_model_parallel_size", ep)
+    divides("num_experts", lm.num_experts, "expert_model_parallel_size", ep)
     expert_tp = _expert_tp(parallel)
-    _divides(
-        "moe_ffn_hidden_size", lm.moe_ffn_hidden_size, "expert_tensor_parallel_size", expert_tp
-    )
+    divides("moe_ffn_hidden_size", lm.moe_ffn_hidden_size, "expert_tensor_parallel_size", expert_tp)
     shared = lm.moe_shared_expert_intermediate_size
-    _divides("moe_shared_expert_intermediate_size", shared, *by_tp)
+    divides("moe_shared_expert_intermediate_size", shared, *by_tp)
     language_family(model).check(lm, parallel)
 
 
 def _check_vision(model: ModelConfig, parallel: ParallelConfig) -> None:
     fusion = model.fusion
     if model.vision is None:
-        _require(
+        require(
             fusion.vision_memory == "none",
             "vision_memory",
             fusion.vision_memory,
@@ -182,10 +179,10 @@ def _check_pattern(run: RunConfig) -> None:
     model_stages(run)  # raises when the layout does not fit
     if "L" in effective_pattern(model):
         heads, tp = model.fusion.clvr_num_attention_heads, parallel.tensor_model_parallel_size
-        _divides("clvr_num_attention_heads", heads, "tensor_model_parallel_size", tp)
+        divides("clvr_num_attention_heads", heads, "tensor_model_parallel_size", tp)
         # On the wire, rows of the memory are folded into rows of the hidden size.
         width = model.fusion.memory_hidden_size or model.language.hidden_size // 4
-        _divides("hidden_size", model.language.hidden_size, "memory_hidden_size", width)
+        divides("hidden_size", model.language.hidden_size, "memory_hidden_size", width)
 
 
 def _check_pipeline(parallel: ParallelConfig) -> None:
@@ -194,9 +191,9 @@ def _check_pipeline(parallel: ParallelConfig) -> None:
     if interleaved:
         size = parallel.pipeline_model_parallel_size
         allowed = "2 or more with virtual_pipeline_model_parallel_size"
-        _require(size > 1, "pipeline_model_parallel_size", size, allowed)
+        require(size > 1, "pipeline_model_parallel_size", size, allowed)
     overlap = parallel.overlap_p2p_comm
-    _require(
+    require(
         overlap is None or overlap == interleaved,
         "overlap_p2p_comm",
         overlap,
@@ -210,34 +207,34 @@ def _check_dispatcher(run: RunConfig) -> None:
     if parallel.moe_token_dispatcher_type == "flex":
         ranks = parallel.expert_model_parallel_size * _expert_tp(parallel)
         allowed = "alltoall, or flex with expert_model_parallel_size 2 or more"
-        _require(ranks > 1, "moe_token_dispatcher_type", "flex", allowed)
+        require(ranks > 1, "moe_token_dispatcher_type", "flex", allowed)
         dtype = run.model.language.moe_router_dtype
-        _require(dtype == "fp32", "moe_router_dtype", dtype, "fp32 with dispatcher type flex")
+        require(dtype == "fp32", "moe_router_dtype", dtype, "fp32 with dispatcher type flex")
 
 
 def _check_data(run: RunConfig) -> None:
     data, fusion, phases = run.data, run.model.fusion, run.data.train_data
     longest = run.model.language.max_position_embeddings
     allowed = f"1 to max_position_embeddings {longest}"
-    _require(data.seq_length <= longest, "seq_length", data.seq_length, allowed)
+    require(data.seq_length <= longest, "seq_length", data.seq_length, allowed)
     allowed = f"1 to seq_length {data.seq_length}, or none"
     fine = data.max_image_tokens is None or data.max_image_tokens <= data.seq_length
     stream_holds_all = run.model.vision is not None and fusion.image_stream == "all"
     fine = fine or not stream_holds_all  # tiles beside the stream may well be more
-    _require(fine, "max_image_tokens", data.max_image_tokens, allowed)
+    require(fine, "max_image_tokens", data.max_image_tokens, allowed)
     for index, phase in enumerate(phases):
         key = f"train_data[{index}]"
         _check_sources(phase, key)
         last = index == len(phases) - 1
         allowed = f"above 0, or none {'(last phase)' if last else 'in the last phase only'}"
         fine = last if phase.samples is None else phase.samples > 0
-        _require(fine, f"{key}.samples", phase.samples, allowed)
+        require(fine, f"{key}.samples", phase.samples, allowed)
     for key in ("image_mean", "image_std"):
         value = getattr(data, key)
-        _require(len(value) == 3, key, value, "3 numbers (red, green, blue)")
-    _require(min(data.image_std) > 0, "image_std", data.image_std, "3 numbers above 0")
+        require(len(value) == 3, key, value, "3 numbers (red, green, blue)")
+    require(min(data.image_std) > 0, "image_std", data.image_std, "3 numbers above 0")
     if run.model.vision is not None and "thumbnail" in (fusion.image_stream, fusion.vision_memory):
-        _require(
+        require(
             data.use_thumbnail,
             "use_thumbnail",
             data.use_thumbnail,
@@ -247,16 +244,16 @@ def _check_data(run: RunConfig) -> None:
 
 def _check_sources(phase: DataPhase, key: str) -> None:
     if not phase.mixture:
-        _require(bool(phase.path), f"{key}.path", phase.path, "a .jsonl or .parquet file")
+        require(bool(phase.path), f"{key}.path", phase.path, "a .jsonl or .parquet file")
         return
-    _require(not phase.path, f"{key}.path", phase.path, "none beside a mixture")
+    require(not phase.path, f"{key}.path", phase.path, "none beside a mixture")
     for index, source in enumerate(phase.mixture):
         at = f"{key}.mixture[{index}]"
-        _require(bool(source.path), f"{at}.path", source.path, "a .jsonl or .parquet file")
+        require(bool(source.path), f"{at}.path", source.path, "a .jsonl or .parquet file")
         fine = 0 <= source.weight < float("inf")  # NaN is neither
-        _require(fine, f"{at}.weight", source.weight, "0 or more")
+        require(fine, f"{at}.weight", source.weight, "0 or more")
     weights = [source.weight for source in phase.mixture]
-    _require(sum(weights) > 0, f"{key}.mixture weights", weights, "at least 1 above 0")
+    require(sum(weights) > 0, f"{key}.mixture weights", weights, "at least 1 above 0")
 
 
 def _check_training(run: RunConfig) -> None:
@@ -274,17 +271,17 @@ def _check_training(run: RunConfig) -> None:
                 f"train_data holds {held} samples in its {len(phases)} phases, but train_iters * "
                 f"global_batch_size is {needed}; allowed: leave `samples` out of the last phase"
             )
-    _require(opt.min_lr <= opt.lr, "min_lr", opt.min_lr, f"0 to lr {opt.lr}")
+    require(opt.min_lr <= opt.lr, "min_lr", opt.min_lr, f"0 to lr {opt.lr}")
     iters = train.train_iters
     allowed = f"0 to train_iters {iters}"
-    _require(opt.lr_warmup_iters <= iters, "lr_warmup_iters", opt.lr_warmup_iters, allowed)
+    require(opt.lr_warmup_iters <= iters, "lr_warmup_iters", opt.lr_warmup_iters, allowed)
     for key in ("adam_beta1", "adam_beta2"):
-        _require(getattr(opt, key) < 1, key, getattr(opt, key), "0 to below 1")
+        require(getattr(opt, key) < 1, key, getattr(opt, key), "0 to below 1")
     # megatron-core gathers parameters from the distributed optimizer's shards only.
     needs = par.use_distributed_optimizer and par.overlap_grad_reduce
     allowed = "false, or true with use_distributed_optimizer and overlap_grad_reduce"
     value = par.overlap_param_gather
-    _require(needs or not value, "overlap_param_gather", value, allowed)
+    require(needs or not value, "overlap_param_gather", value, allowed)
     for key, needed, value, other in (
         ("save_interval", "save", run.checkpoint.save_interval, run.checkpoint.save),
         ("async_save", "save", run.checkpoint.async_save, run.checkpoint.save),
@@ -299,9 +296,9 @@ def _check_training(run: RunConfig) -> None:
         ("eval_interval", "valid_data", run.evaluation.eval_interval, run.data.valid_data),
     ):
         off = "false" if value is True else "none"
-        _require(not value or bool(other), key, value, f"{off}, or this value with {needed}")
+        require(not value or bool(other), key, value, f"{off}, or this value with {needed}")
     both = run.checkpoint.load_hf and run.checkpoint.load
-    _require(not both, "load_hf", run.checkpoint.load_hf, "none, or this value without load")
+    require(not both, "load_hf", run.checkpoint.load_hf, "none, or this value without load")
 
 
 def _check_lora(run: RunConfig) -> None:
@@ -310,13 +307,13 @@ def _check_lora(run: RunConfig) -> None:
         default = LoraConfig()
         for key in ("lora_alpha", "lora_targets"):
             value, off = getattr(lora, key), getattr(default, key)
-            _require(value == off, key, value, f"{off!r}, or this value with lora_rank")
+            require(value == off, key, value, f"{off!r}, or this value with lora_rank")
         return
     allowed = "at least one of language, vision, projector, each once"
-    _require(targets and len({*targets}) == len(targets), "lora_targets", targets, allowed)
+    require(targets and len({*targets}) == len(targets), "lora_targets", targets, allowed)
     if run.model.vision is None:
         allowed = "['language'], because model.vision is none"
-        _require(targets == ["language"], "lora_targets", targets, allowed)
+        require(targets == ["language"], "lora_targets", targets, allowed)
 
 
 def _expert_tp(parallel: ParallelConfig) -> int:
@@ -336,11 +333,11 @@ def _check_world(run: RunConfig, world_size: int) -> None:
         "expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size"
     )
     by_key = f"{sizes} ({expert_tp} * {ep} * {pp} =)"
-    _divides("world_size", world_size, by_key, expert_tp * ep * pp)
+    divides("world_size", world_size, by_key, expert_tp * ep * pp)
     micro = train.micro_batch_size
     by_key = f"micro_batch_size * data_parallel_size ({micro} * {dp} =)"
-    _divides("global_batch_size", train.global_batch_size, by_key, micro * dp)
+    divides("global_batch_size", train.global_batch_size, by_key, micro * dp)
     if (par.virtual_pipeline_model_parallel_size or 1) > 1:
         microbatches = train.global_batch_size // (micro * dp)
         key = f"the number of microbatches (global_batch_size / ({micro} * {dp}) =)"
-        _divides(key, microbatches, "pipeline_model_parallel_size", pp)
+        divides(key, microbatches, "pipeline_model_parallel_size", pp)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mm.config.families import EncoderCost, Grid, VisionFamily
-from megatron_mm.config.numbers import divides
+from megatron_mm.config.rules import divides
 from megatron_mm.config.settings import FusionConfig, ParallelConfig
 from megatron_mm.model.families.internvit import hf_config
 from megatron_mm.model.families.internvit.presets import PRESETS

@@ -1,4 +1,4 @@
-"""The two rules that most checks of settings are made of, with their messages."""
+"""Words of the checks: what does not divide, and what is not allowed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def divides(key: str, value: int, by_key: str, by: int) -> None:
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    """Raises ConfigError unless the condition holds."""
+    """Raises ConfigError with what is allowed if the condition does not hold."""
     if not condition:
         raise ConfigError(f"{key} is {value!r}; allowed: {allowed}")
