@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +19,7 @@ from megatron_mm.model.families.transforms import ByHead, Joined, Stacked, Trans
 from megatron_mm.model.multimodal import build
 from megatron_mm.parallel import groups
 from support.batches import SMALL_MODELS, small_model, small_qwen3_5_moe
-from support.folders import SIX_B, base_model, planned, save_fused
+from support.folders import SIX_B, base_model, meta, planned, save_fused, shapes_of
 
 MODELS = {
     "300M and CLVR": small_model(),
@@ -134,25 +130,6 @@ def test_transforms_are_their_own_inverse(transform, shape):
 def test_heads_that_do_not_make_the_shape_are_refused():
     with pytest.raises(ValueError, match="3 heads of 7 rows"):
         ByHead(3, (2, 1, 4)).hf_shapes((20, 5))
-
-
-def shapes_of(links) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for link in links for name, shape in link.hf_tensors()}
-
-
-def meta(*configs: dict) -> list[list[dict[str, tuple[int, ...]]]]:
-    """Of each of transformers' models: [names inside it, names as it saves them], with shapes."""
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "support" / "meta_names.py"],
-        input=json.dumps(configs),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [
-        [{n: tuple(s) for n, s in found.items()} for found in model]
-        for model in json.loads(done.stdout)
-    ]
 
 
 def total(shapes: dict) -> int:

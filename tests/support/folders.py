@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from megatron_mm.checkpoint import sharded
 from megatron_mm.config import ModelConfig, ParallelConfig, RunConfig, to_transformers_dict
 from megatron_mm.convert import to_hf, to_megatron
 from megatron_mm.convert.folder import NOTES, HFFolder, check_folder, open_folder
-from megatron_mm.convert.mapping import StateMapping
+from megatron_mm.convert.mapping import ParamMapping, StateMapping
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.parallel import groups
@@ -260,3 +262,23 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
         result.setdefault(name, torch.full(shape, float("nan")))[block] = values
     assert not any(tensor.isnan().any() for tensor in result.values())
     return result
+
+
+def shapes_of(links: Iterable[ParamMapping]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in the folder."""
+    return {name: tuple(shape) for link in links for name, shape in link.hf_tensors()}
+
+
+def meta(*configs: dict) -> list[list[dict[str, tuple[int, ...]]]]:
+    """[names inside it, names as it saves them], with shapes, of each of transformers' models."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("meta_names.py")],
+        input=json.dumps(configs),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [
+        [{n: tuple(s) for n, s in found.items()} for found in model]
+        for model in json.loads(done.stdout)
+    ]
