@@ -21,11 +21,12 @@ export PYTHON
 # removal of the interpreter it points to.
 READY := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd)" ] && $(PY) -c '' 2>/dev/null && echo yes)
 
-.PHONY: help setup test lint demo demo-control clean FORCE
+.PHONY: help setup test quick lint demo demo-control clean FORCE
 
 help:
 	@echo "make setup         create .venv with the tested versions"
 	@echo "make test          run the tests"
+	@echo "make quick         those without ranks, launches and kills: 2 minutes on two cores"
 	@echo "make lint          ruff check and format check"
 	@echo "make demo          train, discover experts, reinforce: the digits demo, into runs/demo"
 	@echo "make demo-control  the same without the look back at the image"
@@ -52,8 +53,13 @@ $(STAMP): setup.py constraints.txt $(if $(READY),,FORCE)
 
 # A worker for each core, at most eight: each holds up to four ranks. The tests of a file share one
 # worker, its fixtures and its ranks. nproc would answer with OMP_NUM_THREADS, which is 1 here.
+PYTEST = $(PY) -m pytest --numprocesses $$(env -u OMP_NUM_THREADS nproc) --maxprocesses 8 --dist loadfile
+
 test: setup
-	@$(PY) -m pytest --numprocesses $$(env -u OMP_NUM_THREADS nproc) --maxprocesses 8 --dist loadfile
+	@$(PYTEST)
+
+quick: setup
+	@$(PYTEST) -m "not ranks and not kills and not launches and not slow"
 
 lint: setup
 	@$(PY) -m ruff check .

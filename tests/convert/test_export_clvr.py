@@ -11,15 +11,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from PIL import Image
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedTokenizerFast,
 )
 
+from megatron_mm.benchmark.hf_weights import randomise
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import ParallelConfig, RunConfig
 from megatron_mm.convert import parity, their_model, to_hf
@@ -30,9 +28,9 @@ from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
-from megatron_mm.parallel.param_layout import layouts
 from support.batches import small_run
 from support.folders import assert_same, planned, read_all, to_checkpoint, to_folder
+from support.hf_tokenizers import byte_level_tokenizer
 from support.slow_generate import generate
 
 # A look between a mixer and its experts, two in flight at once, one injected at once.
@@ -42,16 +40,7 @@ SIZES = [(16, 16), (48, 16), (16, 33), (70, 40)]  # pixels; tiles are 16 wide
 
 
 def make_tokenizer(folder: Path) -> None:
-    model = FastTokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    model.train_from_iterator(["user assistant what stands in cell"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
-    special = list(SPECIAL_TOKENS.values())
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer = byte_level_tokenizer(["user assistant what stands in cell"], 270)
     tokenizer.pad_token = SPECIAL_TOKENS["pad_id"]
     tokenizer.save_pretrained(folder)
 
@@ -89,21 +78,6 @@ def clvr_run(folder: Path, stream: str, memory: str) -> RunConfig:
     return run
 
 
-@torch.no_grad()
-def randomise(engine: Engine) -> None:
-    """No norm and no look at its start; what the model says depends on what it sees."""
-    g = torch.Generator().manual_seed(5)
-    for name, param, _ in layouts(*engine.chunks):
-        if param.dim() == 1:
-            param.add_(torch.empty_like(param).normal_(0.0, 0.2, generator=g))
-        elif ".looks." in name and name.endswith("linear_proj.weight"):
-            param.normal_(0.0, 0.3, generator=g)
-        elif "vit" in name or "projector" in name:
-            param.mul_(3)
-        elif name.startswith("embedding"):  # else a token mostly repeats itself
-            param.mul_(0.3)
-
-
 @pytest.fixture(scope="module", params=[("thumbnail", "tiles"), ("all", "thumbnail")])
 def exported(request, tmp_path_factory):
     """(run, engine, folder of its tokenizer, rows, checkpoint `mega` and export `hf`)"""
@@ -115,7 +89,8 @@ def exported(request, tmp_path_factory):
     run = clvr_run(root / "tokenizer", *request.param)
     groups.start(ParallelConfig())
     engine = Engine.create(run, groups.build(run.parallel))
-    randomise(engine)
+    (model,) = engine.chunks
+    randomise(model, seed=5)
     sharded.save(engine, {}, root / "mega", 7)
     to_folder(root / "mega", root / "hf")
     yield run, engine, root
@@ -130,6 +105,8 @@ def load(folder: Path):
     ).eval()
 
 
+# About 6 s of CPU time: 64 tokens of 8 prompts, for ours by running the whole sequence each time.
+@pytest.mark.slow
 def test_greedy_tokens(exported):
     """Eight prompts of different lengths and images in one padded batch, as a user would."""
     run, engine, root = exported

@@ -136,6 +136,8 @@ def total(shapes: dict) -> int:
     return sum(2 * torch.Size(shape).numel() for shape in shapes.values())
 
 
+# 18 s of CPU time: transformers builds both models, on the meta device, in a process of its own.
+@pytest.mark.slow
 def test_the_published_80b_and_6b():
     """Every tensor of the real sizes, by name and shape, from the config alone."""
     model = preset("mm-80b")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ from support.folders import (
     save_released_fused,
     save_text,
 )
+from support.tools import load_tool
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -37,14 +37,11 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def call(capsys):
-    """`call(tool, *flags)` in this process; each costs some ten seconds of imports otherwise."""
+    """`call(tool, *flags)` in this process."""
 
     def run(tool: str, *args) -> Done:
         capsys.readouterr()
-        spec = importlib.util.spec_from_file_location(tool[:-3], ROOT / "tools" / tool)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        status = module.main([str(arg) for arg in args])
+        status = load_tool(tool.removesuffix(".py")).main([str(arg) for arg in args])
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         return Done(status, *capsys.readouterr())
@@ -83,6 +80,7 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.mark.launches
 def test_there_and_back_by_two_ranks(folder, tmp_path, call, done):
     token = {"id": 95, "content": "<IMG_CONTEXT>", "special": True}
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [token]}))

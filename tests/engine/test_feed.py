@@ -252,7 +252,7 @@ def test_text_only_rows_train_beside_images(ranks, scenes, data, name):
     ((expected, _),) = ranks(1, on_rank_train, 2, plain)[0]
     for ((metrics, _),) in ranks(size, on_rank_train, 2, run):
         for step, alone in zip(metrics, expected, strict=True):
-            # As in test_loop.LOSS_TOLERANCE.
+            # As support.trainers.LOSS_TOLERANCE.
             assert step["lm loss"] == pytest.approx(alone["lm loss"], rel=1e-5)
             assert step["tokens"] == alone["tokens"]
 

@@ -18,7 +18,8 @@ from megatron_mm.evaluation.scoring import score
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
 from support.fingerprints import parameter_hash
-from support.trainers import LAYOUTS, digits_run, random_engine
+from support.trainers import LAYOUTS, digits_run
+from support.weights import random_engine
 
 QUESTIONS = 11  # does not divide by replicas, stages or batch
 

@@ -12,7 +12,8 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.evaluation.probe import probe
 from megatron_mm.generation.answers import with_answers
-from support.trainers import LAYOUTS, digits_run, prompts_of, random_engine
+from support.trainers import LAYOUTS, digits_run, prompts_of
+from support.weights import random_engine
 
 PROBED = ((0, [5, 6, 7]), (2, [9, 10]), (4, [11, 12, 13, 14]))  # question, answer tokens
 

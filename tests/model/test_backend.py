@@ -1,6 +1,6 @@
 """Backends without a GPU: settings in megatron-core's words, refusals, who computes what.
 
-What Transformer Engine computes is checked by tests/test_gpu_backends.py.
+What Transformer Engine computes is checked by tests/gpu/test_gpu_backends.py.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ AS_IF_CUDA = """
 import torch
 from megatron_mm import platform
 platform.install()
-from megatron_mm.model import backend
+from megatron_mm.model.backends import choice as backend
 torch.cuda.is_available = lambda: True
 print(backend.missing_transformer_engine())
 """

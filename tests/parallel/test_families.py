@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,30 +11,27 @@ import torch
 from megatron_mm.checkpoint.compatible import check_model
 from megatron_mm.config import RunConfig, to_dict
 from megatron_mm.errors import CheckpointError
-from support.batches import SMALL_MODELS, small_qwen3_5_moe, small_run
+from support.batches import SMALL_MODELS, small_qwen3_5_moe
 from support.checkpoint_runs import interrupted, tiny_run
-from support.layouts import compare, forget_reduction, parallel_config, step_gradients, worst
+from support.invariance import BROKEN, compare, invariance_run, worst
+from support.invariance import LAYOUTS as ALL
+from support.layouts import forget_reduction, parallel_config, step_gradients
 
-BROKEN = 1e-2
 LAYOUTS = {
-    "TP2": (2, dict(tp=2, etp=1)),
-    "TP4": (4, dict(tp=4)),
-    "CP2": (2, dict(cp=2)),
-    "PP2": (2, dict(pp=2)),
-    "PP2xVPP2": (2, dict(pp=2, vpp=2)),
-    "EP2": (2, dict(ep=2)),
-    "DP2": (2, dict()),
-    "TP2xCP2": (4, dict(tp=2, cp=2)),
-    "TP2xPP2xVPP2xEP2": (4, dict(tp=2, pp=2, vpp=2, ep=2, etp=1)),
+    name: ALL[name]
+    for name in (
+        *("TP2", "TP4", "CP2", "PP2", "PP2xVPP2", "EP2", "DP2", "TP2xCP2"),
+        "TP2xPP2xVPP2xEP2",
+    )
 }
 RESUMED = {"1 rank": (1, {}), "TP2xPP2": (4, dict(tp=2, pp=2)), "EP2": (2, dict(ep=2))}
 
 
 def family_run(family: str = "qwen3_5_moe") -> RunConfig:
-    """With the standard deviation that models really start from, as in test_invariance."""
-    run = small_run()
-    run.model = SMALL_MODELS[family]()
-    run.model.language.init_method_std = run.model.vision.vision_init_method_std = 0.02
+    """Returns the run of test_invariance with a family's small model."""
+    run = invariance_run()
+    language = SMALL_MODELS[family]().language
+    run.model.language = replace(language, init_method_std=run.model.language.init_method_std)
     return run
 
 

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
 
 from megatron_mm.config import RunConfig, num_layers
 from megatron_mm.earl.router_reward import router_loss
@@ -15,11 +14,14 @@ from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.model.layers.moe import Router
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
-from support.layouts import off_zero, parallel_config, step_gradients, steps_batches
+from support.invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
+from support.layouts import parallel_config, step_gradients, steps_batches
+from support.weights import move_looks_off_zero
 
 SKILLS = 3
 
-# As in test_invariance.py, of smaller gradients: 1.1e-5 seen (dt_bias), 1e-2 if something is lost.
+# As in support/invariance.py, of smaller gradients: 1.1e-5 seen (dt_bias), 1e-2 if something is
+# lost.
 TOLERANCE = 3e-5
 
 
@@ -86,7 +88,7 @@ def both_ways(run: RunConfig):
     """(gradients of an engine's step, those of one sum by autograd, values noted)"""
     run.model.language.moe_aux_loss_coeff = 0.0
     engine = Engine.create(run, groups.build(run.parallel))
-    off_zero(engine)
+    move_looks_off_zero(engine)
     batches, objective = steps_batches(run, 1)[:2], PullsRouters(run)
     params = {name: param for name, param, _ in layouts(*engine.chunks)}
     noted: dict = {}

@@ -9,12 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_grpo import arm, assert_same_steps, skill_map  # noqa: F401  (a fixture)
 
 from megatron_mm.config import RunConfig
 from megatron_mm.generation.sampling import gumbels
 from megatron_mm.model.routing import Choice
-from support.grpo_runs import TOKENS, grpo_run, on_rank_steps, trainer_of
+from support.grpo_runs import (
+    TOKENS,
+    arm,
+    assert_same_steps,
+    grpo_run,
+    on_rank_reference,
+    on_rank_steps,
+    trainer_of,
+)
 from support.trainers import LAYOUTS
 
 TEMPERATURE = 0.7
@@ -67,7 +74,7 @@ def _what(batch, place: int, logits_TLE: dict, number: int, count: int, run: Run
     return "drawn as said" if count and said else "best" if best else "neither"
 
 
-def test_every_token_but_the_first_draws_with_its_own_noise(ranks, scenes, skill_map):  # noqa: F811
+def test_every_token_but_the_first_draws_with_its_own_noise(ranks, scenes, skill_map):
     run = arm(scenes, skill_map, "drawn", router_temperature=TEMPERATURE)
     counts = ranks(1, on_rank_draws, run)[0]
     completions = 16
@@ -78,7 +85,7 @@ def test_every_token_but_the_first_draws_with_its_own_noise(ranks, scenes, skill
 
 
 @pytest.mark.parametrize("layout", ["one rank", "PP2", "PP2xVPP2"])
-def test_blocks_computed_again_meet_the_drawn_experts(ranks, scenes, skill_map, layout):  # noqa: F811
+def test_blocks_computed_again_meet_the_drawn_experts(ranks, scenes, skill_map, layout):
     size, sizes = LAYOUTS[layout]
     runs = (
         arm(scenes, skill_map, "drawn", recompute_granularity=granularity, **sizes)
@@ -91,8 +98,6 @@ def test_blocks_computed_again_meet_the_drawn_experts(ranks, scenes, skill_map, 
 
 def test_the_reference_takes_the_drawn_experts(ranks, scenes, tmp_path):
     """Equal weights do not differ, however the experts were drawn."""
-    from test_grpo_loop import on_rank_reference
-
     drawn = dict(router_temperature=1.0, routing_replay="R3")
     ranks(1, on_rank_reference, grpo_run(scenes), tmp_path / "ref")
     run = grpo_run(scenes, beta=0.1, ref_load=str(tmp_path / "ref"), **drawn)

@@ -7,71 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mm.config import RunConfig
-from megatron_mm.earl.skill_map import SkillMap, save_skill_map
-from support.grpo_runs import TOKENS, grpo_run, on_rank_steps
-from support.trainers import LAYOUTS, digits_run
-
-SKILLS = ("transcribe", "ocr", "count", "spatial", "arithmetic", "multihop")
-
-
-def assert_same_steps(one: list[dict], other: list[dict], bound: float) -> None:
-    for step, (a, b) in enumerate(zip(one, other, strict=True)):
-        assert a.keys() == b.keys()
-        for name in a.keys() - {"table"}:
-            if name == "train/train_rollout_logprob_abs_diff":
-                assert max(a[name], b[name]) <= 1e-5
-            # The one is a mean over replicas by definition, the other is of no use in RL.
-            elif name not in ("rollout/moe/mutual_information", "load_balancing_loss"):
-                assert b[name] == pytest.approx(a[name], rel=bound, abs=bound), (step, name)
-
-
-@pytest.fixture(scope="module")
-def skill_map(tmp_path_factory) -> str:
-    """Of the runs' model: two layers, experts as in the tiny preset."""
-    run = digits_run(tmp_path_factory.mktemp("none"))
-    experts, k = run.model.language.num_experts, run.model.language.moe_router_topk
-    skills = {
-        skill: [[n % experts, (n + 1) % experts], [(2 * n) % experts]]
-        for n, skill in enumerate(SKILLS)
-    }
-    path = tmp_path_factory.mktemp("map") / "map.json"
-    save_skill_map(SkillMap(2, experts, k, skills), path)
-    return str(path)
-
-
-ARMS = {
-    "grpo": {},
-    "earl": dict(
-        router_reward_weight=0.5,
-        router_loss_coeff=0.3,
-        span_labels="support.even.thirds",
-        span_credit=0.1,
-        routing_replay="R3",
-        algorithm="dapo",
-    ),
-    # Experts are drawn too, and the routers learn from those drawn.
-    "drawn": dict(
-        router_reward_weight=0.5,
-        router_loss_coeff=0.3,
-        router_temperature=0.5,
-        span_labels="support.even.thirds",
-        routing_replay="R3",
-        rollout_batch_size=4,
-    ),
-    # Some replicas keep no group of a round, and steps are made of what several rounds kept.
-    "filtered": dict(
-        algorithm="dapo",
-        reward_funcs=["support.even.sometimes"],
-        global_batch_size=8,
-        rollout_batch_size=4,
-    ),
-}
-
-
-def arm(scenes, skill_map, name: str, **settings) -> RunConfig:
-    extra = {"skill_map": skill_map} if "router_loss_coeff" in ARMS[name] else {}
-    return grpo_run(scenes, **(ARMS[name] | extra | settings))
+from support.grpo_runs import ARMS, TOKENS, arm, assert_same_steps, grpo_run, on_rank_steps
+from support.trainers import LAYOUTS
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,14 @@ from megatron_mm.model.routing import whole_routes
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
 from support.fingerprints import parameter_hash
-from support.grpo_runs import TOKENS, grpo_run, on_rank_steps, step_of, trainer_of
+from support.grpo_runs import (
+    TOKENS,
+    grpo_run,
+    on_rank_reference,
+    on_rank_steps,
+    step_of,
+    trainer_of,
+)
 from support.trainers import CP2, PP2, TP2, VPP2
 
 # ---- resuming ----
@@ -164,15 +171,6 @@ def test_every_algorithm_takes_steps(ranks, scenes, algorithm):
     run = grpo_run(scenes, algorithm=algorithm, train_iters=4, num_iterations=2)
     steps = ranks(1, on_rank_steps, run, 2)[0]
     assert all(0 < step["grad norm"] < 1e4 for step in steps)
-
-
-def on_rank_reference(run: RunConfig, folder: Path) -> list[dict]:
-    run.checkpoint.save = str(folder)
-    trainer = trainer_of(run)
-    trainer.save()
-    trainer.saver.finish()
-    trainer.source.close()
-    return []
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, {}), (2, PP2)])

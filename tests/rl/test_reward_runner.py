@@ -17,6 +17,8 @@ from megatron_mm.errors import RLError
 from megatron_mm.rl.rewards import process
 from megatron_mm.rl.rewards.runner import RewardRunner
 
+pytestmark = pytest.mark.kills
+
 TESTS = Path(__file__).parents[1]
 SLEEP_SECONDS = str(10**6 + os.getpid())  # tells our processes from those of another test run
 

@@ -23,6 +23,8 @@ from support.forked import context
 from support.grpo_runs import grpo_run, trainer_of
 from support.trainers import PP2
 
+pytestmark = pytest.mark.kills
+
 PATIENCE = 120  # seconds for what takes about ten
 ROLLOUT = 2  # steps, and a checkpoint after each
 STEPS = 6

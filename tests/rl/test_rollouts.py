@@ -28,7 +28,8 @@ from megatron_mm.rl.reference import Reference
 from megatron_mm.train import loop
 from megatron_mm.train.trainer import Trainer
 from support.grpo_runs import grpo_run, trainer_of
-from support.trainers import PP2, digits_run, random_engine
+from support.trainers import PP2, digits_run
+from support.weights import random_engine
 
 ASKED = (0, 12, 8, 5, 20, 3, 17)
 

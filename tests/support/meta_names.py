@@ -1,8 +1,8 @@
-"""Models of transformers' own without memory, in a process of its own: name -> shape on stdout.
+"""Names and shapes of transformers' own models, which it builds on the meta device.
 
     python tests/support/meta_names.py < configs.json
 
-Nothing of ours is imported: what it says is transformers' word alone.
+It imports nothing of this package, so that its answer is transformers' alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLASSES = {
 
 
 def names(words: dict) -> list[dict[str, list[int]]]:
-    """[inside the model, as it is saved]"""
+    """Returns the shapes by name, first inside the model, then as it is saved."""
     config_class, kind = CLASSES[words.pop("model_type")]
     with torch.device("meta"):
         model = kind._from_config(config_class(**words))

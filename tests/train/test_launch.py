@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,30 +12,13 @@ import yaml
 
 from megatron_mm.config import dump_yaml
 from megatron_mm.report.metrics_log import read_metrics
+from support.launches import ALONE, ROOT, TIMEOUT, TORCHRUN, environment, launch
 from support.trainers import digits_run
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.launches
+
 OUR_CODE = str(ROOT / "megatron_mm")
-ALONE = [sys.executable, "-m", "megatron_mm.train"]
-TORCHRUN = [
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    *("-m", "megatron_mm.train"),
-]
 PIPELINE = ("--pipeline-model-parallel-size", "2")
-TIMEOUT = 120  # seconds; a launch takes about 6 on two idle cores
-
-
-def environment() -> dict[str, str]:
-    """Without what an outer launch may have left behind."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def launch(command: list[str], *flags: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*command, *map(str, flags)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT,
-    )  # fmt: skip
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from megatron_mm.config import ConfigError, validate
 from megatron_mm.convert import to_hf
-from support.trainers import PP2, TP2, digits_run, move_looks_off_zero, new_trainer
+from support.trainers import PP2, TP2, digits_run, new_trainer
+from support.weights import move_looks_off_zero
 
 
 def train_and_export(scenes: Path, out: Path) -> float:

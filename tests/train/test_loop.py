@@ -25,15 +25,16 @@ from support.trainers import (
     CP2,
     EP2,
     LAYOUTS,
+    LOSS_TOLERANCE,
     MODULES,
     PP2,
     TP2,
     VPP2,
     batch_hash,
     digits_run,
-    move_looks_off_zero,
     peek,
 )
+from support.weights import move_looks_off_zero
 
 # ---- stop and resume ----
 
@@ -102,12 +103,6 @@ def test_a_run_cut_anywhere_goes_on_to_the_bit(ranks, scenes, tmp_path, name):
 
 
 # ---- layouts ----
-
-# Relative, over four steps with three updates in between. Adam turns a gradient into a step
-# of about lr whatever its size, so rounding in tiny gradients moves parameters by up to lr
-# and losses drift apart: 4e-7 was measured at this lr. A layout that forgets to update one module
-# is off by ten times the tolerance at least, as the second test below asserts.
-LOSS_TOLERANCE = 1e-5
 
 
 def on_rank_losses(*runs) -> list[list[dict]]:

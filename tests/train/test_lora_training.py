@@ -6,7 +6,6 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 from __future__ import annotations
 
 import pytest
-from test_learning import on_rank_change
 
 from megatron_mm.config import LoraConfig
 from megatron_mm.engine.engine import Engine
@@ -15,7 +14,7 @@ from megatron_mm.engine.optimizer import module_of
 from megatron_mm.model.layers.lora import is_adapter
 from megatron_mm.parallel import groups
 from support.batches import microbatch, small_run
-from support.trainers import LAYOUTS, MODULES, PP2, digits_run
+from support.trainers import LAYOUTS, MODULES, PP2, digits_run, on_rank_change
 
 FROZEN = {f"freeze_{module}": True for module in MODULES}
 TARGETS = (["language"], ["vision"], ["projector"], ["vision", "projector"])
