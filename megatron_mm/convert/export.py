@@ -1,4 +1,4 @@
-"""The small files of a folder that transformers loads: config, tokenizer, remote code."""
+"""Small files of an exported folder: config, tokenizer, remote code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 
 
 def has_clvr(model: ModelConfig) -> bool:
-    """Whether a look is computed: the pattern has one, and there is a memory to look at."""
+    """Whether the model computes looks: the pattern has one and there is a memory."""
     return model.vision is not None and "L" in effective_pattern(model)
 
 
@@ -42,10 +42,10 @@ def small_files(
     dtypes: set[torch.dtype],
     lines: list[str],
 ) -> dict[str, bytes]:
-    """name -> content of everything beside the tensors. Adds to `lines` what is lacking.
+    """Returns name -> content of every file beside the tensors. Appends notes to `lines`.
 
-    Raises ConvertError where transformers could not compute the model, or where nothing says
-    which token stands for an image.
+    Raises:
+        ConvertError: transformers cannot compute the model, or the image token is unknown.
     """
     files = {path.name: path.read_bytes() for path in assets}
     config = model_config(checkpoint, assets, tied)
@@ -67,7 +67,7 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def clvr_config(model: ModelConfig) -> dict[str, Any]:
-    """What config.json says beyond transformers' own model, and who computes it."""
+    """Returns the entries of config.json for CLVR and the remote code that computes it."""
     return {
         "model_type": "internvl_clvr",
         "architectures": ["CLVRForConditionalGeneration"],
@@ -85,7 +85,7 @@ def clvr_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def processor_config(run: RunConfig) -> dict[str, Any]:
-    """How the run that trained the model cut its images."""
+    """Returns processor_config.json: how images were tiled in training."""
     settings = image_settings(run)
     return {
         "processor_class": "CLVRProcessor",
@@ -95,7 +95,7 @@ def processor_config(run: RunConfig) -> dict[str, Any]:
 
 
 def model_config(checkpoint: Any, assets: Iterable[Path], tied: bool) -> dict[str, Any]:
-    """config.json as transformers' own class writes it."""
+    """Returns config.json as transformers' config class writes it."""
     import transformers  # seconds to import
 
     model = checkpoint.model

@@ -1,8 +1,8 @@
-"""A microbatch: several samples laid end to end in one stream of tokens.
+"""Microbatch: several samples packed end to end in one stream of tokens.
 
-There is one form only. Samples are never padded to a rectangle; `cu_seqlens` marks
-where each begins, and every layer that mixes positions respects it. Shape letters:
-T tokens in the stream, N tiles, M memory patches, P patches along a tile's side.
+This is the only form. Samples are never padded to a rectangle; `cu_seqlens` marks where each
+begins, and every layer that mixes positions respects it. Shape letters: T tokens in the stream,
+N tiles, M memory patches, P patches along a tile's side.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-# Shapes follow from these: asking a GPU for them would stop it.
+# Shapes depend on these; reading them from a GPU would synchronise with it.
 ON_CPU = ("cu_seqlens", "stream_positions", "memory_visible_M2")
 
 
@@ -25,20 +25,20 @@ class Microbatch:
     num_real_tokens: int  # tokens before the padding tail (a segment of its own)
     pixels_NCHW: torch.Tensor  # float32, normalised
     stream_tiles: torch.Tensor  # int64, the tiles whose shuffled features enter the stream
-    stream_positions: torch.Tensor  # int64, where in T, tile by tile, row by row
+    stream_positions: torch.Tensor  # int64, positions in T, tile by tile, row by row
     memory_tiles: torch.Tensor  # int64, the tiles a look may attend to
     memory_coordinates_M2: torch.Tensor  # float32 (y, x) of each patch centre, 0..1 of its image
-    memory_visible_M2: torch.Tensor  # int64 [from, to): the positions that may see each patch
+    memory_visible_M2: torch.Tensor  # int64, positions [from, to) that may see each patch
     samples: list[str] = field(default_factory=list)  # "file:row" of each sample
     skipped: list[str] = field(default_factory=list)  # rows left out, with the reason
-    # The experts to use at every position, moe index -> int16 [T, k] (model/routing.py); None:
-    # routers choose. Of the layers of a rank's own stages only.
+    # Experts to use at every position, MoE index -> int16 [T, k] (model/routing.py), for the
+    # layers of this rank's stages. None: routers choose.
     routes: dict[int, torch.Tensor] | None = None
-    # Added to the routers' logits where they choose, moe index -> float32 [T, E]; same layers.
+    # Noise added to the logits of routers that choose, MoE index -> float32 [T, E]; same layers.
     route_noise: dict[int, torch.Tensor] | None = None
 
     def to(self, device: torch.device | str) -> Microbatch:
-        """Everything that is computed with; lengths and positions are read on the CPU."""
+        """Moves what is computed with to `device`; lengths and positions stay on the CPU."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)

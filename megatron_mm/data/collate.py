@@ -1,4 +1,4 @@
-"""Several samples laid end to end: the only place where a microbatch is made."""
+"""Packs samples end to end into a microbatch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ def collate(
     pad_multiple: int = 1,
     skipped: Sequence[str] = (),
 ) -> Microbatch:
-    """Join `samples` into one stream of tokens; see `Microbatch` for every shape.
+    """Joins `samples` into one stream of tokens; see `Microbatch` for the shapes.
 
-    If the total is no multiple of `pad_multiple`, pad tokens follow as a segment of their
-    own that is not supervised. No samples at all give `pad_multiple` pad tokens.
-    `settings` is None for a model without vision.
+    If the total is not a multiple of `pad_multiple`, pad tokens follow as a segment of their own
+    without supervision. No samples give `pad_multiple` pad tokens.
+
+    Args:
+        settings: None for a model without vision.
+        skipped: rows left out, with the reason.
+
+    Raises:
+        DataError: `pad_multiple` is below 1.
     """
     if pad_multiple < 1:
         raise DataError(f"pad_multiple is {pad_multiple}; it must be at least 1")
@@ -59,8 +65,9 @@ def _image_tensors(
     memory_tiles: list[int] = []
     coordinates: list[torch.Tensor] = []
     visible: list[torch.Tensor] = []
-    # Completions of a prompt share its images, which are then computed once. Not by their tiles:
-    # whether two rows' tiles are one object depends on a cache, and microbatches must not.
+    # Completions of a prompt share its image objects, so each image is computed once. The key is
+    # the image, not its tiles: a cache decides whether two rows share tiles, and microbatches must
+    # not depend on it.
     first_tile: dict[int, int] = {}
     num_tiles, offset = 0, 0
     for sample, length in zip(samples, lengths, strict=True):

@@ -1,4 +1,4 @@
-"""From a row to a sample: tokens, what is supervised, and the tiles the model needs."""
+"""Turns a row into a sample: tokens, supervision, and the tiles the model needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.chat import Encoded, encode_prompt, encode_row
 from megatron_mm.data.images import (
     ImageFile,
-    TilePlan,
+    TileGrid,
     cut_tiles,
     find_image,
     image_size,
@@ -22,22 +22,22 @@ from megatron_mm.data.images import (
 )
 from megatron_mm.data.tiles import (
     ImageSettings,
+    choose_grids,
     image_settings,
     memory_coordinates,
-    plan_images,
     select_tiles,
     used_tiles,
 )
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 
-# Cut tiles kept in memory by each rank; small images then cost nothing after one epoch.
+# Bytes of cut tiles that each rank caches: small data sets are decoded only once.
 CACHE_BYTES = 256 * 2**20
-MAX_SIZES = 10**5  # widths and heights of images kept, some 20 MB
+MAX_SIZES = 10**5  # image sizes kept in memory, about 20 MB
 
 
 class Size(NamedTuple):
-    """What a sample costs: tokens of the stream, tiles through the ViT."""
+    """Cost of a sample: tokens in the stream, tiles through the ViT."""
 
     tokens: int
     tiles: int
@@ -45,10 +45,10 @@ class Size(NamedTuple):
 
 @dataclass
 class SampleImage:
-    """One image of a sample: the tiles that are used, and what each is used for."""
+    """Image of a sample: its used tiles, and which of them enter the stream and the memory."""
 
     tiles: np.ndarray  # uint8 [used tiles, S, S, 3]
-    plan: TilePlan
+    grid: TileGrid
     stream: list[int]  # indices into `tiles`
     memory: list[int]  # indices into `tiles`
     memory_coordinates_M2: torch.Tensor  # float32 (y, x) of the memory's patch centres
@@ -56,23 +56,28 @@ class SampleImage:
 
     @staticmethod
     def of(
-        plan: TilePlan,
+        grid: TileGrid,
         tiles: np.ndarray,
         settings: ImageSettings,
         start: int,
         other: np.ndarray | None = None,
     ) -> SampleImage:
-        """`tiles` and `other`, the image that takes its place in the memory, as the model would
-        use them."""
-        used = used_tiles(plan, settings)
-        stream = [used.index(t) for t in select_tiles(plan, settings.image_stream)]
-        memory = [used.index(t) for t in select_tiles(plan, settings.vision_memory)]
+        """Sorts tiles by use.
+
+        Args:
+            tiles: uint8 [used tiles, S, S, 3].
+            start: position of the first stream token in the sample.
+            other: used tiles of the image that replaces this one in the memory.
+        """
+        used = used_tiles(grid, settings)
+        stream = [used.index(t) for t in select_tiles(grid, settings.image_stream)]
+        memory = [used.index(t) for t in select_tiles(grid, settings.vision_memory)]
         if other is not None:
             tiles = np.concatenate((tiles[stream], other[memory]))
             places = range(len(tiles))
             stream, memory = [*places[: len(stream)]], [*places[len(stream) :]]
-        centres_M2 = memory_coordinates(plan, settings)
-        return SampleImage(tiles, plan, stream, memory, centres_M2, start)
+        centres_M2 = memory_coordinates(grid, settings)
+        return SampleImage(tiles, grid, stream, memory, centres_M2, start)
 
 
 @dataclass
@@ -85,16 +90,16 @@ class Sample:
 
 
 class _Draft(NamedTuple):
-    """A sample whose pixels have not been read."""
+    """Sample whose pixels have not been read."""
 
     files: list[ImageFile]
-    others: list[ImageFile]  # what the memory shows in their place; none: themselves
-    plans: list[TilePlan]
+    others: list[ImageFile]  # replace them in the memory; empty: none
+    grids: list[TileGrid]
     encoded: Encoded
 
 
 class SampleBuilder:
-    """Turns rows into samples; keeps the most recently used image files, already cut."""
+    """Turns rows into samples. Caches the tiles of the most recently used image files."""
 
     def __init__(
         self, run: RunConfig, tokenizer: Tokenizer, cache_bytes: int = CACHE_BYTES
@@ -109,29 +114,40 @@ class SampleBuilder:
         self.tokenizer = tokenizer
         self.seq_length = run.data.seq_length
         self._memory_images = run.data.memory_images
-        self._cache: OrderedDict[tuple[Path | None, TilePlan], np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[tuple[Path | None, TileGrid], np.ndarray] = OrderedDict()
         self._cache_bytes, self._held_bytes = cache_bytes, 0
         self._sizes: dict[Path | None, tuple[int, int]] = {}
 
     def training(self, row: dict[str, Any], where: str, folder: Path) -> Sample:
-        """The whole conversation, its answers supervised. Raises DataError."""
+        """Builds the whole conversation with supervised answers.
+
+        Raises:
+            DataError: the row is bad.
+        """
         return self._build(encode_row, row, where, folder)
 
     def prompt(self, row: dict[str, Any], where: str, folder: Path) -> Sample:
-        """The conversation up to where the last answer begins. Raises DataError."""
+        """Builds the conversation up to where the last answer begins.
+
+        Raises:
+            DataError: the row is bad.
+        """
         return self._build(encode_prompt, row, where, folder)
 
     def measure(self, row: dict[str, Any], where: str, folder: Path) -> Size:
-        """The size that `training` would have, from the text and the headers of the images.
-        Raises DataError for all that is wrong with the row but pixels that cannot be decoded."""
-        draft = self._draft(encode_row, row, where, folder)
-        return Size(len(draft.encoded.tokens), sum(map(self._tiles_seen, draft.plans)))
+        """Returns the size of the sample that `training` builds, from text and image headers.
 
-    def _tiles_seen(self, plan: TilePlan) -> int:
+        Raises:
+            DataError: the row is bad. Pixels that cannot be decoded are not noticed.
+        """
+        draft = self._draft(encode_row, row, where, folder)
+        return Size(len(draft.encoded.tokens), sum(map(self._tiles_seen, draft.grids)))
+
+    def _tiles_seen(self, grid: TileGrid) -> int:
         if self._memory_images == "images":
-            return len(used_tiles(plan, self.settings))
+            return len(used_tiles(grid, self.settings))
         choices = (self.settings.image_stream, self.settings.vision_memory)
-        return sum(len(select_tiles(plan, choice)) for choice in choices)
+        return sum(len(select_tiles(grid, choice)) for choice in choices)
 
     def _draft(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> _Draft:
         files = self._files("images", row, where, folder)
@@ -140,12 +156,12 @@ class SampleBuilder:
                 f"{where}: {len(files)} images but the model has no vision; remove them or set "
                 "model.vision"
             )
-        plans = plan_images([self._size(f, where) for f in files], self.settings, where)
-        others = self._others(plans, row, where, folder)
-        stream = [select_tiles(plan, self.settings.image_stream) for plan in plans]
+        grids = choose_grids([self._size(f, where) for f in files], self.settings, where)
+        others = self._others(grids, row, where, folder)
+        stream = [select_tiles(grid, self.settings.image_stream) for grid in grids]
         counts = [len(tiles) * self.settings.tokens_per_tile for tiles in stream]
         encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length)
-        return _Draft(files, others, plans, encoded)
+        return _Draft(files, others, grids, encoded)
 
     def _files(self, key: str, row: dict[str, Any], where: str, folder: Path) -> list[ImageFile]:
         names = row.get(key)
@@ -155,16 +171,16 @@ class SampleBuilder:
         return [find_image(n, i, folder, where) for i, n in enumerate(names, start=1)]
 
     def _others(
-        self, plans: list[TilePlan], row: dict[str, Any], where: str, folder: Path
+        self, grids: list[TileGrid], row: dict[str, Any], where: str, folder: Path
     ) -> list[ImageFile]:
         key = self._memory_images
         if key == "images":
             return []
         files = self._files(key, row, where, folder)
-        found = plan_images([self._size(f, where) for f in files], self.settings, where)
-        if found != plans:
+        found = choose_grids([self._size(f, where) for f in files], self.settings, where)
+        if found != grids:
             raise DataError(
-                f"{where}: {len(files)} images in {key!r} for {len(plans)} in 'images'; "
+                f"{where}: {len(files)} images in {key!r} for {len(grids)} in 'images'; "
                 "memory_images needs as many, of the same grids of tiles"
             )
         return files
@@ -175,14 +191,14 @@ class SampleBuilder:
         others = draft.others or [None] * len(draft.files)
         images = [
             SampleImage.of(
-                plan,
-                self._tiles(file, plan, where),
+                grid,
+                self._tiles(file, grid, where),
                 self.settings,
                 start,
-                None if other is None else self._tiles(other, plan, where),
+                None if other is None else self._tiles(other, grid, where),
             )
-            for file, other, plan, start in zip(
-                draft.files, others, draft.plans, encoded.image_starts, strict=True
+            for file, other, grid, start in zip(
+                draft.files, others, draft.grids, encoded.image_starts, strict=True
             )
         ]
         tokens_T = torch.tensor(encoded.tokens, dtype=torch.int64)
@@ -192,7 +208,7 @@ class SampleBuilder:
         return Sample(tokens_T, labels_T, mask_T, images, where)
 
     def _size(self, file: ImageFile, where: str) -> tuple[int, int]:
-        """(width, height); of files read before, from memory."""
+        """Returns (width, height) in pixels, from memory for files seen before."""
         if file.path in self._sizes:
             return self._sizes[file.path]
         size = image_size(file, where)
@@ -202,16 +218,16 @@ class SampleBuilder:
             self._sizes[file.path] = size
         return size
 
-    def _tiles(self, file: ImageFile, plan: TilePlan, where: str) -> np.ndarray:
-        """The tiles that the model uses, uint8 [N, S, S, 3], decoded and cut or remembered."""
-        key = (file.path, plan)
+    def _tiles(self, file: ImageFile, grid: TileGrid, where: str) -> np.ndarray:
+        """Returns the used tiles, uint8 [N, S, S, 3], from the cache if possible."""
+        key = (file.path, grid)
         found = self._cache.get(key)
         if found is not None:
             self._cache.move_to_end(key)
             return found
         image = load_image(file, where)
-        used = used_tiles(plan, self.settings)
-        found = np.ascontiguousarray(cut_tiles(image, plan, self.settings.image_size)[used])
+        used = used_tiles(grid, self.settings)
+        found = np.ascontiguousarray(cut_tiles(image, grid, self.settings.image_size)[used])
         if file.path is None or found.nbytes > self._cache_bytes:
             return found
         self._cache[key] = found

@@ -1,4 +1,4 @@
-"""Which tiles of an image enter the token stream, and which the vision memory."""
+"""Selects the tiles of an image for the token stream and for the vision memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from megatron_mm.config.families import vision_family
 from megatron_mm.config.settings import RunConfig
-from megatron_mm.data.images import TilePlan, plan_tiles
+from megatron_mm.data.images import TileGrid, choose_grid
 from megatron_mm.errors import DataError
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the data room must know of the vision side. Sizes are pixels."""
+    """Image settings of a run. Sizes are in pixels."""
 
     image_size: int
     patch_size: int
@@ -40,10 +40,10 @@ class ImageSettings:
 
 
 def image_settings(run: RunConfig) -> ImageSettings | None:
-    """The image half of a run's settings, checked; None for a model without vision.
+    """Returns the checked image settings of a run; None for a model without vision.
 
-    Raises DataError for sizes that do not divide and for a thumbnail that is asked for but
-    never made.
+    Raises:
+        DataError: sizes do not divide, or a thumbnail is used but never made.
     """
     vision, fusion, data = run.model.vision, run.model.fusion, run.data
     if vision is None:
@@ -80,49 +80,57 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
     )
 
 
-def select_tiles(plan: TilePlan, choice: str) -> list[int]:
-    """Indices into the plan's tiles for none / thumbnail / tiles / all.
+def select_tiles(grid: TileGrid, choice: str) -> list[int]:
+    """Returns indices of the grid's tiles for a choice: none, thumbnail, tiles or all.
 
-    An image of a single tile has no separate thumbnail: that tile is its own summary.
+    An image of one tile has no separate thumbnail; the tile itself is used in its place.
+
+    Raises:
+        DataError: the choice is "thumbnail" and the grid has none.
     """
-    grid = plan.rows * plan.cols
+    cells = grid.rows * grid.cols
     if choice == "none":
         return []
     if choice == "all":
-        return list(range(plan.num_tiles))
-    if choice == "tiles" or grid == 1:
-        return list(range(grid))
-    if choice == "thumbnail" and plan.thumbnail:
-        return [grid]
+        return list(range(grid.num_tiles))
+    if choice == "tiles" or cells == 1:
+        return list(range(cells))
+    if choice == "thumbnail" and grid.thumbnail:
+        return [cells]
     raise DataError(
-        f"cannot take {choice!r} from a {plan.rows}x{plan.cols} grid without a thumbnail; "
+        f"cannot take {choice!r} from a {grid.rows}x{grid.cols} grid without a thumbnail; "
         "set use_thumbnail"
     )
 
 
-def used_tiles(plan: TilePlan, settings: ImageSettings) -> list[int]:
-    """The tiles that the ViT sees: those of the stream and those of the memory."""
-    stream = select_tiles(plan, settings.image_stream)
-    return sorted({*stream, *select_tiles(plan, settings.vision_memory)})
+def used_tiles(grid: TileGrid, settings: ImageSettings) -> list[int]:
+    """Returns indices of the tiles the ViT sees: those of the stream and of the memory."""
+    stream = select_tiles(grid, settings.image_stream)
+    return sorted({*stream, *select_tiles(grid, settings.vision_memory)})
 
 
-def plan_images(
+def choose_grids(
     sizes: Sequence[tuple[int, int]], settings: ImageSettings | None, where: str
-) -> list[TilePlan]:
-    """The grid of every image of a row, from their (width, height). `settings` may be None if
-    there is no image.
+) -> list[TileGrid]:
+    """Chooses the grid of every image of a row.
 
-    If the tiles that the ViT sees cost more than `max_image_tokens`, all images are tiled
-    again as if `max_num_tiles` were lower, down to 1, until they fit: the largest such limit
-    counts, and it is the same for all of them. Raises DataError if even 1 tile each is too much.
+    If the tiles that the ViT sees exceed `max_image_tokens`, one lower `max_num_tiles` is used for
+    all images: the largest with which they fit.
+
+    Args:
+        sizes: (width, height) of each image in pixels.
+        settings: may be None if there is no image.
+
+    Raises:
+        DataError: the images do not fit with 1 tile each.
     """
     if not sizes:
         return []
     budget, per_tile = settings.max_image_tokens, settings.tokens_per_tile
     cost = 0
     for most in range(settings.max_num_tiles, 0, -1):
-        plans = [
-            plan_tiles(
+        grids = [
+            choose_grid(
                 *size,
                 image_size=settings.image_size,
                 max_num_tiles=most,
@@ -131,10 +139,10 @@ def plan_images(
             for size in sizes
         ]
         if budget is None:
-            return plans
-        cost = per_tile * sum(len(used_tiles(plan, settings)) for plan in plans)
+            return grids
+        cost = per_tile * sum(len(used_tiles(grid, settings)) for grid in grids)
         if cost <= budget:
-            return plans
+            return grids
     raise DataError(
         f"{where}: {len(sizes)} images need {cost} tokens at 1 tile each, max_image_tokens is "
         f"{budget}; use fewer images or raise max_image_tokens"
@@ -142,19 +150,19 @@ def plan_images(
 
 
 @lru_cache(maxsize=1024)
-def memory_coordinates(plan: TilePlan, settings: ImageSettings) -> torch.Tensor:
-    """Centres (y, x) of the patches a look may attend to, tile by tile, float32 [M, 2]. One
-    tensor is shared by all images of the same grid: not to be written to."""
-    tiles = select_tiles(plan, settings.vision_memory)
-    centres = [patch_centres(plan, tile, settings.patches_per_side) for tile in tiles]
+def memory_coordinates(grid: TileGrid, settings: ImageSettings) -> torch.Tensor:
+    """Returns the centres (y, x) of the memory's patches, tile by tile, float32 [M, 2]. All images
+    of the same grid share the tensor, so it must not be changed."""
+    tiles = select_tiles(grid, settings.vision_memory)
+    centres = [patch_centres(grid, tile, settings.patches_per_side) for tile in tiles]
     return torch.cat([torch.zeros(0, 2), *centres])
 
 
-def patch_centres(plan: TilePlan, tile: int, patches_per_side: int) -> torch.Tensor:
-    """Centres (y, x) of a tile's patches in fractions of the whole image, float32 [P*P, 2],
-    row by row. The thumbnail covers the whole image."""
-    if tile < plan.rows * plan.cols:
-        rows, cols, (row, col) = plan.rows, plan.cols, divmod(tile, plan.cols)
+def patch_centres(grid: TileGrid, tile: int, patches_per_side: int) -> torch.Tensor:
+    """Returns the centres (y, x) of a tile's patches in fractions of the whole image, float32
+    [P*P, 2], row by row. The thumbnail covers the whole image."""
+    if tile < grid.rows * grid.cols:
+        rows, cols, (row, col) = grid.rows, grid.cols, divmod(tile, grid.cols)
     else:
         rows, cols, row, col = 1, 1, 0, 0
     centres = (torch.arange(patches_per_side, dtype=torch.float32) + 0.5) / patches_per_side

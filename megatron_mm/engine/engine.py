@@ -1,4 +1,4 @@
-"""One optimizer step: megatron-core's DDP, schedule, optimizer and scheduler around a model."""
+"""Engine: a model in megatron-core's DDP, schedule, optimizer and scheduler."""
 
 from __future__ import annotations
 
@@ -46,9 +46,11 @@ from megatron_mm.parallel.sequence import held_positions
 
 @dataclass
 class Engine:
-    """
+    """Model, optimizer and scheduler of one rank.
+
     Attributes:
-        models: this rank's pipeline stages, each wrapped by DDP; one without virtual stages.
+        models: this rank's pipeline stages, each wrapped by DDP; one unless there are virtual
+            stages.
     """
 
     run: RunConfig
@@ -59,7 +61,7 @@ class Engine:
 
     @property
     def chunks(self) -> list[MultimodalModel]:
-        """This rank's pipeline stages, in the order of the model."""
+        """This rank's pipeline stages, in model order."""
         return [wrapped.module for wrapped in self.models]
 
     @property
@@ -68,8 +70,12 @@ class Engine:
 
     @classmethod
     def create(cls, run: RunConfig, groups: Groups, backend: Backend | None = None) -> Engine:
-        """`backend`: instead of the one that the settings choose."""
-        destroy_moe_metrics_tracker()  # process-wide, and as long as the last model was deep
+        """Builds the engine of this rank. Every rank calls it.
+
+        Args:
+            backend: replaces the backend that the settings choose.
+        """
+        destroy_moe_metrics_tracker()  # process-wide, and sized for the last model
         chunks = build(run, groups.pg, backend)
         config = chunks[0].config
         reduce, gather = overlaps(run, groups.pg)
@@ -102,18 +108,21 @@ class Engine:
         return cls(run, groups, models, optimizer, build_scheduler(run, optimizer))
 
     def training(self, mode: bool) -> None:
-        """Switch every stage to training or to evaluation."""
+        """Switches every stage to training or evaluation."""
         for model in self.models:
             model.train(mode)
 
     def forward_backward(
         self, batches: Sequence[Microbatch], objective: Objective, terms: Terms | None = None
     ) -> list:
-        """Accumulate the gradients of one step; the objective's sums on the last stage.
+        """Accumulates the gradients of one step.
 
         Args:
             terms: if given, filled with the router terms of an objective that `TeachesRouters`:
-                moe index -> sum over this rank's positions of all microbatches.
+                MoE index -> sum over this rank's positions of all microbatches.
+
+        Returns:
+            The objective's sums of each microbatch, on the last stage.
         """
         for model in self.models:
             model.zero_grad_buffer()
@@ -134,21 +143,21 @@ class Engine:
         )
 
     def gradient_norm(self) -> float:
-        """Over every parameter of the model, before clipping; the same on every rank."""
+        """L2 norm of all gradients of the model before clipping, the same on every rank."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
     def update(self, gradient_norm: float) -> None:
-        """Clip, step, advance the schedule.
+        """Clips the gradients, updates the parameters and advances the schedule.
 
         Args:
-            gradient_norm: what `gradient_norm` returned for these gradients.
+            gradient_norm: as returned by `gradient_norm` for these gradients.
         """
         clip_and_step(self.optimizer, gradient_norm, self.run.optimizer.clip_grad)
         self.scheduler.step(increment=1)
 
     def learning_rate(self) -> float:
-        """Of the language model; other modules have multiples of it."""
+        """Current learning rate of the language model; other modules have multiples of it."""
         return float(self.scheduler.get_lr({}))
 
     def forward(
@@ -160,17 +169,21 @@ class Engine:
         caches: Sequence[DecodeCache] | None = None,
         routes: Sequence[Routes] | None = None,
     ) -> list:
-        """Forward passes only: `finish(logits, batch, positions)` per microbatch on the last
-        stage, where both callables mean what they mean in `Objective`.
+        """Runs only forward passes.
 
         Args:
+            positions: as in `Objective`.
+            finish: (logits, batch, positions) -> result, called on the last stage, as
+                `Objective.loss`.
             looks: if given, filled with the attention weights of this stage's looks.
-            caches: if given, one for each microbatch, of the rows being decoded. Under a virtual
-                pipeline there are then whole rounds of microbatches.
+            caches: if given, the decoding cache of each microbatch. With virtual stages the number
+                of microbatches must then be a multiple of the pipeline size.
             routes: if given, one for each microbatch, filled with the experts that this rank's
-                layers chose at its positions (`model.routing.whole_routes` makes them whole).
-        """
+                layers chose at its positions (`model.routing.whole_routes` gathers them).
 
+        Returns:
+            The results of `finish` for each microbatch, on the last stage.
+        """
         given = {"cache": caches, "routes": routes}
         of_each = [
             {name: values[n] for name, values in given.items() if values is not None}
@@ -187,11 +200,14 @@ class Engine:
 
     @contextmanager
     def forbidding(self, experts: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """Without some experts, for evaluation: moe index -> bool [E], True where no token may go.
-        Every rank gives those of every layer.
+        """Disables experts inside the context, for evaluation.
+
+        Args:
+            experts: MoE index -> bool [E], True for disabled experts; of all layers, on every
+                rank.
 
         Raises:
-            ValueError: if fewer experts remain than a token takes.
+            ValueError: fewer experts than top-k remain.
         """
         language, layers = self.run.model.language, self.config.num_layers
         check_forbidden(experts, layers, language.moe_router_topk, language.num_experts)
@@ -226,14 +242,14 @@ class Engine:
                 yield batch.to(device), held_positions(positions(batch), tokens, pg.cp), own
 
         if len(self.models) > 1 and forward_only:
-            # The interleaved schedule takes whole rounds of microbatches only.
+            # The interleaved schedule needs a multiple of the pipeline size.
             batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
         common = {
             "forward_step_func": forward_step(finish, **model_kwargs),
             "data_iterator": [feed(chunk) for chunk in self.chunks],
             "model": self.models,
             "num_microbatches": len(batches),
-            "seq_length": self.run.data.seq_length,  # shapes are exchanged, not derived from it
+            "seq_length": self.run.data.seq_length,  # ignored: stages exchange shapes
             "micro_batch_size": self.run.training.micro_batch_size,
             "forward_only": forward_only,
             "collect_non_loss_data": forward_only,
@@ -248,8 +264,9 @@ class Engine:
 
 
 def forward_step(finish: Callable, **model_kwargs) -> Callable:
-    """What megatron-core's schedules call with an iterator over (batch, held positions, arguments
-    of its own) and a stage: the stage's output and what becomes of it on the last one."""
+    """Returns the forward-step function for megatron-core's schedules. It takes an iterator over
+    (batch, held positions, model arguments of the batch) and a stage, and returns the stage's
+    output and the function that the schedule applies to it on the last stage."""
 
     def step(iterator, model):
         batch, held, own = next(iterator)
@@ -260,6 +277,7 @@ def forward_step(finish: Callable, **model_kwargs) -> Callable:
 
 
 def _each(models: list[DistributedDataParallel], method: str) -> Callable | list[Callable]:
-    """What the schedules expect: one function, or with virtual stages one of each."""
+    """Returns the method of each model as the schedules expect it: one, or a list if there are
+    virtual stages."""
     functions = [getattr(model, method) for model in models]
     return functions if len(functions) > 1 else functions[0]

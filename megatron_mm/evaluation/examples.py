@@ -1,5 +1,5 @@
-"""evaluation.json: example questions with where the model looked, and experts by skill;
-experts_before.json: the same experts before training."""
+"""Writes evaluation.json, with example questions, attention of looks and experts by skill, and
+experts_before.json, with the experts before training."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ PROBED_PER_KEY = 32  # questions behind the experts-by-skill map, in one microba
 
 
 def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], folder: Path) -> None:
-    """Probe some answered questions of every key and write folder/evaluation.json.
+    """Probes some answered questions of every key and writes folder/evaluation.json. Every rank
+    calls it.
 
     Args:
-        records: of `evaluate`, the same on every rank. Every rank calls it.
+        records: records of `evaluate`, the same on every rank.
     """
-    # Every replica does the same work: with expert parallelism they share forward passes.
+    # All replicas do the same work, because expert parallelism couples their forward passes.
     questions = EvalSet(engine.run.data.valid_data, engine.run, tokenizer)
     examples: list[dict] = []
     load: dict[str, Load] = {}
@@ -52,9 +53,9 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
 def write_experts_before(
     engine: Engine, tokenizer: Tokenizer, folder: Path, stop: Callable[[], bool]
 ) -> None:
-    """Write folder/experts_before.json: experts by skill over the questions that `write_examples`
-    will probe, with the answers that the model gives now. Nothing is written if `stop` turned
-    true on any rank. Every rank calls it."""
+    """Writes folder/experts_before.json: experts by skill over the questions that `write_examples`
+    will probe, with the model's current answers. Writes nothing if `stop` returns true on any rank.
+    Every rank calls it."""
     questions, keys = open_questions(engine, tokenizer)
     probed = _probed(keys)
     chosen = sorted(place for places in probed.values() for place in places)
@@ -73,13 +74,13 @@ def write_experts_before(
 
 
 def _probed(keys: Sequence[str]) -> dict[str, list[int]]:
-    """Which places in `keys` are probed for each key."""
+    """Chooses the positions in `keys` to probe, by key."""
     places: dict[str, list[int]] = defaultdict(list)
     for place, key in enumerate(keys):
         places[key].append(place)
     chosen = {}
     for turn, key in enumerate(sorted(places)):
-        # Keys ask about the same images in the same order: begin elsewhere for each.
+        # Keys ask about the same images in the same order, so each begins at another place.
         first = turn * SHOWN_PER_KEY % max(1, len(places[key]) - PROBED_PER_KEY)
         chosen[key] = places[key][first : first + PROBED_PER_KEY]
     return chosen
@@ -121,7 +122,7 @@ def _example(record: dict, item: EvalItem, folder: Path) -> dict:
 def _looks(
     engine: Engine, tokenizer: Tokenizer, item: EvalItem, answer: list[int], looks: Looks, i: int
 ) -> list[dict]:
-    """The weights of each pair over the first image, in reading order of its patches."""
+    """Attention weights of each look over the first image, with patches in reading order."""
     if not item.sample.images:
         return []
     where = item.sample.images[0].memory_coordinates_M2
@@ -148,7 +149,7 @@ def _looks(
 
 
 def _experts(load: dict[str, Load]) -> dict:
-    """The share of each expert among the choices made, per key and layer."""
+    """Share of each expert in the routing choices, by key and layer."""
     keys = sorted(load)
     layers = sorted({layer for counts in load.values() for layer in counts})
     shares = [

@@ -6,8 +6,8 @@ layout; both are settings.
 
 from __future__ import annotations
 
+import logging
 import signal
-import sys
 from pathlib import Path
 
 from megatron_mm.config import RunConfig, to_dict
@@ -19,6 +19,8 @@ from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics_log import MetricsLogger
 from megatron_mm.report.page import accuracy_table, write_report
 from megatron_mm.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def train(run: RunConfig, groups: Groups) -> Trainer:
@@ -91,8 +93,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
                     trainer.save()
                     trainer.saver.finish()
                 raise
-            if trainer.is_logger:
-                print(f"ending at step {trainer.iteration} of {total}: {error}", file=sys.stderr)
+            logger.info("ending at step %d of %d: %s", trainer.iteration, total, error)
             break
         if metrics is None:
             break
@@ -114,8 +115,8 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
                 log.log(now, _accuracies(results))
     if run.checkpoint.save and saved != trainer.iteration:
         trainer.save()
-    elif trainer.iteration < total and not (ended or run.checkpoint.save) and trainer.is_logger:
-        print(f"stopped at step {trainer.iteration}; nothing was saved", file=sys.stderr)
+    elif trainer.iteration < total and not (ended or run.checkpoint.save):
+        logger.info("stopped at step %d; nothing was saved", trainer.iteration)
     trainer.saver.finish()
     return ended or trainer.iteration >= total
 
@@ -143,7 +144,7 @@ def _report(output: Path) -> None:
         print(f"report: {write_report(output)}")
     except Exception as error:
         again = f"python -m megatron_mm.report.page {output}"
-        print(f"warning: no report: {error}; try again with {again}", file=sys.stderr)
+        logger.warning("no report: %s; try again with %s", error, again)
 
 
 def _accuracies(results: Results) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel.groups import Groups
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,19 +89,20 @@ def _tell(initialized: list[str], ignored: list[str], most: int = 4) -> None:
         (initialized, "new in this model, as initialised"),
         (ignored, "not trained by this model, left out"),
     ):
-        if names and dist.get_rank() == 0:
+        if names:
             more = f" and {len(names) - most} more" if len(names) > most else ""
-            print(f"{what}: {', '.join(names[:most])}{more}", file=sys.stderr)
+            logger.info("%s: %s%s", what, ", ".join(names[:most]), more)
 
 
 def _tell_order(saved: dict | None, here: dict) -> None:
-    """Say so if the numbers in the loader's state now mean other samples."""
-    if saved is None or saved == here or dist.get_rank():
+    """Warns if the positions in the loader's state now stand for other samples."""
+    if saved is None or saved == here:
         return
     what = next(key for key in here if saved.get(key) != here[key])
-    print(
-        f"warning: the data's order is not the checkpoint's: {what} was "
-        f"{json.dumps(saved.get(what))} and is {json.dumps(here[what])}; samples may be "
-        "repeated or left out",
-        file=sys.stderr,
+    logger.warning(
+        "the data's order is not the checkpoint's: %s was %s and is %s; samples may be repeated "
+        "or left out",
+        what,
+        json.dumps(saved.get(what)),
+        json.dumps(here[what]),
     )

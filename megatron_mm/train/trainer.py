@@ -4,8 +4,8 @@ agrees, runs forward and backward, checks, updates.
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from megatron_mm.rl.rollout.prompts import PromptLoader
 from megatron_mm.train.router_norms import RouterNorms
 from megatron_mm.train.source import SOURCES, StepSource
 from megatron_mm.train.start import resumed, start
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -141,8 +143,8 @@ class Trainer:
         if problems:
             raise NonFiniteError(problems[0])
         reasons = [reason for _, _, some in notes for reason in some]
-        if reasons and self.is_logger:
-            print("left out: " + "; ".join(reasons[:3]), file=sys.stderr)
+        if reasons:
+            logger.info("left out: %s", "; ".join(reasons[:3]))
         totals: dict[str, list[float]] = {}
         for part, _, _ in notes:
             for name, pair in part.items():

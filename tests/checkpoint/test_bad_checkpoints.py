@@ -63,7 +63,7 @@ def test_a_damaged_shard_file(ranks, folder, tensor, part):
     content[info.offset + (0 if part == "header" else info.length // 2)] ^= 0xFF
     path.write_bytes(content)
     message = refused(ranks, folder)
-    assert f"{info.relative_path} is damaged in the block at byte {info.offset}" in message
+    assert f"{info.relative_path} is damaged in the chunk at byte {info.offset}" in message
     assert "rank 1, 1 of 2 ranks failed" in message
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint import shards as blocks
+from megatron_mm.checkpoint import sharded, shards
 from megatron_mm.checkpoint.parameters import parameters
 from support.checkpoint_runs import (
     assert_same,
@@ -148,7 +147,7 @@ def test_megatron_core_reads_it(ranks, tmp_path):
 def written_elements(run) -> dict[str, tuple[int, int]]:
     """tensor -> (elements that this rank writes, elements of the whole)."""
     engine = create(run)
-    shares = blocks.replicas(engine)
+    shares = shards.replicas(engine)
     return {
         name: (
             0 if any(shares[name]) else math.prod(layout.held_shape),

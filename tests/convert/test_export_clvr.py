@@ -20,7 +20,7 @@ from transformers import (
 from megatron_mm.benchmark.hf_weights import randomise
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import ParallelConfig, RunConfig
-from megatron_mm.convert import parity, their_model, to_hf
+from megatron_mm.convert import hf_model, parity, to_hf
 from megatron_mm.convert.folder import travelling
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import SampleBuilder
@@ -151,8 +151,8 @@ def test_greedy_tokens(exported):
 def test_every_layer(exported):
     run, engine, root = exported
     checkpoint = to_hf.open_checkpoint(root / "mega")
-    theirs = their_model.load_transformers(root / "hf", trust_remote_code=True)
-    ours = parity.our_model(checkpoint, engine.groups)
+    theirs = hf_model.load_transformers(root / "hf", trust_remote_code=True)
+    ours = parity.mcore_model(checkpoint, engine.groups)
     image = json.loads((root / "hf" / "config.json").read_text())["image_token_id"]
     cases = parity.built_in_cases(RunConfig(model=run.model), image)
     tokenizer = load_tokenizer(root / "hf")  # what travelled along

@@ -20,7 +20,7 @@ from transformers import (
 from megatron_mm.benchmark.hf_weights import randomise, transformers_model
 from megatron_mm.config import RunConfig, preset, to_transformers_dict
 from megatron_mm.config import vision_preset as vit
-from megatron_mm.convert import parity, their_model, to_hf, to_megatron
+from megatron_mm.convert import parity, hf_model, to_hf, to_megatron
 from megatron_mm.convert import summary as report
 from megatron_mm.convert.mapping import write_links
 from megatron_mm.model.blueprint import blueprint
@@ -144,7 +144,7 @@ def test_a_published_folder_computes_the_same(job, tmp_path):
     source = to_checkpoint(tmp_path / "in", tmp_path / "mega")
     opened = to_hf.open_checkpoint(tmp_path / "mega")
     run = RunConfig(model=source.model)
-    hf = their_model.load_transformers(tmp_path / "in", trust_remote_code=False)
+    hf = hf_model.load_transformers(tmp_path / "in", trust_remote_code=False)
     ours = parity.our_model(opened, job)
     cases = parity.built_in_cases(run, source.image_token_id)
     found = list(parity.compare_outputs(opened, ours, hf, run, cases))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mm.benchmark.hf_weights import OURS_ALONE, copy_weights
+from megatron_mm.benchmark.hf_weights import MCORE_ONLY, copy_weights
 from megatron_mm.config import ParallelConfig, RunConfig, preset, to_transformers_dict, without_clvr
 from megatron_mm.convert import mapping as planning
 from megatron_mm.convert import summary as report
@@ -54,7 +54,7 @@ def differing(by_hand) -> list[str]:
     expected, path = by_hand
     source, plan, _ = planned(path)
     made = {k.mcore: k.to_mcore(source.read, 0, k.shape[0]) for k in plan.links}
-    assert made.keys() == {n for n in expected if not n.startswith(OURS_ALONE)}
+    assert made.keys() == {n for n in expected if not n.startswith(MCORE_ONLY)}
     return [n for n, t in made.items() if not torch.equal(t.flatten(), expected[n].flatten())]
 
 

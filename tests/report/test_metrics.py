@@ -7,6 +7,7 @@ from datetime import date
 
 import pytest
 
+from megatron_mm import cli
 from megatron_mm.config.settings import LoggingConfig
 from megatron_mm.report.metrics_log import MetricsLogger, format_duration, read_metrics
 
@@ -101,24 +102,24 @@ def test_tensorboard_gets_the_values(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("lm loss")] == [(1, 0.5)]
 
 
-def test_wandb_offline_stays_in_the_run_directory(tmp_path, monkeypatch):
+def test_wandb_offline_stays_in_the_run_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_BASE_URL", "https://localhost:9")  # nothing listens there
-    stream = io.StringIO()
+    cli.setup_logging(0)
     config = quiet(tmp_path, wandb_mode="offline")
-    with MetricsLogger(config, {"seed": 1}, total_steps=1, stream=stream) as logger:
+    with MetricsLogger(config, {"seed": 1}, total_steps=1, stream=io.StringIO()) as logger:
         logger.log(1, {"lm loss": 0.5})
         logger.log(1, {"accuracy/ocr": 0.5})
-    assert "warning" not in stream.getvalue()
+    assert "warning" not in capsys.readouterr().err
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_wandb_that_fails_costs_one_line(tmp_path, monkeypatch):
+def test_wandb_that_fails_costs_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb now fails
-    stream = io.StringIO()
+    cli.setup_logging(0)
     config = quiet(tmp_path, wandb_mode="offline")
-    with MetricsLogger(config, {}, total_steps=1, stream=stream) as logger:
+    with MetricsLogger(config, {}, total_steps=1, stream=io.StringIO()) as logger:
         logger.log(1, {"lm loss": 0.5})
-    assert stream.getvalue().count("warning: no W&B logging") == 1
+    assert capsys.readouterr().err.count("warning: no W&B logging") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_mm.data.images import TilePlan
+from megatron_mm.data.images import TileGrid
 from megatron_mm.data.sample import Sample, SampleImage
 from megatron_mm.data.tiles import ImageSettings
 from megatron_mm.rl.policy_batch import answered, policy_batch, token_bins
@@ -18,7 +18,7 @@ def prompt(length: int, tiles: int = 0) -> Sample:
         pixels = np.random.default_rng(length).integers(0, 255, (tiles, 8, 8, 3), dtype=np.uint8)
         coordinates = torch.rand(16 * tiles, 2)
         chosen = list(range(tiles))
-        images = [SampleImage(pixels, TilePlan(tiles, 1, False), chosen, chosen, coordinates, 1)]
+        images = [SampleImage(pixels, TileGrid(tiles, 1, False), chosen, chosen, coordinates, 1)]
     return Sample(tokens, tokens, torch.zeros(length), images, f"rows:{length}")
 
 

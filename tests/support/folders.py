@@ -45,7 +45,7 @@ SIX_B = dict(vision_normalization="RMSNorm", vision_add_qkv_bias=False, vision_q
 def base_model(
     tp: int = 1, *, tied: bool = False, family: str = "qwen3_next", **vision
 ) -> ModelConfig:
-    """Returns a family's small model without CLVR; where tp is 3, with sizes that 3 ranks divide."""
+    """Returns a family's small model without CLVR; for tp 3, with sizes that 3 ranks divide."""
     model = SMALL_MODELS[family](PATTERN, image_stream="all", vision_memory="none")
     language = model.language
     language.untie_embeddings_and_output_weights = not tied
@@ -210,7 +210,7 @@ def planned(folder: Path, vision: Path | None = None) -> tuple[HFFolder, StateMa
     """Returns a folder that was opened and checked, its plan and the parameters of its model."""
     source = open_folder(folder, vision)
     parameters = blueprint(source.model)
-    plan = source.plan(parameters)
+    plan = source.mapping(parameters)
     check_folder(source, plan)
     return source, plan, parameters
 
@@ -278,7 +278,7 @@ def shapes_of(links: Iterable[ParamMapping]) -> dict[str, tuple[int, ...]]:
 
 
 def meta(*configs: dict) -> list[list[dict[str, tuple[int, ...]]]]:
-    """Returns, of each model of transformers, [names inside it, names as it saves them] with shapes."""
+    """Returns shapes by name of each config's model: [inside the model, as it is saved]."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("meta_names.py")],
         input=json.dumps(configs),

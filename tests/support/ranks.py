@@ -79,8 +79,9 @@ def _serve(rank: int, pipe) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_mm import platform
+    from megatron_mm import cli, platform
 
+    cli.setup_logging(rank)
     platform.install()
     from megatron.core import parallel_state
 

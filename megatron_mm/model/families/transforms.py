@@ -1,9 +1,8 @@
-"""Rearrangements of the tensors in Hugging Face folders that make megatron-core's, and back.
+"""Invertible rearrangements between hf tensors and an mcore tensor.
 
-A transform says two things about one of our tensors: the shapes of the tensors in the folder, and,
-where rows change places, in which order those follow in ours. Both directions are made of that one
-description, so neither can be right while the other is wrong: a permutation is inverted by sorting
-it. No value is ever computed with, only moved.
+A transform describes two things: the shapes of the hf tensors, and the order in which their rows
+stand in the mcore tensor. Both directions follow from this one description, so they cannot
+disagree: a permutation is inverted by sorting it. Values are only moved, never changed.
 """
 
 from __future__ import annotations
@@ -19,22 +18,25 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Transform:
-    """One tensor of the folder is one of ours as it stands. Base of those that do more."""
+    """Identity: one hf tensor is the mcore tensor. Base class of the other transforms."""
 
     def hf_shapes(self, shape: Shape) -> list[Shape]:
-        """Shapes of the folder's tensors, for ours of `shape`. Raises ValueError where `shape`
-        cannot be one."""
+        """Shapes of the hf tensors of an mcore tensor of `shape`.
+
+        Raises:
+            ValueError: no mcore tensor has this shape.
+        """
         return [shape]
 
     def order(self) -> torch.Tensor | None:
-        """int64: for each of our rows, its number among the folder's rows laid end to end. None
-        where the elements keep their order."""
+        """int64: index of each mcore row among the rows of all hf tensors, concatenated. None where
+        elements keep their order."""
         return None
 
     def to_mcore(
         self, hf: Sequence[torch.Tensor], shape: Shape, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Our tensor of `shape`, made of the folder's; in `out` if that is given."""
+        """Makes the mcore tensor of `shape` from the hf tensors, in `out` if given."""
         order = self.order()
         if order is None and out is not None:
             sizes = [tensor.numel() for tensor in hf]
@@ -49,7 +51,7 @@ class Transform:
         return flat.view(shape) if out is None else out.copy_(flat.view(shape))
 
     def to_hf(self, mcore: torch.Tensor) -> list[torch.Tensor]:
-        """The folder's tensors, made of ours. The inverse of `to_mcore`."""
+        """Makes the hf tensors from the mcore tensor; inverse of `to_mcore`."""
         shapes = self.hf_shapes(tuple(mcore.shape))
         flat, order = mcore.reshape(-1), self.order()
         if order is not None:
@@ -60,7 +62,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Stacked(Transform):
-    """`count` tensors of the folder are ours at index 0, 1, ... of our first dimension."""
+    """Stack: `count` hf tensors lie along the first dimension of the mcore tensor."""
 
     count: int
 
@@ -72,7 +74,7 @@ class Stacked(Transform):
 
 @dataclass(frozen=True)
 class Joined(Transform):
-    """Our first two dimensions are one of the folder's: gate above up in a single tensor."""
+    """Concatenation: the first two mcore dimensions are one of the hf tensor (gate and up)."""
 
     def hf_shapes(self, shape: Shape) -> list[Shape]:
         return [(shape[0] * shape[1], *shape[2:])]
@@ -80,15 +82,14 @@ class Joined(Transform):
 
 @dataclass(frozen=True)
 class ByHead(Transform):
-    """Rows that are grouped by head in ours, and by kind (all queries, all keys, ...) in the
-    folder.
+    """Permutation: rows are grouped by head in mcore, by kind (all queries, all keys, ...) in hf.
 
     Attributes:
         heads: number of heads.
-        rows: rows of one head, for each kind in turn.
-        fused: so many kinds, from the first, lie in one tensor, one below the other; each of the
+        rows: rows per head of each kind.
+        fused: number of kinds, from the first, that are concatenated in one hf tensor; each of the
             others has a tensor of its own.
-        unit: the folder's tensors have a further dimension of size 1 after the first.
+        unit: whether the hf tensors have an extra dimension of size 1 after the first.
     """
 
     heads: int

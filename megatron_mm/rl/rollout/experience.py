@@ -8,7 +8,7 @@ Shapes: P groups of this replica, G completions of each, C rewards, N = P x G.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mm.cli import EVERY_RANK
 from megatron_mm.config import RunConfig, resolve_algorithm, rollout_plan, token_multiple
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ from megatron_mm.rl.reference import Reference
 from megatron_mm.rl.rollout.collect import Collected, Collector, Group
 from megatron_mm.rl.rollout.metrics import completions_table, rollout_metrics
 from megatron_mm.rl.rollout.prompts import PromptLoader
+
+logger = logging.getLogger(__name__)
 
 
 class Experience:
@@ -129,7 +132,7 @@ class Experience:
         """Say why rows were skipped and rewards failed; the metrics have the numbers."""
         for what, reasons in (("left out", found.skipped), ("rewards failed", found.failures)):
             if reasons and self.engine.groups.is_reader:
-                print(f"{what}: {'; '.join(reasons[:most])}", file=sys.stderr)
+                logger.info("%s: %s", what, "; ".join(reasons[:most]), extra=EVERY_RANK)
 
     def _watch(self) -> None:
         hit_rate, task = (self.metrics.get(k) for k in ("rollout/moe/hit_rate", "reward/task"))
@@ -137,8 +140,8 @@ class Experience:
             return
         warning = self.watch.update(hit_rate, task)
         self.metrics["rollout/moe/reward_hacking"] = float(warning is not None)
-        if warning and dist.get_rank() == 0:
-            print(f"warning: {warning}", file=sys.stderr)
+        if warning:
+            logger.warning("%s", warning)
 
     # ---- microbatches ----
 

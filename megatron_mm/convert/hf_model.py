@@ -1,4 +1,4 @@
-"""A folder as a model of transformers, to compare ours with."""
+"""Loads a Hugging Face folder as a transformers model, for comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from megatron_mm.model.blueprint import blueprint
 
 
 def load_transformers(folder: Path, trust_remote_code: bool):
-    """The folder's model in fp32, with plain attention and experts."""
+    """Loads the folder's model in fp32, with eager attention and experts.
+
+    Raises:
+        ConvertError: the folder carries code that may not run.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = read_json(folder / CONFIG)
@@ -37,19 +41,21 @@ def load_transformers(folder: Path, trust_remote_code: bool):
 
 
 def is_release(folder: Path) -> bool:
-    """Whether the names are those of a vision family's own release, which transformers cannot
-    load."""
+    """Whether the folder is a vision family's original release, which transformers cannot load."""
     config = read_json(folder / CONFIG)
     return any(family.released(config) is not config for _, family in VISION_FAMILIES.items())
 
 
 @torch.no_grad()
-def released_in_transformers(source: HFFolder, plan: StateMapping):
-    """A release's tensors in transformers' model, brought there by the table of names.
+def released_in_transformers(source: HFFolder, mapping: StateMapping):
+    """Loads a release into transformers' model by way of the table of names.
 
-    What is compared then is two computations with the same tensors. That the table reads the
-    release's names rightly cannot show: both sides would be wrong alike. No code of the folder
-    is run, which is also why there is no third side to ask.
+    A comparison then checks two computations on the same tensors. It cannot show an error in the
+    table's release names, which would affect both sides. The folder's own code, which could, is
+    never run.
+
+    Raises:
+        ConvertError: the image token is unknown, or a tensor is missing.
     """
     import transformers
 
@@ -72,11 +78,12 @@ def released_in_transformers(source: HFFolder, plan: StateMapping):
         .eval()
     )
     missing = dict(hf.named_parameters())
-    spelled = write_links(source.model, blueprint(source.model), "stacked")  # as inside the model
+    # "stacked" spells the names inside transformers' model.
+    spelled = write_links(source.model, blueprint(source.model), "stacked")
     into = {link.mcore: link for link in spelled}
-    for link in plan.links:
-        ours = link.to_mcore(source.read, 0, link.shape[0] if link.counted else 0)
-        for name, tensor in into[link.mcore].to_hf(ours, 0):
+    for link in mapping.links:
+        mcore = link.to_mcore(source.read, 0, link.shape[0] if link.counted else 0)
+        for name, tensor in into[link.mcore].to_hf(mcore, 0):
             missing.pop(name).copy_(tensor)
     if missing:
         raise ConvertError(f"{source.folder} has nothing for transformers' {next(iter(missing))}")
