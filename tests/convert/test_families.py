@@ -20,7 +20,7 @@ from transformers import (
 from megatron_mm.benchmark.hf_weights import randomise, transformers_model
 from megatron_mm.config import RunConfig, preset, to_transformers_dict
 from megatron_mm.config import vision_preset as vit
-from megatron_mm.convert import parity, hf_model, to_hf, to_megatron
+from megatron_mm.convert import hf_model, parity, to_hf, to_megatron
 from megatron_mm.convert import summary as report
 from megatron_mm.convert.mapping import write_links
 from megatron_mm.model.blueprint import blueprint
@@ -145,9 +145,9 @@ def test_a_published_folder_computes_the_same(job, tmp_path):
     opened = to_hf.open_checkpoint(tmp_path / "mega")
     run = RunConfig(model=source.model)
     hf = hf_model.load_transformers(tmp_path / "in", trust_remote_code=False)
-    ours = parity.our_model(opened, job)
+    mcore = parity.mcore_model(opened, job)
     cases = parity.built_in_cases(run, source.image_token_id)
-    found = list(parity.compare_outputs(opened, ours, hf, run, cases))
+    found = list(parity.compare_outputs(opened, mcore, hf, run, cases))
     assert len(found) == 5 and max(case.size for case in found) <= parity.TOLERANCE
 
 
@@ -169,6 +169,8 @@ def test_a_fusion_of_a_published_folder_with_internvit(job, tmp_path):
     assert len(found) > len(published) + len(vision)
 
 
+# 20 s of CPU time each: transformers builds both models, on the meta device, in another process.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tensors"), [("qwen3.5-35b-a3b", 693), ("qwen3.5-397b-a17b", 1038)]
 )
