@@ -44,8 +44,8 @@ class LanguageFamily:
         hf_type: `model_type` of the transformers config.
         hf_classes: names of the transformers classes of the config and of the text-only model.
         to_hf: keywords of the transformers config.
-        from_hf: the text-only model of a transformers config, with untied embeddings unless the
-            last argument says otherwise. The second is the config's place, for messages.
+        from_hf: the text-only model of a transformers config, from (config, its dotted place for
+            messages, whether the output layer is the embedding).
         released: a published config.json as the transformers config of the text model; any other
             config comes back as it is.
         check: raises ConfigError for settings that the family's own fields rule out.

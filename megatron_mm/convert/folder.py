@@ -21,7 +21,14 @@ from megatron_mm.config import (
 )
 from megatron_mm.config.hf import fused_type, in_transformers_words
 from megatron_mm.convert.hf_files import INDEX, PICKLES, Stored, stored_tensors
-from megatron_mm.convert.mapping import EMBEDDING, HEAD, LOOKS, PROJECTOR, StateMapping, read_plan
+from megatron_mm.convert.mapping import (
+    EMBEDDING,
+    HEAD,
+    LOOKS,
+    PROJECTOR,
+    StateMapping,
+    read_mapping,
+)
 from megatron_mm.errors import ConvertError
 from megatron_mm.parallel.param_layout import ParamLayout
 
@@ -65,7 +72,7 @@ class HFFolder:
     def mapping(self, parameters: Mapping[str, ParamLayout]) -> StateMapping:
         """Maps the stored tensors to the parameters of the model."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return read_plan(self.model, parameters, shapes, new=self.new, tied=self.tied)
+        return read_mapping(self.model, parameters, shapes, new=self.new, tied=self.tied)
 
     @property
     def notes(self) -> dict[str, Any]:

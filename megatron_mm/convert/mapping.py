@@ -181,7 +181,7 @@ class StateMapping:
         return "; ".join(words) or None
 
 
-def read_plan(
+def read_mapping(
     model: ModelConfig,
     parameters: Mapping[str, ParamLayout],
     stored: Mapping[str, Shape],
@@ -201,7 +201,7 @@ def read_plan(
         rows: instead of the model's table of names.
     """
     rows = table.rows(model) if rows is None else rows
-    plan, used = StateMapping(), set()
+    state, used = StateMapping(), set()
     votes = dict.fromkeys(SPELLINGS, 0)
     absent: list[tuple[str, dict[str, ParamMapping]]] = []
     for mcore, layout in parameters.items():
@@ -211,27 +211,27 @@ def read_plan(
             row, values = find_row(EMBEDDING, rows)
             head = _every(mcore, layout, model, row, values)
             found = {s: k for s, k in head.items() if next(k.hf_tensors())[0] in stored}
-            plan.tied = bool(found)
+            state.tied = bool(found)
         for spelling in found:
             votes[spelling] += 1
         if not found:
             absent.append((mcore, candidates))
             continue
         link = next(iter(found.values()))
-        plan.links.append(link)
-        _check(link, stored, plan, used)
+        state.links.append(link)
+        _check(link, stored, state, used)
     likely = sorted(votes, key=votes.get, reverse=True)
     for mcore, candidates in absent:
         group = next((g for g in new if mcore.startswith(g)), None)
-        if group and not any(link.mcore.startswith(group) for link in plan.links):
-            plan.new.append(mcore)
+        if group and not any(link.mcore.startswith(group) for link in state.links):
+            state.new.append(mcore)
         else:
             link = next(candidates[s] for s in likely if s in candidates)
-            plan.missing += [name for name, _ in link.hf_tensors()]
+            state.missing += [name for name, _ in link.hf_tensors()]
     carried = language_family(model).carried
-    plan.carried = [name for name in stored if name.startswith(carried)]
-    plan.unexpected = sorted(stored.keys() - used - set(plan.carried))
-    return plan
+    state.carried = [name for name in stored if name.startswith(carried)]
+    state.unexpected = sorted(stored.keys() - used - set(state.carried))
+    return state
 
 
 def _candidates(
@@ -244,7 +244,7 @@ def _candidates(
 def _every(
     mcore: str, layout: ParamLayout, model: ModelConfig, row: Row, values: dict
 ) -> dict[str, ParamMapping]:
-    """spelling -> how it writes this tensor."""
+    """Spelling -> how it writes this parameter."""
     return {
         name: _mapping(mcore, layout, form, spelling, values, model)
         for name, spelling in SPELLINGS.items()
@@ -254,11 +254,12 @@ def _every(
 
 
 def _check(
-    link: ParamMapping, stored: Mapping[str, Shape], plan: StateMapping, used: set[str]
+    link: ParamMapping, stored: Mapping[str, Shape], state: StateMapping, used: set[str]
 ) -> None:
+    """Notes which stored tensors a parameter uses, and which of them are missing or misshaped."""
     for name, shape in link.hf_tensors():
         used.add(name)
         if name not in stored:
-            plan.missing.append(name)
+            state.missing.append(name)
         elif tuple(stored[name]) != tuple(shape):
-            plan.misshaped.append(f"{name}: {list(stored[name])} there, {list(shape)} here")
+            state.misshaped.append(f"{name}: {list(stored[name])} there, {list(shape)} here")

@@ -11,7 +11,7 @@ from megatron_mm.benchmark.hf_weights import MCORE_ONLY, copy_weights
 from megatron_mm.config import ParallelConfig, RunConfig, preset, to_transformers_dict, without_clvr
 from megatron_mm.convert import mapping as planning
 from megatron_mm.convert import summary as report
-from megatron_mm.convert.mapping import LOOKS, PROJECTOR, find_row, read_plan, write_links
+from megatron_mm.convert.mapping import LOOKS, PROJECTOR, find_row, read_mapping, write_links
 from megatron_mm.convert.table import rows as table_rows
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
@@ -91,7 +91,7 @@ def test_no_row_can_be_missing(blueprints, number):
         with pytest.raises(ConvertError, match="in no row of the table"):
             write_links(model, parameters, "transformers", rows=rows)
         with pytest.raises(ConvertError, match="in no row of the table"):
-            read_plan(model, parameters, {}, rows=rows)
+            read_mapping(model, parameters, {}, rows=rows)
         break
     assert served
 
