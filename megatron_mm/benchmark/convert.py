@@ -15,20 +15,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.benchmark.measure import Peak, interleave
-from megatron_mm.config import LanguageConfig, ModelConfig, RunConfig, to_transformers_dict
+from megatron_mm.config import ModelConfig, RunConfig, to_transformers_dict
 from megatron_mm.convert import export, to_hf, to_megatron
 from megatron_mm.convert.folder import CONFIG, check_folder, open_folder
 from megatron_mm.convert.hf_writer import TensorWriter, create_files, lay_out, write_index
 from megatron_mm.convert.mapping import write_links
 from megatron_mm.convert.work import nbytes
 from megatron_mm.model.blueprint import blueprint
+from megatron_mm.model.families.qwen3_next.settings import Qwen3NextSettings
 
 PIECE = 2**24
 
 
 def synthetic_model(gigabytes: float) -> ModelConfig:
     """Returns a text-only model with Qwen3-Next's widths and as many experts as fit in bf16."""
-    language = LanguageConfig(
+    language = Qwen3NextSettings(
         vocab_size=65536 if gigabytes >= 2 else 1024,
         num_experts=8,
         moe_router_topk=2,
@@ -44,7 +45,7 @@ def synthetic_model(gigabytes: float) -> ModelConfig:
 def make_folder(folder: Path, model: ModelConfig) -> None:
     """Writes random tensors in the released form: one per expert, shards of 1 GB."""
     links = write_links(model, blueprint(model), "text")
-    tensors = [(n, tuple(s), torch.bfloat16) for link in links for n, s in link.theirs()]
+    tensors = [(n, tuple(s), torch.bfloat16) for link in links for n, s in link.hf_tensors()]
     places, heads, sizes = lay_out(tensors, shard_bytes=10**9)
     folder.mkdir()
     create_files(folder, heads, sizes)
@@ -136,7 +137,7 @@ def _compare(root: Path, rounds: int, warmup: int, gigabytes: float) -> dict[str
         name: [timed.result for timed in runs[warmup:]]
         for name, runs in zip(sides, found, strict=True)
     }
-    shapes = [s for k in write_links(model, blueprint(model), "text") for _, s in k.theirs()]
+    shapes = [s for k in write_links(model, blueprint(model), "text") for _, s in k.hf_tensors()]
     largest = max(nbytes(shape, 2) for shape in shapes)
     result: dict[str, Any] = {
         "bytes": total,

@@ -6,6 +6,7 @@ Independent of the converter (convert/), so that one can check the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -153,17 +154,27 @@ def copy_attention(ledger: Ledger, text, hf: str, mcore: str) -> None:
 
 
 def copy_gdn(ledger: Ledger, text, hf: str, mcore: str) -> None:
-    """Rows of a key head are [q, k, v, z, b, a] in mcore, [q, k, v, z] and [b, a] in hf. Channels
-    of the convolution are [q, k, v] by key head in mcore, all q, all k, all v in hf."""
+    """Rows of a key head are [q, k, v, z, b, a] in mcore. Qwen3-Next has two hf tensors by key
+    head, [q, k, v, z] and [b, a]; Qwen3.5-MoE has all q, all k, all v in one, z, b and a in one
+    each. Channels of the convolution are [q, k, v] by key head in mcore, all q, all k, all v in
+    hf."""
     heads = text.linear_num_key_heads
-    qkvz, ba = (ledger.take(f"{hf}in_proj_{x}.weight") for x in ("qkvz", "ba"))
-    rows = torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in (qkvz, ba)], dim=1)
-    ledger.put(mcore + "in_proj.weight", rows.flatten(0, 1))
-    conv = ledger.take(hf + "conv1d.weight").squeeze(1)
     key_rows = heads * text.linear_key_head_dim
-    split = conv.split([key_rows, key_rows, len(conv) - 2 * key_rows])
-    rows = torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in split], dim=1)
-    ledger.put(mcore + "conv_weight", rows.flatten(0, 1))
+
+    def kinds(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return qkv.split([key_rows, key_rows, len(qkv) - 2 * key_rows])
+
+    def by_head(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in parts], dim=1).flatten(0, 1)
+
+    separate = text.model_type == "qwen3_5_moe_text"
+    names = ("qkv", "z", "b", "a") if separate else ("qkvz", "ba")
+    parts = [ledger.take(f"{hf}in_proj_{name}.weight") for name in names]
+    if separate:
+        parts = [*kinds(parts[0]), *parts[1:]]
+    ledger.put(mcore + "in_proj.weight", by_head(parts))
+    conv = ledger.take(hf + "conv1d.weight").squeeze(1)
+    ledger.put(mcore + "conv_weight", by_head(kinds(conv)))
     ledger.move(hf + "A_log", mcore + "A_log")
     ledger.move(hf + "dt_bias", mcore + "dt_bias")
     ledger.move(hf + "norm.weight", mcore + "out_norm.weight")

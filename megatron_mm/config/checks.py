@@ -6,7 +6,7 @@ value and what would be allowed, with both numbers where one does not divide the
 
 from __future__ import annotations
 
-from megatron_mm.config.fields import Bounds
+from megatron_mm.config.families import language_family, vision_family
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import check_memories
 from megatron_mm.config.objectives import check_objective
@@ -61,10 +61,8 @@ def _check_bounds(run: RunConfig) -> None:
     for leaf in leaves(RunConfig):
         value = value_at(run, leaf.path)
         inner, _ = optional(leaf.hint)
-        if value is None or inner not in (int, float):
-            continue
-        bounds = leaf.bounds or Bounds(ge=0)
-        require(value in bounds, ".".join(leaf.path), value, str(bounds))
+        if leaf.bounds is not None and value is not None and inner in (int, float):
+            require(value in leaf.bounds, ".".join(leaf.path), value, str(leaf.bounds))
 
 
 def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -79,6 +77,7 @@ def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
         lm.untie_embeddings_and_output_weights,
         "true; tied embeddings cannot be trained yet",
     )
+    language_family(model).check(lm, parallel)
 
 
 def _check_layers(run: RunConfig) -> None:
@@ -88,9 +87,8 @@ def _check_layers(run: RunConfig) -> None:
 
 
 def _check_vision(model: ModelConfig, parallel: ParallelConfig) -> None:
-    vit, fusion = model.vision, model.fusion
-    by_tp = ("tensor_model_parallel_size", parallel.tensor_model_parallel_size)
-    if vit is None:
+    fusion = model.fusion
+    if model.vision is None:
         require(
             fusion.vision_memory == "none",
             "vision_memory",
@@ -98,14 +96,7 @@ def _check_vision(model: ModelConfig, parallel: ParallelConfig) -> None:
             "none, because model.vision is none",
         )
         return
-    heads = vit.vision_num_attention_heads
-    divides("vision_hidden_size", vit.vision_hidden_size, "vision_num_attention_heads", heads)
-    # Heads that do not divide are padded; the features are never split but by heads.
-    divides("vision_ffn_hidden_size", vit.vision_ffn_hidden_size, *by_tp)
-    divides("image_size", vit.image_size, "patch_size", vit.patch_size)
-    side = f"patches per side (image_size {vit.image_size} / patch_size {vit.patch_size} =)"
-    patches = vit.image_size // vit.patch_size
-    divides(side, patches, "pixel_shuffle_factor", fusion.pixel_shuffle_factor)
+    vision_family(model).check(model.vision, fusion, parallel)
 
 
 def _check_pattern(run: RunConfig) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from megatron_mm.config.families import vision_family
 from megatron_mm.config.layers.counting import (
     Counter,
     Linear,
@@ -20,13 +21,7 @@ from megatron_mm.config.layers.counting import (
 )
 from megatron_mm.config.layers.kinds import LAYERS, LayerKind
 from megatron_mm.config.memories import Memory, look_memories, read_memories
-from megatron_mm.config.settings import (
-    LanguageConfig,
-    LoraConfig,
-    ModelConfig,
-    RunConfig,
-    VisionConfig,
-)
+from megatron_mm.config.settings import LanguageConfig, LoraConfig, ModelConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def costs(run: RunConfig) -> Costs:
 def _memory_rows(run: RunConfig, memory: Memory) -> MemoryRows:
     """The memory of one image; the coordinates of its keys are left out."""
     tiles = {"thumbnail": 1, "tiles": run.data.max_num_tiles}[memory.tiles]
-    seen = tiles * patches(run.model.vision)
+    seen = tiles * patches(run.model)
     return MemoryRows(rows=seen, pairs=run.data.seq_length * seen)
 
 
@@ -88,11 +83,11 @@ def output(lm: LanguageConfig) -> Linear:
 def vision_linears(model: ModelConfig) -> dict[str, tuple[Linear, ...]]:
     """Linears of the vision side. `patches` and `vit layer` see the positions of a tile,
     `projector` the tokens of the stream."""
-    vit, fusion, hidden = model.vision, model.fusion, model.language.hidden_size
-    width, inner = vit.vision_hidden_size, vit.vision_ffn_hidden_size
+    fusion, hidden = model.fusion, model.language.hidden_size
+    encoder, width = vision_family(model).cost(model.vision), model.vision.vision_hidden_size
     return {
-        "patches": ((3 * vit.patch_size**2, width),),
-        "vit layer": ((width, 3 * width), (width, width), (width, inner), (inner, width)),
+        "patches": (encoder.embedding,),
+        "vit layer": encoder.layer,
         "projector": ((width * fusion.pixel_shuffle_factor**2, hidden), (hidden, hidden)),
     }
 
@@ -102,21 +97,22 @@ def memory_projection(model: ModelConfig, memory: Memory) -> Linear:
     return model.vision.vision_hidden_size, memory.width
 
 
-def vision_attention(vit: VisionConfig, tiles: int) -> float:
+def vision_attention(model: ModelConfig, tiles: int) -> float:
     """FLOPs of one layer's attention: every position of a tile with every other."""
-    return 4.0 * tiles * (patches(vit) + 1) ** 2 * vit.vision_hidden_size
+    encoder = vision_family(model).cost(model.vision)
+    return 4.0 * tiles * encoder.positions**2 * encoder.width
 
 
 def vision(model: ModelConfig, tiles: int) -> float:
-    """FLOPs of the ViT over this many tiles."""
-    vit, of = model.vision, vision_linears(model)
-    layer = products(of["vit layer"], tiles * (patches(vit) + 1)) + vision_attention(vit, tiles)
-    return vit.vision_num_layers * layer + products(of["patches"], tiles * patches(vit))
+    """FLOPs of the encoder over this many tiles."""
+    of, encoder = vision_linears(model), vision_family(model).cost(model.vision)
+    layer = products(of["vit layer"], tiles * encoder.positions) + vision_attention(model, tiles)
+    return encoder.layers * layer + products(of["patches"], tiles * patches(model))
 
 
-def patches(vit: VisionConfig) -> int:
+def patches(model: ModelConfig) -> int:
     """Patches of one tile."""
-    return (vit.image_size // vit.patch_size) ** 2
+    return vision_family(model).grid(model.vision, None).patches
 
 
 def _tiles(run: RunConfig) -> int:

@@ -144,9 +144,9 @@ def _read(hint: Any, text: Any, key: str) -> Any:
         return None
     if inner == list[DataPhase]:
         return [_phase(part, key) for part in text]
-    if inner is int:
+    if inner in (int, list[int]):
         try:
-            text = int(text)
+            text = int(text) if inner is int else [int(part) for part in text]
         except ValueError:
             raise ConfigError(f"{key} is {text!r}; allowed: {expected(hint)}") from None
     return coerce(hint, text, key)

@@ -14,8 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from megatron_mm.config.families import LANGUAGE_FAMILIES, VISION_FAMILIES
 from megatron_mm.config.fields import (
     Bounds,
+    Chosen,
     Named,
     NonNegativeFloat,
     NonNegativeInt,
@@ -36,51 +38,73 @@ Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
 @dataclass
 class LanguageConfig:
-    """Qwen3-Next: gated DeltaNet, gated attention and mixture-of-experts layers."""
+    """Settings that the shared layers read, whatever the family. A family's own dataclass gives
+    every one of them a default and may add more (model/families)."""
 
-    vocab_size: int = 151936
-    hidden_size: int = 2048
-    layernorm_epsilon: float = 1e-6
-    init_method_std: float = 0.02
-    max_position_embeddings: int = 262144
-    untie_embeddings_and_output_weights: bool = True
-    # Gated attention: grouped queries, partial rotary embedding, per-head q/k norm.
-    num_attention_heads: int = 16
-    num_query_groups: int = 2
-    kv_channels: int = 256
-    rotary_base: float = 10_000_000.0
-    rotary_percent: float = 0.25
-    # Gated DeltaNet (linear attention).
-    linear_conv_kernel_dim: int = 4
-    linear_key_head_dim: int = 128
-    linear_value_head_dim: int = 128
-    linear_num_key_heads: int = 16
-    linear_num_value_heads: int = 32
-    # Mixture of experts with one gated shared expert.
-    num_experts: int = 512
-    moe_router_topk: int = 10
-    moe_ffn_hidden_size: int = 512
-    moe_shared_expert_intermediate_size: int = 512
-    moe_aux_loss_coeff: float = 0.001
-    moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
+    type: str
+    """Family of the language model: a folder of model/families, or the dotted path of a
+    declaration."""
+    vocab_size: PositiveInt
+    """Tokens in the vocabulary: rows of the embedding and of the output layer."""
+    hidden_size: PositiveInt
+    """Features of the hidden state."""
+    layernorm_epsilon: PositiveFloat
+    """Added to the mean square in every RMSNorm of the language model."""
+    init_method_std: PositiveFloat
+    """Standard deviation of the weights before training. Output projections of residual branches
+    start smaller, by sqrt(2 * layers)."""
+    max_position_embeddings: PositiveInt
+    """Longest sequence that the model is made for, in tokens."""
+    untie_embeddings_and_output_weights: bool
+    """Whether the output layer has a weight of its own. A model with tied ones is untied as it is
+    converted; training needs true."""
+    num_attention_heads: PositiveInt
+    """Query heads of gated attention (letter `*`)."""
+    num_query_groups: PositiveInt
+    """Key and value heads of gated attention; each serves a group of query heads."""
+    kv_channels: PositiveInt
+    """Features of one attention head."""
+    rotary_base: PositiveFloat
+    """Base of the rotary embedding's wave lengths (theta)."""
+    rotary_percent: PositiveFloat
+    """Share of an attention head's features that the rotary embedding turns, up to 1."""
+    linear_conv_kernel_dim: PositiveInt
+    """Positions that the short convolution of gated DeltaNet (letter `G`) sees."""
+    linear_key_head_dim: PositiveInt
+    """Features of a key head, and of a query head, of gated DeltaNet."""
+    linear_value_head_dim: PositiveInt
+    """Features of a value head of gated DeltaNet."""
+    linear_num_key_heads: PositiveInt
+    """Key heads of gated DeltaNet; each serves several value heads."""
+    linear_num_value_heads: PositiveInt
+    """Value heads of gated DeltaNet, one state matrix each."""
+    num_experts: PositiveInt
+    """Routed experts of a mixture of experts (letter `E`)."""
+    moe_router_topk: PositiveInt
+    """Experts that compute each token, besides the shared one."""
+    moe_ffn_hidden_size: PositiveInt
+    """Inner features of a routed expert."""
+    moe_shared_expert_intermediate_size: PositiveInt
+    """Inner features of the shared expert, which computes every token."""
+    moe_aux_loss_coeff: NonNegativeFloat
+    """Weight of the load-balancing loss beside the main loss; 0 switches it off."""
+    moe_router_dtype: Literal["fp32", "fp64"]
+    """Precision of the router's scores."""
 
 
 @dataclass
 class VisionConfig:
-    """InternViT: a ViT with a class token, layer scale and learned positions."""
+    """Settings that the projector and the memory read, whatever the family of the encoder. A
+    family's own dataclass gives them defaults and adds its own (model/families)."""
 
-    vision_num_layers: int = 24
-    vision_hidden_size: int = 1024
-    vision_ffn_hidden_size: int = 4096
-    vision_num_attention_heads: int = 16
-    vision_normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
-    vision_layernorm_epsilon: float = 1e-6
-    vision_add_qkv_bias: bool = True
-    vision_qk_layernorm: bool = False  # RMSNorm over the full width (InternViT-6B)
-    vision_layer_scale_init: float = 0.1
-    vision_init_method_std: float = 0.02
-    image_size: int = 448  # pixels along one side of a square tile
-    patch_size: int = 14  # pixels along one side of a square patch
+    type: str
+    """Family of the vision encoder: a folder of model/families, or the dotted path of a
+    declaration."""
+    vision_hidden_size: PositiveInt
+    """Features of a patch, as the encoder hands it on."""
+    vision_init_method_std: PositiveFloat
+    """Standard deviation of the encoder's weights, and of the memory's projection, before
+    training."""
 
 
 @dataclass
@@ -137,8 +161,12 @@ class ModelConfig:
     config/layers/, such as G = gated DeltaNet, * = attention, E = mixture of experts."""
 
     hybrid_layer_pattern: str = "GEGEGE*E" * 12
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    vision: VisionConfig | None = field(default_factory=VisionConfig)
+    language: Annotated[LanguageConfig, Chosen(LANGUAGE_FAMILIES, "qwen3_next")] = field(
+        default_factory=lambda: LANGUAGE_FAMILIES["qwen3_next"].settings()
+    )
+    vision: Annotated[VisionConfig | None, Chosen(VISION_FAMILIES, "internvit")] = field(
+        default_factory=lambda: VISION_FAMILIES["internvit"].settings()
+    )
     fusion: FusionConfig = field(default_factory=FusionConfig)
     layers: Annotated[dict, Sections(LAYERS)] = field(default_factory=dict)
     """Settings of letters that have their own, by letter."""

@@ -21,6 +21,7 @@ from megatron_mm.config import (
     to_transformers_dict,
     without_clvr,
 )
+from megatron_mm.config.families import language_family, vision_family
 from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.errors import ConvertError
@@ -100,9 +101,10 @@ def processor_config(run: RunConfig) -> dict[str, Any]:
 
 def model_config(checkpoint: Any, assets: Iterable[Path], tied: bool) -> dict[str, Any]:
     """Returns config.json as transformers' config class writes it."""
-    from transformers import InternVLConfig, Qwen3NextConfig  # seconds to import
+    import transformers  # seconds to import
 
     model = checkpoint.model
+    family = language_family(model) if model.vision is None else vision_family(model)
     base = replace(model, hybrid_layer_pattern=without_clvr(model.hybrid_layer_pattern))
     base.language = replace(base.language, untie_embeddings_and_output_weights=not tied)
     image = None if model.vision is None else _image_token(checkpoint, list(assets))
@@ -111,10 +113,9 @@ def model_config(checkpoint: Any, assets: Iterable[Path], tied: bool) -> dict[st
     except ConfigError as error:
         raise ConvertError(f"{checkpoint.path}: {error}") from None
     words.pop("model_type")
-    kind = Qwen3NextConfig if model.vision is None else InternVLConfig
-    made = kind(**words).to_diff_dict()
-    name = "Qwen3NextForCausalLM" if model.vision is None else "InternVLForConditionalGeneration"
-    made["architectures"] = [name]
+    config_class, model_class = family.hf_classes
+    made = getattr(transformers, config_class)(**words).to_diff_dict()
+    made["architectures"] = [model_class]
     made["tie_word_embeddings"] = tied  # written even where it equals a default
     return made
 

@@ -19,9 +19,16 @@ from megatron_mm.config import (
     from_transformers_dict,
     without_clvr,
 )
-from megatron_mm.config.released import in_transformers_words
+from megatron_mm.config.hf import fused_type, in_transformers_words
 from megatron_mm.convert.hf_files import INDEX, PICKLES, Stored, stored_tensors
-from megatron_mm.convert.mapping import EMBEDDING, HEAD, LOOKS, PROJECTOR, StateMapping, read_plan
+from megatron_mm.convert.mapping import (
+    EMBEDDING,
+    HEAD,
+    LOOKS,
+    PROJECTOR,
+    StateMapping,
+    read_mapping,
+)
 from megatron_mm.errors import ConvertError
 from megatron_mm.parallel.param_layout import ParamLayout
 
@@ -65,7 +72,7 @@ class HFFolder:
     def mapping(self, parameters: Mapping[str, ParamLayout]) -> StateMapping:
         """Maps the stored tensors to the parameters of the model."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return read_plan(self.model, parameters, shapes, new=self.new, tied=self.tied)
+        return read_mapping(self.model, parameters, shapes, new=self.new, tied=self.tied)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
     """
     config = in_transformers_words(read_json(hf / CONFIG))
     if CLVR_KEY in config:  # exported by megatron_mm
-        config["model_type"] = "internvl"
+        config["model_type"] = fused_type(config.get("vision_config") or {})
     new: tuple[tuple[str, ...], ...] = (LOOKS,)
     if hf_vision is not None:
         config = _fused(config, hf, hf_vision)
@@ -143,7 +150,7 @@ def _fused(text: dict, hf: Path, hf_vision: Path) -> dict[str, Any]:
     if "vision_config" in vision:
         raise ConvertError(f"{hf_vision} is a fused model: --hf-vision takes a ViT alone")
     return {
-        "model_type": "internvl",
+        "model_type": fused_type(vision),
         "text_config": text,
         "vision_config": vision,
         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
@@ -214,17 +221,17 @@ def check_folder(source: HFFolder, mapping: StateMapping) -> None:
         raise ConvertError(f"{source.folder}: {problem}")
     for link in mapping.links:
         kinds: dict[torch.dtype, str] = {}
-        for name, _ in link.theirs():
+        for name, _ in link.hf_tensors():
             kinds.setdefault(source.tensors[name].dtype, name)
         strange = next((k for k in kinds if not k.is_floating_point or k.itemsize < 2), None)
         if strange is not None:
             raise ConvertError(f"{kinds[strange]} is {strange}: quantised weights are not taken")
         if len(kinds) > 1:
             (a, first), (b, second) = list(kinds.items())[:2]
-            raise ConvertError(f"{first} is {a} but {second} is {b}: they are one tensor of ours")
+            raise ConvertError(f"{first} is {a} but {second} is {b}: they make one parameter")
     if source.tied and not mapping.tied:
         ends = {
-            link.ours: link.names[0] for link in mapping.links if link.ours in (EMBEDDING, HEAD)
+            link.mcore: link.names[0] for link in mapping.links if link.mcore in (EMBEDDING, HEAD)
         }
         embedding, head = (source.tensors[ends[name]] for name in (EMBEDDING, HEAD))
         if not same_bits(embedding, head):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.convert.transforms import Shape
 from megatron_mm.errors import ConvertError
+from megatron_mm.model.families.transforms import Shape
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import to_transformers_dict
+from megatron_mm.config.families import VISION_FAMILIES, vision_family
+from megatron_mm.config.hf import in_transformers_words
 from megatron_mm.convert.folder import CONFIG, HFFolder, read_json
 from megatron_mm.convert.mapping import StateMapping, write_links
 from megatron_mm.errors import ConvertError
@@ -22,7 +24,7 @@ def load_transformers(folder: Path, trust_remote_code: bool):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = read_json(folder / CONFIG)
-    fused = "vision_config" in config
+    fused = "vision_config" in in_transformers_words(config)
     if "auto_map" in config and not trust_remote_code:
         raise ConvertError(
             f"{folder} carries code: --trust-remote-code runs it, --tensors-only does without"
@@ -39,8 +41,9 @@ def load_transformers(folder: Path, trust_remote_code: bool):
 
 
 def is_release(folder: Path) -> bool:
-    """Whether the folder is InternVL's original release, which transformers cannot load."""
-    return read_json(folder / CONFIG).get("model_type") == "internvl_chat"
+    """Whether the folder is a vision family's original release, which transformers cannot load."""
+    config = read_json(folder / CONFIG)
+    return any(family.released(config) is not config for _, family in VISION_FAMILIES.items())
 
 
 @torch.no_grad()
@@ -54,7 +57,7 @@ def released_in_transformers(source: HFFolder, mapping: StateMapping):
     Raises:
         ConvertError: the image token is unknown, or a tensor is missing.
     """
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    import transformers
 
     if source.image_token_id is None:
         raise ConvertError(
@@ -63,19 +66,24 @@ def released_in_transformers(source: HFFolder, mapping: StateMapping):
         )
     words = to_transformers_dict(source.model, source.image_token_id)
     words.pop("model_type")
-    hf = InternVLForConditionalGeneration._from_config(
-        InternVLConfig(**words),
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    ).eval()
+    config_class, model_class = vision_family(source.model).hf_classes
+    hf = (
+        getattr(transformers, model_class)
+        ._from_config(
+            getattr(transformers, config_class)(**words),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
+        .eval()
+    )
     missing = dict(hf.named_parameters())
     # "stacked" spells the names inside transformers' model.
     spelled = write_links(source.model, blueprint(source.model), "stacked")
-    into = {link.ours: link for link in spelled}
+    into = {link.mcore: link for link in spelled}
     for link in mapping.links:
-        mcore = link.make_ours(source.read, 0, link.shape[0] if link.counted else 0)
-        for name, tensor in into[link.ours].make_theirs(mcore, 0):
+        mcore = link.to_mcore(source.read, 0, link.shape[0] if link.counted else 0)
+        for name, tensor in into[link.mcore].to_hf(mcore, 0):
             missing.pop(name).copy_(tensor)
     if missing:
         raise ConvertError(f"{source.folder} has nothing for transformers' {next(iter(missing))}")

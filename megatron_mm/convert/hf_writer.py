@@ -19,8 +19,8 @@ import torch
 from megatron_mm.checkpoint import sealed
 from megatron_mm.convert.hf_files import INDEX, NAMES, SINGLE
 from megatron_mm.convert.spool import OutFile, Spool
-from megatron_mm.convert.transforms import Shape
 from megatron_mm.convert.work import nbytes
+from megatron_mm.model.families.transforms import Shape
 
 SHARD_BYTES = 5 * 10**9
 

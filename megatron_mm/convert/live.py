@@ -63,14 +63,14 @@ def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> 
             raise ConvertError(
                 f"image_token_id is {there} there, {image_token_id} in this run's tokenizer"
             )
-    links = {link.ours: link for link in mapping.links}
+    links = {link.mcore: link for link in mapping.links}
     added: list[str] = []
     finish_param_gather(engine)  # a gather under way would overwrite loaded weights
     with raising_together(group, doing):
         for name, param, layout in parameters(engine):
             if name in links:
                 link = links[name]
-                fill(param, layout, lambda a, b, k=link: k.make_ours(source.read, a, b))
+                fill(param, layout, lambda a, b, k=link: k.to_mcore(source.read, a, b))
             elif not is_adapter(name) and name not in mapping.new:
                 raise ConvertError(f"{name} has no tensor there")
     added = mapping.new + sorted(name for name, _, _ in parameters(engine) if is_adapter(name))

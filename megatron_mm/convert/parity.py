@@ -44,15 +44,15 @@ def differing_tensors(
     check_model(to_dict(source.model), checkpoint.model, finetune=True)
     reader = checkpoint.reader
     for link in mapping.links:
-        key = weight_key(link.ours)
+        key = weight_key(link.mcore)
         ranges = reader.ranges(key) if link.counted else [(0, link.shape[0])]
         for first, last in ranges:
             mcore = reader.read(key, first, last) if link.counted else reader.read(key)
-            for name, tensor in link.make_theirs(mcore, first):
+            for name, tensor in link.to_hf(mcore, first):
                 whole = not link.counted or link.separate
                 hf = source.read(name, *((None, None) if whole else (first, last)))
                 if not equal_bits(tensor, hf):
-                    yield f"{name} differs from {link.ours}: {_how(tensor, hf)}"
+                    yield f"{name} differs from {link.mcore}: {_how(tensor, hf)}"
     for name in mapping.carried:
         if name not in checkpoint.carried:
             yield f"{name} is not in the checkpoint"

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_mm.checkpoint import sealed, storage
 from megatron_mm.convert.spool import Spool
-from megatron_mm.convert.transforms import Shape
 from megatron_mm.errors import ConvertError
+from megatron_mm.model.families.transforms import Shape
 
 # Most bytes of a chunk of stacked experts, unless one expert has more: small enough to hold several
 # in memory, large enough that the overhead of a chunk (about 1 KB) does not matter.

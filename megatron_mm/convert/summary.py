@@ -27,12 +27,12 @@ def published(
     vision = {n: p for n, p in parameters.items() if n.startswith("vision.")}
     text = {n: p for n, p in parameters.items() if n not in vision}
     vision = {n: p for n, p in vision.items() if not n.startswith(PROJECTOR)}
-    return write_links(model, text, "text") + write_links(model, vision, "internvit")
+    return write_links(model, text, "text") + write_links(model, vision, "encoder-release")
 
 
 def totals(links: Sequence[ParamMapping], itemsize: int) -> tuple[int, int]:
     """Returns (number of hf tensors, their bytes)."""
-    shapes = [shape for link in links for _, shape in link.theirs()]
+    shapes = [shape for link in links for _, shape in link.hf_tensors()]
     return len(shapes), sum(nbytes(shape, itemsize) for shape in shapes)
 
 
@@ -44,7 +44,7 @@ def expected_lines(
     links = published(source.model, needed, separate)
     tensors, size = totals(links, torch.bfloat16.itemsize)
     new = [name for name in parameters if name not in needed]
-    first = [name for link in links for name, _ in link.theirs()][:3]
+    first = [name for link in links for name, _ in link.hf_tensors()][:3]
     return [
         f"no weights here: from the config, {tensors} tensors, {size:,} bytes in bf16 "
         f"-> {len(links)} mcore tensors (first {', '.join(first)})",
@@ -55,8 +55,8 @@ def expected_lines(
 
 def mapping_lines(source: HFFolder, mapping: StateMapping, dtype: torch.dtype | None) -> list[str]:
     """Describes a mapping: its size, and everything in it that is not one to one."""
-    mapped = [name for link in mapping.links for name, _ in link.theirs() if name in source.tensors]
-    names = sorted(set(mapped))
+    mapped = {name for link in mapping.links for name, _ in link.hf_tensors()}
+    names = sorted(mapped & source.tensors.keys())
     size = sum(source.tensors[name].nbytes for name in names)
     kinds = sorted({str(source.tensors[n].dtype).removeprefix("torch.") for n in names})
     lines = [

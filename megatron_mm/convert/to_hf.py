@@ -113,7 +113,7 @@ def exports(checkpoint: Checkpoint, links: list[ParamMapping]) -> list[Export]:
     """Splits a conversion into units that ranks share."""
     reader, found = checkpoint.reader, []
     for link in links:
-        key = weight_key(link.ours)
+        key = weight_key(link.mcore)
         size = reader.dtype(key).itemsize
         if not link.counted:
             found.append(Export(nbytes(link.shape, size), link))
@@ -132,8 +132,8 @@ def outputs(
     """Returns (name, shape, dtype) of every tensor to be written, in the order of reading."""
     reader, found = checkpoint.reader, []
     for link in links:
-        kind = dtype or reader.dtype(weight_key(link.ours))
-        found += [(name, tuple(shape), kind) for name, shape in link.theirs()]
+        kind = dtype or reader.dtype(weight_key(link.mcore))
+        found += [(name, tuple(shape), kind) for name, shape in link.hf_tensors()]
     for name in checkpoint.carried:
         key = CARRIED_PREFIX + name
         found.append((name, reader.shape(key), reader.dtype(key)))
@@ -175,7 +175,7 @@ def convert(
         if checkpoint.notes.get("tied") and not tied:
             lines.append("the output layer is no longer the embedding: written untied")
         links = write_links(checkpoint.model, checkpoint.parameters, _spelling(checkpoint, stacked))
-        links = [link for link in links if not (tied and link.ours == HEAD)]
+        links = [link for link in links if not (tied and link.mcore == HEAD)]
         written = outputs(checkpoint, links, dtype)
         places, heads, sizes = lay_out(written, shard_bytes)
         if leader:
@@ -254,11 +254,11 @@ def _write(
             if part.carried is not None:
                 writer.write(part.carried, read(CARRIED_PREFIX + part.carried))
             elif part.link.counted:
-                mcore = read(weight_key(part.link.ours), part.first, part.last)
-                for name, tensor in part.link.make_theirs(mcore, part.first):
+                mcore = read(weight_key(part.link.mcore), part.first, part.last)
+                for name, tensor in part.link.to_hf(mcore, part.first):
                     writer.write(name, tensor, 0 if part.link.separate else part.first)
             else:
-                for name, tensor in part.link.make_theirs(read(weight_key(part.link.ours)), 0):
+                for name, tensor in part.link.to_hf(read(weight_key(part.link.mcore)), 0):
                     writer.write(name, tensor)
             done(part.bytes)
         writer.finish()

@@ -60,7 +60,7 @@ def imports(
     for link in mapping.links:
         name = link.names[0].replace("{expert}", "0")
         size = (dtype or source.tensors[name].dtype).itemsize
-        found += _of_rows(weight_key(link.ours), link.shape, link.counted, size, link=link)
+        found += _of_rows(weight_key(link.mcore), link.shape, link.counted, size, link=link)
     for name in mapping.new:
         layout = parameters[name]
         size = dtype_of(source, mapping, dtype).itemsize
@@ -93,7 +93,7 @@ def _make(
         tensor = source.read(part.carried, None, None)
         return tensor, tuple(tensor.shape)
     if part.link is not None:
-        tensor = part.link.make_ours(source.read, part.first, part.last)
+        tensor = part.link.to_mcore(source.read, part.first, part.last)
         return tensor.to(dtype or tensor.dtype), part.link.shape
     layout = parameters[part.new]
     if not layout.rows_drawn_alone:

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from megatron_mm.config.families import vision_family
 from megatron_mm.config.memories import IMAGES, Memory, memories
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.images import TileGrid, choose_grid
@@ -49,11 +50,12 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
     vision, fusion, data = run.model.vision, run.model.fusion, run.data
     if vision is None:
         return None
-    unit = vision.patch_size * fusion.pixel_shuffle_factor
-    if unit < 1 or vision.image_size % unit:
+    grid = vision_family(run.model).grid(vision, None)
+    unit = grid.patch * fusion.pixel_shuffle_factor
+    if unit < 1 or grid.height % unit:
         raise DataError(
-            f"image_size {vision.image_size} is not a multiple of patch_size "
-            f"{vision.patch_size} x pixel_shuffle_factor {fusion.pixel_shuffle_factor} = {unit}"
+            f"image_size {grid.height} is not a multiple of patch_size "
+            f"{grid.patch} x pixel_shuffle_factor {fusion.pixel_shuffle_factor} = {unit}"
         )
     held = memories(run.model, data.memory_images)
     chosen = {"image_stream": fusion.image_stream} | {m.tiles_setting: m.tiles for m in held}
@@ -66,8 +68,8 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
     if len(data.image_mean) != 3 or len(data.image_std) != 3 or min(data.image_std) <= 0:
         raise DataError("image_mean and image_std need 3 numbers each, image_std above 0")
     return ImageSettings(
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
+        image_size=grid.height,
+        patch_size=grid.patch,
         pixel_shuffle_factor=fusion.pixel_shuffle_factor,
         max_num_tiles=data.max_num_tiles,
         max_image_tokens=data.max_image_tokens,

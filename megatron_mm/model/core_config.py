@@ -1,4 +1,4 @@
-"""Our settings in megatron-core's words: the one place where a TransformerConfig is made."""
+"""Settings in megatron-core's words: the one place where a TransformerConfig is made."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config import RunConfig, effective_pattern, num_layers
+from megatron_mm.config.families import vision_family
 from megatron_mm.config.objectives import declaration
 
 
 def language_config(run: RunConfig) -> TransformerConfig:
-    """The config of the language stack, also for the schedule, DDP and optimizer."""
+    """Configures the language stack, the schedule, DDP and the optimizer."""
     language, parallel, training = run.model.language, run.parallel, run.training
     backend = run.backend
     tp = parallel.tensor_model_parallel_size
@@ -75,18 +76,12 @@ def language_config(run: RunConfig) -> TransformerConfig:
 
 
 def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerConfig:
-    """The config of the linears of the ViT and the projector: no sequence parallelism, experts or
-    FP8."""
-    vision, tp = run.model.vision, language.tensor_model_parallel_size
-    heads = -(-vision.vision_num_attention_heads // tp) * tp  # padded
+    """Configures the linears of the vision encoder and of the projector: no sequence parallelism,
+    no experts, no FP8."""
+    tp = language.tensor_model_parallel_size
     return replace(
         language,
-        num_layers=vision.vision_num_layers,
-        hidden_size=vision.vision_hidden_size,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        kv_channels=vision.vision_hidden_size // vision.vision_num_attention_heads,
-        ffn_hidden_size=vision.vision_ffn_hidden_size,
+        **vision_family(run.model).core(run.model.vision, tp),
         sequence_parallel=False,
         fp8=None,
         first_last_layers_bf16=False,

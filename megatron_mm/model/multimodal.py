@@ -29,6 +29,7 @@ from megatron_mm.config import (
     read_memories,
     wire,
 )
+from megatron_mm.config.families import vision_family
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import VISION
 from megatron_mm.data.batch import Microbatch
@@ -37,7 +38,6 @@ from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.families.internvit.model import InternViT
 from megatron_mm.model.layers.linear import ReplicatedLinear, column, vocab_embedding
 from megatron_mm.model.layers.lora import add_lora
 from megatron_mm.model.layers.norms import RMSNorm
@@ -63,9 +63,11 @@ class VisionTower(nn.Module):
         super().__init__()
         model, self.cp = run.model, pg.cp
         inner = vision_config(run, config)
-        self.size = model.vision.image_size
-        self.vit = InternViT(model.vision, inner, pg.tp, Recompute.of(run.training).vision)
-        self.projector = Projector(model, inner, pg.tp)
+        family = vision_family(model)
+        self.grid = family.grid(model.vision, None)
+        encoder, recompute = family.module(), Recompute.of(run.training).vision
+        self.vit = encoder(model.vision, inner, pg.tp, recompute)
+        self.projector = Projector(model, self.grid, inner, pg.tp)
         self.memories = read_memories(model)
         self.memory_proj, self.memory_projs = None, nn.ModuleDict()
         for memory in self.memories:
@@ -82,7 +84,7 @@ class VisionTower(nn.Module):
                 self.memory_projs[memory.name] = linear
 
     def _features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """[N, P * P, V]"""
+        """[N, patches of a tile, V]"""
         if self.cp.size() == 1:
             return self.vit(pixels_NCHW)
         tiles = len(pixels_NCHW)
@@ -103,7 +105,7 @@ class VisionTower(nn.Module):
         """
         pixels, empty = batch.pixels_NCHW, len(batch.pixels_NCHW) == 0
         if empty:
-            pixels = pixels.new_zeros(1, 3, self.size, self.size)
+            pixels = pixels.new_zeros(1, 3, self.grid.height, self.grid.width)
         features = self._features(pixels)
         stream = self.projector(features if empty else features[batch.stream_tiles])
         stream = stream.flatten(0, 1)

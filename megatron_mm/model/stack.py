@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm.config import Layer, RunConfig, Stage
+from megatron_mm.config.families import language_family
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
@@ -76,7 +77,7 @@ class Stack(nn.Module):
         backend: Backend,
     ):
         super().__init__()
-        language = run.model.language
+        language, modules = run.model.language, language_family(run.model).modules
         self.precision = partial(backend.precision, config, None)
         self.recompute = Recompute.of(run.training)
         self.blocks = _blocks(stage.layers, self.recompute.sublayers)
@@ -90,7 +91,7 @@ class Stack(nn.Module):
             if kind.module is None:
                 continue
             given = BuildContext(run, layer, config, pg, backend, self.recompute)
-            module = torch_half(kind).build(given)
+            module = torch_half(kind, modules.get(layer.kind)).build(given)
             if kind.numbered:
                 module = SubLayer(
                     module,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from megatron_mm.config import RunConfig, effective_pattern, parse_pattern, read_memories
 from megatron_mm.config import cost as sizes
+from megatron_mm.config.families import vision_family
 from megatron_mm.config.layers.counting import Counter, Flops, Workload, products
 from megatron_mm.config.layers.kinds import LAYERS, LayerKind
 from megatron_mm.data.batch import Microbatch
@@ -70,19 +71,20 @@ def _layer(counter: Counter, kind: LayerKind, recompute: Recompute, found: list[
 def _vision(counter: Counter, recompute: Recompute) -> tuple[bool, dict[str, bool]]:
     """Counts the vision side; returns whether the stream's image tokens, and each memory, depend on
     what learns."""
-    run, work, vit = counter.run, counter.work, counter.run.model.vision
+    run, work = counter.run, counter.work
     of = sizes.vision_linears(run.model)
-    inside = sizes.patches(vit) * work.tiles
-    positions = inside + work.tiles  # and the class tokens
+    encoder = vision_family(run.model).cost(run.model.vision)
+    of_tile = sizes.patches(run.model)
+    inside, positions = of_tile * work.tiles, encoder.positions * work.tiles
     (embedding,) = of["patches"]
     norms = counter.trains("vision")
     flows = counter.linear("vision", embedding, inside, "vision", flows=False, spare="none")
-    mixing = sizes.vision_attention(vit, work.tiles)
+    mixing = sizes.vision_attention(run.model, work.tiles)
     once = products(of["vit layer"], positions) + mixing
     if run.lora.adapts("vision"):
         rank = run.lora.lora_rank
         once += sum(products([(a + b, rank)], positions) for a, b in of["vit layer"])
-    for _ in range(vit.vision_num_layers):
+    for _ in range(encoder.layers):
         for number, linear in enumerate(of["vit layer"]):
             given = flows or norms
             flows |= counter.linear(
@@ -93,7 +95,7 @@ def _vision(counter: Counter, recompute: Recompute) -> tuple[bool, dict[str, boo
         counter.flows = flows
         counter.again("vision", once * recompute.vision)
     stream = flows
-    tokens = work.stream_tiles * sizes.patches(vit) / run.model.fusion.pixel_shuffle_factor**2
+    tokens = work.stream_tiles * of_tile / run.model.fusion.pixel_shuffle_factor**2
     for linear in of["projector"]:
         given = stream or counter.trains("projector")  # the norm, the bias
         stream = counter.linear("projector", linear, tokens, "projector", flows=given, adapter=True)

@@ -55,7 +55,7 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
         stream_tiles = 1 if empty else len(batch.stream_tiles)
         for memory in read_memories(run.model):
             held, rows = batch.memories[memory.name], memory_rows(batch, memory, 1)
-            count = patches(run.model.vision) * (1 if empty else len(held.tiles))
+            count = patches(run.model) * (1 if empty else len(held.tiles))
             memories[memory.name] = MemoryRows(count, rows, _look_pairs(held, segments, rows), rows)
     return Workload(
         tokens=tokens,

@@ -28,7 +28,7 @@ from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
-from support.batches import small_run
+from support.batches import SMALL_MODELS, small_run
 from support.folders import assert_same, planned, read_all, to_checkpoint, to_folder
 from support.hf_tokenizers import byte_level_tokenizer
 from support.slow_generate import generate
@@ -70,15 +70,24 @@ def prompts(folder: Path) -> list[dict]:
     ]
 
 
-def clvr_run(folder: Path, stream: str, memory: str) -> RunConfig:
+def clvr_run(folder: Path, stream: str, memory: str, family: str) -> RunConfig:
     run = small_run(PATTERN, image_stream=stream, vision_memory=memory)
+    run.model.language = SMALL_MODELS[family]().language
     run.model.language.vocab_size = 288
     run.data.tokenizer_model = str(folder)
     run.data.max_num_tiles, run.data.seq_length = 4, 512
     return run
 
 
-@pytest.fixture(scope="module", params=[("thumbnail", "tiles"), ("all", "thumbnail")])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("thumbnail", "tiles", "qwen3_next"),
+        ("all", "thumbnail", "qwen3_next"),
+        ("thumbnail", "tiles", "qwen3_5_moe"),
+    ],
+    ids="-".join,
+)
 def exported(request, tmp_path_factory):
     """(run, engine, folder of its tokenizer, rows, checkpoint `mega` and export `hf`)"""
     root = tmp_path_factory.mktemp("clvr")

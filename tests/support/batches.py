@@ -6,16 +6,11 @@ from dataclasses import fields
 
 import torch
 
-from megatron_mm.config import (
-    FusionConfig,
-    LanguageConfig,
-    MemoryConfig,
-    ModelConfig,
-    RunConfig,
-    VisionConfig,
-    memories,
-)
+from megatron_mm.config import FusionConfig, MemoryConfig, ModelConfig, RunConfig, memories
 from megatron_mm.data.batch import BatchMemory, Microbatch
+from megatron_mm.model.families.internvit.settings import InternViTSettings
+from megatron_mm.model.families.qwen3_5_moe.settings import Qwen35MoeSettings
+from megatron_mm.model.families.qwen3_next.settings import Qwen3NextSettings
 
 # Megatron's settings for the sizes of a layout, by their usual short names.
 SIZES = {
@@ -35,7 +30,7 @@ def small_model(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
     """
     return ModelConfig(
         hybrid_layer_pattern=pattern,
-        language=LanguageConfig(
+        language=Qwen3NextSettings(
             vocab_size=96,
             hidden_size=64,
             num_attention_heads=8,
@@ -54,7 +49,7 @@ def small_model(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
             moe_aux_loss_coeff=0.01,
             init_method_std=0.1,
         ),
-        vision=VisionConfig(
+        vision=InternViTSettings(
             vision_num_layers=2,
             vision_hidden_size=40,
             vision_ffn_hidden_size=72,
@@ -88,6 +83,17 @@ def two_memories(*reads: str) -> dict:
         },
         "look_memories": list(reads),
     }
+
+
+def small_qwen3_5_moe(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
+    """The same sizes as Qwen3.5-MoE's text model; no two sections of the rotary embedding alike."""
+    model = small_model(pattern, **fusion)
+    sizes = {name: value for name, value in vars(model.language).items() if name != "type"}
+    model.language = Qwen35MoeSettings(**sizes, mrope_section=[3, 1, 2])
+    return model
+
+
+SMALL_MODELS = {"qwen3_next": small_model, "qwen3_5_moe": small_qwen3_5_moe}
 
 
 def small_run(pattern: str = "GE L *E GE L J *E J", **fusion) -> RunConfig:

@@ -8,37 +8,45 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from megatron_mm.benchmark.hf_weights import IMAGE_TOKEN, randomise, transformers_model
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import ModelConfig, ParallelConfig, RunConfig, to_transformers_dict
 from megatron_mm.convert import to_hf, to_megatron
 from megatron_mm.convert.folder import NOTES, HFFolder, check_folder, open_folder
-from megatron_mm.convert.mapping import StateMapping
+from megatron_mm.convert.mapping import ParamMapping, StateMapping
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
-from support.batches import small_model
+from support.batches import SMALL_MODELS
 from support.gathering import at_rank_0
 
 PATTERN = "GE *E GE *E"
 SHARD = 150_000  # bytes: some ten files
+TEXT_CLASSES = {
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM"),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM"),
+}
 SIX_B = dict(vision_normalization="RMSNorm", vision_add_qkv_bias=False, vision_qk_layernorm=True)
 
 
-def base_model(tp: int = 1, *, tied: bool = False, **vision) -> ModelConfig:
-    """Returns the small model without CLVR; where tp is 3, with sizes that 3 ranks divide."""
-    model = small_model(PATTERN, image_stream="all", vision_memory="none")
+def base_model(
+    tp: int = 1, *, tied: bool = False, family: str = "qwen3_next", **vision
+) -> ModelConfig:
+    """Returns a family's small model without CLVR; for tp 3, with sizes that 3 ranks divide."""
+    model = SMALL_MODELS[family](PATTERN, image_stream="all", vision_memory="none")
     language = model.language
     language.untie_embeddings_and_output_weights = not tied
     if tp == 3:
@@ -64,11 +72,13 @@ def save_fused(
     return hf
 
 
-def save_text(folder: Path, *, mtp: bool = True) -> dict[str, torch.Tensor]:
+def save_text(
+    folder: Path, *, mtp: bool = True, family: str = "qwen3_next"
+) -> dict[str, torch.Tensor]:
     """Saves a text-only model as released, with per-expert tensors and multi-token prediction."""
-    model = replace(base_model(), vision=None)
-    config = Qwen3NextConfig(**{k: v for k, v in to_transformers_dict(model).items()})
-    hf = Qwen3NextForCausalLM._from_config(config)
+    model = replace(base_model(family=family), vision=None)
+    config_class, model_class = (getattr(transformers, n) for n in TEXT_CLASSES[family])
+    hf = model_class._from_config(config_class(**to_transformers_dict(model)))
     randomise(hf, 1)
     hf.save_pretrained(folder)
     tensors = read_all(folder)
@@ -260,3 +270,23 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
         result.setdefault(name, torch.full(shape, float("nan")))[block] = values
     assert not any(tensor.isnan().any() for tensor in result.values())
     return result
+
+
+def shapes_of(links: Iterable[ParamMapping]) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of every tensor in the folder."""
+    return {name: tuple(shape) for link in links for name, shape in link.hf_tensors()}
+
+
+def meta(*configs: dict) -> list[list[dict[str, tuple[int, ...]]]]:
+    """Returns shapes by name of each config's model: [inside the model, as it is saved]."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("meta_names.py")],
+        input=json.dumps(configs),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [
+        [{n: tuple(s) for n, s in found.items()} for found in model]
+        for model in json.loads(done.stdout)
+    ]

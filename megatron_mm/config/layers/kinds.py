@@ -57,10 +57,13 @@ class LayerKind:
         mixing: (run, tokens) -> FLOPs (forward, backward) of its mixing over positions, if that
             follows a rule of its own and not the pairs of attention.
         executed_mixing: dotted path of (run, segments) -> the same for our torch kernels.
-        hf_rows: dotted path of a tuple of convert.table.Row, the names of its parameters.
-        hf_config: keys that it adds to transformers' text config.
+        hf_rows: dotted path of a tuple of convert.table.Row, the names of its parameters, for
+            families that do not know the letter.
+        hf_config: the keys that it writes into transformers' text config, over the family's.
+        hf_keys: their names.
         hf_claims: (transformers' text config, layer) -> whether that layer is of this kind instead
             of the family's own.
+        hf_settings: transformers' text config -> `settings` of its own, by name.
     """
 
     letter: str
@@ -81,7 +84,9 @@ class LayerKind:
     executed_mixing: str | None = None
     hf_rows: str | None = None
     hf_config: Callable[[ModelConfig], dict[str, Any]] | None = None
+    hf_keys: tuple[str, ...] = ()
     hf_claims: Callable[[Mapping[str, Any], int], bool] | None = None
+    hf_settings: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if (self.role == "side") != (self.pair is not None):

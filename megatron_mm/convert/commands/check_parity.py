@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             print(line)
         if differing:
             raise ConvertError(f"{len(differing)} tensors differ (first {differing[0]})")
-        count = sum(1 for link in mapping.links for _ in link.theirs()) + len(mapping.carried)
+        count = sum(1 for link in mapping.links for _ in link.hf_tensors()) + len(mapping.carried)
         lines = [f"{count} tensors are bitwise identical"]
         if args.tensors_only:
             return lines

@@ -1,4 +1,5 @@
-"""InternVL around Qwen3-Next whose layers look at the image again. Travels with exported weights.
+"""InternVL around a hybrid text model whose layers look at the image again. Travels with exported
+weights.
 
 An intermediate layer's hidden state queries patch features before the pixel shuffle (a memory;
 there may be several, each look reads one); what a look (L) finds is added where the pattern says
@@ -19,7 +20,7 @@ from transformers.models.internvl.modeling_internvl import (
     InternVLCausalLMOutputWithPast,
     InternVLModel,
 )
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextModel, Qwen3NextRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from .configuration_clvr import CLVRConfig
 
@@ -138,8 +139,8 @@ class CLVRParts(nn.Module):
         return found | {name: self.memory_projs[name] for name in names}
 
 
-class CLVRTextModel(Qwen3NextModel):
-    """Qwen3-Next's layers, run letter by letter."""
+class LetterByLetter:
+    """The forward pass of a hybrid text model, over the letters of the layer pattern."""
 
     watch = None  # diagnostics: (layer, hidden) as each layer ends
 
@@ -204,12 +205,17 @@ class CLVRTextModel(Qwen3NextModel):
         )
 
 
+def letter_by_letter(base: type) -> type:
+    """The class of a text model of transformers, its layers run letter by letter."""
+    return type(f"CLVR{base.__name__}", (LetterByLetter, base), {})
+
+
 class CLVRModel(InternVLModel):
     config_class = CLVRConfig
 
     def __init__(self, config: CLVRConfig):
         super().__init__(config)
-        self.language_model = CLVRTextModel(config.text_config)
+        self.language_model = letter_by_letter(type(self.language_model))(config.text_config)
         self.post_init()
 
 
@@ -231,8 +237,9 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
     def image_tokens(self, features, stream_tiles):
         """Returns the image tokens [k, H] of the stream."""
         stream = features[stream_tiles]
-        side = math.isqrt(stream.shape[1])
-        stream = stream.reshape(len(stream), side, side, -1)
+        vision = self.config.vision_config
+        sides = [s // p for s, p in zip(vision.image_size, vision.patch_size, strict=True)]
+        stream = stream.reshape(len(stream), *sides, -1)
         stream = self.model.pixel_shuffle(stream, scale_factor=self.config.downsample_ratio)
         stream = self.model.multi_modal_projector(stream.flatten(1, 2))
         return stream.flatten(0, 1)

@@ -90,17 +90,21 @@ class LayerModule(Protocol):
 PARTS = ("build", "run", "State")
 
 
-def torch_half(kind: LayerKind) -> type[LayerModule]:
+def torch_half(kind: LayerKind, instead: str | None = None) -> type[LayerModule]:
     """Imports the class that a kind names.
+
+    Args:
+        instead: dotted path of the class that a language family computes the letter with.
 
     Raises:
         ConfigError: if it cannot be imported or lacks a part of `LayerModule`, in one line.
     """
-    found = import_object(kind.module, f"layer {kind.letter} ({kind.title}):", kind="class")
+    path = instead or kind.module
+    found = import_object(path, f"layer {kind.letter} ({kind.title}):", kind="class")
     for part in PARTS:
         if not hasattr(found, part):
             raise ConfigError(
-                f"layer {kind.letter} ({kind.title}): {kind.module} has no `{part}`; it needs "
+                f"layer {kind.letter} ({kind.title}): {path} has no `{part}`; it needs "
                 f"{', '.join(PARTS)}"
             )
     return found

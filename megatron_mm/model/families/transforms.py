@@ -1,9 +1,8 @@
 """Invertible rearrangements between hf tensors and an mcore tensor.
 
 A transform describes two things: the shapes of the hf tensors, and the order in which their rows
-stand in the mcore tensor. Both directions (`ours`: hf to mcore, `theirs`: mcore to hf) follow from
-this one description, so they cannot disagree: a permutation is inverted by sorting it. Values are
-only moved, never changed.
+stand in the mcore tensor. Both directions follow from this one description, so they cannot
+disagree: a permutation is inverted by sorting it. Values are only moved, never changed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Shape = tuple[int, ...]
 class Transform:
     """Identity: one hf tensor is the mcore tensor. Base class of the other transforms."""
 
-    def shapes(self, shape: Shape) -> list[Shape]:
+    def hf_shapes(self, shape: Shape) -> list[Shape]:
         """Shapes of the hf tensors of an mcore tensor of `shape`.
 
         Raises:
@@ -34,7 +33,7 @@ class Transform:
         elements keep their order."""
         return None
 
-    def ours(
+    def to_mcore(
         self, hf: Sequence[torch.Tensor], shape: Shape, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Makes the mcore tensor of `shape` from the hf tensors, in `out` if given."""
@@ -51,9 +50,9 @@ class Transform:
             flat = flat.view(len(order), -1).index_select(0, order)
         return flat.view(shape) if out is None else out.copy_(flat.view(shape))
 
-    def theirs(self, mcore: torch.Tensor) -> list[torch.Tensor]:
-        """Makes the hf tensors from the mcore tensor; inverse of `ours`."""
-        shapes = self.shapes(tuple(mcore.shape))
+    def to_hf(self, mcore: torch.Tensor) -> list[torch.Tensor]:
+        """Makes the hf tensors from the mcore tensor; inverse of `to_mcore`."""
+        shapes = self.hf_shapes(tuple(mcore.shape))
         flat, order = mcore.reshape(-1), self.order()
         if order is not None:
             flat = flat.view(len(order), -1).index_select(0, order.argsort()).view(-1)
@@ -67,7 +66,7 @@ class Stacked(Transform):
 
     count: int
 
-    def shapes(self, shape: Shape) -> list[Shape]:
+    def hf_shapes(self, shape: Shape) -> list[Shape]:
         if shape[0] != self.count:
             raise ValueError(f"{self.count} tensors do not make {list(shape)}")
         return [shape[1:]] * self.count
@@ -77,7 +76,7 @@ class Stacked(Transform):
 class Joined(Transform):
     """Concatenation: the first two mcore dimensions are one of the hf tensor (gate and up)."""
 
-    def shapes(self, shape: Shape) -> list[Shape]:
+    def hf_shapes(self, shape: Shape) -> list[Shape]:
         return [(shape[0] * shape[1], *shape[2:])]
 
 
@@ -88,22 +87,22 @@ class ByHead(Transform):
     Attributes:
         heads: number of heads.
         rows: rows per head of each kind.
-        fused: whether the kinds are concatenated in a single hf tensor.
-        unit: whether the hf tensor has an extra dimension of size 1 after the first.
+        fused: number of kinds, from the first, that are concatenated in one hf tensor; each of the
+            others has a tensor of its own.
+        unit: whether the hf tensors have an extra dimension of size 1 after the first.
     """
 
     heads: int
     rows: tuple[int, ...]
-    fused: bool = False
+    fused: int = 1
     unit: bool = False
 
-    def shapes(self, shape: Shape) -> list[Shape]:
+    def hf_shapes(self, shape: Shape) -> list[Shape]:
         if shape[0] != self.heads * sum(self.rows):
             raise ValueError(f"{self.heads} heads of {sum(self.rows)} rows are not {list(shape)}")
         rest = (1, *shape[1:]) if self.unit else shape[1:]
-        if self.fused:
-            return [(shape[0], *rest)]
-        return [(self.heads * rows, *rest) for rows in self.rows]
+        tensors = [sum(self.rows[: self.fused]), *self.rows[self.fused :]]
+        return [(self.heads * rows, *rest) for rows in tensors]
 
     def order(self) -> torch.Tensor:
         total = self.heads * sum(self.rows)
