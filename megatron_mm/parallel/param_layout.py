@@ -89,7 +89,7 @@ def place(
         view: local shape of the view; default the parameter's own shape.
         whole: sizes of whole dimensions that are less than their ranks' blocks together.
         partial_gradient: replicated over tensor-parallel ranks that each see other positions or
-            heads, so its gradient must be summed over them (docs/design.md 4.3).
+            heads, so its gradient must be summed over them (DESIGN: never silent).
     """
     local = tuple(view or param.shape)
     if math.prod(local) != param.numel():
