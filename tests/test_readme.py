@@ -87,7 +87,8 @@ def test_every_source_file_is_named_in_the_page_of_its_room():
             names.add(path.name)
         if not any(f"`{entry}`" in text_of(folder / "README.md") for entry in names):
             missing.append(f"{name(folder / 'README.md')} lacks {inside}")
-    assert len(files) > 200 and not missing
+    assert len(files) > 200
+    assert not missing, "\n".join(missing)
 
 
 def test_every_file_named_exists():
@@ -103,11 +104,12 @@ def test_every_file_named_exists():
             bases = (page.parent, ROOT / "megatron_mm", ROOT / "tests")
             if entry not in known and not any((base / entry).is_file() for base in bases):
                 missing.append(f"{name(page)}: {entry}")
-    assert named > 200 and not missing
+    assert named > 200
+    assert not missing, "\n".join(missing)
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Returns the anchors of a page's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -123,7 +125,8 @@ def test_every_link_leads_somewhere():
             there = (page.parent / path).resolve() if path else page
             if not there.exists() or (anchor and anchor not in anchors(there)):
                 broken.append(f"{name(page)}: {target}")
-    assert found > 60 and not broken
+    assert found > 60
+    assert not broken, "\n".join(broken)
 
 
 def test_every_make_target_exists():
@@ -175,7 +178,8 @@ def test_every_flag_exists():
     for page in pages():
         parts = [*commands(page), text_of(page)]
         unknown += [f"{name(page)}: {flag}" for part in parts for flag in unknown_flags(part)]
-    assert {"--save", "--finetune"} <= trainers_flags() and not unknown
+    assert {"--save", "--finetune"} <= trainers_flags()
+    assert not unknown, "\n".join(unknown)
 
 
 def test_a_wrong_flag_would_be_seen():
@@ -231,4 +235,5 @@ def test_python_examples_run(tmp_path):
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert len(examples) > 8 and done.returncode == 0, done.stderr
+    assert len(examples) > 8
+    assert done.returncode == 0, done.stderr
