@@ -135,8 +135,8 @@ def on_rank_refused(run: RunConfig) -> str:
     [
         (
             "LOSSLESS",
-            "objective support.smoothed.LOSSLESS: its objective WithoutLoss has no `loss`; it needs "
-            "positions, loss, router_term",
+            "objective support.smoothed.LOSSLESS: its objective WithoutLoss has no `loss`; it "
+            "needs positions, loss, router_term",
         ),
         (
             "NOWHERE",
