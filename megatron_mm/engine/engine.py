@@ -101,7 +101,7 @@ class Engine:
         return cls(run, groups, models, optimizer, build_scheduler(run, optimizer))
 
     def training(self, mode: bool) -> None:
-        """Switch every stage to training or to evaluation."""
+        """Switches every stage to training or to evaluation."""
         for model in self.models:
             model.train(mode)
 
@@ -136,21 +136,21 @@ class Engine:
         return found
 
     def gradient_norm(self) -> float:
-        """Over every parameter of the model, before clipping; the same on every rank."""
+        """The norm over every parameter of the model, before clipping; the same on every rank."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
     def update(self, gradient_norm: float) -> None:
-        """Clip, step, advance the schedule.
+        """Clips, steps, advances the schedule.
 
         Args:
-            gradient_norm: what `gradient_norm` returned for these gradients.
+            gradient_norm: returned by `gradient_norm` for these gradients.
         """
         clip_and_step(self.optimizer, gradient_norm, self.run.optimizer.clip_grad)
         self.scheduler.step(increment=1)
 
     def learning_rate(self) -> float:
-        """Of the language model; other modules have multiples of it."""
+        """The rate of the language model; other modules have multiples of it."""
         return float(self.scheduler.get_lr({}))
 
     def forward(
@@ -162,8 +162,9 @@ class Engine:
         caches: Sequence[DecodeCache] | None = None,
         routes: Sequence[Routes] | None = None,
     ) -> list:
-        """Forward passes only: `finish(logits, batch, positions)` per microbatch on the last
-        stage, where both callables mean what they mean in `Objective`.
+        """Runs forward passes only; returns `finish(logits, batch, positions)` of each microbatch on
+        the last stage. The arguments are those of `Objective.loss`; `positions` is
+        `Objective.positions`.
 
         Args:
             looks: if given, filled with the attention weights of this stage's looks.
@@ -189,7 +190,7 @@ class Engine:
 
     @contextmanager
     def forbidding(self, experts: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """Without some experts, for evaluation: moe index -> bool [E], True where no token may go.
+        """Leaves experts out, for evaluation: moe index -> bool [E], True where no token may go.
         Every rank gives those of every layer.
 
         Raises:
@@ -264,6 +265,6 @@ def forward_step(finish: Callable, **model_kwargs) -> Callable:
 
 
 def _each(models: list[DistributedDataParallel], method: str) -> Callable | list[Callable]:
-    """What the schedules expect: one function, or with virtual stages one of each."""
+    """The form that the schedules expect: one function, or with virtual stages one of each."""
     functions = [getattr(model, method) for model in models]
     return functions if len(functions) > 1 else functions[0]

@@ -1,4 +1,4 @@
-"""How microbatches reach the ranks, and how ranks agree before they compute.
+"""The way of microbatches to the ranks, and the agreement of ranks before they compute.
 
 One rank of each data-parallel replica reads; the others receive what it read. A bad row
 is therefore seen by one rank only, so before any schedule starts all ranks of the job
@@ -51,7 +51,7 @@ def receive(
     stop: bool = False,
     plan: Callable[[], int] | None = None,
 ) -> tuple[list[Microbatch], bool]:
-    """The microbatches that the replica's reader read, and whether any rank wants to stop.
+    """Returns the microbatches that the replica's reader read, and whether any rank wants to stop.
 
     Args:
         read: called on the reader only; may raise DataError.
@@ -75,7 +75,7 @@ def receive(
 
 
 def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
-    """What `make` gives on the replica's reader, on all ranks of the replica.
+    """Returns the value that `make` gives on the replica's reader, on all ranks of the replica.
 
     Raises:
         DataError: on every rank of the job, if it failed on any reader.

@@ -42,7 +42,7 @@ def decays(name: str, param: torch.Tensor) -> bool:
 
 
 def freeze(model: torch.nn.Module, run: RunConfig) -> None:
-    """Switch off the gradients of every module whose freeze flag is set, and of what LoRA
+    """Switches off the gradients of every module whose freeze flag is set, and of what LoRA
     adapts; adapters always learn."""
     for name, param in model.named_parameters():
         module = module_of(name)
@@ -95,7 +95,7 @@ def overlaps(run: RunConfig, pg: ProcessGroupCollection) -> tuple[bool, bool]:
 
 
 def overlap_settings(parallel: ParallelConfig, hides: bool) -> tuple[bool, bool]:
-    """What is asked for; what is left open is on where it hides anything."""
+    """Returns the overlaps that are asked for; those left open are on where they hide anything."""
     reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
     reduce = hides if reduce is None else reduce
     hides = hides and reduce and parallel.use_distributed_optimizer

@@ -107,7 +107,7 @@ class MetricsLogger:
             )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record `metrics` of `step`. A step may be logged more than once, with other keys."""
+        """Records `metrics` of `step`. A step may be logged more than once, with other keys."""
         if not self.enabled or self._file is None:
             return
         numbers = {key: float(value) for key, value in metrics.items()}
@@ -127,8 +127,8 @@ class MetricsLogger:
         self._show(step, numbers)
 
     def table(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Append rows to show (completions and their rewards) to a file of their own. What JSON has
-        no word for (a date of a parquet row) becomes text."""
+        """Appends rows to show (completions and their rewards) to a file of their own. Values that
+        JSON has no type for (a date of a parquet row) become text."""
         if not self.enabled or not rows:
             return
         try:
@@ -140,7 +140,7 @@ class MetricsLogger:
             print(f"warning: step {step}'s table was not written: {error}", file=self._stream)
 
     def close(self) -> None:
-        """Finish all views. May be called twice."""
+        """Finishes all views. May be called twice."""
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard is not None:
@@ -196,14 +196,14 @@ class MetricsLogger:
 
 
 def _compact(value: float) -> float | int | None:
-    """Counts as integers, and nothing that JSON cannot say."""
+    """Returns counts as integers, and None for numbers that JSON cannot hold."""
     if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _open_record(path: Path, start_step: int) -> TextIO:
-    """Open for appending after dropping the records past `start_step`."""
+    """Opens a file for appending after dropping the records past `start_step`."""
     found = read_metrics(path)
     if not all(isinstance(record, dict) and "iteration" in record for record in found):
         raise ValueError(f"{path}: not a record of a run; use another output_dir")

@@ -92,7 +92,7 @@ def _tell(initialized: list[str], ignored: list[str], most: int = 4) -> None:
 
 
 def _tell_order(saved: dict | None, here: dict) -> None:
-    """Say so if the numbers in the loader's state now mean other samples."""
+    """Warns if the numbers in the loader's state now mean other samples."""
     if saved is None or saved == here or dist.get_rank():
         return
     what = next(key for key in here if saved.get(key) != here[key])

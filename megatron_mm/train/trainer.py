@@ -1,5 +1,5 @@
-"""A run between its steps: its engine, its place in the data, its checkpoints. One step reads,
-agrees, runs forward and backward, checks, updates.
+"""A run between its steps: its engine, its position in the data, its checkpoints. A step reads,
+agrees with the other ranks, runs forward and backward, checks and updates.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Trainer:
         self.stop_requested = True
 
     def step(self) -> dict[str, float] | None:
-        """One optimizer step; None if some rank was asked to stop before it.
+        """Runs one optimizer step; returns its metrics, or None if some rank was asked to stop
+        before it.
 
         Raises:
             DataError: a row is bad (on every rank).
@@ -125,7 +126,7 @@ class Trainer:
         return metrics
 
     def _counts(self, batches: list[Microbatch]) -> Metrics:
-        """What was read; only readers know."""
+        """Counts what was read; only readers know."""
         metrics = Metrics()
         if self.groups.is_reader:
             metrics.sum("train/tokens", sum(batch.num_real_tokens for batch in batches))
@@ -142,7 +143,7 @@ class Trainer:
         )
 
     def _rows_of(self, batches: list[Microbatch], most: int = 8) -> str:
-        """The first rows of the step over all replicas. Every rank calls it."""
+        """Names the first rows of the step over all replicas. Every rank calls it."""
         mine = [row for batch in batches for row in batch.samples if self.groups.is_reader]
         parts: list = [None] * self.groups.world.size()
         dist.all_gather_object(parts, mine, group=self.groups.world)
@@ -158,7 +159,7 @@ class Trainer:
         return raise_together(self.groups, None, self.seconds >= 60 * limit)
 
     def save(self) -> float:
-        """Save, or start to (`async_save`); for how many seconds training stood still."""
+        """Saves, or starts to (`async_save`); returns the seconds for which training paused."""
         folder = Path(self.run.checkpoint.save)
         extra = {"seconds": self.seconds, "data": self.loader.order, NOTES: self.notes}
         extra["objective"] = self.run.training.objective
