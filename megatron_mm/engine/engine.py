@@ -162,8 +162,8 @@ class Engine:
         caches: Sequence[DecodeCache] | None = None,
         routes: Sequence[Routes] | None = None,
     ) -> list:
-        """Runs forward passes only; returns `finish(logits, batch, positions)` of each microbatch on
-        the last stage. The arguments are those of `Objective.loss`; `positions` is
+        """Runs forward passes only; returns `finish(logits, batch, positions)` of each microbatch
+        on the last stage. The arguments are those of `Objective.loss`; `positions` is
         `Objective.positions`.
 
         Args:

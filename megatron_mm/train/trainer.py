@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ class Trainer:
             "perf/iteration_time": time.perf_counter() - begin,
         }
 
-    def _reduced(self, parts: list[Metrics], batches: list[Microbatch]) -> dict[str, float]:
+    def _reduced(self, parts: Sequence[Metrics], batches: Sequence[Microbatch]) -> dict[str, float]:
         """The metrics of the step over all microbatches and ranks; the same on every rank.
 
         Raises:
@@ -125,7 +126,7 @@ class Trainer:
             raise DataError(f"every row of a step was left out, the first because: {reasons[0]}")
         return metrics
 
-    def _counts(self, batches: list[Microbatch]) -> Metrics:
+    def _counts(self, batches: Sequence[Microbatch]) -> Metrics:
         """Counts what was read; only readers know."""
         metrics = Metrics()
         if self.groups.is_reader:
@@ -136,13 +137,13 @@ class Trainer:
             metrics.sum("train/consumed_samples", self.loader.consumed_samples)
         return metrics
 
-    def _text(self, problem: NotFinite, batches: list[Microbatch]) -> str:
+    def _text(self, problem: NotFinite, batches: Sequence[Microbatch]) -> str:
         return (
             f"{problem.name} {problem.value} at iteration {self.iteration + 1}: nothing was "
             f"updated; the microbatch was {', '.join(batches[problem.part].samples)}"
         )
 
-    def _rows_of(self, batches: list[Microbatch], most: int = 8) -> str:
+    def _rows_of(self, batches: Sequence[Microbatch], most: int = 8) -> str:
         """Names the first rows of the step over all replicas. Every rank calls it."""
         mine = [row for batch in batches for row in batch.samples if self.groups.is_reader]
         parts: list = [None] * self.groups.world.size()
