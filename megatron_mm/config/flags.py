@@ -20,7 +20,7 @@ from megatron_mm.errors import ConfigError
 
 @dataclass
 class Flags:
-    """What a command line said. `values` holds only the leaves that were given, by path."""
+    """The flags of a command line. `values` holds only the leaves that were given, by path."""
 
     config: str | None = None
     preset: str | None = None

@@ -3,7 +3,7 @@
 The three are laid on each other in that order: YAML overrides the preset, flags override
 the YAML. In the file `model:` may name a `preset:` beside its own keys, and so may
 `model: vision:`; `base:` names a file, relative to its own, that it overrides. Loading
-checks names and types; `validate.py` checks the sizes.
+checks names and types; `checks.py` checks the sizes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Number = float | torch.Tensor
+type Number = float | torch.Tensor
 Kind = Literal["mean", "sum", "max", "term"]
 
 

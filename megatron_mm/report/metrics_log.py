@@ -79,7 +79,7 @@ class MetricsLogger:
         start_step: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
-        console: Sequence[str] = (),
+        console: Sequence[str] = ("train/lm_loss",),
     ) -> None:
         self.enabled = enabled
         self._shown = (*console, *CONSOLE_KEYS)

@@ -77,7 +77,11 @@ class ExpertAlignedObjective(PolicyObjective):
     """The policy loss with EARL's router term (earl/router_term.py), whose targets stand in the
     batches' `router`."""
 
-    def router_term(
+    def __init__(self, rl: RLConfig):
+        super().__init__(rl)
+        self.router_term = self._router_term
+
+    def _router_term(
         self, logits_tE: torch.Tensor, batch: PolicyBatch, moe_index: int, positions: range
     ) -> torch.Tensor:
         routes_Tk = None if batch.routes is None else batch.routes[moe_index]

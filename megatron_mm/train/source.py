@@ -70,7 +70,9 @@ def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, Loader]:
     Raises:
         DataError: on every rank, if any rank cannot open them.
     """
-    tokenizer = loader = error = None
+    tokenizer: Any = None
+    loader: Any = None
+    error = None
     ranks = {
         "data_parallel_rank": groups.pg.dp.rank(),
         "data_parallel_size": groups.pg.dp.size(),
@@ -93,7 +95,9 @@ def open_source(run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: Lo
         DataError: on every rank, if the source or its objective cannot be imported or lacks a
             part on any of them.
     """
-    make = source = error = None
+    make: Any = None
+    source: Any = None
+    error = None
     try:
         make = part_of(run, "source")
     except ConfigError as problem:

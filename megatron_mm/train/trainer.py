@@ -1,5 +1,5 @@
-"""A run between its steps: its engine, its place in the data, its checkpoints. One step reads,
-agrees, runs forward and backward, checks, updates.
+"""A run between its steps: its engine, its position in the data, its checkpoints. A step reads,
+agrees with the other ranks, runs forward and backward, checks and updates.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,7 +73,8 @@ class Trainer:
         self.stop_requested = True
 
     def step(self) -> dict[str, float] | None:
-        """One optimizer step; None if some rank was asked to stop before it.
+        """Runs one optimizer step; returns its metrics, or None if some rank was asked to stop
+        before it.
 
         Raises:
             DataError: a row is bad (on every rank).
@@ -102,7 +104,7 @@ class Trainer:
             "perf/iteration_time": time.perf_counter() - begin,
         }
 
-    def _reduced(self, parts: list[Metrics], batches: list[Microbatch]) -> dict[str, float]:
+    def _reduced(self, parts: Sequence[Metrics], batches: Sequence[Microbatch]) -> dict[str, float]:
         """The metrics of the step over all microbatches and ranks; the same on every rank.
 
         Raises:
@@ -126,8 +128,8 @@ class Trainer:
             raise DataError(f"every row of a step was left out, the first because: {reasons[0]}")
         return metrics
 
-    def _counts(self, batches: list[Microbatch]) -> Metrics:
-        """What was read; only readers know."""
+    def _counts(self, batches: Sequence[Microbatch]) -> Metrics:
+        """Counts what was read; only readers know."""
         metrics = Metrics()
         if self.groups.is_reader:
             metrics.sum("train/tokens", sum(batch.num_real_tokens for batch in batches))
@@ -137,14 +139,14 @@ class Trainer:
             metrics.sum("train/consumed_samples", self.loader.consumed_samples)
         return metrics
 
-    def _text(self, problem: NotFinite, batches: list[Microbatch]) -> str:
+    def _text(self, problem: NotFinite, batches: Sequence[Microbatch]) -> str:
         return (
             f"{problem.name} {problem.value} at iteration {self.iteration + 1}: nothing was "
             f"updated; the microbatch was {', '.join(batches[problem.part].samples)}"
         )
 
-    def _rows_of(self, batches: list[Microbatch], most: int = 8) -> str:
-        """The first rows of the step over all replicas. Every rank calls it."""
+    def _rows_of(self, batches: Sequence[Microbatch], most: int = 8) -> str:
+        """Names the first rows of the step over all replicas. Every rank calls it."""
         mine = [row for batch in batches for row in batch.samples if self.groups.is_reader]
         parts: list = [None] * self.groups.world.size()
         dist.all_gather_object(parts, mine, group=self.groups.world)
@@ -160,7 +162,7 @@ class Trainer:
         return raise_together(self.groups, None, self.seconds >= 60 * limit)
 
     def save(self) -> float:
-        """Save, or start to (`async_save`); for how many seconds training stood still."""
+        """Saves, or starts to (`async_save`); returns the seconds for which training paused."""
         folder = Path(self.run.checkpoint.save)
         extra = {"seconds": self.seconds, "data": self.loader.order, NOTES: self.notes}
         extra["objective"] = self.run.training.objective

@@ -59,6 +59,7 @@ class RewardFunction:
         if self._verl:
             self.wants |= {"data_source", "extra_info"}
         self.wants_routes = "routed_experts" in parameters
+        self._logs = "log_metric" in parameters
 
     def __call__(
         self,
@@ -67,6 +68,7 @@ class RewardFunction:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         routed_experts: Sequence[Any] | None,
+        log_metric: Callable[[str, float], None],
     ) -> Any:
         """Calls the function and returns its result, that of a coroutine after running it.
 
@@ -77,6 +79,8 @@ class RewardFunction:
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         if self.wants_routes:
             given["routed_experts"] = routed_experts
+        if self._logs:
+            given["log_metric"] = log_metric
         given = dict(columns) | given
         if self._verl:
             return [self._score_verl(i, given) for i in range(len(completions))]

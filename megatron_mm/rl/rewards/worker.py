@@ -36,6 +36,18 @@ class Score(NamedTuple):
     reason: str | None = None
 
 
+class Answer(NamedTuple):
+    """The worker's answer to a call.
+
+    Attributes:
+        scores: one for each sample.
+        logged: numbers that the function gave to `log_metric`, by the metric's name.
+    """
+
+    scores: list[Score]
+    logged: list[tuple[str, float]]
+
+
 class Ready(NamedTuple):
     """A worker's first answer: the columns that each function takes (see RewardFunction)."""
 
@@ -64,16 +76,21 @@ def work(pipe: Connection, lifeline: Connection, specs: Sequence[Spec]) -> None:
         pipe.send(scores_of(functions[number], arguments))
 
 
-def scores_of(function: RewardFunction, arguments: Sequence[Any]) -> list[Score] | str:
+def scores_of(function: RewardFunction, arguments: Sequence[Any]) -> Answer | str:
     """Returns one score for each sample, or the reason why the call has none."""
     count = len(arguments[1])
+    logged: list[tuple[str, float]] = []
+
+    def log_metric(name: str, value: float) -> None:
+        logged.append((str(name), float(value)))
+
     try:
-        result = function(*arguments)
+        result = function(*arguments, log_metric)
         # Tensors and arrays have tolist.
         values = result.tolist() if hasattr(result, "tolist") else list(result)
         if len(values) != count:
             return f"returned {len(values)} rewards for {count} completions"
-        return [_score(value) for value in values]
+        return Answer([_score(value) for value in values], logged)
     except BaseException as error:  # SystemExit too
         return one_line(error)
 

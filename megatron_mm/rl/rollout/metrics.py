@@ -60,6 +60,9 @@ def rollout_metrics(
         pairs["rollout/generated"] = [float(scored.generated), 0.0]
         pairs["rollout/skipped"] = [float(len(scored.skipped)), 0.0]
         pairs["rollout/missing_clusters"] = [float(scored.missing), 0.0]
+        for name, value in scored.logged:
+            total, count = pairs.get(name, [0.0, 0.0])
+            pairs[name] = [total + value, count + 1]
     load: dict[int, torch.Tensor] = {}
     if groups.pg.tp_cp.rank() == 0 and layers:
         load = expert_load(completions, layers, experts)

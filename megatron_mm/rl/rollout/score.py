@@ -42,6 +42,7 @@ class Scored:
         skipped: the rows that could not be read, with the reason.
         failures: the reasons why rewards failed, with the row.
         seconds: by phase.
+        logged: numbers that reward functions logged, by the metric's name; a metric is their mean.
     """
 
     groups: tuple[Group, ...]
@@ -55,6 +56,7 @@ class Scored:
     skipped: tuple[str, ...]
     failures: tuple[str, ...]
     seconds: dict[str, float]
+    logged: tuple[tuple[str, float], ...] = ()
 
     @property
     def completions(self) -> list[Completion]:
@@ -95,6 +97,7 @@ def join(rounds: Sequence[Scored]) -> Scored:
         skipped=chained("skipped"),
         failures=chained("failures"),
         seconds={name: sum(one.seconds[name] for one in rounds) for name in rounds[0].seconds},
+        logged=chained("logged"),
     )
 
 
@@ -168,6 +171,7 @@ class Scorer:
             skipped=rollout.skipped,
             failures=verdict.failures,
             seconds={"generate": rollout.seconds, "reward": time.perf_counter() - begin},
+            logged=verdict.logged,
         )
 
     def _judge(
@@ -200,6 +204,7 @@ class Scorer:
             tuple(failures),
             [spans for spans, _ in labelled],
             sum(missing for _, missing in labelled),
+            tuple(rewards.logged),
         )
 
 
@@ -212,6 +217,7 @@ class _Verdict:
     failures: tuple[str, ...]
     spans_N: list[list[Span]]
     missing: int
+    logged: tuple[tuple[str, float], ...]
 
 
 def _messages(prompt: Prompt) -> list[dict[str, str]]:
