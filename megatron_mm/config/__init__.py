@@ -13,6 +13,7 @@ from megatron_mm.config.pattern import (
     num_layers,
     parse_pattern,
     reads_memory,
+    routed_layers,
     stages,
     without_clvr,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "parse_pattern",
     "preset",
     "reads_memory",
+    "routed_layers",
     "resolve_algorithm",
     "rollout_plan",
     "stages",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_mm.checkpoint.saver import Saver
-from megatron_mm.config import RunConfig, token_multiple
+from megatron_mm.config import RunConfig, effective_pattern, routed_layers, token_multiple
 from megatron_mm.convert.folder import NOTES
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.loading.loader import TrainLoader
@@ -175,7 +175,7 @@ class Trainer:
         return ", ".join(rows[:most]) + more
 
     def _load_balance(self, microbatches: int) -> float:
-        """Mean over layers and microbatches of the balancing loss before its coefficient
+        """Mean over layers of experts and microbatches of the balancing loss before its coefficient
         (1 is perfect balance)."""
         name, layers = "load_balancing_loss", self.engine.config.num_layers
         tracker, losses = get_moe_metrics_tracker(), {}
@@ -187,7 +187,7 @@ class Trainer:
             loss_scale=1.0 / microbatches,
             iteration=self.iteration,
             track_names=name,
-            num_layers=layers,
+            num_layers=max(1, len(routed_layers(effective_pattern(self.run.model)))),
             total_loss_dict=losses,
             pg_collection=self.groups.pg,
         )

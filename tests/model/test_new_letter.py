@@ -47,7 +47,7 @@ from support.checkpoint_runs import create, tiny_run, train, whole
 from support.layouts import parallel_config, step_gradients
 from support.planned_layouts import layout_run, measure, planned, the_batch
 from support.slow_generate import generate as slow_generate
-from support.trainers import digits_run, random_engine
+from support.trainers import digits_run, new_trainer, random_engine
 
 PATTERN = "GM *E GE L J *M"
 
@@ -254,6 +254,16 @@ def test_gradients_do_not_depend_on_the_layout(ranks, reference, sizes, recomput
     for name, value in expected.items():
         if name != "replicas":
             assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def balance_of_a_step(run: RunConfig) -> float:
+    return new_trainer(run).step()["load_balancing_loss"]
+
+
+def test_layers_without_experts_have_no_share_in_their_balance(ranks, scenes):
+    """1 is perfect; the mean over all four layers would be about half of it."""
+    balance = ranks(1, on_rank, balance_of_a_step, with_mlp(digits_run(scenes)))[0]
+    assert 0.95 < balance < 2
 
 
 # ---- decoding
