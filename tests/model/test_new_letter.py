@@ -163,6 +163,18 @@ def test_its_settings_are_checked():
         load(None, ["--preset", "tiny", "--hybrid-layer-pattern", "GM*E", "--mlp-hidden-size", "x"])
 
 
+@dataclass
+class Clashing:
+    hidden_size: PositiveInt = 3
+
+
+def test_a_setting_whose_name_is_taken_is_refused(monkeypatch):
+    kind = replace(MLP, letter="Q", settings=Clashing)
+    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": kind})
+    with pytest.raises(ConfigError, match=r"layers.Q.hidden_size has the name of model.language.h"):
+        load(None, ["--preset", "tiny"])
+
+
 def test_the_pattern_knows_it():
     layers = parse_pattern(PATTERN)
     assert [(layer.kind, layer.number) for layer in layers if layer.kind in "ME"] == [
