@@ -175,6 +175,16 @@ def test_a_setting_whose_name_is_taken_is_refused(monkeypatch):
         load(None, ["--preset", "tiny"])
 
 
+def test_a_layer_that_reads_the_memory_needs_one(monkeypatch):
+    """Sides are dropped where there is nothing to see; a numbered layer cannot be."""
+    kind = replace(MLP, letter="Q", reads_memory=True, settings=None, check=lambda run: None)
+    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": kind})
+    run = small_run("GQ L J", vision_memory="none")
+    run.model.language.num_experts = 8
+    with pytest.raises(ConfigError, match="vision_memory is 'none'; allowed: another one with Q"):
+        validate(run)
+
+
 def test_the_pattern_knows_it():
     layers = parse_pattern(PATTERN)
     assert [(layer.kind, layer.number) for layer in layers if layer.kind in "ME"] == [
@@ -389,6 +399,8 @@ def test_a_kind_without_a_part_is_named():
         ({"role": "side"}, "letter Q: role is 'side' and pair is None"),
         ({"pair": "opens"}, "letter Q: role is 'ffn' and pair is 'opens'"),
         ({"module": None}, "letter Q: module is None; allowed: the dotted path"),
+        ({"role": "head"}, "letter Q: role is 'head'; allowed: mixer, ffn, side"),
+        ({"recompute": "all"}, "letter Q: recompute is 'all'; allowed: moe, None"),
     ):
         with pytest.raises(ConfigError, match=words):
             replace(MLP, **{"letter": "Q"} | options)
