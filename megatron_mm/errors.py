@@ -39,5 +39,7 @@ def unknown(what: str, name: object, allowed: Iterable[str]) -> ConfigError:
     """Returns the error for an unknown name. It lists similar names, else all of `allowed`."""
     allowed = sorted(allowed)
     near = get_close_matches(str(name), allowed, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed) or 'none'}"
+    )
     return ConfigError(f"unknown {what} {name}; {hint}")

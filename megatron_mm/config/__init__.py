@@ -13,6 +13,7 @@ from megatron_mm.config.pattern import (
     num_layers,
     parse_pattern,
     reads_memory,
+    routed_layers,
     stages,
     without_clvr,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "preset",
     "read_memories",
     "reads_memory",
+    "routed_layers",
     "run_of_checkpoint",
     "stages",
     "to_dict",

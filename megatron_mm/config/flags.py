@@ -87,7 +87,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="a YAML file that holds a run")
     parser.add_argument("--preset", metavar="NAME", help="the model to start from")
     groups: dict[str, Any] = {}
+    paths: dict[str, str] = {}
     for leaf in leaves(RunConfig):
+        path = ".".join(leaf.path)
+        if leaf.name in paths:  # of a plug-in: ours are told apart by a test
+            raise ConfigError(
+                f"setting {path} has the name of {paths[leaf.name]}; choose another, since every "
+                "setting is a flag"
+            )
+        paths[leaf.name] = path
         section = ".".join(leaf.path[:-1])
         if section not in groups:
             groups[section] = parser.add_argument_group(section)

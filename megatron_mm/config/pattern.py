@@ -129,6 +129,11 @@ def num_layers(pattern: str) -> int:
     return len({layer.number for layer in parse_pattern(pattern) if layer.numbered})
 
 
+def routed_layers(pattern: str) -> list[int]:
+    """Numbers of the layers with routed experts, in order: their moe indices."""
+    return [layer.number for layer in parse_pattern(pattern) if LAYERS[layer.kind].routed]
+
+
 def reads_memory(model: ModelConfig) -> bool:
     """Whether a layer that is built looks at the vision memory."""
     return any(kind.reads_memory for kind in LAYERS.used(effective_pattern(model)))

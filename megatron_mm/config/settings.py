@@ -178,8 +178,9 @@ class ModelConfig:
         self.layers = {kind.letter: self.layer_settings(kind.letter) for kind in kinds}
 
     def layer_settings(self, letter: str) -> Any:
-        """The settings of a letter's own; its defaults where none are given."""
-        return self.layers.get(letter) or LAYERS[letter].settings()
+        """The settings of a letter's own, with defaults unless given; None if it has none."""
+        kind = LAYERS[letter]
+        return self.layers.get(letter) or (kind.settings and kind.settings())
 
 
 @dataclass

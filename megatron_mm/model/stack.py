@@ -19,7 +19,6 @@ from megatron_mm.config.families import language_family
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
-from megatron_mm.model.decode import LayerState
 from megatron_mm.model.layers.interface import BuildContext, LayerModule, torch_half
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.recompute import Recompute, recomputed
@@ -53,10 +52,6 @@ class SubLayer(nn.Module):
             hidden_size, eps, partial_gradient=config.sequence_parallel, dtype=config.params_dtype
         )
         self.inner = inner
-
-    @property
-    def State(self) -> type[LayerState] | None:  # noqa: N802
-        return self.inner.State
 
     def forward(self, hidden_t1H: torch.Tensor, *args) -> torch.Tensor:
         """[t, 1, H] -> the same; `args` are those of `LayerModule.run`."""
@@ -142,9 +137,10 @@ class Stack(nn.Module):
     ) -> torch.Tensor:
         kind, (held, name) = self.kinds[layer.kind], self._place(layer)
         module, state = held[name], None
-        if context.cache is not None and module.State is not None:
+        make = (module.inner if layer.numbered else module).State
+        if context.cache is not None and make is not None:
             number = layer.number if layer.numbered else layer.pair
-            state = context.cache.state(layer.kind, number, module.State)
+            state = context.cache.state(layer.kind, number, make)
         memories = (payload.memories,) if kind.reads_memory else ()
         run = module if layer.numbered else module.run
         if self.recompute.repeats(kind.recompute):

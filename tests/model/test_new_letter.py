@@ -47,7 +47,7 @@ from support.checkpoint_runs import create, tiny_run, train, whole
 from support.layouts import parallel_config, step_gradients
 from support.planned_layouts import layout_run, measure, planned, the_batch
 from support.slow_generate import generate as slow_generate
-from support.trainers import digits_run, random_engine
+from support.trainers import digits_run, new_trainer, random_engine
 
 PATTERN = "GM *E GE L J *M"
 
@@ -163,6 +163,28 @@ def test_its_settings_are_checked():
         load(None, ["--preset", "tiny", "--hybrid-layer-pattern", "GM*E", "--mlp-hidden-size", "x"])
 
 
+@dataclass
+class Clashing:
+    hidden_size: PositiveInt = 3
+
+
+def test_a_setting_whose_name_is_taken_is_refused(monkeypatch):
+    kind = replace(MLP, letter="Q", settings=Clashing)
+    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": kind})
+    with pytest.raises(ConfigError, match=r"layers.Q.hidden_size has the name of model.language.h"):
+        load(None, ["--preset", "tiny"])
+
+
+def test_a_layer_that_reads_the_memory_needs_one(monkeypatch):
+    """Sides are dropped where there is nothing to see; a numbered layer cannot be."""
+    kind = replace(MLP, letter="Q", reads_memory=True, settings=None, check=lambda run: None)
+    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": kind})
+    run = small_run("GQ L J", vision_memory="none")
+    run.model.language.num_experts = 8
+    with pytest.raises(ConfigError, match="vision_memory is 'none'; allowed: another one with Q"):
+        validate(run)
+
+
 def test_the_pattern_knows_it():
     layers = parse_pattern(PATTERN)
     assert [(layer.kind, layer.number) for layer in layers if layer.kind in "ME"] == [
@@ -254,6 +276,16 @@ def test_gradients_do_not_depend_on_the_layout(ranks, reference, sizes, recomput
     for name, value in expected.items():
         if name != "replicas":
             assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def balance_of_a_step(run: RunConfig) -> float:
+    return new_trainer(run).step()["load_balancing_loss"]
+
+
+def test_layers_without_experts_have_no_share_in_their_balance(ranks, scenes):
+    """1 is perfect; the mean over all four layers would be about half of it."""
+    balance = ranks(1, on_rank, balance_of_a_step, with_mlp(digits_run(scenes)))[0]
+    assert 0.95 < balance < 2
 
 
 # ---- decoding
@@ -367,6 +399,8 @@ def test_a_kind_without_a_part_is_named():
         ({"role": "side"}, "letter Q: role is 'side' and pair is None"),
         ({"pair": "opens"}, "letter Q: role is 'ffn' and pair is 'opens'"),
         ({"module": None}, "letter Q: module is None; allowed: the dotted path"),
+        ({"role": "head"}, "letter Q: role is 'head'; allowed: mixer, ffn, side"),
+        ({"recompute": "all"}, "letter Q: recompute is 'all'; allowed: moe, None"),
     ):
         with pytest.raises(ConfigError, match=words):
             replace(MLP, **{"letter": "Q"} | options)

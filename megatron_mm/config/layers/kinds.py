@@ -30,7 +30,8 @@ def _nothing(run: RunConfig) -> tuple:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """
+    """The torch-free half of a kind of layer.
+
     Attributes:
         letter: its letter in `hybrid_layer_pattern`.
         title: its name for people.
@@ -78,7 +79,7 @@ class LayerKind:
     settings: type | None = None
     check: Callable[[RunConfig], Any] = _nothing
     fp8_features: Callable[[RunConfig], Iterable[tuple[str, int]]] = _nothing
-    recompute: str | None = None
+    recompute: Literal["moe"] | None = None
     lora: tuple[str, ...] = ()
     mixing: Callable[[RunConfig, int], tuple[float, float]] | None = None
     executed_mixing: str | None = None
@@ -89,6 +90,15 @@ class LayerKind:
     hf_settings: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
+        for field, allowed in (
+            ("role", ("mixer", "ffn", "side")),
+            ("pair", ("opens", "closes", None)),
+            ("recompute", ("moe", None)),
+        ):
+            value = getattr(self, field)
+            if value not in allowed:
+                words = ", ".join(map(str, allowed))
+                raise ConfigError(f"letter {self.letter}: {field} is {value!r}; allowed: {words}")
         if (self.role == "side") != (self.pair is not None):
             raise ConfigError(
                 f"letter {self.letter}: role is {self.role!r} and pair is {self.pair!r}; allowed: "
@@ -107,6 +117,8 @@ class LayerKind:
 
 
 class Layers(Registry[LayerKind]):
+    """The registry of letters, with what is asked of all of them together."""
+
     def register(self, name: str, part: LayerKind | str) -> None:
         """Adds a letter.
 
@@ -143,6 +155,6 @@ LAYERS = Layers(
     "letter",
     {letter: f"megatron_mm.config.layers.{path}" for letter, path in _BUILT_IN.items()},
     kind="LayerKind",
-    needs=[field.name for field in fields(LayerKind)],
+    needs=[each.name for each in fields(LayerKind)],
     dotted=False,
 )
