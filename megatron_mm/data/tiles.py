@@ -80,11 +80,13 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
 
 
 def select_tiles(plan: TilePlan, choice: str) -> list[int]:
-    """Returns ascending indices into the plan's tiles for thumbnail / tiles / all.
+    """Returns ascending indices into the plan's tiles for none / thumbnail / tiles / all.
 
     An image of a single tile has no separate thumbnail: that tile is its own summary.
     """
     grid = plan.rows * plan.cols
+    if choice == "none":
+        return []
     if choice == "all":
         return list(range(plan.num_tiles))
     if choice == "tiles" or grid == 1:
