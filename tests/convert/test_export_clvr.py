@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.config import ParallelConfig, RunConfig
+from megatron_mm.config import MemoryConfig, ParallelConfig, RunConfig
 from megatron_mm.convert import parity, their_model, to_hf
 from megatron_mm.convert.folder import travelling
 from megatron_mm.data.collate import collate
@@ -81,8 +81,8 @@ def prompts(folder: Path) -> list[dict]:
     ]
 
 
-def clvr_run(folder: Path, stream: str, memory: str) -> RunConfig:
-    run = small_run(PATTERN, image_stream=stream, vision_memory=memory)
+def clvr_run(folder: Path, fusion: dict) -> RunConfig:
+    run = small_run(PATTERN, **fusion)
     run.model.language.vocab_size = 288
     run.data.tokenizer_model = str(folder)
     run.data.max_num_tiles, run.data.seq_length = 4, 512
@@ -104,7 +104,19 @@ def randomise(engine: Engine) -> None:
             param.mul_(0.3)
 
 
-@pytest.fixture(scope="module", params=[("thumbnail", "tiles"), ("all", "thumbnail")])
+FUSION = {
+    "tiles": {"image_stream": "thumbnail", "vision_memory": "tiles"},
+    "thumbnail": {"image_stream": "all", "vision_memory": "thumbnail"},
+    "two memories": {
+        "image_stream": "thumbnail",
+        "vision_memory": "thumbnail",
+        "memories": {"detail": MemoryConfig("tiles", 16, coordinates=False)},
+        "look_memories": ["detail", "vision", "detail"],
+    },
+}
+
+
+@pytest.fixture(scope="module", params=FUSION)
 def exported(request, tmp_path_factory):
     """(run, engine, folder of its tokenizer, rows, checkpoint `mega` and export `hf`)"""
     root = tmp_path_factory.mktemp("clvr")
@@ -112,7 +124,7 @@ def exported(request, tmp_path_factory):
         (root / name).mkdir()
     make_tokenizer(root / "tokenizer")
     prompts(root / "rows")  # writes the images
-    run = clvr_run(root / "tokenizer", *request.param)
+    run = clvr_run(root / "tokenizer", FUSION[request.param])
     groups.start(ParallelConfig())
     engine = Engine.create(run, groups.build(run.parallel))
     randomise(engine)
@@ -152,11 +164,12 @@ def test_greedy_tokens(exported):
         samples, inputs["input_ids"], inputs["attention_mask"], strict=True
     ):
         assert ids[mask.bool()].tolist() == sample.tokens_T.tolist()
+    held = batch.memories.values()
     for mine, theirs in (
         (batch.pixels_NCHW, "pixel_values"),
         (batch.stream_tiles, "stream_tiles"),
-        (batch.memories["vision"].tiles, "memory_tiles"),
-        (batch.memories["vision"].coordinates_M2, "memory_coordinates"),
+        (torch.cat([memory.tiles for memory in held]), "memory_tiles"),
+        (torch.cat([memory.coordinates_M2 for memory in held]), "memory_coordinates"),
     ):
         assert torch.equal(inputs[theirs], mine), theirs
     hf = load(root / "hf")
