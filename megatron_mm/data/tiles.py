@@ -82,7 +82,7 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
 
 
 def select_tiles(grid: TileGrid, choice: str) -> list[int]:
-    """Returns ascending indices into the grid's tiles for thumbnail / tiles / all.
+    """Returns ascending indices into the grid's tiles for none / thumbnail / tiles / all.
 
     An image of one tile has no separate thumbnail; the tile itself is used in its place.
 
@@ -90,6 +90,8 @@ def select_tiles(grid: TileGrid, choice: str) -> list[int]:
         DataError: the choice is "thumbnail" and the grid has none.
     """
     cells = grid.rows * grid.cols
+    if choice == "none":
+        return []
     if choice == "all":
         return list(range(grid.num_tiles))
     if choice == "tiles" or cells == 1:

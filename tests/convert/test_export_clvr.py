@@ -19,7 +19,7 @@ from transformers import (
 
 from megatron_mm.benchmark.hf_weights import randomise
 from megatron_mm.checkpoint import sharded
-from megatron_mm.config import ParallelConfig, RunConfig
+from megatron_mm.config import MemoryConfig, ParallelConfig, RunConfig
 from megatron_mm.convert import hf_model, parity, to_hf
 from megatron_mm.convert.folder import travelling
 from megatron_mm.data.collate import collate
@@ -70,8 +70,8 @@ def prompts(folder: Path) -> list[dict]:
     ]
 
 
-def clvr_run(folder: Path, stream: str, memory: str, family: str) -> RunConfig:
-    run = small_run(PATTERN, image_stream=stream, vision_memory=memory)
+def clvr_run(folder: Path, fusion: dict, family: str) -> RunConfig:
+    run = small_run(PATTERN, **fusion)
     run.model.language = SMALL_MODELS[family]().language
     run.model.language.vocab_size = 288
     run.data.tokenizer_model = str(folder)
@@ -79,15 +79,24 @@ def clvr_run(folder: Path, stream: str, memory: str, family: str) -> RunConfig:
     return run
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        ("thumbnail", "tiles", "qwen3_next"),
-        ("all", "thumbnail", "qwen3_next"),
-        ("thumbnail", "tiles", "qwen3_5_moe"),
-    ],
-    ids="-".join,
-)
+TILES = {"image_stream": "thumbnail", "vision_memory": "tiles"}
+RUNS = {
+    "tiles": (TILES, "qwen3_next"),
+    "thumbnail": ({"image_stream": "all", "vision_memory": "thumbnail"}, "qwen3_next"),
+    "two memories": (
+        {
+            "image_stream": "thumbnail",
+            "vision_memory": "thumbnail",
+            "memories": {"detail": MemoryConfig("tiles", 16, coordinates=False)},
+            "look_memories": ["detail", "vision", "detail"],
+        },
+        "qwen3_next",
+    ),
+    "qwen3_5_moe": (TILES, "qwen3_5_moe"),
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def exported(request, tmp_path_factory):
     """(run, engine, folder of its tokenizer, rows, checkpoint `mega` and export `hf`)"""
     root = tmp_path_factory.mktemp("clvr")
@@ -95,7 +104,7 @@ def exported(request, tmp_path_factory):
         (root / name).mkdir()
     make_tokenizer(root / "tokenizer")
     prompts(root / "rows")  # writes the images
-    run = clvr_run(root / "tokenizer", *request.param)
+    run = clvr_run(root / "tokenizer", *RUNS[request.param])
     groups.start(ParallelConfig())
     engine = Engine.create(run, groups.build(run.parallel))
     (model,) = engine.chunks
@@ -138,11 +147,12 @@ def test_greedy_tokens(exported):
         samples, inputs["input_ids"], inputs["attention_mask"], strict=True
     ):
         assert ids[mask.bool()].tolist() == sample.tokens_T.tolist()
+    held = batch.memories.values()
     for mine, theirs in (
         (batch.pixels_NCHW, "pixel_values"),
         (batch.stream_tiles, "stream_tiles"),
-        (batch.memories["vision"].tiles, "memory_tiles"),
-        (batch.memories["vision"].coordinates_M2, "memory_coordinates"),
+        (torch.cat([memory.tiles for memory in held]), "memory_tiles"),
+        (torch.cat([memory.coordinates_M2 for memory in held]), "memory_coordinates"),
     ):
         assert torch.equal(inputs[theirs], mine), theirs
     hf = load(root / "hf")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_mm.config import MemoryConfig
 from megatron_mm.data.batch import BatchMemory
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import Rows
@@ -134,6 +135,41 @@ def test_looks_may_be_given_other_images(run, tokenizer, write_rows, make_row):
     of_same, of_own = (made.memories["vision"].coordinates_M2 for made in (same, own))
     assert torch.equal(of_same, of_own)
     assert builder.measure(rows[1], rows.where(1), rows.folder).tiles == len(same.pixels_NCHW) == 3
+
+
+def test_memories_of_several_resolutions_and_images(run, tokenizer, write_rows, make_row):
+    """Each memory holds its own tiles of the images under its own key; the ViT sees a tile once
+    for each key."""
+    run.model.fusion.image_stream = "thumbnail"
+    run.model.fusion.memories = {
+        "overview": MemoryConfig("thumbnail"),
+        "detail": MemoryConfig("tiles"),
+        "other": MemoryConfig("tiles", images="others"),
+    }
+    row = make_row("so <image>?", "4", ["wide.png"]) | {"others": ["other.png"]}
+    path = write_rows(row, row)
+    pixels = np.random.default_rng(9).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path.parent / "other.png")
+    builder, samples = build(run, tokenizer, path)
+    made = batch(builder, samples)
+    assert list(made.memories) == ["overview", "detail", "other"]
+    # Of each row: tiles 0 and 1 and thumbnail 2 of its image, then the other's two tiles.
+    assert made.stream_tiles.tolist() == [2, 7]
+    tiles = {name: held.tiles.tolist() for name, held in made.memories.items()}
+    assert tiles == {"overview": [2, 7], "detail": [0, 1, 5, 6], "other": [3, 4, 8, 9]}
+    halves = normalise(
+        np.stack((pixels[:, :8], pixels[:, 8:])), run.data.image_mean, run.data.image_std
+    )
+    assert torch.equal(made.pixels_NCHW[made.memories["other"].tiles[:2]], halves)
+    for held, count in zip(made.memories.values(), (1, 2, 2), strict=True):
+        assert held.coordinates_M2.shape == held.visible_M2.shape == (2 * count * 16, 2)
+    assert made.memories["overview"].coordinates_M2[0].tolist() == [0.125, 0.125]
+    assert made.memories["detail"].coordinates_M2[0].tolist() == [0.125, 0.0625]
+    assert builder.measure(row, "rows", path.parent).tiles == 5
+    run.model.fusion.memories["other"].images = "absent"
+    needs = "memories.other.images needs as many, of the same grids"
+    with pytest.raises(DataError, match=f"0 images in 'absent' for 1 in 'images'; {needs}"):
+        build(run, tokenizer, path)
 
 
 def test_a_patch_is_visible_from_its_image_to_the_end_of_its_sample(run, tokenizer, three):

@@ -222,7 +222,7 @@ def two_hundred(write_rows, make_row):
 def test_a_budget_lowers_the_tiles_of_all_images_alike(
     run, tokenizer, write_rows, make_row, budget, tiles
 ):
-    run.data.max_image_tokens = budget
+    run.data.max_image_tokens, run.model.fusion.vision_memory = budget, "tiles"
     source = open_source(
         write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)), RowGroupCache()
     )

@@ -12,7 +12,7 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.evaluation.probe import probe
 from megatron_mm.generation.answers import with_answers
-from support.trainers import LAYOUTS, digits_run, prompts_of
+from support.trainers import LAYOUTS, digits_run, prompts_of, with_two_memories
 from support.weights import random_engine
 
 PROBED = ((0, [5, 6, 7]), (2, [9, 10]), (4, [11, 12, 13, 14]))  # question, answer tokens
@@ -54,6 +54,24 @@ def test_looks_spread_one_whole_over_what_is_visible(one_rank_probe, scenes, mix
         sums = weights[:, :patches].sum(-1)
         assert torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
         assert not weights[:, patches:].any()  # another sample's, or none
+
+
+@pytest.mark.parametrize("name", ["one rank", "PP2", "CP2"])
+def test_each_look_spreads_over_the_memory_that_it_reads(ranks, scenes, mixed_rows, name):
+    """The tiles have nine times the patches of the thumbnail."""
+    size, sizes = LAYOUTS[name]
+    run = with_two_memories(digits_run(scenes, seq_length=512, **sizes))
+    found = ranks(size, on_rank_probe, run, mixed_rows)
+    ((looks, _, _, _),) = [rank for rank in found if rank[2]]
+    samples = prompts_of(run, mixed_rows)
+    assert sorted(looks) == [0, 1]
+    for pair, patches in ((0, 36), (1, 4)):
+        for weights, (number, _) in zip(looks[pair], PROBED, strict=True):
+            assert weights.shape[1] == patches * len(samples[number].images)
+            sums = weights.sum(-1)
+            expected = torch.full_like(sums, float(bool(weights.shape[1])))
+            # A softmax over up to 108 patches, averaged over 4 heads, in fp32.
+            assert torch.allclose(sums, expected, atol=1e-5)
 
 
 def test_routes_count_every_choice_of_every_token(one_rank_probe, scenes, mixed_rows):

@@ -24,7 +24,7 @@ from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
 from support.batches import microbatch, small_model
 from support.slow_generate import generate as slow_generate
-from support.trainers import LAYOUTS, digits_run
+from support.trainers import LAYOUTS, digits_run, with_two_memories
 from support.weights import random_engine
 
 NEVER = -1
@@ -184,6 +184,16 @@ def test_completions_do_not_depend_on_the_layout(ranks, scenes, one_rank, name, 
         for ours, theirs in zip(group, logprobs[number], strict=True):
             assert (ours - theirs).abs().max() <= 1e-5
     assert max(answer["worst"] for answer in answers) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["one rank", "PP2xVPP2", "CP2"])
+def test_decoding_with_two_memories_is_the_full_forward_pass(ranks, scenes, name):
+    size, sizes = LAYOUTS[name]
+    answers = ranks(size, on_rank_sample, with_two_memories(digits_run(scenes, **sizes)), 0.0, 2, 6)
+    assert max(answer["worst"] for answer in answers) <= 1e-5
+    slow = ranks(1, on_rank_slow, with_two_memories(digits_run(scenes)))[0]
+    tokens = merged(answers, "tokens")
+    assert [tokens[number] for number in ASKED] == [[answer, answer] for answer in slow]
 
 
 def on_rank_stops(run: RunConfig, stops: tuple[int, ...]) -> list:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_mm.model.multimodal import build
-from support.batches import small_run
+from support.batches import small_run, two_memories
 from support.samples import Sample, pack, relative, sample
 from support.weights import looks_off_zero
 
@@ -19,8 +19,8 @@ from support.weights import looks_off_zero
 DOUBLE_TOLERANCE = 1e-12
 
 
-def run_and_samples(router: str = "fp64"):
-    run = small_run()
+def run_and_samples(router: str = "fp64", **fusion):
+    run = small_run(**fusion)
     run.model.language.moe_router_dtype = router
     images = [(), (1, 3), (2,), (), (3,)]
     samples = [sample(run.model, i, tiles, text=5 + i) for i, tiles in enumerate(images)]
@@ -62,8 +62,9 @@ def test_logits_in_fp32(pg):
     assert max(found) <= 2e-6, found
 
 
-def test_logits_and_gradients_equal_those_of_the_samples_alone(pg, double):
-    run, samples = run_and_samples()
+@pytest.mark.parametrize("fusion", [{}, two_memories("detail", "overview")], ids=["one", "two"])
+def test_logits_and_gradients_equal_those_of_the_samples_alone(pg, double, fusion):
+    run, samples = run_and_samples(**fusion)
     # eval: the balancing loss is one of the whole microbatch, so it is not a sum over samples
     model = looks_off_zero(build(run, pg)[0]).eval()
     batch = pack(run.model, samples)

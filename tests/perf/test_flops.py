@@ -17,7 +17,7 @@ from megatron_mm.parallel import groups
 from megatron_mm.perf.flops import executed_flops, model_flops, total
 from megatron_mm.perf.work import executed, needed
 from megatron_mm.train.sft import SupervisedFineTuning
-from support.batches import microbatch, small_run
+from support.batches import microbatch, small_run, two_memories
 
 aten = torch.ops.aten
 
@@ -51,8 +51,8 @@ KERNELS = {
 }
 
 
-def run_with(pattern="GE L *E GE L J *E J", **settings) -> RunConfig:
-    run = small_run(pattern)
+def run_with(pattern="GE L *E GE L J *E J", fusion: dict | None = None, **settings) -> RunConfig:
+    run = small_run(pattern, **(fusion or {}))
     paths = {leaf.name: leaf.path for leaf in leaves(RunConfig)}
     for name, value in settings.items():
         setattr(value_at(run, paths[name][:-1]), name, value)
@@ -81,6 +81,11 @@ CASES = {
     "LoRA": {"lora_rank": 3, "lora_targets": ["language", "vision"], "freeze_router": True},
     "LoRA on the projector": FROZEN | {"lora_rank": 3, "lora_targets": ["projector"]},
     "no memory": {"vision_memory": "none"},
+    "two memories": {"fusion": two_memories("detail", "overview")},
+    "two memories, recomputed": {
+        "fusion": two_memories("overview", "detail"),
+        "recompute_granularity": "full",
+    },
     "recomputed in full": {"recompute_granularity": "full"},
     "LoRA, recomputed": {"lora_rank": 3, "recompute_granularity": "full"},
     "recomputed cores": {"recompute_granularity": "selective"},

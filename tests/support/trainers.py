@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.config import RunConfig, preset
+from megatron_mm.config import MemoryConfig, RunConfig, preset
 from megatron_mm.config.settings import DataPhase
 from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
@@ -69,6 +69,14 @@ def digits_run(scenes: Path, rows: Path | None = None, **settings) -> RunConfig:
     paths = {leaf.name: leaf.path for leaf in leaves(RunConfig)}
     for name, value in settings.items():
         setattr(value_at(run, paths[name][:-1]), name, value)
+    return run
+
+
+def with_two_memories(run: RunConfig) -> RunConfig:
+    """The run with two looks: the first at the tiles, the second at the thumbnail."""
+    run.model.hybrid_layer_pattern = "GE L *E L J J"
+    run.model.fusion.memories = {"overview": MemoryConfig("thumbnail", 24)}
+    run.model.fusion.look_memories = ["vision", "overview"]
     return run
 
 
