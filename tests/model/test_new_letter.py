@@ -47,7 +47,8 @@ from support.checkpoint_runs import create, tiny_run, train, whole
 from support.layouts import parallel_config, step_gradients
 from support.planned_layouts import layout_run, measure, planned, the_batch
 from support.slow_generate import generate as slow_generate
-from support.trainers import digits_run, new_trainer, random_engine
+from support.trainers import digits_run, new_trainer
+from support.weights import random_engine
 
 PATTERN = "GM *E GE L J *M"
 
