@@ -185,7 +185,7 @@ class Choice:
             if asked.terms is not None and not self.recomputing:
                 asked.terms[index] = asked.terms.get(index, 0.0) + term.detach()
             # Hangs the term's gradient on what follows. A repeated pass hangs it on a graph that
-            # nobody differentiates, so it counts once.
+            # is never differentiated, so it counts once.
             top_tk = MoEAuxLossAutoScaler.apply(top_tk, term)
         return top_tk, experts_tk
 
