@@ -182,7 +182,7 @@ class Choice:
         if term is not None:
             self.metrics.loss_term("moe/router_loss", term)
             # Hangs the term's gradient on what follows. A repeated pass hangs it on a graph that
-            # nobody differentiates, so it counts once.
+            # is never differentiated, so it counts once.
             top_tk = MoEAuxLossAutoScaler.apply(top_tk, term)
         return top_tk, experts_tk
 

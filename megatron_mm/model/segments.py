@@ -17,7 +17,7 @@ from functools import cached_property
 
 import torch
 
-# A rectangle may hold so many times the pairs (query, key) of its samples; or else so many more
+# Padding of a rectangle: at most WASTE times the pairs (query, key) of its samples, or FREE_PAIRS
 # pairs, which cost no more than another call of the kernel.
 WASTE, FREE_PAIRS = 0.5, 1 << 14
 

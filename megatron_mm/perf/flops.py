@@ -54,7 +54,7 @@ def _layer(counter: Counter, kind: LayerKind, recompute: Recompute, found: list[
     flows = kind.flops(counter)
     if kind.pair == "closes":
         flows |= found.pop(0)
-    # A look whose find nobody has added yet is repeated with the block it stands in.
+    # A look is repeated with the block it stands in, before its refinement is added.
     counter.flows = stream or flows
     whole = recompute.sublayers is not None or recompute.repeats(kind.recompute)
     for part, (forward, mixed) in counter.forward().items():

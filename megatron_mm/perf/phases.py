@@ -152,8 +152,8 @@ class Phases:
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
-        """A phase. What another phase does on its way (the forward passes of a rollout) is part
-        of that one; `step` holds all of them."""
+        """Times a phase. A phase inside another one (the forward passes of a rollout) counts as
+        part of the outer one; `step` holds all of them."""
         inside = self._top
         if inside is not None and inside.name != "step":
             yield

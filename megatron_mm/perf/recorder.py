@@ -1,7 +1,7 @@
 """Memory, FLOPs and traffic of a piece of the program, seen at torch's dispatcher.
 
 The same recorder watches real ranks and ranks whose tensors have no memory ("meta"); there it
-also answers for the collectives, which nobody computes. Memory is counted in whole storages,
+also answers for the collectives, which do not run. Memory is counted in whole storages,
 from the operation that makes one to the end of its last reference; storages that existed before
 and the workspace inside a kernel do not count.
 """

@@ -17,7 +17,7 @@ from megatron_mm.perf.predict import computing, exchanged, room, talking
 from megatron_mm.perf.rank import RankPlan
 
 SECONDS = 240  # for the whole search; then the answer is what was traced in full so far
-ROUGH = 1.15  # rough plans may need so many times the room: the full ones decide
+ROUGH = 1.15  # rough plans may need this many times the room; full plans decide
 LONG = 32768  # tokens of a sample from which on context parallelism is tried
 RECOMPUTE = (
     (None, []),

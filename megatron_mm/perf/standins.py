@@ -1,6 +1,6 @@
 """Stand-ins, in a plan, for parts that cannot run on tensors without memory.
 
-Routing is balanced, since nobody computes logits. Attention is the fused kernel that keeps
+Routing is balanced, since no logits are computed. Attention is the fused kernel that keeps
 query, key, value, result and the logarithms of its sums. With `cuda` the gated delta rule is
 flash-linear-attention's: its source (0.6, `chunk_gated_delta_rule` and `causal_conv1d`) shows which
 tensors it keeps and the sizes it works with; no GPU run has confirmed them yet.
@@ -129,7 +129,7 @@ class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 def _fused_mix(count: Count, qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segments, widths):
-    """Arguments and result of `gdn_mix.convolve_and_scan`."""
+    """Arguments and result of `gdn.mix.convolve_and_scan`."""
     mixed = _FusedConvolution.apply(qkv_TC, conv_weight_CW)
     query, key, value = (x.contiguous() for x in split_heads(mixed, widths))
     del mixed

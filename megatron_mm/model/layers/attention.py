@@ -73,7 +73,7 @@ def rotary_table(
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first `cos.shape[-1]` features of x [T, heads, D]; the rest pass through."""
+    """Rotates the first `cos.shape[-1]` features of x [T, heads, D]; the rest pass through."""
     rotary_dim = cos.shape[-1]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]

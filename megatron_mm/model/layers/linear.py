@@ -112,7 +112,7 @@ def vocab_embedding(
 
 
 class ReplicatedLinear(nn.Linear):
-    """A small linear that every tensor-parallel rank computes alike."""
+    """A small linear that every tensor-parallel rank computes in full."""
 
     def __init__(self, inputs: int, outputs: int, *, init: Initializer, bias: bool, dtype):
         super().__init__(inputs, outputs, bias=bias, dtype=dtype)
