@@ -20,10 +20,12 @@ from megatron_mm.checkpoint import sharded
 from megatron_mm.config import (
     ConfigError,
     LoraConfig,
+    ModelConfig,
     RunConfig,
     dump_yaml,
     load,
     parse_pattern,
+    to_transformers_dict,
     validate,
 )
 from megatron_mm.config.cost import costs
@@ -31,10 +33,12 @@ from megatron_mm.config.fields import PositiveInt
 from megatron_mm.config.layers.counting import Counter
 from megatron_mm.config.layers.kinds import LAYERS, LayerKind
 from megatron_mm.config.rules import divides
+from megatron_mm.convert import hf_model, parity, to_hf
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
+from megatron_mm.model.families.rows import layer_row
 from megatron_mm.model.layers.interface import BuildContext, torch_half
 from megatron_mm.model.layers.lora import is_adapter
 from megatron_mm.model.multimodal import build
@@ -42,8 +46,9 @@ from megatron_mm.parallel.param_layout import normal
 from megatron_mm.perf.flops import executed_flops, total
 from megatron_mm.perf.pieces import trace_pieces
 from megatron_mm.train.sft import SupervisedFineTuning
-from support.batches import small_run
+from support.batches import small_model, small_run
 from support.checkpoint_runs import create, tiny_run, train, whole
+from support.folders import assert_same, read_all, save_fused, to_checkpoint, to_folder
 from support.layouts import parallel_config, step_gradients
 from support.planned_layouts import layout_run, measure, planned, the_batch
 from support.slow_generate import generate as slow_generate
@@ -100,6 +105,24 @@ def mlp_check(run: RunConfig) -> None:
     divides("mlp_hidden_size", mlp_width(run), "tensor_model_parallel_size", tp)
 
 
+# ---- its words and names in transformers, whose Qwen3-Next has such layers
+
+
+def mlp_words(model: ModelConfig) -> dict[str, Any]:
+    layers = parse_pattern(model.hybrid_layer_pattern)
+    return {
+        "mlp_only_layers": [layer.number for layer in layers if layer.kind == "M"],
+        "intermediate_size": model.layer_settings("M").mlp_hidden_size,
+    }
+
+
+HF_ROWS = (
+    layer_row("mlp.norm.weight", "post_attention_layernorm.weight"),
+    *(
+        layer_row(f"mlp.inner.linear_{name}.weight", f"mlp.{name}_proj.weight")
+        for name in ("gate", "up", "down")
+    ),
+)
 MLP = LayerKind(
     letter="M",
     title="gated MLP",
@@ -111,6 +134,11 @@ MLP = LayerKind(
     check=mlp_check,
     recompute="moe",
     lora=("linear_down",),
+    hf_rows=f"{__name__}.HF_ROWS",
+    hf_config=mlp_words,
+    hf_keys=("mlp_only_layers", "intermediate_size"),
+    hf_claims=lambda config, layer: layer in (config.get("mlp_only_layers") or ()),
+    hf_settings=lambda config: {"mlp_hidden_size": config["intermediate_size"]},
 )
 
 
@@ -280,7 +308,7 @@ def test_gradients_do_not_depend_on_the_layout(ranks, reference, sizes, recomput
 
 
 def balance_of_a_step(run: RunConfig) -> float:
-    return new_trainer(run).step()["load_balancing_loss"]
+    return new_trainer(run).step()["moe/load_balancing_loss"]
 
 
 def test_layers_without_experts_have_no_share_in_their_balance(ranks, scenes):
@@ -350,7 +378,7 @@ def test_a_plan_is_what_a_step_takes(ranks):
 def test_a_search_has_its_piece():
     run = plan_run({"tp": 2})
     pieces = trace_pieces(run, images=1, supervised=1.0)
-    assert pieces.plans.keys() == {"first", "last", "G", "*", "E", "M", "L", "J"}
+    assert pieces.plans.keys() == {"first", "last", "G", "*", "E", "M", "L vision", "J"}
     hidden, width = run.model.language.hidden_size, mlp_width(run)
     assert pieces.plans["M"].elements == (3 * hidden * width // 2 + hidden, 0)  # and its norm
 
@@ -461,3 +489,32 @@ LAYERS.register("Q", replace(MLP, letter="Q", settings=None, check=lambda run: N
     )
     with pytest.raises(ConfigError, match=r"plugins\[0\] half_a_letter .* 'role', 'key', and"):
         load(None, ["--plugins", "half_a_letter"])
+
+
+# ---- conversion
+
+
+def test_it_is_converted_both_ways_and_computes_what_transformers_does(job, tmp_path):
+    pattern = "GM*E*M"
+    model = small_model(pattern, image_stream="all", vision_memory="none")
+    model = replace(model, layers={"M": MLPSettings(40)})
+    hf = save_fused(tmp_path / "in", model)
+    assert type(hf.model.language_model.layers[0].mlp).__name__ == "Qwen3NextMLP"
+    source = to_checkpoint(tmp_path / "in", tmp_path / "mega")
+    assert source.model.hybrid_layer_pattern == pattern
+    assert source.model.layers == {"M": MLPSettings(40)}
+    to_folder(tmp_path / "mega", tmp_path / "out")
+    assert_same(read_all(tmp_path / "out"), read_all(tmp_path / "in"))
+    # Layer by layer and the logits, to the bound of tools/check_parity.py.
+    opened, run = to_hf.open_checkpoint(tmp_path / "mega"), RunConfig(model=source.model)
+    loaded = hf_model.load_transformers(tmp_path / "out", trust_remote_code=False)
+    cases = parity.built_in_cases(run, source.image_token_id)
+    mcore = parity.mcore_model(opened, job)
+    found = list(parity.compare_outputs(opened, mcore, loaded, run, cases))
+    assert len(found) >= 4 and max(case.size for case in found) <= parity.TOLERANCE
+
+
+def test_a_letter_without_words_in_transformers_is_one_line(monkeypatch):
+    monkeypatch.setitem(LAYERS._parts, "M", replace(MLP, hf_config=None))
+    with pytest.raises(ConfigError, match=r"letter M \(gated MLP\) has no words in transformers'"):
+        to_transformers_dict(with_mlp(small_run()).model, image_token_id=1)
