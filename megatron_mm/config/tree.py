@@ -260,11 +260,11 @@ def _plain(value: Any) -> Any:
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`: mappings are merged key by key, anything else is replaced. So is a
-    section by one of another `type`, which has other keys."""
+    section by one of another `type`, which has other keys; one without a type takes any."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        both = both and value.get("type", old.get("type")) == old.get("type")
+        both = both and old.get("type") in (None, value.get("type", old.get("type")))
         merged[key] = merge(old, value) if both else value
     return merged

@@ -108,6 +108,16 @@ def test_the_type_decides_which_keys_there_are():
         load(None, ["--preset", "tiny", "--mrope-section", "2", "2", "2"])
 
 
+def test_a_type_given_later_loses_no_setting(tmp_path):
+    """The file below it has none, which means the first family."""
+    (tmp_path / "base.yaml").write_text("model: {language: {hidden_size: 64}}")
+    (tmp_path / "top.yaml").write_text(
+        "base: base.yaml\nmodel: {language: {type: qwen3_next, num_experts: 4}}"
+    )
+    language = load(str(tmp_path / "top.yaml")).model.language
+    assert (language.hidden_size, language.num_experts) == (64, 4)
+
+
 @pytest.mark.parametrize(
     ("section", "words"),
     [

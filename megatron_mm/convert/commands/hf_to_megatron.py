@@ -1,11 +1,12 @@
 """Convert a Hugging Face folder to a megatron checkpoint; no value changes.
 
     python tools/hf_to_megatron.py --hf DIR --out DIR
-    torchrun --nproc-per-node 8 tools/hf_to_megatron.py --hf QWEN3_NEXT --hf-vision INTERNVIT \\
+    torchrun --nproc-per-node 8 tools/hf_to_megatron.py --hf LANGUAGE --hf-vision VISION \\
         --out DIR --tensor-model-parallel-size 4 --expert-model-parallel-size 8
     python tools/hf_to_megatron.py --hf DIR --out DIR --dry-run
 
-Two folders start a fusion: the projector is new, and so is CLVR where `--hybrid-layer-pattern`
+`--hf` takes a folder of any language family, alone or fused with an encoder (model/families). Two
+folders start a fusion: the projector is new, and so is CLVR where `--hybrid-layer-pattern`
 has looks. New parameters are drawn from `--seed` and named in the output. The checkpoint loads on
 any layout (`--finetune --load DIR`); the layout flags are checked against the model's sizes and
 recorded. A dry run writes nothing and needs no weights: config.json is enough.

@@ -3,10 +3,10 @@
     python tools/megatron_to_hf.py --checkpoint DIR --out DIR
     torchrun --nproc-per-node 8 tools/megatron_to_hf.py --checkpoint DIR --out DIR --dtype bf16
 
-Without CLVR the folder is a plain InternVLForConditionalGeneration around Qwen3-Next (or a
-Qwen3NextForCausalLM). With CLVR it carries its own code, which transformers runs only with
-`trust_remote_code=True`. Tokenizer and processor files come from the folder that the checkpoint
-was converted from, or from `--assets`.
+Without CLVR the folder is a plain InternVLForConditionalGeneration around the language model (or a
+text-only model such as Qwen3NextForCausalLM). With CLVR it carries its own code, which transformers
+runs only with `trust_remote_code=True`. Tokenizer and processor files come from the folder that the
+checkpoint was converted from, or from `--assets`.
 """
 
 from __future__ import annotations
