@@ -21,12 +21,13 @@ export PYTHON
 # removal of the interpreter it points to.
 READY := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd)" ] && $(PY) -c '' 2>/dev/null && echo yes)
 
-.PHONY: help setup test lint demo demo-control clean FORCE
+.PHONY: help setup test quick lint demo demo-control clean FORCE
 
 help:
 	@echo "make setup         create .venv with the tested versions"
 	@echo "make test          run the tests"
-	@echo "make lint          ruff check and format check"
+	@echo "make quick         those without ranks, launches and kills: 2 minutes on two cores"
+	@echo "make lint          ruff check and format check, mypy"
 	@echo "make demo          train, discover experts, reinforce: the digits demo, into runs/demo"
 	@echo "make demo-control  the same without the look back at the image"
 	@echo "make clean         remove caches and build output (keeps .venv and runs)"
@@ -52,12 +53,18 @@ $(STAMP): setup.py constraints.txt $(if $(READY),,FORCE)
 
 # A worker for each core, at most eight: each holds up to four ranks. The tests of a file share one
 # worker, its fixtures and its ranks. nproc would answer with OMP_NUM_THREADS, which is 1 here.
+PYTEST = $(PY) -m pytest --numprocesses $$(env -u OMP_NUM_THREADS nproc) --maxprocesses 8 --dist loadfile
+
 test: setup
-	@$(PY) -m pytest --numprocesses $$(env -u OMP_NUM_THREADS nproc) --maxprocesses 8 --dist loadfile
+	@$(PYTEST)
+
+quick: setup
+	@$(PYTEST) -m "not ranks and not kills and not launches and not slow"
 
 lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
 
 demo: setup
 	@bash examples/digits/demo.sh
@@ -67,5 +74,5 @@ demo-control: setup
 	@bash examples/digits/control.sh
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

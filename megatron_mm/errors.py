@@ -1,4 +1,4 @@
-"""Every exception that a user meets. Each message is one line: what, where, the numbers that
+"""Exceptions that users see. Each message is one line: what is wrong, where, the numbers that
 disagree, what to change."""
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from difflib import get_close_matches
 
 
 class ConfigError(ValueError):
-    """A setting is wrong: the key, its value, and what is allowed."""
+    """A setting is wrong; names the key, its value and the allowed values."""
 
 
 class DataError(ValueError):
-    """Bad data or data settings, with the place (`file:row`, rows from 1)."""
+    """Data or data settings are wrong; names the place (`file:row`, rows from 1)."""
 
 
 class EndOfData(DataError):
-    """Every sample of a finite run of phases was trained on."""
+    """All samples of finite phases have been trained on."""
 
 
 class RLError(ValueError):
@@ -24,7 +24,7 @@ class RLError(ValueError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the same message on every rank."""
+    """A checkpoint cannot be written or read; raised on every rank with the same message."""
 
 
 class ConvertError(CheckpointError):
@@ -36,8 +36,10 @@ class NonFiniteError(RuntimeError):
 
 
 def unknown(what: str, name: object, allowed: Iterable[str]) -> ConfigError:
-    """Builds the error for a name that is not in `allowed`: near misses first, else the list."""
+    """Returns the error for an unknown name. It lists similar names, else all of `allowed`."""
     allowed = sorted(allowed)
     near = get_close_matches(str(name), allowed, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed)}"
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed) or 'none'}"
+    )
     return ConfigError(f"unknown {what} {name}; {hint}")

@@ -1,10 +1,9 @@
-"""Run megatron-core's own layers, schedules and optimizer where there is no CUDA.
+"""Runs megatron-core's layers, schedules and optimizer without CUDA.
 
-`install()` is called once, before the first `megatron` import. Where CUDA is present it
-does nothing. Elsewhere it redirects the few calls with which megatron-core assumes a GPU
-to their CPU meaning; collectives then run on gloo. The tables below are complete: each
-redirect stands beside the megatron-core line that needs it, and a test checks that none
-of them is touched on a CUDA machine.
+`install()` is called once, before the first `megatron` import. With CUDA it does nothing. Without,
+it redirects the few calls with which megatron-core assumes a GPU to CPU equivalents; collectives
+run on gloo. The tables below list every redirect with the megatron-core line that needs it, and a
+test checks that none is applied on a CUDA machine.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ from torch.utils._device import _device_constructors
 MEGATRON_CORE_VERSION = "0.19.2"
 CPU = torch.device("cpu")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# What stands in for the GPU; another one inside `standing_in` (plans without memory).
+# Device used in place of the GPU; `standing_in` changes it.
 _STAND_IN: ContextVar[torch.device] = ContextVar("stand_in", default=CPU)
 _SHARED_DEVICE: ContextVar[Any] = ContextVar("shared_device", default=None)
 
 
 class Redirect(NamedTuple):
+    """Replacement of an attribute, and the megatron-core code that needs it."""
+
     owner: str  # import path of a module, or "module:Class"
     name: str
     replacement: Any
@@ -43,7 +44,7 @@ class Redirect(NamedTuple):
 
 
 class _InertStream:
-    """Stands in for torch.cuda.Stream and Event: on the CPU everything is in order already."""
+    """Replacement of torch.cuda.Stream and Event: on the CPU all operations are in order."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -79,7 +80,7 @@ class _InertStream:
 
 
 def _always(value):
-    """A function of its own per redirect: dynamo refuses one object under two torch names."""
+    """Returns a new constant function: dynamo rejects one object under two torch names."""
     return lambda *args, **kwargs: value
 
 
@@ -110,7 +111,7 @@ def _is_cuda_name(device) -> bool:
 
 
 def _on_cpu(factory):
-    """A tensor factory whose device="cuda" means the CPU."""
+    """Wraps a tensor factory so that device="cuda" means the CPU."""
 
     @functools.wraps(factory)
     def create(*args, device=None, **kwargs):
@@ -135,12 +136,12 @@ def _tensor_to(original):
 
 
 def _same():
-    """A method that returns its object, whatever device is asked for."""
+    """Returns a method that returns its object, for any device."""
     return lambda self, *args, **kwargs: self
 
 
 def _tensor_type(original):
-    """`Tensor.type()` names the CUDA type, which megatron's optimizer compares with."""
+    """Makes `Tensor.type()` return the CUDA type, with which megatron's optimizer compares."""
 
     @functools.wraps(original)
     def type_(self, *args, **kwargs):
@@ -152,7 +153,7 @@ def _tensor_type(original):
 
 
 def _all_gather(original):
-    """gloo's allgather refuses parts of different lengths: pad to the longest, then cut."""
+    """Pads parts to the longest and cuts them again: gloo's all-gather needs equal lengths."""
 
     @functools.wraps(original)
     def all_gather(tensor_list, tensor, group=None, async_op=False):
@@ -174,7 +175,7 @@ def _all_gather(original):
 
 
 def _reduce_scatter(original):
-    """gloo has no uneven reduce_scatter: sum all parts everywhere, keep ours."""
+    """All-reduces all parts and keeps this rank's: gloo has no uneven reduce-scatter."""
 
     @functools.wraps(original)
     def reduce_scatter(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, **kwargs):
@@ -190,7 +191,7 @@ def _reduce_scatter(original):
 
 
 class _Gloo(ProcessGroupGloo):
-    """See `groups_of_one_share`."""
+    """gloo group that may share its device; see `groups_of_one_share`."""
 
     def __init__(self, store, rank, size, timeout):
         device = _SHARED_DEVICE.get()
@@ -291,26 +292,26 @@ def _owner(path: str):
 
 
 def end_with_parent() -> None:
-    """Under torchrun on Linux: let the kernel end this rank when the agent that started it is gone.
-    An agent that is killed cannot stop its ranks, and they would wait for others on the GPU."""
+    """Under torchrun on Linux, makes the kernel kill this rank when its torchrun agent dies. A
+    killed agent cannot stop its ranks, which would keep waiting for others on the GPU."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the kernel was asked
+    if os.getppid() != parent:  # it died before prctl
         sys.exit("error: the agent that started this rank is gone")
 
 
 def quiet() -> None:
-    """Silence megatron-core's notices about optional packages and its own interfaces. For entry
-    scripts, before `install`, whose imports already bring them."""
+    """Silences megatron-core's notices about optional packages and deprecations. Commands call it
+    before `install`, whose imports cause them."""
     warnings.simplefilter("ignore")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def install() -> bool:
-    """Make megatron-core run here. Returns whether anything was redirected.
+    """Makes megatron-core run on this machine. Returns whether anything was redirected.
 
     Raises:
         RuntimeError: megatron-core is not the version these redirects were written for.
@@ -325,11 +326,11 @@ def install() -> bool:
             f"without CUDA, megatron_mm needs megatron-core {MEGATRON_CORE_VERSION} "
             f"(found {found}): pip install megatron-core=={MEGATRON_CORE_VERSION}"
         )
-    # Which factories `with torch.device(...)` reaches is looked up once and remembered, by the
-    # functions themselves: before they are replaced, else the context reaches none of them, and
-    # `from_pretrained`, which builds models on "meta", leaves its buffers without values.
+    # torch caches the set of factories that `with torch.device(...)` affects, by function object.
+    # Filled before they are replaced; otherwise the context would affect none of them, and
+    # `from_pretrained`, which builds models on "meta", would leave buffers without values.
     _device_constructors()
-    # Torch first: importing megatron already asks for the current device.
+    # torch first, because importing megatron reads the current device.
     for table in (TORCH_REDIRECTS, MEGATRON_REDIRECTS):
         for redirect in table:
             setattr(_owner(redirect.owner), redirect.name, redirect.replacement)
@@ -337,7 +338,7 @@ def install() -> bool:
 
 
 def device() -> torch.device:
-    """The device this rank computes on."""
+    """Device this rank computes on."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return _STAND_IN.get()
@@ -345,11 +346,11 @@ def device() -> torch.device:
 
 @contextlib.contextmanager
 def standing_in(device: torch.device) -> Iterator[None]:
-    """Inside, `device` is where a rank computes in place of the CPU: "meta" for tensors that have
-    a shape and no memory. After `install`, and only where there is no CUDA.
+    """Computes on `device` in place of the CPU inside the context, such as "meta", whose tensors
+    have no memory. Needs `install`, and a machine without CUDA.
 
     Raises:
-        RuntimeError: the redirects are not installed, so nothing would stand in for a GPU.
+        RuntimeError: the redirects are not installed.
     """
     if getattr(torch.compile, "__module__", None) != __name__:
         raise RuntimeError("nothing stands in for a GPU before platform.install(), or beside one")
@@ -362,9 +363,9 @@ def standing_in(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def groups_of_one_share() -> Iterator[None]:
-    """Without CUDA, gloo groups of one rank that are made inside share a device. Each group would
-    have its own, with a thread that looks for messages a hundred times a second, and megatron-core
-    makes some 25 groups, most of them of one rank. The device ends with the last of its groups."""
+    """Without CUDA, makes gloo groups of one rank created inside the context share a device.
+    Otherwise each would have its own, with a thread that polls a hundred times a second, and
+    megatron-core makes about 25 groups, most of one rank. The device ends with its last group."""
     before = _SHARED_DEVICE.set(
         None if torch.cuda.is_available() else ProcessGroupGloo.create_default_device()
     )
@@ -375,5 +376,5 @@ def groups_of_one_share() -> Iterator[None]:
 
 
 def backend() -> str:
-    """The process-group backend for that device."""
+    """Process-group backend of that device."""
     return "nccl" if torch.cuda.is_available() else "gloo"

@@ -1,8 +1,8 @@
-"""Registries of named parts, and parts of other people's by dotted path.
+"""Registries of named parts, and parts of users by dotted path.
 
-A registry maps a name to a part or to the dotted path of one. A path is imported when the part is
-asked for, so listing names imports nothing, and a room may name parts of rooms above it. Wherever
-a name is taken, so is the dotted path of a part that is not registered: `my.module.part`.
+A registry maps a name to a part or to its dotted path. A path is imported when the part is looked
+up, so listing names imports nothing, and a room may name parts of later rooms. Wherever a name is
+accepted, so is the dotted path of an unregistered part: `my.module.part`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from megatron_mm.errors import ConfigError, unknown
 def import_object(
     path: str, what: str, error: type[ValueError] = ConfigError, kind: str = "object"
 ) -> Any:
-    """The object at a dotted path.
+    """Imports the object at a dotted path.
 
     Args:
-        what, kind: the part and what it is, for the message: "reward", "function".
+        what, kind: role and Python kind of the part, for the message: "reward", "function".
+
     Raises:
-        error: if it cannot be imported, in one line.
+        error: it cannot be imported.
     """
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    # Other people's modules fail in any way while they are imported.
+    # Users' modules may raise anything while they are imported.
     except Exception as problem:
         reason = " ".join(str(problem).split())
         raise error(
@@ -42,12 +43,12 @@ class Registry[T]:
     """Named parts of one kind.
 
     Args:
-        what: the kind of part, for messages: "objective".
-        parts: name -> part, or the dotted path of one.
-        kind: what a part is in Python, for messages: "function".
-        needs: attributes that every part has.
-        error: the exception raised for a name or a part that cannot be used.
-        dotted: whether the dotted path of a part that is not registered is taken, too.
+        what: role of the parts, for messages: "objective".
+        parts: name -> part or its dotted path.
+        kind: Python kind of a part, for messages: "function".
+        needs: attributes that every part must have.
+        error: exception for names and parts that cannot be used.
+        dotted: whether dotted paths of unregistered parts are accepted.
     """
 
     def __init__(
@@ -65,17 +66,17 @@ class Registry[T]:
         self._parts: dict[str, T | str] = dict(parts or {})
 
     def register(self, name: str, part: T | str) -> None:
-        """Adds a part. Registering the same part again, as a module that is imported twice does,
-        changes nothing.
+        """Adds a part. Registering the same part again, as a re-imported module does, changes
+        nothing.
 
         Raises:
-            ConfigError: if the name is taken by another part.
+            ConfigError (or `error`): the name is taken by another part.
         """
         if self._parts.setdefault(name, part) != part:
             raise self.error(f"{self.what} {name!r} is registered twice; choose another name")
 
     def names(self) -> list[str]:
-        """The registered names, in the order of registration."""
+        """Registered names, in the order of registration."""
         return list(self._parts)
 
     def __contains__(self, name: str) -> bool:
@@ -85,11 +86,11 @@ class Registry[T]:
         return iter(self._parts)
 
     def __getitem__(self, name: str) -> T:
-        """The part of a name or dotted path.
+        """Returns the part of a name or dotted path.
 
         Raises:
-            ConfigError (or `error`): for an unknown name, a part that cannot be imported, or one
-                that lacks an attribute of `needs`.
+            ConfigError (or `error`): the name is unknown, the part cannot be imported, or it lacks
+                an attribute of `needs`.
         """
         part = self._parts.get(name)
         if part is None:
@@ -105,18 +106,24 @@ class Registry[T]:
             )
         return part
 
+    def check(self, name: str) -> None:
+        """Raises what [] raises, but imports no registered part."""
+        if name not in self._parts:
+            _ = self[name]
+
     def items(self) -> Iterator[tuple[str, T]]:
-        """(name, part) of every registered part."""
+        """Yields (name, part) of every registered part."""
         return ((name, self[name]) for name in self._parts)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A part and constant arguments, as a setting says them: `numeric(tolerance=0.1)`.
+    """Part with constant arguments, as written in a setting: `numeric(tolerance=0.1)`.
 
     Attributes:
-        path: the registered name or the dotted path.
-        name: unlike the others of its list, for metrics.
+        path: registered name or dotted path.
+        options: constant keyword arguments.
+        name: unique in its list, for metrics.
     """
 
     path: str
@@ -125,11 +132,11 @@ class Spec:
 
 
 def parse_specs(entries: Sequence[str], registry: Registry) -> list[Spec]:
-    """Reads `exact`, `numeric(tolerance=0.1)`, `my.module.function`; imports nothing. Two of one
-    name become name and name_2.
+    """Parses entries such as `exact`, `numeric(tolerance=0.1)` or `my.module.function`, without
+    importing. A second part of the same name is named name_2.
 
     Raises:
-        the registry's error: for text that is none of these, or an unknown name.
+        ConfigError (or the registry's `error`): an entry has another form or an unknown name.
     """
     specs: list[Spec] = []
     for entry in entries:

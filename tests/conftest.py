@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,30 @@ def scenes(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory) -> Path:
+    """A folder with 40 training images, their rows and 10 held-out rows for each answer."""
+    folder = tmp_path_factory.mktemp("digits")
+    counts = "--images 40 --valid-images 30 --valid-per-key 10 --jitter 1"
+    make_digits(f"--out {folder} {counts}".split())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed_rows(tmp_path_factory, scenes) -> Path:
+    """Rows with one image, none, two and three, of odd and even lengths."""
+    folder = tmp_path_factory.mktemp("mixed")
+    lines = []
+    for n, images in enumerate((1, 0, 2, 0, 3)):
+        question = "?".join(["<image>"] * images) + "How many 3" + "?" * (1 + n % 2)
+        row = {"messages": [{"role": "user", "content": question}]}
+        row["images"] = [f"images/train_{i:06d}.png" for i in range(images)]
+        lines.append(json.dumps(row))
+    (folder / "images").symlink_to(scenes / "images")
+    (folder / "mixed.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "mixed.jsonl"
+
+
 @pytest.fixture
 def job():
     """A job of one rank on the GPU."""
@@ -41,6 +66,9 @@ def job():
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "ranks" in item.fixturenames:
+            item.add_marker("ranks")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
         for item in items:

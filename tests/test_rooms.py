@@ -1,4 +1,4 @@
-"""The order of the rooms: a module imports from its own room and from those before it only."""
+"""Who may import whom: rooms only those before them, tests only the package and tests/support."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def imports() -> Iterator[tuple[str, str]]:
-    """(importing module, imported module) inside the package, function-level imports included."""
-    for path in sorted((ROOT / "megatron_mm").rglob("*.py")):
+def imports(folder: str) -> Iterator[tuple[str, str]]:
+    """Yields (importing module, imported name) of a folder, function-level imports included."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -30,16 +30,17 @@ def imports() -> Iterator[tuple[str, str]]:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             else:
                 continue
-            yield from ((module, name) for name in names if name.startswith("megatron_mm."))
+            yield from ((module, name) for name in names)
 
 
 def test_every_room_has_its_place_in_the_order():
-    rooms = {path.stem for path in (ROOT / "megatron_mm").iterdir() if path.stem[0] != "_"}
+    inside = [path for path in (ROOT / "megatron_mm").iterdir() if path.suffix in ("", ".py")]
+    rooms = {path.stem for path in inside if path.stem[0] != "_"}
     assert rooms <= set(ORDER), f"rooms without a place: {sorted(rooms - set(ORDER))}"
 
 
 def test_no_room_imports_from_one_above_it():
-    found = list(imports())
+    found = [pair for pair in imports("megatron_mm") if pair[1].startswith("megatron_mm.")]
     place = {name: index for index, name in enumerate(ORDER)}
     upward = [
         f"{importer} imports {imported}"
@@ -47,3 +48,11 @@ def test_no_room_imports_from_one_above_it():
         if place.get(room(imported), -1) > place.get(room(importer), -1)
     ]
     assert len(found) > 500 and not upward
+
+
+def test_tests_share_helpers_and_nothing_of_each_other():
+    """What several tests need stands in tests/support; the package needs nothing from there."""
+    found = list(imports("tests"))
+    between = [pair for pair in found if pair[1].startswith("test_")]
+    back = [pair for pair in imports("megatron_mm") if pair[1].startswith(("support.", "tests."))]
+    assert len(found) > 500 and not between and not back

@@ -1,89 +1,11 @@
-"""Does a megatron checkpoint hold a Hugging Face folder's model?
-
-    python tools/check_parity.py --hf DIR --checkpoint DIR
-    python tools/check_parity.py --hf DIR --checkpoint DIR --image FILE --prompt TEXT
-
-First every tensor of the folder, bit for bit, against what the checkpoint gives back; then, in
-fp32, every layer's output and the logits of transformers against ours, on built-in random
-prompts with images of several tile counts or on the given ones. Prints the first layer where
-they part, with the relative difference. `--tensors-only` leaves the second half out.
-The names of InternVL's release, which transformers cannot load, reach its model by our own table.
-"""
-
-from __future__ import annotations
+"""Compare a megatron checkpoint with a Hugging Face folder; see megatron_mm/convert/commands."""
 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def main(argv: list[str]) -> int:
-    """Exit status: 0 if all is equal; 1 if something differs or cannot be read; 2 for wrong
-    settings."""
-    from megatron_mm import platform
-
-    platform.quiet()
-    platform.install()
-
-    from megatron_mm.config import ParallelConfig, RunConfig
-    from megatron_mm.convert import parity, their_model, to_hf
-    from megatron_mm.convert.command import Parser, run_job
-    from megatron_mm.convert.folder import check_folder, open_folder
-    from megatron_mm.data.tokenizer import load_tokenizer
-    from megatron_mm.errors import ConvertError, DataError
-    from megatron_mm.model.blueprint import blueprint
-    from megatron_mm.parallel import groups
-
-    parser = Parser(__doc__)
-    parser.add_argument("--hf", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--image", type=Path)
-    parser.add_argument("--prompt", help="default: random tokens")
-    parser.add_argument("--tensors-only", action="store_true")
-    parser.add_argument("--trust-remote-code", action="store_true")
-
-    def work(group) -> list[str]:
-        args = parser.parse_args(argv)
-        if group.size() > 1:
-            raise ConvertError(f"{group.size()} ranks: parity is checked by one")
-        source = open_folder(args.hf)
-        plan = source.plan(blueprint(source.model))
-        check_folder(source, plan)
-        checkpoint = to_hf.open_checkpoint(args.checkpoint)
-        differing = list(parity.differing_tensors(source, plan, checkpoint))
-        for line in differing[:10]:
-            print(line)
-        if differing:
-            raise ConvertError(f"{len(differing)} tensors differ (first {differing[0]})")
-        count = sum(1 for link in plan.links for _ in link.theirs()) + len(plan.carried)
-        lines = [f"{count} tensors are equal to the bit"]
-        if args.tensors_only:
-            return lines
-        if their_model.is_release(args.hf):
-            theirs = their_model.released_in_transformers(source, plan)
-        else:
-            theirs = their_model.load_transformers(args.hf, args.trust_remote_code)
-        run = RunConfig(model=checkpoint.model)
-        try:
-            if args.prompt is None:
-                cases = parity.built_in_cases(run, source.image_token_id)
-            else:
-                tokenizer = load_tokenizer(args.hf)
-                cases = [parity.given_case(run, tokenizer, args.prompt, args.image)]
-        except DataError as error:
-            raise ConvertError(str(error)) from None
-        ours = parity.our_model(checkpoint, groups.build(ParallelConfig()))
-        worst = 0.0
-        for found in parity.compare_outputs(checkpoint, ours, theirs, run, cases):
-            if not found.size <= parity.TOLERANCE:
-                raise ConvertError(
-                    f"{found.case}: {found.where} is the first to part, by {found.size:.3g} "
-                    f"(allowed: {parity.TOLERANCE:g})"
-                )
-            worst = max(worst, found.size)
-        return [*lines, f"every layer and the logits agree to {worst:.2g}, {len(cases)} prompts"]
-
-    return run_job(work)
-
+from megatron_mm.convert.commands.check_parity import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

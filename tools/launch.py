@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""torchrun, with one line for each way in which a job does not come together.
+"""torchrun with one-line errors for jobs that do not come together.
 
     python tools/launch.py --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d \\
         --rdzv-endpoint HOST:PORT --rdzv-id JOB -m megatron_mm.train --config FILE
 
-Every argument is torchrun's. Exit code 0 if all ranks did what they were asked, 1 if not; then
-nothing that it started is left running.
+All arguments are torchrun's. The exit code is 0 if all ranks succeeded, else 1; no process is left
+running.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 from argparse import Namespace
 
-CPP_LOG = "TORCH_CPP_LOG_LEVEL"  # read once, when torch is loaded
+CPP_LOG = "TORCH_CPP_LOG_LEVEL"  # read when torch is loaded
 
 
 def _why(error: Exception, args: Namespace) -> str:
@@ -46,13 +46,13 @@ def _why(error: Exception, args: Namespace) -> str:
 
 
 def main(argv: list[str]) -> int:
-    # Its own notices are of many lines; what matters of them is said here. Ranks keep theirs.
+    # torchrun's own messages have many lines; `_why` replaces them. Those of the ranks stay.
     given = os.environ.get(CPP_LOG)
     os.environ[CPP_LOG] = given or "FATAL"
     from torch.distributed.run import get_args_parser, run
 
-    # Agents that share one store tell their address to the nodes of the first round only: a node
-    # that comes back would wait for it in vain (torch 2.11, dynamic_rendezvous.py).
+    # Agents that share one store publish their address only in the first round, so a node that
+    # comes back would wait for it for ever (torch 2.11, dynamic_rendezvous.py).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if given is None:
         del os.environ[CPP_LOG]
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     args = get_args_parser().parse_args(argv)
     try:
         run(args)
-    except Exception as error:  # whatever it is, it ends the job on this node
+    except Exception as error:  # of any kind: it ends the job on this node
         print(f"error: {_why(error, args)}", file=sys.stderr)
         return 1
     return 0

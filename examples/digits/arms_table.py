@@ -1,8 +1,8 @@
-"""The table of `arms.py`: accuracies and experts of arms, and how far they differ.
+"""Print the table of `arms.py`: accuracies and experts of arms, and their differences.
 
     python tools/arms_table.py --before runs/demo --after runs/demo/earl
 
-compares two runs alone, and adds what it found to the first one's results.json.
+compares only two runs, and adds the result to results.json of the first.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 2000  # of the questions, for an interval
+RESAMPLES = 2000  # bootstrap samples of the questions, for an interval
 TRAINED = "/free"  # the form of the questions that are reinforced
-AGAINST = {  # arms of one memory
+AGAINST = {  # comparisons between arms of one memory
     "sft_continued": ("sft",),
     "grpo": ("sft", "sft_continued"),
     "earl": ("grpo", "earl_shuffled", "earl_scalar"),
@@ -50,24 +50,24 @@ def read_scores(folder: Path) -> Scores:
 
 
 def part(scores: Scores, trained: bool) -> Scores:
-    """Only the questions in the form that is reinforced, or only the others. Runs that know no
-    such form have been trained on all."""
+    """Returns only the questions in the reinforced form, or only the others. Runs without that form
+    have been trained on all."""
     kinds = [key for key in scores if key.endswith(TRAINED)] or list(scores)
     return {key: found for key, found in scores.items() if (key in kinds) == trained}
 
 
 def accuracy(scores: Scores) -> float | None:
-    """Mean over kinds of questions of their mean scores."""
+    """Mean over kinds of questions of their mean score."""
     if not scores:
         return None
     return float(np.mean([np.mean([*of_key.values()]) for of_key in scores.values()]))
 
 
 def difference(ours: Sequence[Scores], theirs: Sequence[Scores], seed: int = 0) -> Interval:
-    """How much higher our accuracy is, and its 95 % interval.
+    """Returns the difference in accuracy and its 95% bootstrap interval.
 
-    The same questions are resampled for both sides and all seeds of training: the interval is
-    that of other questions, not of other seeds, whose own differences the table lists.
+    The same questions are resampled for both sides and all seeds of training. The interval
+    therefore covers the choice of questions, not of seeds, whose differences the table lists.
     """
     asked = [{(key, i) for key in s for i in s[key]} for s in (*ours, *theirs)]
     shared = set.intersection(*asked)
@@ -76,7 +76,7 @@ def difference(ours: Sequence[Scores], theirs: Sequence[Scores], seed: int = 0) 
         raise SystemExit(f"they were asked other questions: {len(shared)} of {total} are shared")
     rng = np.random.default_rng(seed)
     keys = sorted(ours[0])
-    gaps = []  # of each kind: mean over seeds for each question
+    gaps = []  # by kind: mean over seeds for each question
     for key in keys:
         order = sorted(ours[0][key])
         per_seed = [
@@ -89,7 +89,7 @@ def difference(ours: Sequence[Scores], theirs: Sequence[Scores], seed: int = 0) 
 
 
 def over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
-    """The paired difference and its 95 % interval by Student's t; None for less than two seeds."""
+    """Returns the paired difference and its 95% interval by Student's t; None below two seeds."""
     from scipy import stats  # slow to import
 
     gaps = np.subtract(ours, theirs)
@@ -100,9 +100,10 @@ def over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> Interval | Non
 
 
 def read_experts(folder: Path) -> dict[str, float]:
-    """What `discover_experts.py --skill-map` said of a run's end: the share of routes into the
-    skill's cluster, nats between experts and skills given the token (mean over layers), how much
-    more a skill suffers without its cluster than the others (means over skills)."""
+    """Reads what `discover_experts.py --skill-map` measured at the end of a run: the share of
+    routes into a skill's cluster, the information between experts and skills given the token in
+    nats (mean over layers), and how much more a skill suffers without its cluster than others do
+    (means over skills)."""
     path = folder / "experts.json"
     if not path.exists():
         return {}
@@ -115,7 +116,7 @@ def read_experts(folder: Path) -> dict[str, float]:
 
 
 def table(out: Path) -> list[dict[str, Any]]:
-    """A row for each memory and arm of the finished runs under `out`/memory/seedN/arm."""
+    """Makes a row for each memory and arm of the finished runs under `out`/memory/seedN/arm."""
     runs: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
     for done in sorted(out.glob("*/seed*/*/answers.jsonl")):
         arm, seed, memory = done.parent, done.parents[1].name, done.parents[2].name
@@ -130,7 +131,7 @@ def _order(run: tuple[str, str]) -> tuple[bool, str, int]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows, and their differences, as two tables of a README."""
+    """Formats the rows and their differences as two Markdown tables."""
     lines = ["| memory | arm | seeds | " + " | ".join(NAMES.values()) + " |"]
     lines.append("|---" * (3 + len(NAMES)) + "|")
     for row in rows:
@@ -190,8 +191,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _gaps(
     ours: Mapping[str, Path], theirs: Mapping[str, Path], same_map: bool
 ) -> dict[str, Any] | None:
-    """Of the seeds that both have: intervals of what is compared, by name; None without any.
-    Experts are compared where both sides are measured with one map."""
+    """Returns intervals of the differences by name, over the seeds that both sides have; None
+    without any. Experts are compared only if both sides are measured with one map."""
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         return None
@@ -211,7 +212,7 @@ def _gaps(
 
 
 def router_metrics(folder: Path) -> dict[str, list[float]]:
-    """(first rollout, mean of the last) of what a run logged about its routers."""
+    """Returns [first rollout, mean of the last ones] of the router metrics of a run."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     found = {}
@@ -223,7 +224,7 @@ def router_metrics(folder: Path) -> dict[str, list[float]]:
 
 
 def before_and_after(before: Path, after: Path) -> tuple[str, dict[str, Any]]:
-    """Accuracies of two runs on the same questions as text, and as keys for results.json."""
+    """Compares two runs on the same questions. Returns (text, entries for results.json)."""
     results = [json.loads((folder / "results.json").read_text()) for folder in (before, after)]
     one, other = (read_scores(folder) for folder in (before, after))
     lines = [f"{'skill':<20}{'before':>8}{'after':>8}{'n':>7}"]

@@ -3,13 +3,13 @@
     python tools/arms.py --out runs/arms --seeds 1 2 3
     python tools/arms.py --out runs/arms --arms grpo earl --memory clvr none --seeds 1 --jobs 2
 
-For every memory and seed one model is trained (`demo.yaml`, on the scenes of runs/demo/data), its
-experts are discovered, each arm (`examples/digits/arms/*.yaml`) goes on from it, and what the arm
-made of these experts is measured. What is done already is not done again, so a stopped comparison
-goes on. The table is made from the runs' files alone; `--table` only makes it. `sft_continued`
-trains for as long as `grpo` of the same memory and seed did: keep the load of the machine even. A
-run has one rank: so small a model is no faster on two, while `--jobs` memories and seeds go side by
-side.
+For every memory and seed, one model is trained (`demo.yaml`, on the scenes of runs/demo/data) and
+its experts are discovered. Each arm (`examples/digits/arms/*.yaml`) continues from it, and its
+effect on these experts is measured. Finished parts are not repeated, so a stopped comparison can be
+resumed. The table is made from the runs' files; `--table` makes only the table. `sft_continued`
+trains for as long as `grpo` of the same memory and seed, so keep the load of the machine even. A
+run has one rank, because so small a model is no faster on two; `--jobs` memories and seeds run in
+parallel.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 
 DIGITS = ROOT / "examples" / "digits"
-DATA = Path("runs/demo/data")  # as the configs say
-ASKED = 960  # questions of the causal test, once for each skill
+DATA = Path("runs/demo/data")  # as in the configs
+ASKED = 960  # questions of the causal test, asked once per skill
 ARMS = ("grpo", "sft_continued", "earl", "earl_shuffled", "earl_scalar")  # grpo sets the time
-# What the looks may see, and three controls: keys that do not say where they are, a memory no
-# richer than the stream, and another scene in the memory.
+# Memory of the looks, and three controls: keys without position, a memory no richer than the
+# stream, and another scene in the memory.
 MEMORIES = {
     "clvr": (),
     "none": ("--vision-memory", "none"),
@@ -57,7 +57,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(command: list[str], log: Path) -> None:
-    """Raises SystemExit, naming the log, for a command that fails."""
+    """Runs a command.
+
+    Raises:
+        SystemExit: it failed; names the log.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{log.parent}: {' '.join(command[-6:])}", flush=True)
     with log.open("w") as file:
@@ -70,14 +74,14 @@ def run(command: list[str], log: Path) -> None:
 
 
 def one_stage() -> list[str]:
-    """Flags for the demo's layers, the look among them, without their pipeline."""
+    """Returns flags for the demo's layers without pipeline stages."""
     layout = yaml.safe_load((DIGITS / "demo.yaml").read_text())["parallel"]
     layers = layout["pipeline_model_parallel_layout"].replace("|", "").replace(" ", "")
     return ["--pipeline-model-parallel-size", "1", "--pipeline-model-parallel-layout", layers]
 
 
 def train(config: Path, folder: Path, flags: list[str]) -> None:
-    """On one rank, unless it is done."""
+    """Trains on one rank, unless it is done."""
     if (folder / "results.json").exists():
         return
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
@@ -89,19 +93,19 @@ def train(config: Path, folder: Path, flags: list[str]) -> None:
 
 
 def discover(checkpoint: Path, out: Path, flags: list[str]) -> None:
-    """Unless it is done."""
+    """Discovers experts, unless it is done."""
     if out.exists():
         return
     tool = [sys.executable, str(ROOT / "tools" / "discover_experts.py"), "--samples=2000"]
     tool += ["--checkpoint", str(checkpoint), "--data", str(DATA / "mix.jsonl")]
     part = out.with_name(f"part_{out.name}")
     run([*tool, "--out", str(part), *flags], out.with_suffix(".log"))
-    for suffix in (".png", ".json"):  # the picture first: `out` says that it is done
+    for suffix in (".png", ".json"):  # the picture first, because `out` marks completion
         part.with_suffix(suffix).rename(out.with_suffix(suffix))
 
 
 def compare(args: argparse.Namespace, memory: str, seed: int) -> None:
-    """All arms of one memory and seed."""
+    """Trains and measures all arms of one memory and seed."""
     folder = args.out / memory / f"seed{seed}"
     given = [*MEMORIES[memory], "--seed", str(seed)]
     base, skill_map = folder / "sft", folder / "map.json"
@@ -140,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             pairs = [(memory, seed) for memory in args.memory for seed in args.seeds]
             started = [pool.submit(compare, args, *pair) for pair in pairs]
             done, waiting = wait(started, return_when=FIRST_EXCEPTION)
-            for job in waiting:  # what runs beside one that failed still comes to its end
+            for job in waiting:  # jobs beside a failed one still finish
                 job.cancel()
             for problem in filter(None, (job.exception() for job in done)):
                 print(f"stopping: {problem}", file=sys.stderr)

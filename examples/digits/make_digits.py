@@ -2,9 +2,9 @@
 
     python tools/make_digits.py --out runs/demo/data --grid 3 --images 6000 --seed 1
 
-align.jsonl (transcribe only), mix.jsonl (all skills) and rl.jsonl (questions whose answer may
-take any form) show training scans, valid.jsonl only scans held out from them. The same arguments
-always write the same files.
+align.jsonl (only transcribe), mix.jsonl (all skills) and rl.jsonl (questions with answers of any
+form) show training scans; valid.jsonl shows only held-out scans. The same arguments always write
+the same files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 from examples.digits.scenes import DEFAULT_WEIGHTS, FREE_KEYS, PHRASES, Row, ask, load_scans, render
 from megatron_mm.data.tokenizer import Tokenizer, train_sentencepiece
 
-TOKENIZER_SAMPLE = 5000  # rows whose text trains the tokenizer; every wording occurs in them
+TOKENIZER_SAMPLE = 5000  # rows that train the tokenizer; they contain every wording
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_scenes(args: argparse.Namespace, held_out: bool, count: int) -> list[tuple[str, list]]:
-    """Write `count` images; their relative paths and the digits of their cells."""
+    """Writes `count` images. Returns their relative paths and the digits of their cells."""
     scans, targets = load_scans(held_out)
     name = "valid" if held_out else "train"
     rng = np.random.default_rng([args.seed, int(held_out)])
@@ -86,14 +86,14 @@ def write_scenes(args: argparse.Namespace, held_out: bool, count: int) -> list[t
 
 
 def images_of(scenes: list[tuple[str, list]], number: int) -> dict[str, list[str]]:
-    """The scene's image, and the next one's for the control that looks at another."""
+    """Returns the image of a scene, and that of the next for the control that looks at another."""
     return {"images": [scenes[number][0]], "other_images": [scenes[(number + 1) % len(scenes)][0]]}
 
 
 def questions(
     scenes: list[tuple[str, list]], keys: list[str], per_scene: int, grid: int, rng: Random
 ) -> list[Row]:
-    """Ask `per_scene` questions about each scene, taking `keys` in turn."""
+    """Asks `per_scene` questions about each scene, taking `keys` in turn."""
     rows, turn = [], 0
     for number, (_, digits) in enumerate(scenes):
         for _ in range(per_scene):
@@ -107,14 +107,14 @@ def questions(
 def valid_questions(
     scenes: list[tuple[str, list]], per_key: int, grid: int, rng: Random
 ) -> list[Row]:
-    """`per_key` questions of every key, the keys taking turns, so that any first part of the
-    file is balanced. All forms of a skill ask the same questions: they can be paired."""
+    """Asks `per_key` questions of every key, in turn, so that any prefix of the file is balanced.
+    All forms of a skill ask the same questions, so they can be paired."""
     rows = []
     seeds = {skill.split("/")[0]: rng.random() for skill in DEFAULT_WEIGHTS}
     for number in range(per_key):
         for key in DEFAULT_WEIGHTS:
             row, attempt, seed = None, 0, f"{seeds[key.split('/')[0]]} {number}"
-            while row is None:  # a few scenes allow no hop; the next one does
+            while row is None:  # if a scene allows no hop, the next one is tried
                 scene = (number + attempt * 7919) % len(scenes)
                 row = ask(key, scenes[scene][1], grid, Random(seed))
                 attempt += 1

@@ -1,10 +1,10 @@
-"""Digit scenes: the embedded task. Questions about a grid of real handwritten digits.
+"""Digit scenes, the built-in task: questions about a grid of real handwritten digits.
 
-Everything is counted from 0, row by row: cell 4 is the centre of a 3x3 grid, row 0 the top
-row. Every question has a `direct` form (the answer alone) and a `steps` form (every step
-written out as a span with its own skill and its own value, checkable against the scene). A
-`free` question leaves the form to the one who answers: its tuning data mostly answer at once,
-and which form is right more often is for reinforcement learning to find out.
+Cells are counted from 0, row by row: cell 4 is the centre of a 3x3 grid, row 0 the top row. Every
+question has a `direct` form (only the answer) and a `steps` form (every step written out as a span
+with its own skill and value, which the scene can verify). A `free` question leaves the form to the
+model: its tuning data mostly answer directly, and reinforcement learning finds out which form is
+right more often.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 SCAN_SIZE = 8  # pixels along one side of a scan in scikit-learn's bundled set
 CELL_SIZE = 16  # pixels along one side of a cell in a scene
-HELD_OUT_SCANS = 397  # the last ones; only validation scenes show them
+HELD_OUT_SCANS = 397  # the last ones, shown only in validation scenes
 
-# Key: relative frequency in the mixed stage. Reading and written-out hops come first.
+# Relative frequency of each key in the mixed stage. Reading and written-out hops are most frequent.
 DEFAULT_WEIGHTS = {
     "transcribe": 3.0,
     "ocr": 3.0,
@@ -42,7 +42,7 @@ FREE_KEYS = tuple(key for key in DEFAULT_WEIGHTS if key.endswith("/free"))
 WRITTEN_OUT = 0.1  # share of the free questions whose steps are shown
 ENDINGS = {"direct": "?", "steps": "? Show steps.", "free": "? Show steps or not."}
 
-# One token each in the demo's tokenizer: training time on a CPU is proportional to tokens.
+# Each is one token in the demo's tokenizer, since training time is proportional to tokens.
 PHRASES = (
     *(
         "user\n",
@@ -73,9 +73,9 @@ Span = dict[str, str]
 
 
 def load_scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Scans uint8 [n, 8, 8] (0 to 255) and digits int [n]: the training part of
-    scikit-learn's set, or the held-out rest."""
-    from sklearn.datasets import load_digits  # slow to import and only used by the demo
+    """Returns scans, uint8 [n, 8, 8] (0 to 255), and digits, int [n], of the training part of
+    scikit-learn's set or of the held-out rest."""
+    from sklearn.datasets import load_digits  # slow to import
 
     data = load_digits()
     part = slice(-HELD_OUT_SCANS, None) if held_out else slice(None, -HELD_OUT_SCANS)
@@ -84,8 +84,12 @@ def load_scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def render(scans: np.ndarray, chosen: Sequence[int], grid: int, shifts: np.ndarray) -> np.ndarray:
-    """The scene as uint8 [grid*16, grid*16]. `shifts` int [cells, 2] moves each digit by
-    (down, right) pixels inside its cell."""
+    """Draws a scene, uint8 [grid*16, grid*16].
+
+    Args:
+        chosen: scan of each cell.
+        shifts: int [cells, 2], moves each digit by (down, right) pixels inside its cell.
+    """
     scale = CELL_SIZE // SCAN_SIZE
     scene = np.zeros((grid * CELL_SIZE, grid * CELL_SIZE), dtype=np.uint8)
     for cell, scan in enumerate(chosen):
@@ -109,8 +113,14 @@ def render(scans: np.ndarray, chosen: Sequence[int], grid: int, shifts: np.ndarr
 
 
 def ask(key: str, digits: Sequence[int], grid: int, rng: Random) -> Row | None:
-    """A question of kind `key` ("ocr", "ocr/steps"...) about a scene showing `digits`
-    [grid*grid], as a row without its image. None if the scene allows no such question."""
+    """Asks a question of kind `key` ("ocr", "ocr/steps", ...) about a scene.
+
+    Args:
+        digits: digit of each cell, [grid*grid].
+
+    Returns:
+        A row without its image; None if the scene allows no such question.
+    """
     skill, _, form = key.partition("/")
     form = form or "direct"
     made = _QUESTIONS[skill](digits, grid, rng)
@@ -173,7 +183,7 @@ def _ocr(digits: Sequence[int], grid: int, rng: Random) -> Made:
 
 def _count(digits: Sequence[int], grid: int, rng: Random) -> Made:
     del grid
-    # Draw the count first: asking for a random digit would mostly be answered by 0 or 1.
+    # The count is drawn first, because a random digit mostly occurs 0 or 1 times.
     by_count: dict[int, list[int]] = {}
     for digit in range(10):
         by_count.setdefault(sum(d == digit for d in digits), []).append(digit)
@@ -207,7 +217,7 @@ def _multihop(digits: Sequence[int], grid: int, rng: Random) -> Made | None:
     rng.shuffle(starts)
     for start in starts:
         path = [start]
-        # A digit that names no cell (9 on a 3x3 grid) or one already read ends the path.
+        # A digit without a cell (9 on a 3x3 grid) or with a cell already read ends the path.
         while len(path) <= hops and (to := digits[path[-1]]) < len(digits) and to not in path:
             path.append(to)
         if len(path) == hops + 1:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A run on several machines that you can reach by ssh and that share this folder:
+# Trains on several machines that are reachable by ssh and share this folder:
 #   NODES="a b c d" examples/launch/multi_node.sh examples/mm-80b.yaml [trainer flags]
-# With a scheduler, use slurm.sbatch or jobset.yaml instead. A node that fails takes part again
-# if node.sh is started there by hand with the same variables.
+# With a scheduler, use slurm.sbatch or jobset.yaml instead. A failed node rejoins if node.sh is
+# started there by hand with the same variables.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 read -ra nodes <<<"${NODES:?the hosts, separated by spaces; the first holds the rendezvous}"
@@ -13,7 +13,7 @@ for name in NPROC_PER_NODE RDZV_TIMEOUT MAX_RESTARTS SKIP_DOCTOR PYTHON OMP_NUM_
     if [ -n "${!name:-}" ]; then variables+=$(printf ' %s=%q' "$name" "${!name}"); fi
 done
 children=()
-# Each node's script ends with its connection; a terminal makes the far side notice.
+# With a terminal (-tt), a node's script ends when its connection does.
 trap 'kill "${children[@]}" 2>/dev/null || true' EXIT
 for node in "${nodes[@]}"; do
     ${SSH:-ssh -tt -o BatchMode=yes} "$node" "cd $(printf %q "$PWD") && $variables$words" </dev/null &

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# A run on the GPUs of this machine: single_node.sh CONFIG [trainer flags]
+# Trains on the GPUs of this machine: single_node.sh CONFIG [trainer flags]
 set -euo pipefail
 NNODES=1 exec "$(dirname "${BASH_SOURCE[0]}")/node.sh" "$@"

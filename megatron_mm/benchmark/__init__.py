@@ -1,1 +1,1 @@
-"""What a run costs, measured: both sides in one run, interleaved."""
+"""Measured cost of runs; both sides of a comparison take turns in one process."""

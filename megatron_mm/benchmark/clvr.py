@@ -1,4 +1,4 @@
-"""What CLVR costs beside its share of the arithmetic, and what a short stream saves."""
+"""Measures the cost of CLVR beyond its FLOPs, and what a short stream saves."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ BATCHES = 4
 
 
 def attention_flops(model: torch.nn.Module, batch: Microbatch) -> int:
-    """Of all attentions, forward and backward, as they are computed here: on rectangles,
-    causal or not, 2 products forward and 5 backward (the scores are computed again).
+    """FLOPs of all attention calls, forward and backward, as computed here: on rectangles, causal
+    or not, with 2 matrix products forward and 5 backward (scores are recomputed).
 
-    torch's FlopCounterMode knows no flash attention on a CPU (`counted` checks it), so they are
-    counted by watching the calls.
+    torch's FlopCounterMode does not count flash attention on a CPU (`counted` checks that), so the
+    calls are watched.
     """
     total = 0
     inner = torch.nn.functional.scaled_dot_product_attention
@@ -45,9 +45,8 @@ def attention_flops(model: torch.nn.Module, batch: Microbatch) -> int:
 
 
 def counted(side: Ours, batch: Microbatch) -> int:
-    """Floating point operations of one forward and backward pass of the real model: all its
-    matrix products. The delta rule's triangular solves, alike with and without looks, are
-    not among the operators that torch counts."""
+    """FLOPs of all matrix products in one forward and backward pass. torch does not count the
+    delta rule's triangular solves, which are the same with and without looks."""
     with FlopCounterMode(display=False) as counter:
         side.engine.forward_backward([batch], side.objective)
     operators = counter.get_flop_counts()["Global"]
@@ -66,11 +65,11 @@ def _run(name: str, stream: str, looks: bool) -> RunConfig:
 def compare(
     name: str, groups: Groups, rounds: int, warmup: int, samples: int | None = None
 ) -> dict[str, Any]:
-    """Three models on the same images and words.
+    """Compares three models on the same images and words.
 
-    `looking`: thumbnail in the stream, tiles in the memory. `blind`: the same tiles through
-    the ViT and nothing looks at them, which is what CLVR is added to. `full`: every tile in
-    the stream and no memory, the usual way to see the details.
+    `looking`: thumbnail in the stream, tiles in the memory. `blind`: the same tiles pass the ViT,
+    but there are no looks; the baseline of CLVR. `full`: all tiles in the stream and no memory,
+    the usual way to see details.
     """
     runs = {
         "looking": _run(name, "thumbnail", True),
@@ -110,7 +109,7 @@ def compare(
 
 
 def _same_tiles(batch: Microbatch, other: Microbatch) -> Microbatch:
-    """`batch` with all the tiles of `other`, whose stream shows the same."""
+    """Returns `batch` with all tiles of `other`, whose stream has the same images."""
     assert torch.equal(batch.stream_positions, other.stream_positions)
     batch.pixels_NCHW, batch.stream_tiles = other.pixels_NCHW, other.stream_tiles
     return batch

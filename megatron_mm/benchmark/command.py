@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""Speed of this package.
+"""Measure the speed of this package.
 
     torchrun ... tools/benchmark.py train|rl --config FILE [any trainer flag] [--json FILE]
     python tools/benchmark.py compare A.json B.json
@@ -7,12 +6,12 @@
     python tools/benchmark.py train|rl --against transformers [--json FILE]
     python tools/benchmark.py gdn|clvr|convert [--json FILE]
 
-train   what a run does per second, on its layout; or against transformers' (one rank)
-rl      the same for a run of GRPO; or completions and steps against transformers' and TRL's
+train   throughput of a run on its layout; or against transformers (one rank)
+rl      the same for a GRPO run; or completions and steps against transformers and TRL
 compare two results of train or rl, if they measured the same work
-scaling data and pipeline parallel efficiency on two ranks
-gdn     the gated delta rule alone, forward and backward, against transformers'
-clvr    what looks cost, and what a short stream with a memory saves
+scaling data- and pipeline-parallel efficiency on two ranks
+gdn     the gated delta rule alone, forward and backward, against transformers
+clvr    the cost of looks, and what a short stream with a memory saves
 convert Hugging Face folders to checkpoints and back, against a plain copy of the folder
 """
 
@@ -24,6 +23,8 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from megatron_mm import cli
 
 ROUNDS = {"train": 20, "rl": 8, "gdn": 20, "clvr": 20, "convert": 3, "scaling": 10}
 WARMUP = {"train": 4, "rl": 1, "gdn": 4, "clvr": 4, "convert": 1, "scaling": 2}
@@ -39,9 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ROUNDS:
         command = commands.add_parser(name, allow_abbrev=False)
-        command.add_argument("--json", type=Path, help="where to write the numbers")
-        command.add_argument("--rounds", type=int, default=ROUNDS[name], help="timed, by side")
-        command.add_argument("--warmup", type=int, default=WARMUP[name], help="rounds before")
+        command.add_argument("--json", type=Path, help="write the numbers to this file")
+        command.add_argument("--rounds", type=int, default=ROUNDS[name], help="timed, per side")
+        command.add_argument("--warmup", type=int, default=WARMUP[name], help="untimed rounds")
         if name not in ("train", "rl"):
             command.add_argument("--threads", type=int, default=1)
         if name in ("train", "rl"):
@@ -51,14 +52,14 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("train", "rl", "clvr"):
             command.add_argument("--models", nargs="+", default=["tiny", "small"])
         if name in ("train", "clvr"):
-            command.add_argument("--samples", type=int, help="per step; default: of the model")
+            command.add_argument("--samples", type=int, help="per step; default: by model")
     command = commands.choices["train"]
     command.add_argument("--data", nargs="+", choices=DATA, help="default: both, if there is data")
     command.add_argument("--routing", nargs="+", choices=ROUTING, help="default: both")
-    commands.choices["rl"].add_argument("--tokens", type=int, default=64, help="of a completion")
+    commands.choices["rl"].add_argument("--tokens", type=int, default=64, help="per completion")
     command = commands.choices["convert"]
-    command.add_argument("--gigabytes", type=float, default=4.2, help="of the synthetic model")
-    command.add_argument("--folder", type=Path, help="where to work; default: the temporary one")
+    command.add_argument("--gigabytes", type=float, default=4.2, help="size of the synthetic model")
+    command.add_argument("--folder", type=Path, help="working folder; default: a temporary one")
     command = commands.add_parser("compare")
     command.add_argument("a", type=Path, metavar="A.json")
     command.add_argument("b", type=Path, metavar="B.json")
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _against(args: argparse.Namespace) -> dict[str, Any]:
-    """Comparisons in one process: with transformers, with a copy, with a model without looks."""
+    """Runs a comparison in one process: with transformers, a copy, or a model without looks."""
     import torch
 
     from megatron_mm.config import ParallelConfig
@@ -97,20 +98,21 @@ def _against(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
-    """Of the run that `flags` describe, on the ranks that torchrun started."""
+    """Measures the run that `flags` describe, on the ranks that torchrun started."""
     import torch
 
     from megatron_mm.config import ConfigError, load, validate
+    from megatron_mm.config.objectives import OBJECTIVES, declaration
 
     run = load(None, flags)
-    objective = "grpo" if args.command == "rl" else "sft"
-    if run.training.objective != objective:
-        other = "train" if objective == "grpo" else "rl"
+    generates = args.command == "rl"
+    if declaration(run).generates != generates:
+        fitting = [name for name, found in OBJECTIVES.items() if found.generates == generates]
         raise ConfigError(
-            f"benchmark.py {args.command} is for objective {objective}, this run's is "
-            f"{run.training.objective}; allowed: benchmark.py {other}"
+            f"benchmark.py {args.command} is for objective {' or '.join(fitting)}, this run's is "
+            f"{run.training.objective}; allowed: benchmark.py {'train' if generates else 'rl'}"
         )
-    validate(run, int(os.environ.get("WORLD_SIZE", "1")))
+    validate(run, cli.world_size())
     kinds, routings = ("real",), ("natural",)
     if args.command == "train":
         kinds = args.data or (DATA if run.data.train_data else ("mock",))
@@ -148,7 +150,7 @@ def _scaling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(result: dict[str, Any], file: Path | None, said: str | None = None) -> None:
-    if os.environ.get("RANK", "0") != "0":
+    if cli.rank():
         return
     text = json.dumps(result, indent=1)
     print(text if said is None else said)
@@ -183,7 +185,8 @@ def _run(args: argparse.Namespace, flags: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    # Messages of RANK 0 stand for all: what is raised here is raised on every rank.
+    """Returns the exit code: 0, or 1 for an error, which every rank raises."""
+    cli.setup_logging(cli.rank())
     parser = _parser()
     args, flags = parser.parse_known_args(argv)
     runs = args.command in ("train", "rl") and args.against is None
@@ -191,7 +194,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"unknown: {' '.join(flags)}")
     if runs and not any(flag in ("--config", "--preset") for flag in flags):
         parser.error(f"{args.command} needs a run: --config FILE or --preset NAME, or --against")
-    # notices about packages that are not there
+    # no notices about missing packages
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from megatron_mm.benchmark.compare import Different
     from megatron_mm.config import ConfigError
@@ -200,8 +203,7 @@ def main(argv: list[str]) -> int:
     try:
         _run(args, flags)
     except (CheckpointError, ConfigError, DataError, Different, NonFiniteError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        cli.fail(error)
         return 1
     return 0
 

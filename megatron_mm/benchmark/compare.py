@@ -1,4 +1,4 @@
-"""Two throughput results side by side, if they measured the same work."""
+"""Compares two throughput results that measured the same work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Settings that decide what is computed, wherever it is computed.
+from megatron_mm.config.objectives import OBJECTIVES
+
+# Settings that decide what is computed, on any machine.
 SAME = {
     "model": None,  # all of it
     "data": ("seq_length", "packing", "max_num_tiles", "max_image_tokens", "use_thumbnail"),
@@ -22,11 +24,15 @@ ROLLOUTS = ("num_generations", "rollout_batch_size", "num_iterations", "max_comp
 
 
 class Different(ValueError):
-    """The two results cannot be compared; one line that names both values."""
+    """Two results cannot be compared; names both values."""
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises Different if it is no result of a throughput run."""
+    """Reads a result file.
+
+    Raises:
+        Different: it is not a result of a throughput run.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -37,11 +43,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each side that both have: how many times as fast B is, tokens per second, and by rank.
-    `ratio` is of medians; `range` of the quartiles furthest apart.
+    """Returns for each side that both have the speed of B relative to A, in tokens per second and
+    per rank. `ratio` is of medians, `range` of the quartiles furthest apart.
 
     Raises:
-        Different: the work, its kind or its unit is another.
+        Different: the work, its kind or its unit differs.
     """
     _same_work(a, b)
     sides = [name for name in a["sides"] if name in b["sides"]]
@@ -50,13 +56,13 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
             f"sides: A has {'; '.join(a['sides'])}, B has {'; '.join(b['sides'])}; measure one "
             "kind of data and of routing on both (--data, --routing)"
         )
-    rl = a["run"]["training"]["objective"] == "grpo"
+    rl = _generates(a)
     found = {}
     for name in sides:
-        ours, theirs = a["sides"][name], b["sides"][name]
-        _same_rounds(name, ours, theirs, rl)
+        first, second = a["sides"][name], b["sides"][name]
+        _same_rounds(name, first, second, rl)
         speed = "supervised_tokens_per_second" if rl else "tokens_per_second"
-        one, other = ours[speed], theirs[speed]
+        one, other = first[speed], second[speed]
         ranks = a["layout"]["world_size"] / b["layout"]["world_size"]
         ratio = other["median"] / one["median"]
         found[name] = {
@@ -69,37 +75,43 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 other["quartiles"][1] / one["quartiles"][0],
             ],
             "ratio_per_rank": ratio * ranks,
-            "mfu": [ours["mfu"], theirs["mfu"]],
+            "mfu": [first["mfu"], second["mfu"]],
         }
     return found
+
+
+def _generates(side: dict[str, Any]) -> bool:
+    """Whether the steps of a side are made of rollouts."""
+    return OBJECTIVES[side["run"]["training"]["objective"]].generates
 
 
 def _same_work(a: dict[str, Any], b: dict[str, Any]) -> None:
     _same("unit of a rank", a["units"]["rank"], b["units"]["rank"])
     sections = dict(SAME)
-    if "grpo" in (x["run"]["training"]["objective"] for x in (a, b)):
-        sections["rl"] = ROLLOUTS
+    for side in (a, b):
+        if _generates(side):
+            sections[OBJECTIVES[side["run"]["training"]["objective"]].section] = ROLLOUTS
     for section, keys in sections.items():
-        ours, theirs = (
+        first, second = (
             {k: x["run"][section].get(k) for k in keys or x["run"][section]} for x in (a, b)
         )
-        _same(section, ours, theirs)
+        _same(section, first, second)
 
 
-def _same(name: str, ours: Any, theirs: Any) -> None:
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        for key in [*ours, *(k for k in theirs if k not in ours)]:
-            _same(f"{name}.{key}", ours.get(key), theirs.get(key))
-    elif ours != theirs:
-        raise Different(f"different work: {name} is {ours!r} in A and {theirs!r} in B")
+def _same(name: str, first: Any, second: Any) -> None:
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for key in [*first, *(k for k in second if k not in first)]:
+            _same(f"{name}.{key}", first.get(key), second.get(key))
+    elif first != second:
+        raise Different(f"different work: {name} is {first!r} in A and {second!r} in B")
 
 
-def _same_rounds(name: str, ours: dict, theirs: dict, rl: bool) -> None:
-    """What was trained on, round by round. What a policy samples depends on its arithmetic, so of
-    rollouts only the completions are counted."""
+def _same_rounds(name: str, first: dict, second: dict, rl: bool) -> None:
+    """Compares the work of each round. Samples of a policy depend on its arithmetic, so for
+    rollouts only the number of completions counts."""
     counts = ("samples",) if rl else ("samples", "tokens", "supervised", "tiles")
-    _same(f"rounds of {name!r}", len(ours["work"]), len(theirs["work"]))
-    for number, (one, other) in enumerate(zip(ours["work"], theirs["work"], strict=True), 1):
+    _same(f"rounds of {name!r}", len(first["work"]), len(second["work"]))
+    for number, (one, other) in enumerate(zip(first["work"], second["work"], strict=True), 1):
         for count in counts:
             _same(f"{count} of {name!r}, round {number}", one[count], other[count])
 

@@ -1,4 +1,4 @@
-"""Conversion both ways, against a plain copy of the same folder, all of it on disk at the end."""
+"""Times conversion both ways against a plain copy of the same folder, until it is on disk."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.benchmark.measure import Peak, interleave
-from megatron_mm.config import LanguageConfig, ModelConfig, RunConfig, to_transformers_dict
+from megatron_mm.config import ModelConfig, RunConfig, to_transformers_dict
 from megatron_mm.convert import export, to_hf, to_megatron
 from megatron_mm.convert.folder import CONFIG, check_folder, open_folder
 from megatron_mm.convert.hf_writer import TensorWriter, create_files, lay_out, write_index
 from megatron_mm.convert.mapping import write_links
 from megatron_mm.convert.work import nbytes
 from megatron_mm.model.blueprint import blueprint
+from megatron_mm.model.families.qwen3_next.settings import Qwen3NextSettings
 
 PIECE = 2**24
 
 
 def synthetic_model(gigabytes: float) -> ModelConfig:
-    """A text-only model at Qwen3-Next's widths with as many experts as fill it in bf16."""
-    language = LanguageConfig(
+    """Returns a text-only model with Qwen3-Next's widths and as many experts as fit in bf16."""
+    language = Qwen3NextSettings(
         vocab_size=65536 if gigabytes >= 2 else 1024,
         num_experts=8,
         moe_router_topk=2,
@@ -42,9 +43,9 @@ def synthetic_model(gigabytes: float) -> ModelConfig:
 
 
 def make_folder(folder: Path, model: ModelConfig) -> None:
-    """Random tensors in the released layout: per-expert, shards of 1 GB."""
+    """Writes random tensors in the released form: one per expert, shards of 1 GB."""
     links = write_links(model, blueprint(model), "text")
-    tensors = [(n, tuple(s), torch.bfloat16) for link in links for n, s in link.theirs()]
+    tensors = [(n, tuple(s), torch.bfloat16) for link in links for n, s in link.hf_tensors()]
     places, heads, sizes = lay_out(tensors, shard_bytes=10**9)
     folder.mkdir()
     create_files(folder, heads, sizes)
@@ -61,7 +62,7 @@ def make_folder(folder: Path, model: ModelConfig) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Every file by reading and writing 16 MB at a time, then fsync."""
+    """Copies every file, 16 MB at a time, with fsync at its end."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         with path.open("rb", buffering=0) as a, (target / path.name).open("wb", buffering=0) as b:
@@ -71,12 +72,12 @@ def copy(source: Path, target: Path) -> None:
 
 
 def compare(rounds: int, warmup: int, gigabytes: float, folder: Path | None) -> dict[str, Any]:
-    """Of one synthetic model: bytes per second of both directions and of the copy, and memory.
+    """Returns bytes per second of both directions and of the copy, and peak memory.
 
-    The source is read once before each side, so all find it in the page cache where it fits.
+    The source is read once before each side, so that it is in the page cache if it fits.
 
     Args:
-        folder: where to work, on the disk that is meant; default the system's temporary one.
+        folder: working folder on the disk to measure; default: the system's temporary one.
     """
     root = Path(tempfile.mkdtemp(prefix="convert-", dir=folder))
     try:
@@ -94,11 +95,11 @@ def _compare(root: Path, rounds: int, warmup: int, gigabytes: float) -> dict[str
     def forward(target: Path) -> None:
         source = open_folder(source_folder)
         parameters = blueprint(source.model)
-        plan = source.plan(parameters)
-        check_folder(source, plan)
+        mapping = source.mapping(parameters)
+        check_folder(source, mapping)
         run = RunConfig(model=source.model)
         run.training.bf16 = True
-        to_megatron.convert(source, plan, parameters, run, target, group, quiet=True)
+        to_megatron.convert(source, mapping, parameters, run, target, group, quiet=True)
 
     def backward(target: Path) -> None:
         to_hf.convert(to_hf.open_checkpoint(mega), target, group, shard_bytes=10**9, quiet=True)
@@ -136,7 +137,7 @@ def _compare(root: Path, rounds: int, warmup: int, gigabytes: float) -> dict[str
         name: [timed.result for timed in runs[warmup:]]
         for name, runs in zip(sides, found, strict=True)
     }
-    shapes = [s for k in write_links(model, blueprint(model), "text") for _, s in k.theirs()]
+    shapes = [s for k in write_links(model, blueprint(model), "text") for _, s in k.hf_tensors()]
     largest = max(nbytes(shape, 2) for shape in shapes)
     result: dict[str, Any] = {
         "bytes": total,

@@ -1,4 +1,4 @@
-"""The gated delta rule alone, forward and backward, against transformers' torch kernel."""
+"""Times the gated delta rule, forward and backward, against transformers' torch kernel."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 from megatron_mm.benchmark.measure import interleave, ratios
 from megatron_mm.model.layers.gdn.delta_rule import gated_delta_rule
 
-# rows and length; about as many positions each
+# rows and length, with similar numbers of positions
 LENGTHS = ((32, 24), (4, 256), (1, 2048))
-# key heads, value heads, width of key and value: of presets tiny and small, and the true widths
-# of Qwen3-Next with few of its heads
+# key heads, value heads, width of key and value: of the presets tiny and small, and the width of
+# Qwen3-Next with few heads
 HEADS = ((2, 4, 16), (4, 8, 64), (2, 4, 128))
 
 
@@ -23,7 +23,7 @@ def inputs(rows: int, length: int, keys: int, values: int, width: int) -> list[t
     g = torch.Generator().manual_seed(0)
     shapes = ((keys, width), (keys, width), (values, width))
     made = [torch.randn(rows, length, *shape, generator=g) for shape in shapes]
-    # Decays from none to e^-1 a step, as softplus gives them at the start of training.
+    # Log decays from 0 to -1 per step, as softplus gives them at the start of training.
     made += [-torch.rand(rows, length, values, generator=g)]
     made += [torch.rand(rows, length, values, generator=g)]
     return [x.requires_grad_() for x in made]
@@ -39,8 +39,8 @@ def _both_ways(function: Callable, args: list[torch.Tensor], direction: torch.Te
 
 
 def compare(rounds: int, warmup: int) -> list[dict[str, Any]]:
-    """Every length with every set of heads; both get fewer key heads than value heads, and
-    both normalise inside. `largest_difference` is relative, over the output and gradients."""
+    """Compares all lengths and head sizes. Both sides repeat key heads and normalise inside.
+    `largest_difference` is the largest relative difference of outputs and gradients."""
     found = []
     for keys, values, width in HEADS:
         for rows, length in LENGTHS:

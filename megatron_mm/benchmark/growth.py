@@ -1,4 +1,4 @@
-"""What the position of a token adds to the cost of its step, for each kind of mixer."""
+"""Measures how the cost of a decoding step grows with the position, for each kind of mixer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from megatron_mm.benchmark.measure import interleave, ratios
 from megatron_mm.config import RunConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.decode import DecodeCache, Filling
+from megatron_mm.model.layers.attention import KeysAndValues
+from megatron_mm.model.layers.gdn.layer import DeltaState
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.groups import Groups
 
 NEAR, FAR = 16, 512
-CALLS = 50  # in one timing
+CALLS = 50  # per timing
 
 
 def growth(run: RunConfig, groups: Groups, rows: int, rounds: int, warmup: int) -> dict[str, Any]:
-    """What a token costs the first layer of each kind at position 512, of what it costs at 16:
-    its memory and what reads it, without the projections, in so many rows."""
+    """Returns the cost of a token at position 512 relative to position 16, in the first layer of
+    each kind, for the cache and its readers without projections.
+
+    Args:
+        rows: number of rows decoded together.
+    """
     engine = Engine.create(run, groups)
     cores = {"gated delta rule": _delta_core, "attention": _attention_core}
     found: dict[str, Any] = {}
@@ -41,7 +47,7 @@ def _often(function: Callable[[], Any]) -> None:
 
 
 def _at(rows: int, position: int) -> DecodeCache:
-    """Rows about to hold a prompt of so many positions."""
+    """Returns a cache whose rows are about to hold a prompt of `position` tokens."""
     cache = DecodeCache(rows, Filling(torch.arange(rows), torch.zeros(rows, dtype=torch.int64)))
     cache.lengths_R[:] = position
     return cache
@@ -55,7 +61,7 @@ def _delta_core(engine: Engine, rows: int, position: int) -> Callable[[], Any]:
     layers = engine.chunks[0].language.layers.values()
     layer = next(p["mixer"].inner for p in layers if hasattr(p["mixer"].inner, "mix_and_keep"))
     cache = _at(rows, position)
-    memory = cache.delta(0)
+    memory = cache.state("G", 0, DeltaState)
 
     def mix(segments: Segments, tokens: int):
         g = torch.Generator().manual_seed(tokens)
@@ -72,7 +78,7 @@ def _attention_core(engine: Engine, rows: int, position: int) -> Callable[[], An
     language = engine.run.model.language
     heads, width = language.num_attention_heads, language.kv_channels
     cache = _at(rows, position)
-    memory = cache.attention(0)
+    memory = cache.state("*", 0, KeysAndValues)
 
     def attend(segments: Segments, tokens: int):
         g = torch.Generator().manual_seed(tokens)

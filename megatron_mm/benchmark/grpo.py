@@ -1,4 +1,4 @@
-"""A whole step of GRPO of each side: completions, rewards, advantages, gradients, update."""
+"""GRPO step of each side: completions, rewards, advantages, gradients, update."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megatron_mm.config import RunConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.rl.rollout.experience import Experience
+from megatron_mm.rl.settings import RLConfig
 
 PIP = (
     "pip install -c constraints.txt trl==1.16.0 (the extra [bench]); or into another folder with "
@@ -21,35 +22,39 @@ PIP = (
 
 
 def trl_is_missing() -> str | None:
-    """Why TRL's trainer cannot be had, in a line; None if it can."""
+    """Returns why TRL's trainer cannot be imported, in one line; None if it can."""
     try:
         from trl import GRPOTrainer  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # RuntimeError: TRL without one of its own
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # RuntimeError: TRL without one of its dependencies
         return f"not installed ({str(error).splitlines()[-1]}): {PIP}"
     return None
 
 
 def grpo_run(run: RunConfig, prompts: int, group: int, tokens: int, longest: int) -> RunConfig:
-    """Turn `run` into one of GRPO whose rollouts serve one step, of one microbatch."""
+    """Turns `run` into a GRPO run whose rollouts serve one step of one microbatch."""
     run.training.objective = "grpo"
     run.training.global_batch_size = run.training.micro_batch_size = prompts * group
     run.data.seq_length = longest + tokens
-    run.rl.num_generations, run.rl.max_num_seqs = group, prompts * group
-    run.rl.max_completion_length = tokens
-    run.rl.reward_funcs, run.rl.reward_num_workers = ["megatron_mm.benchmark.prompts.even"], 1
-    run.rl.reward_batch_size = prompts * group
+    rl = run.section(RLConfig)
+    rl.num_generations, rl.max_num_seqs = group, prompts * group
+    rl.max_completion_length = tokens
+    rl.reward_funcs, rl.reward_num_workers = ["megatron_mm.benchmark.prompts.even"], 1
+    rl.reward_batch_size = prompts * group
     return run
 
 
 class OurGRPO:
-    """Rollout and update as the training loop drives them. Close it: rewards have a process."""
+    """Rollout and update as in the training loop. Close it, because rewards run in a process."""
 
     def __init__(self, run: RunConfig, groups: Groups, prompts: Prompts):
         self.engine = Engine.create(run, groups)
         self.source = Experience(run, self.engine, our_tokenizer(run), prompts)
 
     def step(self) -> float:
-        """The mean length of a completion."""
+        """Runs a step. Returns the mean length of a completion."""
         batches, _ = self.source.next_step(False)
         self.engine.forward_backward(batches, self.source.objective)
         self.engine.update(self.engine.gradient_norm())
@@ -60,17 +65,17 @@ class OurGRPO:
 
 
 class TheirGRPO:
-    """TRL's trainer, its optimizer the fused AdamW of `Theirs`.
+    """TRL's trainer with the fused AdamW of `Theirs`.
 
-    What its loop does around a step (callbacks, logging) is left out, on both sides. Off by its
-    defaults' own choice: bf16 and gradient checkpointing, which costs time.
+    Callbacks and logging around a step are left out on both sides. bf16 and gradient checkpointing,
+    which costs time, are off.
     """
 
     def __init__(self, run: RunConfig, theirs: Theirs, prompts: Prompts):
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        rl, size = run.rl, run.training.global_batch_size
+        rl, size = run.section(RLConfig), run.training.global_batch_size
         settings = GRPOConfig(
             output_dir="unused",
             use_cpu=True,
@@ -106,7 +111,7 @@ class TheirGRPO:
         self.batches = iter(self.loader)
 
     def step(self) -> float:
-        """The mean length of a completion."""
+        """Runs a step. Returns the mean length of a completion."""
         model, trainer = self.theirs.model, self.trainer
         model.train()
         trainer.training_step(model, self._next(), None)
@@ -123,8 +128,8 @@ class TheirGRPO:
             return next(self.batches)
 
     def choose(self) -> dict[str, float]:
-        """Processor seconds of a step with each way to compute experts, the second of two; the
-        fastest stays."""
+        """Chooses the fastest implementation of experts. Returns processor seconds of a step with
+        each, the second of two."""
         seconds = {}
         for experts in EXPERTS:
             self.theirs.model.model.language_model.set_experts_implementation(experts)

@@ -1,11 +1,12 @@
-"""A small random transformers model, and its weights copied into ours by explicit transforms.
+"""Small random transformers model, and the copy of its weights to mcore by explicit transforms.
 
-Written for tests and independent of the product's converter, so that one can check the other.
+Independent of the converter (convert/), so that one can check the other.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,19 +15,19 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megatron_mm.config import ModelConfig, to_transformers_dict, without_clvr
 
-IMAGE_TOKEN = 95  # the last of the small models' vocabulary of 96; random text avoids it
-OURS_ALONE = ("language.looks.", "vision.memory_proj")  # CLVR: transformers has no such thing
+IMAGE_TOKEN = 95  # last id of the small models' vocabulary of 96; random text avoids it
+MCORE_ONLY = ("language.looks.", "vision.memory_proj")  # CLVR, which transformers lacks
 
 
 def transformers_model(model: ModelConfig, seed: int = 0) -> InternVLForConditionalGeneration:
-    """The base model (without looks) as transformers builds it: fp32, eager attention, eval
-    mode, and no parameter at its default, where a mistake could hide."""
+    """Builds the base model (without looks) in transformers: fp32, eager attention, eval mode, and
+    no parameter at its default, where a mistake could hide."""
     base = replace(model, hybrid_layer_pattern=without_clvr(model.hybrid_layer_pattern))
     keywords = to_transformers_dict(base, image_token_id=IMAGE_TOKEN)
     keywords.pop("model_type")
     config = InternVLConfig(**keywords)
-    # "eager" for the experts too: the default groups them into one product whose fp32 result
-    # depends on how rows are batched.
+    # "eager" for the experts too: the default uses one grouped product whose fp32 result depends on
+    # how rows are batched.
     hf = InternVLForConditionalGeneration._from_config(
         config, attn_implementation="eager", experts_implementation="eager"
     )
@@ -36,7 +37,7 @@ def transformers_model(model: ModelConfig, seed: int = 0) -> InternVLForConditio
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int) -> None:
-    """Every parameter off its default, at a scale that keeps activations of order one."""
+    """Draws every parameter away from its default, at a scale that keeps activations near one."""
     g = torch.Generator().manual_seed(seed)
     for name, param in module.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
@@ -50,18 +51,18 @@ def randomise(module: nn.Module, seed: int) -> None:
             param.normal_(0.0, 1.0, generator=g)
         else:
             fan_in = param[0].numel() if param.dim() != 3 else param.shape[-1]
-            # The branches add a little to the residual stream, as in a trained model: a norm
-            # of a nearly cancelled vector otherwise magnifies rounding tenfold per layer.
+            # Branches add little to the residual stream, as in a trained model: otherwise norms of
+            # nearly cancelled vectors amplify rounding tenfold per layer.
             branch = any(part in name for part in ("out_proj", "o_proj", "down_proj"))
             param.normal_(0.0, (0.3 if branch else 1.0) * fan_in**-0.5, generator=g)
 
 
 class Ledger:
-    """Takes every transformers tensor once and sets every parameter of ours once."""
+    """Checks that every hf tensor is taken once and every mcore parameter set once."""
 
-    def __init__(self, hf: nn.Module, ours: nn.Module):
+    def __init__(self, hf: nn.Module, mcore: nn.Module):
         self.left = dict(hf.named_parameters())
-        self.unset = {n: p for n, p in ours.named_parameters() if not n.startswith(OURS_ALONE)}
+        self.unset = {n: p for n, p in mcore.named_parameters() if not n.startswith(MCORE_ONLY)}
 
     def take(self, name: str) -> torch.Tensor:
         return self.left.pop(name)  # KeyError: unknown, or taken before
@@ -69,29 +70,29 @@ class Ledger:
     def put(self, name: str, value: torch.Tensor) -> None:
         target = self.unset.pop(name)  # KeyError: unknown, or set before
         assert target.numel() == value.numel(), f"{name}: {target.shape} from {value.shape}"
-        # A view may have more dimensions than transformers' tensor (the halves of a GLU), but
-        # a tensor of the right size and the wrong shape is a mistake.
+        # A view may have more dimensions than the hf tensor (the halves of a GLU), but a tensor of
+        # the right size and another shape is a mistake.
         assert target.shape[-1] == value.shape[-1], f"{name}: {target.shape} from {value.shape}"
         with torch.no_grad():
             target.copy_(value.reshape(target.shape))
 
-    def move(self, theirs: str, ours: str) -> None:
-        self.put(ours, self.take(theirs))
+    def move(self, hf: str, mcore: str) -> None:
+        self.put(mcore, self.take(hf))
 
     def close(self) -> None:
         assert not self.left, f"not consumed: {sorted(self.left)}"
         assert not self.unset, f"never set: {sorted(self.unset)}"
 
 
-def copy_weights(hf: InternVLForConditionalGeneration, ours: nn.Module) -> None:
-    """Fill our whole model (one rank, one stage) from transformers'. CLVR's own stay."""
+def copy_weights(hf: InternVLForConditionalGeneration, mcore: nn.Module) -> None:
+    """Copies all hf weights to the mcore model (one rank, one stage). CLVR's parameters stay."""
     text, vision = hf.config.text_config, hf.config.vision_config
-    ledger = Ledger(hf, ours)
+    ledger = Ledger(hf, mcore)
     copy_vision(ledger, vision, "model.vision_tower.", "vision.vit.")
-    for theirs, mine in (("layer_norm", "norm"), ("linear_1", "linear_fc1")):
+    for name, here in (("layer_norm", "norm"), ("linear_1", "linear_fc1")):
         for part in ("weight", "bias"):
             ledger.move(
-                f"model.multi_modal_projector.{theirs}.{part}", f"vision.projector.{mine}.{part}"
+                f"model.multi_modal_projector.{name}.{part}", f"vision.projector.{here}.{part}"
             )
     for part in ("weight", "bias"):
         ledger.move(
@@ -99,30 +100,30 @@ def copy_weights(hf: InternVLForConditionalGeneration, ours: nn.Module) -> None:
         )
     ledger.move("model.language_model.embed_tokens.weight", "embedding.weight")
     for number, kind in enumerate(text.layer_types):
-        theirs = f"model.language_model.layers.{number}."
-        mine = f"language.layers.{number}."
-        ledger.move(theirs + "input_layernorm.weight", mine + "mixer.norm.weight")
+        there = f"model.language_model.layers.{number}."
+        here = f"language.layers.{number}."
+        ledger.move(there + "input_layernorm.weight", here + "mixer.norm.weight")
         if kind == "linear_attention":
-            copy_gdn(ledger, text, theirs + "linear_attn.", mine + "mixer.inner.")
+            copy_gdn(ledger, text, there + "linear_attn.", here + "mixer.inner.")
         else:
-            copy_attention(ledger, text, theirs + "self_attn.", mine + "mixer.inner.")
-        ledger.move(theirs + "post_attention_layernorm.weight", mine + "moe.norm.weight")
-        copy_experts(ledger, theirs + "mlp.", mine + "moe.inner.")
+            copy_attention(ledger, text, there + "self_attn.", here + "mixer.inner.")
+        ledger.move(there + "post_attention_layernorm.weight", here + "moe.norm.weight")
+        copy_experts(ledger, there + "mlp.", here + "moe.inner.")
     ledger.move("model.language_model.norm.weight", "final_norm.weight")
     ledger.move("lm_head.weight", "output_layer.weight")
     ledger.close()
 
 
-def copy_vision(ledger: Ledger, config, theirs: str, ours: str) -> None:
-    ledger.move(theirs + "embeddings.cls_token", ours + "embedding.class_token")
-    ledger.move(theirs + "embeddings.position_embeddings", ours + "embedding.positions")
-    projection = theirs + "embeddings.patch_embeddings.projection."
-    ledger.move(projection + "weight", ours + "embedding.patch_weight")
-    ledger.move(projection + "bias", ours + "embedding.patch_bias")
+def copy_vision(ledger: Ledger, config, hf: str, mcore: str) -> None:
+    ledger.move(hf + "embeddings.cls_token", mcore + "embedding.class_token")
+    ledger.move(hf + "embeddings.position_embeddings", mcore + "embedding.positions")
+    projection = hf + "embeddings.patch_embeddings.projection."
+    ledger.move(projection + "weight", mcore + "embedding.patch_weight")
+    ledger.move(projection + "bias", mcore + "embedding.patch_bias")
     heads = config.num_attention_heads
     with_bias = ("weight", "bias")
     for number in range(config.num_hidden_layers):
-        a, b = f"{theirs}encoder.layer.{number}.", f"{ours}layers.{number}."
+        a, b = f"{hf}encoder.layer.{number}.", f"{mcore}layers.{number}."
         for part in with_bias if config.attention_bias else ("weight",):
             split = [ledger.take(f"{a}attention.{x}_proj.{part}") for x in "qkv"]
             per_head = [x.reshape(heads, -1, *x.shape[1:]) for x in split]
@@ -141,41 +142,51 @@ def copy_vision(ledger: Ledger, config, theirs: str, ours: str) -> None:
         ledger.move(f"{a}lambda_2", f"{b}scale2")
 
 
-def copy_attention(ledger: Ledger, text, theirs: str, ours: str) -> None:
-    """Ours per query head i of a group: [query, gate, i-th slice of the key, of the value]."""
+def copy_attention(ledger: Ledger, text, hf: str, mcore: str) -> None:
+    """mcore rows of query head i of a group: [query, gate, i-th slice of the key, of the value]."""
     heads = text.num_attention_heads
-    split = [ledger.take(f"{theirs}{x}_proj.weight") for x in "qkv"]
+    split = [ledger.take(f"{hf}{x}_proj.weight") for x in "qkv"]
     rows = torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in split], dim=1)
-    ledger.put(ours + "linear_qkv.weight", rows.flatten(0, 1))
-    ledger.move(theirs + "o_proj.weight", ours + "linear_proj.weight")
-    ledger.move(theirs + "q_norm.weight", ours + "q_norm.weight")
-    ledger.move(theirs + "k_norm.weight", ours + "k_norm.weight")
+    ledger.put(mcore + "linear_qkv.weight", rows.flatten(0, 1))
+    ledger.move(hf + "o_proj.weight", mcore + "linear_proj.weight")
+    ledger.move(hf + "q_norm.weight", mcore + "q_norm.weight")
+    ledger.move(hf + "k_norm.weight", mcore + "k_norm.weight")
 
 
-def copy_gdn(ledger: Ledger, text, theirs: str, ours: str) -> None:
-    """Ours per key head: [q, k, v, z, b, a], theirs [q, k, v, z] apart from [b, a]; the
-    convolution's channels are per key head [q, k, v], theirs all q, all k, all v."""
+def copy_gdn(ledger: Ledger, text, hf: str, mcore: str) -> None:
+    """Rows of a key head are [q, k, v, z, b, a] in mcore. Qwen3-Next has two hf tensors by key
+    head, [q, k, v, z] and [b, a]; Qwen3.5-MoE has all q, all k, all v in one, z, b and a in one
+    each. Channels of the convolution are [q, k, v] by key head in mcore, all q, all k, all v in
+    hf."""
     heads = text.linear_num_key_heads
-    qkvz, ba = (ledger.take(f"{theirs}in_proj_{x}.weight") for x in ("qkvz", "ba"))
-    rows = torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in (qkvz, ba)], dim=1)
-    ledger.put(ours + "in_proj.weight", rows.flatten(0, 1))
-    conv = ledger.take(theirs + "conv1d.weight").squeeze(1)
     key_rows = heads * text.linear_key_head_dim
-    split = conv.split([key_rows, key_rows, len(conv) - 2 * key_rows])
-    rows = torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in split], dim=1)
-    ledger.put(ours + "conv_weight", rows.flatten(0, 1))
-    ledger.move(theirs + "A_log", ours + "A_log")
-    ledger.move(theirs + "dt_bias", ours + "dt_bias")
-    ledger.move(theirs + "norm.weight", ours + "out_norm.weight")
-    ledger.move(theirs + "out_proj.weight", ours + "out_proj.weight")
+
+    def kinds(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return qkv.split([key_rows, key_rows, len(qkv) - 2 * key_rows])
+
+    def by_head(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([x.reshape(heads, -1, x.shape[-1]) for x in parts], dim=1).flatten(0, 1)
+
+    separate = text.model_type == "qwen3_5_moe_text"
+    names = ("qkv", "z", "b", "a") if separate else ("qkvz", "ba")
+    parts = [ledger.take(f"{hf}in_proj_{name}.weight") for name in names]
+    if separate:
+        parts = [*kinds(parts[0]), *parts[1:]]
+    ledger.put(mcore + "in_proj.weight", by_head(parts))
+    conv = ledger.take(hf + "conv1d.weight").squeeze(1)
+    ledger.put(mcore + "conv_weight", by_head(kinds(conv)))
+    ledger.move(hf + "A_log", mcore + "A_log")
+    ledger.move(hf + "dt_bias", mcore + "dt_bias")
+    ledger.move(hf + "norm.weight", mcore + "out_norm.weight")
+    ledger.move(hf + "out_proj.weight", mcore + "out_proj.weight")
 
 
-def copy_experts(ledger: Ledger, theirs: str, ours: str) -> None:
-    ledger.move(theirs + "gate.weight", ours + "router.weight")
-    ledger.move(theirs + "experts.gate_up_proj", ours + "experts.gate_up")
-    ledger.move(theirs + "experts.down_proj", ours + "experts.down")
-    ledger.move(theirs + "shared_expert_gate.weight", ours + "shared_experts.gate_weight")
-    shared = ours + "shared_experts."
-    halves = [ledger.take(f"{theirs}shared_expert.{x}_proj.weight") for x in ("gate", "up")]
+def copy_experts(ledger: Ledger, hf: str, mcore: str) -> None:
+    ledger.move(hf + "gate.weight", mcore + "router.weight")
+    ledger.move(hf + "experts.gate_up_proj", mcore + "experts.gate_up")
+    ledger.move(hf + "experts.down_proj", mcore + "experts.down")
+    ledger.move(hf + "shared_expert_gate.weight", mcore + "shared_experts.gate_weight")
+    shared = mcore + "shared_experts."
+    halves = [ledger.take(f"{hf}shared_expert.{x}_proj.weight") for x in ("gate", "up")]
     ledger.put(shared + "linear_fc1.weight", torch.cat(halves))
-    ledger.move(theirs + "shared_expert.down_proj.weight", shared + "linear_fc2.weight")
+    ledger.move(hf + "shared_expert.down_proj.weight", shared + "linear_fc2.weight")

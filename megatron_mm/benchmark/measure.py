@@ -1,4 +1,4 @@
-"""How time and memory are measured, and where."""
+"""Measures time and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """Processor, threads and the versions that the numbers depend on."""
+    """Processor, number of threads, and versions that the numbers depend on."""
     cpu = machine.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 
 def revision() -> str:
-    """Of the code, with a + if it was changed since; "unknown" outside of a checkout."""
+    """Git revision of the code, with a + if it has changed; "unknown" outside of a checkout."""
     root = Path(__file__).parents[2]
     found = []
     for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"]):
@@ -45,7 +45,7 @@ def revision() -> str:
 
 
 class Timed(NamedTuple):
-    """Of one call: wall clock, processor time of this process, what the call returned."""
+    """Result of a timed call: wall-clock and processor seconds, and the returned value."""
 
     seconds: float
     cpu: float
@@ -59,10 +59,11 @@ def timed(function: Callable[[], Any]) -> Timed:
 
 
 def interleave(sides: Sequence[Callable[[int], Any]], rounds: int) -> list[list[Timed]]:
-    """`sides[s](round)` for every round, side by side.
+    """Calls `sides[s](round)` in every round, with the order reversed each time, so that other load
+    on the machine slows all sides alike.
 
-    Whatever else the machine does then slows all sides alike, and the order within a
-    round is turned every time.
+    Returns:
+        Timings by side and round.
     """
     found: list[list[Timed]] = [[] for _ in sides]
     order = list(range(len(sides)))
@@ -74,8 +75,8 @@ def interleave(sides: Sequence[Callable[[int], Any]], rounds: int) -> list[list[
 
 
 def ratios(slower: Sequence[Timed], faster: Sequence[Timed]) -> dict[str, Any]:
-    """`ratio` of the medians of wall clock and the quartiles of the ratios of single rounds;
-    the same of processor time, which other programs disturb less."""
+    """Returns the `ratio` of median wall-clock times, the quartiles of single rounds' ratios, and
+    the same for processor time, which other programs disturb less."""
     made: dict[str, Any] = {"rounds": len(slower)}
     for name, field in (("ratio", "seconds"), ("cpu_ratio", "cpu")):
         a, b = ([getattr(run, field) for run in side] for side in (slower, faster))
@@ -87,12 +88,12 @@ def ratios(slower: Sequence[Timed], faster: Sequence[Timed]) -> dict[str, Any]:
 
 
 class Peak:
-    """The highest resident size of this process while the block ran, from the kernel."""
+    """Context that measures the peak resident size of this process in bytes, from the kernel."""
 
     bytes = 0
 
     def __enter__(self) -> Peak:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the highest until now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         return self
 
     def __exit__(self, *_) -> None:
@@ -101,7 +102,7 @@ class Peak:
 
 
 def _storages() -> dict[int, int]:
-    """Bytes of every tensor storage that Python can reach, by address."""
+    """Bytes of every tensor storage reachable from Python, by address."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
@@ -112,18 +113,18 @@ def _storages() -> dict[int, int]:
 
 
 class MemoryTracker:
-    """Peak of the tensor bytes that one side holds, optimizer state and gradients included.
+    """Peak tensor bytes of one side, including optimizer state and gradients.
 
-    What stays between steps is the storages that appeared since the tracker was made.
-    What a step adds is summed from the allocator's own events, which torch's profiler
-    reports: temporaries inside an operator count too, and so do tensors only autograd holds.
+    Memory between steps is that of storages made since the tracker. Memory within a step is summed
+    from the allocator events that torch's profiler reports, which include temporaries of operators
+    and tensors held only by autograd.
     """
 
     def __init__(self) -> None:
         self.before = set(_storages())
 
     def peak(self, step: Callable[[], Any]) -> dict[str, int]:
-        """Of one more step; the side must have done one before, so that its state exists."""
+        """Measures one more step. The side must have run a step, so that its state exists."""
         kept = sum(n for key, n in _storages().items() if key not in self.before)
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

@@ -1,4 +1,4 @@
-"""Steps that are in memory already: random words and pixels in place of a data set's."""
+"""Mock data: steps in memory with random words and pixels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tiles import image_settings
-from megatron_mm.engine.objective import SupervisedFineTuning
+from megatron_mm.train.sft import SupervisedFineTuning
 
 
 class Mock:
-    """A source of steps that were made before and are given out in turn."""
+    """Source that returns prepared steps in turn."""
 
     between = True
 
@@ -37,7 +37,8 @@ class Mock:
 
 
 def mock_like(batch: Microbatch, vocab_size: int, seed: int) -> Microbatch:
-    """Other words and pixels, the same lengths, tiles and places; equal on ranks of equal seed."""
+    """Returns random words and pixels with the lengths, tiles and places of `batch`; the same on
+    ranks with the same seed."""
     g = torch.Generator().manual_seed(seed)
     words = torch.randint(0, vocab_size, batch.tokens_T.shape, generator=g)
     labels = torch.randint(0, vocab_size, batch.labels_T.shape, generator=g)
@@ -52,14 +53,14 @@ def mock_like(batch: Microbatch, vocab_size: int, seed: int) -> Microbatch:
 
 
 def balanced(batch: Microbatch, layers: Sequence[int], k: int, experts: int) -> Microbatch:
-    """With routes that give every expert of every layer as many tokens, to within one."""
+    """Returns `batch` with routes that load all experts of a layer equally, to within one token."""
     slots = torch.arange(len(batch.tokens_T) * k).view(-1, k) % experts
     routes = {layer: ((slots + layer) % experts).to(torch.int16) for layer in layers}
     return replace(batch, routes=routes)
 
 
 def made_step(run: RunConfig, microbatches: int, seed: int) -> list[Microbatch]:
-    """Of full samples: `seq_length` tokens, one image of `max_num_tiles` tiles in each."""
+    """Makes a step of full samples: `seq_length` tokens with one image of `max_num_tiles` tiles."""
     rng = np.random.default_rng(seed)
     samples = [
         [_sample(run, rng) for _ in range(run.training.micro_batch_size)]

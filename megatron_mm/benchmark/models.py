@@ -1,7 +1,7 @@
-"""The models that are timed, and microbatches like those of training.
+"""Models to time, and microbatches like those of training.
 
-Pixels and words are random: no speed depends on them. Lengths, tilings and the mix of
-samples with and without image are what costs, and those are drawn as a data set has them.
+Pixels and words are random, since speed does not depend on them. It depends on lengths, tilings
+and the share of samples without image, which are drawn as in a data set.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from PIL import Image
 from megatron_mm.config import RunConfig, preset
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
-from megatron_mm.data.images import cut_tiles, plan_tiles
+from megatron_mm.data.images import choose_grid, cut_tiles
 from megatron_mm.data.sample import Sample, SampleImage
 from megatron_mm.data.tiles import ImageSettings, image_settings, tiles_by_images
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a microbatch of a model looks like."""
+    """Make-up of a model's microbatches."""
 
     samples: int
     words: tuple[int, int]  # fewest and most text tokens of a sample
-    tiles: int  # the most of an image, thumbnail not counted
+    tiles: int  # most tiles of an image, without thumbnail
     text_only: float  # share of samples without an image
 
 
@@ -37,8 +37,8 @@ SHAPES = {
 
 
 def make_run(name: str, **fusion: str) -> RunConfig:
-    """A run of a preset with a constant rate and the balancing loss off, since transformers
-    averages that loss in another way."""
+    """Returns a run of a preset with a constant learning rate and without the balancing loss, which
+    transformers averages in another way."""
     run = RunConfig(model=preset(name))
     run.model.language.moe_aux_loss_coeff = 0.0
     run.data.max_num_tiles = SHAPES[name].tiles
@@ -50,12 +50,12 @@ def make_run(name: str, **fusion: str) -> RunConfig:
 
 
 def image_token(run: RunConfig) -> int:
-    """The last of the vocabulary stands for image tokens; no word uses it."""
+    """Id of image tokens: the last of the vocabulary, which no word uses."""
     return run.model.language.vocab_size - 1
 
 
 def make_samples(run: RunConfig, shape: Shape, seed: int) -> list[Sample]:
-    """The same seed draws the same images and words, whatever enters stream and memory."""
+    """Draws samples. A seed gives the same images and words for any stream and memory."""
     rng = np.random.default_rng(seed)
     settings = image_settings(run)
     samples = []
@@ -78,16 +78,16 @@ def make_samples(run: RunConfig, shape: Shape, seed: int) -> list[Sample]:
 
 
 def cut_image(image: Image.Image, settings: ImageSettings, start: int) -> SampleImage:
-    plan = plan_tiles(
+    grid = choose_grid(
         *image.size,
         image_size=settings.image_size,
         max_num_tiles=settings.max_num_tiles,
         use_thumbnail=settings.use_thumbnail,
     )
-    cut = cut_tiles(image, plan, settings.image_size)
-    by_key = tiles_by_images(plan, settings).items()
+    cut = cut_tiles(image, grid, settings.image_size)
+    by_key = tiles_by_images(grid, settings).items()
     tiles = {key: np.ascontiguousarray(cut[used]) for key, used in by_key}
-    return SampleImage.build(plan, tiles, settings, start)
+    return SampleImage.build(grid, tiles, settings, start)
 
 
 def make_batch(run: RunConfig, samples: list[Sample]) -> Microbatch:

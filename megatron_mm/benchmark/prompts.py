@@ -1,6 +1,6 @@
-"""Prompts of random words and images, in the form that each side reads, and one reward for both.
+"""Prompts of random words and images in the form of each side, and one reward for both.
 
-A word is the decimal name of a token, so transformers' tokenizer gives back the very ids.
+A word is a token id in decimal, so that transformers' tokenizer returns the same ids.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatron_mm.data.sample import Sample
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.rl.rollout.prompts import Drawn
 
-NEVER = -1  # no model draws it: completions are as long as they may be
+NEVER = -1  # is never drawn, so completions reach the length limit
 
 
 def make_prompts(run: RunConfig, name: str, count: int, *, images: bool, seed: int) -> list[Sample]:
-    """Whole samples of the model's shape, without an answer. With images: in every one but the
-    last, of different tilings as a data set has them."""
+    """Makes samples of the model's shape without answers. With `images`, all but the last have
+    one, with various tilings as in a data set."""
     shape = replace(SHAPES[name], samples=count, text_only=0.0 if images else 1.0)
     if not images:
         return make_samples(run, shape, seed)
@@ -34,7 +34,7 @@ def make_prompts(run: RunConfig, name: str, count: int, *, images: bool, seed: i
 
 
 def even(prompts, completions, completion_ids, **columns) -> list[float]:
-    """The share of even token ids: differs between completions, whatever they say."""
+    """Reward: the share of even token ids, which differs between completions."""
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
@@ -43,7 +43,7 @@ def words(tokens_T: torch.Tensor) -> str:
 
 
 def our_tokenizer(run: RunConfig) -> Tokenizer:
-    """Only what a rollout asks of it."""
+    """Returns a tokenizer with only what a rollout needs."""
     size = run.model.language.vocab_size
     return Tokenizer(
         vocab_size=size,
@@ -61,7 +61,7 @@ def our_tokenizer(run: RunConfig) -> Tokenizer:
 
 
 def their_tokenizer(run: RunConfig) -> PreTrainedTokenizerFast:
-    """Its end of sequence is the first id past the model's vocabulary."""
+    """Returns a tokenizer whose end of sequence is the first id past the model's vocabulary."""
     size = run.model.language.vocab_size
     vocabulary = {str(index): index for index in range(size)} | {"<end>": size}
     inner = WordTokenizer(WordLevel(vocabulary, unk_token="0"))
@@ -70,7 +70,7 @@ def their_tokenizer(run: RunConfig) -> PreTrainedTokenizerFast:
 
 
 class Prompts:
-    """The same few rows again and again, as a rollout draws them from a `PromptLoader`."""
+    """Repeats a few rows, in place of the `PromptLoader` of a rollout."""
 
     def __init__(self, samples: list[Sample]):
         self.prompts = [

@@ -1,4 +1,4 @@
-"""Completions and steps of reinforcement learning, ours against transformers' and TRL's."""
+"""Times completions and steps of reinforcement learning against transformers and TRL."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class OurGeneration:
 
 
 class TheirGeneration:
-    """`generate` with its caches: all rows in one call, padded on the left, or the rows of one
-    prompt in a call, without padding."""
+    """transformers' `generate` with its caches: all rows in one call, padded on the left, or one
+    call per prompt, without padding."""
 
     def __init__(self, run: RunConfig, seed: int = 0):
         self.run, self.model = run, Theirs(run).model
-        randomise(self.model, seed)  # greedy tokens of a fresh model repeat the last one
+        randomise(self.model, seed)  # a fresh model would repeat the last token
         self.model.eval()
         self.padded = True
 
@@ -67,8 +67,8 @@ class TheirGeneration:
         self.model.model.language_model.set_experts_implementation(experts)
 
     def choose(self, samples: list[Sample], tokens: int) -> dict[str, float]:
-        """Processor seconds of every way; the fastest stays. Of whole completions: what is best
-        for the prompts alone is not best for long ones."""
+        """Chooses the fastest way and returns the processor seconds of each. Times whole
+        completions, because the fastest prefill need not be the fastest overall."""
         seconds = {}
         for way in (f"{layout}, {experts}" for layout in LAYOUTS for experts in EXPERTS):
             self.use(way)
@@ -92,8 +92,8 @@ class TheirGeneration:
         for row, sample in enumerate(samples):
             ids[row, width - len(sample.tokens_T) :] = sample.tokens_T
             mask[row, width - len(sample.tokens_T) :] = 1
-        # Rows are repeated here, not with num_return_sequences: that repeats each tile by itself,
-        # and a prompt of two tiles would see the first twice.
+        # Rows are repeated here, because num_return_sequences repeats each tile by itself: a prompt
+        # of two tiles would see the first one twice.
         pixels = []
         for sample in samples:
             batch = make_batch(self.run, [sample])
@@ -114,8 +114,8 @@ class TheirGeneration:
 
 
 def _same_greedy(ours: OurGeneration, theirs: TheirGeneration, samples: list[Sample]) -> dict:
-    """How many of the prompts get the same greedy tokens, from transformers without padding
-    and with it."""
+    """Counts prompts with the same greedy tokens on both sides, with transformers unpadded and
+    padded."""
     mine = ours.draw(samples, 1, GREEDY_TOKENS, 0.0)
     found = {}
     for layout in LAYOUTS:
@@ -126,7 +126,7 @@ def _same_greedy(ours: OurGeneration, theirs: TheirGeneration, samples: list[Sam
 
 
 def generation(name: str, groups: Groups, rounds: int, warmup: int, tokens: int) -> dict[str, Any]:
-    """Completions of four prompts, eight each, all of `tokens` tokens."""
+    """Times eight completions of `tokens` tokens for each of four prompts."""
     run = _run(name)
     ours, theirs = OurGeneration(run, groups), TheirGeneration(run)
     copy_weights(theirs.model, ours.engine.chunks[0])
@@ -167,8 +167,8 @@ def _speed(runs: list[Timed], tokens: int) -> float:
 
 
 def step(name: str, groups: Groups, rounds: int, warmup: int, tokens: int) -> dict[str, Any] | str:
-    """A step of GRPO on prompts of text alone: TRL takes images from a processor only, and ours
-    has no transformers class. The model is the fused one on both sides."""
+    """Times a GRPO step of the fused model on text prompts: TRL takes images only from a processor,
+    and this model has none in transformers."""
     missing = trl_is_missing()
     if missing:
         return missing
@@ -199,7 +199,7 @@ def step(name: str, groups: Groups, rounds: int, warmup: int, tokens: int) -> di
 
 
 def compare(name: str, groups: Groups, rounds: int, warmup: int, tokens: int) -> dict[str, Any]:
-    """One model: completions, a whole step, and how the cost of a token grows."""
+    """Compares one model: completions, a whole step, and the growth of the cost of a token."""
     return {
         "generation": generation(name, groups, rounds, warmup, tokens),
         "grpo_step": step(name, groups, rounds, warmup, tokens),

@@ -1,8 +1,8 @@
-"""What two ranks do against two that know nothing of each other, one thread each.
+"""Measures the parallel efficiency of two ranks against two independent ranks, one thread each.
 
-Equal work for every rank: alone, a rank trains on m microbatches; two replicas on m each; two
-stages hold half a model each and see 2 m. The sides take turns in the same two processes, so
-whatever else the machine does slows all of them.
+Every rank has equal work: an independent rank trains on m microbatches, two replicas on m each, and
+two stages of half a model each on 2 m. The sides take turns in the same two processes, so other
+load on the machine slows all of them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from megatron_mm.benchmark.throughput import spread
 from megatron_mm.config import ConfigError, ParallelConfig, RunConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.perf.phases import Phases
+from megatron_mm.train.sft import SupervisedFineTuning
 
 MODEL, MICROBATCHES = "tiny", 8
-SAMPLES, TOKENS, TILES = 16, 128, 9  # of a microbatch; of a sample
+SAMPLES, TOKENS, TILES = 16, 128, 9  # samples per microbatch; tokens and tiles per sample
 
 
 class Side:
-    """An engine on its own groups, with the same microbatches in every round."""
+    """Engine on its own groups, with the same microbatches in every round."""
 
     def __init__(self, run: RunConfig, built: Groups, microbatches: int):
         self.built, self.microbatches = built, microbatches
@@ -42,7 +42,7 @@ class Side:
         self.batches = broadcast_batches(built, made)
 
     def step(self) -> dict[str, Any]:
-        """Seconds of this rank and its phases, begun by both ranks together."""
+        """Runs a step together with the other rank. Returns this rank's seconds and phases."""
         with Phases(self.built) as phases:
             dist.barrier()
             begin = time.perf_counter()
@@ -58,11 +58,11 @@ class Side:
 def one_forward_one_backward(
     forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]]
 ) -> float:
-    """Seconds from the first forward pass to the last backward pass of the 1F1B schedule, if
-    nothing is spent on communication (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+    """Returns the seconds from the first forward to the last backward pass of the 1F1B schedule
+    without communication (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
 
     Args:
-        forward, backward: of each microbatch, on each stage.
+        forward, backward: seconds of each microbatch on each stage.
     """
     stages, microbatches = len(forward), len(forward[0])
     orders = []
@@ -89,7 +89,7 @@ def one_forward_one_backward(
 
 
 def _alone(built: Groups) -> Groups:
-    """The same rank without the others, in every dimension."""
+    """Returns groups of this rank alone."""
     for rank in range(dist.get_world_size()):
         group = dist.new_group([rank])
         if rank == dist.get_rank():
@@ -111,7 +111,7 @@ def _run(**parallel: int) -> RunConfig:
 
 
 def measure(rounds: int, warmup: int) -> dict[str, Any]:
-    """Every rank calls it.
+    """Measures all sides. Every rank calls it.
 
     Raises:
         ConfigError: there are not two ranks.
@@ -128,7 +128,7 @@ def measure(rounds: int, warmup: int) -> dict[str, Any]:
 
 
 def make_sides() -> dict[str, Side]:
-    """In a job of two ranks that has built no groups yet."""
+    """Builds all sides, in a job of two ranks that has no groups yet."""
     pipeline, plain = _run(pipeline_model_parallel_size=2), _run()
     stages = groups.build(pipeline.parallel)
     parallel_state.destroy_model_parallel()
@@ -141,7 +141,7 @@ def make_sides() -> dict[str, Side]:
 
 
 def in_turn(sides: dict[str, Side], rounds: int, warmup: int) -> dict[str, list]:
-    """Of every timed round what each rank's `Side.step` said."""
+    """Returns the results of each rank's `Side.step` for every timed round."""
     found: dict[str, list] = {name: [] for name in sides}
     order = list(sides)
     for _ in range(rounds + warmup):
@@ -154,15 +154,15 @@ def in_turn(sides: dict[str, Side], rounds: int, warmup: int) -> dict[str, list]
 
 
 def summary(found: dict[str, list]) -> dict[str, Any]:
-    """Ratios of single rounds, then their median: both sides of one were measured side by side."""
-    # Two that know nothing of each other are as fast together as the sum of their speeds.
+    """Returns medians of single rounds' ratios, whose sides were measured side by side."""
+    # The speed of two independent ranks is the sum of their speeds.
     alone = [2 / sum(1 / note["seconds"] for note in notes) for notes in found["alone"]]
     together = {
         name: [max(note["seconds"] for note in notes) for notes in found[name]]
         for name in ("data parallel", "pipeline parallel")
     }
     theory = [_theory(notes) for notes in found["pipeline parallel"]]
-    bubble = 1 / (2 * MICROBATCHES + 1)  # of two even stages, 2 m microbatches
+    bubble = 1 / (2 * MICROBATCHES + 1)  # of two equal stages with 2 m microbatches
     data = [a / b for a, b in zip(alone, together["data parallel"], strict=True)]
     pipe = [a / b for a, b in zip(alone, together["pipeline parallel"], strict=True)]
     of_theory = [a / b for a, b in zip(theory, together["pipeline parallel"], strict=True)]
@@ -181,7 +181,7 @@ def summary(found: dict[str, list]) -> dict[str, Any]:
 
 
 def _theory(notes: list[dict[str, Any]]) -> float:
-    """Of one step, from the time of every pass on each stage: 1F1B, then what comes after it."""
+    """Predicted seconds of a step, from the time of every pass on each stage: 1F1B and the rest."""
     forward, backward = (
         [note["passes"][name] for note in notes] for name in ("forward", "backward")
     )

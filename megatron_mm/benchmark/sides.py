@@ -1,4 +1,4 @@
-"""One training step of each side: forward, backward, clipping, AdamW."""
+"""Training step of each side: forward, backward, clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_mm.benchmark.models import image_token
 from megatron_mm.config import RunConfig, to_transformers_dict, without_clvr
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.engine.optimizer import decays
 from megatron_mm.parallel.groups import Groups
+from megatron_mm.train.sft import SupervisedFineTuning
 
-LAYOUTS = ("padded", "one by one")  # all samples in a rectangle, or each alone
-EXPERTS = ("eager", "grouped_mm")  # batched_mm copies the weights for every token: out of memory
+LAYOUTS = ("padded", "one by one")  # all samples padded to a rectangle, or each alone
+EXPERTS = ("eager", "grouped_mm")  # not batched_mm, which copies the weights for every token
 
 
 class Ours:
-    """The engine as the training loop drives it."""
+    """Engine, driven as in the training loop."""
 
     def __init__(self, run: RunConfig, groups: Groups):
         self.engine = Engine.create(run, groups)
@@ -33,15 +33,15 @@ class Ours:
     def step(self, batches: list[Microbatch]) -> float:
         found = self.engine.forward_backward(batches, self.objective)
         self.engine.update(self.engine.gradient_norm())
-        total, count = sum(sums["lm loss"] for sums in found).tolist()
+        total, count = sum(metrics.pair("train/lm_loss") for metrics in found).tolist()
         return total / count
 
 
 class Theirs:
-    """transformers' model under torch's AdamW, in the way that is fastest for it here.
+    """transformers' model under torch's AdamW, in the way that is fastest on this machine.
 
-    A batch is given either whole, padded on the right to a rectangle with an attention mask,
-    or one sample after the other without padding, gradients accumulated.
+    A batch is computed either as a rectangle, padded on the right with an attention mask, or one
+    sample at a time without padding, with accumulated gradients.
     """
 
     def __init__(self, run: RunConfig):
@@ -66,11 +66,11 @@ class Theirs:
             lr=settings.lr,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_eps,
-            fused=True,  # transformers' Trainer chooses it too
+            fused=True,  # as transformers' Trainer does
         )
 
     def choose(self, batch: Microbatch) -> dict[str, float]:
-        """Try every way on a batch and keep the fastest; processor seconds of each, the
+        """Tries every way on a batch and keeps the fastest. Returns processor seconds of each, the
         better of two."""
         seconds = {}
         for way in product(LAYOUTS, EXPERTS):
@@ -88,7 +88,7 @@ class Theirs:
         self.model.model.language_model.set_experts_implementation(experts)
 
     def prepare(self, batch: Microbatch) -> list[dict[str, Any]]:
-        """Keyword arguments of each forward pass; collation is not timed on either side."""
+        """Returns the arguments of each forward pass. Collation is not timed on either side."""
         starts = batch.cu_seqlens.tolist()
         rows = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
         count = int(batch.loss_mask_T.sum())

@@ -1,4 +1,4 @@
-"""A throughput result as text."""
+"""Formats a throughput result as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def text(result: dict[str, Any]) -> str:
-    """One block for each side, its phases by the time they take on the slowest rank."""
+    """Returns a paragraph for each side, with its phases by time on the slowest rank."""
     rank = result["units"]["rank"]
     peak = result["gemm_flops_per_second_per_rank"] / 1e12
     memory = ", ".join(

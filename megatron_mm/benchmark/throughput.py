@@ -1,4 +1,4 @@
-"""What a run does per second, on any layout, and where the time goes."""
+"""Measures the throughput of a run on any layout, and the time of its phases."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_mm import platform
 from megatron_mm.benchmark.measure import Peak
 from megatron_mm.benchmark.mock import Mock, balanced, made_step, mock_like
 from megatron_mm.config import ConfigError, RunConfig, to_dict
+from megatron_mm.config.objectives import declaration
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches
@@ -22,40 +23,38 @@ from megatron_mm.errors import NonFiniteError
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.perf.flops import model_flops, total
 from megatron_mm.perf.phases import Phases
-from megatron_mm.train.source import SOURCES, StepSource
+from megatron_mm.train.source import StepSource, open_data, open_source
 from megatron_mm.train.start import start
-from megatron_mm.train.trainer import open_data
 
 STORED = 2  # steps kept in memory for mock data
-BLOCK = 4  # steps of one side at a time, the first untimed: a loader may have read it before
+STRETCH = 4  # consecutive steps of a side, the first untimed: its batch may have been read before
 COUNTS = ("samples", "tokens", "supervised", "tiles", "model_flops")
 
 
 class Bench:
-    """One engine, and the sources that it is measured on."""
+    """Engine and the sources it is measured on."""
 
     def __init__(self, run: RunConfig, groups: Groups, phases: Phases):
         self.run, self.groups, self.phases = run, groups, phases
-        self.clock: dict[str, float] = {}  # a rollout's own times
+        self.clock: dict[str, float] = {}  # times of a rollout
         torch.manual_seed(run.training.seed)
         self.engine = Engine.create(run, groups)
 
     def sources(self, kinds: Sequence[str], routings: Sequence[str]) -> dict[str, StepSource]:
-        """By "<data>, <routing>"."""
+        """Returns sources by "<data>, <routing>"."""
         sources: dict[str, StepSource] = {}
         made: list[list[Microbatch]] = []
         if "real" in kinds:
             tokenizer, loader = open_data(self.run, self.groups)
             start(self.engine, loader, self.run.checkpoint, tokenizer.image_context_id)
-            objective = self.run.training.objective
-            real = SOURCES[objective](self.run, self.engine, tokenizer, loader)
+            real = open_source(self.run, self.engine, tokenizer, loader)
             if "mock" in kinds or "balanced" in routings:
                 position = loader.state_dict()
                 made = [list(real.next_step(False)[0]) for _ in range(STORED)]
                 loader.load_state_dict(position)
             if "natural" in routings:
                 sources["real, natural"] = real
-            # Balanced routes are given to batches in memory; real data choose their own.
+            # Balanced routes are possible only for batches in memory.
         elif "mock" in kinds:
             made = [self._made(number) for number in range(STORED)]
         if "mock" in kinds:
@@ -86,9 +85,9 @@ class Bench:
         return balanced(batch, layers, language.moe_router_topk, language.num_experts)
 
     def round(self, source: StepSource) -> list[Microbatch]:
-        """A step; in reinforcement learning a rollout and all of its steps. Its microbatches."""
+        """Runs a step, or a rollout and all of its steps. Returns its microbatches."""
         phases, done, self.clock = self.phases, [], {}
-        reading = "rollout" if self.run.training.objective == "grpo" else "data"
+        reading = "rollout" if declaration(self.run).generates else "data"
         with phases.region("step"):
             while not done or not source.between:
                 with phases.region(reading):
@@ -104,7 +103,7 @@ class Bench:
         return done
 
     def timed(self, source: StepSource) -> dict[str, Any]:
-        """Of one round: seconds until the last rank is done, phases of every rank, work."""
+        """Times a round: seconds until the last rank is done, phases of every rank, and work."""
         world = self.groups.world
         dist.barrier(group=world)
         begin = time.perf_counter()
@@ -124,7 +123,7 @@ class Bench:
         }
 
     def _work(self, batches: Sequence[Microbatch], source: StepSource) -> dict[str, float]:
-        """Of this replica, on its reader, which has the pixels."""
+        """Counts the work of this replica, on its reader, which has the pixels."""
         found = dict.fromkeys(COUNTS, 0)
         for batch in batches if self.groups.is_reader else ():
             supervised = len(source.objective.positions(batch))
@@ -137,7 +136,7 @@ class Bench:
 
 
 def gemm_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a large product on this rank's device, the best of ten, other ranks at the same."""
+    """FLOP/s of a large matrix product, the best of ten, while other ranks do the same."""
     device = platform.device()
     cuda = device.type == "cuda"
     size = 8192 if cuda else 1024
@@ -163,11 +162,9 @@ def measure(
     rounds: int,
     warmup: int,
 ) -> dict[str, Any]:
-    """Every side's rounds, in blocks in turn. Every rank calls it and has the result."""
-    if run.training.objective == "grpo" and (list(kinds), list(routings)) != (
-        ["real"],
-        ["natural"],
-    ):
+    """Measures all sides in turn. Every rank calls it and gets the result."""
+    generates = declaration(run).generates
+    if generates and (list(kinds), list(routings)) != (["real"], ["natural"]):
         raise ConfigError(
             "rl draws its own data and routes; allowed: --data real --routing natural"
         )
@@ -189,12 +186,12 @@ def measure(
             for source in sources.values():
                 for _ in range(warmup):
                     bench.timed(source)
-            # A rollout reads nothing ahead.
-            size, ahead = (1, 0) if run.training.objective == "grpo" else (BLOCK, 1)
+            # Nothing is read ahead of a rollout.
+            size, ahead = (1, 0) if generates else (STRETCH, 1)
             while any(len(done) < rounds for done in found.values()):
                 for name, source in sources.items():
-                    block = [bench.timed(source) for _ in range(size)][ahead:]
-                    found[name] = (found[name] + block)[:rounds]
+                    stretch = [bench.timed(source) for _ in range(size)][ahead:]
+                    found[name] = (found[name] + stretch)[:rounds]
         finally:
             for source in sources.values():
                 source.close()
@@ -214,7 +211,7 @@ def measure(
 
 
 def _memory(groups: Groups, resident: Peak) -> dict[str, Any]:
-    """Of the rank that needs the most: on a GPU what torch allocated, else the process."""
+    """Peak memory of the rank that needs most: torch's allocator on a GPU, else the process."""
     mine = {"peak_resident_bytes": resident.bytes}
     if platform.device().type == "cuda":
         mine["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
@@ -230,8 +227,8 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _summary(rounds: list[dict[str, Any]], peak: float, ranks: int) -> dict[str, Any]:
-    """Of one side. Phases: mean seconds of a round, so that they add up; over ranks the mean and
-    the most."""
+    """Summarises one side. Phases are mean seconds per round, so that they add up; their mean and
+    maximum over ranks."""
     speeds = {
         name: spread([r["work"][name] / r["seconds"] for r in rounds])
         for name in ("tokens", "supervised", "samples", "model_flops")
@@ -257,7 +254,7 @@ def _summary(rounds: list[dict[str, Any]], peak: float, ranks: int) -> dict[str,
         "seconds": spread([r["seconds"] for r in rounds])
         | {"mean": statistics.mean(r["seconds"] for r in rounds)},
         "tokens_per_second": speeds["tokens"],
-        "supervised_tokens_per_second": speeds["supervised"],  # in RL: of completions
+        "supervised_tokens_per_second": speeds["supervised"],  # in RL: tokens of completions
         "samples_per_second": speeds["samples"],
         "tokens_per_second_per_rank": speeds["tokens"]["median"] / ranks,
         "model_tflops_per_second": flops / 1e12,

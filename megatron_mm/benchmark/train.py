@@ -1,4 +1,4 @@
-"""Training steps of the fused model, ours against transformers'."""
+"""Times training steps of the fused model against transformers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from megatron_mm.config import RunConfig, without_clvr
 from megatron_mm.data.sample import Sample
 from megatron_mm.parallel.groups import Groups
 
-BATCHES = 4  # different ones, in turn
-# Losses are compared over the first steps: Adam divides by the size of the gradient, so where
-# one is nearly zero its rounding decides the update, and the two runs part as any two do.
+BATCHES = 4  # different batches, used in turn
+# Losses are compared only over the first steps. Adam divides by the size of the gradient, so where
+# it is nearly zero, rounding decides the update and the two runs diverge.
 COMPARED = 3
 
 
 def compare(
     name: str, groups: Groups, rounds: int, warmup: int, samples: int | None = None
 ) -> dict[str, Any]:
-    """One model. CLVR is off, since transformers has none; all tiles are in the stream.
+    """Compares one model. CLVR, which transformers lacks, is off; all tiles are in the stream.
 
     Args:
-        samples: in a microbatch, if not as many as the model's shape says.
+        samples: samples per microbatch; None: by model.
     """
     run = make_run(name, image_stream="all", vision_memory="none")
     run.model.hybrid_layer_pattern = without_clvr(run.model.hybrid_layer_pattern)
@@ -74,7 +74,7 @@ def compare(
 def _memory(
     run: RunConfig, groups: Groups, layout: str, experts: str, samples: list[Sample]
 ) -> dict[str, Any]:
-    """Peaks of both sides over one step on the same samples, given to both in the same way."""
+    """Returns the peak memory of both sides over one step on the same samples."""
     whole = make_batch(run, samples)
     tracker = MemoryTracker()
     ours = Ours(run, groups)
@@ -90,7 +90,7 @@ def _memory(
 
 
 def _peak(tracker: MemoryTracker, step: Callable[[], Any]) -> dict[str, int]:
-    step()  # the optimizer's state is made
+    step()  # creates the optimizer state
     return tracker.peak(step)
 
 

@@ -1,1 +1,1 @@
-"""Sharded checkpoints: exact, and loadable on any layout."""
+"""Sharded checkpoints that restore a run bitwise and load on any layout."""

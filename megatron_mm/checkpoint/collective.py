@@ -12,7 +12,8 @@ from megatron_mm.errors import CheckpointError
 
 
 def one_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # torch's own agreement: rank -> (error, traceback)
+    """Returns the message in one line, with the type of errors that are not ours."""
+    if isinstance(error, CheckpointException):  # collected by torch: rank -> (error, traceback)
         error = min(error.failures.items())[1][0]
     text = " ".join(str(error).split())
     return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
@@ -20,14 +21,18 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def raising_together(group: dist.ProcessGroup, doing: str) -> Iterator[None]:
-    """What fails inside on any rank of a gloo group raises CheckpointError on all of them after.
+    """Raises an error of any rank as a CheckpointError on every rank when the body ends.
 
-    The block must not wait for other ranks, unless what it calls fails on all ranks at once.
+    The body must not wait for other ranks, unless what it calls fails on all of them.
+
+    Args:
+        group: gloo group of the ranks that enter together.
+        doing: what failed, the beginning of the message.
     """
     cause = problem = None
     try:
         yield
-    # Whatever it was, the other ranks wait to hear of it. torch's is no Exception (api.py:25).
+    # Other ranks wait for any outcome. torch's error is not an Exception (api.py:25).
     except (Exception, CheckpointException) as error:
         cause, problem = error, one_line(error)
     problems: list[str | None] = [None] * group.size()

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a model: settings first, then every tensor's name and shape."""
+"""Checks that a checkpoint fits a model: first settings, then names and shapes of all tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megatron_mm.config import (
 from megatron_mm.errors import CheckpointError
 from megatron_mm.model.layers.lora import is_adapter
 
-# How a model starts or trains, not what it computes: may change between save and load.
+# Settings of initialisation and training. They do not change what a model computes, so they may
+# differ between save and load.
 NOT_THE_MODEL = {
     "language.init_method_std",
     "language.moe_aux_loss_coeff",
@@ -25,10 +26,9 @@ NOT_THE_MODEL = {
     "vision.vision_init_method_std",
     "vision.vision_layer_scale_init",
 }
-# Tensors of a converted folder that no parameter holds (multi-token prediction): kept beside the
-# model for the way back.
+# Prefix of tensors that no parameter holds (multi-token prediction): kept for the export.
 CARRIED_PREFIX = "carried."
-# CLVR's own parameters: what a base model does not have.
+# CLVR's own parameters, which a base model lacks.
 CLVR = ("model.language.looks.", "model.vision.memory_proj")
 
 
@@ -46,31 +46,38 @@ def _may_change(key: str) -> bool:
 
 
 def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
-    """Raises CheckpointError naming the first setting of the model that differs.
+    """Compares the settings of the stored model with `model`.
 
-    Settings that this version has and the checkpoint lacks take their defaults. A fine-tune
-    may add or drop looks (letters L and J) and change how images enter (fusion).
+    Settings that the checkpoint lacks take their defaults. A fine-tune may add or drop looks
+    (letters L and J) and change how images enter (fusion).
+
+    Raises:
+        CheckpointError: names the first setting that differs.
     """
     try:
         found = dict(_flat(to_dict(from_dict(ModelConfig, stored, "model"))))
     except ConfigError as error:
         raise CheckpointError(f"its run.json describes no model of this version: {error}") from None
-    ours = dict(_flat(to_dict(model)))
-    for key in sorted(found.keys() | ours.keys()):
-        a, b = found.get(key), ours.get(key)
+    here = dict(_flat(to_dict(model)))
+    for key in sorted(found.keys() | here.keys()):
+        a, b = found.get(key), here.get(key)
         if finetune and key == "hybrid_layer_pattern":
             a, b = without_clvr(a), without_clvr(b)
         if a == b or _may_change(key) or (finetune and key.startswith("fusion.")):
             continue
         raise CheckpointError(
             f"it holds another model: {key} is {found.get(key, 'absent')!r} there and "
-            f"{ours.get(key, 'absent')!r} here"
+            f"{here.get(key, 'absent')!r} here"
         )
 
 
 def check_adapters(stored: dict, lora: LoraConfig) -> None:
-    """Raises CheckpointError if adapters there would add something else here: rank and alpha
-    scale them. Whether there are any, and beside which linears, the tensors say."""
+    """Compares rank and alpha, which scale the adapters. `check_tensors` finds which linears have
+    adapters.
+
+    Raises:
+        CheckpointError: the stored adapters would add something else here.
+    """
     try:
         there = from_dict(LoraConfig, stored, "lora")
     except ConfigError as error:
@@ -84,13 +91,16 @@ def check_adapters(stored: dict, lora: LoraConfig) -> None:
 
 
 def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
-    """Compare key -> whole shape.
+    """Compares names and whole shapes of tensors.
+
+    Args:
+        stored, expected: key -> whole shape.
 
     Returns:
-        Keys that the checkpoint lacks and may lack: CLVR's and adapters', when fine-tuning.
+        Missing keys that may be missing: those of CLVR and of adapters, when fine-tuning.
 
     Raises:
-        CheckpointError: tensors are missing, of another shape, or foreign.
+        CheckpointError: tensors are missing, of another shape, or unexpected.
     """
     missing = sorted(expected.keys() - stored.keys())
     added = [key for key in missing if finetune and (key.startswith(CLVR) or is_adapter(key))]
@@ -116,7 +126,7 @@ def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
         hint = ""
         if any(key.startswith("optimizer.") for key in missing + foreign):
             hint = "; optimizer state fits only the same trainable modules, else use finetune"
-        # Without them it would be another model than the one that was trained.
+        # Dropping them would silently load another model than the one that was trained.
         adapters = [key for key in foreign if key.startswith("model.") and is_adapter(key)]
         if adapters:
             hint = (

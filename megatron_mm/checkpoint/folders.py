@@ -1,8 +1,8 @@
-"""The names of checkpoints: how one appears at once, how it is found again, how it goes.
+"""Names of checkpoint folders: how a checkpoint is published, found and deleted.
 
-`iter_0000120` is complete whenever it exists. Three suffixes say that a folder is not a
-checkpoint by that name: it is being written, was moved aside by a newer save of the same
-iteration, or is being deleted. A process may be killed between any two lines here.
+A folder `iter_0000120` is always complete. Three suffixes mark folders that are not: one being
+written, one moved aside by a newer save of the same iteration, one being deleted. The process may
+be killed between any two lines here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def with_suffix(path: Path, suffix: str) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Rename a finished checkpoint into place, then point `latest` to it. One rank calls it."""
+    """Renames a finished checkpoint into place and points `latest` to it. One rank calls it."""
     folder, replaced = final.parent, with_suffix(final, REPLACED)
     if final.exists():  # the same iteration again: an earlier run, or a resumed one
         final.rename(replaced)
@@ -44,9 +44,9 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed or failed saves and deletions left. One rank calls it.
+    """Removes what killed or failed saves and deletions left. One rank calls it.
 
-    A checkpoint that was moved aside while its successor never came gets its name back.
+    A checkpoint that was moved aside gets its name back if its successor was never published.
     """
     (folder / f"{LATEST}{PARTIAL}").unlink(missing_ok=True)
     for path in sorted(folder.iterdir()):
@@ -60,16 +60,17 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, newest: int) -> None:
-    """Delete checkpoints of this folder until `keep` are left. One rank calls it.
+    """Deletes the oldest checkpoints of a folder until `keep` are left. One rank calls it.
 
-    Counted are those up to iteration `newest`, which was just published: later ones belong to
-    a run that went further before this one was resumed. What `latest` names stays in any case.
-    A folder is renamed before anything in it is deleted, so half of one is never picked.
+    Only checkpoints up to iteration `newest`, which was just published, are counted and deleted:
+    later ones belong to a run that went further before this one was resumed. The checkpoint that
+    `latest` names always stays. A folder is renamed before its content is deleted, so a
+    half-deleted checkpoint is never loaded.
     """
     latest = (folder / LATEST).read_text(encoding="utf-8").strip()
     found = {_iteration(path): path for path in folder.iterdir()}
-    ours = sorted(iteration for iteration in found if iteration is not None)
-    for iteration in [i for i in ours if i <= newest][:-keep]:
+    iterations = sorted(iteration for iteration in found if iteration is not None)
+    for iteration in [i for i in iterations if i <= newest][:-keep]:
         if found[iteration].name == latest:
             continue
         deleted = found[iteration].rename(with_suffix(found[iteration], DELETED))
@@ -78,19 +79,26 @@ def prune(folder: Path, keep: int, newest: int) -> None:
 
 
 def _iteration(path: Path) -> int | None:
-    """Of a checkpoint of ours that can be read; None for anything else."""
+    """Iteration of a readable checkpoint; None for anything else."""
     if not NAME.fullmatch(path.name) or path.is_symlink() or not (path / RUN).is_file():
         return None
     try:
         iteration = sealed.read_json(path / RUN).get("iteration")
     except CheckpointError:
         return None
-    ours = isinstance(iteration, int) and path.name == name_of(iteration)
-    return iteration if ours else None
+    valid = isinstance(iteration, int) and path.name == name_of(iteration)
+    return iteration if valid else None
 
 
 def resolve(folder: Path) -> tuple[Path, dict]:
-    """(checkpoint folder, its run.json). Raises CheckpointError unless both are complete."""
+    """Returns (checkpoint folder, content of its run.json).
+
+    Args:
+        folder: a checkpoint, or a folder of checkpoints whose `latest` names one.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
     path = folder
     if not folder.is_dir():
         raise CheckpointError("there is no such folder")

@@ -1,4 +1,4 @@
-"""From a checkpoint with LoRA adapters to a plain one, on whatever layout the engine has."""
+"""Merges LoRA adapters into the weights of a checkpoint, on any layout."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_mm.model.layers.lora import merge
 
 
 def merge_adapters(engine: Engine, source: Path, target: Path) -> Path:
-    """Load `source`, add every adapter to its weight, write weights only to `target`.
+    """Loads `source`, adds every adapter to its weight, and writes only weights to `target`.
 
-    Every rank calls it. The engine is left without adapters and with nothing to train.
+    Every rank calls it. The engine keeps neither adapters nor trainable parameters.
 
     Args:
-        engine: of the model and the adapters that `source` holds.
+        engine: engine with the model and adapters of `source`.
 
     Returns:
-        The new checkpoint's folder. Only a fine-tune can start from it: it holds no optimizer
-        state, since the merged weights never had any.
+        Folder of the new checkpoint. It has no optimizer state, so only a fine-tune can start
+        from it.
 
     Raises:
         CheckpointError: on every rank, if `source` does not fit or has no adapters.

@@ -1,9 +1,9 @@
-"""The optimizer's state in model space: one tensor per parameter, shaped like the parameter.
+"""Optimizer state in model space: tensors shaped like the parameter they belong to.
 
-The distributed optimizer owns flat ranges of a flat buffer that pay no heed to where a
-parameter begins, so its own state fits one layout only. Here every parameter's moments
-are gathered over the ranks that share it; what is restored is cut again to what a rank
-owns. Shapes are then those of the weights, and re-shard as the weights do.
+The distributed optimizer splits a flat buffer at places that ignore parameter boundaries, so its
+own state fits one layout only. Here the moments of a parameter are gathered over the ranks that
+share it, and cut again to the range a rank owns when they are restored. They have the shapes of
+the weights and re-shard like them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ State = dict[str, dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Owned:
-    """Elements [start, stop) of a flattened parameter, which this rank updates.
+    """Elements [start, stop) of a flattened parameter that this rank updates.
 
     Attributes:
-        main: what the inner optimizer steps: fp32, flat or parameter-shaped.
+        main: fp32 main parameter that the inner optimizer steps, flat or parameter-shaped.
         group: the inner optimizer's parameter group that `main` is in.
     """
 
@@ -42,7 +42,7 @@ class Owned:
     group: dict
 
     def tensor(self, kind: str) -> torch.Tensor:
-        """fp32 [stop - start]; moments are zero before the first step, as Adam starts them."""
+        """fp32 [stop - start]. Moments are zero before the first step, as in Adam."""
         if kind == "master":
             return self.main.detach().reshape(-1)
         state = self.inner.state.get(self.main, {})
@@ -50,12 +50,12 @@ class Owned:
 
     @property
     def step(self) -> int:
-        """torch's Adam counts per parameter, apex's and Transformer Engine's per group."""
+        """Adam's step count: per parameter in torch, per group in apex and Transformer Engine."""
         own = self.inner.state.get(self.main, {}).get("step")
         return int(own if own is not None else self.group.get("step", 0))
 
     def set(self, tensors: dict[str, torch.Tensor], step: int) -> None:
-        """Overwrite main parameter, moments and step from parameter-shaped tensors."""
+        """Overwrites main parameter, moments and step from parameter-shaped tensors."""
         mine = {k: tensors[k].reshape(-1)[self.start : self.stop] for k in KINDS if k in tensors}
         if "master" in mine:
             self.main.detach().view(-1).copy_(mine["master"])
@@ -65,8 +65,8 @@ class Owned:
             moment.view(-1).copy_(mine[kind])
             state[kind] = moment
         if isinstance(self.inner, (torch.optim.Adam, torch.optim.AdamW)):
-            # A tensor of its own: Adam increments it in place, once per parameter. Upstream
-            # hands one to all of them (distrib_optimizer.py:1032) and so counts too fast.
+            # One tensor per parameter, because Adam increments it in place. Upstream shares one
+            # among all parameters (distrib_optimizer.py:1032) and so counts too fast.
             on_device = self.group.get("capturable") or self.group.get("fused")
             device = self.main.device if on_device else torch.device("cpu")
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
@@ -83,9 +83,9 @@ def _leaves(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
 
 
 def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(model parameter, what the inner optimizer steps in its place).
+    """Yields (model parameter, main parameter that the inner optimizer steps).
 
-    Not from `model_param_group_index_map` (distrib_optimizer.py:773), whose order is wrong
+    Not read from `model_param_group_index_map` (distrib_optimizer.py:773), whose order is wrong
     where one parameter group mixes bf16 and fp32: line 484 puts the fp32 shards first.
     """
     if isinstance(optimizer, DistributedOptimizer):  # attributes of distrib_optimizer.py:780
@@ -105,7 +105,8 @@ def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.T
 
 
 def _owned(engine: Engine) -> tuple[dict[torch.Tensor, Owned], bool]:
-    """What this rank updates, by parameter; whether parameters are split over replicas."""
+    """Returns (the range this rank updates of each parameter, whether parameters are split over
+    replicas)."""
     owned, split = {}, False
     for optimizer in _leaves(engine.optimizer):
         inner = optimizer.optimizer
@@ -121,11 +122,12 @@ def _owned(engine: Engine) -> tuple[dict[torch.Tensor, Owned], bool]:
 
 
 def trainable(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter, ParamLayout]]:
+    """Yields (global name, parameter, layout) of the trainable parameters."""
     return (entry for entry in parameters(engine) if entry[1].requires_grad)
 
 
 def owned(engine: Engine) -> dict[str, Owned]:
-    """What this rank updates, by parameter name, in the model's order."""
+    """Ranges that this rank updates, by parameter name, in the model's order."""
     by_param, _ = _owned(engine)
     return {name: by_param[param] for name, param, _ in trainable(engine) if param in by_param}
 
@@ -136,10 +138,10 @@ def collect(
     keep: Callable[[str, str], bool] = lambda kind, name: True,
     chunk: int = 1 << 26,
 ) -> State:
-    """The state of every trainable parameter of this stage. Every rank must call it.
+    """Gathers the state of every trainable parameter of this stage. Every rank calls it.
 
     Args:
-        keep: (kind, name) -> whether this rank wants that tensor; others are left out.
+        keep: (kind, name) -> whether this rank keeps that tensor.
         chunk: elements gathered at a time.
 
     Returns:
@@ -148,7 +150,7 @@ def collect(
     """
     by_param, split = _owned(engine)
     pg = engine.groups.pg
-    # A rank may own nothing where others own something; they gather with each other.
+    # A rank that owns nothing still takes part in the gather of those that do.
     split = split or engine.run.parallel.use_distributed_optimizer
     state: State = {}
     for expert, group in ((False, pg.dp_cp), (True, pg.expt_dp)):
@@ -168,7 +170,7 @@ def collect(
             for kind in KINDS:
                 for name, tensor in _gather(part, kind, by_param, shared):
                     if keep(kind, name):
-                        # A copy even on the CPU: else each would keep the whole chunk alive.
+                        # Copy even on the CPU: a view would keep the whole chunk alive.
                         state[name][kind] = tensor.to("cpu", copy=True)
     return {name: state[name] for name, _, _ in trainable(engine)}
 
@@ -193,8 +195,8 @@ def _gather(members: list, kind: str, by_param: dict, group) -> Iterator[tuple[s
             mine = by_param[param]
             target[mine.start : mine.stop] = mine.tensor(kind)
     if group is not None:
-        # Every element has one owner and is zero elsewhere: as integers the sum keeps each
-        # bit, where a float sum would turn -0 into 0.
+        # Every element has one owner and is zero elsewhere. Summed as integers it keeps every
+        # bit; a float sum would turn -0 into 0.
         dist.all_reduce(flat.view(torch.int32), group=group)
     for (name, param), tensor in zip(members, whole, strict=True):
         yield name, tensor.view(param.shape)
@@ -202,10 +204,13 @@ def _gather(members: list, kind: str, by_param: dict, group) -> Iterator[tuple[s
 
 @torch.no_grad()
 def restore(engine: Engine, state: State) -> None:
-    """Write back what this rank owns of `collect`'s result.
+    """Writes the ranges that this rank owns from a state as `collect` returns it.
 
-    A tensor may have any shape of the parameter's number of elements. "master" may be absent
-    where the parameter itself is fp32 and already loaded. Raises KeyError for a missing entry.
+    A tensor may have any shape with the parameter's number of elements. "master" may be absent
+    where the parameter itself is fp32 and already loaded.
+
+    Raises:
+        KeyError: a parameter has no entry.
     """
     for name, mine in owned(engine).items():
         entry = state[name]

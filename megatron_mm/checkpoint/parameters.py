@@ -1,4 +1,4 @@
-"""Parameters of an engine, as the rest of this room sees a model."""
+"""Parameters of an engine with their layouts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def parameters(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter, ParamL
 
 
 def finish_param_gather(engine: Engine) -> None:
-    """Finishes an overlapped gather of parameters: until the next forward pass a rank would have
-    new weights only where it owns them."""
+    """Finishes an overlapped gather of parameters. Without it a rank has new weights only in the
+    ranges it owns, until the next forward pass."""
     for model in engine.models:
         if model.ddp_config.overlap_param_gather:
             model.start_param_sync(force_sync=True)

@@ -1,4 +1,4 @@
-"""Every random generator of this rank, as plain values and back."""
+"""Captures and restores every random generator of this rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import random as tensor_parallel_random
 
 
 def _tracker():
-    # Asking for the tracker would create it, so look at its flag first (random.py:412).
+    # Asking for the tracker would create it, so its flag is read first (random.py:412).
     if not tensor_parallel_random._CUDA_RNG_STATE_TRACKER_INITIALIZED:
         return None
     tracker = tensor_parallel_random.get_cuda_rng_tracker()
@@ -19,7 +19,7 @@ def _tracker():
 
 
 def capture() -> dict[str, Any]:
-    """Plain numbers, tuples and uint8 tensors only, so that reading it back runs no code."""
+    """Returns states of only numbers, tuples and uint8 tensors, so that loading runs no code."""
     name, keys, *rest = np.random.get_state()
     tracker = _tracker()
     return {
@@ -32,7 +32,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """The generators go on where `capture` found them. A tracker that is gone stays gone."""
+    """Sets the generators to captured states. A tracker that no longer exists is not made."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

@@ -1,20 +1,19 @@
-"""Saving while training goes on: a snapshot in this thread, the writing in another one.
+"""Asynchronous saving: a snapshot in the training thread, the writing in another thread.
 
-The background threads of all ranks write and agree by themselves, on a gloo group that
-nobody else uses, running the very code that a synchronous save runs. They wait for each
-other only, never for a training thread; a training thread waits for its own background
-thread only. So neither can hold up the other's collectives, whatever order they come in,
-and a rank that dies ends the wait with an error: at once where its connections break, at
-the latest after `distributed_timeout_minutes`. (Finishing in the training thread instead
-would need an agreement at every step, and a state machine for saves half agreed upon.)
+The background threads of all ranks run the code of a synchronous save, on a gloo group of their
+own. They wait only for each other, and a training thread waits only for its own background
+thread. So neither can delay the other's collectives, in whatever order they come. A rank that dies
+ends the wait with an error: at once when its connections break, at the latest after
+`distributed_timeout_minutes`. (Finishing in the training thread instead would need an agreement at
+every step and a state machine for half-agreed saves.)
 
-Threads, not processes: a fork would copy locks that gloo's or CUDA's threads hold.
+Threads, not processes: a fork would copy locks that threads of gloo or CUDA hold.
 """
 
 from __future__ import annotations
 
 import datetime
-import sys
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,16 +24,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_mm.checkpoint import snapshot
 from megatron_mm.engine.engine import Engine
 
+logger = logging.getLogger(__name__)
+
 
 class Saver:
     """Saves the checkpoints of one run; at most one is being written at a time.
 
-    When `save` returns, the save before it is published: a kill at any later moment loses
-    the steps since that one at most.
+    When `save` returns, the previous save is published, so a kill at any later moment loses at
+    most the steps since then.
     """
 
     def __init__(self, engine: Engine, *, asynchronous: bool, keep_last: int | None):
-        """Every rank calls it: asynchronous saving makes a group."""
+        """Every rank calls it, because asynchronous saving makes a process group."""
         self._engine, self._keep_last = engine, keep_last
         self._group, self._thread = engine.groups.world, None
         self._writing: Future | None = None
@@ -44,27 +45,27 @@ class Saver:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, loader_state: dict, folder: Path, iteration: int, extra: dict) -> float:
-        """Save, or start to, once the save before is finished. Every rank calls it.
+        """Waits for the previous save, then saves or starts to. Every rank calls it.
 
         Returns:
             Seconds for which training stood still.
 
         Raises:
-            CheckpointError: on every rank, the failure of this save or of the one before.
+            CheckpointError: on every rank; this save or the previous one failed.
         """
         begin = time.perf_counter()
         self.finish()
         taken = snapshot.take(self._engine, loader_state, iteration, extra)
-        job = (snapshot.write, taken, folder, self._group, self._keep_last)
+        args = (taken, folder, self._group, self._keep_last)
         if self._thread is None:
-            job[0](*job[1:])
+            snapshot.write(*args)
         else:
-            self._writing = self._thread.submit(*job)
+            self._writing = self._thread.submit(snapshot.write, *args)
         return time.perf_counter() - begin
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed; `finish` says how. Waits for nobody."""
+        """Whether a background save has failed; `finish` raises its error. Does not wait."""
         return (
             self._writing is not None
             and self._writing.done()
@@ -72,17 +73,20 @@ class Saver:
         )
 
     def finish(self) -> None:
-        """Wait until nothing is being written. Raises CheckpointError if that failed."""
+        """Waits until nothing is being written.
+
+        Raises:
+            CheckpointError: on every rank; the save failed.
+        """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """`finish` where another error is under way already: this one is only told."""
+        """Finishes while another error may be on its way: a failed save is only logged."""
         try:
             self.finish()
         except (Exception, CheckpointException) as error:
-            if dist.get_rank() == 0:
-                print(f"warning: {error}", file=sys.stderr)
+            logger.warning("%s", error)
         if self._thread is not None:
             self._thread.shutdown()

@@ -1,8 +1,8 @@
-"""Small files of a checkpoint: on disk when the call returns, and any wrong bit is seen.
+"""Small files of a checkpoint: durable when the call returns, and checked when read.
 
-`run.json` carries a checksum of its own content and those of the other small files; the
-tensor files have one per tensor (storage.py). All are CRC-32, which no single wrong bit
-and no burst of up to 32 bits escapes.
+`run.json` holds the checksum of its own content and those of the other small files; the tensor
+files have one per tensor (storage.py). All are CRC-32, which detects every single wrong bit and
+every burst of up to 32 bits.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ KEY = "checksum"
 
 
 def _checksum(content: dict) -> int:
-    """Of what is said, not of how it is laid out."""
+    """CRC-32 of the content in canonical form, so that formatting does not matter."""
     return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file; it is on disk when this returns."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -31,13 +32,21 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Raises TypeError for a value that JSON does not have."""
+    """Writes an object with its checksum.
+
+    Raises:
+        TypeError: a value has no JSON form.
+    """
     text = json.dumps(content | {KEY: _checksum(content)}, indent=1, sort_keys=True)
     write_bytes(path, f"{text}\n".encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError if the file is not what `write_json` wrote."""
+    """Reads what `write_json` wrote.
+
+    Raises:
+        CheckpointError: the file is damaged or of another version.
+    """
     try:
         content = json.loads(path.read_bytes())
         found = content.pop(KEY)
@@ -51,7 +60,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, checksum: int | None) -> bytes:
-    """Raises CheckpointError if the content has another CRC-32 than `checksum`."""
+    """Reads a file whose CRC-32 is known.
+
+    Raises:
+        CheckpointError: the CRC-32 is not `checksum`.
+    """
     content = path.read_bytes()
     if checksum is None:
         raise CheckpointError(f"{path} was not there when the checkpoint was made")
@@ -61,7 +74,7 @@ def read_bytes(path: Path, checksum: int | None) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in a folder (new files, renames) survive a power cut."""
+    """Makes new and renamed entries of a folder survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

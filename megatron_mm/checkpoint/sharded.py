@@ -1,9 +1,9 @@
-"""Save and load a run: weights, optimizer, schedule, data position, generators.
+"""Saves and loads a run: weights, optimizer, schedule, data position, random generators.
 
-A checkpoint is a folder `iter_0000120` of tensors in megatron-core's distributed format,
-`run.json` and one generator file per rank. It is written under another name and renamed
-when every rank has succeeded; only then does `latest` point to it. Tensors are saved at
-their place in the whole tensor, so any layout reads what any other wrote.
+A checkpoint is a folder `iter_0000120` with tensors in megatron-core's distributed format,
+`run.json`, and one generator file per rank. It is written under another name and renamed when
+every rank has succeeded; only then does `latest` point to it. Shards are saved with their place in
+the whole tensor, so any layout can load them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm.checkpoint import folders, optimizer_state, rng, sealed, storage
-from megatron_mm.checkpoint import shards as blocks
+from megatron_mm.checkpoint import folders, optimizer_state, rng, sealed, shards, storage
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import (
     CARRIED_PREFIX,
@@ -37,9 +36,9 @@ def save(
     iteration: int,
     extra: dict | None = None,
 ) -> Path:
-    """Write `folder/iter_<iteration>` and point `folder/latest` to it. Every rank calls it.
+    """Writes `folder/iter_<iteration>` and points `folder/latest` to it. Every rank calls it.
 
-    A run saves by `saver.Saver`, which can do so in the background.
+    A run saves through `saver.Saver`, which can do so in the background.
 
     Args:
         loader_state, extra: JSON values, taken from rank 0.
@@ -48,27 +47,27 @@ def save(
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: a rank could not write (on every rank). Earlier checkpoints are intact.
+        CheckpointError: on every rank; a rank could not write. Earlier checkpoints are intact.
     """
     taken = take(engine, loader_state, iteration, extra)
     return write(taken, Path(folder), engine.groups.world)
 
 
 def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, Any]:
-    """Overwrite the engine's state from a checkpoint. Every rank calls it.
+    """Overwrites the engine's state from a checkpoint. Every rank calls it.
 
     Args:
         folder: a checkpoint, or the folder of checkpoints whose `latest` names one.
-        finetune: weights only. Optimizer, schedule and generators stay as they are; CLVR's
-            and adapters' parameters that the checkpoint lacks stay as initialised.
+        finetune: loads only weights. Optimizer, schedule and generators stay as they are;
+            parameters of CLVR and of adapters that the checkpoint lacks stay as initialised.
 
     Returns:
-        "iteration", "loader" and "extra" as saved; "initialized": names of CLVR's and
-        adapters' parameters that were not in the checkpoint; "ignored": keys of what a
-        conversion carried along. Generators are restored on the same layout only.
+        "iteration", "loader" and "extra" as saved; "initialized": names of parameters of CLVR and
+        of adapters that the checkpoint lacks; "ignored": keys of tensors that a conversion
+        carried along. Generators are restored only on the same layout.
 
     Raises:
-        CheckpointError: it does not fit or is damaged (on every rank, before anything changed).
+        CheckpointError: on every rank, before anything changes; it does not fit or is damaged.
     """
     groups = engine.groups
     doing = f"cannot load {folder}"
@@ -78,7 +77,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
             found = [folders.resolve(Path(folder))]
     dist.broadcast_object_list(found, src=0, group=groups.world)
     path, run = found[0]
-    expected = blocks.expected_shapes(engine, with_optimizer=not finetune)
+    expected = shards.expected_shapes(engine, with_optimizer=not finetune)
     with raising_together(groups.world, doing):
         check_model(run["config"]["model"], engine.run.model, finetune=finetune)
         check_adapters(run["config"].get("lora", {}), engine.run.lora)
@@ -88,14 +87,14 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
         storage.check_files(path, index, groups.world.rank(), groups.world.size())
     same_layout = run["layout"] == layout_of(engine)
     with raising_together(groups.world, doing):
-        wanted = blocks.empty_blocks(engine, set(stored), with_optimizer=not finetune)
+        wanted = shards.empty_shards(engine, set(stored), with_optimizer=not finetune)
         storage.read_tensors(wanted, path, index)
         generators = None
         if same_layout and not finetune:
             name = rng_name(dist.get_rank())
             content = sealed.read_bytes(path / name, run["checksums"].get(name))
             generators = torch.load(io.BytesIO(content), weights_only=True)
-    finish_param_gather(engine)  # else a gather under way would overwrite what is loaded
+    finish_param_gather(engine)  # a gather under way would overwrite loaded weights
     _apply(engine, {key: entry.data for key, entry in wanted.items()}, run, finetune)
     if generators is not None:
         rng.restore(generators)
@@ -118,17 +117,17 @@ def _check_precision(config: dict, engine: Engine, finetune: bool) -> None:
 
 @torch.no_grad()
 def _apply(engine: Engine, tensors: dict[str, torch.Tensor], run: dict, finetune: bool) -> None:
-    """Nothing here waits for another rank or reads a file."""
+    """Writes loaded tensors into the engine. Local: waits for no rank, reads no file."""
     state: optimizer_state.State = {}
     mine = optimizer_state.owned(engine)
     for name, param, layout in parameters(engine):
-        value = tensors.get(blocks.weight_key(name))
+        value = tensors.get(shards.weight_key(name))
         if value is not None:
             layout.held(param.data).copy_(value)
         if name in mine and not finetune:
-            kinds = {kind: blocks.state_key(kind, name) for kind in blocks.kinds_saved(param)}
             state[name] = {
-                kind: blocks.unblock(tensors.get(key), layout, param) for kind, key in kinds.items()
+                kind: shards.from_shard(tensors.get(shards.state_key(kind, name)), layout, param)
+                for kind in shards.kinds_saved(param)
             } | {"step": torch.tensor(run["adam_step"])}
     if finetune:
         engine.optimizer.reload_model_params()

@@ -1,4 +1,4 @@
-"""Which block of which whole tensor this rank holds, and which of its copies is written."""
+"""Shards of whole tensors that this rank holds, and the choice of the copy that is written."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ def state_key(kind: str, name: str) -> str:
 
 
 def kinds_saved(param: torch.Tensor) -> tuple[str, ...]:
-    """An fp32 parameter is its own main parameter: no second copy on disk."""
+    """Kinds of optimizer state on disk. An fp32 parameter is its own main parameter, so "master" is
+    left out."""
     return MOMENTS if param.dtype == torch.float32 else ("master", *MOMENTS)
 
 
-def block(
+def to_shard(
     key: str, layout: ParamLayout, data: torch.Tensor, replica: tuple[int, ...] = (0,)
 ) -> ShardedTensor:
-    """megatron-core's description of `data`, shaped like the parameter, as a block of the whole.
+    """Describes `data`, shaped like the parameter, as a shard of the whole tensor.
 
-    The one place that knows how a parameter lies in its block, with its inverse below.
+    Together with its inverse `from_shard` the one place that knows how a parameter lies in its
+    shard.
     """
     data = layout.held(data.detach().contiguous())
     return ShardedTensor(
@@ -42,14 +44,14 @@ def block(
         layout.held_shape,
         layout.global_shape,
         layout.offset,
-        None,  # no regular grid is promised
+        None,  # shards need not form a regular grid
         replica,
     )
 
 
-def unblock(data: torch.Tensor | None, layout: ParamLayout, like: torch.Tensor) -> torch.Tensor:
-    """The inverse of `block`: what was read (None: padding only), shaped like the parameter, in
-    fp32 on the CPU."""
+def from_shard(data: torch.Tensor | None, layout: ParamLayout, like: torch.Tensor) -> torch.Tensor:
+    """Inverse of `to_shard`: returns the loaded data (None: only padding) shaped like the
+    parameter, in fp32 on the CPU."""
     whole = torch.zeros(like.shape)
     if data is not None:
         layout.held(whole).copy_(data)
@@ -57,15 +59,15 @@ def unblock(data: torch.Tensor | None, layout: ParamLayout, like: torch.Tensor) 
 
 
 def is_padding(layout: ParamLayout) -> bool:
-    """No element of this block is in any checkpoint."""
+    """Whether the whole shard is padding, which no checkpoint holds."""
     return 0 in layout.held_shape
 
 
 def replicas(engine: Engine) -> dict[str, tuple[int, int]]:
-    """name -> (copy among model-parallel ranks, copy among data-parallel ranks).
+    """Returns name -> (copy number among model-parallel ranks, among data-parallel ranks).
 
-    (0, 0) is written. Data-parallel ranks take turns, parameter by parameter, to share the
-    work. Collective over the tensor- and expert-parallel groups.
+    Copy (0, 0) is written. Data-parallel ranks take turns, parameter by parameter, to share the
+    writing. Collective over the tensor- and expert-parallel groups.
     """
     pg = engine.groups.pg
     result: dict[str, tuple[int, int]] = {}
@@ -84,8 +86,8 @@ def replicas(engine: Engine) -> dict[str, tuple[int, int]]:
 
 
 def expected_shapes(engine: Engine, *, with_optimizer: bool) -> Shapes:
-    """Whole shape of every tensor that a checkpoint of this model has. Collective over pg.pp:
-    ranks of one stage have the same names and whole shapes."""
+    """Returns the whole shape of every tensor in a checkpoint of this model. Collective over the
+    pipeline-parallel group; ranks of one stage have the same names and whole shapes."""
     mine: Shapes = {}
     for name, param, layout in parameters(engine):
         mine[weight_key(name)] = layout.global_shape
@@ -100,21 +102,21 @@ def expected_shapes(engine: Engine, *, with_optimizer: bool) -> Shapes:
     return {key: tuple(shape) for part in parts for key, shape in part.items()}
 
 
-def empty_blocks(
+def empty_shards(
     engine: Engine, stored: set[str], *, with_optimizer: bool
 ) -> dict[str, ShardedTensor]:
-    """Buffers on the CPU for what this rank needs from a checkpoint that has `stored`."""
+    """Allocates CPU buffers for the shards this rank needs, of the tensors in `stored`."""
     wanted: dict[str, ShardedTensor] = {}
 
     def want(key: str, layout: ParamLayout, param: torch.Tensor, dtype: torch.dtype) -> None:
         if not is_padding(layout):
-            wanted[key] = block(key, layout, torch.empty(param.shape, dtype=dtype))
+            wanted[key] = to_shard(key, layout, torch.empty(param.shape, dtype=dtype))
 
     for name, param, layout in parameters(engine):
         if weight_key(name) in stored:
             want(weight_key(name), layout, param, param.dtype)
     if with_optimizer:
-        mine = owned(engine)  # the rest of a parameter's state is other ranks' business
+        mine = owned(engine)  # other ranks load the state of the other parameters
         for name, param, layout in trainable(engine):
             for kind in kinds_saved(param) if name in mine else ():
                 want(state_key(kind, name), layout, param, torch.float32)

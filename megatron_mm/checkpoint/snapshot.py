@@ -1,7 +1,7 @@
-"""A checkpoint in two halves: what a rank holds is copied first, and written afterwards.
+"""Saving in two halves: copy what a rank holds, then write the copy.
 
-`take` needs the engine and all its process groups. `write` needs neither engine nor
-device, only the copy and one gloo group, so it can run while training goes on.
+`take` needs the engine and all its process groups. `write` needs only the copy and one gloo group,
+neither engine nor device, so it can run while training goes on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
+import logging
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +19,24 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 import megatron_mm
-from megatron_mm.checkpoint import folders, optimizer_state, rng, sealed, storage
-from megatron_mm.checkpoint import shards as blocks
+from megatron_mm.checkpoint import folders, optimizer_state, rng, sealed, shards, storage
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
 from megatron_mm.config import to_dict
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank writes. Shares no memory with the engine: later steps cannot change it.
+    """State that one rank writes. Shares no memory with the engine, so later steps cannot alter it.
 
     Attributes:
-        tensors: this rank's blocks, on the CPU.
-        generators: the content of its generator file.
-        run: what run.json will say; checksums of the files that are known already included.
+        tensors: this rank's shards, on the CPU.
+        generators: content of its generator file.
+        run: content of run.json, with the checksums known so far.
     """
 
     iteration: int
@@ -45,11 +46,11 @@ class Snapshot:
 
 
 def take(engine: Engine, loader_state: dict, iteration: int, extra: dict | None = None) -> Snapshot:
-    """Copy what this rank will write. Every rank calls it, in the training thread.
+    """Copies what this rank will write. Every rank calls it, in the training thread.
 
     Raises:
-        CheckpointError: on every rank; `loader_state` or `extra` is no JSON, or parameters
-            disagree about the number of steps.
+        CheckpointError: on every rank; `loader_state` or `extra` has no JSON form, or parameters
+            took different numbers of steps.
     """
     finish_param_gather(engine)
     tensors, steps = _tensors(engine)
@@ -73,24 +74,24 @@ def take(engine: Engine, loader_state: dict, iteration: int, extra: dict | None 
     with raising_together(engine.groups.world, f"cannot save iteration {iteration}"):
         run["adam_step"] = _same_step(set().union(*(found for found, _ in notes)))
         if dist.get_rank() == 0:
-            run = json.loads(json.dumps(run))  # a copy of all that others may still change
+            run = json.loads(json.dumps(run))  # a copy, because callers may change the values
     return Snapshot(iteration, tensors, generators, run)
 
 
 def _tensors(engine: Engine) -> tuple[list[ShardedTensor], set[int]]:
-    """Copies of the blocks that this rank writes, and the step counts of its stage."""
-    replicas = blocks.replicas(engine)
+    """Returns (copies of the shards this rank writes, step counts of its stage)."""
+    replicas = shards.replicas(engine)
     mine = {name for name, copy in replicas.items() if not any(copy)}
-    saved = {name: blocks.kinds_saved(param) for name, param, _ in parameters(engine)}
+    saved = {name: shards.kinds_saved(param) for name, param, _ in parameters(engine)}
     state = optimizer_state.collect(engine, lambda kind, n: n in mine and kind in saved[n])
     tensors = []
     for name, param, layout in parameters(engine):
-        if name in mine and not blocks.is_padding(layout):
+        if name in mine and not shards.is_padding(layout):
             weight = param.detach().to("cpu", copy=True)
-            tensors.append(blocks.block(blocks.weight_key(name), layout, weight))
+            tensors.append(shards.to_shard(shards.weight_key(name), layout, weight))
             for kind in saved[name] if name in state else ():
-                key = blocks.state_key(kind, name)
-                tensors.append(blocks.block(key, layout, state[name][kind]))
+                key = shards.state_key(kind, name)
+                tensors.append(shards.to_shard(key, layout, state[name][kind]))
     return tensors, {int(entry["step"]) for entry in state.values()}
 
 
@@ -120,15 +121,15 @@ def layout_of(engine: Engine) -> dict[str, int]:
 def write(
     snapshot: Snapshot, folder: Path, group: dist.ProcessGroup, keep_last: int | None = None
 ) -> Path:
-    """Write `folder/iter_<iteration>` and point `folder/latest` to it. Every rank calls it.
+    """Writes `folder/iter_<iteration>` and points `folder/latest` to it. Every rank calls it.
 
     Args:
-        group: a gloo group of all ranks that no other thread uses meanwhile.
-        keep_last: then delete older checkpoints until so many are left.
+        group: gloo group of all ranks that no other thread uses meanwhile.
+        keep_last: number of checkpoints to keep; older ones are deleted. None: keep all.
 
     Raises:
-        CheckpointError: a rank could not write (on every rank). Earlier checkpoints are intact
-            and what was written of this one is gone.
+        CheckpointError: on every rank; a rank could not write. Earlier checkpoints are intact
+            and the unfinished one is removed.
     """
     leader = group.rank() == 0
     final = folder / folders.name_of(snapshot.iteration)
@@ -143,8 +144,8 @@ def write(
     if leader and keep_last:
         try:
             folders.prune(folder, keep_last, snapshot.iteration)
-        except OSError as error:  # no reason to stop: what had to be saved is saved
-            print(f"warning: could not delete old checkpoints: {error}", file=sys.stderr)
+        except OSError as error:  # the new checkpoint is saved, so training goes on
+            logger.warning("could not delete old checkpoints: %s", error)
     return final
 
 

@@ -1,10 +1,9 @@
-"""Files: megatron-core's distributed format on disk, written whole or not at all.
+"""Tensor files in megatron-core's distributed format, written whole or not at all.
 
-The format is that of `megatron.core.dist_checkpointing` ("torch_dist"), which reads what
-is written here. Its `save` is not called: it starts a manager process for every job even
-when saving synchronously (filesystem_async.py:65), which a daemonic process may not, and
-when rank 0 fails in its last lines (serialization.py:436) the others wait in a barrier
-for ever. torch's writer, which it builds on, agrees on failures by itself.
+`megatron.core.dist_checkpointing` ("torch_dist") can load these files. Its `save` is not used: it
+starts a manager process even for a synchronous save (filesystem_async.py:65), which a daemonic
+process may not do, and if rank 0 fails in its last lines (serialization.py:436) the other ranks
+wait in a barrier for ever. torch's writer, on which it builds, reports failures on every rank.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ INDEX_FILES = (CONFIG_FNAME, METADATA)
 
 
 class Writer(FileSystemWriter):
-    """torch's writer, but a full disk is called that: its zip writer hides the OSError behind
-    "unexpected pos"."""
+    """torch's writer with clear disk errors: its zip writer hides an OSError such as a full disk
+    behind "unexpected pos"."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
         try:
@@ -55,16 +54,17 @@ class Writer(FileSystemWriter):
             raise (hidden or error) from None
 
 
-def write_tensors(blocks: Iterable[ShardedTensor], folder: Path, group: dist.ProcessGroup) -> None:
-    """Write each rank's blocks to `__<rank>_0.distcp`; rank 0 adds the index.
+def write_tensors(shards: Iterable[ShardedTensor], folder: Path, group: dist.ProcessGroup) -> None:
+    """Writes each rank's shards to `__<rank>_0.distcp`; rank 0 adds the index. Every rank calls it.
 
-    Every rank must call it. Raises torch's CheckpointException on every rank if one fails or
-    the blocks of all ranks do not tile the whole tensors exactly once.
+    Raises:
+        CheckpointException: torch's, on every rank; a rank failed, or the shards of all ranks do
+            not tile the whole tensors exactly once.
     """
-    items: dict[str, Any] = {b.key: CheckpointableShardedTensor.from_sh_ten(b) for b in blocks}
+    items: dict[str, Any] = {s.key: CheckpointableShardedTensor.from_sh_ten(s) for s in shards}
     if group.rank() == 0:
         common = io.BytesIO()
-        torch.save([{}], common)  # what dist_checkpointing.load asks for; ours is in run.json
+        torch.save([{}], common)  # dist_checkpointing.load needs it; we use run.json
         items[ShardedObject("common_state", None, (1,), (0,)).unique_key] = common
     checkpoint.save(
         items,
@@ -75,13 +75,13 @@ def write_tensors(blocks: Iterable[ShardedTensor], folder: Path, group: dist.Pro
 
 
 def write_format(folder: Path) -> dict[str, int]:
-    """Say in megatron-core's words what lies here; the CRC-32 of every file of the index."""
+    """Writes megatron-core's description of the format. Returns index file -> CRC-32."""
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     return {name: zlib.crc32((folder / name).read_bytes()) for name in INDEX_FILES}
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """The index is a pickle, and a pickle may run anything: only what it is made of is let in."""
+    """Unpickler that allows only the types of an index, since a pickle may run any code."""
 
     ALLOWED = {
         "torch": {"Size"},
@@ -109,7 +109,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _View(io.RawIOBase):
-    """A file made of bytes that are not copied."""
+    """Read-only file over the bytes of a tensor, without a copy."""
 
     def __init__(self, content: torch.Tensor):
         self._bytes, self._at = memoryview(content.numpy()), 0
@@ -135,9 +135,9 @@ class _View(io.RawIOBase):
 
 
 def _in_place(content: torch.Tensor) -> torch.Tensor:
-    """The one tensor of what `torch.save` wrote, as a view of its bytes, checksums looked at.
+    """Returns the one tensor in the bytes of a `torch.save`, as a view; checks the checksums.
 
-    Its pickle is read for shape and strides alone, by torch's restricted unpickler.
+    The pickle is read only for shape and strides, by torch's restricted unpickler.
     """
     found = None
     with zipfile.ZipFile(_View(content)) as archive:
@@ -148,7 +148,7 @@ def _in_place(content: torch.Tensor) -> torch.Tensor:
                 archive.read(entry)  # raises BadZipFile for a wrong checksum
     if found is None:
         raise CheckpointError("it holds no tensor")
-    # A local header is 30 bytes, then a name and padding whose lengths it gives.
+    # A local header has 30 bytes, followed by a name and padding of the lengths it gives.
     head = content[found.header_offset : found.header_offset + 30].numpy().tobytes()
     begin = found.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
     data = content[begin : begin + found.file_size]
@@ -165,27 +165,30 @@ def _in_place(content: torch.Tensor) -> torch.Tensor:
 
 
 class Reader(FileSystemReader):
-    """torch's reader of a folder whose index is known, with its zip checksums looked at: torch
-    writes them but skips them when reading, and a flipped bit would pass for a weight."""
+    """torch's reader with a known index and verified zip checksums: torch writes them but does not
+    check them when it reads, so a flipped bit would go unnoticed."""
 
     def __init__(self, folder: Path, index: Metadata):
         super().__init__(folder)
         self._index = index
-        self._block = "no block"
+        self._chunk = "no chunk"
 
     def _slice_file(self, file: io.IOBase, info: Any) -> io.BytesIO:
-        self._block = f"{info.relative_path} is damaged in the block at byte {info.offset}"
-        content = io.BytesIO(super()._slice_file(file, info).read())  # one saved block
+        self._chunk = f"{info.relative_path} is damaged in the chunk at byte {info.offset}"
+        content = io.BytesIO(super()._slice_file(file, info).read())
         with zipfile.ZipFile(content) as archive:
             if archive.testzip():
-                raise CheckpointError(self._block)
+                raise CheckpointError(self._chunk)
         content.seek(0)
         return content
 
     def tensor(self, info: Any) -> torch.Tensor:
-        """The block at a place in a file, read once and copied never. Raises CheckpointError if
-        it is damaged."""
-        self._block = f"{info.relative_path} is damaged in the block at byte {info.offset}"
+        """Reads the stored tensor at a place in a file, without a copy.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        self._chunk = f"{info.relative_path} is damaged in the chunk at byte {info.offset}"
         content = torch.empty(info.length, dtype=torch.uint8)
         try:
             path = Path(self.path) / info.relative_path
@@ -197,16 +200,16 @@ class Reader(FileSystemReader):
         except OSError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{self._block}: {one_line(error)}") from error
+            raise CheckpointError(f"{self._chunk}: {one_line(error)}") from error
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
         try:
             return super().read_data(plan, planner)
         except (CheckpointError, OSError):
             raise
-        # A wrong bit among lengths and offsets makes zipfile and torch fail in many ways.
+        # A wrong bit in a length or offset makes zipfile and torch fail in many ways.
         except Exception as error:
-            raise CheckpointError(f"{self._block}: {one_line(error)}") from error
+            raise CheckpointError(f"{self._chunk}: {one_line(error)}") from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._index
@@ -215,9 +218,10 @@ class Reader(FileSystemReader):
 def read_index(
     folder: Path, checksums: dict[str, int]
 ) -> tuple[dict[str, tuple[int, ...]], Metadata]:
-    """(whole shape of every stored tensor, the index).
+    """Returns (key -> whole shape of every stored tensor, the index).
 
-    Raises CheckpointError if the folder is no complete checkpoint or these files are damaged.
+    Raises:
+        CheckpointError: the checkpoint is incomplete or the index is damaged.
     """
     for name in INDEX_FILES:
         if not (folder / name).is_file():
@@ -233,9 +237,10 @@ def read_index(
 
 
 def check_files(folder: Path, index: Metadata, rank: int = 0, ranks: int = 1) -> None:
-    """Look at every `ranks`-th shard file, starting from number `rank`.
+    """Checks presence and size of every `ranks`-th shard file, starting with number `rank`.
 
-    Raises CheckpointError if one is missing or too short, or is no file of this folder.
+    Raises:
+        CheckpointError: a file is missing, too short, or outside of the folder.
     """
     needed: dict[str, int] = {}
     for info in index.storage_data.values():
@@ -255,11 +260,11 @@ def check_files(folder: Path, index: Metadata, rank: int = 0, ranks: int = 1) ->
         raise CheckpointError(f"{folder}: of {len(needed)} shard files {wrong[0]}{more}")
 
 
-def read_tensors(blocks: dict[str, ShardedTensor], folder: Path, index: Metadata) -> None:
-    """Fill the blocks' data from the checkpoint. Local: no rank waits for another."""
-    items = {key: CheckpointableShardedTensor.from_sh_ten(b) for key, b in blocks.items()}
+def read_tensors(shards: dict[str, ShardedTensor], folder: Path, index: Metadata) -> None:
+    """Fills the shards' data from the checkpoint. Local: no rank waits for another."""
+    items = {key: CheckpointableShardedTensor.from_sh_ten(s) for key, s in shards.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch remarks that it reads without collectives
+        warnings.simplefilter("ignore")  # torch warns that it reads without collectives
         checkpoint.load(
             items,
             storage_reader=Reader(folder, index),

@@ -1,10 +1,9 @@
 """Every setting of a run and the layer-pattern parser. Importing this needs no torch."""
 
-from megatron_mm.config.algorithms import ALGORITHMS, resolve_algorithm, rollout_plan
 from megatron_mm.config.checks import data_parallel_size, validate
 from megatron_mm.config.flags import make_parser
 from megatron_mm.config.hf import from_transformers_dict, to_transformers_dict
-from megatron_mm.config.load import dump_yaml, from_dict, load, to_dict
+from megatron_mm.config.load import dump_yaml, from_dict, load, run_of_checkpoint, to_dict
 from megatron_mm.config.memories import Memory, look_memories, memories, read_memories
 from megatron_mm.config.pattern import (
     Layer,
@@ -13,6 +12,8 @@ from megatron_mm.config.pattern import (
     model_stages,
     num_layers,
     parse_pattern,
+    reads_memory,
+    routed_layers,
     stages,
     without_clvr,
 )
@@ -37,12 +38,10 @@ from megatron_mm.config.settings import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_mm.config.settings_rl import RLConfig
 from megatron_mm.config.wire import Manifest, wire
 from megatron_mm.errors import ConfigError
 
 __all__ = [
-    "ALGORITHMS",
     "BackendConfig",
     "CheckpointConfig",
     "ConfigError",
@@ -61,7 +60,6 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
-    "RLConfig",
     "RunConfig",
     "Stage",
     "TrainingConfig",
@@ -81,8 +79,9 @@ __all__ = [
     "parse_pattern",
     "preset",
     "read_memories",
-    "resolve_algorithm",
-    "rollout_plan",
+    "reads_memory",
+    "routed_layers",
+    "run_of_checkpoint",
     "stages",
     "to_dict",
     "to_transformers_dict",

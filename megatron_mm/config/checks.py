@@ -1,4 +1,4 @@
-"""Refuses a run whose sizes do not divide or make no sense, before anything is built.
+"""Rejects a run whose sizes do not divide or make no sense, before anything is built.
 
 Types are right already (`load.py`). Each rule is one line; each message names the key, its
 value and what would be allowed, with both numbers where one does not divide the other.
@@ -6,13 +6,13 @@ value and what would be allowed, with both numbers where one does not divide the
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import Any
-
-from megatron_mm.config.algorithms import check_rl
+from megatron_mm.config.families import language_family, vision_family
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import check_memories
+from megatron_mm.config.objectives import check_objective
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
+from megatron_mm.config.rules import divides, expert_tensor_parallel_size, head_ranks, require
 from megatron_mm.config.settings import (
     DataPhase,
     LoraConfig,
@@ -20,37 +20,8 @@ from megatron_mm.config.settings import (
     ParallelConfig,
     RunConfig,
 )
-from megatron_mm.config.tree import leaves, optional
+from megatron_mm.config.tree import leaves, optional, value_at
 from megatron_mm.errors import ConfigError
-
-# Numbers are positive, but these may be zero (a rate, a weight or a count that is off).
-MAY_BE_ZERO = frozenset(
-    (
-        "seed",
-        "lr_warmup_iters",
-        "min_lr",
-        "weight_decay",
-        "clip_grad",
-        "adam_beta1",
-        "adam_beta2",
-        "moe_aux_loss_coeff",
-        "vision_layer_scale_init",
-        "lr_mult_vision",
-        "lr_mult_projector",
-        "lr_mult_clvr",
-        "lr_mult_router",
-        "num_workers",
-        "beta",
-        "reward_std_floor",
-        "router_reward_weight",
-        "router_loss_coeff",
-        "router_temperature",
-        "rl_moe_aux_loss_coeff",
-        "span_credit",
-        "top_k",
-        "skill_map_shuffle_seed",
-    )
-)
 
 
 def validate(run: RunConfig, world_size: int | None = None) -> None:
@@ -59,8 +30,9 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     `world_size` is the number of ranks; without it the rules about ranks and the global
     batch are not checked.
     """
-    _check_signs(run)
+    _check_bounds(run)
     _check_language(run.model, run.parallel)
+    _check_layers(run)
     _check_vision(run.model, run.parallel)
     check_memories(run)
     _check_pattern(run)
@@ -70,7 +42,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_training(run)
     _check_lora(run)
     check_backend(run)
-    check_rl(run)
+    check_objective(run)
     if world_size is not None:
         _check_world(run, world_size)
 
@@ -81,131 +53,66 @@ def data_parallel_size(run: RunConfig, world_size: int) -> int:
     cp = run.parallel.context_parallel_size
     pp = run.parallel.pipeline_model_parallel_size
     sizes = "tensor_model_parallel_size * context_parallel_size * pipeline_model_parallel_size"
-    _divides("world_size", world_size, f"{sizes} ({tp} * {cp} * {pp} =)", tp * cp * pp)
+    divides("world_size", world_size, f"{sizes} ({tp} * {cp} * {pp} =)", tp * cp * pp)
     return world_size // (tp * cp * pp)
 
 
-def _divides(key: str, value: int, by_key: str, by: int) -> None:
-    if value < 1 or value % by:
-        nearest = -(-max(value, 1) // by) * by
-        raise ConfigError(
-            f"{key} {value} does not divide by {by_key} {by}; "
-            f"allowed: a multiple of {by}, such as {nearest}"
-        )
-
-
-def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} is {value!r}; allowed: {allowed}")
-
-
-def _check_signs(run: RunConfig) -> None:
+def _check_bounds(run: RunConfig) -> None:
     for leaf in leaves(RunConfig):
+        value = value_at(run, leaf.path)
         inner, _ = optional(leaf.hint)
-        value = reduce(lambda node, key: getattr(node, key, None), leaf.path, run)
-        if inner not in (int, float) or value is None:
-            continue
-        key = ".".join(leaf.path)
-        if leaf.name in MAY_BE_ZERO:
-            _require(value >= 0, key, value, "0 or more")
-        else:
-            _require(value > 0, key, value, "more than 0")
+        if leaf.bounds is not None and value is not None and inner in (int, float):
+            require(value in leaf.bounds, ".".join(leaf.path), value, str(leaf.bounds))
 
 
 def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
-    lm = model.language
-    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    lm, tp = model.language, parallel.tensor_model_parallel_size
     by_tp = ("tensor_model_parallel_size", tp)
-    _divides("vocab_size", lm.vocab_size, *by_tp)
-    _divides("hidden_size", lm.hidden_size, *by_tp)
-    _divides("num_attention_heads", lm.num_attention_heads, "num_query_groups", lm.num_query_groups)
-    # Context parallelism exchanges the sequence for heads inside a layer.
-    cp = parallel.context_parallel_size
-    by_heads = by_tp
-    if cp > 1:
-        by_heads = (f"tensor_model_parallel_size * context_parallel_size ({tp} * {cp} =)", tp * cp)
-    _divides("num_attention_heads", lm.num_attention_heads, *by_heads)
-    per_group = lm.num_attention_heads // lm.num_query_groups
-    for ranks in (tp, tp * cp):
-        per_rank = lm.num_attention_heads // ranks
-        _require(
-            per_rank % per_group == 0 or per_group % per_rank == 0,
-            "num_query_groups",
-            lm.num_query_groups,
-            f"one whose {per_group} heads a group divide, or are divided by, the {per_rank} heads "
-            f"of a rank",
-        )
-    _divides("kv_channels", lm.kv_channels, "heads of a query group", per_group)
-    _require(
+    divides("vocab_size", lm.vocab_size, *by_tp)
+    divides("hidden_size", lm.hidden_size, *by_tp)
+    divides("num_attention_heads", lm.num_attention_heads, *head_ranks(parallel))
+    require(
         lm.untie_embeddings_and_output_weights,
         "untie_embeddings_and_output_weights",
         lm.untie_embeddings_and_output_weights,
         "true; tied embeddings cannot be trained yet",
     )
-    rotary = lm.kv_channels * lm.rotary_percent
-    _require(
-        0 < lm.rotary_percent <= 1 and rotary == int(rotary) and rotary % 2 == 0,
-        "rotary_percent",
-        lm.rotary_percent,
-        f"a share of kv_channels {lm.kv_channels} that is an even number of features "
-        f"(this one is {rotary:g})",
-    )
-    _divides("linear_num_key_heads", lm.linear_num_key_heads, *by_heads)
-    _divides(
-        "linear_num_value_heads",
-        lm.linear_num_value_heads,
-        "linear_num_key_heads",
-        lm.linear_num_key_heads,
-    )
-    _require(
-        lm.moe_router_topk <= lm.num_experts,
-        "moe_router_topk",
-        lm.moe_router_topk,
-        f"1 to num_experts {lm.num_experts}",
-    )
-    _divides("num_experts", lm.num_experts, "expert_model_parallel_size", ep)
-    expert_tp = _expert_tp(parallel)
-    _divides(
-        "moe_ffn_hidden_size", lm.moe_ffn_hidden_size, "expert_tensor_parallel_size", expert_tp
-    )
-    shared = lm.moe_shared_expert_intermediate_size
-    _divides("moe_shared_expert_intermediate_size", shared, *by_tp)
+    language_family(model).check(lm, parallel)
+
+
+def _check_layers(run: RunConfig) -> None:
+    parse_pattern(run.model.hybrid_layer_pattern)
+    for kind in LAYERS.used(run.model.hybrid_layer_pattern):
+        kind.check(run)
 
 
 def _check_vision(model: ModelConfig, parallel: ParallelConfig) -> None:
-    vit, fusion = model.vision, model.fusion
-    by_tp = ("tensor_model_parallel_size", parallel.tensor_model_parallel_size)
-    if vit is None:
-        _require(
+    fusion = model.fusion
+    if model.vision is None:
+        require(
             fusion.vision_memory == "none",
             "vision_memory",
             fusion.vision_memory,
             "none, because model.vision is none",
         )
         return
-    heads = vit.vision_num_attention_heads
-    _divides("vision_hidden_size", vit.vision_hidden_size, "vision_num_attention_heads", heads)
-    # Heads that do not divide are padded; the features are never split but by heads.
-    _divides("vision_ffn_hidden_size", vit.vision_ffn_hidden_size, *by_tp)
-    _divides("image_size", vit.image_size, "patch_size", vit.patch_size)
-    side = f"patches per side (image_size {vit.image_size} / patch_size {vit.patch_size} =)"
-    patches = vit.image_size // vit.patch_size
-    _divides(side, patches, "pixel_shuffle_factor", fusion.pixel_shuffle_factor)
+    vision_family(model).check(model.vision, fusion, parallel)
 
 
 def _check_pattern(run: RunConfig) -> None:
-    model, parallel = run.model, run.parallel
+    model = run.model
     layers = parse_pattern(model.hybrid_layer_pattern)
-    looks = sum(layer.kind == "L" for layer in layers)
-    if model.vision is None and looks:
+    readers = [layer.kind for layer in layers if LAYERS[layer.kind].reads_memory]
+    if model.vision is None and readers:
         raise ConfigError(
-            f"hybrid_layer_pattern {model.hybrid_layer_pattern!r} has {looks} L but model.vision "
-            f"is none; allowed: a pattern without L and J"
+            f"hybrid_layer_pattern {model.hybrid_layer_pattern!r} has {len(readers)} {readers[0]} "
+            "but model.vision is none; allowed: a pattern without L and J"
         )
+    memory = model.fusion.vision_memory
+    left = [k.letter for k in LAYERS.used(effective_pattern(model)) if k.reads_memory]
+    allowed = f"another one with {', '.join(left)} in the pattern"
+    require(memory != "none" or not left, "vision_memory", memory, allowed)
     model_stages(run)  # raises when the layout does not fit
-    if "L" in effective_pattern(model):
-        heads, tp = model.fusion.clvr_num_attention_heads, parallel.tensor_model_parallel_size
-        _divides("clvr_num_attention_heads", heads, "tensor_model_parallel_size", tp)
 
 
 def _check_pipeline(parallel: ParallelConfig) -> None:
@@ -214,9 +121,9 @@ def _check_pipeline(parallel: ParallelConfig) -> None:
     if interleaved:
         size = parallel.pipeline_model_parallel_size
         allowed = "2 or more with virtual_pipeline_model_parallel_size"
-        _require(size > 1, "pipeline_model_parallel_size", size, allowed)
+        require(size > 1, "pipeline_model_parallel_size", size, allowed)
     overlap = parallel.overlap_p2p_comm
-    _require(
+    require(
         overlap is None or overlap == interleaved,
         "overlap_p2p_comm",
         overlap,
@@ -228,51 +135,51 @@ def _check_pipeline(parallel: ParallelConfig) -> None:
 def _check_dispatcher(run: RunConfig) -> None:
     parallel = run.parallel
     if parallel.moe_token_dispatcher_type == "flex":
-        ranks = parallel.expert_model_parallel_size * _expert_tp(parallel)
+        ranks = parallel.expert_model_parallel_size * expert_tensor_parallel_size(parallel)
         allowed = "alltoall, or flex with expert_model_parallel_size 2 or more"
-        _require(ranks > 1, "moe_token_dispatcher_type", "flex", allowed)
+        require(ranks > 1, "moe_token_dispatcher_type", "flex", allowed)
         dtype = run.model.language.moe_router_dtype
-        _require(dtype == "fp32", "moe_router_dtype", dtype, "fp32 with dispatcher type flex")
+        require(dtype == "fp32", "moe_router_dtype", dtype, "fp32 with dispatcher type flex")
 
 
 def _check_data(run: RunConfig) -> None:
     data, fusion, phases = run.data, run.model.fusion, run.data.train_data
     longest = run.model.language.max_position_embeddings
     allowed = f"1 to max_position_embeddings {longest}"
-    _require(data.seq_length <= longest, "seq_length", data.seq_length, allowed)
+    require(data.seq_length <= longest, "seq_length", data.seq_length, allowed)
     allowed = f"1 to seq_length {data.seq_length}, or none"
     fine = data.max_image_tokens is None or data.max_image_tokens <= data.seq_length
     stream_holds_all = run.model.vision is not None and fusion.image_stream == "all"
     fine = fine or not stream_holds_all  # tiles beside the stream may well be more
-    _require(fine, "max_image_tokens", data.max_image_tokens, allowed)
+    require(fine, "max_image_tokens", data.max_image_tokens, allowed)
     for index, phase in enumerate(phases):
         key = f"train_data[{index}]"
         _check_sources(phase, key)
         last = index == len(phases) - 1
         allowed = f"above 0, or none {'(last phase)' if last else 'in the last phase only'}"
         fine = last if phase.samples is None else phase.samples > 0
-        _require(fine, f"{key}.samples", phase.samples, allowed)
+        require(fine, f"{key}.samples", phase.samples, allowed)
     for key in ("image_mean", "image_std"):
         value = getattr(data, key)
-        _require(len(value) == 3, key, value, "3 numbers (red, green, blue)")
-    _require(min(data.image_std) > 0, "image_std", data.image_std, "3 numbers above 0")
+        require(len(value) == 3, key, value, "3 numbers (red, green, blue)")
+    require(min(data.image_std) > 0, "image_std", data.image_std, "3 numbers above 0")
     if run.model.vision is not None and fusion.image_stream == "thumbnail":
         allowed = "true, because image_stream is thumbnail"
-        _require(data.use_thumbnail, "use_thumbnail", data.use_thumbnail, allowed)
+        require(data.use_thumbnail, "use_thumbnail", data.use_thumbnail, allowed)
 
 
 def _check_sources(phase: DataPhase, key: str) -> None:
     if not phase.mixture:
-        _require(bool(phase.path), f"{key}.path", phase.path, "a .jsonl or .parquet file")
+        require(bool(phase.path), f"{key}.path", phase.path, "a .jsonl or .parquet file")
         return
-    _require(not phase.path, f"{key}.path", phase.path, "none beside a mixture")
+    require(not phase.path, f"{key}.path", phase.path, "none beside a mixture")
     for index, source in enumerate(phase.mixture):
         at = f"{key}.mixture[{index}]"
-        _require(bool(source.path), f"{at}.path", source.path, "a .jsonl or .parquet file")
+        require(bool(source.path), f"{at}.path", source.path, "a .jsonl or .parquet file")
         fine = 0 <= source.weight < float("inf")  # NaN is neither
-        _require(fine, f"{at}.weight", source.weight, "0 or more")
+        require(fine, f"{at}.weight", source.weight, "0 or more")
     weights = [source.weight for source in phase.mixture]
-    _require(sum(weights) > 0, f"{key}.mixture weights", weights, "at least 1 above 0")
+    require(sum(weights) > 0, f"{key}.mixture weights", weights, "at least 1 above 0")
 
 
 def _check_training(run: RunConfig) -> None:
@@ -290,17 +197,15 @@ def _check_training(run: RunConfig) -> None:
                 f"train_data holds {held} samples in its {len(phases)} phases, but train_iters * "
                 f"global_batch_size is {needed}; allowed: leave `samples` out of the last phase"
             )
-    _require(opt.min_lr <= opt.lr, "min_lr", opt.min_lr, f"0 to lr {opt.lr}")
+    require(opt.min_lr <= opt.lr, "min_lr", opt.min_lr, f"0 to lr {opt.lr}")
     iters = train.train_iters
     allowed = f"0 to train_iters {iters}"
-    _require(opt.lr_warmup_iters <= iters, "lr_warmup_iters", opt.lr_warmup_iters, allowed)
-    for key in ("adam_beta1", "adam_beta2"):
-        _require(getattr(opt, key) < 1, key, getattr(opt, key), "0 to below 1")
+    require(opt.lr_warmup_iters <= iters, "lr_warmup_iters", opt.lr_warmup_iters, allowed)
     # megatron-core gathers parameters from the distributed optimizer's shards only.
     needs = par.use_distributed_optimizer and par.overlap_grad_reduce
     allowed = "false, or true with use_distributed_optimizer and overlap_grad_reduce"
     value = par.overlap_param_gather
-    _require(needs or not value, "overlap_param_gather", value, allowed)
+    require(needs or not value, "overlap_param_gather", value, allowed)
     for key, needed, value, other in (
         ("save_interval", "save", run.checkpoint.save_interval, run.checkpoint.save),
         ("async_save", "save", run.checkpoint.async_save, run.checkpoint.save),
@@ -315,9 +220,9 @@ def _check_training(run: RunConfig) -> None:
         ("eval_interval", "valid_data", run.evaluation.eval_interval, run.data.valid_data),
     ):
         off = "false" if value is True else "none"
-        _require(not value or bool(other), key, value, f"{off}, or this value with {needed}")
+        require(not value or bool(other), key, value, f"{off}, or this value with {needed}")
     both = run.checkpoint.load_hf and run.checkpoint.load
-    _require(not both, "load_hf", run.checkpoint.load_hf, "none, or this value without load")
+    require(not both, "load_hf", run.checkpoint.load_hf, "none, or this value without load")
 
 
 def _check_lora(run: RunConfig) -> None:
@@ -326,18 +231,13 @@ def _check_lora(run: RunConfig) -> None:
         default = LoraConfig()
         for key in ("lora_alpha", "lora_targets"):
             value, off = getattr(lora, key), getattr(default, key)
-            _require(value == off, key, value, f"{off!r}, or this value with lora_rank")
+            require(value == off, key, value, f"{off!r}, or this value with lora_rank")
         return
     allowed = "at least one of language, vision, projector, each once"
-    _require(targets and len({*targets}) == len(targets), "lora_targets", targets, allowed)
+    require(targets and len({*targets}) == len(targets), "lora_targets", targets, allowed)
     if run.model.vision is None:
         allowed = "['language'], because model.vision is none"
-        _require(targets == ["language"], "lora_targets", targets, allowed)
-
-
-def _expert_tp(parallel: ParallelConfig) -> int:
-    given = parallel.expert_tensor_parallel_size
-    return parallel.tensor_model_parallel_size if given is None else given
+        require(targets == ["language"], "lora_targets", targets, allowed)
 
 
 def _check_world(run: RunConfig, world_size: int) -> None:
@@ -346,17 +246,17 @@ def _check_world(run: RunConfig, world_size: int) -> None:
     pp, ep, expert_tp = (
         par.pipeline_model_parallel_size,
         par.expert_model_parallel_size,
-        _expert_tp(par),
+        expert_tensor_parallel_size(par),
     )
     sizes = (
         "expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size"
     )
     by_key = f"{sizes} ({expert_tp} * {ep} * {pp} =)"
-    _divides("world_size", world_size, by_key, expert_tp * ep * pp)
+    divides("world_size", world_size, by_key, expert_tp * ep * pp)
     micro = train.micro_batch_size
     by_key = f"micro_batch_size * data_parallel_size ({micro} * {dp} =)"
-    _divides("global_batch_size", train.global_batch_size, by_key, micro * dp)
+    divides("global_batch_size", train.global_batch_size, by_key, micro * dp)
     if (par.virtual_pipeline_model_parallel_size or 1) > 1:
         microbatches = train.global_batch_size // (micro * dp)
         key = f"the number of microbatches (global_batch_size / ({micro} * {dp}) =)"
-        _divides(key, microbatches, "pipeline_model_parallel_size", pp)
+        divides(key, microbatches, "pipeline_model_parallel_size", pp)

@@ -1,28 +1,36 @@
-"""What each part of the model costs to compute: sizes of its matrix products, by settings alone.
+"""Costs of the pipeline's parts, for the balanced split: FLOPs by settings alone.
 
-For the balanced pipeline split: FLOPs of one forward pass over one sample, a full stream of
-`seq_length` tokens with one image of `max_num_tiles` tiles. Backward costs twice as much again,
-except below a frozen ViT. What a real microbatch costs is counted from the same sizes
-(perf/flops.py). Everything is a pure function of settings.
+A cost is the forward pass over one sample: a full stream of `seq_length` tokens with one image of
+`max_num_tiles` tiles. Backward costs twice as much again, except below a frozen ViT. The products
+of a layer are counted by its kind (config/layers/); a real microbatch is counted from the same
+sizes (perf/flops.py). Everything is a pure function of settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from megatron_mm.config.memories import Memory, read_memories
-from megatron_mm.config.settings import LanguageConfig, ModelConfig, RunConfig, VisionConfig
-
-Linear = tuple[int, int]  # inputs, outputs
+from megatron_mm.config.families import vision_family
+from megatron_mm.config.layers.counting import (
+    Counter,
+    Linear,
+    MemoryRows,
+    Workload,
+    causal_pairs,
+    products,
+)
+from megatron_mm.config.layers.kinds import LAYERS, LayerKind
+from megatron_mm.config.memories import Memory, look_memories, read_memories
+from megatron_mm.config.settings import LanguageConfig, LoraConfig, ModelConfig, RunConfig
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a sub-layer by its letter, and of what only the first and the last stage have."""
+    """Costs of a sub-layer by its letter, and of what only the first and the last stage have.
+    Unless given, a numbered layer costs 1 and the others nothing."""
 
     letters: dict[str, float] = field(
-        default_factory=lambda: {"G": 1.0, "*": 1.0, "E": 1.0, "L": 0.0, "J": 0.0}
+        default_factory=lambda: {letter: float(kind.numbered) for letter, kind in LAYERS.items()}
     )
     first: float = 0.0
     last: float = 0.0
@@ -31,120 +39,80 @@ class Costs:
 def costs(run: RunConfig) -> Costs:
     """FLOPs of one forward pass; a frozen ViT, which has no backward pass, counts a third."""
     model, tokens = run.model, run.data.seq_length
-    lm, of = model.language, language_linears(model.language)
-    pairs = causal_pairs(tokens)
-    letters = {
-        "G": products(of["G"], tokens) + delta_rule(lm, tokens),
-        "*": products(of["*"], tokens) + attention(lm, pairs),
-        "E": sum(products(of[k], tokens) for k in ("router", "experts", "shared", "shared gate")),
-        "L": 0.0,
-        "J": 0.0,
-    }
+    kinds = LAYERS.used(model.hybrid_layer_pattern)
     first = 0.0
     if model.vision is not None:
-        of |= vision_linears(model)
         share = 1 / 3 if run.training.freeze_vision else 1.0
         first = share * vision(model, _tiles(run))
-        read = read_memories(model)
-        looks = [_look(run, of["L"], memory) for memory in read]
-        letters["L"] = sum(looks) / max(1, len(looks))  # of different memories: the mean
-    return Costs(letters, first, last=products(of["output"], tokens))
+    work = Workload(
+        tokens=tokens,
+        attention_pairs=causal_pairs(tokens),
+        memories={memory.name: _memory_rows(run, memory) for memory in read_memories(model)},
+        mixing={kind.letter: kind.mixing(run, tokens) for kind in kinds if kind.mixing},
+    )
+    bare = replace(run, lora=LoraConfig())  # adapters change the balance by nothing that matters
+    letters = {kind.letter: _forward(kind, bare, work) for kind in kinds}
+    return Costs(letters, first, last=products([output(model.language)], tokens))
 
 
-def products(linears: Iterable[Linear], rows: float) -> float:
-    """FLOPs of so many rows times the weights of each linear."""
-    return 2.0 * rows * sum(inputs * outputs for inputs, outputs in linears)
+def _memory_rows(run: RunConfig, memory: Memory) -> MemoryRows:
+    """The memory of one image; the coordinates of its keys are left out."""
+    tiles = {"thumbnail": 1, "tiles": run.data.max_num_tiles}[memory.tiles]
+    seen = tiles * patches(run.model)
+    return MemoryRows(rows=seen, pairs=run.data.seq_length * seen)
 
 
-def causal_pairs(tokens: int) -> float:
-    """Pairs (query, key) of a sample, a position with itself included."""
-    return tokens * (tokens + 1) / 2
+def _forward(kind: LayerKind, run: RunConfig, work: Workload) -> float:
+    """FLOPs of one layer's forward pass; of a kind that reads a memory, the mean over those that
+    are read."""
+    reads = [memory.name for memory in look_memories(run.model)]
+    pairs = [reads.index(name) for name in work.memories] if kind.reads_memory else [None]
+    spent = 0.0
+    for pair in pairs:
+        counter = Counter(run, work, pair=pair)
+        kind.flops(counter)
+        spent += sum(forward for forward, _ in counter.forward().values())
+    return spent / max(1, len(pairs))
 
 
-def language_linears(lm: LanguageConfig) -> dict[str, tuple[Linear, ...]]:
-    """Of one sub-layer by its letter; of `E` by its parts, the chosen experts as one token meets
-    them; `output` of the output layer. Halves of a gated MLP are one linear."""
-    hidden, value_heads = lm.hidden_size, lm.linear_num_value_heads
-    keys = lm.linear_num_key_heads * lm.linear_key_head_dim
-    values = value_heads * lm.linear_value_head_dim
-    heads, groups = (n * lm.kv_channels for n in (lm.num_attention_heads, lm.num_query_groups))
-    expert, shared = lm.moe_ffn_hidden_size, lm.moe_shared_expert_intermediate_size
-    return {
-        "G": ((hidden, 2 * (keys + values + value_heads)), (values, hidden)),
-        "*": ((hidden, 2 * (heads + groups)), (heads, hidden)),  # query and gate, key and value
-        "router": ((hidden, lm.num_experts),),
-        "experts": ((hidden, 2 * expert), (expert, hidden)) * lm.moe_router_topk,
-        "shared": ((hidden, 2 * shared), (shared, hidden)),
-        "shared gate": ((hidden, 1),),
-        "output": ((hidden, lm.vocab_size),),
-    }
+def output(lm: LanguageConfig) -> Linear:
+    """The output layer."""
+    return lm.hidden_size, lm.vocab_size
 
 
 def vision_linears(model: ModelConfig) -> dict[str, tuple[Linear, ...]]:
-    """`patches` and `vit layer` by position of a tile, `projector` by token of the stream,
-    and of a look, `L` by token."""
-    vit, fusion, hidden = model.vision, model.fusion, model.language.hidden_size
-    width, inner = vit.vision_hidden_size, vit.vision_ffn_hidden_size
-    look_width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
+    """Linears of the vision side. `patches` and `vit layer` see the positions of a tile,
+    `projector` the tokens of the stream."""
+    fusion, hidden = model.fusion, model.language.hidden_size
+    encoder, width = vision_family(model).cost(model.vision), model.vision.vision_hidden_size
     return {
-        "patches": ((3 * vit.patch_size**2, width),),
-        "vit layer": ((width, 3 * width), (width, width), (width, inner), (inner, width)),
+        "patches": (encoder.embedding,),
+        "vit layer": encoder.layer,
         "projector": ((width * fusion.pixel_shuffle_factor**2, hidden), (hidden, hidden)),
-        "L": ((hidden, look_width), (look_width, hidden)),
     }
 
 
-def memory_linears(model: ModelConfig, memory: Memory) -> dict[str, tuple[Linear, ...]]:
-    """`memory` by patch of the memory, and `L memory` by patch of it for each look, without the
-    keys' coordinates."""
-    look_width = model.fusion.clvr_num_attention_heads * model.fusion.clvr_kv_channels
-    return {
-        "memory": ((model.vision.vision_hidden_size, memory.width),),
-        "L memory": ((memory.width, 2 * look_width),),
-    }
+def memory_projection(model: ModelConfig, memory: Memory) -> Linear:
+    """The projection of a memory, which sees its patches."""
+    return model.vision.vision_hidden_size, memory.width
 
 
-def delta_rule(lm: LanguageConfig, tokens: int) -> float:
-    """As a recurrence: a read, a write and a read-out of every head's state [K, V] by token."""
-    state = lm.linear_num_value_heads * lm.linear_key_head_dim * lm.linear_value_head_dim
-    return 3 * 2.0 * tokens * state
-
-
-def attention(lm: LanguageConfig, pairs: float) -> float:
-    """Scores and mixtures of so many pairs (query, key)."""
-    return 4.0 * pairs * lm.num_attention_heads * lm.kv_channels
-
-
-def look(model: ModelConfig, pairs: float) -> float:
-    """Scores and mixtures of so many pairs (position, patch)."""
-    return 4.0 * pairs * model.fusion.clvr_num_attention_heads * model.fusion.clvr_kv_channels
-
-
-def _look(run: RunConfig, linears: Iterable[Linear], memory: Memory) -> float:
-    """A look at the memory of one image."""
-    model, tokens = run.model, run.data.seq_length
-    tiles = {"thumbnail": 1, "tiles": run.data.max_num_tiles}
-    seen = tiles[memory.tiles] * patches(model.vision)
-    spent = products(linears, tokens)
-    spent += products(memory_linears(model, memory)["L memory"], seen)
-    return spent + look(model, tokens * seen)
-
-
-def vision_attention(vit: VisionConfig, tiles: int) -> float:
-    """Of one layer, every position of a tile with every other."""
-    return 4.0 * tiles * (patches(vit) + 1) ** 2 * vit.vision_hidden_size
+def vision_attention(model: ModelConfig, tiles: int) -> float:
+    """FLOPs of one layer's attention: every position of a tile with every other."""
+    encoder = vision_family(model).cost(model.vision)
+    return 4.0 * tiles * encoder.positions**2 * encoder.width
 
 
 def vision(model: ModelConfig, tiles: int) -> float:
-    """The ViT over that many tiles."""
-    vit, of = model.vision, vision_linears(model)
-    layer = products(of["vit layer"], tiles * (patches(vit) + 1)) + vision_attention(vit, tiles)
-    return vit.vision_num_layers * layer + products(of["patches"], tiles * patches(vit))
+    """FLOPs of the encoder over this many tiles."""
+    of, encoder = vision_linears(model), vision_family(model).cost(model.vision)
+    layer = products(of["vit layer"], tiles * encoder.positions) + vision_attention(model, tiles)
+    return encoder.layers * layer + products(of["patches"], tiles * patches(model))
 
 
-def patches(vit: VisionConfig) -> int:
-    """Of one tile."""
-    return (vit.image_size // vit.patch_size) ** 2
+def patches(model: ModelConfig) -> int:
+    """Patches of one tile."""
+    return vision_family(model).grid(model.vision, None).patches
 
 
 def _tiles(run: RunConfig) -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
 
+from megatron_mm.errors import ConfigError
 from megatron_mm.plugins import Registry
 
 
@@ -57,6 +58,13 @@ NonNegativeFloat = Annotated[float, Bounds(ge=0)]
 
 
 @dataclass(frozen=True)
+class Named:
+    """Marks text that is the name of a part of the registry, or a dotted path."""
+
+    registry: Registry
+
+
+@dataclass(frozen=True)
 class Chosen:
     """Marks a section whose dataclass the registry gives for its key `type`.
 
@@ -81,10 +89,25 @@ class Sections:
     flat: bool = False
 
     def kinds(self) -> Iterator[tuple[str, type]]:
-        """(key, dataclass) of every section."""
+        """(key, dataclass) of every section. Parts with the same settings may share one.
+
+        Raises:
+            ConfigError: if two parts have different settings under one key.
+        """
+        found: dict[str, type] = {}
         for name, part in self.registry.items():
             if part.settings is not None:
-                yield getattr(part, "section", None) or name, part.settings
+                key = getattr(part, "section", None) or name
+                if found.setdefault(key, part.settings) is not part.settings:
+                    raise ConfigError(
+                        f"{self.registry.what} {name} has the section {key}, which has other "
+                        "settings already; choose another name for it"
+                    )
+        yield from found.items()
+
+    def defaults(self) -> dict[str, Any]:
+        """Every section with its default settings."""
+        return {key: settings() for key, settings in self.kinds()}
 
 
 def marker[T](hint: Any, kind: type[T]) -> T | None:

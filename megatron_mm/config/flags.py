@@ -20,7 +20,7 @@ from megatron_mm.errors import ConfigError
 
 @dataclass
 class Flags:
-    """What a command line said. `values` holds only the leaves that were given, by path."""
+    """The flags of a command line. `values` holds only the leaves that were given, by path."""
 
     config: str | None = None
     preset: str | None = None
@@ -38,29 +38,41 @@ def flag_name(leaf: Leaf) -> str:
     return "--" + leaf.name.replace("_", "-")
 
 
+def default_text(leaf: Leaf) -> str:
+    """The default as a flag takes it."""
+    return "none" if leaf.default in (None, "", []) else str(leaf.default)
+
+
+def names_text(leaf: Leaf) -> str:
+    """The names that a setting may have; empty unless it names a part of a registry."""
+    return f"{', '.join(leaf.named.registry)} or a dotted path" if leaf.named else ""
+
+
 def explained(leaf: Leaf) -> str:
-    """What the setting means, its bounds and its default, in one line."""
-    default = "none" if leaf.default in (None, "", []) else leaf.default
+    """The explanation of a setting, its bounds and its default, in one line."""
     bounds = f"{leaf.bounds}; " if leaf.bounds else ""
+    names = f"{names_text(leaf)}; " if leaf.named else ""
     section = ".".join(leaf.path[:-1])
-    return f"{leaf.explanation} {bounds}default: {default} [{section}]".strip()
+    return f"{leaf.explanation} {bounds}{names}default: {default_text(leaf)} [{section}]".strip()
 
 
 @dataclass(frozen=True)
 class Early:
-    """What is needed before the other flags can be read: plug-ins may add some."""
+    """Flags that are read before the others: plug-ins and an objective may add some."""
 
     config: str | None
     plugins: list[str] | None
+    objective: str | None
 
 
 def parse_early(argv: Sequence[str]) -> Early:
-    """Reads `--config` and `--plugins` and ignores the rest. Raises ConfigError."""
+    """Reads `--config`, `--plugins` and `--objective`, ignores the rest. Raises ConfigError."""
     parser = _Parser(allow_abbrev=False, add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--plugins", nargs="+")
+    parser.add_argument("--objective")
     given, _ = parser.parse_known_args(list(argv))
-    return Early(given.config, given.plugins)
+    return Early(given.config, given.plugins, given.objective)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,7 +87,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="a YAML file that holds a run")
     parser.add_argument("--preset", metavar="NAME", help="the model to start from")
     groups: dict[str, Any] = {}
+    paths: dict[str, str] = {}
     for leaf in leaves(RunConfig):
+        path = ".".join(leaf.path)
+        if leaf.name in paths:  # of a plug-in: ours are told apart by a test
+            raise ConfigError(
+                f"setting {path} has the name of {paths[leaf.name]}; choose another, since every "
+                "setting is a flag"
+            )
+        paths[leaf.name] = path
         section = ".".join(leaf.path[:-1])
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
@@ -132,9 +152,9 @@ def _read(hint: Any, text: Any, key: str) -> Any:
         return None
     if inner == list[DataPhase]:
         return [_phase(part, key) for part in text]
-    if inner is int:
+    if inner in (int, list[int]):
         try:
-            text = int(text)
+            text = int(text) if inner is int else [int(part) for part in text]
         except ValueError:
             raise ConfigError(f"{key} is {text!r}; allowed: {expected(hint)}") from None
     return coerce(hint, text, key)

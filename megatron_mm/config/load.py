@@ -3,7 +3,7 @@
 The three are laid on each other in that order: YAML overrides the preset, flags override
 the YAML. In the file `model:` may name a `preset:` beside its own keys, and so may
 `model: vision:`; `base:` names a file, relative to its own, that it overrides. Loading
-checks names and types; `validate.py` checks the sizes.
+checks names and types; `checks.py` checks the sizes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 import yaml
 
 from megatron_mm.config.flags import parse_early, parse_flags
+from megatron_mm.config.objectives import OBJECTIVES, make_known
 from megatron_mm.config.presets import preset, vision_preset
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.config.tree import coerce, from_dict, merge, to_dict
 from megatron_mm.errors import ConfigError
 
-__all__ = ["dump_yaml", "from_dict", "load", "read_yaml", "to_dict"]
+__all__ = ["dump_yaml", "from_dict", "load", "read_yaml", "run_of_checkpoint", "to_dict"]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -90,12 +91,34 @@ def load(path: str | None = None, argv: Sequence[str] = ()) -> RunConfig:
     path = early.config or path
     tree = _with_bases(path) if path else {}
     import_plugins(tree.get("plugins", []) if early.plugins is None else early.plugins)
+    make_known(early.objective or _objective(tree))
     flags = parse_flags(argv)
     if flags.preset is not None or "model" in tree:
         tree["model"] = _over_presets(tree.get("model", {}), flags.preset)
     for leaf, value in flags.values.items():
         tree = merge(tree, _nested(tree, leaf, value))
     return from_dict(RunConfig, tree)
+
+
+def run_of_checkpoint(tree: Mapping[str, Any]) -> RunConfig:
+    """The run that a checkpoint holds. An objective that was given by a dotted path is left out
+    with its settings: a model is converted or probed without it, and its module may not be here.
+
+    Raises:
+        ConfigError: as `from_dict`.
+    """
+    name = _objective(tree)
+    if isinstance(name, str) and name not in OBJECTIVES:
+        known = to_dict(RunConfig())
+        tree = {key: value for key, value in tree.items() if key in known}
+        kept = {k: v for k, v in tree["training"].items() if k != "objective"}
+        tree = tree | {"training": kept}
+    return from_dict(RunConfig, tree)
+
+
+def _objective(tree: Mapping[str, Any]) -> Any:
+    training = tree.get("training")
+    return training.get("objective") if isinstance(training, Mapping) else None
 
 
 def import_plugins(modules: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.settings import MemoryConfig, ModelConfig, RunConfig, VisionMemory
 from megatron_mm.errors import ConfigError, unknown
 
@@ -87,7 +88,8 @@ def look_memories(model: ModelConfig) -> tuple[Memory, ...]:
     Raises:
         ConfigError: for a memory that does not exist, or a list that is not one name for each look.
     """
-    looks, names = model.hybrid_layer_pattern.count("L"), model.fusion.look_memories
+    letters, names = model.hybrid_layer_pattern, model.fusion.look_memories
+    looks = sum(letters.count(kind.letter) for kind in LAYERS.used(letters) if kind.reads_memory)
     available = {memory.name: memory for memory in memories(model)}
     if not looks or not available:
         return ()

@@ -1,11 +1,11 @@
-"""The layer pattern: which sub-layers a model has, which stage holds them, what travels.
+"""The layer pattern: the sub-layers of a model and the pipeline stages that hold them.
 
-Letters: `G` gated DeltaNet, `*` gated attention, `E` mixture of experts, `L` look at the
-vision memory, `J` inject what a look found. Spaces mean nothing. A *layout* is the same
-pattern with `|` at the pipeline stage boundaries.
+Each letter is one sub-layer of a kind in config/layers/, such as `G` gated DeltaNet, `*` gated
+attention, `E` mixture of experts, `L` look at the vision memory, `J` inject what a look found.
+Spaces mean nothing. A *layout* is the same pattern with `|` at the pipeline stage boundaries.
 
-A transformers "layer" is a mixer (`G` or `*`) and the `E` after it; here each letter is
-one sub-layer. `L` and `J` are not numbered, so adding them never shifts checkpoint keys.
+A transformers "layer" is a mixer (`G` or `*`) and the feed-forward (`E`) after it, with one number.
+Side letters such as `L` and `J` are not numbered, so adding them never shifts checkpoint keys.
 Everything in this file is a pure function of strings and tuples.
 """
 
@@ -16,29 +16,35 @@ from functools import lru_cache
 from itertools import pairwise
 
 from megatron_mm.config.cost import Costs, costs
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import memories
 from megatron_mm.config.settings import ModelConfig, RunConfig
 from megatron_mm.errors import ConfigError
 
-MIXERS = "G*"
-LETTERS = "G*ELJ"
-UNIT = Costs()
-
 
 @dataclass(frozen=True)
 class Layer:
-    """One sub-layer. `number`: the transformers layer that a G, * or E belongs to.
-    `pair`: which look/inject pair an L or J belongs to. The other of the two is None."""
+    """One sub-layer.
+
+    Attributes:
+        kind: its letter.
+        number: the transformers layer that a mixer or a feed-forward belongs to; None for a side.
+        pair: the pair of look and injection that a side belongs to; None for the others.
+    """
 
     kind: str
     number: int | None = None
     pair: int | None = None
 
+    @property
+    def numbered(self) -> bool:
+        return self.number is not None
+
 
 @dataclass(frozen=True)
 class Stage:
-    """The consecutive sub-layers that one pipeline stage holds. With virtual stages, stage i
-    is on pipeline rank i % pipeline_model_parallel_size."""
+    """Consecutive sub-layers that one pipeline stage holds. With virtual stages, stage i is on
+    pipeline rank i % pipeline_model_parallel_size."""
 
     index: int
     layers: tuple[Layer, ...]
@@ -48,62 +54,89 @@ def _wrong(pattern: str, reason: str) -> ConfigError:
     return ConfigError(f"hybrid_layer_pattern {pattern!r}: {reason}")
 
 
+def _words(letters: list[str]) -> str:
+    return " or ".join(letters) or "no letter"
+
+
 def parse_pattern(pattern: str) -> tuple[Layer, ...]:
     """Reads a model pattern. The k-th `L` is injected by the k-th `J`; several may wait.
 
-    Raises ConfigError for an unknown letter, a mixer without its `E`, an `E` without its
-    mixer, a `J` before its `L`, an `L` that is never injected, or no layers at all.
+    Raises ConfigError for an unknown letter, a mixer without its feed-forward, a feed-forward
+    without its mixer, a `J` before its `L`, an `L` that is never injected, or no layers at all.
     Positions in messages count characters from 1, spaces included.
     """
+    mixers, closers = LAYERS.of_role("mixer"), LAYERS.of_role("ffn")
+    opens, closes = (LAYERS.of_pair(side) for side in ("opens", "closes"))
+    allowed = ", ".join(LAYERS)
     layers: list[Layer] = []
-    mixers = looks = injects = 0
-    open_mixer: tuple[str, int] | None = None  # the mixer that still waits for its E
-    for position, kind in enumerate(pattern, start=1):
-        here = f"{kind!r} at position {position}"
-        if kind.isspace():
+    count = opened = closed = 0
+    open_mixer: str | None = None  # the mixer that still waits for its feed-forward
+    for position, letter in enumerate(pattern, start=1):
+        here = f"{letter!r} at position {position}"
+        if letter.isspace():
             continue
-        if kind == "|":
+        if letter == "|":
             raise _wrong(
                 pattern, f"{here} belongs in pipeline_model_parallel_layout, not in the model"
             )
-        if kind not in LETTERS:
-            raise _wrong(pattern, f"unknown letter {here}; allowed: {', '.join(LETTERS)}")
-        if kind in MIXERS:
+        if letter not in LAYERS:
+            raise _wrong(
+                pattern,
+                f"unknown letter {here}; allowed: {allowed}, or one that a module in plugins adds",
+            )
+        if letter in mixers:
             if open_mixer:
-                raise _wrong(pattern, f"{open_mixer[0]} needs an E before {here}")
-            open_mixer = here, mixers
-            layers.append(Layer(kind, number=mixers))
-            mixers += 1
-        elif kind == "E":
+                raise _wrong(pattern, f"{open_mixer} needs an {_words(closers)} before {here}")
+            open_mixer = here
+            layers.append(Layer(letter, number=count))
+            count += 1
+        elif letter in closers:
             if open_mixer is None:
-                raise _wrong(pattern, f"{here} needs a mixer (G or *) of its own before it")
-            layers.append(Layer(kind, number=open_mixer[1]))
+                needs = f"needs a mixer ({_words(mixers)}) of its own before it"
+                raise _wrong(pattern, f"{here} {needs}")
+            layers.append(Layer(letter, number=count - 1))
             open_mixer = None
-        elif kind == "L":
-            layers.append(Layer(kind, pair=looks))
-            looks += 1
+        elif letter in opens:
+            layers.append(Layer(letter, pair=opened))
+            opened += 1
         else:
-            if injects == looks:
-                raise _wrong(pattern, f"{here} has no L before it to inject")
-            layers.append(Layer(kind, pair=injects))
-            injects += 1
+            if closed == opened:
+                raise _wrong(pattern, f"{here} has no {_words(opens)} before it to inject")
+            layers.append(Layer(letter, pair=closed))
+            closed += 1
     if open_mixer:
-        raise _wrong(pattern, f"{open_mixer[0]} needs an E after it")
-    if injects < looks:
-        raise _wrong(pattern, f"{looks} L but only {injects} J; every L needs a J after it")
-    if not mixers:
-        raise _wrong(pattern, f"has no layers; allowed: letters from {', '.join(LETTERS)}")
+        raise _wrong(pattern, f"{open_mixer} needs an {_words(closers)} after it")
+    if closed < opened:
+        look, injection = _words(opens), _words(closes)
+        raise _wrong(
+            pattern,
+            f"{opened} {look} but only {closed} {injection}; every {look} needs a {injection} "
+            "after it",
+        )
+    if not count:
+        raise _wrong(pattern, f"has no layers; allowed: letters from {allowed}")
     return tuple(layers)
 
 
 def without_clvr(pattern: str) -> str:
-    """The pattern of the base model: no `L`, no `J`, no spaces. Keeps the `|` of a layout."""
-    return "".join(letter for letter in pattern if letter not in "LJ" and not letter.isspace())
+    """The pattern of the base model: no side letters, no spaces. Keeps the `|` of a layout."""
+    sides = LAYERS.of_role("side")
+    return "".join(letter for letter in pattern if letter not in sides and not letter.isspace())
 
 
 def num_layers(pattern: str) -> int:
-    """How many transformers layers (mixer plus experts) the pattern has."""
-    return sum(layer.kind in MIXERS for layer in parse_pattern(pattern))
+    """Number of transformers layers (a mixer and a feed-forward) of the pattern."""
+    return len({layer.number for layer in parse_pattern(pattern) if layer.numbered})
+
+
+def routed_layers(pattern: str) -> list[int]:
+    """Numbers of the layers with routed experts, in order: their moe indices."""
+    return [layer.number for layer in parse_pattern(pattern) if LAYERS[layer.kind].routed]
+
+
+def reads_memory(model: ModelConfig) -> bool:
+    """Whether a layer that is built looks at the vision memory."""
+    return any(kind.reads_memory for kind in LAYERS.used(effective_pattern(model)))
 
 
 def effective_pattern(model: ModelConfig) -> str:
@@ -144,20 +177,20 @@ def _same_layers(pattern: str, layout: str) -> None:
 
 
 def stages(
-    pattern: str, size: int, layout: str | None = None, cost: Costs = UNIT
+    pattern: str, size: int, layout: str | None = None, cost: Costs | None = None
 ) -> tuple[Stage, ...]:
     """Deals the pattern's sub-layers to `size` stages, by `layout` or balanced.
 
     Without a layout the most expensive stage is as cheap as possible; among such splits the
     evenest is taken (least sum of squares), and of equals the one with more boundaries between
-    an L and its J. Every stage gets a G, * or E. In a layout the first stage may be empty (it
+    an L and its J. Every stage gets a numbered layer. In a layout the first stage may be empty (it
     has the embedding and the vision model) and so may the last (it has the output layer), but
     no other.
 
     Raises ConfigError when the layout is not this pattern, its number of stages is not
     `size`, or there are fewer sub-layers than stages.
     """
-    layers = parse_pattern(pattern)
+    layers, cost = parse_pattern(pattern), cost or Costs()
     if size < 1:
         raise ConfigError(f"pipeline_model_parallel_size {size}; allowed: 1 or more")
     if layout is None:
@@ -193,21 +226,22 @@ def _balanced_cuts(
     first: float,
     last: float,
 ) -> tuple[int, ...]:
-    """Boundaries 0 = c0 < c1 < ... < c_size = len(layers) of the balanced split; `letters`, `first`
-    and `last` are those of the costs."""
+    """Boundaries 0 = c0 < c1 < ... < c_size = len(layers) of the balanced split. `letters`, `first`
+    and `last` are the fields of the costs."""
     cost = Costs(dict(letters), first, last)
-    done, held = [0.0], [0]  # of the first i sub-layers: cost, and how many G, * and E
+    done, held = [0.0], [0]  # of the first i sub-layers: cost, and how many are numbered
     waiting = [False]  # waiting[i]: a boundary after i sub-layers is between an L and its J
     in_flight = 0
     for layer in layers:
         done.append(done[-1] + cost.letters[layer.kind])
-        held.append(held[-1] + (layer.kind in "G*E"))
-        in_flight += (layer.kind == "L") - (layer.kind == "J")
+        held.append(held[-1] + layer.numbered)
+        pair = LAYERS[layer.kind].pair
+        in_flight += (pair == "opens") - (pair == "closes")
         waiting.append(in_flight > 0)
     if size > held[-1]:
         raise ConfigError(
-            f"pipeline_model_parallel_size {size} is more than the {held[-1]} G, * and E of "
-            f"hybrid_layer_pattern (virtual stages counted); allowed: 1 to {held[-1]}"
+            f"pipeline_model_parallel_size {size} is more than the {held[-1]} numbered "
+            f"layers of hybrid_layer_pattern (virtual stages counted); allowed: 1 to {held[-1]}"
         )
     # For the best way to deal the first i sub-layers to the stages so far: largest[i] stage,
     # then best[i]: (minus the sum of squares, boundaries that split a pair, cuts) among the

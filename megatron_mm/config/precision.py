@@ -1,4 +1,4 @@
-"""What FP8 asks of a run: sizes that its matrix products can take, and settings that fit together.
+"""Checks for FP8: sizes that its matrix products can take, and settings that fit together.
 
 A product in FP8 has rows of 16 bytes: every dimension it sums over is a multiple of 16 (32 for
 mxfp8, whose scaling blocks are that long). Forward that is the inputs, for the input's gradient
@@ -9,44 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.pattern import num_layers
-from megatron_mm.config.settings import LanguageConfig, ParallelConfig, RunConfig
+from megatron_mm.config.settings import RunConfig
 from megatron_mm.errors import ConfigError
 
 
 def fp8_alignment(run: RunConfig) -> int:
-    """What tokens and features are multiples of in the language stack; 1 without FP8."""
+    """The number that tokens and features of the language stack are multiples of; 1 without FP8."""
     if run.backend.fp8_format is None:
         return 1
     return 32 if run.backend.fp8_recipe == "mxfp8" else 16
 
 
 def token_multiple(run: RunConfig) -> int:
-    """A microbatch is padded to a multiple of it: ranks hold equal, aligned shards."""
+    """The number of tokens that a microbatch is padded to a multiple of, so that ranks hold equal,
+    aligned shards."""
     parallel = run.parallel
     shards = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     return shards * fp8_alignment(run)
 
 
-def _features(lm: LanguageConfig, par: ParallelConfig) -> Iterator[tuple[str, int]]:
+def _features(run: RunConfig) -> Iterator[tuple[str, int]]:
     """(setting and its meaning, features on one rank) of both sides of every linear in FP8."""
-    tp = par.tensor_model_parallel_size
-    expert_tp = par.expert_tensor_parallel_size or tp
-    heads, groups, width = lm.num_attention_heads, lm.num_query_groups, lm.kv_channels
-    per_key = lm.linear_num_value_heads // lm.linear_num_key_heads
-    value_rows = per_key * lm.linear_value_head_dim
-    key_head = 2 * (lm.linear_key_head_dim + value_rows + per_key)  # q, k, v, z, b, a
-    yield "hidden_size", lm.hidden_size
-    yield "kv_channels: attention's heads together", heads * width // tp
-    yield "kv_channels: rows of linear_qkv", 2 * (heads + groups) * width // tp
-    yield (
-        "linear_value_head_dim: value heads together",
-        (lm.linear_num_key_heads * value_rows // tp),
-    )
-    yield "linear_num_key_heads: rows of in_proj", lm.linear_num_key_heads * key_head // tp
-    shared = lm.moe_shared_expert_intermediate_size // tp
-    yield "moe_shared_expert_intermediate_size", shared
-    yield "moe_ffn_hidden_size", lm.moe_ffn_hidden_size // expert_tp
+    yield "hidden_size", run.model.language.hidden_size
+    for kind in LAYERS.used(run.model.hybrid_layer_pattern):
+        yield from kind.fp8_features(run)
 
 
 def check_backend(run: RunConfig) -> None:
@@ -69,7 +57,7 @@ def check_backend(run: RunConfig) -> None:
             f"transformer_engine"
         )
     by = fp8_alignment(run)
-    for key, size in _features(run.model.language, run.parallel):
+    for key, size in _features(run):
         if size % by:
             raise ConfigError(
                 f"{key} {size} on a tensor-parallel rank does not divide by {by}; allowed with "
@@ -82,12 +70,14 @@ def check_backend(run: RunConfig) -> None:
 
 
 def _check_delayed(run: RunConfig) -> None:
-    """A layer that runs again would enter its maxima into the history twice."""
+    """Rejects recomputed layers, which would enter their maxima into the history twice."""
     training = run.training
+    whole = {kind.recompute for kind in LAYERS.used(run.model.hybrid_layer_pattern)}
+    repeated = [module for module in training.recompute_modules if module in whole]
     if training.recompute_granularity == "full":
         again = "'full'"
-    elif training.recompute_granularity == "selective" and "moe" in training.recompute_modules:
-        again = "'selective' with moe"
+    elif training.recompute_granularity == "selective" and repeated:
+        again = f"'selective' with {repeated[0]}"
     else:
         return
     raise ConfigError(

@@ -12,15 +12,25 @@ steps are optimizer steps ("iterations" in Megatron's words).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from megatron_mm.config.fields import PositiveInt
-from megatron_mm.config.settings_rl import RLConfig
+from megatron_mm.config.families import LANGUAGE_FAMILIES, VISION_FAMILIES
+from megatron_mm.config.fields import (
+    Bounds,
+    Chosen,
+    Named,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Sections,
+)
+from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.config.objectives import OBJECTIVES
+from megatron_mm.errors import ConfigError
 
 VisionMemory = Literal["none", "thumbnail", "tiles"]
 ImageStream = Literal["thumbnail", "tiles", "all"]
-# core_attn: whatever mixes positions (attention, delta rule, look), without its projections;
-# moe: a whole mixture of experts; vision: a whole layer of the ViT.
 RecomputeModule = Literal["core_attn", "moe", "vision"]
 LoraTarget = Literal["language", "vision", "projector"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
@@ -28,51 +38,73 @@ Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
 @dataclass
 class LanguageConfig:
-    """Qwen3-Next: gated DeltaNet, gated attention and mixture-of-experts layers."""
+    """Settings that the shared layers read, whatever the family. A family's own dataclass gives
+    every one of them a default and may add more (model/families)."""
 
-    vocab_size: int = 151936
-    hidden_size: int = 2048
-    layernorm_epsilon: float = 1e-6
-    init_method_std: float = 0.02
-    max_position_embeddings: int = 262144
-    untie_embeddings_and_output_weights: bool = True
-    # Gated attention: grouped queries, partial rotary embedding, per-head q/k norm.
-    num_attention_heads: int = 16
-    num_query_groups: int = 2
-    kv_channels: int = 256
-    rotary_base: float = 10_000_000.0
-    rotary_percent: float = 0.25
-    # Gated DeltaNet (linear attention).
-    linear_conv_kernel_dim: int = 4
-    linear_key_head_dim: int = 128
-    linear_value_head_dim: int = 128
-    linear_num_key_heads: int = 16
-    linear_num_value_heads: int = 32
-    # Mixture of experts with one gated shared expert.
-    num_experts: int = 512
-    moe_router_topk: int = 10
-    moe_ffn_hidden_size: int = 512
-    moe_shared_expert_intermediate_size: int = 512
-    moe_aux_loss_coeff: float = 0.001
-    moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
+    type: str
+    """Family of the language model: a folder of model/families, or the dotted path of a
+    declaration."""
+    vocab_size: PositiveInt
+    """Tokens in the vocabulary: rows of the embedding and of the output layer."""
+    hidden_size: PositiveInt
+    """Features of the hidden state."""
+    layernorm_epsilon: PositiveFloat
+    """Added to the mean square in every RMSNorm of the language model."""
+    init_method_std: PositiveFloat
+    """Standard deviation of the weights before training. Output projections of residual branches
+    start smaller, by sqrt(2 * layers)."""
+    max_position_embeddings: PositiveInt
+    """Longest sequence that the model is made for, in tokens."""
+    untie_embeddings_and_output_weights: bool
+    """Whether the output layer has a weight of its own. A model with tied ones is untied as it is
+    converted; training needs true."""
+    num_attention_heads: PositiveInt
+    """Query heads of gated attention (letter `*`)."""
+    num_query_groups: PositiveInt
+    """Key and value heads of gated attention; each serves a group of query heads."""
+    kv_channels: PositiveInt
+    """Features of one attention head."""
+    rotary_base: PositiveFloat
+    """Base of the rotary embedding's wave lengths (theta)."""
+    rotary_percent: PositiveFloat
+    """Share of an attention head's features that the rotary embedding turns, up to 1."""
+    linear_conv_kernel_dim: PositiveInt
+    """Positions that the short convolution of gated DeltaNet (letter `G`) sees."""
+    linear_key_head_dim: PositiveInt
+    """Features of a key head, and of a query head, of gated DeltaNet."""
+    linear_value_head_dim: PositiveInt
+    """Features of a value head of gated DeltaNet."""
+    linear_num_key_heads: PositiveInt
+    """Key heads of gated DeltaNet; each serves several value heads."""
+    linear_num_value_heads: PositiveInt
+    """Value heads of gated DeltaNet, one state matrix each."""
+    num_experts: PositiveInt
+    """Routed experts of a mixture of experts (letter `E`)."""
+    moe_router_topk: PositiveInt
+    """Experts that compute each token, besides the shared one."""
+    moe_ffn_hidden_size: PositiveInt
+    """Inner features of a routed expert."""
+    moe_shared_expert_intermediate_size: PositiveInt
+    """Inner features of the shared expert, which computes every token."""
+    moe_aux_loss_coeff: NonNegativeFloat
+    """Weight of the load-balancing loss beside the main loss; 0 switches it off."""
+    moe_router_dtype: Literal["fp32", "fp64"]
+    """Precision of the router's scores."""
 
 
 @dataclass
 class VisionConfig:
-    """InternViT: a ViT with a class token, layer scale and learned positions."""
+    """Settings that the projector and the memory read, whatever the family of the encoder. A
+    family's own dataclass gives them defaults and adds its own (model/families)."""
 
-    vision_num_layers: int = 24
-    vision_hidden_size: int = 1024
-    vision_ffn_hidden_size: int = 4096
-    vision_num_attention_heads: int = 16
-    vision_normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
-    vision_layernorm_epsilon: float = 1e-6
-    vision_add_qkv_bias: bool = True
-    vision_qk_layernorm: bool = False  # RMSNorm over the full width (InternViT-6B)
-    vision_layer_scale_init: float = 0.1
-    vision_init_method_std: float = 0.02
-    image_size: int = 448  # pixels along one side of a square tile
-    patch_size: int = 14  # pixels along one side of a square patch
+    type: str
+    """Family of the vision encoder: a folder of model/families, or the dotted path of a
+    declaration."""
+    vision_hidden_size: PositiveInt
+    """Features of a patch, as the encoder hands it on."""
+    vision_init_method_std: PositiveFloat
+    """Standard deviation of the encoder's weights, and of the memory's projection, before
+    training."""
 
 
 @dataclass
@@ -125,40 +157,69 @@ class FusionConfig:
 
 @dataclass
 class ModelConfig:
-    """The model itself. `hybrid_layer_pattern` is the single source of truth for layers:
-    G = gated DeltaNet, * = attention, E = mixture of experts, L = look, J = inject."""
+    """The model itself. `hybrid_layer_pattern` is the single source of truth for layers: letters of
+    config/layers/, such as G = gated DeltaNet, * = attention, E = mixture of experts."""
 
     hybrid_layer_pattern: str = "GEGEGE*E" * 12
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    vision: VisionConfig | None = field(default_factory=VisionConfig)
+    language: Annotated[LanguageConfig, Chosen(LANGUAGE_FAMILIES, "qwen3_next")] = field(
+        default_factory=lambda: LANGUAGE_FAMILIES["qwen3_next"].settings()
+    )
+    vision: Annotated[VisionConfig | None, Chosen(VISION_FAMILIES, "internvit")] = field(
+        default_factory=lambda: VISION_FAMILIES["internvit"].settings()
+    )
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    layers: Annotated[dict, Sections(LAYERS)] = field(default_factory=dict)
+    """Settings of letters that have their own, by letter."""
+
+    def __post_init__(self) -> None:
+        # One section for each such letter of the pattern, none for others: a model does not depend
+        # on letters that happen to be registered.
+        kinds = [kind for kind in LAYERS.used(self.hybrid_layer_pattern) if kind.settings]
+        self.layers = {kind.letter: self.layer_settings(kind.letter) for kind in kinds}
+
+    def layer_settings(self, letter: str) -> Any:
+        """The settings of a letter's own, with defaults unless given; None if it has none."""
+        kind = LAYERS[letter]
+        return self.layers.get(letter) or (kind.settings and kind.settings())
 
 
 @dataclass
 class ParallelConfig:
-    """Where it is computed. Data parallelism is what is left of the world size."""
+    """Where the model is computed. Data parallelism is what is left of the world size."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    # Stages per pipeline rank, dealt round-robin (interleaved 1F1B).
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None  # default: tensor_model_parallel_size
-    # hybrid_layer_pattern with `|` at the stage boundaries, in the order of the model;
-    # default: balanced by cost.
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share every matrix product; more than 1 implies sequence parallelism."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Ranks that hold consecutive parts of the layers."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Stages of each pipeline rank, dealt round-robin (interleaved 1F1B); none: one stage."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of every microbatch."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the routed experts of a layer."""
+    expert_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that share the products of one expert; none: tensor_model_parallel_size."""
     pipeline_model_parallel_layout: str | None = None
-    overlap_p2p_comm: bool | None = None  # default: with virtual stages, and only with them
+    """The layer pattern with | at the stage boundaries, in the order of the model; none: stages of
+    equal cost."""
+    overlap_p2p_comm: bool | None = None
+    """Overlap the exchange between stages with compute; none: with virtual stages, and only with
+    them."""
     use_distributed_optimizer: bool = True
-    # Default: with replicas, on a GPU; on a CPU gloo's threads would take the cores from compute.
+    """Share the optimizer's state among the replicas (ZeRO 1)."""
     overlap_grad_reduce: bool | None = None
-    overlap_param_gather: bool | None = None  # likewise, with the distributed optimizer
-    # How tokens reach experts on other ranks; flex is DeepEP. Megatron's allgather needs streams of
-    # one length.
+    """Reduce gradients during the backward pass; none: with replicas on a GPU, because on a CPU
+    gloo's threads would take the cores from compute."""
+    overlap_param_gather: bool | None = None
+    """Gather parameters during the forward pass, with the distributed optimizer; none: with
+    replicas on a GPU."""
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
-    # The shared expert is computed while tokens travel; with alltoall.
+    """How tokens reach experts on other ranks; flex is DeepEP. Megatron's allgather needs streams
+    of one length and is not offered."""
     moe_shared_expert_overlap: bool = False
-    distributed_timeout_minutes: int = 10
+    """Compute the shared expert while tokens travel; with alltoall."""
+    distributed_timeout_minutes: PositiveInt = 10
+    """Minutes until a collective that waits for a rank fails on every rank."""
 
 
 @dataclass
@@ -170,17 +231,26 @@ class BackendConfig:
     """
 
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    # auto: flash-linear-attention on a GPU that has it, else torch.
+    """Whose linears, experts and attention compute the language stack."""
     gdn_kernel: Literal["auto", "torch", "fla"] = "auto"
-    fp8_format: Literal["hybrid", "e4m3"] | None = None  # hybrid: gradients in e5m2
+    """Kernel of the gated delta rule; auto: flash-linear-attention on a GPU that has it, else
+    torch."""
+    fp8_format: Literal["hybrid", "e4m3"] | None = None
+    """Switches FP8 on. hybrid: gradients in e5m2, everything else in e4m3."""
     # Megatron's default is delayed. It keeps a history of maxima that checkpoints do not hold, so
     # the first step after a resume rounds otherwise; the other recipes keep nothing.
     fp8_recipe: Fp8Recipe = "tensorwise"
-    fp8_amax_history_len: int = 1  # steps; delayed only
-    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"  # delayed only
-    first_last_layers_bf16: bool = False  # keep some layers at both ends out of FP8
-    num_layers_at_start_in_bf16: int = 1
-    num_layers_at_end_in_bf16: int = 1
+    """How FP8 tensors are scaled; mxfp8 needs Blackwell, and delayed does not resume exactly."""
+    fp8_amax_history_len: PositiveInt = 1
+    """Steps of maxima that the recipe delayed keeps."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """Which of the kept maxima scales a tensor; delayed only."""
+    first_last_layers_bf16: bool = False
+    """Keep some layers at both ends out of FP8."""
+    num_layers_at_start_in_bf16: PositiveInt = 1
+    """Layers at the start that stay in bf16, with first_last_layers_bf16."""
+    num_layers_at_end_in_bf16: PositiveInt = 1
+    """Layers at the end that stay in bf16, with first_last_layers_bf16."""
 
 
 @dataclass
@@ -189,80 +259,130 @@ class DataSource:
     give or take one; each source goes through shuffled epochs of its own."""
 
     path: str = ""
-    weight: float = 1.0  # 0 switches the source off
+    """A .jsonl or .parquet file, or a pattern with * that names several."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other weights; 0 switches the source off."""
 
 
 @dataclass
 class DataPhase:
-    """One leg of the curriculum: a file, or a mixture of files, read in shuffled epochs until
-    `samples` are used. A path is .jsonl or .parquet, or a pattern with * that names several."""
+    """One phase of the curriculum: a file, or a mixture of files, read in shuffled epochs until
+    `samples` are used."""
 
     path: str = ""
-    samples: int | None = None  # None: until training ends (only the last phase may)
-    mixture: list[DataSource] = field(default_factory=list)  # instead of `path`
+    """A .jsonl or .parquet file, or a pattern with * that names several."""
+    samples: int | None = None
+    """Samples of the phase; none: until training ends, in the last phase only."""
+    mixture: list[DataSource] = field(default_factory=list)
+    """Sources read side by side, in place of `path`."""
 
 
 @dataclass
 class DataConfig:
+    """What is read, and how rows become samples."""
+
     train_data: list[DataPhase] = field(default_factory=list)
-    valid_data: str | None = None  # JSONL or parquet evaluated per skill
-    tokenizer_model: str = ""  # a SentencePiece .model file or a Hugging Face folder
-    seq_length: int = 4096  # longest sample in tokens; a longer one is an error, never cut
-    # Packing: a microbatch is filled with whole samples up to micro_batch_size * seq_length
-    # tokens, and global_batch_size counts the seq_length-token places of a step, not samples.
+    """Training data, phase by phase; the flag takes PATH or PATH:SAMPLES for each."""
+    valid_data: str | None = None
+    """Rows that are answered and scored by skill; JSONL or parquet."""
+    tokenizer_model: str = ""
+    """A SentencePiece .model file or a Hugging Face folder."""
+    seq_length: PositiveInt = 4096
+    """Tokens of the longest sample; a longer one is an error and is never cut."""
     packing: bool = False
-    num_workers: int = 0  # processes that read ahead for each replica's reader; 0: in the reader
-    max_num_tiles: int = 12  # InternVL dynamic tiling, thumbnail not counted
-    # Of all images of a row together, at tokens_per_tile for every tile that the ViT sees;
-    # a row beyond it gets fewer tiles per image. Default: no limit but seq_length.
-    max_image_tokens: int | None = None
+    """Fill a microbatch with whole samples up to micro_batch_size * seq_length tokens;
+    global_batch_size then counts places of seq_length tokens."""
+    num_workers: NonNegativeInt = 0
+    """Processes that read ahead for each replica; 0: rows are read between the steps."""
+    max_num_tiles: PositiveInt = 12
+    """Most tiles of an image in InternVL's dynamic tiling, the thumbnail not counted."""
+    max_image_tokens: PositiveInt | None = None
+    """Most image tokens of a row, counted as the stream tokens of every tile that the ViT sees; a
+    row beyond it gets fewer tiles per image. none: no limit but seq_length."""
     use_thumbnail: bool = True
+    """Add a thumbnail of the whole image to images of several tiles."""
     memory_images: str = "images"
     """The rows' key for the images of the memory `vision`. Another than `images` is a control:
-    looks see the right kind of image, but not this row's."""
+    looks then see the right kind of image, but not this row's."""
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Mean of red, green and blue (0 to 1) that normalisation subtracts."""
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    on_bad_sample: Literal["error", "skip"] = "error"  # skip: counted and reported
+    """Standard deviation of red, green and blue that normalisation divides by."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """Stop at a row that cannot be used, or leave it out, count it and report it."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with Megatron's schedule. Per-module rates are multiples of `lr`."""
+    """AdamW with Megatron's schedule. Rates of single modules are multiples of `lr`."""
 
-    lr: float = 1e-4
-    min_lr: float = 0.0
+    lr: PositiveFloat = 1e-4
+    """Highest learning rate, reached after the warm-up."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    lr_warmup_iters: int = 0
-    lr_mult_vision: float = 1.0
-    lr_mult_projector: float = 1.0
-    lr_mult_clvr: float = 1.0
-    lr_mult_router: float = 1.0
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    """Form of the decay from lr to min_lr over train_iters."""
+    lr_warmup_iters: NonNegativeInt = 0
+    """Steps over which the rate grows linearly from 0 to lr."""
+    lr_mult_vision: NonNegativeFloat = 1.0
+    """Learning rate of the vision encoder, as a multiple of lr."""
+    lr_mult_projector: NonNegativeFloat = 1.0
+    """Learning rate of the projector, as a multiple of lr."""
+    lr_mult_clvr: NonNegativeFloat = 1.0
+    """Learning rate of the looks and their memory, as a multiple of lr."""
+    lr_mult_router: NonNegativeFloat = 1.0
+    """Learning rate of the routers of experts, as a multiple of lr."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decoupled decay; norms, biases, A_log and dt_bias never decay."""
+    adam_beta1: Annotated[float, Bounds(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Annotated[float, Bounds(ge=0, lt=1)] = 0.95
+    """Decay of Adam's second moment."""
+    adam_eps: PositiveFloat = 1e-8
+    """Term added to Adam's denominator."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
 
 
 @dataclass
 class TrainingConfig:
-    objective: Literal["sft", "grpo"] = "sft"  # grpo: reinforcement learning, see RLConfig
-    train_iters: int = 100
-    exit_duration_in_mins: float | None = None  # of training: end early, and evaluate
-    micro_batch_size: int = 1
-    global_batch_size: int = 1
-    seed: int = 1234
+    """How long and how training runs."""
+
+    objective: Annotated[str, Named(OBJECTIVES)] = "sft"
+    """Objective that is trained. sft: supervised fine-tuning; grpo: reinforcement learning, with
+    the settings of the section rl."""
+    train_iters: PositiveInt = 100
+    """Optimizer steps."""
+    exit_duration_in_mins: PositiveFloat | None = None
+    """Minutes of training after which the run ends early, and evaluates."""
+    micro_batch_size: PositiveInt = 1
+    """Samples of one forward pass of one replica; with packing, places of seq_length tokens."""
+    global_batch_size: PositiveInt = 1
+    """Samples of an optimizer step over all replicas; with packing, places of seq_length tokens;
+    in reinforcement learning, completions."""
+    seed: NonNegativeInt = 1234
+    """Seed of initialisation, of the order of samples and of sampling; the same seed gives the
+    same model under every layout."""
     bf16: bool = False
-    # full: only the input of every recompute_num_layers sub-layers is kept; selective: the
-    # insides of recompute_modules are not.
+    """Compute in bfloat16, with fp32 master weights and gradient sums."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    recompute_num_layers: int = 2
+    """full: keep only the input of every recompute_num_layers sub-layers; selective: run
+    recompute_modules again in the backward pass."""
+    recompute_num_layers: PositiveInt = 2
+    """Sub-layers (letters of the pattern) of a recomputed block, with full."""
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
+    """What selective recompute runs again. core_attn: what mixes positions, without its
+    projections; moe: a whole mixture of experts; vision: a whole layer of the ViT."""
     freeze_vision: bool = False
+    """Do not train the vision encoder."""
     freeze_projector: bool = False
+    """Do not train the projector."""
     freeze_language: bool = False
+    """Do not train the language model; its routers and looks have flags of their own."""
     freeze_clvr: bool = False
+    """Do not train the looks and their memory."""
     freeze_router: bool = False
+    """Do not train the routers of experts."""
 
 
 @dataclass
@@ -273,44 +393,74 @@ class LoraConfig:
     train. Modules that are no target (the router and CLVR among them) follow their flags.
     """
 
-    lora_rank: int | None = None
-    lora_alpha: float = 32.0  # what adapters add is scaled by lora_alpha / lora_rank
+    lora_rank: PositiveInt | None = None
+    """Rank of the adapters; none: no adapters."""
+    lora_alpha: PositiveFloat = 32.0
+    """What adapters add is scaled by lora_alpha / lora_rank."""
     lora_targets: list[LoraTarget] = field(default_factory=lambda: ["language"])
+    """Modules whose linears get adapters."""
 
     def adapts(self, module: str) -> bool:
+        """Whether the linears of this module get adapters."""
         return self.lora_rank is not None and module in self.lora_targets
 
 
 @dataclass
 class CheckpointConfig:
+    """What is saved and what a run starts from."""
+
     save: str | None = None
-    save_interval: int | None = None  # steps; default: only at the end
-    async_save: bool = False  # training goes on while a checkpoint is written
-    keep_last_checkpoints: int | None = None  # delete older ones once a newer is complete
+    """Folder of the run's checkpoints."""
+    save_interval: PositiveInt | None = None
+    """Steps between checkpoints; none: only at the end."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written."""
+    keep_last_checkpoints: PositiveInt | None = None
+    """Checkpoints kept; older ones are deleted once a newer is complete. none: all."""
     load: str | None = None
-    load_hf: str | None = None  # a Hugging Face folder: weights only, instead of `load`
-    finetune: bool = False  # load weights only: no optimizer, RNG or data position
-    # Go on from the newest checkpoint in `save`, where there is one, whatever the others say: for
-    # jobs that a launcher or a scheduler starts again by the same command.
+    """Checkpoint, or folder of checkpoints, to start from."""
+    load_hf: str | None = None
+    """Hugging Face folder to take the weights from, in place of `load`."""
+    finetune: bool = False
+    """Load weights only: no optimizer state, generators or data position."""
     resume: bool = False
+    """Go on from the newest checkpoint in `save`, where there is one, whatever load says: for jobs
+    that a scheduler starts again by the same command."""
 
 
 @dataclass
 class LoggingConfig:
+    """Where a run says what it does."""
+
     output_dir: str = "runs/default"
-    log_interval: int = 1
+    """Folder of metrics, results and the report."""
+    log_interval: PositiveInt = 1
+    """Steps between lines on the console."""
     tensorboard: bool = True
+    """Write TensorBoard's files into output_dir."""
     wandb_mode: Literal["disabled", "offline", "online"] = "offline"
+    """Mode of Weights & Biases."""
     wandb_project: str = "megatron_mm"
+    """Project of Weights & Biases."""
 
 
 @dataclass
 class EvaluationConfig:
-    eval_interval: int | None = None  # steps; default: only at the end
-    eval_samples: int | None = None  # rows of valid_data per evaluation; default: all
-    eval_batch_size: int = 32  # rows generated together
-    max_new_tokens: int = 64
-    report: bool = False  # write report.html at the end
+    """Questions of valid_data, answered and scored by skill."""
+
+    eval_interval: PositiveInt | None = None
+    """Steps between evaluations; none: only at the end."""
+    eval_samples: PositiveInt | None = None
+    """Rows of valid_data in an evaluation; none: all."""
+    eval_batch_size: PositiveInt = 32
+    """Rows that are answered together."""
+    max_new_tokens: PositiveInt = 64
+    """Most tokens of an answer."""
+    report: bool = False
+    """Write report.html at the end."""
+
+
+_OF_OBJECTIVES = Sections(OBJECTIVES, flat=True)
 
 
 @dataclass
@@ -325,7 +475,20 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    rl: RLConfig = field(default_factory=RLConfig)
+    objectives: Annotated[dict[str, Any], _OF_OBJECTIVES] = field(
+        default_factory=_OF_OBJECTIVES.defaults
+    )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def section[T](self, settings: type[T]) -> T:
+        """The settings of this type that an objective has: `run.section(RLConfig)`.
+
+        Raises:
+            ConfigError: if no known objective has them.
+        """
+        for found in self.objectives.values():
+            if isinstance(found, settings):
+                return found
+        raise ConfigError(f"the run has no settings {settings.__name__}; set training.objective")

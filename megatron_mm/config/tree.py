@@ -13,7 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron_mm.config.fields import Bounds, Chosen, Sections, bare, explanations, marker
+from megatron_mm.config.fields import (
+    Bounds,
+    Chosen,
+    Named,
+    Sections,
+    bare,
+    explanations,
+    marker,
+)
 from megatron_mm.errors import ConfigError, unknown
 
 
@@ -25,6 +33,7 @@ class Leaf:
         path: its keys in files, from the root.
         hint: its type, without annotations.
         explanation: the string behind its declaration; empty without one.
+        named: marks text that names a part of a registry.
     """
 
     path: tuple[str, ...]
@@ -32,6 +41,7 @@ class Leaf:
     default: Any
     bounds: Bounds | None = None
     explanation: str = ""
+    named: Named | None = None
 
     @property
     def name(self) -> str:
@@ -80,7 +90,8 @@ def leaves(cls: type, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
     """Every setting below the dataclass `cls`, in the order of declaration.
 
     A section that a registry decides has the settings of all its kinds; a setting that several
-    kinds have counts once, and its `type` is none of them. Settings below a dict of names are left out: they stand in files only.
+    kinds have counts once, and its `type` is none of them. Settings below a dict of names are left
+    out: they stand in files only.
     """
     hints, texts = hints_of(cls), explanations(cls)
     for f in fields(cls):
@@ -98,7 +109,12 @@ def leaves(cls: type, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
             default = f.default if f.default_factory is MISSING else f.default_factory()
             bare_hint = inner | None if optional(hint)[1] else inner
             yield Leaf(
-                (*path, f.name), bare_hint, default, _marked(hint, Bounds), texts.get(f.name, "")
+                (*path, f.name),
+                bare_hint,
+                default,
+                _marked(hint, Bounds),
+                texts.get(f.name, ""),
+                _marked(hint, Named),
             )
 
 
@@ -162,6 +178,9 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
     # A bool is an int to Python; a size of `true` is a mistake.
     if type(value) is not inner:
         raise wrong
+    named = _marked(hint, Named)
+    if named and "." not in value:  # a dotted path is imported when the run is checked
+        named.registry.check(value)
     return value
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.pattern import Stage
 
 
@@ -37,8 +38,8 @@ def wire(stages: Sequence[Stage], read: Sequence[str]) -> tuple[Manifest, ...]:
     for boundary in range(1, len(stages)):
         before = [layer for stage in stages[:boundary] for layer in stage.layers]
         after = [layer for stage in stages[boundary:] for layer in stage.layers]
-        looked = {layer.pair for layer in before if layer.kind == "L"}
-        waiting = [layer.pair for layer in after if layer.kind == "J" and layer.pair in looked]
-        memories = {read[layer.pair] for layer in after if layer.kind == "L"}
-        manifests.append(Manifest(tuple(sorted(memories)), tuple(sorted(waiting))))
+        opened = {layer.pair for layer in before if LAYERS[layer.kind].pair == "opens"}
+        closed = {layer.pair for layer in after if LAYERS[layer.kind].pair == "closes"}
+        memories = {read[layer.pair] for layer in after if LAYERS[layer.kind].reads_memory}
+        manifests.append(Manifest(tuple(sorted(memories)), tuple(sorted(opened & closed))))
     return tuple(manifests)

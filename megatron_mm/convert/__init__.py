@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out."""
+"""Conversion from and to Hugging Face folders."""

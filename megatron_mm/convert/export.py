@@ -1,4 +1,4 @@
-"""The small files of a folder that transformers loads: config, tokenizer, remote code."""
+"""Small files of an exported folder: config, tokenizer, remote code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from megatron_mm.config import (
     RunConfig,
     look_memories,
     memories,
+    reads_memory,
     to_dict,
     to_transformers_dict,
     without_clvr,
 )
+from megatron_mm.config.families import language_family, vision_family
 from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.errors import ConvertError
@@ -30,8 +32,8 @@ TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 
 
 def has_clvr(model: ModelConfig) -> bool:
-    """Whether a look is computed: the pattern has one, and there is a memory to look at."""
-    return bool(look_memories(model))
+    """Whether the model computes looks: the pattern has one and there is a memory."""
+    return reads_memory(model)
 
 
 def small_files(
@@ -41,11 +43,10 @@ def small_files(
     dtypes: set[torch.dtype],
     lines: list[str],
 ) -> dict[str, bytes]:
-    """Returns name -> content of everything beside the tensors. Adds to `lines` what is lacking.
+    """Returns name -> content of every file beside the tensors. Appends notes to `lines`.
 
     Raises:
-        ConvertError: where transformers could not compute the model, or where nothing says which
-            token stands for an image.
+        ConvertError: transformers cannot compute the model, or the image token is unknown.
     """
     files = {path.name: path.read_bytes() for path in assets}
     config = model_config(checkpoint, assets, tied)
@@ -67,7 +68,7 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def clvr_config(model: ModelConfig) -> dict[str, Any]:
-    """Returns the keys of config.json beyond transformers' own model."""
+    """Returns the entries of config.json for CLVR and the remote code that computes it."""
     return {
         "model_type": "internvl_clvr",
         "architectures": ["CLVRForConditionalGeneration"],
@@ -89,7 +90,7 @@ def clvr_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def processor_config(run: RunConfig) -> dict[str, Any]:
-    """Returns processor_config.json: how the run that trained the model cut its images."""
+    """Returns processor_config.json: how images were tiled in training."""
     settings = image_settings(run)
     return {
         "processor_class": "CLVRProcessor",
@@ -99,10 +100,11 @@ def processor_config(run: RunConfig) -> dict[str, Any]:
 
 
 def model_config(checkpoint: Any, assets: Iterable[Path], tied: bool) -> dict[str, Any]:
-    """Returns config.json as transformers' own class writes it."""
-    from transformers import InternVLConfig, Qwen3NextConfig  # seconds to import
+    """Returns config.json as transformers' config class writes it."""
+    import transformers  # seconds to import
 
     model = checkpoint.model
+    family = language_family(model) if model.vision is None else vision_family(model)
     base = replace(model, hybrid_layer_pattern=without_clvr(model.hybrid_layer_pattern))
     base.language = replace(base.language, untie_embeddings_and_output_weights=not tied)
     image = None if model.vision is None else _image_token(checkpoint, list(assets))
@@ -111,10 +113,9 @@ def model_config(checkpoint: Any, assets: Iterable[Path], tied: bool) -> dict[st
     except ConfigError as error:
         raise ConvertError(f"{checkpoint.path}: {error}") from None
     words.pop("model_type")
-    kind = Qwen3NextConfig if model.vision is None else InternVLConfig
-    made = kind(**words).to_diff_dict()
-    name = "Qwen3NextForCausalLM" if model.vision is None else "InternVLForConditionalGeneration"
-    made["architectures"] = [name]
+    config_class, model_class = family.hf_classes
+    made = getattr(transformers, config_class)(**words).to_diff_dict()
+    made["architectures"] = [model_class]
     made["tie_word_embeddings"] = tied  # written even where it equals a default
     return made
 

@@ -1,5 +1,5 @@
-"""What stands in a Hugging Face folder beside its tensors: the model's config, the image
-token, the tokenizer's and processor's files. Nothing in it is ever run."""
+"""Opens a Hugging Face folder: model config, image token, tensors, and the files of tokenizer and
+processor. Code in the folder is never run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ from megatron_mm.config import (
     from_transformers_dict,
     without_clvr,
 )
-from megatron_mm.config.released import in_transformers_words
+from megatron_mm.config.hf import fused_type, in_transformers_words
 from megatron_mm.convert.hf_files import INDEX, PICKLES, Stored, stored_tensors
-from megatron_mm.convert.mapping import EMBEDDING, HEAD, LOOKS, PROJECTOR, StateMapping, read_plan
+from megatron_mm.convert.mapping import (
+    EMBEDDING,
+    HEAD,
+    LOOKS,
+    PROJECTOR,
+    StateMapping,
+    read_mapping,
+)
 from megatron_mm.errors import ConvertError
 from megatron_mm.parallel.param_layout import ParamLayout
 
 CONFIG, CLVR_KEY, IMAGE_CONTEXT = "config.json", "clvr", "<IMG_CONTEXT>"
-NOTES = "huggingface"  # what a checkpoint's `extra` keeps of `HFFolder.notes`
-# What travels along with the weights, by name. Code does not.
+NOTES = "huggingface"  # key of `HFFolder.notes` in a checkpoint's `extra`
+# Files copied along with the weights. Code is not among them.
 TRAVELS = (
     "tokenizer*.json",
     "tokenizer*.model",
@@ -44,13 +51,14 @@ TRAVELS = (
 
 @dataclass
 class HFFolder:
-    """
+    """Opened Hugging Face model, from one folder or two.
+
     Attributes:
-        model: what the folder computes; its output layer is always a tensor of its own.
-        tied: the config says that the output layer is the embedding.
-        tensors: by name, of all folders.
-        new: groups of ours that no folder needs to have.
-        assets: files that travel along.
+        model: config of the folder's model; its output layer is always a tensor of its own.
+        tied: whether the config ties the output layer to the embedding.
+        tensors: stored tensors of all folders, by name.
+        new: groups of mcore parameters that the folder may lack.
+        assets: files that are copied along.
     """
 
     folder: Path
@@ -61,13 +69,14 @@ class HFFolder:
     new: tuple[tuple[str, ...], ...] = (LOOKS,)
     assets: list[Path] = field(default_factory=list)
 
-    def plan(self, parameters: Mapping[str, ParamLayout]) -> StateMapping:
+    def mapping(self, parameters: Mapping[str, ParamLayout]) -> StateMapping:
+        """Maps the stored tensors to the parameters of the model."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return read_plan(self.model, parameters, shapes, new=self.new, tied=self.tied)
+        return read_mapping(self.model, parameters, shapes, new=self.new, tied=self.tied)
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the way back needs and no setting of ours says."""
+        """Metadata needed for export that ModelConfig does not hold."""
         return {"image_token_id": self.image_token_id, "tied": self.tied}
 
     def read(self, name: str, first: int | None, last: int | None) -> torch.Tensor:
@@ -87,18 +96,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True) -> HFFolder:
-    """A fused or text-only folder, or the folders of a language model and of a ViT.
+    """Opens a fused or text-only folder, or the folders of a language model and of a ViT.
 
     Args:
-        weights: False reads the configs alone.
+        weights: whether to read tensors; False reads only the configs.
 
     Raises:
-        ConvertError: a file is missing, damaged or disagrees with another.
-        ConfigError: the config describes a model that is not ours.
+        ConvertError: a file is missing or damaged, disagrees with another, or describes a model
+            that is not supported.
     """
     config = in_transformers_words(read_json(hf / CONFIG))
-    if CLVR_KEY in config:  # an export of ours
-        config["model_type"] = "internvl"
+    if CLVR_KEY in config:  # exported by megatron_mm
+        config["model_type"] = fused_type(config.get("vision_config") or {})
     new: tuple[tuple[str, ...], ...] = (LOOKS,)
     if hf_vision is not None:
         config = _fused(config, hf, hf_vision)
@@ -119,18 +128,18 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
                 raise ConvertError(f"{shared[0]} is in {hf} and in {hf_vision}")
             tensors = tensors | more
     image = _image_token(hf, config, model)
-    folders = [hf] if hf_vision is None else [hf_vision, hf]  # the language model's win
+    folders = [hf] if hf_vision is None else [hf_vision, hf]  # of equal names, the language model's
     assets = {path.name: path for folder in folders for path in travelling(folder)}
     return HFFolder(hf, model, tied, image, tensors, new, list(assets.values()))
 
 
 def travelling(folder: Path) -> list[Path]:
-    """The files of a folder that travel along."""
+    """Files of a folder that are copied along with the weights."""
     return [p for pattern in TRAVELS for p in sorted(folder.glob(pattern)) if p.is_file()]
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has tensors of any kind, or an index of them."""
+    """Whether a folder has weights in any format, or an index of them."""
     return any(p.suffix in (".safetensors", *PICKLES) or p.name == INDEX for p in folder.glob("*"))
 
 
@@ -141,7 +150,7 @@ def _fused(text: dict, hf: Path, hf_vision: Path) -> dict[str, Any]:
     if "vision_config" in vision:
         raise ConvertError(f"{hf_vision} is a fused model: --hf-vision takes a ViT alone")
     return {
-        "model_type": "internvl",
+        "model_type": fused_type(vision),
         "text_config": text,
         "vision_config": vision,
         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
@@ -149,7 +158,7 @@ def _fused(text: dict, hf: Path, hf_vision: Path) -> dict[str, Any]:
 
 
 def _with_clvr(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:
-    """What transformers has no words for stands under a key of its own (export.py)."""
+    """Adds the settings that transformers lacks, which an export keeps under a key of its own."""
     extra = config.get(CLVR_KEY)
     if extra is None:
         return model
@@ -161,7 +170,11 @@ def _with_clvr(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) -> int | None:
-    """Raises ConvertError where config and tokenizer disagree, or the id is no id."""
+    """Returns the id of the image token; None if unknown or without vision.
+
+    Raises:
+        ConvertError: config and tokenizer disagree, or the id is out of range.
+    """
     if model.vision is None:
         return None
     said, found = config.get("image_token_id"), tokenizer_id(folder, IMAGE_CONTEXT)
@@ -180,7 +193,7 @@ def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) ->
 
 
 def tokenizer_id(folder: Path, token: str) -> int | None:
-    """The id of a special token in a folder's tokenizer; None if it has none."""
+    """Returns the id of a special token in a folder's tokenizer; None if it has no such token."""
     path = folder / "tokenizer.json"
     if path.is_file():
         for entry in read_json(path).get("added_tokens") or []:
@@ -197,26 +210,29 @@ def tokenizer_id(folder: Path, token: str) -> int | None:
     return None
 
 
-def check_folder(source: HFFolder, plan: StateMapping) -> None:
-    """What can be wrong with a folder although every tensor is there. Reads two tensors.
+def check_folder(source: HFFolder, mapping: StateMapping) -> None:
+    """Checks completeness, dtypes, and, if embeddings are tied, that both copies are equal.
 
-    Raises ConvertError that names the tensor.
+    Raises:
+        ConvertError: names the first bad tensor.
     """
-    problem = plan.problem()
+    problem = mapping.problem()
     if problem:
         raise ConvertError(f"{source.folder}: {problem}")
-    for link in plan.links:
+    for link in mapping.links:
         kinds: dict[torch.dtype, str] = {}
-        for name, _ in link.theirs():
+        for name, _ in link.hf_tensors():
             kinds.setdefault(source.tensors[name].dtype, name)
         strange = next((k for k in kinds if not k.is_floating_point or k.itemsize < 2), None)
         if strange is not None:
             raise ConvertError(f"{kinds[strange]} is {strange}: quantised weights are not taken")
         if len(kinds) > 1:
             (a, first), (b, second) = list(kinds.items())[:2]
-            raise ConvertError(f"{first} is {a} but {second} is {b}: they are one tensor of ours")
-    if source.tied and not plan.tied:
-        ends = {link.ours: link.names[0] for link in plan.links if link.ours in (EMBEDDING, HEAD)}
+            raise ConvertError(f"{first} is {a} but {second} is {b}: they make one parameter")
+    if source.tied and not mapping.tied:
+        ends = {
+            link.mcore: link.names[0] for link in mapping.links if link.mcore in (EMBEDDING, HEAD)
+        }
         embedding, head = (source.tensors[ends[name]] for name in (EMBEDDING, HEAD))
         if not same_bits(embedding, head):
             raise ConvertError(
@@ -226,7 +242,7 @@ def check_folder(source: HFFolder, plan: StateMapping) -> None:
 
 
 def same_bits(a: Stored, b: Stored, rows: int = 4096) -> bool:
-    """Compared a few thousand rows at a time."""
+    """Whether two stored tensors are bitwise identical. Reads `rows` rows at a time."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     steps = range(0, a.shape[0], rows)
@@ -235,7 +251,7 @@ def same_bits(a: Stored, b: Stored, rows: int = 4096) -> bool:
 
 
 def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit: -0.0 is not 0.0, and a NaN equals itself."""
+    """Whether two tensors are bitwise identical: -0.0 is not 0.0, and a NaN equals itself."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))

@@ -1,8 +1,8 @@
-"""A folder of safetensors, read with suspicion.
+"""Reads folders of safetensors without trusting them.
 
-Headers are read by ourselves and every number in them is checked against the file before a
-tensor is touched; pickled weights are never opened. Contents are read straight into the
-tensor that is asked for, a slice of its first dimension if that is all that is needed.
+Every number in a header is checked against the file before a tensor is read; pickled weights are
+never opened. Content is read directly into the requested tensor, which may be a slice of the
+stored one along its first dimension.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.convert.transforms import Shape
 from megatron_mm.errors import ConvertError
+from megatron_mm.model.families.transforms import Shape
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -39,7 +39,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where its bytes begin, and what they are."""
+    """Stored tensor: its file, the offset of its bytes, dtype and shape."""
 
     file: Path
     offset: int
@@ -51,7 +51,11 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, first: int | None = None, last: int | None = None) -> torch.Tensor:
-        """The tensor, or its indices first..last-1 of dimension 0. Raises ConvertError."""
+        """Reads the tensor, or its rows first..last-1.
+
+        Raises:
+            ConvertError: the file is too short.
+        """
         shape, begin = self.shape, self.offset
         if first is not None:
             row = math.prod(shape[1:]) * self.dtype.itemsize
@@ -69,9 +73,10 @@ class Stored:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of one file.
+    """Returns name -> stored tensor of one file.
 
-    Raises ConvertError unless the header describes exactly the bytes that follow it.
+    Raises:
+        ConvertError: the header does not describe exactly the bytes that follow it.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -123,10 +128,11 @@ def _entry(path: Path, base: int, entry: dict) -> Stored:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a model's folder, from the headers alone.
+    """Returns name -> stored tensor of a model's folder. Reads only headers.
 
-    Raises ConvertError for a folder without safetensors, an index that names a file outside
-    of it or disagrees with the files, or a damaged file.
+    Raises:
+        ConvertError: there are no safetensors, the index disagrees with the files or names a file
+            outside of the folder, or a file is damaged.
     """
     if not folder.is_dir():
         raise ConvertError(f"{folder} is not a folder")
@@ -152,7 +158,7 @@ def _from_index(folder: Path, index: Path) -> dict[str, Stored]:
         raise ConvertError(f"{index} is no index: {error!r}") from None
     tensors: dict[str, Stored] = {}
     for name in files:
-        # A link to elsewhere is what Hugging Face's cache is made of; a path is not.
+        # Links to other folders are allowed, as in Hugging Face's cache; paths are not.
         if (
             not isinstance(name, str)
             or Path(name).name != name

@@ -1,7 +1,7 @@
-"""A folder of sharded safetensors whose every byte has its place before the first is written.
+"""Writes folders of sharded safetensors from any number of ranks.
 
-Names, shapes and dtypes are known beforehand, so headers and index are written first, with the
-files at their full size; then any rank writes any part of any tensor where it belongs.
+Names, shapes and dtypes are known beforehand. Headers and index are written first and the files get
+their full size; then any rank can write any part of any tensor at its place.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from megatron_mm.checkpoint import sealed
 from megatron_mm.convert.hf_files import INDEX, NAMES, SINGLE
 from megatron_mm.convert.spool import OutFile, Spool
-from megatron_mm.convert.transforms import Shape
 from megatron_mm.convert.work import nbytes
+from megatron_mm.model.families.transforms import Shape
 
 SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor goes."""
+    """Place of a tensor: file, offset in bytes, dtype and shape."""
 
     file: str
     offset: int
@@ -38,10 +38,11 @@ class Place:
 def lay_out(
     tensors: Sequence[tuple[str, Shape, torch.dtype]], shard_bytes: int = SHARD_BYTES
 ) -> tuple[dict[str, Place], dict[str, bytes], dict[str, int]]:
-    """Fill files in the order of `tensors`, none beyond `shard_bytes` unless by one tensor.
+    """Assigns tensors to files in their order. A file exceeds `shard_bytes` only if it holds one
+    tensor.
 
     Returns:
-        (name -> place, file -> first bytes, file -> size).
+        (name -> place, file -> header, file -> size in bytes).
     """
     shards: list[list[tuple[str, Shape, torch.dtype]]] = [[]]
     held = 0
@@ -78,7 +79,11 @@ def lay_out(
 
 
 def create_files(folder: Path, heads: dict[str, bytes], sizes: dict[str, int]) -> None:
-    """Make every file at its full size. Raises OSError where the disk cannot hold it."""
+    """Creates every file at its full size.
+
+    Raises:
+        OSError: the disk is too small.
+    """
     for file, head in heads.items():
         with (folder / file).open("wb") as stream:
             stream.write(head)
@@ -86,12 +91,16 @@ def create_files(folder: Path, heads: dict[str, bytes], sizes: dict[str, int]) -
             try:
                 os.posix_fallocate(stream.fileno(), 0, sizes[file])
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # cannot reserve
+                if error.errno not in (
+                    errno.EOPNOTSUPP,
+                    errno.EINVAL,
+                ):  # the file system cannot reserve space
                     raise
                 stream.truncate(sizes[file])
 
 
 def write_index(folder: Path, places: dict[str, Place]) -> None:
+    """Writes the index, which a folder with a single file does not need."""
     files = sorted({place.file for place in places.values()})
     if files == [SINGLE]:
         return
@@ -104,7 +113,7 @@ def write_index(folder: Path, places: dict[str, Place]) -> None:
 
 
 class TensorWriter(AbstractContextManager):
-    """One rank's hand on the files; after `finish` what it wrote is on disk."""
+    """Writer of one rank. What it wrote is on disk after `finish`."""
 
     def __init__(self, folder: Path, places: dict[str, Place]):
         self._folder, self._places = folder, places
@@ -112,7 +121,7 @@ class TensorWriter(AbstractContextManager):
         self._open: dict[str, OutFile] = {}
 
     def write(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
-        """A tensor, or its indices `first`... of dimension 0, in its file's dtype."""
+        """Writes a tensor, or its rows from `first` on, converted to the file's dtype."""
         place = self._places[name]
         if place.file not in self._open:
             self._open[place.file] = self._spool.open(self._folder / place.file)
@@ -121,7 +130,11 @@ class TensorWriter(AbstractContextManager):
         self._spool.write(self._open[place.file], memoryview(content), place.offset + first * row)
 
     def finish(self) -> None:
-        """Raises OSError."""
+        """Waits until everything is on disk.
+
+        Raises:
+            OSError: a write failed.
+        """
         self._spool.finish()
 
     def __exit__(self, *_) -> None:

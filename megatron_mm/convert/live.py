@@ -1,7 +1,6 @@
-"""Weights straight from a Hugging Face folder into a running model, on any layout.
+"""Loads weights from a Hugging Face folder directly into a model, on any layout.
 
-Every rank reads what it holds and nothing else: whole tensors of theirs for most parameters,
-of the experts only its own.
+A rank reads only the hf tensors of parameters it holds, and of experts only its own.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ from megatron_mm.parallel.param_layout import ParamLayout
 
 @dataclass(frozen=True)
 class Loaded:
-    """
+    """Result of a load.
+
     Attributes:
-        initialized: names of parameters that stay as the seed made them.
-        ignored: tensors of the folder that nothing here trains.
-        notes: for checkpoints of this run, `Source.notes`.
+        initialized: parameters that the folder lacks and that keep their initial values.
+        ignored: hf tensors that no parameter of the model holds.
+        notes: `HFFolder.notes`, to be kept in checkpoints of the run.
     """
 
     initialized: list[str]
@@ -40,53 +40,53 @@ class Loaded:
 
 
 def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> Loaded:
-    """Overwrite the engine's weights. Every rank calls it.
+    """Overwrites the engine's weights. Every rank calls it.
 
     Args:
-        image_token_id: of the tokenizer that this run trains with.
+        image_token_id: id of <IMG_CONTEXT> in the run's tokenizer.
 
     Raises:
-        CheckpointError: the folder is damaged or of another model (on every rank, before
-            anything changed), or could not be read to the end (on every rank).
+        CheckpointError: on every rank; the folder is damaged or of another model (before anything
+            changes), or reading failed.
     """
     group, doing = engine.groups.world, f"cannot load {folder}"
     with raising_together(group, doing):
         source = open_folder(folder)
         check_model(to_dict(source.model), engine.run.model, finetune=True)
-        # CLVR and the way images enter are this run's; the base is the folder's.
+        # CLVR and the fusion settings are this run's, the base model is the folder's.
         source.model = engine.run.model
         whole = blueprint(engine.run.model)
-        plan = source.plan(whole)
-        check_folder(source, plan)
+        mapping = source.mapping(whole)
+        check_folder(source, mapping)
         there = source.image_token_id
         if None not in (there, image_token_id) and there != image_token_id:
             raise ConvertError(
                 f"image_token_id is {there} there, {image_token_id} in this run's tokenizer"
             )
-    links = {link.ours: link for link in plan.links}
+    links = {link.mcore: link for link in mapping.links}
     added: list[str] = []
-    finish_param_gather(engine)  # else a gather under way would overwrite what is loaded
+    finish_param_gather(engine)  # a gather under way would overwrite loaded weights
     with raising_together(group, doing):
         for name, param, layout in parameters(engine):
             if name in links:
                 link = links[name]
-                fill(param, layout, lambda a, b, k=link: k.make_ours(source.read, a, b))
-            elif not is_adapter(name) and name not in plan.new:
+                fill(param, layout, lambda a, b, k=link: k.to_mcore(source.read, a, b))
+            elif not is_adapter(name) and name not in mapping.new:
                 raise ConvertError(f"{name} has no tensor there")
-    added = plan.new + sorted(name for name, _, _ in parameters(engine) if is_adapter(name))
+    added = mapping.new + sorted(name for name, _, _ in parameters(engine) if is_adapter(name))
     engine.optimizer.reload_model_params()
-    return Loaded(added, plan.carried, source.notes)
+    return Loaded(added, mapping.carried, source.notes)
 
 
 @torch.no_grad()
 def fill(
     param: torch.Tensor, layout: ParamLayout, read: Callable[[int, int], torch.Tensor]
 ) -> None:
-    """Put this rank's block into a parameter.
+    """Copies this rank's block of a tensor into a parameter.
 
     Args:
-        read: (first, last) -> those indices of the whole tensor's first dimension if its rows
-            are drawn alone (experts), else the whole.
+        read: (first, last) -> those rows of the tensor if `rows_drawn_alone` (experts), else the
+            whole tensor.
     """
     target = layout.held(param.data)
     if not target.numel():

@@ -1,4 +1,4 @@
-"""What goes where: the table's rows written out for one model and one folder."""
+"""The table's rows written out for one model and one folder: which tensor goes where."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from functools import lru_cache
 import torch
 
 from megatron_mm.config import ModelConfig
-from megatron_mm.convert.table import CARRIED, ROWS, SPELLINGS, Form, Row, Spelling
-from megatron_mm.convert.transforms import Shape, Transform
+from megatron_mm.config.families import language_family
+from megatron_mm.convert import table
+from megatron_mm.convert.table import SPELLINGS, Form, Row, Spelling
 from megatron_mm.errors import ConvertError
+from megatron_mm.model.families.transforms import Shape, Transform
 from megatron_mm.parallel.param_layout import ParamLayout
 
-# (name of theirs, first and last index of its first dimension or None) -> tensor
+# (name in the folder, first and last index of its first dimension or None) -> tensor
 Read = Callable[[str, int | None, int | None], torch.Tensor]
-# What a folder may lack: all of a group or nothing of it.
-Group = tuple[str, ...]  # prefixes of our names
+# Parameters that a folder may lack: all of a group or nothing of it.
+Group = tuple[str, ...]  # prefixes of the model's names
 PROJECTOR: Group = ("vision.projector.",)
 LOOKS: Group = ("vision.memory_proj", "language.looks.")
 HEAD, EMBEDDING = "output_layer.weight", "embedding.weight"
@@ -26,17 +28,17 @@ HEAD, EMBEDDING = "output_layer.weight", "embedding.weight"
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One tensor of ours and those of theirs.
+    """One parameter of the model and the tensors of a Hugging Face folder that make it.
 
     Attributes:
-        ours: the model's name for it.
-        shape: of the whole.
-        names: of theirs; with `{expert}` in them there is one of each per index of our first
-            dimension.
-        counted: every index of our first dimension is transformed by itself.
+        mcore: the model's name of the parameter.
+        shape: shape of the whole parameter.
+        names: names in the folder; with `{expert}` in them there is one of each per index of the
+            parameter's first dimension.
+        counted: every index of the parameter's first dimension is transformed by itself.
     """
 
-    ours: str
+    mcore: str
     shape: Shape
     names: tuple[str, ...]
     transform: Transform
@@ -49,9 +51,9 @@ class ParamMapping:
     def named(self, expert: int) -> list[str]:
         return [name.replace("{expert}", str(expert)) for name in self.names]
 
-    def theirs(self) -> Iterator[tuple[str, Shape]]:
-        """(name, shape) of every tensor of theirs."""
-        shapes = self.transform.shapes(self.shape[1:] if self.counted else self.shape)
+    def hf_tensors(self) -> Iterator[tuple[str, Shape]]:
+        """(name, shape) of every tensor in the folder."""
+        shapes = self.transform.hf_shapes(self.shape[1:] if self.counted else self.shape)
         if not self.counted:
             yield from zip(self.names, shapes, strict=True)
         elif not self.separate:
@@ -60,10 +62,11 @@ class ParamMapping:
             for expert in range(self.shape[0]):
                 yield from zip(self.named(expert), shapes, strict=True)
 
-    def make_ours(self, read: Read, first: int, last: int) -> torch.Tensor:
-        """Our tensor; of a counted one the indices first..last-1."""
+    def to_mcore(self, read: Read, first: int, last: int) -> torch.Tensor:
+        """The parameter, made of the folder's tensors; of a counted one the indices
+        first..last-1."""
         if not self.counted:
-            return self.transform.ours([read(n, None, None) for n in self.names], self.shape)
+            return self.transform.to_mcore([read(n, None, None) for n in self.names], self.shape)
         if not self.separate:
             blocks = [read(name, first, last) for name in self.names]
             each = zip(*(block.unbind(0) for block in blocks), strict=True)
@@ -73,15 +76,16 @@ class ParamMapping:
         for i, parts in enumerate(each):
             if whole is None:
                 whole = parts[0].new_empty((last - first, *rest))
-            self.transform.ours(parts, rest, whole[i])
+            self.transform.to_mcore(parts, rest, whole[i])
         return whole
 
-    def make_theirs(self, ours: torch.Tensor, first: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) from our tensor, or from its indices `first`... of a counted one."""
+    def to_hf(self, param: torch.Tensor, first: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the folder, from the parameter, or from the indices `first`... of a
+        counted one."""
         if not self.counted:
-            yield from zip(self.names, self.transform.theirs(ours), strict=True)
+            yield from zip(self.names, self.transform.to_hf(param), strict=True)
             return
-        each = [self.transform.theirs(row) for row in ours]
+        each = [self.transform.to_hf(index) for index in param]
         if self.separate:
             for i, parts in enumerate(each):
                 yield from zip(self.named(first + i), parts, strict=True)
@@ -98,21 +102,26 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(text.replace(r"\{rest\}", r"(?P<rest>[\w.]+)"))
 
 
-def find_row(ours: str, rows: Sequence[Row]) -> tuple[Row, dict[str, str]]:
-    """The row of a tensor of ours and what its braces stand for. Raises ConvertError."""
+def find_row(mcore: str, rows: Sequence[Row]) -> tuple[Row, dict[str, str]]:
+    """The row of a parameter and what its braces stand for. Raises ConvertError."""
     for row in rows:
-        found = _pattern(row.ours).fullmatch(ours)
+        found = _pattern(row.mcore).fullmatch(mcore)
         if found:
             return row, found.groupdict()
-    raise ConvertError(f"{ours} is in no row of the table of names: it cannot be converted")
+    raise ConvertError(f"{mcore} is in no row of the table of names: it cannot be converted")
 
 
-def _link(
-    ours: str, layout: ParamLayout, form: Form, spelling: Spelling, values: dict, model: ModelConfig
+def _mapping(
+    mcore: str,
+    layout: ParamLayout,
+    form: Form,
+    spelling: Spelling,
+    values: dict[str, str],
+    model: ModelConfig,
 ) -> ParamMapping:
     prefixes = {k: getattr(spelling, k) for k in ("text", "head", "vit", "projector")}
     names = tuple(n.format(expert="{expert}", **prefixes, **values) for n in form.names)
-    return ParamMapping(ours, layout.global_shape, names, form.how(model), layout.rows_drawn_alone)
+    return ParamMapping(mcore, layout.global_shape, names, form.how(model), layout.rows_drawn_alone)
 
 
 def write_links(
@@ -120,14 +129,19 @@ def write_links(
     parameters: Mapping[str, ParamLayout],
     spelling: str,
     *,
-    rows: Sequence[Row] = ROWS,
+    rows: Sequence[Row] | None = None,
 ) -> list[ParamMapping]:
-    """How every parameter is spelled in a folder to be written."""
+    """How every parameter is spelled in a folder to be written.
+
+    Args:
+        rows: instead of the model's table of names.
+    """
+    rows = table.rows(model) if rows is None else rows
     chosen, links = SPELLINGS[spelling], []
-    for ours, layout in parameters.items():
-        row, values = find_row(ours, rows)
+    for mcore, layout in parameters.items():
+        row, values = find_row(mcore, rows)
         form = next(form for form in row.forms if form.used_by(chosen))
-        links.append(_link(ours, layout, form, chosen, values, model))
+        links.append(_mapping(mcore, layout, form, chosen, values, model))
     return links
 
 
@@ -137,11 +151,11 @@ class StateMapping:
 
     Attributes:
         links: in the model's order.
-        missing: names of theirs that the folder lacks.
-        unexpected: names of theirs that no row maps.
+        missing: names that the folder lacks.
+        unexpected: names in the folder that no row maps.
         misshaped: one line for each tensor of another shape.
-        new: our names of what the folder need not have: initialised from the seed.
-        carried: names of theirs that travel beside the model.
+        new: parameters that the folder need not have: initialised from the seed.
+        carried: names in the folder of tensors that travel beside the model.
         tied: the output layer is a copy of the embedding.
     """
 
@@ -154,7 +168,7 @@ class StateMapping:
     tied: bool = False
 
     def problem(self) -> str | None:
-        """What forbids the conversion, in one line; None if nothing does."""
+        """The reason that forbids the conversion, in one line; None if there is none."""
         words = []
         for found, what in (
             (self.missing, "missing"),
@@ -167,69 +181,72 @@ class StateMapping:
         return "; ".join(words) or None
 
 
-def read_plan(
+def read_mapping(
     model: ModelConfig,
     parameters: Mapping[str, ParamLayout],
     stored: Mapping[str, Shape],
     *,
     new: Sequence[Group] = (LOOKS,),
     tied: bool = False,
-    rows: Sequence[Row] = ROWS,
+    rows: Sequence[Row] | None = None,
 ) -> StateMapping:
-    """Which of the stored tensors (name -> shape) are which of ours.
+    """Maps the stored tensors (name -> shape) to parameters.
 
     A tensor may be spelled in any known way; what is mapped by no row is reported, never
     skipped.
 
     Args:
-        new: groups of ours that the folder may lack altogether.
+        new: groups of parameters that the folder may lack altogether.
         tied: the folder's config says that the output layer is the embedding.
+        rows: instead of the model's table of names.
     """
-    plan, used = StateMapping(), set()
+    rows = table.rows(model) if rows is None else rows
+    state, used = StateMapping(), set()
     votes = dict.fromkeys(SPELLINGS, 0)
     absent: list[tuple[str, dict[str, ParamMapping]]] = []
-    for ours, layout in parameters.items():
-        candidates = _candidates(ours, layout, model, rows)
-        found = {s: k for s, k in candidates.items() if next(k.theirs())[0] in stored}
-        if not found and ours == HEAD and tied:
+    for mcore, layout in parameters.items():
+        candidates = _candidates(mcore, layout, model, rows)
+        found = {s: k for s, k in candidates.items() if next(k.hf_tensors())[0] in stored}
+        if not found and mcore == HEAD and tied:
             row, values = find_row(EMBEDDING, rows)
-            head = _every(ours, layout, model, row, values)
-            found = {s: k for s, k in head.items() if next(k.theirs())[0] in stored}
-            plan.tied = bool(found)
+            head = _every(mcore, layout, model, row, values)
+            found = {s: k for s, k in head.items() if next(k.hf_tensors())[0] in stored}
+            state.tied = bool(found)
         for spelling in found:
             votes[spelling] += 1
         if not found:
-            absent.append((ours, candidates))
+            absent.append((mcore, candidates))
             continue
         link = next(iter(found.values()))
-        plan.links.append(link)
-        _check(link, stored, plan, used)
+        state.links.append(link)
+        _check(link, stored, state, used)
     likely = sorted(votes, key=votes.get, reverse=True)
-    for ours, candidates in absent:
-        group = next((g for g in new if ours.startswith(g)), None)
-        if group and not any(link.ours.startswith(group) for link in plan.links):
-            plan.new.append(ours)
+    for mcore, candidates in absent:
+        group = next((g for g in new if mcore.startswith(g)), None)
+        if group and not any(link.mcore.startswith(group) for link in state.links):
+            state.new.append(mcore)
         else:
             link = next(candidates[s] for s in likely if s in candidates)
-            plan.missing += [name for name, _ in link.theirs()]
-    plan.carried = [name for name in stored if name.startswith(CARRIED)]
-    plan.unexpected = sorted(stored.keys() - used - set(plan.carried))
-    return plan
+            state.missing += [name for name, _ in link.hf_tensors()]
+    carried = language_family(model).carried
+    state.carried = [name for name in stored if name.startswith(carried)]
+    state.unexpected = sorted(stored.keys() - used - set(state.carried))
+    return state
 
 
 def _candidates(
-    ours: str, layout: ParamLayout, model: ModelConfig, rows: Sequence[Row]
+    mcore: str, layout: ParamLayout, model: ModelConfig, rows: Sequence[Row]
 ) -> dict[str, ParamMapping]:
-    row, values = find_row(ours, rows)
-    return _every(ours, layout, model, row, values)
+    row, values = find_row(mcore, rows)
+    return _every(mcore, layout, model, row, values)
 
 
 def _every(
-    ours: str, layout: ParamLayout, model: ModelConfig, row: Row, values: dict
+    mcore: str, layout: ParamLayout, model: ModelConfig, row: Row, values: dict
 ) -> dict[str, ParamMapping]:
-    """spelling -> how it writes this tensor."""
+    """Spelling -> how it writes this parameter."""
     return {
-        name: _link(ours, layout, form, spelling, values, model)
+        name: _mapping(mcore, layout, form, spelling, values, model)
         for name, spelling in SPELLINGS.items()
         for form in row.forms
         if form.used_by(spelling)
@@ -237,11 +254,12 @@ def _every(
 
 
 def _check(
-    link: ParamMapping, stored: Mapping[str, Shape], plan: StateMapping, used: set[str]
+    link: ParamMapping, stored: Mapping[str, Shape], state: StateMapping, used: set[str]
 ) -> None:
-    for name, shape in link.theirs():
+    """Notes which stored tensors a parameter uses, and which of them are missing or misshaped."""
+    for name, shape in link.hf_tensors():
         used.add(name)
         if name not in stored:
-            plan.missing.append(name)
+            state.missing.append(name)
         elif tuple(stored[name]) != tuple(shape):
-            plan.misshaped.append(f"{name}: {list(stored[name])} there, {list(shape)} here")
+            state.misshaped.append(f"{name}: {list(stored[name])} there, {list(shape)} here")

@@ -1,4 +1,4 @@
-"""Does a checkpoint hold a folder's model? Every tensor's bits, then every layer's output."""
+"""Compares a checkpoint with a Hugging Face folder: bits of every tensor, output of every layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_model
 from megatron_mm.checkpoint.shards import weight_key
-from megatron_mm.config import DataConfig, RunConfig, effective_pattern, parse_pattern, to_dict
+from megatron_mm.config import DataConfig, RunConfig, effective_pattern, num_layers, to_dict
 from megatron_mm.convert.export import has_clvr
 from megatron_mm.convert.folder import HFFolder, equal_bits
 from megatron_mm.convert.live import fill
@@ -19,37 +19,41 @@ from megatron_mm.convert.mapping import StateMapping
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample, SampleBuilder, SampleImage
-from megatron_mm.data.tiles import image_settings, plan_images, tiles_by_images
+from megatron_mm.data.tiles import choose_grids, image_settings, tiles_by_images
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.param_layout import layouts
 
-# fp32 rounds at 6e-8 in either order; ten sub-layers were measured at up to 1.5e-6
-# (tests/model/test_parity.py), and a swapped head or expert gives 1e-2 and more.
+# fp32 rounds at 6e-8. Ten sub-layers measured up to 1.5e-6 (tests/model/test_parity.py); a swapped
+# head or expert gives 1e-2 or more.
 TOLERANCE = 1e-5
-# Width and height of the built-in images, in tiles: one, and a grid with a thumbnail.
+# (columns, rows) of the built-in images in tiles: a single tile, and a grid with a thumbnail.
 BUILT_IN = ((1, 1), (3, 1))
 
 
 def differing_tensors(
-    source: HFFolder, plan: StateMapping, checkpoint: Checkpoint
+    source: HFFolder, mapping: StateMapping, checkpoint: Checkpoint
 ) -> Iterator[str]:
-    """One line for each tensor of theirs that the checkpoint does not give back to the bit."""
+    """Yields one line for each hf tensor that the checkpoint does not reproduce bitwise.
+
+    Raises:
+        CheckpointError: the models differ, or the checkpoint is damaged.
+    """
     check_model(to_dict(source.model), checkpoint.model, finetune=True)
     reader = checkpoint.reader
-    for link in plan.links:
-        key = weight_key(link.ours)
+    for link in mapping.links:
+        key = weight_key(link.mcore)
         ranges = reader.ranges(key) if link.counted else [(0, link.shape[0])]
         for first, last in ranges:
-            ours = reader.read(key, first, last) if link.counted else reader.read(key)
-            for name, tensor in link.make_theirs(ours, first):
+            mcore = reader.read(key, first, last) if link.counted else reader.read(key)
+            for name, tensor in link.to_hf(mcore, first):
                 whole = not link.counted or link.separate
-                theirs = source.read(name, *((None, None) if whole else (first, last)))
-                if not equal_bits(tensor, theirs):
-                    yield f"{name} differs from {link.ours}: {_how(tensor, theirs)}"
-    for name in plan.carried:
+                hf = source.read(name, *((None, None) if whole else (first, last)))
+                if not equal_bits(tensor, hf):
+                    yield f"{name} differs from {link.mcore}: {_how(tensor, hf)}"
+    for name in mapping.carried:
         if name not in checkpoint.carried:
             yield f"{name} is not in the checkpoint"
         elif not equal_bits(reader.read(CARRIED_PREFIX + name), source.read(name, None, None)):
@@ -64,14 +68,14 @@ def _how(a: torch.Tensor, b: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt as our data room makes it."""
+    """Prompt to compare outputs on."""
 
     sample: Sample
     name: str
 
 
 def built_in_cases(run: RunConfig, image_token_id: int | None, seed: int = 0) -> list[Case]:
-    """Random text, and random images of several tile counts between random text."""
+    """Returns a prompt of random text, and prompts of random images between random text."""
     g = torch.Generator().manual_seed(seed)
     size = run.model.language.vocab_size
 
@@ -84,20 +88,24 @@ def built_in_cases(run: RunConfig, image_token_id: int | None, seed: int = 0) ->
     for columns, rows in BUILT_IN if settings else ():
         side = settings.image_size
         pixels = (columns * side, rows * side)
-        (plan,) = plan_images([pixels], settings, "built-in image")
-        tiles = torch.randint(0, 256, (plan.num_tiles, side, side, 3), generator=g)
-        by_key = tiles_by_images(plan, settings).items()
+        (grid,) = choose_grids([pixels], settings, "built-in image")
+        tiles = torch.randint(0, 256, (grid.num_tiles, side, side, 3), generator=g)
+        by_key = tiles_by_images(grid, settings).items()
         cells = {key: tiles[used].to(torch.uint8).numpy() for key, used in by_key}
         tokens = words(8)
-        image = SampleImage.build(plan, cells, settings, len(tokens))
+        image = SampleImage.build(grid, cells, settings, len(tokens))
         count = len(image.stream) * settings.tokens_per_tile
         tokens += [image_token_id] * count + words(12)
-        cases.append(Case(_sample(tokens, [image]), f"{plan.num_tiles} tiles"))
+        cases.append(Case(_sample(tokens, [image]), f"{grid.num_tiles} tiles"))
     return cases
 
 
 def given_case(run: RunConfig, tokenizer: Tokenizer, prompt: str, image: Path | None) -> Case:
-    """The user's prompt after the user's image, as a chat. Raises DataError."""
+    """Returns the user's prompt after the user's image, in the chat template.
+
+    Raises:
+        DataError: the image or the prompt cannot be used.
+    """
     builder = SampleBuilder(run, tokenizer)
     images = []
     if image is not None:
@@ -112,8 +120,8 @@ def _sample(tokens: list[int], images: list[SampleImage]) -> Sample:
     return Sample(ids, torch.zeros_like(ids), torch.zeros(len(ids)), images, "built in")
 
 
-def our_model(checkpoint: Checkpoint, groups: Groups) -> MultimodalModel:
-    """On one rank, in fp32."""
+def mcore_model(checkpoint: Checkpoint, groups: Groups) -> MultimodalModel:
+    """Builds the checkpoint's model on one rank, in fp32."""
     run = RunConfig(model=checkpoint.model, data=DataConfig())
     model = build(run, groups.pg)[0].eval()
     read = checkpoint.reader.read
@@ -123,16 +131,18 @@ def our_model(checkpoint: Checkpoint, groups: Groups) -> MultimodalModel:
 
 
 @torch.no_grad()
-def our_outputs(
+def mcore_outputs(
     model: MultimodalModel, run: RunConfig, case: Case
 ) -> list[tuple[str, torch.Tensor]]:
-    """(name, output) of every layer, then the logits."""
+    """Returns (name, output [T, H]) of every layer, then the logits [T, V]."""
     batch = collate([case.sample], settings=image_settings(run), pad_id=0)
     found: dict[int, torch.Tensor] = {}
 
     def watch(layer, hidden):
         if layer.number is not None:
-            found[layer.number] = hidden[:, 0].clone()  # the later of a layer's two stays
+            found[layer.number] = hidden[
+                :, 0
+            ].clone()  # of a layer's two sub-layers the later one stays
 
     model.watch = watch
     try:
@@ -143,8 +153,8 @@ def our_outputs(
 
 
 @torch.no_grad()
-def their_outputs(hf, run: RunConfig, case: Case) -> list[tuple[str, torch.Tensor]]:
-    """The same of a transformers model."""
+def hf_outputs(hf, run: RunConfig, case: Case) -> list[tuple[str, torch.Tensor]]:
+    """Returns what `mcore_outputs` does, from a transformers model."""
     batch = collate([case.sample], settings=image_settings(run), pad_id=0)
     inputs = {"input_ids": batch.tokens_T.unsqueeze(0), "use_cache": False}
     if len(batch.pixels_NCHW):
@@ -155,7 +165,7 @@ def their_outputs(hf, run: RunConfig, case: Case) -> list[tuple[str, torch.Tenso
             inputs["pixel_values"] = batch.pixels_NCHW[batch.stream_tiles]
     states: list[torch.Tensor] = []
     inner = hf.model.language_model if run.model.vision is not None else hf.model
-    if hasattr(inner, "watch"):  # the code of an export, which calls no layer as a whole
+    if hasattr(inner, "watch"):  # remote code of an export, whose layers are not modules
         inner.watch = lambda number, hidden: states.append((number, hidden[0]))
         try:
             logits = hf(**inputs).logits[0]
@@ -176,8 +186,8 @@ def their_outputs(hf, run: RunConfig, case: Case) -> list[tuple[str, torch.Tenso
 
 
 def clvr_inputs(batch) -> dict[str, torch.Tensor]:
-    """Returns what the remote code of an export takes beside the pixels, for a batch of one
-    sample: the memories one after the other."""
+    """Returns the inputs of an export's remote code other than pixels, for a batch of one sample:
+    the memories one after the other."""
     held = list(batch.memories.values())
     counts = torch.tensor([len(memory.tiles) for memory in held])
     visible_from = torch.cat([memory.visible_M2[:, 0] for memory in held])
@@ -193,7 +203,7 @@ def clvr_inputs(batch) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Difference:
-    """||ours - theirs|| / ||theirs|| of one output."""
+    """Relative difference ||mcore - hf|| / ||hf|| of one output."""
 
     case: str
     where: str
@@ -201,12 +211,16 @@ class Difference:
 
 
 def compare_outputs(
-    checkpoint: Checkpoint, ours: MultimodalModel, theirs, run: RunConfig, cases: list[Case]
+    checkpoint: Checkpoint, mcore: MultimodalModel, hf, run: RunConfig, cases: list[Case]
 ) -> Iterator[Difference]:
-    """In the order of the model, for one case after the other."""
-    layers = sum(layer.kind in "G*" for layer in parse_pattern(effective_pattern(run.model)))
+    """Yields the difference of every output in the order of the model, case by case.
+
+    Raises:
+        ConvertError: the models have different numbers of layers.
+    """
+    layers = num_layers(effective_pattern(run.model))
     for case in cases:
-        a, b = our_outputs(ours, run, case), their_outputs(theirs, run, case)
+        a, b = mcore_outputs(mcore, run, case), hf_outputs(hf, run, case)
         if [name for name, _ in a] != [name for name, _ in b] or len(a) != layers + 1:
             raise ConvertError(f"{checkpoint.path}: {len(a) - 1} layers here, {len(b) - 1} there")
         for (name, x), (_, y) in zip(a, b, strict=True):

@@ -1,9 +1,9 @@
-"""Files written by a thread of their own, so that reading and rearranging go on meanwhile.
+"""Writes files in a background thread, so that reading and rearranging continue meanwhile.
 
-What is to be written is copied into one of a few pieces of memory that are used again and
-again, and goes from there to the disk past the page cache where the file system allows it.
-Both are for speed alone: fresh memory and fresh pages of the cache are each cleared, mapped
-and charged page by page, which costs more than the copying (examples/benchmarks/log.md).
+Content is copied into one of a few reused buffers and written from there, bypassing the page cache
+(O_DIRECT) where the file system allows it. Both are for speed: fresh memory and fresh pages of the
+cache are cleared, mapped and accounted page by page, which costs more than the copy
+(examples/benchmarks/log.md).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-PIECE = 16 * 2**20  # bytes handed to the thread at once
+PIECE = 16 * 2**20  # bytes of a buffer
 PIECES = 3  # one being filled, one being written, one waiting
-# What a write past the page cache has to begin and end at: no disk has larger sectors.
+# Alignment of direct writes in bytes: no disk has larger sectors.
 ALIGNED = 4096
 
 
 class OutFile:
-    """A file, there or new, to be written at any place."""
+    """Existing or new file that is written at any offset."""
 
     def __init__(self, path: Path):
         self._cached = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -31,12 +31,12 @@ class OutFile:
         try:
             self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # the file system has no such writes
+            if error.errno != errno.EINVAL:  # the file system has no direct writes
                 self.close()
                 raise
 
     def write(self, content: memoryview, at: int) -> None:
-        """Write at byte `at`; `content` lies in memory as `at` does between whole sectors."""
+        """Writes at byte `at`. `content` has the same alignment in memory as `at` in the file."""
         begin = min(-at % ALIGNED, len(content))
         end = max(begin, len(content) - (at + len(content)) % ALIGNED)
         self._write(self._cached, content[:begin], at)
@@ -45,7 +45,7 @@ class OutFile:
                 self._write(self._direct, content[begin:end], at + begin)
                 begin = end
             except OSError as error:
-                if error.errno != errno.EINVAL:  # it wants whole blocks of another size
+                if error.errno != errno.EINVAL:  # it needs a larger alignment
                     raise
                 os.close(self._direct)
                 self._direct = None
@@ -66,11 +66,9 @@ class OutFile:
 
 
 class Spool(AbstractContextManager):
-    """Writes files in the background. `finish`, when all went well, makes them durable; leaving
-    closes them whatever happened.
+    """Background writer. `finish` makes the files durable; leaving the context closes them.
 
-    An error of the thread is raised by the next `write`, or by `finish`; what comes after it is
-    thrown away.
+    The next `write` or `finish` raises an error of the thread. Content after the error is dropped.
     """
 
     def __init__(self):
@@ -78,13 +76,13 @@ class Spool(AbstractContextManager):
         self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
         self._full: SimpleQueue[tuple[mmap.mmap, OutFile, int, int, int] | None] = SimpleQueue()
         for _ in range(PIECES):
-            self._free.put(mmap.mmap(-1, PIECE))  # begins at a page; takes memory when touched
+            self._free.put(mmap.mmap(-1, PIECE))  # page-aligned; takes memory when touched
         self._error: Exception | None = None
-        # The piece being filled: for which file, from and up to where in it, and its place there.
+        # The buffer being filled, its file, the range filled, and the range's offset in the file.
         self._piece: mmap.mmap | None = None
         self._file: OutFile | None = None
         self._begin = self._end = self._at = 0
-        self._thread: Thread | None = None  # from the first piece on
+        self._thread: Thread | None = None  # started with the first full buffer
 
     def open(self, path: Path) -> OutFile:
         file = OutFile(path)
@@ -92,7 +90,11 @@ class Spool(AbstractContextManager):
         return file
 
     def write(self, file: OutFile, content: memoryview, at: int) -> None:
-        """Take a copy of `content`, bytes that will be at byte `at`. Raises OSError."""
+        """Copies `content`, to be written at byte `at`.
+
+        Raises:
+            OSError: an earlier write failed.
+        """
         while content:
             follows = file is self._file and at == self._at + self._end - self._begin
             if self._piece is not None and (self._end == PIECE or not follows):
@@ -107,7 +109,11 @@ class Spool(AbstractContextManager):
         self._check()
 
     def finish(self) -> None:
-        """Return when all is on disk. Raises OSError."""
+        """Waits until everything is on disk.
+
+        Raises:
+            OSError: a write failed.
+        """
         self._stop()
         self._check()
         for file in self._files:
@@ -139,11 +145,11 @@ class Spool(AbstractContextManager):
             raise self._error
 
     def _run(self) -> None:
-        while (job := self._full.get()) is not None:
-            piece, file, begin, end, at = job
+        while (full := self._full.get()) is not None:
+            piece, file, begin, end, at = full
             if self._error is None:
                 try:
                     file.write(memoryview(piece)[begin:end], at)
-                except Exception as error:  # whatever it is, who waits for a piece must hear of it
+                except Exception as error:  # of any kind: `write` waits for a buffer
                     self._error = error
             self._free.put(piece)

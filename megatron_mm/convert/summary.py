@@ -1,4 +1,4 @@
-"""What a conversion says of itself, in lines."""
+"""Lines that a conversion prints."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MOST = 20  # names shown of a list
 def published(
     model: ModelConfig, parameters: Mapping[str, ParamLayout], separate: bool
 ) -> list[ParamMapping]:
-    """What folders of this model hold when their files are not there to be asked: a fused
-    folder as transformers writes it, a language model and a ViT as they were released."""
+    """Returns the mappings of a folder without weights: the names of a fused folder as transformers
+    writes it, or, if `separate`, of a language model and a ViT as released."""
     if model.vision is None:
         return write_links(model, parameters, "text")
     if not separate:
@@ -27,52 +27,53 @@ def published(
     vision = {n: p for n, p in parameters.items() if n.startswith("vision.")}
     text = {n: p for n, p in parameters.items() if n not in vision}
     vision = {n: p for n, p in vision.items() if not n.startswith(PROJECTOR)}
-    return write_links(model, text, "text") + write_links(model, vision, "internvit")
+    return write_links(model, text, "text") + write_links(model, vision, "encoder-release")
 
 
 def totals(links: Sequence[ParamMapping], itemsize: int) -> tuple[int, int]:
-    """(tensors, bytes) of theirs."""
-    shapes = [shape for link in links for _, shape in link.theirs()]
+    """Returns (number of hf tensors, their bytes)."""
+    shapes = [shape for link in links for _, shape in link.hf_tensors()]
     return len(shapes), sum(nbytes(shape, itemsize) for shape in shapes)
 
 
 def expected_lines(
     source: HFFolder, parameters: Mapping[str, ParamLayout], separate: bool
 ) -> list[str]:
-    """Of folders without weights: what they would have to hold, from the config alone."""
+    """Describes folders without weights: what they must hold, according to the config."""
     needed = {n: p for n, p in parameters.items() if not any(n.startswith(g) for g in source.new)}
     links = published(source.model, needed, separate)
     tensors, size = totals(links, torch.bfloat16.itemsize)
     new = [name for name in parameters if name not in needed]
-    first = [name for link in links for name, _ in link.theirs()][:3]
+    first = [name for link in links for name, _ in link.hf_tensors()][:3]
     return [
         f"no weights here: from the config, {tensors} tensors, {size:,} bytes in bf16 "
-        f"-> {len(links)} of ours (first {', '.join(first)})",
+        f"-> {len(links)} mcore tensors (first {', '.join(first)})",
         *listed("new, from the seed", new),
         "dry run: nothing was written",
     ]
 
 
-def plan_lines(source: HFFolder, plan: StateMapping, dtype: torch.dtype | None) -> list[str]:
-    """A read folder's plan: how much, and every way in which it is not one to one."""
-    mapped = [name for link in plan.links for name, _ in link.theirs() if name in source.tensors]
-    names = sorted(set(mapped))
+def mapping_lines(source: HFFolder, mapping: StateMapping, dtype: torch.dtype | None) -> list[str]:
+    """Describes a mapping: its size, and everything in it that is not one to one."""
+    mapped = {name for link in mapping.links for name, _ in link.hf_tensors()}
+    names = sorted(mapped & source.tensors.keys())
     size = sum(source.tensors[name].nbytes for name in names)
     kinds = sorted({str(source.tensors[n].dtype).removeprefix("torch.") for n in names})
     lines = [
-        f"{len(names)} tensors of {', '.join(kinds)}, {size:,} bytes -> {len(plan.links)} of ours"
+        f"{len(names)} tensors of {', '.join(kinds)}, {size:,} bytes "
+        f"-> {len(mapping.links)} mcore tensors"
     ]
     if dtype is not None and kinds != [str(dtype).removeprefix("torch.")]:
         lines.append(f"rounded to {str(dtype).removeprefix('torch.')}")
     for what, found in (
-        ("missing", plan.missing),
-        ("of another shape", plan.misshaped),
-        ("unexpected", plan.unexpected),
-        ("new, from the seed", plan.new),
-        ("carried along, not trained", plan.carried),
+        ("missing", mapping.missing),
+        ("of another shape", mapping.misshaped),
+        ("unexpected", mapping.unexpected),
+        ("new, from the seed", mapping.new),
+        ("carried along, not trained", mapping.carried),
     ):
         lines += listed(what, found)
-    if plan.tied:
+    if mapping.tied:
         lines.append(
             "tied embeddings: the output layer becomes a tensor of its own, equal at the start"
         )
@@ -82,6 +83,7 @@ def plan_lines(source: HFFolder, plan: StateMapping, dtype: torch.dtype | None) 
 
 
 def listed(what: str, names: Sequence[str]) -> list[str]:
+    """Returns a line with the first names of a list; none for an empty list."""
     if not names:
         return []
     more = f", and {len(names) - MOST} more" if len(names) > MOST else ""

@@ -1,4 +1,4 @@
-"""From a sharded checkpoint, of whatever layout, to a folder that transformers loads."""
+"""Converts a sharded checkpoint, of any layout, to a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_mm.checkpoint import folders, sealed, storage
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
 from megatron_mm.checkpoint.shards import weight_key
-from megatron_mm.config import ModelConfig, RunConfig, from_dict
+from megatron_mm.config import ModelConfig, RunConfig, run_of_checkpoint
 from megatron_mm.convert import export
 from megatron_mm.convert.folder import NOTES, equal_bits, travelling
 from megatron_mm.convert.hf_writer import (
@@ -28,7 +28,7 @@ from megatron_mm.convert.hf_writer import (
     write_index,
 )
 from megatron_mm.convert.mapping import EMBEDDING, HEAD, ParamMapping, write_links
-from megatron_mm.convert.stored import BlockReader
+from megatron_mm.convert.stored import ChunkReader
 from megatron_mm.convert.to_megatron import ASSETS, check_space
 from megatron_mm.convert.work import nbytes, progress, share
 from megatron_mm.errors import CheckpointError, ConvertError
@@ -38,17 +38,18 @@ from megatron_mm.parallel.param_layout import ParamLayout
 
 @dataclass
 class Checkpoint:
-    """
+    """Opened checkpoint.
+
     Attributes:
-        path: of the one checkpoint, not of a folder of them.
-        carried: names of theirs that travelled beside the model.
-        notes: what a conversion wrote down, `Source.notes`.
+        path: folder of this checkpoint, not of several.
+        carried: hf names of tensors that were carried beside the model.
+        notes: `HFFolder.notes` of the folder it was converted from.
     """
 
     path: Path
     run: RunConfig
     iteration: int
-    reader: BlockReader
+    reader: ChunkReader
     parameters: Mapping[str, ParamLayout]
     carried: list[str]
     notes: dict[str, Any]
@@ -59,7 +60,8 @@ class Checkpoint:
 
     @property
     def assets(self) -> list[Path]:
-        """Of the folder that it was converted from; else of the tokenizer it was trained with."""
+        """Tokenizer and processor files of the folder it was converted from, else of the tokenizer
+        it was trained with."""
         for folder in (self.path / ASSETS, Path(self.run.data.tokenizer_model or ASSETS)):
             if folder.is_dir():
                 return travelling(folder)
@@ -67,12 +69,13 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Its index and settings, checked against its model; no pickle in it is trusted.
+    """Reads index and settings and checks them against the model. No pickle is trusted.
 
-    Raises CheckpointError.
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged or of another model.
     """
     path, stored = folders.resolve(folder)
-    run = from_dict(RunConfig, stored["config"])
+    run = run_of_checkpoint(stored["config"])
     shapes, index = storage.read_index(path, stored["checksums"])
     storage.check_files(path, index)
     parameters = blueprint(run.model)
@@ -82,12 +85,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"of {len(expected)} tensors expected, {added[0]} is missing")
     carried = [k.removeprefix(CARRIED_PREFIX) for k in shapes if k.startswith(CARRIED_PREFIX)]
     notes = (stored.get("extra") or {}).get(NOTES) or {}
-    reader = BlockReader(path, index)
+    reader = ChunkReader(path, index)
     return Checkpoint(path, run, stored["iteration"], reader, parameters, carried, notes)
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output layer may be left out again: it was tied, and is still the same."""
+    """Whether the output layer was tied to the embedding and still equals it."""
     if not checkpoint.notes.get("tied"):
         return False
     read, ends = checkpoint.reader.read, [weight_key(n) for n in (EMBEDDING, HEAD)]
@@ -97,7 +100,7 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 @dataclass(frozen=True)
 class Export:
-    """What is read at once: a link, some indices of a counted one, or a carried tensor."""
+    """Unit of work: a mapped tensor, some rows of a counted one, or a carried tensor."""
 
     bytes: int
     link: ParamMapping | None = None
@@ -106,10 +109,11 @@ class Export:
     carried: str | None = None
 
 
-def jobs(checkpoint: Checkpoint, links: list[ParamMapping]) -> list[Export]:
+def exports(checkpoint: Checkpoint, links: list[ParamMapping]) -> list[Export]:
+    """Splits a conversion into units that ranks share."""
     reader, found = checkpoint.reader, []
     for link in links:
-        key = weight_key(link.ours)
+        key = weight_key(link.mcore)
         size = reader.dtype(key).itemsize
         if not link.counted:
             found.append(Export(nbytes(link.shape, size), link))
@@ -125,11 +129,11 @@ def jobs(checkpoint: Checkpoint, links: list[ParamMapping]) -> list[Export]:
 def outputs(
     checkpoint: Checkpoint, links: list[ParamMapping], dtype: torch.dtype | None
 ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """(name, shape, dtype) of every tensor to be written, in the order of reading."""
+    """Returns (name, shape, dtype) of every tensor to be written, in the order of reading."""
     reader, found = checkpoint.reader, []
     for link in links:
-        kind = dtype or reader.dtype(weight_key(link.ours))
-        found += [(name, tuple(shape), kind) for name, shape in link.theirs()]
+        kind = dtype or reader.dtype(weight_key(link.mcore))
+        found += [(name, tuple(shape), kind) for name, shape in link.hf_tensors()]
     for name in checkpoint.carried:
         key = CARRIED_PREFIX + name
         found.append((name, reader.shape(key), reader.dtype(key)))
@@ -147,16 +151,17 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     quiet: bool = False,
 ) -> list[str]:
-    """Write the folder `target`, which must not exist. Every rank calls it.
+    """Writes the folder `target`, which must not exist. Every rank calls it.
 
     Args:
-        group: gloo group of everybody.
-        stacked: the experts of a layer as one tensor (save_original_format=False).
-        dtype: of the model's tensors; None: as they are.
-        assets: tokenizer and processor files; None: those that came with the checkpoint.
+        group: gloo group of all ranks.
+        stacked: write the experts of a layer as one tensor (save_original_format=False).
+        dtype: dtype of the model's tensors; None: as stored.
+        assets: tokenizer and processor files; None: those of the checkpoint.
+        shard_bytes: size limit of a file.
 
     Returns:
-        Lines for the report.
+        Lines to print.
 
     Raises:
         CheckpointError: on every rank; `target` was not made.
@@ -170,7 +175,7 @@ def convert(
         if checkpoint.notes.get("tied") and not tied:
             lines.append("the output layer is no longer the embedding: written untied")
         links = write_links(checkpoint.model, checkpoint.parameters, _spelling(checkpoint, stacked))
-        links = [link for link in links if not (tied and link.ours == HEAD)]
+        links = [link for link in links if not (tied and link.mcore == HEAD)]
         written = outputs(checkpoint, links, dtype)
         places, heads, sizes = lay_out(written, shard_bytes)
         if leader:
@@ -193,7 +198,7 @@ def convert(
 def _spelling(checkpoint: Checkpoint, stacked: bool) -> str:
     if checkpoint.model.vision is None:
         return "text-stacked" if stacked else "text"
-    # Remote code has no conversions of its own: its folders hold the names inside the model.
+    # transformers converts names on loading only for its own models, not for remote code.
     return "stacked" if stacked or export.has_clvr(checkpoint.model) else "transformers"
 
 
@@ -208,14 +213,14 @@ def _prepare(
     sizes: dict[str, int],
     lines: list[str],
 ) -> None:
-    """All that can be known to be wrong, before the first byte; then the small files."""
+    """Checks everything that can be checked before writing, then writes the small files."""
     if target.exists():
         raise ConvertError(f"{target} exists: nothing is overwritten")
     assets = checkpoint.assets if assets is None else assets
     files = export.small_files(checkpoint, assets, tied, {p.dtype for p in places.values()}, lines)
     target.parent.mkdir(parents=True, exist_ok=True)
     if partial.exists():
-        shutil.rmtree(partial)  # of a killed run
+        shutil.rmtree(partial)  # left by a killed run
     check_space(target.parent, sum(sizes.values()))
     partial.mkdir()
     try:
@@ -237,23 +242,23 @@ def _write(
     doing: str,
     quiet: bool,
 ) -> None:
-    mine = share(jobs(checkpoint, links), lambda job: job.bytes, group.rank(), group.size())
-    total, shown = sum(job.bytes for job in mine), group.rank() == 0 and not quiet
+    mine = share(exports(checkpoint, links), lambda part: part.bytes, group.rank(), group.size())
+    total, shown = sum(part.bytes for part in mine), group.rank() == 0 and not quiet
     read = checkpoint.reader.read
     with (
         raising_together(group, doing),
         TensorWriter(partial, places) as writer,
         progress(total, "to Hugging Face", shown) as done,
     ):
-        for job in mine:
-            if job.carried is not None:
-                writer.write(job.carried, read(CARRIED_PREFIX + job.carried))
-            elif job.link.counted:
-                ours = read(weight_key(job.link.ours), job.first, job.last)
-                for name, tensor in job.link.make_theirs(ours, job.first):
-                    writer.write(name, tensor, 0 if job.link.separate else job.first)
+        for part in mine:
+            if part.carried is not None:
+                writer.write(part.carried, read(CARRIED_PREFIX + part.carried))
+            elif part.link.counted:
+                mcore = read(weight_key(part.link.mcore), part.first, part.last)
+                for name, tensor in part.link.to_hf(mcore, part.first):
+                    writer.write(name, tensor, 0 if part.link.separate else part.first)
             else:
-                for name, tensor in job.link.make_theirs(read(weight_key(job.link.ours)), 0):
+                for name, tensor in part.link.to_hf(read(weight_key(part.link.mcore)), 0):
                     writer.write(name, tensor)
-            done(job.bytes)
+            done(part.bytes)
         writer.finish()

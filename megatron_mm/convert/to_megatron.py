@@ -1,7 +1,7 @@
-"""From a folder of safetensors to a sharded checkpoint, block by block.
+"""Converts a folder of safetensors to a sharded checkpoint, chunk by chunk.
 
-What lies on disk does not depend on the layout: a block is an expert or several, or a whole
-tensor, and any layout reads its part of any block. Ranks share the blocks among them.
+The files do not depend on the layout: a chunk is a whole tensor or one or several experts, and any
+layout reads its part of any chunk. Ranks share the chunks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import RunConfig, data_parallel_size, to_dict
 from megatron_mm.convert.folder import NOTES, HFFolder
 from megatron_mm.convert.mapping import ParamMapping, StateMapping
-from megatron_mm.convert.stored import BLOCK_BYTES, Block, BlockWriter, write_index
+from megatron_mm.convert.stored import CHUNK_BYTES, Chunk, ChunkWriter, write_index
 from megatron_mm.convert.work import nbytes, progress, row_ranges, share
 from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.parallel.param_layout import ParamLayout, draw
@@ -33,7 +33,7 @@ ASSETS = "huggingface"  # folder inside a checkpoint
 
 @dataclass(frozen=True)
 class Import:
-    """A block to be written: of a link, of a new parameter, or a carried tensor."""
+    """Unit of work: a chunk of a mapped tensor, of a new parameter, or a carried tensor."""
 
     key: str
     bytes: int
@@ -44,29 +44,30 @@ class Import:
     carried: str | None = None
 
 
-def dtype_of(source: HFFolder, plan: StateMapping, dtype: torch.dtype | None) -> torch.dtype:
-    """What new parameters are written in: what was asked for, or what the embedding is in."""
-    return dtype or source.tensors[plan.links[0].names[0].replace("{expert}", "0")].dtype
+def dtype_of(source: HFFolder, mapping: StateMapping, dtype: torch.dtype | None) -> torch.dtype:
+    """Dtype of new parameters: the requested one, else that of the embedding."""
+    return dtype or source.tensors[mapping.links[0].names[0].replace("{expert}", "0")].dtype
 
 
-def jobs(
+def imports(
     source: HFFolder,
-    plan: StateMapping,
+    mapping: StateMapping,
     parameters: Mapping[str, ParamLayout],
     dtype: torch.dtype | None,
 ) -> list[Import]:
+    """Splits a conversion into units that ranks share."""
     found = []
-    for link in plan.links:
+    for link in mapping.links:
         name = link.names[0].replace("{expert}", "0")
         size = (dtype or source.tensors[name].dtype).itemsize
-        found += _of_rows(weight_key(link.ours), link.shape, link.counted, size, link=link)
-    for name in plan.new:
+        found += _of_rows(weight_key(link.mcore), link.shape, link.counted, size, link=link)
+    for name in mapping.new:
         layout = parameters[name]
-        size = dtype_of(source, plan, dtype).itemsize
+        size = dtype_of(source, mapping, dtype).itemsize
         found += _of_rows(
             weight_key(name), layout.global_shape, layout.rows_drawn_alone, size, new=name
         )
-    for name in plan.carried:
+    for name in mapping.carried:
         found.append(Import(CARRIED_PREFIX + name, source.tensors[name].nbytes, carried=name))
     return found
 
@@ -75,35 +76,35 @@ def _of_rows(key: str, shape: tuple[int, ...], counted: bool, size: int, **what)
     if not counted:
         return [Import(key, nbytes(shape, size), **what)]
     row = nbytes(shape[1:], size)
-    ranges = row_ranges(shape[0], row, BLOCK_BYTES)
+    ranges = row_ranges(shape[0], row, CHUNK_BYTES)
     return [Import(key, (last - first) * row, first, last, **what) for first, last in ranges]
 
 
 def _make(
-    job: Import,
+    part: Import,
     source: HFFolder,
     parameters: Mapping[str, ParamLayout],
     dtype: torch.dtype | None,
     start: torch.dtype,
     seed: int,
 ) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """(the block, shape of the whole)"""
-    if job.carried is not None:
-        tensor = source.read(job.carried, None, None)
+    """Returns (the chunk, shape of the whole tensor)."""
+    if part.carried is not None:
+        tensor = source.read(part.carried, None, None)
         return tensor, tuple(tensor.shape)
-    if job.link is not None:
-        tensor = job.link.make_ours(source.read, job.first, job.last)
-        return tensor.to(dtype or tensor.dtype), job.link.shape
-    layout = parameters[job.new]
+    if part.link is not None:
+        tensor = part.link.to_mcore(source.read, part.first, part.last)
+        return tensor.to(dtype or tensor.dtype), part.link.shape
+    layout = parameters[part.new]
     if not layout.rows_drawn_alone:
-        return draw(layout, job.new, seed).to(start), layout.global_shape
-    rows = [draw(layout, job.new, seed, i) for i in range(job.first, job.last)]
+        return draw(layout, part.new, seed).to(start), layout.global_shape
+    rows = [draw(layout, part.new, seed, i) for i in range(part.first, part.last)]
     return torch.stack(rows).to(start), layout.global_shape
 
 
 def convert(
     source: HFFolder,
-    plan: StateMapping,
+    mapping: StateMapping,
     parameters: Mapping[str, ParamLayout],
     run: RunConfig,
     target: Path,
@@ -112,29 +113,29 @@ def convert(
     dtype: torch.dtype | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Write `target/iter_0000000` and point `target/latest` to it. Every rank calls it.
+    """Writes `target/iter_0000000` and points `target/latest` to it. Every rank calls it.
 
     Args:
-        run: the model and the layout that the checkpoint is for; its seed draws what is new.
-        group: gloo group of everybody.
-        dtype: of the model's tensors; None: as they are.
+        run: model, and the layout to record; its seed draws new parameters.
+        group: gloo group of all ranks.
+        dtype: dtype of the model's tensors; None: as stored.
 
     Raises:
-        CheckpointError: on every rank; nothing is left behind.
+        CheckpointError: on every rank; partial output is removed.
     """
     leader = group.rank() == 0
     final = target / folders.name_of(0)
     partial = folders.with_suffix(final, folders.PARTIAL)
     doing = f"cannot convert {source.folder} to {target}"
-    work = jobs(source, plan, parameters, dtype)
+    work = imports(source, mapping, parameters, dtype)
     with raising_together(group, doing):
         if leader:
-            _prepare(target, partial, sum(job.bytes for job in work))
+            _prepare(target, partial, sum(part.bytes for part in work))
     try:
-        blocks = _write(source, plan, parameters, work, run, partial, group, doing, dtype, quiet)
+        chunks = _write(source, mapping, parameters, work, run, partial, group, doing, dtype, quiet)
         with raising_together(group, doing):
             if leader:
-                _finish(source, blocks, run, partial)
+                _finish(source, chunks, run, partial)
                 folders.publish(partial, final)
     except CheckpointError:
         if leader:
@@ -146,8 +147,8 @@ def convert(
 
 def _prepare(target: Path, partial: Path, needed: int) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    # One that was killed between its last two lines left `iter_0000000` without `latest`:
-    # nobody finds it there, and `publish` replaces it.
+    # A conversion killed while publishing leaves `iter_0000000` without `latest`. No run finds it
+    # there, and `publish` replaces it.
     found = {path.name for path in target.iterdir() if folders.NAME.fullmatch(path.name)}
     if (target / folders.LATEST).exists() or found - {folders.name_of(0)}:
         raise ConvertError(f"{target} holds checkpoints already: nothing is overwritten")
@@ -157,35 +158,41 @@ def _prepare(target: Path, partial: Path, needed: int) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises ConvertError if `needed` bytes do not fit on the disk of `folder`."""
+    """Checks free disk space.
+
+    Raises:
+        ConvertError: `needed` bytes do not fit on the disk of `folder`.
+    """
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConvertError(f"{folder} has {free} bytes of disk left, {needed} are needed")
 
 
-def _write(source, plan, parameters, work, run, partial, group, doing, dtype, quiet) -> list[Block]:
-    """This rank's share; the blocks of all ranks."""
-    start, seed = dtype_of(source, plan, dtype), run.training.seed
-    mine = share(work, lambda job: job.bytes, group.rank(), group.size())
-    blocks: list[Block] = []
-    total, shown = sum(job.bytes for job in mine), group.rank() == 0 and not quiet
+def _write(
+    source, mapping, parameters, work, run, partial, group, doing, dtype, quiet
+) -> list[Chunk]:
+    """Writes this rank's share. Returns the chunks of all ranks."""
+    start, seed = dtype_of(source, mapping, dtype), run.training.seed
+    mine = share(work, lambda part: part.bytes, group.rank(), group.size())
+    chunks: list[Chunk] = []
+    total, shown = sum(part.bytes for part in mine), group.rank() == 0 and not quiet
     with (
         raising_together(group, doing),
-        BlockWriter(partial, group.rank()) as writer,
+        ChunkWriter(partial, group.rank()) as writer,
         progress(total, "to megatron", shown) as done,
     ):
-        for job in mine:
-            tensor, shape = _make(job, source, parameters, dtype, start, seed)
-            writer.add(job.key, tensor, shape, job.first)
-            done(job.bytes)
-        blocks = writer.finish()
+        for part in mine:
+            tensor, shape = _make(part, source, parameters, dtype, start, seed)
+            writer.add(part.key, tensor, shape, part.first)
+            done(part.bytes)
+        chunks = writer.finish()
     every: list = [None] * group.size()
-    dist.all_gather_object(every, blocks, group=group)
-    return [block for part in every for block in part]
+    dist.all_gather_object(every, chunks, group=group)
+    return [chunk for written in every for chunk in written]
 
 
-def _finish(source: HFFolder, blocks: list[Block], run: RunConfig, partial: Path) -> None:
-    write_index(partial, blocks)
+def _finish(source: HFFolder, chunks: list[Chunk], run: RunConfig, partial: Path) -> None:
+    write_index(partial, chunks)
     (partial / ASSETS).mkdir()
     for path in source.assets:
         sealed.write_bytes(partial / ASSETS / path.name, path.read_bytes())

@@ -1,4 +1,4 @@
-"""Shares of a conversion, and how far it is."""
+"""Division of a conversion among ranks, and its progress bar."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 
-def share[T](jobs: Sequence[T], size: Callable[[T], int], rank: int, ranks: int) -> list[T]:
-    """The jobs of one rank, in their order: each goes to the rank that has least so far, the
-    largest first. Every rank comes to the same answer by itself."""
+def share[T](parts: Sequence[T], size: Callable[[T], int], rank: int, ranks: int) -> list[T]:
+    """Returns the parts of one rank, in order. The largest are assigned first, each to the rank
+    with the least so far. Every rank computes the same assignment without communication."""
     if ranks == 1:
-        return list(jobs)
+        return list(parts)
     loads, owner = [0] * ranks, {}
-    for number in sorted(range(len(jobs)), key=lambda i: -size(jobs[i])):
+    for number in sorted(range(len(parts)), key=lambda i: -size(parts[i])):
         least = min(range(ranks), key=loads.__getitem__)
-        loads[least] += size(jobs[number])
+        loads[least] += size(parts[number])
         owner[number] = least
-    return [job for number, job in enumerate(jobs) if owner[number] == rank]
+    return [part for number, part in enumerate(parts) if owner[number] == rank]
 
 
 def row_ranges(rows: int, row_bytes: int, limit: int) -> Iterator[tuple[int, int]]:
-    """(first, last) over `rows` such that a range has at most `limit` bytes, or one row."""
+    """Yields ranges (first, last) of rows, each of at most `limit` bytes or of one row."""
     step = max(1, limit // max(1, row_bytes))
     for first in range(0, rows, step):
         yield first, min(first + step, rows)
 
 
 def nbytes(shape: Sequence[int], itemsize: int) -> int:
+    """Bytes of a tensor."""
     return math.prod(shape) * itemsize
 
 
 @contextmanager
 def progress(total: int, what: str, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes and bytes per second on stderr; call what it gives with bytes done."""
+    """Shows a progress bar of bytes on stderr. Yields a function that adds bytes done."""
     with tqdm(
         total=total, desc=what, unit="B", unit_scale=True, disable=not enabled, leave=False
     ) as bar:

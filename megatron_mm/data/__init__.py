@@ -1,1 +1,1 @@
-"""Samples: rows, images, tokens and microbatches, without megatron."""
+"""Rows, images, tokens, samples and microbatches. Imports no megatron."""

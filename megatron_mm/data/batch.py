@@ -1,4 +1,4 @@
-"""A microbatch: several samples laid end to end in one stream of tokens.
+"""Microbatch: several samples packed end to end in one stream of tokens.
 
 There is one form only. Samples are never padded to a rectangle; `cu_seqlens` marks
 where each begins, and every layer that mixes positions respects it. Shape letters:
@@ -64,10 +64,10 @@ class Microbatch:
     memories: dict[str, BatchMemory] = field(default_factory=dict)  # by name; none in a step
     samples: list[str] = field(default_factory=list)  # "file:row" of each sample
     skipped: list[str] = field(default_factory=list)  # rows left out, with the reason
-    # The experts to use at every position, moe index -> int16 [T, k] (model/routing.py); None:
-    # routers choose. Of the layers of a rank's own stages only.
+    # Experts to use at every position, MoE index -> int16 [T, k] (model/routing.py), for the
+    # layers of this rank's stages. None: routers choose.
     routes: dict[int, torch.Tensor] | None = None
-    # Added to the routers' logits where they choose, moe index -> float32 [T, E]; same layers.
+    # Noise added to the logits of routers that choose, MoE index -> float32 [T, E]; same layers.
     route_noise: dict[int, torch.Tensor] | None = None
 
     @classmethod

@@ -1,9 +1,9 @@
-"""From the messages of a row to token ids: the ChatML template and the loss mask.
+"""Encodes the messages of a row as token ids: the ChatML template and the loss mask.
 
-A message is `<|im_start|>role\\ncontent<|im_end|>`, and a newline stands between two
-messages. A training sample ends at its last `<|im_end|>`, exactly where generation stops,
-so a sample is a prompt plus a completion and nothing else. Each piece of text between two
-control tokens is encoded by itself: a prompt has the same ids with and without its answer.
+A message is `<|im_start|>role\\ncontent<|im_end|>`, with a newline between two messages. A
+training sample ends at its last `<|im_end|>`, exactly where generation stops, so a sample is a
+prompt plus a completion and nothing else. Each piece of text between two control tokens is encoded
+by itself, so a prompt has the same ids with and without its answer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass
 class Encoded:
-    """One sample as ids. `supervised[t]` says that token t itself is to be learned (it is
-    part of an answer); `image_starts` holds the first context token of each image."""
+    """Token ids of one sample.
+
+    Attributes:
+        supervised: whether token t itself is learned, because it is part of an answer.
+        image_starts: position of the first context token of each image.
+    """
 
     tokens: list[int] = field(default_factory=list)
     supervised: list[bool] = field(default_factory=list)
@@ -40,12 +44,16 @@ def encode_row(
     image_token_counts: Sequence[int],
     seq_length: int,
 ) -> Encoded:
-    """Encode a whole conversation for training.
+    """Encodes a whole conversation for training. The content of every assistant turn and its
+    `<|im_end|>` are supervised.
 
-    `image_token_counts[i]` is the number of stream tokens of image i. Supervised: the
-    content of every assistant turn and its `<|im_end|>`. Raises DataError, naming `where`,
-    for a malformed conversation, for `<image>` marks that do not match the images, for text
-    that spells a special token and for a sample longer than `seq_length` tokens.
+    Args:
+        where: "file:row", for messages.
+        image_token_counts: number of stream tokens of each image.
+
+    Raises:
+        DataError: the conversation is malformed, `<image>` marks do not match the images, text
+            spells a special token, or the sample has more than `seq_length` tokens.
     """
     messages = check_messages(row, where)
     if not any(message["role"] == "assistant" for message in messages):
@@ -65,8 +73,8 @@ def encode_prompt(
     image_token_counts: Sequence[int],
     seq_length: int,
 ) -> Encoded:
-    """Encode everything before the last answer, up to and including
-    `<|im_start|>assistant\\n`; nothing is supervised. Errors as for `encode_row`."""
+    """Encodes everything before the last answer, up to and including
+    `<|im_start|>assistant\\n`, without supervision. Raises like `encode_row`."""
     messages = check_messages(row, where)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -80,7 +88,11 @@ def encode_prompt(
 
 
 def check_messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
-    """The messages of a row, or a DataError that says which one is malformed."""
+    """Returns the messages of a row.
+
+    Raises:
+        DataError: names the first malformed message.
+    """
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: 'messages' must be a list of at least 1 message")

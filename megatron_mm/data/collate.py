@@ -1,4 +1,4 @@
-"""Several samples laid end to end in one microbatch."""
+"""Packs samples end to end into a microbatch."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ def collate(
     pad_multiple: int = 1,
     skipped: Sequence[str] = (),
 ) -> Microbatch:
-    """Joins `samples` into one stream of tokens; see `Microbatch` for every shape.
+    """Joins `samples` into one stream of tokens; see `Microbatch` for the shapes.
 
-    If the total is no multiple of `pad_multiple`, pad tokens follow as a segment of their
-    own that is not supervised. No samples at all give `pad_multiple` pad tokens.
-    `settings` is None for a model without vision.
+    If the total is not a multiple of `pad_multiple`, pad tokens follow as a segment of their own
+    without supervision. No samples give `pad_multiple` pad tokens.
+
+    Args:
+        settings: None for a model without vision.
+        skipped: rows left out, with the reason.
+
+    Raises:
+        DataError: `pad_multiple` is below 1.
     """
     if pad_multiple < 1:
         raise DataError(f"pad_multiple is {pad_multiple}; it must be at least 1")

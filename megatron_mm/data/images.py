@@ -1,7 +1,7 @@
-"""From an image file to square tiles: safe decoding and InternVL's dynamic tiling.
+"""Decodes image files safely and cuts them into tiles by InternVL's dynamic tiling.
 
-Tiling: an image is stretched to a grid of square tiles whose aspect ratio is closest to
-its own, cut, and (when there is more than one tile) joined by a thumbnail of the whole.
+An image is stretched to the grid of square tiles with the closest aspect ratio and cut. If there
+is more than one tile, a thumbnail of the whole image follows (Chen et al. 2024, arXiv:2404.16821).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from PIL import Image
 
 from megatron_mm.errors import DataError
 
-# A small compressed file can claim to hold gigapixels; nothing is decoded beyond this.
+# Larger images are rejected before decoding: a small compressed file can claim gigapixels.
 MAX_PIXELS = 2**26
 
 
 @dataclass(frozen=True)
-class TilePlan:
-    """A grid of `rows` x `cols` tiles, then the thumbnail if there is one."""
+class TileGrid:
+    """Grid of `rows` x `cols` tiles, followed by the thumbnail if there is one."""
 
     rows: int
     cols: int
@@ -35,14 +35,17 @@ class TilePlan:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles in all, the thumbnail included."""
+        """Number of tiles, including the thumbnail."""
         return self.rows * self.cols + int(self.thumbnail)
 
 
 def resolve_image_path(folder: Path, name: str, where: str) -> Path:
-    """The file behind a row's image path; raises DataError if it points outside `folder`.
+    """Returns the file behind a row's image path.
 
-    The check reads the path only: a link placed inside the folder by its owner is followed.
+    Only the path is checked: a link inside the folder is followed.
+
+    Raises:
+        DataError: the path points outside `folder`.
     """
     if not isinstance(name, str) or not name:
         raise DataError(f"{where}: image path {name!r} is not a file name; write it as text")
@@ -57,14 +60,18 @@ def resolve_image_path(folder: Path, name: str, where: str) -> Path:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """Where the bytes of an image are: a file of its own, or inside a row."""
+    """Place of an image's bytes: a file, or the row itself."""
 
     name: str  # for messages
     path: Path | None = None
     held: bytes | None = None
 
     def open(self) -> BinaryIO:
-        """Raises DataError (without the row) for a file that is absent or empty."""
+        """Opens the bytes for reading.
+
+        Raises:
+            DataError: the file is missing or empty; the message does not name the row.
+        """
         if self.held is None and not self.path.is_file():
             raise DataError(f"{self.name} does not exist; correct the path in the row")
         size = self.path.stat().st_size if self.held is None else len(self.held)
@@ -74,7 +81,8 @@ class ImageFile:
 
 
 def find_image(image: str | bytes, number: int, folder: Path, where: str) -> ImageFile:
-    """The image that a row names by a path below `folder`, or holds. `number` counts from 1."""
+    """Returns the image that a row names by a path below `folder`, or holds as bytes. `number`
+    counts from 1."""
     if isinstance(image, bytes):
         return ImageFile(f"image {number} (in the row)", held=image)
     path = resolve_image_path(folder, image, where)
@@ -82,8 +90,11 @@ def find_image(image: str | bytes, number: int, folder: Path, where: str) -> Ima
 
 
 def load_image(image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode `image` completely as 8-bit RGB (CMYK and palettes are converted, transparency is
-    dropped); every failure is a DataError naming `where`."""
+    """Decodes an image as 8-bit RGB. CMYK and palettes are converted, transparency is dropped.
+
+    Raises:
+        DataError: the image cannot be used; names `where`.
+    """
     with _opened(image, where, max_pixels) as opened:
         return opened.convert("RGB")
 
@@ -91,8 +102,11 @@ def load_image(image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS
 def image_size(
     image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """(width, height), read from the header: no pixel is decoded. Raises as `load_image` does
-    for all that the header tells."""
+    """Returns (width, height) in pixels from the header, without decoding.
+
+    Raises:
+        DataError: as `load_image`, for everything that the header shows.
+    """
     with _opened(image, where, max_pixels) as opened:
         return opened.size
 
@@ -111,7 +125,7 @@ def _opened(image: ImageFile | Path, where: str, max_pixels: int) -> Iterator[Im
         raise DataError(
             f"{where}: {image.name} is beyond the limit of {max_pixels} pixels; shrink it"
         ) from error
-    # PIL goes by the content, not the name, and its decoders raise whatever they like.
+    # PIL chooses a decoder by content, and decoders raise exceptions of any kind.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise DataError(
@@ -128,27 +142,30 @@ def _check_header(image: Image.Image, name: str, max_pixels: int) -> None:
         )
     if width < 1 or height < 1:
         raise DataError(f"{name} is {width}x{height}; it holds no pixel")
-    # PIL would clip these to white instead of scaling them, or drop the lower bits unasked.
+    # PIL would clip these to white instead of scaling them, or silently drop the lower bits.
     deep = any(str(part.args).endswith((";16B", ";16L", ";16N")) for part in image.tile)
     if image.mode[0] in "IF" or deep:
         raise DataError(
             f"{name} has mode {image.mode} (more than 8 bits a channel); save it with 8 bits"
         )
-    # Which frame does the question mean? A camera's MPO holds the same photo several times.
+    # The question does not say which frame it means. An MPO holds one photo several times.
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise DataError(f"{name} has {frames} frames, 1 is allowed; save the frame you mean")
 
 
 @lru_cache(maxsize=4096)
-def plan_tiles(
+def choose_grid(
     width: int, height: int, *, image_size: int, max_num_tiles: int, use_thumbnail: bool
-) -> TilePlan:
-    """Choose the grid for an image of `width` x `height` pixels.
+) -> TileGrid:
+    """Chooses the grid for an image of `width` x `height` pixels.
 
-    Every grid of 1 to `max_num_tiles` tiles is a candidate and the closest aspect ratio
-    wins. Grids of the same ratio (1x1, 2x2, 3x3) tie: a larger one wins only if the image
-    has more than half the pixels that the grid would show, so small images are not blown up.
+    Candidates are all grids of 1 to `max_num_tiles` tiles; the closest aspect ratio wins. Among
+    grids of equal ratio (1x1, 2x2, 3x3) a larger one wins only if the image has more than half
+    the pixels of the grid, so small images are not enlarged much.
+
+    Raises:
+        DataError: an argument is below 1.
     """
     if width < 1 or height < 1 or image_size < 1 or max_num_tiles < 1:
         raise DataError(
@@ -169,26 +186,26 @@ def plan_tiles(
         if distance < best_distance or (distance == best_distance and fills):
             best, best_distance = (rows, cols), distance
     rows, cols = best
-    return TilePlan(rows, cols, thumbnail=use_thumbnail and rows * cols > 1)
+    return TileGrid(rows, cols, thumbnail=use_thumbnail and rows * cols > 1)
 
 
-def cut_tiles(image: Image.Image, plan: TilePlan, image_size: int) -> np.ndarray:
-    """Tiles of an RGB image as uint8 [N, image_size, image_size, 3], row by row, then the
-    thumbnail."""
+def cut_tiles(image: Image.Image, grid: TileGrid, image_size: int) -> np.ndarray:
+    """Returns the tiles of an RGB image, uint8 [N, image_size, image_size, 3], row by row, then
+    the thumbnail."""
     size = image_size
-    canvas = np.asarray(_resize(image, plan.cols * size, plan.rows * size))
+    canvas = np.asarray(_resize(image, grid.cols * size, grid.rows * size))
     tiles = (
-        canvas.reshape(plan.rows, size, plan.cols, size, 3)
+        canvas.reshape(grid.rows, size, grid.cols, size, 3)
         .transpose(0, 2, 1, 3, 4)
-        .reshape(plan.rows * plan.cols, size, size, 3)
+        .reshape(grid.rows * grid.cols, size, size, 3)
     )
-    if plan.thumbnail:
+    if grid.thumbnail:
         tiles = np.concatenate([tiles, np.asarray(_resize(image, size, size))[None]])
     return np.ascontiguousarray(tiles)
 
 
 def normalise(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W], (value / 255 - mean) / std per channel."""
+    """Converts uint8 [N, H, W, 3] to float32 [N, 3, H, W]: (value / 255 - mean) / std."""
     pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).to(torch.float32) / 255.0
     mean_C11 = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
     std_C11 = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)

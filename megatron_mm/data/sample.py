@@ -1,4 +1,4 @@
-"""From a row to a sample: tokens, what is supervised, and the tiles the model needs."""
+"""Turns a row into a sample: tokens, supervision, and the tiles the model needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.chat import Encoded, encode_prompt, encode_row
 from megatron_mm.data.images import (
     ImageFile,
-    TilePlan,
+    TileGrid,
     cut_tiles,
     find_image,
     image_size,
@@ -24,18 +24,18 @@ from megatron_mm.data.images import (
 )
 from megatron_mm.data.tiles import (
     ImageSettings,
+    choose_grids,
     image_settings,
     memory_coordinates,
-    plan_images,
     select_tiles,
     tiles_by_images,
 )
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 
-# Cut tiles kept in memory by each rank; small images then cost nothing after one epoch.
+# Bytes of cut tiles that each rank caches: small data sets are decoded only once.
 CACHE_BYTES = 256 * 2**20
-MAX_SIZES = 10**5  # widths and heights of images kept, some 20 MB
+MAX_SIZES = 10**5  # image sizes kept in memory, about 20 MB
 
 
 class Size(NamedTuple):
@@ -55,17 +55,17 @@ class ImageMemory:
 
 @dataclass(frozen=True)
 class SampleImage:
-    """One image of a sample: the tiles that are used, and what each is used for."""
+    """Image of a sample: its used tiles, and which of them enter the stream and the memory."""
 
     tiles: np.ndarray  # uint8 [used tiles, S, S, 3]
-    plan: TilePlan
+    grid: TileGrid
     stream: list[int]  # indices into `tiles`
     memories: dict[str, ImageMemory]  # by the name of the memory
     start: int  # position of the first stream token in the sample
 
     @classmethod
     def build(
-        cls, plan: TilePlan, tiles: Mapping[str, np.ndarray], settings: ImageSettings, start: int
+        cls, grid: TileGrid, tiles: Mapping[str, np.ndarray], settings: ImageSettings, start: int
     ) -> SampleImage:
         """
         Args:
@@ -73,19 +73,19 @@ class SampleImage:
                 in the place of the stream's.
         """
         place: dict[tuple[str, int], int] = {}
-        for key, used in tiles_by_images(plan, settings).items():
+        for key, used in tiles_by_images(grid, settings).items():
             place |= {(key, tile): len(place) + n for n, tile in enumerate(used)}
-        stream = [place[IMAGES, tile] for tile in select_tiles(plan, settings.image_stream)]
+        stream = [place[IMAGES, tile] for tile in select_tiles(grid, settings.image_stream)]
         memories = {
             memory.name: ImageMemory(
-                [place[memory.images, tile] for tile in select_tiles(plan, memory.tiles)],
-                memory_coordinates(plan, memory, settings.patches_per_side),
+                [place[memory.images, tile] for tile in select_tiles(grid, memory.tiles)],
+                memory_coordinates(grid, memory, settings.patches_per_side),
             )
             for memory in settings.memories
         }
         held = list(tiles.values())
         joined = held[0] if len(held) == 1 else np.concatenate(held)
-        return cls(joined, plan, stream, memories, start)
+        return cls(joined, grid, stream, memories, start)
 
 
 @dataclass
@@ -98,15 +98,15 @@ class Sample:
 
 
 class _Draft(NamedTuple):
-    """A sample whose pixels have not been read."""
+    """Sample whose pixels have not been read."""
 
     files: dict[str, list[ImageFile]]  # by key of the row, "images" first
-    plans: list[TilePlan]
+    grids: list[TileGrid]
     encoded: Encoded
 
 
 class SampleBuilder:
-    """Turns rows into samples; keeps the most recently used image files, already cut."""
+    """Turns rows into samples. Caches the tiles of the most recently used image files."""
 
     def __init__(
         self, run: RunConfig, tokenizer: Tokenizer, cache_bytes: int = CACHE_BYTES
@@ -137,10 +137,10 @@ class SampleBuilder:
         images. Raises DataError for all that is wrong with the row but pixels that cannot be
         decoded."""
         draft = self._draft(encode_row, row, where, folder)
-        return Size(len(draft.encoded.tokens), sum(map(self._tiles_seen, draft.plans)))
+        return Size(len(draft.encoded.tokens), sum(map(self._tiles_seen, draft.grids)))
 
-    def _tiles_seen(self, plan: TilePlan) -> int:
-        return sum(map(len, tiles_by_images(plan, self.settings).values()))
+    def _tiles_seen(self, grid: TileGrid) -> int:
+        return sum(map(len, tiles_by_images(grid, self.settings).values()))
 
     def _draft(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> _Draft:
         own = self._files(IMAGES, row, where, folder)
@@ -149,15 +149,15 @@ class SampleBuilder:
                 f"{where}: {len(own)} images but the model has no vision; remove them or set "
                 "model.vision"
             )
-        plans = plan_images([self._size(f, where) for f in own], self.settings, where)
+        grids = choose_grids([self._size(f, where) for f in own], self.settings, where)
         files = {IMAGES: own}
         for memory in self.settings.memories if self.settings else ():
             if memory.images not in files:
-                files[memory.images] = self._others(memory, plans, row, where, folder)
-        stream = [select_tiles(plan, self.settings.image_stream) for plan in plans]
+                files[memory.images] = self._others(memory, grids, row, where, folder)
+        stream = [select_tiles(grid, self.settings.image_stream) for grid in grids]
         counts = [len(tiles) * self.settings.tokens_per_tile for tiles in stream]
         encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length)
-        return _Draft(files, plans, encoded)
+        return _Draft(files, grids, encoded)
 
     def _files(self, key: str, row: dict[str, Any], where: str, folder: Path) -> list[ImageFile]:
         names = row.get(key)
@@ -167,14 +167,14 @@ class SampleBuilder:
         return [find_image(n, i, folder, where) for i, n in enumerate(names, start=1)]
 
     def _others(
-        self, memory: Memory, plans: list[TilePlan], row: dict[str, Any], where: str, folder: Path
+        self, memory: Memory, grids: list[TileGrid], row: dict[str, Any], where: str, folder: Path
     ) -> list[ImageFile]:
         key = memory.images
         files = self._files(key, row, where, folder)
-        found = plan_images([self._size(f, where) for f in files], self.settings, where)
-        if found != plans:
+        found = choose_grids([self._size(f, where) for f in files], self.settings, where)
+        if found != grids:
             raise DataError(
-                f"{where}: {len(files)} images in {key!r} for {len(plans)} in 'images'; "
+                f"{where}: {len(files)} images in {key!r} for {len(grids)} in 'images'; "
                 f"{memory.images_setting} needs as many, of the same grids of tiles"
             )
         return files
@@ -182,12 +182,12 @@ class SampleBuilder:
     def _build(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> Sample:
         draft = self._draft(encode, row, where, folder)
         encoded, images = draft.encoded, []
-        for n, (plan, start) in enumerate(zip(draft.plans, encoded.image_starts, strict=True)):
+        for n, (grid, start) in enumerate(zip(draft.grids, encoded.image_starts, strict=True)):
             tiles = {
-                key: self._tiles(draft.files[key][n], plan, used, where)
-                for key, used in tiles_by_images(plan, self.settings).items()
+                key: self._tiles(draft.files[key][n], grid, used, where)
+                for key, used in tiles_by_images(grid, self.settings).items()
             }
-            images.append(SampleImage.build(plan, tiles, self.settings, start))
+            images.append(SampleImage.build(grid, tiles, self.settings, start))
         tokens_T = torch.tensor(encoded.tokens, dtype=torch.int64)
         labels_T = torch.full_like(tokens_T, self.tokenizer.pad_id)
         labels_T[:-1] = tokens_T[1:]
@@ -195,7 +195,7 @@ class SampleBuilder:
         return Sample(tokens_T, labels_T, mask_T, images, where)
 
     def _size(self, file: ImageFile, where: str) -> tuple[int, int]:
-        """(width, height); of files read before, from memory."""
+        """Returns (width, height) in pixels, from memory for files seen before."""
         if file.path in self._sizes:
             return self._sizes[file.path]
         size = image_size(file, where)
@@ -206,16 +206,16 @@ class SampleBuilder:
         return size
 
     def _tiles(
-        self, file: ImageFile, plan: TilePlan, used: Sequence[int], where: str
+        self, file: ImageFile, grid: TileGrid, used: Sequence[int], where: str
     ) -> np.ndarray:
         """Returns some tiles of an image, uint8 [N, S, S, 3], decoded and cut or remembered."""
-        key = (file.path, plan, *used)
+        key = (file.path, grid, *used)
         found = self._cache.get(key)
         if found is not None:
             self._cache.move_to_end(key)
             return found
         image = load_image(file, where)
-        found = np.ascontiguousarray(cut_tiles(image, plan, self.settings.image_size)[used])
+        found = np.ascontiguousarray(cut_tiles(image, grid, self.settings.image_size)[used])
         if file.path is None or found.nbytes > self._cache_bytes:
             return found
         self._cache[key] = found

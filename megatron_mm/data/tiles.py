@@ -1,4 +1,4 @@
-"""The choice of an image's tiles for the token stream and for each vision memory."""
+"""Chooses the tiles of an image for the token stream and for each vision memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import lru_cache
 
 import torch
 
+from megatron_mm.config.families import vision_family
 from megatron_mm.config.memories import IMAGES, Memory, memories
 from megatron_mm.config.settings import RunConfig
-from megatron_mm.data.images import TilePlan, plan_tiles
+from megatron_mm.data.images import TileGrid, choose_grid
 from megatron_mm.errors import DataError
 
 
@@ -49,11 +50,12 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
     vision, fusion, data = run.model.vision, run.model.fusion, run.data
     if vision is None:
         return None
-    unit = vision.patch_size * fusion.pixel_shuffle_factor
-    if unit < 1 or vision.image_size % unit:
+    grid = vision_family(run.model).grid(vision, None)
+    unit = grid.patch * fusion.pixel_shuffle_factor
+    if unit < 1 or grid.height % unit:
         raise DataError(
-            f"image_size {vision.image_size} is not a multiple of patch_size "
-            f"{vision.patch_size} x pixel_shuffle_factor {fusion.pixel_shuffle_factor} = {unit}"
+            f"image_size {grid.height} is not a multiple of patch_size "
+            f"{grid.patch} x pixel_shuffle_factor {fusion.pixel_shuffle_factor} = {unit}"
         )
     held = memories(run.model, data.memory_images)
     chosen = {"image_stream": fusion.image_stream} | {m.tiles_setting: m.tiles for m in held}
@@ -66,8 +68,8 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
     if len(data.image_mean) != 3 or len(data.image_std) != 3 or min(data.image_std) <= 0:
         raise DataError("image_mean and image_std need 3 numbers each, image_std above 0")
     return ImageSettings(
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
+        image_size=grid.height,
+        patch_size=grid.patch,
         pixel_shuffle_factor=fusion.pixel_shuffle_factor,
         max_num_tiles=data.max_num_tiles,
         max_image_tokens=data.max_image_tokens,
@@ -79,47 +81,50 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
     )
 
 
-def select_tiles(plan: TilePlan, choice: str) -> list[int]:
-    """Returns ascending indices into the plan's tiles for none / thumbnail / tiles / all.
+def select_tiles(grid: TileGrid, choice: str) -> list[int]:
+    """Returns ascending indices into the grid's tiles for none / thumbnail / tiles / all.
 
-    An image of a single tile has no separate thumbnail: that tile is its own summary.
+    An image of one tile has no separate thumbnail; the tile itself is used in its place.
+
+    Raises:
+        DataError: the choice is "thumbnail" and the grid has none.
     """
-    grid = plan.rows * plan.cols
+    cells = grid.rows * grid.cols
     if choice == "none":
         return []
     if choice == "all":
-        return list(range(plan.num_tiles))
-    if choice == "tiles" or grid == 1:
-        return list(range(grid))
-    if choice == "thumbnail" and plan.thumbnail:
-        return [grid]
+        return list(range(grid.num_tiles))
+    if choice == "tiles" or cells == 1:
+        return list(range(cells))
+    if choice == "thumbnail" and grid.thumbnail:
+        return [cells]
     raise DataError(
-        f"cannot take {choice!r} from a {plan.rows}x{plan.cols} grid without a thumbnail; "
+        f"cannot take {choice!r} from a {grid.rows}x{grid.cols} grid without a thumbnail; "
         "set use_thumbnail"
     )
 
 
-def used_tiles(plan: TilePlan, settings: ImageSettings) -> list[int]:
+def used_tiles(grid: TileGrid, settings: ImageSettings) -> list[int]:
     """Returns the tiles that the ViT sees: those of the stream and of every memory, ascending."""
     choices = (settings.image_stream, *(memory.tiles for memory in settings.memories))
-    return sorted({tile for choice in choices for tile in select_tiles(plan, choice)})
+    return sorted({tile for choice in choices for tile in select_tiles(grid, choice)})
 
 
-def tiles_by_images(plan: TilePlan, settings: ImageSettings) -> dict[str, list[int]]:
+def tiles_by_images(grid: TileGrid, settings: ImageSettings) -> dict[str, list[int]]:
     """Returns the tiles that the ViT sees of the images under each key of a row, ascending; the
     stream's key comes first."""
     choices = {IMAGES: {settings.image_stream}}
     for memory in settings.memories:
         choices.setdefault(memory.images, set()).add(memory.tiles)
     return {
-        key: sorted({tile for choice in chosen for tile in select_tiles(plan, choice)})
+        key: sorted({tile for choice in chosen for tile in select_tiles(grid, choice)})
         for key, chosen in choices.items()
     }
 
 
-def plan_images(
+def choose_grids(
     sizes: Sequence[tuple[int, int]], settings: ImageSettings | None, where: str
-) -> list[TilePlan]:
+) -> list[TileGrid]:
     """Returns the grid of every image of a row, from their (width, height). `settings` may be
     None if there is no image.
 
@@ -135,8 +140,8 @@ def plan_images(
     budget, per_tile = settings.max_image_tokens, settings.tokens_per_tile
     cost = 0
     for most in range(settings.max_num_tiles, 0, -1):
-        plans = [
-            plan_tiles(
+        grids = [
+            choose_grid(
                 *size,
                 image_size=settings.image_size,
                 max_num_tiles=most,
@@ -145,10 +150,10 @@ def plan_images(
             for size in sizes
         ]
         if budget is None:
-            return plans
-        cost = per_tile * sum(len(used_tiles(plan, settings)) for plan in plans)
+            return grids
+        cost = per_tile * sum(len(used_tiles(grid, settings)) for grid in grids)
         if cost <= budget:
-            return plans
+            return grids
     raise DataError(
         f"{where}: {len(sizes)} images need {cost} tokens at 1 tile each, max_image_tokens is "
         f"{budget}; use fewer images or raise max_image_tokens"
@@ -156,18 +161,18 @@ def plan_images(
 
 
 @lru_cache(maxsize=1024)
-def memory_coordinates(plan: TilePlan, memory: Memory, patches_per_side: int) -> torch.Tensor:
+def memory_coordinates(grid: TileGrid, memory: Memory, patches_per_side: int) -> torch.Tensor:
     """Returns the centres (y, x) of the patches in a memory, tile by tile, float32 [M, 2]. One
     tensor is shared by all images of the same grid: not to be written to."""
-    tiles = select_tiles(plan, memory.tiles)
-    return torch.cat([patch_centres(plan, tile, patches_per_side) for tile in tiles])
+    tiles = select_tiles(grid, memory.tiles)
+    return torch.cat([patch_centres(grid, tile, patches_per_side) for tile in tiles])
 
 
-def patch_centres(plan: TilePlan, tile: int, patches_per_side: int) -> torch.Tensor:
+def patch_centres(grid: TileGrid, tile: int, patches_per_side: int) -> torch.Tensor:
     """Returns the centres (y, x) of a tile's patches in fractions of the whole image, float32
     [P*P, 2], row by row. The thumbnail covers the whole image."""
-    if tile < plan.rows * plan.cols:
-        rows, cols, (row, col) = plan.rows, plan.cols, divmod(tile, plan.cols)
+    if tile < grid.rows * grid.cols:
+        rows, cols, (row, col) = grid.rows, grid.cols, divmod(tile, grid.cols)
     else:
         rows, cols, row, col = 1, 1, 0, 0
     centres = (torch.arange(patches_per_side, dtype=torch.float32) + 0.5) / patches_per_side

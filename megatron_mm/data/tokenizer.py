@@ -1,4 +1,4 @@
-"""Text to token ids, from a SentencePiece model or a Hugging Face folder."""
+"""Tokenizers, loaded from a SentencePiece model or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SPECIAL_TOKENS = {
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Plain-text encoding plus the ids the chat template places itself.
+    """Encoding of plain text, and the ids of control tokens that the chat template inserts.
 
-    Control tokens never come out of `encode`: callers ask `find_special` first and refuse
-    text that spells one, so data cannot forge a turn or an image.
+    Callers reject text in which `find_special` finds a control token, so data cannot forge a turn
+    or an image.
     """
 
     vocab_size: int
@@ -38,23 +38,23 @@ class Tokenizer:
     special_tokens: dict[str, int]
     encode: Callable[[str], list[int]]
     decode_plain: Callable[[list[int]], str]
-    path: str  # what it was loaded from
+    path: str  # of the file or folder it was loaded from
 
     def __reduce__(self):
-        # Another process loads it again: its functions cannot travel.
+        # Its functions cannot be pickled, so another process loads it again.
         return load_tokenizer, (self.path,)
 
     def padded_vocab_size(self, multiple: int = 64) -> int:
-        """The smallest model vocabulary that holds this tokenizer, in whole `multiple`s."""
+        """Smallest multiple of `multiple` that holds all ids: the `vocab_size` to set."""
         return -(-self.vocab_size // multiple) * multiple
 
     def find_special(self, text: str) -> str | None:
-        """The first special token spelled out in `text`, or None."""
+        """Returns a special token that occurs in `text`, or None."""
         return next((token for token in self.special_tokens if token in text), None)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Token ids to text. Special tokens are left out, or spelled out if not
-        `skip_special`; ids beyond the vocabulary (a padded model's) are left out."""
+        """Converts token ids to text. Ids beyond the vocabulary (of a padded model) are left out,
+        and special tokens too if `skip_special`."""
         names = {index: token for token, index in self.special_tokens.items()}
         pieces: list[str] = []
         plain: list[int] = []
@@ -68,8 +68,12 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a SentencePiece `.model` file or a Hugging Face tokenizer folder (never the
-    network). Raises DataError if it is missing, unreadable or lacks a special token."""
+    """Loads a SentencePiece `.model` file or a Hugging Face tokenizer folder, never from the
+    network.
+
+    Raises:
+        DataError: it is missing, unreadable or lacks a special token.
+    """
     path = Path(path)
     if path.is_dir():
         return _from_huggingface(path)
@@ -84,11 +88,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def train_sentencepiece(
     texts: Iterable[str], out: str | Path, vocab_size: int, phrases: Sequence[str] = ()
 ) -> Tokenizer:
-    """Train a byte-pair model on `texts`, write it to `out` and load it.
+    """Trains a byte-pair model on `texts`, writes it to `out` and loads it.
 
-    Digits stay single tokens, whitespace and newlines survive, and bytes stand in for
-    characters never seen, so any text round-trips. Each of `phrases` becomes one token.
-    A small corpus may fill fewer than `vocab_size` pieces.
+    Digits stay single tokens, whitespace is kept, and unseen characters are spelled in bytes, so
+    any text round-trips. Each of `phrases` becomes one token. A small corpus may give fewer than
+    `vocab_size` tokens.
     """
     import sentencepiece
 
@@ -100,7 +104,7 @@ def train_sentencepiece(
         model_type="bpe",
         vocab_size=vocab_size,
         hard_vocab_limit=False,
-        # SentencePiece matches symbols after it has turned spaces into its space mark.
+        # SentencePiece matches symbols after it has replaced spaces by its space mark.
         user_defined_symbols=[symbol.replace(" ", "\u2581") for symbol in symbols],
         required_chars="".join(c for c in string.printable if c.isprintable() and c != " "),
         split_digits=True,
@@ -138,7 +142,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
 
 
 def _from_huggingface(path: Path) -> Tokenizer:
-    from transformers import AutoTokenizer  # seconds to import, so only when asked for
+    from transformers import AutoTokenizer  # takes seconds to import
 
     try:
         model = AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -1,1 +1,1 @@
-"""What a run would use on this machine, and what is missing."""
+"""Checks of machines and jobs before a run."""

@@ -1,13 +1,13 @@
-"""What a run would use on this machine, and what is missing, one line each.
+"""Lists what a run would use on this machine and what is missing.
 
     python tools/doctor.py
     torchrun ... tools/doctor.py [--config FILE and any trainer flag]
 
-Under torchrun also whether all ranks have the same software and settings, their clocks, the
-bandwidth between them and room for a checkpoint (ranks.py).
+Under torchrun it also compares software, settings and clocks of all ranks, and checks the bandwidth
+between them and room for a checkpoint (ranks.py).
 
-Exit code 0 if a run can start with default settings, 1 if not. Never stops at a half-installed
-package: what fails to load is named, with the remedy.
+The exit code is 0 if a run can start with default settings, else 1. Half-installed packages do not
+stop it: packages that fail to load are named, with the remedy.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ import sys
 import warnings
 from dataclasses import dataclass
 
+from megatron_mm import cli
+from megatron_mm.errors import ConfigError
+
 CUDA_EXTRA = "pip install -e '.[cuda]'"
 TE_REMEDY = f"{CUDA_EXTRA}, then pip install --no-build-isolation 'transformer-engine[pytorch]'"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """Line of the output."""
 
     name: str
     text: str
@@ -41,7 +44,7 @@ class Finding:
 
 
 def _version(*names: str) -> str | None:
-    """Of the first distribution that is installed."""
+    """Version of the first of some distributions that is installed; None if none is."""
     for name in names:
         try:
             return importlib.metadata.version(name)
@@ -51,10 +54,10 @@ def _version(*names: str) -> str | None:
 
 
 def _load_error(module: str) -> str | None:
-    """Why a module does not load, in one line; None if it does."""
+    """Returns why a module does not load, in one line; None if it does."""
     try:
         importlib.import_module(module)
-    # A package may fail in any way while it loads its libraries, with more than ImportError.
+    # A package that loads its libraries may raise anything, not only ImportError.
     except Exception as error:
         return _short(error)
     return None
@@ -148,7 +151,7 @@ def megatron_core() -> Finding:
         return Finding(name, f"{found}, the one platform.py was written for")
     import torch
 
-    # Without CUDA platform.py refuses another version; with CUDA it redirects nothing.
+    # Without CUDA platform.py rejects other versions; with CUDA it redirects nothing.
     text = f"{found}, platform.py was written for {wanted}: pip install megatron-core=={wanted}"
     return Finding(name, text, torch.cuda.is_available(), True)
 
@@ -168,7 +171,7 @@ def fused_packages(has_gpu: bool) -> list[Finding]:
     on_cuda = f"on a machine with CUDA: {CUDA_EXTRA}"
     fla = optional("fla", "fla", "the delta rule", on_cuda, "flash-linear-attention")
     if fla.ok and not has_gpu:
-        # transformers calls its kernels as soon as it finds it.
+        # transformers calls its kernels wherever it is installed.
         fla = Finding("fla", f"{fla.text.split(';')[0]} without a GPU: remove it", False)
     own = "FLA brings its own convolution"
     build = (
@@ -186,7 +189,7 @@ def fused_packages(has_gpu: bool) -> list[Finding]:
 
 
 def used(findings: dict[str, Finding], has_gpu: bool) -> list[Finding]:
-    """What a run would compute with, by default and where it may be chosen."""
+    """Lists the implementations a run would use, by default and by choice."""
     te, fla, apex = (findings[name].ok for name in ("transformer-engine", "fla", "apex"))
     other = " (or --transformer-impl transformer_engine)" if te and has_gpu else ""
     adam = "Transformer Engine's" if te else "apex's" if apex else "torch's"
@@ -201,12 +204,12 @@ def used(findings: dict[str, Finding], has_gpu: bool) -> list[Finding]:
 
 
 def a_run_loads() -> Finding:
-    """The last word: what a run imports, with platform.py's redirects in place."""
+    """Imports what a run imports, with platform.py's redirects in place."""
     try:
         from megatron_mm import platform
 
         platform.install()
-    except Exception as error:  # megatron-core half installed fails in any way
+    except Exception as error:  # a half-installed megatron-core may raise anything
         return Finding("a run", f"cannot start: {_short(error)}", False, True)
     error = _load_error("megatron_mm.train.loop")
     text = f"cannot start: {error}" if error else "can start with default settings"
@@ -214,6 +217,7 @@ def a_run_loads() -> Finding:
 
 
 def examine() -> list[Finding]:
+    """Examines this machine."""
     lines = [python(), *torch_and_gpu()]
     has_gpu = next(line.ok for line in lines if line.name == "gpu")
     lines += [megatron_core(), transformer_engine(), *fused_packages(has_gpu)]
@@ -222,13 +226,15 @@ def examine() -> list[Finding]:
 
 
 def main(argv: list[str]) -> int:
+    """Returns the exit code: 0 if a run can start, 1 if not, 2 for settings without torchrun."""
+    cli.setup_logging(cli.rank())
     warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     if argv and not launched:
-        print("error: settings are compared between ranks: start it with torchrun", file=sys.stderr)
-        return 2
+        return cli.fail(ConfigError("settings are compared between ranks: start it with torchrun"))
+    logging.disable(logging.ERROR)  # what packages say while they load
     lines = examine()
+    logging.disable(logging.NOTSET)
     able = all(line.ok for line in lines if line.needed)
     if not launched or os.environ["LOCAL_RANK"] == "0":
         where = f"{socket.gethostname()}: " if launched else ""

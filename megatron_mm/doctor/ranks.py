@@ -1,7 +1,6 @@
-"""Do all ranks of a job have the same software and settings, and how fast are they connected?
+"""Compares software and settings of all ranks of a job, and measures their connection.
 
-`tools/doctor.py` calls it under torchrun. Every rank writes a note; whatever differs is named with
-both values and both hosts.
+`tools/doctor.py` calls it under torchrun. A difference is reported with both values and both hosts.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import socket
@@ -32,7 +32,7 @@ PACKAGES = (
     *("apex", "triton", "numpy"),
 )
 LARGEST_SKEW = 1.0  # seconds: rendezvous and logs compare clocks of different nodes
-BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and both of Adam's moments
+BYTES_PER_PARAMETER = 12  # in a checkpoint: fp32 weights and both moments of Adam
 
 
 def _version(name: str) -> str:
@@ -47,7 +47,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def _code() -> str:
-    """Of the sources themselves, since a folder need not be a checkout."""
+    """Digest of the source files, since the folder need not be a checkout."""
     files = sorted((ROOT / "megatron_mm").rglob("*.py"))
     return _digest(*(file.read_bytes() for file in files))
 
@@ -59,7 +59,7 @@ def _revision() -> str:
 
 
 def _run(argv: list[str]) -> tuple[RunConfig | None, str]:
-    """(the run, or None, why not)"""
+    """Returns (the run, "") or (None, why the settings are wrong)."""
     if not argv:
         return None, ""
     try:
@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> tuple[RunConfig | None, str]:
 
 
 def note(run: RunConfig | None, problem: str) -> dict[str, Any]:
-    """What has to be equal everywhere, by name."""
+    """Collects what must be equal on all ranks, by name."""
     same: dict[str, Any] = {"python": ".".join(map(str, sys.version_info[:3]))}
     same |= {name: _version(name) for name in PACKAGES}
     same |= {"revision": _revision(), "code": _code(), "config": problem or "none"}
@@ -95,17 +95,17 @@ def note(run: RunConfig | None, problem: str) -> dict[str, Any]:
 
 
 def difference(notes: list[dict[str, Any]]) -> str | None:
-    """The first thing in which a rank is not like rank 0, in one line with what to do."""
+    """Describes the first difference between a rank and rank 0, with the remedy; None if equal."""
     first = notes[0]
     for rank, other in enumerate(notes):
         if other["problem"]:
             return f"rank {rank} on {other['host']} refuses the run: {other['problem']}"
         for name, value in first["same"].items():
-            theirs = other["same"].get(name)
-            if theirs == value:
+            there = other["same"].get(name)
+            if there == value:
                 continue
             if name == "config":
-                name, theirs, value = _setting(other["settings"], first["settings"])
+                name, there, value = _setting(other["settings"], first["settings"])
             remedy = {
                 "revision": "check out one revision everywhere",
                 "code": "copy one version of megatron_mm everywhere",
@@ -114,23 +114,23 @@ def difference(notes: list[dict[str, Any]]) -> str | None:
                 "gpu": "use nodes of one kind",
             }.get(name, "give every node the same")
             return (
-                f"{name} differs: rank {rank} on {other['host']} has {theirs}, rank 0 on "
+                f"{name} differs: rank {rank} on {other['host']} has {there}, rank 0 on "
                 f"{first['host']} has {value}; {remedy}"
             )
     return None
 
 
-def _setting(theirs: dict[str, str], ours: dict[str, str]) -> tuple[str, str, str]:
-    """The first setting in which two runs differ, and both values."""
-    for key in [*ours, *theirs]:
-        if theirs.get(key) != ours.get(key):
-            return f"setting {key}", theirs.get(key, "none"), ours.get(key, "none")
+def _setting(there: dict[str, str], here: dict[str, str]) -> tuple[str, str, str]:
+    """Returns the first setting that differs, and both values."""
+    for key in [*here, *there]:
+        if there.get(key) != here.get(key):
+            return f"setting {key}", there.get(key, "none"), here.get(key, "none")
     return "config", "another", "one"
 
 
 def clock_skew() -> list[float]:
-    """Seconds by which each rank's clock is ahead of rank 0's; the median of five barriers, which
-    ranks leave within milliseconds of each other."""
+    """Returns the seconds by which each rank's clock is ahead of rank 0's: the median over five
+    barriers, which ranks leave within milliseconds of each other."""
     rounds = []
     for _ in range(5):
         dist.barrier()
@@ -141,8 +141,8 @@ def clock_skew() -> list[float]:
 
 
 def bandwidths(megabytes: int) -> dict[str, float]:
-    """GB/s of bus bandwidth, as nccl-tests counts it: what a link must carry, whatever the size of
-    the group."""
+    """Returns the bus bandwidth in GB/s of each operation, as nccl-tests defines it: the load of a
+    link, independent of the group size."""
     size, device = dist.get_world_size(), platform.device()
     count = megabytes * 2**20 // 4 // size * size
     data, other = (torch.zeros(count, device=device) for _ in range(2))
@@ -166,7 +166,7 @@ def bandwidths(megabytes: int) -> dict[str, float]:
 
 
 def disk(run: RunConfig) -> tuple[str, bool]:
-    """What is free where checkpoints go, against what one needs."""
+    """Compares free disk space with the size of a checkpoint. Returns (text, whether it fits)."""
     from megatron_mm.model.blueprint import blueprint
 
     folder = Path(run.checkpoint.save or run.logging.output_dir).absolute()
@@ -181,8 +181,12 @@ def disk(run: RunConfig) -> tuple[str, bool]:
 
 
 def examine(argv: list[str]) -> tuple[list[tuple[str, str, bool]], str | None]:
-    """Of a job that has started: (name, finding, whether it is fine) of each check, and what
-    keeps a run from starting. The same on every rank, which all call it."""
+    """Examines a started job. Every rank calls it.
+
+    Returns:
+        ((name, finding, whether it is fine) of each check, what keeps a run from starting), the
+        same on every rank.
+    """
     run, problem = _run(argv)
     notes: list = [None] * dist.get_world_size()
     dist.all_gather_object(notes, note(run, problem))
@@ -219,17 +223,19 @@ def examine(argv: list[str]) -> tuple[list[tuple[str, str, bool]], str | None]:
 
 
 def main(argv: list[str], show: Callable[[str, str, bool], None]) -> int:
-    """Under torchrun: rank 0 shows what was found; 1 on every rank if a run cannot start."""
+    """Examines a job under torchrun and shows the findings on rank 0. Returns the exit code, on
+    every rank: 0, or 1 if a run cannot start."""
     from megatron_mm.parallel import groups
 
     platform.end_with_parent()
+    platform.quiet()
     groups.start(ParallelConfig())
     lines, problem = examine(argv)
     if dist.get_rank() == 0:
         for line in lines:
             show(*line)
         if problem is not None:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
+            logging.getLogger(__name__).error("%s", problem)
     dist.barrier()
     dist.destroy_process_group()
     return 0 if problem is None else 1

@@ -1,1 +1,1 @@
-"""EARL: experts of their own for every skill, and their reward."""
+"""EARL: experts of their own for each skill, found, rewarded and taught."""

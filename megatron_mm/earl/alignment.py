@@ -1,6 +1,6 @@
-"""EARL in the loop: which tokens exercise which skill, and how often they met its experts.
+"""EARL in a run: which tokens exercise which skill, and how often they met its experts.
 
-Routes stay on the ranks of their layers; only sums of each completion travel.
+Routes stay on the ranks of their layers; ranks exchange only the sums of each completion.
 """
 
 from __future__ import annotations
@@ -14,56 +14,77 @@ import torch.distributed as dist
 from megatron_mm.config import RunConfig, effective_pattern, num_layers
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.earl.router_reward import hit_sums, label_positions
+from megatron_mm.earl.router_reward import Span, hit_sums, label_positions
+from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.earl.skill_map import SkillMap, load_skill_map, shuffled
 from megatron_mm.earl.spans import Labeller, load_labeller, token_labels
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.parallel.groups import Groups
 
-CONTROL_SEED = 0  # of the shuffled map that metrics are compared with
+CONTROL_SEED = 0  # of the shuffled map that hit rates are compared with
 
-# (first token, end, skill id or -1, right or not)
-Span = tuple[int, int, int, bool]
+
+@dataclass(frozen=True)
+class Maps:
+    """A skill map and its shuffled copies.
+
+    Attributes:
+        found: the map as it was discovered.
+        used: the map that is rewarded and taught: `found`, or its shuffled copy as a control run.
+        control: a shuffled copy, whose hit rates the metrics show beside those of `found`.
+    """
+
+    found: SkillMap
+    used: SkillMap
+    control: SkillMap
+
+
+@dataclass(frozen=True)
+class Hits:
+    """`hit_sums` over all layers of the model, one for each of the `Maps`; fp64 [N, S, 4]."""
+
+    found: torch.Tensor
+    used: torch.Tensor
+    control: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """
+    """A run's skill maps and its labeller.
+
     Attributes:
-        found: the map as it was found; None: skills have no experts, only spans matter.
-        used: what is rewarded; the found one, or for the control its shuffled copy.
-        control: a shuffled copy, to compare hit rates with.
+        maps: None: skills have no experts, only the spans' correctness matters.
+        on_missing: "error" or "skip", for a skill without a cluster.
     """
 
-    found: SkillMap | None
-    used: SkillMap | None
-    control: SkillMap | None
+    maps: Maps | None
     labeller: Labeller
     on_missing: str
 
     @classmethod
     def of(cls, run: RunConfig) -> Alignment | None:
-        """None if the settings ask for nothing about skills. Raises RLError for a map or a labeller
-        that cannot be used."""
-        rl, language = run.rl, run.model.language
+        """Reads the map and the labeller that the settings name; None if they ask for nothing
+        about skills.
+
+        Raises:
+            RLError: for a map or a labeller that cannot be used.
+        """
+        rl, language = run.section(EARLConfig), run.model.language
         if not (rl.skill_map or rl.span_credit):
             return None
-        found = used = control = None
+        maps = None
         if rl.skill_map:
             layers = num_layers(effective_pattern(run.model))
             sizes = layers, language.num_experts, language.moe_router_topk
-            found = used = load_skill_map(rl.skill_map, *sizes)
-            seed = rl.skill_map_shuffle_seed
+            found, seed = load_skill_map(rl.skill_map, *sizes), rl.skill_map_shuffle_seed
             control = shuffled(found, CONTROL_SEED if seed is None else seed)
-            if seed is not None:
-                used = control
-        labeller = load_labeller(rl.span_labels)
-        return cls(found, used, control, labeller, rl.on_missing_cluster)
+            maps = Maps(found, found if seed is None else control, control)
+        return cls(maps, load_labeller(rl.span_labels), rl.on_missing_cluster)
 
     def spans(
         self, prompt: Prompt, completion: Completion, tokenizer: Tokenizer
     ) -> tuple[list[Span], int]:
-        """The labelled spans of a completion, and how many have a skill without a cluster.
+        """Returns the labelled spans of a completion, and how many have a skill without a cluster.
 
         Raises:
             DataError, RLError: the row's spans cannot be used, or a skill has no cluster.
@@ -71,46 +92,64 @@ class Alignment:
         ids = completion.tokens_G.tolist()
         labels = token_labels(prompt.row, ids, tokenizer, self.labeller, prompt.where)
         skills, missing = [-1] * len(labels), 0
-        if self.found is not None:
+        if self.maps is not None:
             names = [label.skill for label in labels]
-            skills, missing = self.found.skill_ids(names, prompt.where, self.on_missing)
+            skills, missing = self.maps.found.skill_ids(names, prompt.where, self.on_missing)
         spans = [
             (label.start, label.stop, skill, label.correct)
             for label, skill in zip(labels, skills, strict=True)
         ]
         return spans, missing
 
-    def sums(
-        self,
-        completions: Sequence[Completion],
-        spans: Sequence[Sequence[Span]],
-        layers: Sequence[int],
-        groups: Groups,
-    ) -> dict[str, torch.Tensor]:
-        """`hit_sums`, fp64 [N, S, 4], of the maps `used`, `found` and `control`, over all layers of
-        the model. Every rank of the replica calls it.
 
-        Args:
-            layers: moe indices of this rank's layers, ascending.
-        """
-        maps = {"used": self.used, "found": self.found, "control": self.control}
-        skills = len(self.found.names)
-        total = torch.zeros(len(maps), len(completions), skills, 4, dtype=torch.float64)
-        if layers and completions and groups.pg.tp_cp.rank() == 0:
-            labelled = [
-                label_positions(len(c.tokens_G), marks)
-                for c, marks in zip(completions, spans, strict=True)
-            ]
-            # The positions whose logits were sampled are the last G that any router saw.
-            routes = torch.cat([c.routes_SLk[-len(c.tokens_G) :] for c in completions])
-            skill_T = torch.cat([skill for skill, _ in labelled])
-            correct_T = torch.cat([correct for _, correct in labelled])
-            lengths = torch.tensor([len(c.tokens_G) for c in completions])
-            owner_T = torch.arange(len(completions)).repeat_interleave(lengths)
-            for row, chosen in enumerate(maps.values()):
-                member_SLE = chosen.membership()[:, list(layers)]
-                total[row] = hit_sums(
-                    routes, skill_T, correct_T, owner_T, len(completions), member_SLE
-                )
-        dist.all_reduce(total, group=groups.replica)
-        return dict(zip(maps, total, strict=True))
+def count_hits(
+    maps: Maps,
+    completions: Sequence[Completion],
+    spans: Sequence[Sequence[Span]],
+    layers: Sequence[int],
+    groups: Groups,
+) -> Hits:
+    """Counts how often the labelled tokens of a replica's completions met the experts of their
+    skill. Every rank of the replica calls it.
+
+    Args:
+        spans: one list for each completion.
+        layers: moe indices of this rank's layers, ascending.
+    """
+    skills = len(maps.found.names)
+    total = torch.zeros(3, len(completions), skills, 4, dtype=torch.float64)
+    if layers and completions and groups.pg.tp_cp.rank() == 0:
+        total = local_hits(maps, completions, spans, layers)
+    dist.all_reduce(total, group=groups.replica)
+    return Hits(*total)
+
+
+def local_hits(
+    maps: Maps,
+    completions: Sequence[Completion],
+    spans: Sequence[Sequence[Span]],
+    layers: Sequence[int],
+) -> torch.Tensor:
+    """Returns fp64 [3, N, S, 4]: `hit_sums` over one rank's layers, in the order of `Hits`."""
+    labelled = [
+        label_positions(len(c.tokens_G), marks) for c, marks in zip(completions, spans, strict=True)
+    ]
+    # The positions whose logits were sampled are the last G that any router saw.
+    routes_TLk = torch.cat([c.routes_SLk[-len(c.tokens_G) :] for c in completions])
+    skill_T = torch.cat([skill for skill, _ in labelled])
+    correct_T = torch.cat([correct for _, correct in labelled])
+    lengths_N = torch.tensor([len(c.tokens_G) for c in completions])
+    owner_T = torch.arange(len(completions)).repeat_interleave(lengths_N)
+    return torch.stack(
+        [
+            hit_sums(
+                routes_TLk,
+                skill_T,
+                correct_T,
+                owner_T,
+                len(completions),
+                each.membership()[:, list(layers)],
+            )
+            for each in (maps.found, maps.used, maps.control)
+        ]
+    )

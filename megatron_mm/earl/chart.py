@@ -8,7 +8,7 @@ from math import log2
 
 import torch
 
-REACH = 2.0  # colours end at 2 ** -REACH and 2 ** REACH of the base rate
+REACH = 2.0  # colours end at 2 ** -REACH and 2 ** REACH times the base rate
 MAX_MARKS = 4096  # dots in a panel: more would hide the colours
 
 
@@ -18,8 +18,8 @@ def draw(
     clusters: Mapping[str, Sequence[Sequence[int]]],
     warning: str | None,
 ) -> bytes:
-    """A PNG with a panel for each skill: layers by experts, colour log2 of the lift, and a dot in
-    each expert of its cluster."""
+    """Returns a PNG with a panel for each skill: layers by experts, coloured by log2 of the lift, a
+    dot in each expert of the skill's cluster."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -1,10 +1,10 @@
-"""From counted routes to a skill map, and whether to believe it.
+"""Skill maps from route counts, and tests of whether a map is more than chance.
 
-The probe is counted in two halves. The map is made of both; how far clusters made of each alone
-agree says whether they are more than chance, and the same without regard to the token whether
-they are only words (`stability.py`). That test takes clusters for independent. Routes of a row's
-positions and layers are not, so the information they hold is also compared with that under the
-same rows' skills shuffled among them (a permutation test).
+The probe is counted in two halves. The map is made from both. Two clusterings, one from each half,
+are compared: if they agree no better than random ones, the map is chance; if they agree only
+without regard to the token, the experts follow words (`stability.py`). This test assumes that
+clusters are independent. Routes of a row's positions and layers are not, so a permutation test
+follows: the information in the routes is compared with that under the rows' skills shuffled.
 
 Shapes: L layers, E experts, S skills.
 """
@@ -22,12 +22,13 @@ from megatron_mm.earl.skill_map import SkillMap
 from megatron_mm.earl.stability import correlation, selectivity, stability, stability_warning
 from megatron_mm.errors import RLError
 
-MERGE_AT = 2**20  # cells that may wait before they are merged
+MERGE_AT = 2**20  # cells that are held before they are merged
 
 
 @dataclass
 class Tally:
-    """Route counts of many microbatches, added up now and then: each addition sorts all cells."""
+    """A sum of route counts. Additions are postponed and done together, since each sorts all
+    cells."""
 
     merged: RouteCounts | None = None
     waiting: list[RouteCounts] = field(default_factory=list)
@@ -46,7 +47,7 @@ class Tally:
 
 
 def on_layers(counts: RouteCounts, layers: Sequence[int], num_layers: int) -> RouteCounts:
-    """Counts of some layers (ascending) as counts of a model of `num_layers`."""
+    """Returns the counts of some layers (ascending) as counts of a model of `num_layers`."""
     _, experts, skills, tokens = counts.sizes
     span = experts * skills * tokens
     cells = torch.tensor(layers)[counts.cells // span] * span + counts.cells % span
@@ -54,14 +55,15 @@ def on_layers(counts: RouteCounts, layers: Sequence[int], num_layers: int) -> Ro
 
 
 @dataclass(frozen=True)
-class Found:
-    """A map, and per skill of it what a table shows.
+class Discovery:
+    """A skill map, and the figures of each skill.
 
     Attributes:
-        lift_LES: given the token, of all skills in `skills`.
         skills: all that were probed; the map holds those that have a cluster.
-        rows: skill -> positions, experts a layer, mean lift, hit share and its chance (these of
-            the probe that the map was made of, so they flatter it).
+        lift_LES: of all `skills`, given the token.
+        rows: skill -> positions, experts per layer, mean lift, hit share and its chance. They come
+            from the probe that the map was made from, so they flatter it.
+        warning: one line if the map is not to be relied on.
     """
 
     skill_map: SkillMap
@@ -80,11 +82,16 @@ def discover(
     cluster_size: int,
     min_lift: float,
     info: Mapping[str, Any],
-) -> Found:
-    """The map of two halves of a probe. `info` is kept in it, with how stable it is. `shuffled`:
-    counts of both with skills exchanged between rows, one for each time.
+) -> Discovery:
+    """Makes the map of a probe.
 
-    Raises RLError if no skill has an expert of `min_lift`.
+    Args:
+        halves: route counts of each half.
+        shuffled: counts of both halves with skills exchanged among rows, one for each shuffle.
+        cluster_size: most experts of a skill in a layer; min_lift: the lift that each needs.
+        info: kept in the map, with the figures of its stability.
+    Raises:
+        RLError: if no skill has an expert of `min_lift`.
     """
     counts = halves[0] + halves[1]
     layers, experts, _, _ = counts.sizes
@@ -105,9 +112,9 @@ def discover(
         agreement[given_token] = stability(one, other, experts)
         if given_token:
             correlated = correlation(*found)
-    told = _told(counts, shuffled)
-    total = sum(told["mutual_information"]) / layers
-    by_shuffling = told["mutual_information_shuffled"]
+    information = _information_of(counts, shuffled)
+    total = sum(information["mutual_information"]) / layers
+    by_shuffling = information["mutual_information_shuffled"]
     warning = stability_warning(agreement[True], agreement[False], total, by_shuffling)
     rows = _rows(counts, lift_LES, named, moe_router_topk)
     info = dict(info) | {
@@ -120,8 +127,8 @@ def discover(
         "lift_correlation": correlated,
         "warning": warning,
     }
-    skill_map = SkillMap(layers, experts, moe_router_topk, kept, info | told)
-    return Found(skill_map, list(skills), lift_LES, rows, warning)
+    skill_map = SkillMap(layers, experts, moe_router_topk, kept, info | information)
+    return Discovery(skill_map, list(skills), lift_LES, rows, warning)
 
 
 def measure(
@@ -130,30 +137,31 @@ def measure(
     skills: Sequence[str],
     skill_map: SkillMap,
     info: Mapping[str, Any],
-) -> Found:
-    """What the same counts say of a map that was found elsewhere, before training or with another
-    model of the sizes: its clusters stay, `rows` and the information are these routes'."""
+) -> Discovery:
+    """Measures the clusters of a given map on a probe, such as a map found before training. The
+    clusters stay; `rows` and the information come from these counts. Arguments as in `discover`."""
     counts = halves[0] + halves[1]
     lift_LES = lifts(counts)
     nothing: list[list[int]] = [[] for _ in range(skill_map.num_layers)]
     named = {skill: skill_map.skills.get(skill, nothing) for skill in skills}
     rows = _rows(counts, lift_LES, named, skill_map.moe_router_topk)
-    info = skill_map.info | dict(info) | _told(counts, shuffled) | {"measured": rows}
-    return Found(replace(skill_map, info=info), list(skills), lift_LES, rows, None)
+    info = skill_map.info | dict(info) | _information_of(counts, shuffled) | {"measured": rows}
+    return Discovery(replace(skill_map, info=info), list(skills), lift_LES, rows, None)
 
 
-def _told(counts: RouteCounts, shuffled: Sequence[RouteCounts]) -> dict[str, Any]:
-    """What routes tell of skills given the token, in nats: by layer, and by chance."""
+def _information_of(counts: RouteCounts, shuffled: Sequence[RouteCounts]) -> dict[str, Any]:
+    """Returns the information between experts and skills given the token, in nats: of each layer,
+    by chance, and with the skills shuffled."""
     information = [mutual_information(counts.layer(layer)) for layer in range(counts.sizes[0])]
     return {
         "mutual_information": [nats for nats, _ in information],
         "mutual_information_by_chance": [chance for _, chance in information],
-        "mutual_information_shuffled": [_information(other) for other in shuffled],
+        "mutual_information_shuffled": [_mean_information(other) for other in shuffled],
     }
 
 
-def _information(counts: RouteCounts) -> float:
-    """Nats given the token, mean over the layers."""
+def _mean_information(counts: RouteCounts) -> float:
+    """Returns the information given the token in nats, mean over the layers."""
     layers = counts.sizes[0]
     return sum(mutual_information(counts.layer(layer))[0] for layer in range(layers)) / layers
 
@@ -182,11 +190,11 @@ def _rows(
 
 
 def causal_test(accuracy: Mapping[str, float], without: Mapping[str, Mapping[str, float]]) -> dict:
-    """What `SkillMap.info` keeps of the causal test, as plain JSON.
+    """Returns the results of the causal test for `SkillMap.info`, as plain JSON.
 
     Args:
-        accuracy: of each skill, with all experts; `without`: skill -> the same with the skill's
-            cluster forbidden.
+        accuracy: of each skill, with all experts.
+        without: skill -> the same with that skill's cluster forbidden.
     """
     skills = list(without)
     accuracy_S = torch.tensor([accuracy[skill] for skill in skills], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Discover a model's experts: probe, map, picture, and the causal test."""
+"""Discovery of a model's experts: probe, map, picture, and the causal test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.chart import draw
-from megatron_mm.earl.clusters import Found, causal_test, discover, measure
+from megatron_mm.earl.clusters import Discovery, causal_test, discover, measure
 from megatron_mm.earl.probe import Probe, count_probe
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.engine.engine import Engine
@@ -30,21 +30,24 @@ def probe_and_discover(
     info: dict[str, Any],
     selectivity: bool = False,
     given: SkillMap | None = None,
-) -> tuple[Found, dict | None]:
-    """(what was found, the causal test if asked for), the same on every rank. The first rank
-    writes the map to `out`, and its picture beside it. Every rank of the job calls it.
+) -> tuple[Discovery, dict | None]:
+    """Probes the model and makes its skill map. Rank 0 writes the map to `out`, and its picture
+    beside it. Every rank of the job calls it.
 
     Args:
-        given: measure the clusters of this map in place of finding others.
-        info: kept in the map, with the probe and what was found about the map.
-        selectivity: run the causal test on the run's `valid_data`, and add it to the map.
+        given: a map whose clusters are measured; no others are looked for.
+        info: kept in the map, with the probe's settings and the map's figures.
+        selectivity: whether to run the causal test on `valid_data`, whose figures the map keeps.
+    Returns:
+        the map with its figures, and the causal test if asked for; the same on every rank.
     Raises:
         DataError: on every rank, for a bad row, a probe that finds nothing, or a file that cannot
-            be written; RLError: for clusters that cannot be forbidden.
+            be written.
+        RLError: for clusters that cannot be forbidden.
     """
     groups = engine.groups
     counted = count_probe(engine, tokenizer, probe)
-    found: list[Found | None] = [None]
+    found: list[Discovery | None] = [None]
     error = None
     if counted.halves:
         counts = (counted.halves, counted.shuffled, counted.skills)
@@ -75,7 +78,7 @@ def probe_and_discover(
     return result, causal
 
 
-def _write(engine: Engine, found: Found, out: Path) -> None:
+def _write(engine: Engine, found: Discovery, out: Path) -> None:
     error = None
     if dist.get_rank() == 0:
         try:
@@ -89,12 +92,12 @@ def _write(engine: Engine, found: Found, out: Path) -> None:
 
 
 def forbid_clusters(engine: Engine, tokenizer: Tokenizer, skill_map: SkillMap) -> dict:
-    """The causal test: every skill's accuracy on the run's `valid_data`, with all experts and with
-    each skill's cluster forbidden, as `rl.discover.causal_test` gives it. Every rank calls it.
+    """Runs the causal test: each skill's accuracy on the run's `valid_data`, with all experts and
+    with each skill's cluster forbidden (`clusters.causal_test`). Every rank calls it.
 
     Raises:
-        RLError: if a cluster is too large to be forbidden; DataError: if a row is bad, or none is
-            of a skill in the map.
+        RLError: if a cluster is too large to be forbidden.
+        DataError: if a row is bad, or none is of a skill in the map.
     """
     member_SLE, k = skill_map.membership(), skill_map.moe_router_topk
     experts, largest = skill_map.num_experts, int(member_SLE.sum(2).max())
@@ -119,7 +122,7 @@ def forbid_clusters(engine: Engine, tokenizer: Tokenizer, skill_map: SkillMap) -
 
 
 def _by_skill(results: Results) -> dict[str, float]:
-    """Accuracy of each skill over all its forms."""
+    """Returns the accuracy of each skill over all its forms."""
     sums: dict[str, tuple[float, float]] = {}
     for key, found in results.items():
         skill = key.partition("/")[0]

@@ -1,8 +1,9 @@
-"""Does the router reward pay for anything? A warning when it rises while accuracy falls."""
+"""A watch on the router reward: it warns when the hit rate rises while the task's reward falls."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 WINDOW = 10  # rollouts in each of the two halves that are compared
 MIN_CHANGE = 2.0  # in standard errors of the difference
@@ -14,9 +15,22 @@ class HackingWatch:
     def __init__(self, window: int = WINDOW):
         self._history: deque[tuple[float, float]] = deque(maxlen=2 * window)
 
+    def observe(self, metrics: Mapping[str, float]) -> tuple[dict[str, float], str | None]:
+        """Returns the watch's own metric, and the warning of `update`; neither where the rollout
+        has no hit rate.
+
+        Args:
+            metrics: of one rollout.
+        """
+        hit_rate, task = (metrics.get(k) for k in ("rollout/moe/hit_rate", "reward/task"))
+        if hit_rate is None or task is None:
+            return {}, None
+        warning = self.update(hit_rate, task)
+        return {"rollout/moe/reward_hacking": float(warning is not None)}, warning
+
     def update(self, hit_rate: float, accuracy: float) -> str | None:
-        """One line for the user if hit rate rose and accuracy fell, both by more than their
-        scatter explains; then the history begins anew.
+        """Returns one line for the user if the hit rate rose and accuracy fell, both by more than
+        their scatter explains; then the history begins anew.
 
         Args:
             hit_rate, accuracy: means of one rollout.
@@ -39,7 +53,7 @@ class HackingWatch:
 
 
 def _change(before: list[float], after: list[float]) -> tuple[float, float]:
-    """The difference of means, and the same in standard errors."""
+    """Returns the difference of means, and the same in standard errors."""
     means = [sum(values) / len(values) for values in (before, after)]
     squares = sum(
         sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values)

@@ -1,8 +1,9 @@
-"""Run a labelled probe through the model and count which experts its tokens took.
+"""Runs a labelled probe through the model and counts the experts that its tokens took.
 
-The model reads rows with their own answers. Counted are the positions that predict the tokens of
-a labelled span, one before each, with the token that stands there: what the router saw. Routes
-stay on the ranks of their layers and positions; only counts are brought together.
+The model reads rows with their own answers. A position is counted if it predicts a token of a
+labelled span, which is one position later. The token counted with it is the one that stands at the
+position, since that is what the router saw. Routes stay on the ranks of their layers and positions;
+ranks exchange only counts.
 """
 
 from __future__ import annotations
@@ -31,22 +32,33 @@ from megatron_mm.parallel.sequence import shard, take
 
 @dataclass(frozen=True)
 class Probe:
-    """What is read: at most `samples` rows of a file (None: all), in an order drawn from `seed`,
-    `batch_size` together; spans are found by `labeller` (earl/spans.py). The same is counted with the
-    skills shuffled among rows, `shuffles` times: what chance alone gives."""
+    """The settings of a probe.
+
+    Attributes:
+        data: a file of rows with their answers.
+        labeller: finds the labelled spans of an answer (earl/spans.py).
+        samples: how many rows are read, in an order drawn from `seed`; None: all.
+        batch_size: rows of a microbatch.
+        shuffles: how often the same is counted with the skills exchanged among rows, which shows
+            what chance alone gives. If the map beats all of 19, the odds of chance are 1 in 20.
+    """
 
     data: str
     labeller: str = "clauses"
     samples: int | None = None
     batch_size: int = 16
     seed: int = 1
-    shuffles: int = 19  # so many in vain: chance is below 1 in 20
+    shuffles: int = 19
 
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """What is counted. `rows`, in the order in which they are read: row -> (tokens of its answer
-    with the stop, its spans as (first token, end, skill ids: its own, then of each shuffle))."""
+    """The rows that are counted, with their labels.
+
+    Attributes:
+        rows: in reading order: row -> (tokens of its answer with the stop, its spans). A span is
+            (first token, end, skill ids): its own skill, then that of each shuffle.
+    """
 
     skills: list[str]
     rows: dict[int, tuple[int, list[tuple[int, int, list[int]]]]]
@@ -54,7 +66,11 @@ class ProbePlan:
 
 
 class ProbeRows:
-    """The rows of a probe with their labels. Raises DataError or RLError, also on access."""
+    """The rows of a probe with their labels.
+
+    Raises:
+        DataError, RLError: at construction and on access, for a file or row that cannot be used.
+    """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, probe: Probe) -> None:
         self._rows = open_source(probe.data, RowGroupCache())
@@ -68,7 +84,8 @@ class ProbeRows:
         self.settings = self._builder.settings
 
     def labels(self, index: int) -> tuple[int, list[Label]]:
-        """(tokens of a row's answer with its stop, its labels); reads no image."""
+        """Returns the number of tokens of a row's answer with its stop, and its labels; reads no
+        image."""
         file, index = self._rows.locate(index)
         row, where = file[index], file.where(index)
         last = check_messages(row, where)[-1]
@@ -82,8 +99,8 @@ class ProbeRows:
         return len(ids) + 1, labels
 
     def plan(self, probe: Probe) -> ProbePlan:
-        """What is to be counted. Skills are shuffled among rows and not among spans: the spans of
-        a row have its skills and its routes in common, and must keep them."""
+        """Plans what is counted. Skills are shuffled among rows and not among spans: the spans of a
+        row share its skills and its routes, and must keep both."""
         found = [self.labels(index) for index in self.order]
         skills = sorted({label.skill for _, labels in found for label in labels})
         if not skills:
@@ -108,8 +125,8 @@ class ProbeRows:
         return ProbePlan(skills, rows, probe.shuffles)
 
     def sample(self, index: int, plan: ProbePlan) -> tuple[Sample, torch.Tensor]:
-        """(the row as the model reads it, int16 [labellings, tokens] the skill that a position
-        serves or -1)"""
+        """Returns the row as the model reads it, and the skill that each position serves or -1,
+        int16 [labellings, tokens]."""
         file, row = self._rows.locate(index)
         sample = self._builder.training(file[row], file.where(row), file.folder)
         answer, spans = plan.rows[index]
@@ -126,12 +143,12 @@ def _nth(ids: list[int], i: int) -> int:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """The probe's route counts.
+class ProbeCounts:
+    """The route counts of a probe; the counts on rank 0 only, elsewhere the lists are empty.
 
     Attributes:
-        halves: of every other row, and of the rest; on the job's first rank, else empty.
-        shuffled: of all rows, each with the skills shuffled among rows in another way; as well.
+        halves: of every other row, and of the rest.
+        shuffled: of all rows, with the skills shuffled among rows; one for each shuffle.
     """
 
     skills: list[str]
@@ -140,8 +157,8 @@ class Counted:
     shuffled: list[RouteCounts]
 
 
-def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> Counted:
-    """Every rank of the job calls it.
+def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> ProbeCounts:
+    """Reads and counts a probe. Every rank of the job calls it.
 
     Raises:
         DataError: on every rank, if a row is bad or none is labelled.
@@ -158,7 +175,8 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> Counted:
     raise_together(groups, error)
     dist.broadcast_object_list(planned, src=0, group=groups.world)
     plan: ProbePlan = planned[0]
-    # A microbatch is of one half, and there is one for every stage of every replica in a round.
+    # All rows of a microbatch are of one half. A round has one microbatch for each stage of each
+    # replica.
     size, order = probe.batch_size, list(plan.rows)
     chunks = [
         (half, order[half::2][i : i + size])
@@ -179,11 +197,11 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> Counted:
     parts = [None] * groups.world.size() if dist.get_rank() == 0 else None
     dist.gather_object([tally.total() for tally in tallies], parts, dst=0, group=groups.world)
     if parts is None:
-        return Counted(plan.skills, len(order), [], [])
+        return ProbeCounts(plan.skills, len(order), [], [])
     by_tally = zip(*parts, strict=True)
     merged = [Tally(waiting=[c for c in counts if c is not None]) for counts in by_tally]
     totals = [tally.total() for tally in merged]
-    return Counted(plan.skills, len(order), totals[:2], totals[2:])
+    return ProbeCounts(plan.skills, len(order), totals[:2], totals[2:])
 
 
 def _read(
@@ -193,14 +211,15 @@ def _read(
     chunks: list[tuple[int, list[int]]],
     plan: ProbePlan,
 ) -> tuple[list[Microbatch], list[torch.Tensor]]:
-    """The replica's microbatches and, [labellings, T], the skills of their positions."""
+    """Returns the replica's microbatches and the skills of their positions, [labellings, T]
+    each."""
     labels: list[torch.Tensor] = []
     any_row = next(iter(plan.rows))
 
     def read() -> list[Microbatch]:
         batches = []
         for _, indices in chunks:
-            # Nothing to count, but other replicas may need our part of their forward passes.
+            # Without rows nothing is counted, but other replicas may need this forward pass.
             made = [rows.sample(index, plan) for index in indices or [any_row]]
             batch = collate(
                 [sample for sample, _ in made],
@@ -224,8 +243,8 @@ def _read(
 def _count(
     engine: Engine, batches: list[Microbatch], labels: list[torch.Tensor], plan: ProbePlan
 ) -> list[list[RouteCounts]]:
-    """Of each microbatch, for each labelling: what this rank's layers did at its positions; none
-    on a rank without layers."""
+    """Counts the routes of this rank's layers at its positions: for each microbatch one count for
+    each labelling, none on a rank without layers."""
     language, layers = engine.run.model.language, engine.config.num_layers
     sizes = language.num_experts, len(plan.skills), language.vocab_size
     records: list[dict] = [{} for _ in batches]

@@ -1,8 +1,8 @@
-"""Which experts are chosen how often for which skill, given the token; from counts to clusters.
+"""Counts of routes by expert, skill and token, and the lift, clusters and information they give.
 
-Experts follow the word they see before anything else. So everything here compares within a
-token: an expert that serves a skill is chosen more often for it than for other skills *at the same
-token*. Where the skill says nothing beyond the token, the lift is 1 and the information 0.
+Routers depend on the token more than on anything else. So all figures compare within a token: an
+expert that serves a skill is chosen more often for it than for other skills *at the same token*.
+Where the skill says nothing beyond the token, the lift is 1 and the information 0.
 
 Shapes: T positions, L layers, k experts chosen at a position, E experts, S skills, V tokens.
 """
@@ -18,8 +18,8 @@ from megatron_mm.errors import RLError
 
 @dataclass(frozen=True)
 class RouteCounts:
-    """Counts of (layer, expert, skill, token), only those that are not 0. Both tensors are int64
-    and of one length; `+` merges probes and ranks."""
+    """Counts of (layer, expert, skill, token), without those that are 0. `cells` and `counts` are
+    int64 of one length; `+` merges the counts of probes and ranks."""
 
     sizes: tuple[int, int, int, int]  # L, E, S, V
     cells: torch.Tensor  # ascending indices into [L, E, S, V]
@@ -38,7 +38,7 @@ class RouteCounts:
         return RouteCounts(self.sizes, cells, counts)
 
     def layer(self, layer: int) -> torch.Tensor:
-        """fp64 [E, S, V'] of one layer, with the V' tokens that occur."""
+        """Returns fp64 [E, S, V'] of one layer, with the V' tokens that occur."""
         _, experts, skills, tokens = self.sizes
         span = experts * skills * tokens
         here = (self.cells >= layer * span) & (self.cells < (layer + 1) * span)
@@ -57,9 +57,15 @@ def count_routes(
     num_skills: int,
     vocab_size: int,
 ) -> RouteCounts:
-    """Counts over positions. `routes_TLk`: int16 experts; `skill_T`: -1 is left out; `token_T`:
-    the token that stands at the position (what the router saw, not what was sampled there).
-    Raises RLError for one of them beyond its number, which would be counted as another's."""
+    """Counts the routes of labelled positions.
+
+    Args:
+        routes_TLk: int16, experts.
+        skill_T: -1 is left out.
+        token_T: the token that stands at the position (what the router saw, not what was sampled).
+    Raises:
+        RLError: for an expert, skill or token beyond its number, which would be counted as another.
+    """
     layers = routes_TLk.shape[1]
     here = skill_T >= 0
     routes_TLk, skill_T, token_T = routes_TLk[here].long(), skill_T[here], token_T[here]
@@ -83,11 +89,11 @@ def count_routes(
 
 
 def lift(counts_ESV: torch.Tensor, prior: float = 5.0) -> torch.Tensor:
-    """[E, S]: how much more often an expert is chosen for a skill than its base rate at the same
-    tokens says. `prior` choices are added to both, so that rare ones stay near 1.
+    """Returns [E, S]: how often an expert is chosen for a skill, over how often its rate at the
+    same tokens lets one expect. `prior` choices are added to both, so that rare ones stay near 1.
 
-    Expected are sum over v of n(e, v) n(s, v) / n(v): expert and skill independent given the
-    token (the pooling of Mantel and Haenszel). For the lift without regard to the token,
+    The expected count is the sum over v of n(e, v) n(s, v) / n(v): expert and skill independent
+    given the token (the pooling of Mantel and Haenszel). For the lift without regard to the token,
     sum the counts over V first and keep the dimension.
     """
     chosen_EV, skill_SV = counts_ESV.sum(1), counts_ESV.sum(0)
@@ -97,7 +103,7 @@ def lift(counts_ESV: torch.Tensor, prior: float = 5.0) -> torch.Tensor:
 
 
 def lifts(counts: RouteCounts, given_token: bool = True, prior: float = 5.0) -> torch.Tensor:
-    """fp64 [L, E, S]: `lift` of every layer."""
+    """Returns fp64 [L, E, S]: the `lift` of every layer."""
     found = []
     for layer in range(counts.sizes[0]):
         counts_ESV = counts.layer(layer)
@@ -108,8 +114,9 @@ def lifts(counts: RouteCounts, given_token: bool = True, prior: float = 5.0) -> 
 def choose_clusters(
     lift_LES: torch.Tensor, size: int, min_lift: float = 1.1
 ) -> list[list[list[int]]]:
-    """Of each skill and layer, at most `size` experts: those with the highest lift, and none
-    below `min_lift`. Skills may share an expert. For `SkillMap.skills`, in order of skill ids."""
+    """Returns the experts with the highest lift, for each skill and layer at most `size` and none
+    below `min_lift`, as `SkillMap.skills` has them, in order of skill ids. Skills may share an
+    expert."""
     clusters = []
     for lift_LE in lift_LES.permute(2, 0, 1):
         best = lift_LE.topk(min(size, lift_LE.shape[1]), dim=1)
@@ -123,9 +130,9 @@ def choose_clusters(
 
 
 def mutual_information(counts_ESV: torch.Tensor) -> tuple[float, float]:
-    """I(expert; skill | token) of one layer in nats, and what of it is to be expected from chance
-    alone: sum over v of (E_v - 1)(S_v - 1) / 2n with the experts and skills seen at v
-    (Miller-Madow). Counts have to be many for the second to be right."""
+    """Returns I(expert; skill | token) of one layer in nats, and the part that chance alone lets
+    one expect: the sum over v of (E_v - 1)(S_v - 1) / 2n with the experts and skills seen at v
+    (Miller-Madow), which is right for many counts only."""
     n = counts_ESV.sum()
     if n == 0:
         return 0.0, 0.0

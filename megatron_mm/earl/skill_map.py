@@ -1,10 +1,10 @@
-"""The skill map: which experts of which layer serve which skill, as readable JSON.
+"""The skill map: the experts of each layer that serve each skill, as readable JSON.
 
     {"format": "megatron_mm skill map 1", "num_layers": 4, "num_experts": 8, "moe_router_topk": 2,
      "skills": {"ocr": [[1, 5], [0], [], [2, 7]], ...}, "info": {...}}
 
-`skills` has for each skill the experts of each layer, `info` whatever a reader may want to know
-(how it was found, how stable it is).
+`skills` lists for each skill the experts of each layer; `info` says how the map was found and how
+stable it is.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ SIZES = ("num_layers", "num_experts", "moe_router_topk")
 
 @dataclass(frozen=True)
 class SkillMap:
-    """Raises RLError if sizes and clusters do not fit each other."""
+    """The experts of each skill in a model of these sizes.
+
+    Raises:
+        RLError: if sizes and clusters do not fit each other.
+    """
 
     num_layers: int
     num_experts: int
     moe_router_topk: int
-    # skill -> of each layer, the experts, ascending; a layer may have none
+    # skill -> for each layer its experts, ascending; a layer may have none
     skills: dict[str, list[list[int]]]
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -46,7 +50,7 @@ class SkillMap:
         return list(self.skills)
 
     def membership(self) -> torch.Tensor:
-        """bool [S, L, E]"""
+        """Returns bool [S, L, E]: whether an expert is in the skill's cluster of that layer."""
         member_SLE = torch.zeros(
             len(self.skills), self.num_layers, self.num_experts, dtype=torch.bool
         )
@@ -58,10 +62,11 @@ class SkillMap:
     def skill_ids(
         self, labels: Sequence[str | None], where: str, on_missing: str = "error"
     ) -> tuple[list[int], int]:
-        """Ids of labels, -1 for None, and how many labels were skipped.
+        """Returns the ids of labels, -1 for None, and how many labels have a skill without a
+        cluster. With on_missing="skip" such a label counts as none.
 
-        A skill that the map has no cluster for raises RLError, naming `where`, or with
-        on_missing="skip" counts as no label.
+        Raises:
+            RLError: with on_missing="error", for such a label; it names `where`.
         """
         ids = {skill: number for number, skill in enumerate(self.skills)}
         unknown = [label for label in labels if label is not None and label not in ids]
@@ -76,8 +81,12 @@ class SkillMap:
 def load_skill_map(
     path: str | Path, num_layers: int, num_experts: int, moe_router_topk: int
 ) -> SkillMap:
-    """The map in a file, for a model of these sizes. Raises RLError, in one line, for a file that
-    cannot be read, is no map, or was made for another model."""
+    """Reads the map in a file, for a model of these sizes.
+
+    Raises:
+        RLError: in one line, for a file that cannot be read, is no map, or was made for a model of
+            other sizes.
+    """
     try:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -105,7 +114,7 @@ def load_skill_map(
 
 
 def save_skill_map(skill_map: SkillMap, path: str | Path) -> None:
-    """Written whole or not at all; one line for each skill."""
+    """Writes a map, one line for each skill; the file is whole or not there at all."""
     head = {"format": FORMAT} | {key: getattr(skill_map, key) for key in SIZES}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     skills = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in skill_map.skills.items()]
@@ -119,8 +128,8 @@ def save_skill_map(skill_map: SkillMap, path: str | Path) -> None:
 
 
 def shuffled(skill_map: SkillMap, seed: int) -> SkillMap:
-    """The control: in each layer the experts change places at random. Sizes of clusters, and how
-    much two skills share, stay as they are."""
+    """Returns the control: in each layer the experts change places at random. The sizes of clusters
+    and of their overlaps stay as they are."""
     generator = torch.Generator().manual_seed(seed)
     skills: dict[str, list[list[int]]] = {skill: [] for skill in skill_map.skills}
     for layer in range(skill_map.num_layers):

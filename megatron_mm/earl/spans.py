@@ -1,12 +1,12 @@
-"""Which tokens of a completion exercise which skill, and whether they got it right.
+"""Labelled spans: the tokens of a completion that exercise a skill, and whether they are right.
 
 A *labeller* reads a row and the text of a completion and names parts of the text. It is a name
 (`clauses`, `whole`) or the dotted path of a function
 
     def my_labeller(row, text, where) -> list[Label]
 
-which finds the parts in whatever way its data allows. Here the parts become tokens, for
-`router_reward.label_positions`.
+that finds the parts in whatever way its data allows. `token_labels` turns them into spans of
+tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BETWEEN = ", "  # clauses
 
 
 class Label(NamedTuple):
-    """Of characters [start, stop) of a text, or of tokens of a completion."""
+    """A labelled part: characters [start, stop) of a text, or tokens of a completion."""
 
     start: int
     stop: int
@@ -45,16 +45,20 @@ LABELLERS: Registry[Labeller] = Registry(
 
 
 def load_labeller(entry: str) -> Labeller:
-    """The labeller of a name or dotted path, with options as rewards have them. Raises RLError."""
+    """Returns the labeller of a name or dotted path, with options such as `mine(skill='ocr')`.
+
+    Raises:
+        RLError: for a labeller that cannot be found or imported.
+    """
     (spec,) = parse_specs([entry], LABELLERS)
     return partial(LABELLERS[spec.path], **spec.options)
 
 
 def clauses(row: Row, text: str, where: str) -> list[Label]:
-    """The text is cut at ", ". Clause i has the skill of the row's span i, and is right if it is
-    that span's text; clauses beyond the spans have no skill. A span whose own text holds ", " is
-    compared with as many clauses together. One word is the answer at once, if the last span
-    has a `value`: it exercises that span's skill, and is right if it is that value."""
+    """Cuts the text at ", ". Clause i has the skill of the row's span i, and is right if it is that
+    span's text; clauses beyond the spans have no skill. A span whose own text holds ", " is
+    compared with as many clauses together. A text of one word is the direct answer, if the last
+    span has a `value`: it exercises that span's skill, and is right if it is that value."""
     spans = _spans(row, where)
     if spans and "value" in spans[-1] and len(text.split()) == 1:
         return [Label(0, len(text), spans[-1]["skill"], text.strip() == spans[-1]["value"])]
@@ -75,8 +79,8 @@ def clauses(row: Row, text: str, where: str) -> list[Label]:
 
 
 def whole(row: Row, text: str, where: str) -> list[Label]:
-    """The whole text has the row's `skill` and is right if the row's scorer gives it 1. Rows
-    without a skill or a truth have no label."""
+    """Labels the whole text with the row's `skill`; it is right if the row's scorer gives it 1.
+    Rows without a skill or a truth have no label."""
     skill, truth, scorer = row.get("skill"), row.get("ground_truth"), row.get("scorer") or "exact"
     if skill is None or truth is None or not text:
         return []
@@ -92,9 +96,9 @@ def whole(row: Row, text: str, where: str) -> list[Label]:
 def token_labels(
     row: Row, ids: Sequence[int], tokenizer: Tokenizer, labeller: Labeller, where: str
 ) -> list[Label]:
-    """The labels of a completion, in tokens, ascending and apart. A token that parts share
-    belongs to the one that holds most of it. Stop tokens belong to none, nor does what follows
-    the first.
+    """Returns the labels of a completion in tokens, ascending and without overlap. A token that
+    parts share belongs to the one that holds most of it. The first stop token and all that follows
+    it belong to none.
 
     Args:
         where: `file:row`, for messages.
@@ -115,7 +119,7 @@ def token_labels(
                 f"at {end} and the text at {len(text)}; labels may be neither empty nor overlap"
             )
         end = part.stop
-    # Of each token the part it belongs to, -1 for none; a part's tokens are then consecutive.
+    # The part that each token belongs to, -1 for none; the tokens of a part are consecutive.
     owners = [_owner(parts, *piece) for piece in token_pieces(ids, tokenizer)]
     return [
         Label(owners.index(i), len(owners) - owners[::-1].index(i), part.skill, part.correct)
@@ -131,17 +135,18 @@ def _owner(parts: Sequence[Label], start: int, stop: int) -> int:
 
 
 def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Of each token, which characters [start, stop) of `tokenizer.decode(ids)` it writes. Tokens
-    that only together make a character all write it; one that writes nothing (a special token)
-    is taken with the next character.
+    """Returns for each token the characters [start, stop) of `tokenizer.decode(ids)` that it
+    writes. Tokens that only together make a character all write it. A token that writes nothing (a
+    special token) is taken with the next character.
 
-    What a token writes depends on a few before it (spaces at a beginning, bytes of a character),
-    so a piece is the difference of two short texts, not of two prefixes.
+    The text of a token depends on a few before it (spaces at the beginning, bytes of a character).
+    A piece is the difference of two short texts: decoding every prefix would take quadratic time.
     """
     ends, length, known, done = [], 0, 0, 0
     for here in range(1, len(ids) + 1):
         before, now = tokenizer.decode(ids[known:done]), tokenizer.decode(ids[known:here])
-        # A replacement character is an unfinished one, unless nothing follows.
+        # A replacement character stands for a character whose bytes are not complete, unless
+        # nothing follows.
         if len(now) > len(before) and (not now.endswith("\ufffd") or here == len(ids)):
             length += len(now) - len(before)
             known, done = done, here
@@ -155,7 +160,7 @@ def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, in
 
 
 def _spans(row: Row, where: str) -> list[Mapping[str, str]]:
-    """The row's `spans`, each with texts `text` and `skill`; none if there is no such column."""
+    """Returns the row's `spans`, each with texts `text` and `skill`; none without such a column."""
     spans = row.get("spans")
     if spans is None:
         return []

@@ -1,4 +1,5 @@
-"""Is a skill map more than chance, and do its experts matter: held-out stability, selectivity."""
+"""Tests of a skill map: its stability, whether it is more than chance; its selectivity, whether the
+experts matter."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ MIN_Z = 3.0
 
 @dataclass(frozen=True)
 class Stability:
-    """How well the clusters of two halves of the probe agree."""
+    """The agreement of the clusters of two halves of the probe."""
 
-    jaccard: float  # shared over all experts, mean over the skills and layers with a cluster
+    jaccard: float  # shared experts over all, mean over the skills and layers with a cluster
     chance: float  # the same, expected for random clusters of these sizes
     z: float  # shared experts beyond chance, in standard deviations
     cells: int  # skills x layers with a cluster in either half
@@ -28,8 +29,9 @@ class Stability:
 
 
 def stability(one: Clusters, other: Clusters, num_experts: int) -> Stability:
-    """Compares two maps cluster by cluster. Chance is hypergeometric: each cluster drawn without
-    regard to the other. Clusters count as independent, which those of one layer are not quite."""
+    """Compares two maps cluster by cluster. Chance is hypergeometric: each cluster drawn
+    independently of the other. Clusters count as independent, which those of one layer are not
+    quite."""
     overlap = chance = excess = variance = 0.0
     cells = 0
     for layers, others in zip(one, other, strict=True):
@@ -49,7 +51,7 @@ def stability(one: Clusters, other: Clusters, num_experts: int) -> Stability:
 
 
 def correlation(lift_LES: torch.Tensor, other_LES: torch.Tensor) -> float:
-    """Pearson's, of the log lifts found in two halves; 0 if either is constant."""
+    """Returns Pearson's correlation of the log lifts of two halves; 0 if either is constant."""
     pair = torch.stack((lift_LES.flatten(), other_LES.flatten())).double().log()
     pair = pair - pair.mean(1, keepdim=True)
     norm = pair.norm(dim=1).prod()
@@ -62,13 +64,13 @@ def stability_warning(
     information: float = 0.0,
     shuffled: Sequence[float] = (),
 ) -> str | None:
-    """One line for the user if the map is not to be relied on.
+    """Returns one line for the user if the map is not to be relied on.
 
     Args:
-        given_token: of the clusters in the map; without_token: of those found from the same
-            halves without regard to the token.
-        information: nats that routes hold about skills given the token; shuffled: the same with
-            the rows' skills shuffled among them.
+        given_token: of the clusters in the map.
+        without_token: of the clusters found from the same halves without regard to the token.
+        information: between experts and skills given the token, in nats.
+        shuffled: the same with the rows' skills shuffled among them.
     """
     if given_token.above_chance:
         if all(information > other for other in shuffled):
@@ -92,11 +94,13 @@ def stability_warning(
 
 
 def selectivity(accuracy_S: torch.Tensor, without_SS: torch.Tensor) -> torch.Tensor:
-    """[S]: the causal test. How much more a skill's accuracy falls when its own cluster is
-    forbidden than the other skills' do (mean); about 0 if the cluster is nothing special.
+    """Returns [S], the causal test: how much more a skill's accuracy falls when its own cluster is
+    forbidden than the other skills' accuracies do (mean); about 0 if the cluster is nothing
+    special.
 
     Args:
-        accuracy_S: with all experts; without_SS[i, j]: of skill j with i's cluster forbidden.
+        accuracy_S: with all experts.
+        without_SS: [i, j] is the accuracy of skill j with i's cluster forbidden.
     """
     fall_SS = accuracy_S - without_SS
     own_S = fall_SS.diagonal()

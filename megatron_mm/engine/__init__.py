@@ -1,1 +1,1 @@
-"""One optimizer step on any layout, and how ranks act together."""
+"""One optimizer step on any layout, and collective decisions of ranks."""

@@ -1,4 +1,4 @@
-"""One optimizer step: megatron-core's DDP, schedule, optimizer and scheduler around a model."""
+"""Engine: a model in megatron-core's DDP, schedule, optimizer and scheduler."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_pipelining_with_interleaving,
     forward_backward_pipelining_without_interleaving,
 )
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.engine.objective import Objective, TeachesRouters
+from megatron_mm.engine.objective import Objective
 from megatron_mm.engine.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -36,19 +35,22 @@ from megatron_mm.engine.optimizer import (
     freeze,
     overlaps,
 )
-from megatron_mm.model.backends.choice import Backend
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.multimodal import MultimodalModel, build
-from megatron_mm.model.routing import Routes, Terms, check_forbidden, check_routes
+from megatron_mm.model.routing import Routes, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import held_positions
+from megatron_mm.report.metrics import DIVISOR, MUTED, Metrics
 
 
 @dataclass
 class Engine:
-    """
+    """Model, optimizer and scheduler of one rank.
+
     Attributes:
-        models: this rank's pipeline stages, each wrapped by DDP; one without virtual stages.
+        models: this rank's pipeline stages, each wrapped by DDP; one unless there are virtual
+            stages.
     """
 
     run: RunConfig
@@ -59,7 +61,7 @@ class Engine:
 
     @property
     def chunks(self) -> list[MultimodalModel]:
-        """This rank's pipeline stages, in the order of the model."""
+        """This rank's pipeline stages, in model order."""
         return [wrapped.module for wrapped in self.models]
 
     @property
@@ -68,8 +70,11 @@ class Engine:
 
     @classmethod
     def create(cls, run: RunConfig, groups: Groups, backend: Backend | None = None) -> Engine:
-        """`backend`: instead of the one that the settings choose."""
-        destroy_moe_metrics_tracker()  # process-wide, and as long as the last model was deep
+        """Builds the engine of this rank. Every rank calls it.
+
+        Args:
+            backend: replaces the backend that the settings choose.
+        """
         chunks = build(run, groups.pg, backend)
         config = chunks[0].config
         reduce, gather = overlaps(run, groups.pg)
@@ -102,53 +107,60 @@ class Engine:
         return cls(run, groups, models, optimizer, build_scheduler(run, optimizer))
 
     def training(self, mode: bool) -> None:
-        """Switch every stage to training or to evaluation."""
+        """Switches every stage to training or evaluation."""
         for model in self.models:
             model.train(mode)
 
     def forward_backward(
-        self, batches: Sequence[Microbatch], objective: Objective, terms: Terms | None = None
-    ) -> list:
-        """Accumulate the gradients of one step; the objective's sums on the last stage.
+        self, batches: Sequence[Microbatch], objective: Objective
+    ) -> list[Metrics]:
+        """Accumulates the gradients of one step.
 
-        Args:
-            terms: if given, filled with the router terms of an objective that `TeachesRouters`:
-                moe index -> sum over this rank's positions of all microbatches.
+        Returns:
+            The numbers of each microbatch that this rank's layers and, on the last stage, the
+            objective added to the metrics.
         """
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         pg = self.groups.pg
+        found = [Metrics() for _ in batches]
+        counts = pg.tp.rank() == 0  # tensor-parallel ranks have the same loss
 
-        def finish(output: torch.Tensor, batch: Microbatch, positions: torch.Tensor):
-            return objective.loss(output, batch, positions, pg)
+        def finish(
+            output: torch.Tensor, batch: Microbatch, positions: torch.Tensor, metrics: Metrics
+        ):
+            metrics = metrics.for_objective() if counts else MUTED
+            total, divisor = objective.loss(output, batch, positions, pg, metrics)
+            metrics.sum(DIVISOR, divisor)
+            return total, divisor, {}
 
-        term = objective.router_term if isinstance(objective, TeachesRouters) else None
-        return self._schedule(
+        self._schedule(
             batches,
             objective.positions,
             finish,
             forward_only=False,
-            router_term=term,
-            terms=terms,
+            of_each=[{"metrics": metrics} for metrics in found],
+            router_term=objective.router_term,
         )
+        return found
 
     def gradient_norm(self) -> float:
-        """Over every parameter of the model, before clipping; the same on every rank."""
+        """L2 norm of all gradients of the model before clipping, the same on every rank."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
     def update(self, gradient_norm: float) -> None:
-        """Clip, step, advance the schedule.
+        """Clips the gradients, updates the parameters and advances the schedule.
 
         Args:
-            gradient_norm: what `gradient_norm` returned for these gradients.
+            gradient_norm: as returned by `gradient_norm` for these gradients.
         """
         clip_and_step(self.optimizer, gradient_norm, self.run.optimizer.clip_grad)
         self.scheduler.step(increment=1)
 
     def learning_rate(self) -> float:
-        """Of the language model; other modules have multiples of it."""
+        """Current learning rate of the language model; other modules have multiples of it."""
         return float(self.scheduler.get_lr({}))
 
     def forward(
@@ -160,24 +172,28 @@ class Engine:
         caches: Sequence[DecodeCache] | None = None,
         routes: Sequence[Routes] | None = None,
     ) -> list:
-        """Forward passes only: `finish(logits, batch, positions)` per microbatch on the last
-        stage, where both callables mean what they mean in `Objective`.
+        """Runs only forward passes.
 
         Args:
+            positions: as in `Objective`.
+            finish: (logits, batch, positions) -> result, called on the last stage, as
+                `Objective.loss`.
             looks: if given, filled with the attention weights of this stage's looks.
-            caches: if given, one for each microbatch, of the rows being decoded. Under a virtual
-                pipeline there are then whole rounds of microbatches.
+            caches: if given, the decoding cache of each microbatch. With virtual stages the number
+                of microbatches must then be a multiple of the pipeline size.
             routes: if given, one for each microbatch, filled with the experts that this rank's
-                layers chose at its positions (`model.routing.whole_routes` makes them whole).
-        """
+                layers chose at its positions (`model.routing.whole_routes` gathers them).
 
+        Returns:
+            The results of `finish` for each microbatch, on the last stage.
+        """
         given = {"cache": caches, "routes": routes}
         of_each = [
             {name: values[n] for name, values in given.items() if values is not None}
             for n in range(len(batches))
         ]
 
-        def collect(output: torch.Tensor, non_loss_data: bool = True, **which):
+        def collect(output: torch.Tensor, metrics: Metrics, non_loss_data: bool = True, **which):
             return finish(output, **which)
 
         with torch.no_grad():
@@ -187,11 +203,14 @@ class Engine:
 
     @contextmanager
     def forbidding(self, experts: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """Without some experts, for evaluation: moe index -> bool [E], True where no token may go.
-        Every rank gives those of every layer.
+        """Disables experts inside the context, for evaluation.
+
+        Args:
+            experts: MoE index -> bool [E], True for disabled experts; of all layers, on every
+                rank.
 
         Raises:
-            ValueError: if fewer experts remain than a token takes.
+            ValueError: fewer experts than top-k remain.
         """
         language, layers = self.run.model.language, self.config.num_layers
         check_forbidden(experts, layers, language.moe_router_topk, language.num_experts)
@@ -226,14 +245,14 @@ class Engine:
                 yield batch.to(device), held_positions(positions(batch), tokens, pg.cp), own
 
         if len(self.models) > 1 and forward_only:
-            # The interleaved schedule takes whole rounds of microbatches only.
+            # The interleaved schedule needs a multiple of the pipeline size.
             batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
         common = {
             "forward_step_func": forward_step(finish, **model_kwargs),
             "data_iterator": [feed(chunk) for chunk in self.chunks],
             "model": self.models,
             "num_microbatches": len(batches),
-            "seq_length": self.run.data.seq_length,  # shapes are exchanged, not derived from it
+            "seq_length": self.run.data.seq_length,  # ignored: stages exchange shapes
             "micro_batch_size": self.run.training.micro_batch_size,
             "forward_only": forward_only,
             "collect_non_loss_data": forward_only,
@@ -248,18 +267,22 @@ class Engine:
 
 
 def forward_step(finish: Callable, **model_kwargs) -> Callable:
-    """What megatron-core's schedules call with an iterator over (batch, held positions, arguments
-    of its own) and a stage: the stage's output and what becomes of it on the last one."""
+    """Returns the forward-step function for megatron-core's schedules. It takes an iterator over
+    (batch, held positions, model arguments of the batch) and a stage, and returns the stage's
+    output and the function that the schedule applies to it on the last stage: `finish(output,
+    batch, positions, metrics)`."""
 
     def step(iterator, model):
         batch, held, own = next(iterator)
         output = model(batch, positions=held, **own, **model_kwargs)
-        return output, partial(finish, batch=batch, positions=held)
+        metrics = own.get("metrics", MUTED)
+        return output, partial(finish, batch=batch, positions=held, metrics=metrics)
 
     return step
 
 
 def _each(models: list[DistributedDataParallel], method: str) -> Callable | list[Callable]:
-    """What the schedules expect: one function, or with virtual stages one of each."""
+    """Returns the method of each model as the schedules expect it: one, or a list if there are
+    virtual stages."""
     functions = [getattr(model, method) for model in models]
     return functions if len(functions) > 1 else functions[0]

@@ -1,8 +1,8 @@
-"""How microbatches reach the ranks, and how ranks agree before they compute.
+"""Distributes microbatches to ranks, and raises errors on all ranks together.
 
-One rank of each data-parallel replica reads; the others receive what it read. A bad row
-is therefore seen by one rank only, so before any schedule starts all ranks of the job
-compare notes: either everyone has a batch, or everyone raises the same error.
+One rank of each data-parallel replica reads and broadcasts to the others, so a bad row is seen by
+one rank only. Before any schedule starts, all ranks of the job exchange errors: either every rank
+has its batches or every rank raises the same error.
 """
 
 from __future__ import annotations
@@ -20,27 +20,37 @@ from megatron_mm.parallel.groups import Groups
 
 
 def raise_together(
-    groups: Groups, error: DataError | str | None, stop: bool = False, plan: int | None = None
+    groups: Groups,
+    error: DataError | str | None,
+    stop: bool = False,
+    fingerprint: int | None = None,
 ) -> bool:
-    """Whether any rank wants to stop; every rank must call it.
+    """Raises on every rank if any rank has an error. Every rank of the job calls it.
 
     Args:
-        plan: of a reader, what it takes the whole job's step to be made of.
+        error: this rank's error, if any.
+        stop: whether this rank wants to stop.
+        fingerprint: on readers, a checksum of the samples in the whole job's step.
+
+    Returns:
+        Whether any rank wants to stop.
+
     Raises:
-        DataError: on every rank, the first rank's error, if any rank has one, or if readers
-            have different plans.
+        DataError: on every rank, the error of the first rank that has one, or if fingerprints of
+            readers differ.
     """
     notes: list = [None] * groups.world.size()
-    dist.all_gather_object(notes, (error, stop, plan), group=groups.world)
+    dist.all_gather_object(notes, (error, stop, fingerprint), group=groups.world)
     for note, _, _ in notes:
         if note is not None:
             raise note if isinstance(note, DataError) else DataError(note)
-    plans = {plan: rank for rank, (_, _, plan) in enumerate(notes) if plan is not None}
-    if len(plans) > 1:
-        one, other, *_ = sorted(plans.values())
+    found = {mark: rank for rank, (_, _, mark) in enumerate(notes) if mark is not None}
+    if len(found) > 1:
+        one, other, *_ = sorted(found.values())
         raise DataError(
-            f"ranks {one} and {other} plan different steps: a data file differs between their "
-            "machines, or one of them could not read a row; make the files the same and resume"
+            f"ranks {one} and {other} chose different samples for a step: a data file differs "
+            "between their machines, or one of them could not read a row; make the files the same "
+            "and resume"
         )
     return any(wants for _, wants, _ in notes)
 
@@ -49,33 +59,34 @@ def receive(
     groups: Groups,
     read: Callable[[], list[Microbatch]],
     stop: bool = False,
-    plan: Callable[[], int] | None = None,
+    fingerprint: Callable[[], int] | None = None,
 ) -> tuple[list[Microbatch], bool]:
-    """The microbatches that the replica's reader read, and whether any rank wants to stop.
+    """Returns (the microbatches that the replica's reader read, whether any rank wants to stop).
 
     Args:
-        read: called on the reader only; may raise DataError.
-        stop: this rank's wish (a signal arrived).
-        plan: called after `read`; see `raise_together`.
+        read: called only on readers; may raise DataError.
+        stop: whether this rank wants to stop (a signal arrived).
+        fingerprint: called after `read`; see `raise_together`.
+
     Raises:
-        DataError: on every rank of the job, if any reader's `read` raised it.
+        DataError: on every rank of the job, if `read` failed on any reader.
     """
-    batches, error, planned = [], None, None
+    batches, error, mark = [], None, None
     if groups.is_reader:
         try:
             batches = read()
-            planned = plan() if plan else None
+            mark = fingerprint() if fingerprint else None
         except DataError as problem:
             error = problem
-        # Nobody may be left waiting for a reader that failed, for whatever reason.
+        # Of any kind: other ranks wait for this reader.
         except Exception as problem:
             error = f"reading failed: {type(problem).__name__}: {problem}"
-    stopping = raise_together(groups, error, stop, planned)
+    stopping = raise_together(groups, error, stop, mark)
     return broadcast_batches(groups, batches), stopping
 
 
 def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
-    """What `make` gives on the replica's reader, on all ranks of the replica.
+    """Calls `make` on the replica's reader and returns its result on all ranks of the replica.
 
     Raises:
         DataError: on every rank of the job, if it failed on any reader.
@@ -88,7 +99,7 @@ def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
             error = problem
         except RLError as problem:
             error = str(problem)
-        except Exception as problem:  # nobody may be left waiting
+        except Exception as problem:  # of any kind: other ranks wait
             error = f"{type(problem).__name__}: {problem}"
     raise_together(groups, error)
     if groups.replica.size() == 1:
@@ -99,10 +110,10 @@ def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
 
 
 def broadcast_batches(groups: Groups, batches: Sequence[Microbatch]) -> list[Microbatch]:
-    """Hand the reader's microbatches to its replica; pixels travel to the first stage only."""
+    """Broadcasts the reader's microbatches to its replica; pixels go to the first stage only."""
     if groups.replica.size() == 1:
         return list(batches)
-    # A new tensor, not a slice: pickling a slice would send all that it is a slice of.
+    # A new tensor, because pickling a slice would send the whole storage.
     envelope = [replace(b, pixels_NCHW=b.pixels_NCHW.new_empty(0)) for b in batches]
     shapes = [tuple(b.pixels_NCHW.shape) for b in batches]
     message = [(envelope, shapes) if groups.is_reader else None]

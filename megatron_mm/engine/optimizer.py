@@ -1,4 +1,4 @@
-"""Which parameters learn, how fast, and with what decay."""
+"""Optimizer and scheduler: learning rates, weight decay and freezing by module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_mm.model.layers.lora import is_adapter
 
 
 def module_of(name: str) -> str:
-    """The module a parameter belongs to: vision, projector, clvr, router or language."""
+    """Returns the module of a parameter: vision, projector, clvr, router or language."""
     if name.startswith("vision.projector."):
         return "projector"
     if name.startswith("vision.memory_proj") or ".looks." in name:
@@ -36,14 +36,14 @@ def module_of(name: str) -> str:
 
 
 def decays(name: str, param: torch.Tensor) -> bool:
-    """No weight decay on norms, biases, layer scales, A_log, dt_bias (all one-dimensional), nor
-    on the class token and the position embedding."""
+    """Whether weight decay applies: not to one-dimensional parameters (norms, biases, layer scales,
+    A_log, dt_bias), the class token and the position embedding."""
     return param.dim() > 1 and not name.endswith(("class_token", "positions"))
 
 
 def freeze(model: torch.nn.Module, run: RunConfig) -> None:
-    """Switch off the gradients of every module whose freeze flag is set, and of what LoRA
-    adapts; adapters always learn."""
+    """Freezes modules whose freeze flag is set and modules that LoRA adapts. Adapters are always
+    trained."""
     for name, param in model.named_parameters():
         module = module_of(name)
         frozen = run.lora.adapts(module) or getattr(run.training, f"freeze_{module}")
@@ -54,9 +54,9 @@ def freeze(model: torch.nn.Module, run: RunConfig) -> None:
 def _overrides(
     run: RunConfig, models: list[DistributedDataParallel]
 ) -> dict[ParamKey, ParamGroupOverride]:
-    """One entry per (module, decays) pair whose settings differ from the default.
+    """Returns an override for each (learning rate, decay) pair that differs from the default.
 
-    Predicates carry the identity of their parameters: megatron-core hands them tensors only.
+    Predicates compare identities of parameters, because megatron-core passes them only tensors.
     """
     settings = run.optimizer
     members: dict[tuple[float, float], set[int]] = {}
@@ -81,21 +81,21 @@ def _overrides(
 
 
 def distributes(run: RunConfig, pg: ProcessGroupCollection) -> bool:
-    """Whether there are replicas to share the optimizer's work. Without them the distributed
-    optimizer would only copy every gradient and parameter once more."""
+    """Whether the distributed optimizer is used: only with replicas, without which it would merely
+    copy every gradient and parameter once more."""
     replicas = max(pg.dp_cp.size(), pg.expt_dp.size())
     return run.parallel.use_distributed_optimizer and replicas > 1
 
 
 def overlaps(run: RunConfig, pg: ProcessGroupCollection) -> tuple[bool, bool]:
-    """Whether gradients are reduced, and parameters gathered, while the model computes."""
+    """Returns whether (gradient reduction, parameter gather) overlap with computation."""
     hides = pg.dp_cp.size() > 1 and platform.device().type == "cuda"
     reduce, gather = overlap_settings(run.parallel, hides)
     return reduce, gather and distributes(run, pg)
 
 
 def overlap_settings(parallel: ParallelConfig, hides: bool) -> tuple[bool, bool]:
-    """What is asked for; what is left open is on where it hides anything."""
+    """Returns the two overlap settings; those left open are on where they hide communication."""
     reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
     reduce = hides if reduce is None else reduce
     hides = hides and reduce and parallel.use_distributed_optimizer
@@ -105,7 +105,7 @@ def overlap_settings(parallel: ParallelConfig, hides: bool) -> tuple[bool, bool]
 def build_optimizer(
     run: RunConfig, models: list[DistributedDataParallel], pg: ProcessGroupCollection
 ) -> MegatronOptimizer:
-    """AdamW; the distributed optimizer where there are replicas, unless switched off."""
+    """Builds AdamW, distributed over replicas unless switched off."""
     settings = run.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -132,16 +132,16 @@ def build_optimizer(
         )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)
-        if isinstance(inner, torch.optim.AdamW):  # neither apex nor Transformer Engine is there
-            # One pass over each tensor instead of ten; megatron-core has no word for it.
+        if isinstance(inner, torch.optim.AdamW):  # without apex and Transformer Engine
+            # One pass over each tensor instead of ten; megatron-core has no setting for it.
             for group in inner.param_groups:
                 group["fused"] = True
     return optimizer
 
 
 def clip_and_step(optimizer: MegatronOptimizer, gradient_norm: float, clip_grad: float) -> None:
-    """`optimizer.step()` with the norm already known. After `prepare_grads`."""
-    scale = clip_grad / (gradient_norm + 1.0e-6)  # as clip_grad_by_total_norm_fp32 has it
+    """Clips by a known norm and updates, as `optimizer.step()` does. Needs `prepare_grads`."""
+    scale = clip_grad / (gradient_norm + 1.0e-6)  # as in clip_grad_by_total_norm_fp32
     if 0.0 < scale < 1.0:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             gradients = [p.grad for p in part.get_parameters() if p.grad is not None]
@@ -151,7 +151,7 @@ def clip_and_step(optimizer: MegatronOptimizer, gradient_norm: float, clip_grad:
 
 
 def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up, then decay to min_lr at train_iters; counted in steps."""
+    """Builds the schedule: warm-up, then decay to min_lr at train_iters, in steps."""
     settings, training = run.optimizer, run.training
     return OptimizerParamScheduler(
         optimizer,

@@ -1,1 +1,1 @@
-"""Questions, answers, scores, and what a pass looks like inside."""
+"""Questions, answers, scores, and probes of a forward pass."""

@@ -1,4 +1,4 @@
-"""Accuracy per skill: greedy answers to the questions of a JSONL file, scored row by row."""
+"""Accuracy per skill: greedy answers to the questions of a file, scored row by row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ Results = dict[str, dict[str, float]]
 
 
 def open_questions(engine: Engine, tokenizer: Tokenizer) -> tuple[EvalSet, list[str]]:
-    """The questions and the key of each. Raises DataError on every rank if a row is bad."""
+    """Opens the validation questions and returns them with the result key of each.
+
+    Raises:
+        DataError: on every rank, if a row is bad.
+    """
     run, questions, keys, error = engine.run, None, [], None
     try:
         questions = EvalSet(run.data.valid_data, run, tokenizer, run.evaluation.eval_samples)
@@ -42,13 +46,13 @@ def open_questions(engine: Engine, tokenizer: Tokenizer) -> tuple[EvalSet, list[
 def _answers(
     engine: Engine, tokenizer: Tokenizer, questions: EvalSet, asked: list[int], stop
 ) -> list[tuple[int, EvalItem, str]] | None:
-    """(index, question, answer) of each question that this replica is asked; none on ranks that
-    do not read; None if any rank wants to stop."""
+    """Returns (index, question, answer) of each question in `asked`, on the reader; an empty list
+    on other ranks; None if any rank wants to stop."""
     settings, items = engine.run.evaluation, []
 
     def read(number: int) -> Sample:
         item = questions[asked[number]]
-        items.append(replace(item, sample=None))  # its pixels need not be kept
+        items.append(replace(item, sample=None))  # pixels are no longer needed
         return item.sample
 
     found = generate(
@@ -78,14 +82,18 @@ def ask(
     keys: Sequence[str],
     stop: Callable[[], bool] = lambda: False,
 ) -> list[dict] | None:
-    """One record for each of the chosen questions, in their order; the same on every rank. None
-    if `stop` turned true on any rank. Every rank of the job calls it.
+    """Asks questions and scores the answers. Every rank of the job calls it.
 
     Args:
-        keys: of all questions.
+        chosen: indices of the questions.
+        keys: result keys of all questions.
+
+    Returns:
+        A record for each chosen question, by index, the same on every rank; None if `stop`
+        returned true on any rank.
     """
     groups = engine.groups
-    # Questions of one kind stay together, since their answers are of one length.
+    # Questions of one key are asked together, since their answers have similar lengths.
     order = sorted(chosen, key=keys.__getitem__)
     asked = order[groups.pg.dp.rank() :: groups.pg.dp.size()]
     found = _answers(engine, tokenizer, questions, asked, stop)
@@ -105,10 +113,15 @@ def ask(
 def evaluate(
     engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool] = lambda: False
 ) -> tuple[Results, list[dict]]:
-    """(results by key, one record per question); the same on every rank.
+    """Evaluates the model on the validation questions. Every rank of the job calls it.
 
-    Every rank of the job calls it. A result holds accuracy and chance (the best constant answer)
-    from 0 to 1 and the number of questions n. Both are empty if `stop` turned true on any rank.
+    Returns:
+        (results by key, a record per question), the same on every rank; both empty if `stop`
+        returned true on any rank. A result holds accuracy and chance (score of the best constant
+        answer), from 0 to 1, and the number of questions n.
+
+    Raises:
+        DataError: on every rank, if a row is bad.
     """
     questions, keys = open_questions(engine, tokenizer)
     records = ask(engine, tokenizer, questions, range(len(keys)), keys, stop)
@@ -124,12 +137,12 @@ def evaluate(
 
 
 def write_record(groups: Groups, path: Path, record: dict, indent: int | None = None) -> None:
-    """The first rank writes `record` as JSON; see `write_text`."""
+    """Writes `record` as JSON on the first rank; see `write_text`."""
     write_text(groups, path, json.dumps(record, indent=indent) + "\n")
 
 
 def write_text(groups: Groups, path: Path, text: str) -> None:
-    """The first rank writes a file. Every rank calls it.
+    """Writes a file on the first rank. Every rank calls it.
 
     Raises:
         DataError: on every rank, if it cannot be written.
@@ -153,8 +166,13 @@ def write_results(
     iteration: int,
     seconds: float,
 ) -> None:
-    """results.json: the accuracies, and what was trained where; answers.jsonl: the record of every
-    question, to compare runs question by question. Every rank calls it."""
+    """Writes results.json (accuracies, model size and layout) and answers.jsonl (the record of
+    every question, to compare runs question by question). Every rank calls it.
+
+    Args:
+        iteration: optimizer steps done.
+        seconds: time trained.
+    """
     run, groups = engine.run, engine.groups
     sizes = {name: math.prod(layout.global_shape) for name, _, layout in layouts(*engine.chunks)}
     parts: list = [None] * groups.world.size()

@@ -1,5 +1,5 @@
-"""evaluation.json: example questions with where the model looked, and experts by skill;
-experts_before.json: the same experts before training."""
+"""Writes evaluation.json, with example questions, attention of looks and experts by skill, and
+experts_before.json, with the experts before training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import look_memories, parse_pattern, token_multiple
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches, receive
@@ -25,12 +26,13 @@ PROBED_PER_KEY = 32  # questions behind the experts-by-skill map, in one microba
 
 
 def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], folder: Path) -> None:
-    """Probes some answered questions of every key and writes folder/evaluation.json.
+    """Probes some answered questions of every key and writes folder/evaluation.json. Every rank
+    calls it.
 
     Args:
-        records: of `evaluate`, the same on every rank. Every rank calls it.
+        records: records of `evaluate`, the same on every rank.
     """
-    # Every replica does the same work: with expert parallelism they share forward passes.
+    # All replicas do the same work, because expert parallelism couples their forward passes.
     questions = EvalSet(engine.run.data.valid_data, engine.run, tokenizer)
     examples: list[dict] = []
     load: dict[str, Load] = {}
@@ -53,8 +55,8 @@ def write_experts_before(
     engine: Engine, tokenizer: Tokenizer, folder: Path, stop: Callable[[], bool]
 ) -> None:
     """Writes folder/experts_before.json: experts by skill over the questions that `write_examples`
-    will probe, with the answers that the model gives now. Nothing is written if `stop` turned
-    true on any rank. Every rank calls it."""
+    will probe, with the model's current answers. Writes nothing if `stop` returns true on any rank.
+    Every rank calls it."""
     questions, keys = open_questions(engine, tokenizer)
     probed = _probed(keys)
     chosen = sorted(place for places in probed.values() for place in places)
@@ -73,13 +75,13 @@ def write_experts_before(
 
 
 def _probed(keys: Sequence[str]) -> dict[str, list[int]]:
-    """Returns the places in `keys` that are probed for each key."""
+    """Chooses the positions in `keys` to probe, by key."""
     places: dict[str, list[int]] = defaultdict(list)
     for place, key in enumerate(keys):
         places[key].append(place)
     chosen = {}
     for turn, key in enumerate(sorted(places)):
-        # Keys ask about the same images in the same order: begin elsewhere for each.
+        # Keys ask about the same images in the same order, so each begins at another place.
         first = turn * SHOWN_PER_KEY % max(1, len(places[key]) - PROBED_PER_KEY)
         chosen[key] = places[key][first : first + PROBED_PER_KEY]
     return chosen
@@ -121,18 +123,19 @@ def _example(record: dict, item: EvalItem, folder: Path) -> dict:
 def _looks(
     engine: Engine, tokenizer: Tokenizer, item: EvalItem, answer: list[int], looks: Looks, i: int
 ) -> list[dict]:
-    """Returns the weights of each look over the first image, in reading order of the patches of
-    the memory that it reads."""
+    """Attention weights of each look over the first image, with the patches of the memory that it
+    reads in reading order."""
     if not item.sample.images:
         return []
     model = engine.run.model
     layers, reads = parse_pattern(model.hybrid_layer_pattern), look_memories(model)
+    opened = [n for n, layer in enumerate(layers) if LAYERS[layer.kind].pair == "opens"]
     found = []
     for pair in sorted(looks):
         where = item.sample.images[0].memories[reads[pair].name].coordinates_M2
         rows, columns = len(where[:, 0].unique()), len(where[:, 1].unique())
         order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
-        at = next(n for n, la in enumerate(layers) if la.kind == "L" and la.pair == pair)
+        at = opened[pair]
         before = [layer.number for layer in layers[:at] if layer.number is not None]
         weights = looks[pair][i][: len(answer), : len(where)][:, order]
         found.append(
@@ -149,7 +152,7 @@ def _looks(
 
 
 def _experts(load: dict[str, Load]) -> dict:
-    """Returns the share of each expert among the choices made, per key and layer."""
+    """Share of each expert in the routing choices, by key and layer."""
     keys = sorted(load)
     layers = sorted({layer for counts in load.values() for layer in counts})
     shares = [

@@ -1,7 +1,7 @@
-"""The inside of a forward pass: where the looks attended, which experts were chosen.
+"""Probes a forward pass: attention weights of looks and expert choices.
 
-For evaluation and reports only. Each rank reduces what it saw of a microbatch and sends small
-tables to the replica's reader.
+For evaluation and reports only. Each rank reduces its part of a microbatch to small tables, which
+go to the replica's reader.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from megatron_mm.parallel.sequence import part, shard, take
 # pair -> per sample [answer tokens, patches of that sample in the memory that the look reads],
 # averaged over heads
 Looks = dict[int, list[torch.Tensor]]
-# layer number -> [samples, experts]: tokens of each sample that chose each expert
+# layer number -> [samples, experts]: number of tokens of each sample routed to each expert
 Load = dict[int, torch.Tensor]
 
 
 def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple[Looks, Load]:
-    """Runs one microbatch forward. Returns what it looked like inside on the replica's reader, two
-    empty dicts elsewhere. Every rank of the job calls it.
+    """Runs a microbatch forward and returns looks and expert loads, on the replica's reader; empty
+    on other ranks. Every rank of the job calls it.
 
     Args:
-        batch: prompts with their answers, without or with a padding tail.
-        prompt_lengths: tokens of each sample that come before its answer. The attention
-            weights are those of the positions that chose the answer's tokens: from the last
-            prompt token on.
+        batch: prompts with their answers, with or without a padding tail.
+        prompt_lengths: tokens of each sample before its answer. Attention weights are those of the
+            positions that predict the answer's tokens, from the last prompt token on.
     """
     samples = len(prompt_lengths)
     lengths = batch.cu_seqlens.diff()[:samples]
-    sample_of_T = torch.full((len(batch.tokens_T),), samples)  # the padding tail: dropped
+    sample_of_T = torch.full((len(batch.tokens_T),), samples)  # of the padding tail, dropped later
     covered = int(lengths.sum())
     sample_of_T[:covered] = torch.arange(samples).repeat_interleave(lengths)
     weights: dict[int, list[torch.Tensor]] = {}
@@ -71,7 +70,8 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
 def _count(
     routes_tk: torch.Tensor, sample_of_t: torch.Tensor, samples: int, experts: int
 ) -> torch.Tensor:
-    """Returns fp32 [samples, experts]: how many of a sample's positions here chose each expert."""
+    """fp32 [samples, experts]: number of each sample's positions on this rank routed to each
+    expert."""
     table = torch.zeros(samples + 1, experts)
     where = sample_of_t.unsqueeze(1), routes_tk.long().cpu()
     return table.index_put_(where, torch.ones(()), accumulate=True)[:samples]
@@ -91,17 +91,17 @@ def _answer_rows(
     prompt: int,
     patches: int,
 ) -> torch.Tensor:
-    """Returns [answer tokens, patches] of one sample; zero where another context-parallel rank
-    holds the position.
+    """Attention weights of one sample's answer, [answer tokens, patches]; zero at positions of
+    other context-parallel ranks.
 
     Args:
-        seen: of each sample that has a piece here, [its positions here, its patches].
+        seen: weights of each sample with positions on this rank, [positions here, patches].
     """
     rows = torch.zeros(int(stream.lengths[sample]) - prompt, patches)
     place = sample - local.first
     if not 0 <= place < local.count:
         return rows
-    # Position of the piece's first token within its sample; the answer's first row is at prompt-1.
+    # Row of the first position held here; the answer's first row is at position prompt - 1.
     begins = int(local.origin + local.starts[place] - stream.starts[sample]) - (prompt - 1)
     first, stop = max(0, begins), min(len(rows), begins + int(local.lengths[place]))
     if first < stop:
@@ -110,8 +110,8 @@ def _answer_rows(
 
 
 def _merge(parts: list[tuple[Looks, Load]], tp_size: int) -> tuple[Looks, Load]:
-    """Joins what the ranks of a replica saw. Heads are split over tensor-parallel ranks, positions
-    over context-parallel ones, and the positions of the routes over both."""
+    """Sums the parts of all ranks. Heads are split over tensor-parallel ranks, positions over
+    context-parallel ranks, and positions of routes over both."""
     looks: Looks = {}
     load: Load = defaultdict(lambda: torch.zeros(()))
     for some_looks, some_load in parts:

@@ -1,4 +1,4 @@
-"""The questions of an evaluation: prompts without their answers."""
+"""Questions of an evaluation: prompts without their answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_mm.evaluation.scoring import SCORERS, result_key
 
 @dataclass
 class EvalItem:
-    """One question. `sample` ends where the answer begins."""
+    """Question of an evaluation. `sample` ends where the answer begins."""
 
     sample: Sample
     question: str  # the last user turn, as written in the row
@@ -27,16 +27,20 @@ class EvalItem:
     skill: str
     form: str
     scorer: str
-    key: str  # what its result is reported under
-    images: list[Path]  # those that are files; images inside the row have no path
+    key: str  # under which its result is reported
+    images: list[Path]  # image files; images inside the row have no path
 
 
 class EvalSet:
-    """The rows of a JSONL or parquet file as questions, in file order.
+    """Questions in a JSONL or parquet file, in file order.
 
-    A row without `ground_truth` is compared with its last answer; without `scorer`, exactly.
-    `limit` keeps the first rows only. Raises DataError for a missing or empty file at
-    construction and for a bad row on access.
+    A row without `ground_truth` is compared with its last answer, a row without `scorer` exactly.
+
+    Args:
+        limit: number of rows to use from the start of the file; None: all.
+
+    Raises:
+        DataError: at construction, the file is missing or empty; on access, the row is bad.
     """
 
     def __init__(
@@ -50,7 +54,11 @@ class EvalSet:
         return self._length
 
     def key(self, index: int) -> str:
-        """What the result of a row is reported under, without building its sample."""
+        """Returns the result key of a row without building its sample.
+
+        Raises:
+            DataError: the row is bad.
+        """
         file, index = self._rows.locate(index)
         row = file[index]
         try:
@@ -89,7 +97,7 @@ class EvalSet:
         )
 
     def collate(self, items: list[EvalItem], pad_multiple: int = 1) -> Microbatch:
-        """The prompts of `items` as one microbatch (nothing in it is supervised)."""
+        """Packs the prompts of `items` into a microbatch without supervision."""
         return collate(
             [item.sample for item in items],
             settings=self._builder.settings,

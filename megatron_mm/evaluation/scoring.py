@@ -1,4 +1,4 @@
-"""How an answer is compared with the truth, and under which name it is reported."""
+"""Scores answers against the truth, and names the results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from megatron_mm.errors import DataError
 
 
 def score(scorer: str, prediction: str, ground_truth: str) -> float:
-    """The share of `prediction` that is right, from 0 to 1.
+    """Returns the share of `prediction` that is right, from 0 to 1.
 
-    exact: all or nothing, outer whitespace ignored. per_word: position by position; missing
-    and surplus words count as wrong. last_word: the final word alone (an answer after its
-    steps). per_clause: as per_word, on the last word of each comma-separated clause.
-    Raises DataError for an unknown scorer.
+    Args:
+        scorer: "exact": all or nothing, outer whitespace ignored. "per_word": word by word;
+            missing and surplus words are wrong. "last_word": only the last word (an answer after
+            its steps). "per_clause": as per_word, on the last word of each comma-separated clause.
+
+    Raises:
+        DataError: the scorer is unknown.
     """
     if scorer not in SCORERS:
         raise DataError(f"scorer {scorer!r} is unknown; use one of {', '.join(SCORERS)}")
@@ -24,8 +27,12 @@ def score(scorer: str, prediction: str, ground_truth: str) -> float:
 
 
 def result_key(row: Mapping[str, Any]) -> str:
-    """The name a row's result is reported under: `skill`, or `skill/form` when the form is
-    not the direct one."""
+    """Returns the key under which a row's result is reported: `skill`, or `skill/form` unless the
+    form is "direct".
+
+    Raises:
+        DataError: skill or form is not text.
+    """
     skill, form = row.get("skill") or "all", row.get("form") or "direct"
     for name, value in (("skill", skill), ("form", form)):
         if not isinstance(value, str):
@@ -34,10 +41,11 @@ def result_key(row: Mapping[str, Any]) -> str:
 
 
 def chance(answers: Iterable[tuple[str, str, str]]) -> dict[str, float]:
-    """For each result key, the mean score of the best constant answer.
+    """Returns for each result key the mean score of the best constant answer, chosen for each
+    scorer of the key.
 
-    `answers` are (key, scorer, ground truth). A key with several scorers gets the best
-    constant of each.
+    Args:
+        answers: (key, scorer, ground truth) of every question.
     """
     truths: dict[str, dict[str, list[str]]] = {}
     for key, scorer, truth in answers:
@@ -53,7 +61,7 @@ def _best_constant(scorer: str, truths: list[str]) -> float:
     if scorer == "last_word":
         truths = [_last(truth) for truth in truths]
     candidates = [truth for truth, _ in Counter(truths).most_common(20)]
-    # For answers scored word by word the best constant takes each word by itself.
+    # For answers scored word by word, the best constant is chosen word by word.
     columns = zip(*(truth.split() for truth in truths), strict=False)
     words = [Counter(column).most_common(1)[0][0] for column in columns]
     candidates.append((", " if scorer == "per_clause" else " ").join(words))
@@ -77,7 +85,7 @@ def _per_clause(prediction: str, truth: str) -> float:
 
 
 def _last(text: str) -> str:
-    # Punctuation around a word is no part of the answer, a sign or decimal point is.
+    # Punctuation around a word is not part of the answer; a sign or decimal point is.
     words = re.findall(r"-?\w+(?:[.\-]\w+)*", text)
     return words[-1] if words else ""
 

@@ -1,1 +1,1 @@
-"""Completions of prompts, on any layout."""
+"""Generation of completions on any layout."""

@@ -1,4 +1,4 @@
-"""Prompts with answers behind them."""
+"""Appends answers to prompts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from megatron_mm.data.batch import Microbatch
 def with_answers(
     prompts: Microbatch, answers_NG: torch.Tensor, pad_id: int, pad_multiple: int
 ) -> Microbatch:
-    """Returns the prompts, each followed by its G answer tokens, as a new microbatch.
+    """Returns a microbatch of the prompts, each followed by its G answer tokens.
 
     Args:
         prompts: N samples without padding tail.
-        answers_NG: int64.
+        answers_NG: int64 [N, G].
+        pad_multiple: the length of the stream is padded to a multiple of it.
     """
     count, grown = answers_NG.shape
     lengths = prompts.cu_seqlens.diff()
     sample = torch.arange(count).repeat_interleave(lengths)
-    shift = torch.arange(count) * grown  # what stands before sample n has grown this much
+    shift = torch.arange(count) * grown  # tokens added before sample n
 
     def moved(positions: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
         return positions + shift[owner]

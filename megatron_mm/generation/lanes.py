@@ -1,7 +1,7 @@
-"""The rows in which completions are generated: who is in them, what they have, when they end.
+"""Lanes: the rows in which completions are generated.
 
-A lane is what one microbatch of a decoding step is made of. All ranks of a replica keep equal
-books on it, since all of them know the drawn tokens.
+A lane is one microbatch of a decoding step. All ranks of a replica know the drawn tokens, so each
+keeps the same state of every lane.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ FREE = -1
 
 @dataclass(frozen=True)
 class Completion:
-    """
+    """Completion of a prompt.
+
     Attributes:
-        tokens_G: int64; the last one is a stop token if `finished`, else the length ran out.
-        logprobs_G: fp32, of each token under the model that drew it, at its temperature.
-        routes_SLk: int16, if asked for: the experts that prompt and completion but its last token,
-            which no router saw, went through in each layer of this rank.
+        tokens_G: int64. The last one is a stop token if `finished`; otherwise the length limit was
+            reached.
+        logprobs_G: fp32, log-probability of each token under the model that drew it, at its
+            temperature.
+        routes_SLk: int16, if recorded: experts chosen in each MoE layer of this rank, for prompt
+            and completion without its last token, which no router saw.
     """
 
     tokens_G: torch.Tensor
@@ -34,16 +37,16 @@ class Completion:
 
 
 class Lane:
-    """R rows, free or generating one completion each.
+    """R rows, each free or generating one completion.
 
     Attributes:
-        number_R: int64, decides with the count what is drawn; no two completions share one.
-        count_R: int64, tokens drawn.
+        number_R: int64, unique per completion; with the count it seeds the next draw.
+        count_R: int64, number of tokens drawn.
     """
 
     def __init__(self, rows: int, max_tokens: int):
         self.cache = DecodeCache(rows)
-        self.owner_R2 = torch.full((rows, 2), FREE)  # (prompt, which of its completions)
+        self.owner_R2 = torch.full((rows, 2), FREE)  # (prompt, index of the completion)
         self.number_R = torch.zeros(rows, dtype=torch.int64)
         self.count_R = torch.zeros(rows, dtype=torch.int64)
         self.tokens_RG = torch.zeros(rows, max_tokens, dtype=torch.int64)
@@ -55,7 +58,7 @@ class Lane:
 
     @property
     def busy_rows(self) -> torch.Tensor:
-        """int64"""
+        """int64 indices of the rows that are generating."""
         return self.active_R.nonzero().flatten()
 
     @property
@@ -63,8 +66,13 @@ class Lane:
         return int((~self.active_R).sum())
 
     def fill(self, batch: Microbatch, prompts: range, numbers: Sequence[int], group: int) -> None:
-        """Give free rows to `group` completions of each sample of `batch`, which are `prompts`;
-        the forward pass of the batch then fills their caches."""
+        """Assigns free rows to `group` completions of each sample of `batch`. The forward pass of
+        the batch then fills their caches.
+
+        Args:
+            prompts: indices of the samples among the prompts.
+            numbers: see `Prompts.numbers`.
+        """
         (rows,) = (~self.active_R).nonzero(as_tuple=True)
         rows = rows[: len(prompts) * group]
         prompt = torch.arange(len(prompts)).repeat_interleave(group)
@@ -78,8 +86,8 @@ class Lane:
     def advance(
         self, rows: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, stops: Sequence[int]
     ) -> Iterator[tuple[int, int, Completion]]:
-        """Append a token to each of these rows; (prompt, sample, completion) of those that it
-        ends, whose rows are free from then on."""
+        """Appends a token to each of `rows`. Yields (prompt, index, completion) for completions
+        that end with it, and frees their rows."""
         place = self.count_R[rows]
         self.tokens_RG[rows, place] = tokens
         self.logprobs_RG[rows, place] = logprobs
@@ -92,7 +100,7 @@ class Lane:
             routes = self.cache.routes.tensors.get("experts")
             if routes is not None:
                 routes = routes[row, :, : self.cache.lengths_R[row]].transpose(0, 1)
-                # A copy wherever the cache is: the row will be filled again.
+                # Copied even on the CPU, because the row will be refilled.
                 routes = routes.to("cpu", copy=True)
             done = Completion(tokens_G.clone(), logprobs_G.clone(), finished, routes)
             prompt, sample = self.owner_R2[row].tolist()
@@ -100,7 +108,7 @@ class Lane:
             yield prompt, sample, done
 
     def shrink(self, multiple: int) -> None:
-        """Forget free rows once half of all are free; the number of rows stays a multiple."""
+        """Drops free rows once half of all are free, keeping a multiple of `multiple` rows."""
         busy = self.busy_rows
         wanted = max(1, -(-len(busy) // multiple)) * multiple
         if 2 * wanted > self.cache.rows:
@@ -112,7 +120,7 @@ class Lane:
             setattr(self, name, getattr(self, name)[rows])
 
     def next_tokens(self, pad_id: int) -> Microbatch:
-        """The last token of every row, each a sample of one position; pads in free rows."""
+        """Returns one position per row: its last token, or a pad token if the row is free."""
         rows = torch.arange(self.cache.rows)
         tokens = self.tokens_RG[rows, (self.count_R - 1).clamp(min=0)]
         return Microbatch.build(

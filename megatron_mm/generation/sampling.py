@@ -1,8 +1,8 @@
-"""From logits to a token and its log-probability, the same on every layout.
+"""Draws tokens from logits, the same on every layout.
 
-What is drawn for a row depends on the seed, the row's own number and how many tokens it has:
-on no generator, and on nothing that shares its batch. So a layout, a refilled row or a resumed
-run draw the same tokens, up to logits that rounding puts on the other side of a boundary.
+A draw depends only on the seed, the completion's number and its number of tokens, not on a
+generator or on other rows of the batch. So every layout, refilled row and resumed run draws the
+same tokens, except where rounding moves a logit across a boundary.
 
 Shapes: N rows, V vocabulary.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 # Constants of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-# generators"), as signed 64-bit integers, whose products wrap around.
+# generators", OOPSLA), as signed 64-bit integers, whose products wrap around.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX2 = 0x94D049BB133111EB - 2**64
@@ -22,16 +22,17 @@ _MIX2 = 0x94D049BB133111EB - 2**64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Sampling settings.
 
     Attributes:
-        temperature: logits are divided by it; 0: always the best token (and log-probabilities
-            as at 1).
-        top_p: only the likeliest tokens that together reach it; 1: all.
-        top_k: only so many of the likeliest tokens; 0: all.
-        router_temperature: experts are drawn too, from the softmax of their router's logits over
-            it; 0: always the best. A prompt, run once for all of its completions, takes the best.
-        stop_ids: a completion ends with the first of them.
+        stop_ids: a completion ends with the first of these tokens.
+        max_tokens: length limit of a completion.
+        temperature: divisor of the logits; 0: greedy, with log-probabilities as at 1.
+        top_p: draw only from the likeliest tokens whose probabilities reach this sum; 1: all.
+        top_k: draw only from this many of the likeliest tokens; 0: all.
+        router_temperature: experts of completion tokens are drawn from the softmax of the router's
+            logits divided by it; 0: greedy. Prompts, prefilled once for all of their completions,
+            are always routed greedily.
     """
 
     stop_ids: tuple[int, ...]
@@ -44,17 +45,25 @@ class Sampling:
 
 
 def uniforms(seed: int, row_N: torch.Tensor, step_N: torch.Tensor) -> torch.Tensor:
-    """fp64 [N] in [0, 1): one number for each (seed, row, step), row and step int64."""
+    """Returns uniform numbers in [0, 1), fp64 [N], one for each (seed, row, step).
+
+    Args:
+        row_N, step_N: int64.
+    """
     return _unit(_state(seed, row_N, step_N))
 
 
 def gumbels(
     seed: int, row_N: torch.Tensor, step_N: torch.Tensor, place_K: torch.Tensor
 ) -> torch.Tensor:
-    """fp32 [N, K], standard Gumbel: a number for each (seed, row, step, place), independent of
-    `uniforms`; rows, steps and places (0 and up) int64."""
+    """Returns standard Gumbel numbers, fp32 [N, K], one for each (seed, row, step, place),
+    independent of `uniforms`.
+
+    Args:
+        row_N, step_N, place_K: int64, from 0.
+    """
     state_NK = _mix(_state(seed, row_N, step_N).unsqueeze(1) + (place_K + 1) * _GOLDEN)
-    # Never 0, whose logarithm is none.
+    # Clamped, because the logarithm of 0 is not finite.
     return -(-_unit(state_NK).clamp(min=2.0**-54).log()).log().float()
 
 
@@ -71,10 +80,13 @@ def _unit(state: torch.Tensor) -> torch.Tensor:
 def draw(
     logits_NV: torch.Tensor, sampling: Sampling, uniform_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, int64 [N], and their log-probabilities, fp32 [N].
+    """Draws tokens, int64 [N], and returns them with their log-probabilities, fp32 [N].
 
-    The log-probability is the model's at this temperature, over the whole vocabulary: what
-    the trainer computes for the same token. top_p and top_k narrow what is drawn only.
+    Log-probabilities are the model's at this temperature over the whole vocabulary, as the trainer
+    computes them; top_p and top_k affect only the draw.
+
+    Args:
+        uniform_N: uniform numbers in [0, 1).
     """
     logits_NV = logits_NV.float()
     if sampling.temperature == 0:
@@ -87,28 +99,28 @@ def draw(
 
 
 def _narrowed(logits_NV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """-inf where a token may not be drawn; the likeliest always may."""
+    """Sets the logits of excluded tokens to -inf. The likeliest token is never excluded."""
     if 0 < sampling.top_k < logits_NV.shape[1]:
         least_N1 = logits_NV.topk(sampling.top_k, dim=1).values[:, -1:]
         logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
     if sampling.top_p < 1:
         ordered_NV, order_NV = logits_NV.sort(dim=1, descending=True, stable=True)
         probs_NV = ordered_NV.softmax(1)
-        before_NV = probs_NV.cumsum(1) - probs_NV  # what likelier tokens have already
+        before_NV = probs_NV.cumsum(1) - probs_NV  # probability of likelier tokens
         out_NV = (before_NV >= sampling.top_p).scatter(1, order_NV, before_NV >= sampling.top_p)
         logits_NV = logits_NV.masked_fill(out_NV, -torch.inf)
     return logits_NV
 
 
 def _inverse_cdf(probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
-    """The token at whose step the running sum passes u."""
+    """Returns the first token at which the cumulative probability exceeds u."""
     total_NV = probs_NV.double().cumsum(1)  # fp32 would lose the tail of a large vocabulary
     whole_N1 = total_NV[:, -1:]
     target_N1 = uniform_N.to(total_NV.device)[:, None] * whole_N1
-    # Rounding may reach the whole, which no token passes.
+    # Rounding may reach the total, which no cumulative sum exceeds.
     target_N1 = target_N1.minimum(whole_N1.nextafter(torch.zeros_like(whole_N1)))
     tokens_N = torch.searchsorted(total_NV, target_N1, right=True).squeeze(1)
-    # Only where a probability is NaN: then so is the log-probability, and the step will say so.
+    # Beyond the last token only if a probability is NaN; the step then fails on the NaN loss.
     return tokens_N.clamp(max=probs_NV.shape[1] - 1)
 
 
@@ -119,5 +131,5 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical, not arithmetic."""
+    """Logical shift to the right."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,7 +1,7 @@
 """The parameters of a model without the model: names and whole shapes, from its config alone.
 
 The model's own constructors run, on one rank, with tensors that have a shape but no memory;
-so there is no second description of what a model is made of. 80B parameters take a second.
+so there is no second description of a model's parts. 80B parameters take a second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The facts about a microbatch that every layer of a stage needs, worked out once per stage.
+"""Facts about the microbatch that every layer of a stage shares, worked out once per stage.
 
 All of them follow from the batch's lengths and offsets, which every rank has; nothing here
 crosses the wire.
@@ -6,8 +6,9 @@ crosses the wire.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,10 +17,10 @@ from megatron_mm.config import Layer, Memory, ModelConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.layers.clvr import MemoryMap
-from megatron_mm.model.layers.rotary import rotary_table
 from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
+from megatron_mm.report.metrics import MUTED, Metrics
 
 
 def memory_rows(batch: Microbatch, memory: Memory, tp_size: int) -> int:
@@ -35,7 +36,7 @@ class StreamContext:
     Attributes:
         segments: of the whole stream.
         local: of this context-parallel rank's part of it.
-        rotary: (cos, sin) of the part, each [T / CP, rotary_dim] in fp32.
+        position_ids_t: int64 [T / CP], positions inside their samples, of the part.
         padding_1t: bool, True on this rank's positions that are padding; None without padding.
         supervised_tokens: of the whole microbatch, a scalar.
         memories: name -> who may look at which patch, for the memories that the looks of this
@@ -43,13 +44,15 @@ class StreamContext:
         recomputing: the pass is a repetition for the backward pass.
         looks: pair -> attention weights, filled when recording (evaluation only).
         cache: of the rows being decoded.
-        routing: what is asked of the routers, if anything.
+        routing: requests to the routers, if there are any.
         watch: called with every layer and its output (parity tests, diagnostics).
+        shared: results of `once`.
+        first_pass_metrics: see `metrics`.
     """
 
     segments: Segments
     local: Segments
-    rotary: tuple[torch.Tensor, torch.Tensor]
+    position_ids_t: torch.Tensor
     padding_1t: torch.Tensor | None
     supervised_tokens: torch.Tensor
     memories: dict[str, MemoryMap]
@@ -58,6 +61,8 @@ class StreamContext:
     cache: DecodeCache | None = None
     routing: Routing | None = None
     watch: Callable[[Layer, torch.Tensor], None] | None = None
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+    first_pass_metrics: Metrics = MUTED
 
     @classmethod
     def build(
@@ -71,9 +76,8 @@ class StreamContext:
         Args:
             read: the memories that the looks of this stage read.
         """
-        language, device = model.language, batch.tokens_T.device
+        device = batch.tokens_T.device
         segments = Segments.from_cu_seqlens(batch.cu_seqlens, device)
-        rotary_dim = int(language.kv_channels * language.rotary_percent)
         tokens = segments.total
         mine = part(tokens, pg.cp)
         local = segments.within(mine)
@@ -93,11 +97,24 @@ class StreamContext:
         return cls(
             segments,
             local,
-            rotary_table(take(batch.position_ids_T, mine), rotary_dim, language.rotary_base),
+            take(batch.position_ids_T, mine),
             padding,
             batch.loss_mask_T.sum(),
             memories,
         )
+
+    @property
+    def metrics(self) -> Metrics:
+        """Takes numbers from any layer: `context.metrics.mean("moe/entropy", entropy)`. A repeated
+        pass adds none, nor does a pass that is not trained on."""
+        return MUTED if self.recomputing else self.first_pass_metrics
+
+    def once[T](self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns `make()`, computed by the first layer that asks and shared by all that give the
+        same key; for tables that depend on no parameter."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def look_record(self, pair: int) -> list[torch.Tensor] | None:
         """Returns the list that a look's attention weights are added to; None: none is wanted."""

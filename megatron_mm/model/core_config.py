@@ -1,4 +1,4 @@
-"""Our settings in megatron-core's words: the one place where a TransformerConfig is made."""
+"""Settings in megatron-core's words: the one place where a TransformerConfig is made."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config import RunConfig, effective_pattern, num_layers
+from megatron_mm.config.families import vision_family
+from megatron_mm.config.objectives import declaration
 
 
 def language_config(run: RunConfig) -> TransformerConfig:
-    """For the language stack, and for the schedule, DDP and optimizer."""
+    """Configures the language stack, the schedule, DDP and the optimizer."""
     language, parallel, training = run.model.language, run.parallel, run.training
     backend = run.backend
     tp = parallel.tensor_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     interleaved = virtual > 1
-    rl = training.objective == "grpo"
-    balance = run.rl.rl_moe_aux_loss_coeff if rl else language.moe_aux_loss_coeff
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     return TransformerConfig(
         num_layers=num_layers(effective_pattern(run.model)),
@@ -41,7 +41,7 @@ def language_config(run: RunConfig) -> TransformerConfig:
         moe_shared_expert_intermediate_size=language.moe_shared_expert_intermediate_size,
         moe_shared_expert_gate=True,
         moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=balance,
+        moe_aux_loss_coeff=declaration(run).moe_aux_loss_coeff(run),
         moe_router_dtype=language.moe_router_dtype,
         moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
         moe_shared_expert_overlap=parallel.moe_shared_expert_overlap,
@@ -51,11 +51,11 @@ def language_config(run: RunConfig) -> TransformerConfig:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or tp,
-        sequence_parallel=tp > 1,  # never without: see DESIGN, partial gradients
+        sequence_parallel=tp > 1,  # never without: docs/design.md 4.3
         # The stream's length differs between microbatches; the schedule exchanges shapes.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
         # The interleaved schedule is silently wrong with batched exchanges, and 1F1B does not
-        # know overlapped ones (DESIGN 4.4).
+        # know overlapped ones (docs/design.md 4.4).
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
         calculate_per_token_loss=True,
@@ -76,17 +76,12 @@ def language_config(run: RunConfig) -> TransformerConfig:
 
 
 def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerConfig:
-    """For the linears of the ViT and the projector: no sequence parallelism, no experts, no FP8."""
-    vision, tp = run.model.vision, language.tensor_model_parallel_size
-    heads = -(-vision.vision_num_attention_heads // tp) * tp  # padded
+    """Configures the linears of the vision encoder and of the projector: no sequence parallelism,
+    no experts, no FP8."""
+    tp = language.tensor_model_parallel_size
     return replace(
         language,
-        num_layers=vision.vision_num_layers,
-        hidden_size=vision.vision_hidden_size,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        kv_channels=vision.vision_hidden_size // vision.vision_num_attention_heads,
-        ffn_hidden_size=vision.vision_ffn_hidden_size,
+        **vision_family(run.model).core(run.model.vision, tp),
         sequence_parallel=False,
         fp8=None,
         first_last_layers_bf16=False,

@@ -29,23 +29,26 @@ from megatron_mm.config import (
     read_memories,
     wire,
 )
+from megatron_mm.config.families import vision_family
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import VISION
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.backends.choice import Backend, check_dispatcher, choose
+from megatron_mm.model.backends.choice import check_dispatcher, choose
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.families.internvit.model import InternViT
 from megatron_mm.model.layers.linear import ReplicatedLinear, column, vocab_embedding
 from megatron_mm.model.layers.lora import add_lora
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.layers.projector import Projector
 from megatron_mm.model.recompute import Recompute
-from megatron_mm.model.routing import RouterTerm, Routes, Routing, Terms
+from megatron_mm.model.routing import RouterTerm, Routes, Routing
 from megatron_mm.model.stack import Stack
 from megatron_mm.parallel.param_layout import initialize, normal
 from megatron_mm.parallel.sequence import part, take
 from megatron_mm.parallel.wire import MemoryShape, Payload, WireShape, pack, unpack
+from megatron_mm.report.metrics import MUTED, Metrics
 
 
 class VisionTower(nn.Module):
@@ -60,9 +63,11 @@ class VisionTower(nn.Module):
         super().__init__()
         model, self.cp = run.model, pg.cp
         inner = vision_config(run, config)
-        self.size = model.vision.image_size
-        self.vit = InternViT(model.vision, inner, pg.tp, Recompute.of(run.training).vision)
-        self.projector = Projector(model, inner, pg.tp)
+        family = vision_family(model)
+        self.grid = family.grid(model.vision, None)
+        encoder, recompute = family.module(), Recompute.of(run.training).vision
+        self.vit = encoder(model.vision, inner, pg.tp, recompute)
+        self.projector = Projector(model, self.grid, inner, pg.tp)
         self.memories = read_memories(model)
         self.memory_proj, self.memory_projs = None, nn.ModuleDict()
         for memory in self.memories:
@@ -79,7 +84,7 @@ class VisionTower(nn.Module):
                 self.memory_projs[memory.name] = linear
 
     def _features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """[N, P * P, V]"""
+        """[N, patches of a tile, V]"""
         if self.cp.size() == 1:
             return self.vit(pixels_NCHW)
         tiles = len(pixels_NCHW)
@@ -100,7 +105,7 @@ class VisionTower(nn.Module):
         """
         pixels, empty = batch.pixels_NCHW, len(batch.pixels_NCHW) == 0
         if empty:
-            pixels = pixels.new_zeros(1, 3, self.size, self.size)
+            pixels = pixels.new_zeros(1, 3, self.grid.height, self.grid.width)
         features = self._features(pixels)
         stream = self.projector(features if empty else features[batch.stream_tiles])
         stream = stream.flatten(0, 1)
@@ -144,15 +149,18 @@ class MultimodalModel(MegatronModule):
         self.pre_process, self.post_process = index == 0, index == len(plan) - 1
         self.arrives: Manifest | None = None if self.pre_process else boundaries[index - 1]
         self.leaves: Manifest | None = None if self.post_process else boundaries[index]
+        kinds = [LAYERS[layer.kind] for layer in stage.layers]
         self.memories = {memory.name: memory for memory in looks}
         # The memories that looks of this stage read.
-        self.reads = [
-            memory
-            for memory in self.memories.values()
-            if any(la.kind == "L" and looks[la.pair] == memory for la in stage.layers)
+        here = [
+            looks[layer.pair].name
+            for layer, kind in zip(stage.layers, kinds, strict=True)
+            if kind.reads_memory
         ]
+        self.reads = [memory for name, memory in self.memories.items() if name in here]
         # Moe indices of this stage's layers of experts, and experts that they leave out for now.
-        self.moe_layers = [layer.number for layer in stage.layers if layer.kind == "E"]
+        layers = zip(stage.layers, kinds, strict=True)
+        self.moe_layers = [layer.number for layer, kind in layers if kind.routed]
         self.forbidden: Routes = {}
         self.letters = "".join(layer.kind for layer in stage.layers)
         self.received: torch.Tensor | None = None
@@ -254,7 +262,7 @@ class MultimodalModel(MegatronModule):
         cache: DecodeCache | None = None,
         routes: Routes | None = None,
         router_term: RouterTerm | None = None,
-        terms: Terms | None = None,
+        metrics: Metrics = MUTED,
     ) -> torch.Tensor:
         """
         Args:
@@ -266,7 +274,7 @@ class MultimodalModel(MegatronModule):
                 batch is one token of every row, each a sample of its own.
             routes: if given, filled with the experts chosen at this rank's positions.
             router_term: added to the loss by every layer of experts of this stage.
-            terms: if given, its values are added to it.
+            metrics: takes what layers add to the metrics of this microbatch.
 
         Returns:
             logits [K, 1, V / TP] on the last stage, else the wire's tensor.
@@ -275,7 +283,8 @@ class MultimodalModel(MegatronModule):
         reads = self.reads if prompts else ()
         context = StreamContext.build(batch, self.model_config, self.pg, reads)
         context.looks, context.watch, context.cache = looks, self.watch, cache
-        context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term, terms)
+        context.first_pass_metrics = metrics
+        context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term)
         if self.pre_process:
             payload = self._embed(batch, prompts)
         else:

@@ -21,7 +21,7 @@ from megatron_mm.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Recompute:
-    """What is computed again in the backward pass.
+    """Parts of the model that are computed again in the backward pass.
 
     Attributes:
         sublayers: run this many sub-layers of the language model as one block; None: none.
@@ -33,6 +33,10 @@ class Recompute:
     moe: bool = False
     vision: bool = False
 
+    def repeats(self, module: str | None) -> bool:
+        """Whether whole layers of this module (`LayerKind.recompute`) are asked for."""
+        return module is not None and getattr(self, module)
+
     @classmethod
     def of(cls, training: TrainingConfig) -> Recompute:
         if training.recompute_granularity == "full":
@@ -43,7 +47,7 @@ class Recompute:
 
 
 class Pass(Protocol):
-    """What can tell a repeated pass from the first."""
+    """A value that tells a repeated pass from the first."""
 
     recomputing: bool
 

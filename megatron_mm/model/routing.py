@@ -1,5 +1,5 @@
-"""What may be asked of the routers beside their own choice: to use given routes, to draw with given
-noise, to write down the routes they take, to leave experts out, to learn from a term of their own.
+"""Requests to the routers beside their own choice: to use given routes, to draw with given noise,
+to record the routes they take, to leave experts out, to learn from a term of their own.
 
 Routing is replayed for RL: R2 uses the routes of the trainer's own first pass (Zheng et al. 2025,
 arXiv 2507.18071), R3 those of the rollout (Ma et al. 2025, arXiv 2510.11370). Both are the same
@@ -7,8 +7,7 @@ here: `Microbatch.routes`. They belong to the microbatch and reach its layers th
 own context, so a pipeline schedule that interleaves microbatches, or a block computed again,
 cannot meet another one's (megatron-core's RouterReplay holds one target for the process).
 
-A layer of experts is known by its *moe index*, its number among the `E` of the pattern from 0.
-Every mixer has one `E`, so this is the layer's number too.
+A layer of experts is known by its *moe index*, the number of its transformers layer from 0.
 
 Shapes: T stream, t positions whose hidden state this rank holds (`parallel.sequence.shard`), k
 experts chosen at a position, E experts.
@@ -27,16 +26,16 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.parallel.sequence import gather_shards, shard, take
+from megatron_mm.report.metrics import Metrics
 
 Routes = dict[int, torch.Tensor]  # moe index -> int16 [positions, k]
-Terms = dict[int, torch.Tensor]  # moe index -> scalar
 
 
 class RouterTerm(Protocol):
     def __call__(
         self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range
     ) -> torch.Tensor | None:
-        """What one layer's router adds to the loss of a microbatch, or None for nothing.
+        """The term that one layer's router adds to the loss of a microbatch; None for nothing.
 
         Args:
             logits_tE: of the router, before anything is forbidden.
@@ -98,7 +97,7 @@ def check_forbidden(forbidden: Mapping[int, torch.Tensor], layers: int, k: int, 
 
 @dataclass(frozen=True)
 class Routing:
-    """What is asked of one stage's routers for one microbatch.
+    """Requests to one stage's routers for one microbatch.
 
     Attributes:
         given: int16 [t, k]; rows of -1: choose freely.
@@ -113,7 +112,6 @@ class Routing:
         forbidden: bool [E], True: its logit counts as minus infinity. Given routes are used as
             they are.
         term: (logits [t, E], moe index) -> the router's own loss, added to the main one.
-        terms: the values of `term` are added to it.
     """
 
     given: Routes = field(default_factory=dict)
@@ -121,7 +119,6 @@ class Routing:
     record: Routes | None = None
     forbidden: Routes = field(default_factory=dict)
     term: Callable[[torch.Tensor, int], torch.Tensor | None] | None = None
-    terms: Terms | None = None
 
     @classmethod
     def of(
@@ -131,9 +128,8 @@ class Routing:
         record: Routes | None,
         forbidden: Routes,
         term: RouterTerm | None,
-        terms: Terms | None,
     ) -> Routing | None:
-        """None if nothing is asked."""
+        """The requests for a microbatch on this rank; None if there are none."""
         asked = batch.routes, batch.route_noise, record, term
         if not forbidden and all(thing is None for thing in asked):
             return None
@@ -144,10 +140,10 @@ class Routing:
         )
         if term is not None:
             term = partial(_term_here, term, batch, mine)
-        return cls(given, noise, record, forbidden, term, terms)
+        return cls(given, noise, record, forbidden, term)
 
-    def of_layer(self, index: int, recomputing: bool) -> Choice:
-        return Choice(self, index, recomputing)
+    def of_layer(self, index: int, recomputing: bool, metrics: Metrics) -> Choice:
+        return Choice(self, index, recomputing, metrics)
 
 
 @dataclass(frozen=True)
@@ -157,6 +153,7 @@ class Choice:
     asked: Routing
     index: int
     recomputing: bool
+    metrics: Metrics
 
     def get_replay_topk(
         self,
@@ -183,10 +180,9 @@ class Choice:
             asked.record[index] = experts_tk.to(torch.int16)
         term = None if asked.term is None else asked.term(logits_tE, index)
         if term is not None:
-            if asked.terms is not None and not self.recomputing:
-                asked.terms[index] = asked.terms.get(index, 0.0) + term.detach()
+            self.metrics.loss_term("moe/router_loss", term)
             # Hangs the term's gradient on what follows. A repeated pass hangs it on a graph that
-            # nobody differentiates, so it counts once.
+            # is never differentiated, so it counts once.
             top_tk = MoEAuxLossAutoScaler.apply(top_tk, term)
         return top_tk, experts_tk
 
@@ -198,8 +194,8 @@ def _term_here(
 
 
 def whole_routes(record: Routes, pg: ProcessGroupCollection) -> Routes:
-    """A record of this rank's positions -> int16 [T, k] of the whole stream, on every rank that
-    holds the stage. Routes stay on the stages of their layers."""
+    """Gathers a record of this rank's positions to int16 [T, k] of the whole stream, on every rank
+    that holds the stage. Routes stay on the stages of their layers."""
     if not record:
         return {}
     stacked = gather_shards(torch.stack([record[index] for index in sorted(record)], 1), pg)

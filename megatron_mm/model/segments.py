@@ -2,8 +2,8 @@
 
 A microbatch is one stream of T tokens. Attention and looks see it as rectangles [samples,
 longest, ...], padded on the right, where causality keeps the padding from reaching any real
-position. Samples of similar size share a rectangle, so that a long one among short ones
-does not make the others cost what it costs.
+position. Samples of similar size share a rectangle, so that a long sample does not make the short
+ones as expensive as itself.
 
 Lengths and indices are worked out on the CPU, where the batch keeps them, so nothing here
 waits for a GPU.
@@ -17,13 +17,13 @@ from functools import cached_property
 
 import torch
 
-# A rectangle may hold so many times the pairs (query, key) of its samples; or else so many more
+# Padding of a rectangle: at most WASTE times the pairs (query, key) of its samples, or FREE_PAIRS
 # pairs, which cost no more than another call of the kernel.
 WASTE, FREE_PAIRS = 0.5, 1 << 14
 
 
 def similar(pairs_N2: torch.Tensor) -> list[torch.Tensor]:
-    """Samples, as (queries, keys), in groups that one rectangle may hold: int64 indices, each
+    """Groups samples, given as (queries, keys), that one rectangle may hold: int64 indices, each
     group ascending. Samples without any query or key are in no group."""
     groups: list[list[int]] = []
     order = sorted(range(len(pairs_N2)), key=lambda n: pairs_N2[n].flip(0).tolist(), reverse=True)
@@ -57,7 +57,7 @@ class Segments:
     lengths: torch.Tensor  # int64 [samples], on the CPU; 0 is allowed
     width: int  # of the rectangle: the longest length, at least 1
     total: int  # positions in the stream
-    device: torch.device | str = "cpu"  # of what is rearranged
+    device: torch.device | str = "cpu"  # of the tensors that are rearranged
     first: int = 0
     origin: int = 0
 
@@ -82,7 +82,7 @@ class Segments:
         return Segments(starts, lengths, width, total, self.device, first, positions.start)
 
     def pick(self, samples: torch.Tensor) -> Segments:
-        """Only these samples, of the same stream."""
+        """The segments of these samples alone, in the same stream."""
         lengths = self.lengths[samples]
         width = max(1, int(lengths.max()))
         return Segments(self.starts[samples], lengths, width, self.total, self.device)

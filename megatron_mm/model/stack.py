@@ -1,4 +1,4 @@
-"""The layers of one pipeline stage, in the order the pattern gives.
+"""The layers of one pipeline stage, in the order of the pattern.
 
 Keys hold global layer numbers (`layers.7.mixer`, `layers.7.moe`, `looks.0`), on every stage
 and under every layout; looks and injections never shift them.
@@ -14,56 +14,54 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mm.config import (
-    Layer,
-    RunConfig,
-    Stage,
-    effective_pattern,
-    look_memories,
-    num_layers,
-)
-from megatron_mm.model.backends.choice import Backend
+from megatron_mm.config import Layer, RunConfig, Stage
+from megatron_mm.config.families import language_family
+from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
-from megatron_mm.model.layers.attention import GatedAttention
-from megatron_mm.model.layers.clvr import Look
-from megatron_mm.model.layers.gdn.layer import GatedDeltaNet
-from megatron_mm.model.layers.moe import MixtureOfExperts
+from megatron_mm.model.layers.interface import BuildContext, LayerModule, torch_half
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.recompute import Recompute, recomputed
 from megatron_mm.parallel.wire import Payload
 
 
 class SubLayer(nn.Module):
-    """Pre-norm residual around a mixer or a mixture of experts.
+    """Pre-norm residual around a numbered layer.
 
     The precision is entered here and not around the stack, so that a recomputed layer runs in
     it again.
+
+    Attributes:
+        lora_linears: the last names of the linears inside that can have an adapter.
     """
 
     def __init__(
         self,
-        inner: nn.Module,
+        inner: LayerModule,
         hidden_size: int,
         eps: float,
         config: TransformerConfig,
         backend: Backend,
         layer: int,
+        lora_linears: tuple[str, ...] = (),
     ):
         super().__init__()
         self.precision = partial(backend.precision, config, layer)
+        self.lora_linears = lora_linears
         self.norm = RMSNorm(
             hidden_size, eps, partial_gradient=config.sequence_parallel, dtype=config.params_dtype
         )
         self.inner = inner
 
     def forward(self, hidden_t1H: torch.Tensor, *args) -> torch.Tensor:
+        """[t, 1, H] -> the same; `args` are those of `LayerModule.run`."""
         with self.precision():
-            return hidden_t1H + self.inner(self.norm(hidden_t1H), *args)
+            return hidden_t1H + self.inner.run(self.norm(hidden_t1H), *args)
 
 
 class Stack(nn.Module):
-    """Runs a stage's letters over a payload: G, *, E transform the hidden state, L puts a
-    refinement aside, J adds it."""
+    """Runs a stage's letters over a payload: numbered layers transform the hidden state, a side
+    that opens a pair puts a refinement aside, one that closes it adds the refinement."""
 
     def __init__(
         self,
@@ -74,34 +72,33 @@ class Stack(nn.Module):
         backend: Backend,
     ):
         super().__init__()
-        model, language = run.model, run.model.language
+        language, modules = run.model.language, language_family(run.model).modules
         self.precision = partial(backend.precision, config, None)
         self.recompute = Recompute.of(run.training)
         self.blocks = _blocks(stage.layers, self.recompute.sublayers)
-        eps = language.layernorm_epsilon
-        std = language.init_method_std
-        # GPT-2's rule: residual branches start smaller the deeper the model.
-        out_std = std / (2 * num_layers(effective_pattern(model))) ** 0.5
+        self.kinds = {layer.kind: LAYERS[layer.kind] for layer in stage.layers}
         self.layers = nn.ModuleDict()
-        self.looks = nn.ModuleDict()
-        again = self.recompute.core_attn
+        for letter in LAYERS.of_pair("opens"):
+            if LAYERS[letter].key not in self._modules:
+                self.add_module(LAYERS[letter].key, nn.ModuleDict())
         for layer in stage.layers:
-            if layer.kind == "L":
-                memory = look_memories(model)[layer.pair]
-                self.looks[str(layer.pair)] = Look(model, config, pg, memory, again)
-            if layer.kind in "G*E":
-                if layer.kind == "G":
-                    inner = GatedDeltaNet(language, config, pg, out_std, backend, again)
-                elif layer.kind == "*":
-                    inner = GatedAttention(language, config, pg, out_std, backend, again)
-                else:
-                    inner = MixtureOfExperts(config, pg, layer.number, std, out_std, backend)
-                key, part = str(layer.number), "moe" if layer.kind == "E" else "mixer"
-                if key not in self.layers:
-                    self.layers[key] = nn.ModuleDict()
-                self.layers[key][part] = SubLayer(
-                    inner, language.hidden_size, eps, config, backend, layer.number
+            kind = self.kinds[layer.kind]
+            if kind.module is None:
+                continue
+            given = BuildContext(run, layer, config, pg, backend, self.recompute)
+            module = torch_half(kind, modules.get(layer.kind)).build(given)
+            if kind.numbered:
+                module = SubLayer(
+                    module,
+                    language.hidden_size,
+                    language.layernorm_epsilon,
+                    config,
+                    backend,
+                    layer.number,
+                    kind.lora,
                 )
+            held, name = self._place(layer)
+            held[name] = module
 
     def forward(self, payload: Payload, context: StreamContext) -> Payload:
         with self.precision():
@@ -113,45 +110,51 @@ class Stack(nn.Module):
         return payload
 
     def _block(self, layers: Sequence[Layer], payload: Payload, context: StreamContext) -> Payload:
-        hidden, waiting, cache = payload.hidden_T1H, dict(payload.refinements), context.cache
+        hidden, waiting = payload.hidden_T1H, dict(payload.refinements)
         for layer in layers:
-            if layer.kind == "L":
-                look = self.looks[str(layer.pair)]
-                record = context.look_record(layer.pair)
-                state = cache and cache.look(layer.pair)
-                waiting[layer.pair] = look(
-                    hidden, payload.memories, context.memories, record, state
-                )
-            elif layer.kind == "J":
+            pair = self.kinds[layer.kind].pair
+            if pair == "closes":
                 hidden = hidden + waiting.pop(layer.pair)
-            elif layer.kind == "E":
-                moe = self.layers[str(layer.number)]["moe"]
-                if self.recompute.moe:
-                    hidden = recomputed(moe, hidden, context, context=context)
-                else:
-                    hidden = moe(hidden, context)
-            elif layer.kind == "*":
-                hidden = self.layers[str(layer.number)]["mixer"](
-                    hidden,
-                    context.segments,
-                    context.rotary,
-                    cache and cache.attention(layer.number),
-                )
+            elif pair == "opens":
+                waiting[layer.pair] = self._run(layer, hidden, payload, context)
             else:
-                hidden = self.layers[str(layer.number)]["mixer"](
-                    hidden, context.segments, cache and cache.delta(layer.number)
-                )
+                hidden = self._run(layer, hidden, payload, context)
             context.tap(layer, hidden)
         return Payload(hidden, payload.memories, waiting)
 
+    def _place(self, layer: Layer) -> tuple[nn.ModuleDict, str]:
+        """The dict that holds the layer's module, and its name there."""
+        key = self.kinds[layer.kind].key
+        if not layer.numbered:
+            return getattr(self, key), str(layer.pair)
+        number = str(layer.number)
+        if number not in self.layers:
+            self.layers[number] = nn.ModuleDict()
+        return self.layers[number], key
+
+    def _run(
+        self, layer: Layer, hidden: torch.Tensor, payload: Payload, context: StreamContext
+    ) -> torch.Tensor:
+        kind, (held, name) = self.kinds[layer.kind], self._place(layer)
+        module, state = held[name], None
+        make = (module.inner if layer.numbered else module).State
+        if context.cache is not None and make is not None:
+            number = layer.number if layer.numbered else layer.pair
+            state = context.cache.state(layer.kind, number, make)
+        memories = (payload.memories,) if kind.reads_memory else ()
+        run = module if layer.numbered else module.run
+        if self.recompute.repeats(kind.recompute):
+            return recomputed(run, hidden, context, state, *memories, context=context)
+        return run(hidden, context, state, *memories)
+
 
 def _blocks(layers: Sequence[Layer], size: int | None) -> list[tuple[Layer, ...]]:
-    """The sub-layers in blocks of `size`; looks and injections go with what stands before."""
+    """The sub-layers in blocks of `size` numbered ones; sides go with the layer before them."""
     if size is None:
         return [tuple(layers)]
     blocks: list[list[Layer]] = [[]]
     for layer in layers:
-        if layer.kind in "G*E" and sum(other.kind in "G*E" for other in blocks[-1]) == size:
+        if layer.numbered and sum(other.numbered for other in blocks[-1]) == size:
             blocks.append([])
         blocks[-1].append(layer)
     return [tuple(block) for block in blocks]

@@ -1,1 +1,1 @@
-"""Where tensors are: process groups, the wire, slices of parameters."""
+"""Process groups, sharding of sequences and parameters, and the pipeline wire."""

@@ -1,4 +1,4 @@
-"""Process groups: one call sets them up, one object carries them."""
+"""Process groups of a rank, in one object."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_mm.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Groups:
-    """megatron-core's groups, and two of ours that live on the CPU.
+    """megatron-core's process groups and two gloo groups on the CPU.
 
     Attributes:
         pg: megatron-core's collection, passed to every constructor.
-        replica: gloo group of the ranks that compute one data-parallel replica together
-            (tensor x context x pipeline); its first rank reads the data for all of them.
-        world: gloo group of everybody, for decisions taken together.
+        replica: gloo group of one data-parallel replica (tensor x context x pipeline ranks); its
+            first rank reads the data for all of them.
+        world: gloo group of all ranks, for collective decisions.
     """
 
     pg: ProcessGroupCollection
@@ -32,21 +32,22 @@ class Groups:
 
     @property
     def is_reader(self) -> bool:
+        """Whether this rank reads the data of its replica."""
         return self.replica.rank() == 0
 
     @property
     def is_first_stage(self) -> bool:
-        """With virtual stages: whether this rank holds the model's first stage."""
+        """Whether this rank holds the model's first stage, virtual stages included."""
         return self.pg.pp.rank() == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """With virtual stages: whether this rank holds the model's last stage."""
+        """Whether this rank holds the model's last stage, virtual stages included."""
         return self.pg.pp.rank() == self.pg.pp.size() - 1
 
 
 def start(parallel: ParallelConfig) -> None:
-    """Join the job that torchrun started; alone, start a job of one.
+    """Joins the job that torchrun started; without torchrun, starts a job of one rank.
 
     A collective that waits longer than `distributed_timeout_minutes` raises on every rank.
     """
@@ -64,10 +65,10 @@ def start(parallel: ParallelConfig) -> None:
 
 
 def lay_out(parallel: ParallelConfig, gloo: bool = True) -> ProcessGroupCollection:
-    """megatron-core's groups over the running job (its rank order: tp, cp, ep, dp, pp).
+    """Makes megatron-core's groups over the running job (rank order: tp, cp, ep, dp, pp).
 
     Args:
-        gloo: with those of the CPU, which its optimizer's set-up asks for.
+        gloo: whether to make gloo groups too, which building the optimizer needs.
     """
     with platform.groups_of_one_share():
         parallel_state.initialize_model_parallel(
@@ -83,9 +84,9 @@ def lay_out(parallel: ParallelConfig, gloo: bool = True) -> ProcessGroupCollecti
 
 
 def build(parallel: ParallelConfig) -> Groups:
-    """All groups of a rank of the running job."""
+    """Makes all groups of this rank. Every rank of the running job calls it."""
     pg = lay_out(parallel)
-    # The groups on which ranks agree must give up as soon as the others do.
+    # gloo groups get the same timeout as the others.
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     turns: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(turns, pg.dp.rank())
@@ -99,5 +100,6 @@ def build(parallel: ParallelConfig) -> Groups:
 
 
 def stop() -> None:
+    """Destroys all groups."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -1,9 +1,8 @@
-"""Where each parameter's slice lies in the whole tensor: one description, three users.
+"""Place of each parameter's local block in the whole tensor.
 
-Layout-independent initialisation draws the whole tensor and keeps our slice; sharded
-checkpoints save our slice at its offset; tests and tools gather slices into the whole.
-Because all three read the same `ParamLayout`, a parameter that is split wrongly is
-wrong visibly: the layout-invariance test fails.
+Initialisation draws the whole tensor and keeps the local block, checkpoints save the block at its
+offset, and tests and tools gather blocks into the whole. All use the same `ParamLayout`, so a
+parameter that is split wrongly fails the layout-invariance test.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ Initializer = Callable[[torch.Tensor, torch.Generator], object]
 class ParamLayout:
     """The local parameter, viewed as `local_shape`, is the block at `offset` of `global_shape`.
 
-    The view may have more dimensions than the parameter: a GLU's gate and up halves are
-    a dimension of their own, so that each half is split over ranks by itself. Where the
-    block reaches past the whole tensor the parameter is padded (25 heads on 2 ranks): those
-    elements are zero, stay zero, and are in no checkpoint.
+    The view may have more dimensions than the parameter: gate and up of a GLU form a dimension of
+    their own, so that each is split over ranks by itself. Where the block exceeds the whole tensor,
+    the parameter is padded (25 heads on 2 ranks). Padding is zero, stays zero, and is in no
+    checkpoint.
     """
 
     global_shape: tuple[int, ...]
@@ -35,22 +34,22 @@ class ParamLayout:
     offset: tuple[int, ...]
     init: Initializer
     rows_drawn_alone: bool = False  # draw one index of dim 0 at a time (experts)
-    split: tuple[int, ...] = ()  # dimensions of the view that ranks share
+    split: tuple[int, ...] = ()  # dimensions of the view that are split over ranks
     expert: bool = False  # replicated over the expert-data-parallel group, not over data-parallel
 
     @property
     def held_shape(self) -> tuple[int, ...]:
-        """The local shape without padding; empty where a rank holds padding only."""
+        """Local shape without padding; has a 0 where a rank holds only padding."""
         sizes = zip(self.local_shape, self.offset, self.global_shape, strict=True)
         return tuple(max(0, min(n, whole - o)) for n, o, whole in sizes)
 
     @property
     def block(self) -> tuple[slice, ...]:
-        """Of the whole tensor: what is held here."""
+        """Slices of the whole tensor that this rank holds."""
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.held_shape, strict=True))
 
     def held(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Of a tensor of the parameter's size: a view of shape `held_shape`."""
+        """Returns a view of shape `held_shape` of a tensor of the parameter's size."""
         return tensor.view(self.local_shape)[tuple(slice(n) for n in self.held_shape)]
 
 
@@ -82,14 +81,20 @@ def place(
     partial_gradient: bool = False,
     expert: bool = False,
 ) -> None:
-    """Describe a parameter: which dimensions of which view are split over which group.
+    """Attaches a layout to a parameter.
 
     Args:
-        split: view dimension -> process group; the group's ranks hold equal consecutive blocks.
-        view: local shape of the view; default the parameter's own shape.
-        whole: sizes of whole dimensions that are less than their ranks' blocks together.
-        partial_gradient: replicated over tensor-parallel ranks that each see other positions or
-            heads, so its gradient must be summed over them (DESIGN: never silent).
+        split: view dimension -> process group whose ranks hold equal consecutive blocks of it.
+        view: local shape of the view; default: the parameter's shape.
+        whole: dimension -> whole size, where it is smaller than the ranks' blocks together.
+        rows_drawn_alone: see `ParamLayout`.
+        partial_gradient: the parameter is replicated over tensor-parallel ranks that each see
+            other positions or heads, so its gradient must be summed over them
+            (docs/design.md 4.3).
+        expert: see `ParamLayout`.
+
+    Raises:
+        ValueError: the view has another number of elements than the parameter.
     """
     local = tuple(view or param.shape)
     if math.prod(local) != param.numel():
@@ -104,7 +109,7 @@ def place(
     param.param_layout = ParamLayout(
         tuple(sizes), local, tuple(offset), init, rows_drawn_alone, shared, expert
     )
-    # What megatron-core's gradient reduction and clipping read.
+    # Attributes that megatron-core's gradient reduction and clipping read.
     param.sequence_parallel = partial_gradient
     if split:
         param.tensor_model_parallel = True
@@ -116,8 +121,12 @@ def place(
 
 
 def layouts(*models: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, ParamLayout]]:
-    """(global name, parameter, layout) of every parameter of a rank's pipeline stages; names
-    hold global layer numbers."""
+    """Yields (global name, parameter, layout) of every parameter of pipeline stages. Names contain
+    global layer numbers.
+
+    Raises:
+        ValueError: a parameter has no layout.
+    """
     for model in models:
         for name, param in model.named_parameters():
             name = name.removeprefix("module.")
@@ -134,10 +143,8 @@ def _generator(seed: int, name: str, row: int = 0) -> torch.Generator:
 
 @torch.no_grad()
 def initialize(model: torch.nn.Module, seed: int) -> None:
-    """Fill every parameter from (seed, global name), whatever the parallel layout.
-
-    Draws in fp32 on the CPU, then slices, so the same seed gives the same model everywhere.
-    """
+    """Initialises every parameter from (seed, global name). Whole tensors are drawn in fp32 on the
+    CPU and then sliced, so a seed gives the same model on any layout."""
     for name, param, layout in layouts(model):
         param.data.zero_()
         target = layout.held(param.data)
@@ -150,8 +157,8 @@ def initialize(model: torch.nn.Module, seed: int) -> None:
 
 
 def draw(layout: ParamLayout, name: str, seed: int, row: int = 0) -> torch.Tensor:
-    """The whole parameter `name` at its start, in fp32 on the CPU; where rows are drawn alone
-    (experts), only that `row` of it."""
+    """Draws the initial whole tensor of a parameter, in fp32 on the CPU; only its `row` if rows are
+    drawn alone (experts)."""
     shape = layout.global_shape[1:] if layout.rows_drawn_alone else layout.global_shape
     whole = torch.empty(shape, dtype=torch.float32)
     layout.init(whole, _generator(seed, name, row))

@@ -1,11 +1,11 @@
-"""Context parallelism: who holds which part of the stream, and trading it for heads.
+"""Context parallelism: parts of the stream, and exchange of sequence for heads.
 
-The stream of T tokens is cut into equal consecutive parts, one for each context-parallel
-rank, whatever samples lie in them; under sequence parallelism each part is cut again over
-tensor-parallel ranks. Layers that mix positions (attention, delta rule) trade their part
-of the sequence for a part of their heads and back (Jacobs et al. 2023, "DeepSpeed Ulysses",
-arXiv 2309.14509): every rank then sees whole samples, with equal work whatever their
-lengths, so a sample need not be padded to 2 x CP as a causal zigzag split would ask.
+The stream of T tokens is cut into equal consecutive parts, one per context-parallel rank,
+regardless of sample boundaries; under sequence parallelism each part is cut again over
+tensor-parallel ranks. Layers that mix positions (attention, delta rule) exchange their part of the
+sequence for a part of the heads and back (Jacobs et al. 2023, "DeepSpeed Ulysses",
+arXiv:2309.14509). Every rank then sees whole samples and has equal work for any lengths; samples
+need no padding to a multiple of 2 x CP, as a causal zigzag split does.
 
 Shapes: T stream, t = T / CP, h heads of this tensor-parallel rank.
 """
@@ -20,36 +20,36 @@ from torch.distributed import ProcessGroup
 
 
 def part(length: int, group: ProcessGroup) -> range:
-    """The positions of this rank's equal part of a sequence."""
+    """Returns the positions of this rank's part of a sequence cut into equal parts."""
     size = length // group.size()
     return range(group.rank() * size, (group.rank() + 1) * size)
 
 
 def held_positions(positions: torch.Tensor, length: int, cp: ProcessGroup) -> torch.Tensor:
-    """Those of some positions of a sequence that lie in this rank's part. If none does, the first
-    of the part: what is computed for them is then never empty."""
+    """Returns those of `positions` that lie in this rank's part of a sequence. If there are none,
+    returns the first position of the part, so that computations on them are never empty."""
     mine = part(length, cp)
     held = positions[(positions >= mine.start) & (positions < mine.stop)]
     return held if len(held) else torch.tensor([mine.start])
 
 
 def shard(length: int, pg: ProcessGroupCollection) -> range:
-    """The positions whose hidden state this rank holds between layers: of the context
-    part, its tensor-parallel part."""
+    """Returns the positions whose hidden state this rank holds between layers: its tensor-parallel
+    part of its context-parallel part."""
     mine = part(length, pg.cp)
     return mine[part(len(mine), pg.tp).start : part(len(mine), pg.tp).stop]
 
 
 def take(x: torch.Tensor, positions: range) -> torch.Tensor:
-    """A view of those entries of the first dimension."""
+    """Returns a view of the given entries of the first dimension."""
     return x[positions.start : positions.stop]
 
 
 def gather_shards(x_t: torch.Tensor, pg: ProcessGroupCollection) -> torch.Tensor:
-    """[t, ...] of what this rank's `shard` holds -> [T, ...] on every rank of tp_cp."""
+    """Gathers the shards of all ranks: [shard, ...] -> [T, ...] on every rank of tp_cp."""
     if pg.tp_cp.size() == 1:
         return x_t
-    # As bytes: gloo knows no int16. Ranks of tp_cp are in the order of their shards.
+    # As bytes, because gloo has no int16. Ranks of tp_cp are in the order of their shards.
     mine = x_t.contiguous().view(torch.uint8)
     parts = [torch.empty_like(mine) for _ in range(pg.tp_cp.size())]
     dist.all_gather(parts, mine, group=pg.tp_cp)
@@ -57,7 +57,7 @@ def gather_shards(x_t: torch.Tensor, pg: ProcessGroupCollection) -> torch.Tensor
 
 
 def sequence_to_heads(x_th: torch.Tensor, cp: ProcessGroup) -> torch.Tensor:
-    """[t, h, ...] of all heads -> [T, h / CP, ...] of this rank's heads; differentiable."""
+    """Exchanges [t, h, ...] of all heads for [T, h / CP, ...] of this rank's. Differentiable."""
     if cp.size() == 1:
         return x_th
     tokens, heads = x_th.shape[:2]
@@ -66,7 +66,7 @@ def sequence_to_heads(x_th: torch.Tensor, cp: ProcessGroup) -> torch.Tensor:
 
 
 def heads_to_sequence(x_Th: torch.Tensor, cp: ProcessGroup) -> torch.Tensor:
-    """[T, h / CP, ...] of this rank's heads -> [t, h, ...] of all heads; differentiable."""
+    """Exchanges [T, h / CP, ...] of this rank's heads for [t, h, ...] of all. Differentiable."""
     if cp.size() == 1:
         return x_Th
     received = all_to_all(cp, x_Th.contiguous())

@@ -1,1 +1,1 @@
-"""What a run costs, planned and counted."""
+"""Costs of a run, planned and counted."""

@@ -6,7 +6,7 @@ import torch
 
 from megatron_mm.config import ConfigError, RunConfig, token_multiple
 from megatron_mm.data.batch import BatchMemory, Microbatch
-from megatron_mm.data.images import TilePlan
+from megatron_mm.data.images import TileGrid
 from megatron_mm.data.tiles import image_settings, memory_coordinates, select_tiles, used_tiles
 
 Grid = tuple[int, int]  # rows and columns of tiles
@@ -32,7 +32,7 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
         held = {memory.name: ([], torch.zeros(0, 2)) for memory in settings.memories}
     if settings is not None and images:
         tiles = run.data.max_num_tiles
-        grid = TilePlan(1, tiles, run.data.use_thumbnail and tiles > 1)
+        grid = TileGrid(1, tiles, run.data.use_thumbnail and tiles > 1)
         used = used_tiles(grid, settings)
         stream = [used.index(tile) for tile in select_tiles(grid, settings.image_stream)]
         for memory in settings.memories:

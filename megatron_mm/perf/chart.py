@@ -12,8 +12,9 @@ GB = 1e9
 
 
 def draw(plan: LayoutPlan, path: Path) -> None:
-    """Left: milliseconds of a microbatch on every stage, forward and backward; right: what every
-    pipeline rank holds, and the room there is. The format follows the suffix (.png, .svg, .pdf).
+    """Left: milliseconds of a microbatch on every stage, forward and backward; right: bytes that
+    every pipeline rank holds, and the room there is. The format follows the suffix (.png, .svg,
+    .pdf).
     """
     from matplotlib.figure import Figure
 

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.engine.engine import Engine
-from megatron_mm.model.backends.choice import Backend
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.parallel.groups import Groups, lay_out
 
 META = torch.device("meta")

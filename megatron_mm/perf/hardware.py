@@ -1,4 +1,4 @@
-"""GPUs by name: what their maker publishes, and what a prediction assumes of it.
+"""GPUs by name: their published peaks, and the shares of them that a prediction assumes.
 
 Peaks are dense (without sparsity) and per GPU. NVLink and network are bytes per second in one
 direction: half of what data sheets give for both. GB are 10^9 bytes.
@@ -64,7 +64,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What part of a published peak is reached. Not measured by us: nothing here ran on a GPU.
+    """Shares of the published peaks that are reached. Assumed, not measured on a GPU.
 
     Attributes:
         compute: of the tensor cores, in matrix products and attention.

@@ -13,6 +13,7 @@ from megatron_mm.config import (
     validate,
     wire,
 )
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.engine.optimizer import overlap_settings
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.hardware import GPU, Assumptions
@@ -79,7 +80,7 @@ def on_gpus(run: RunConfig, world_size: int) -> RunConfig:
 
 
 def too_large(plan: LayoutPlan) -> ConfigError:
-    """What to say where a layout does not fit."""
+    """The error for a layout that does not fit."""
     worst = max(range(len(plan.ranks)), key=lambda place: plan.ranks[place].total)
     rank, gb = plan.ranks[worst], 1e9
     held, able = rank.total / gb, room(plan.gpu, plan.assumed) / gb
@@ -102,7 +103,11 @@ def _what_it_holds(run: RunConfig, place: int) -> tuple:
     return tuple(
         (
             "".join(layer.kind for layer in stages[index].layers),
-            tuple(reads[layer.pair] for layer in stages[index].layers if layer.kind == "L"),
+            tuple(
+                reads[layer.pair]
+                for layer in stages[index].layers
+                if LAYERS[layer.kind].reads_memory
+            ),
             _contents(between[index]),
             _contents(between[index + 1]),
         )

@@ -1,4 +1,4 @@
-"""What a rank holds between steps: parameters, gradients, optimizer state, as allocated."""
+"""Bytes that a rank holds between steps: parameters, gradients, optimizer state, as allocated."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class State:
 
 
 def measured(engine: Engine) -> State:
-    """Of an engine that has done a step, on a real rank."""
+    """The state of an engine that has done a step, on a real rank."""
     return _state(engine, [value for part in _parts(engine) for value in _moments(part)])
 
 
 def planned(engine: Engine) -> State:
-    """Of an engine that has done none: Adam keeps two moments of every parameter that it updates,
-    in fp32, and torch's Adam a counter."""
+    """The state that an engine will have after a step: Adam keeps two moments of every parameter
+    that it updates, in fp32, and torch's Adam a counter."""
     state = _state(engine, [])
     moments = 0
     for part in _parts(engine):

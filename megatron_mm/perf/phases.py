@@ -1,10 +1,10 @@
-"""Where the time of a step goes on this rank: forward, backward, each kind of communication.
+"""Time of a step on this rank, by phase: forward, backward, each kind of communication.
 
-`Phases` is switched on around what is measured and costs nothing elsewhere. Phases are regions of
+`Phases` is switched on around the measured code and costs nothing elsewhere. Phases are regions of
 code; communication is what torch's process groups are asked for inside them, told apart by
 operation and by the group's part in the layout. A collective that is waited for counts while it is
-waited for, an asynchronous one only while somebody waits: what is left is what compute does not
-hide. Waiting for a peer that is late counts too: a pipeline's bubble stands under `pp`.
+waited for, an asynchronous one only while somebody waits: what is left is exposed communication.
+Waiting for a peer that is late counts too: a pipeline's bubble stands under `pp`.
 
 On a GPU the marks are events of the current stream, which waits for a collective as the code
 does; they are read once, after the step.
@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron_mm import platform
 from megatron_mm.parallel.groups import Groups
 
-# Methods of torch's ProcessGroup, and which argument holds what this rank hands over.
+# Methods of torch's ProcessGroup, and the argument that holds the tensors this rank hands over.
 OPERATIONS = {
     "allreduce": ("all-reduce", 0),
     "allreduce_coalesced": ("all-reduce", 0),
@@ -152,8 +152,8 @@ class Phases:
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
-        """A phase. What another phase does on its way (the forward passes of a rollout) is part
-        of that one; `step` holds all of them."""
+        """Times a phase. A phase inside another one (the forward passes of a rollout) counts as
+        part of the outer one; `step` holds all of them."""
         inside = self._top
         if inside is not None and inside.name != "step":
             yield
@@ -169,7 +169,7 @@ class Phases:
         return [span.seconds for span in self._spans if span.name == name]
 
     def take(self) -> dict[str, dict[str, float]]:
-        """Of all since the last call: seconds of each phase without its communication, `other`
+        """Sums all since the last call: seconds of each phase without its communication, `other`
         for the rest of the steps; seconds, calls and bytes of each kind of communication."""
         if platform.device().type == "cuda":
             torch.cuda.synchronize()
@@ -228,7 +228,7 @@ class Phases:
 
 
 def _bytes(given: Any) -> int:
-    """Of a tensor, or of tensors in lists."""
+    """Bytes of a tensor, or of tensors in lists."""
     if isinstance(given, torch.Tensor):
         return given.nbytes
     return sum(_bytes(one) for one in given) if isinstance(given, (list, tuple)) else 0

@@ -1,24 +1,29 @@
 """Costs of single sub-layers, and rough plans of whole layouts put together from them.
 
-For a search, where tracing every layout would take hours. Each letter of the pattern is traced as
-a pipeline stage of its own, once for each way to split and to recompute it; a stage of a layout
-is then about the sum of its letters. Rough: a letter's neighbours, padding of buffers and the
-fold of recomputed blocks are left out. What a search shows in the end is traced in full.
+They serve a search, where tracing every layout would take hours. Each letter of the pattern is
+traced as a pipeline stage of its own, once for each way to split and to recompute it; a stage of a
+layout is then about the sum of its letters. Rough: a letter's neighbours, padding of buffers and
+the fold of recomputed blocks are left out. The layouts that a search shows in the end are traced
+in full.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from megatron_mm.config import (
+    Layer,
     RunConfig,
     Stage,
     effective_pattern,
     look_memories,
+    parse_pattern,
     read_memories,
 )
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.memory import State
 from megatron_mm.perf.rank import RankPlan, plan_rank
@@ -30,11 +35,11 @@ FIRST, LAST = "first", "last"
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of one split and recompute; a microbatch is one sample.
+    """Plans of single stages, for one split and recompute; a microbatch is one sample.
 
     Attributes:
-        plans: a letter, a look by its memory, or what only the first and the last stage have ->
-            its plan as a stage.
+        plans: letter (with its memory, if it reads one), or FIRST and LAST for what only the first
+            and the last stage have -> its plan as a stage.
         expert_ranks: ranks that the routed experts of a layer were dealt to.
     """
 
@@ -48,11 +53,13 @@ def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
         run: its tensor, context and expert parallel sizes and its recompute count; pipeline and
             micro batch do not.
     """
-    letters = [kind for kind in "G*" if kind in effective_pattern(run.model)]
     read = [memory.name for memory in read_memories(run.model)]
-    pattern = "".join(kind + "E" for kind in letters) + "L" * len(read) + "J" * len(read)
+    pattern = _one_of_each(effective_pattern(run.model), len(read))
+    layers = parse_pattern(pattern)
+    readers = sum(LAYERS[layer.kind].reads_memory for layer in layers)
+    reads = [read[number % len(read)] for number in range(readers)]
     small = deepcopy(run)
-    small.model.hybrid_layer_pattern, small.model.fusion.look_memories = pattern, read
+    small.model.hybrid_layer_pattern, small.model.fusion.look_memories = pattern, reads
     par = small.parallel
     par.pipeline_model_parallel_size = len(pattern) + 2
     par.virtual_pipeline_model_parallel_size = None
@@ -64,17 +71,34 @@ def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
     small.training.global_batch_size = per_stage // shards
     batch = planned_batch(small, images, supervised)
     wanted = {FIRST: 0, LAST: len(pattern) + 1}
-    wanted |= {kind: pattern.index(kind) + 1 for kind in {*pattern} - {"L"}}
-    wanted |= {_look(name): pattern.find("L") + n + 1 for n, name in enumerate(read)}
+    for place, layer in enumerate(layers, start=1):
+        wanted.setdefault(_piece(layer, reads), place)
     plans = {
         name: plan_rank(small, place * per_stage, world, batch) for name, place in wanted.items()
     }
     return Pieces(plans, par.expert_model_parallel_size)
 
 
-def _look(memory: str) -> str:
-    """Returns the name of the piece that looks at this memory."""
-    return f"L {memory}"
+def _piece(layer: Layer, reads: Sequence[str]) -> str:
+    """The name of a layer's piece: its letter, and the memory that it reads."""
+    reader = LAYERS[layer.kind].reads_memory
+    return f"{layer.kind} {reads[layer.pair]}" if reader else layer.kind
+
+
+def _one_of_each(pattern: str, memories: int) -> str:
+    """A pattern with every letter of this one, as short as it can be; letters that read a memory
+    stand once for each."""
+    kinds = LAYERS.used(pattern)
+
+    def together(first: list[str], second: list[str]) -> str:
+        """Both lists, in turns; the shorter one repeats its last letter."""
+        places = range(max(len(first), len(second)))
+        turns = ((letters, at) for at in places for letters in (first, second))
+        return "".join(letters[min(at, len(letters) - 1)] for letters, at in turns)
+
+    roles = [[k.letter for k in kinds if k.role == role] for role in ("mixer", "ffn")]
+    opens = [k.letter for k in kinds if k.pair == "opens" for _ in range(memories)]
+    return together(*roles) + together(opens, [k.letter for k in kinds if k.pair == "closes"])
 
 
 def rough_rank(
@@ -85,10 +109,11 @@ def rough_rank(
     ranks = par.pipeline_model_parallel_size
     shards = par.tensor_model_parallel_size * par.context_parallel_size
     replicas = world_size // (ranks * shards)
-    mine, traces, reads = stages[place::ranks], [], look_memories(run.model)
+    reads = [memory.name for memory in look_memories(run.model)]
+    mine, traces = stages[place::ranks], []
     dense = expert = 0
     for stage in mine:
-        names = [_look(reads[la.pair].name) if la.kind == "L" else la.kind for la in stage.layers]
+        names = [_piece(layer, reads) for layer in stage.layers]
         names = [FIRST] * (stage.index == 0) + names + [LAST] * (stage.index == len(stages) - 1)
         found = [pieces.plans[name] for name in names]
         dense += sum(plan.elements[0] - plan.elements[1] for plan in found)

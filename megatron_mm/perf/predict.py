@@ -21,7 +21,7 @@ DATA_PARALLEL = ("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp")
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one step. Seconds.
+    """Prediction of one step; times in seconds.
 
     Attributes:
         schedule: of forward and backward passes through the pipeline.
@@ -92,7 +92,7 @@ def predict(
 
 
 def model_flops(plan: RankPlan) -> int:
-    """Of a microbatch on one rank, nothing computed twice."""
+    """FLOPs of a microbatch on one rank, nothing computed twice."""
     return sum(
         min(3 * trace.forward.flops, trace.forward.flops + trace.backward.flops)
         for trace in plan.traces

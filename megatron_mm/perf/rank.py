@@ -1,4 +1,4 @@
-"""What one rank of a layout holds, computes and sends in a step."""
+"""Memory, work and traffic of one rank of a layout in a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_mm.perf.schedule import activation_peak, events
 from megatron_mm.perf.standins import planned_backend
 from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_sync
 
-SHAPE_BYTES = 3 * 8  # what a tensor between stages is announced with: its shape, as int64
+SHAPE_BYTES = 3 * 8  # the shape that announces a tensor between stages, as int64
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RankPlan:
         layers: the letters of each of its stages.
         elements: parameters held here, and how many of them are of routed experts.
         traces: of its stages.
-        once: what it does once a step, after the last microbatch.
+        once: its work once a step, after the last microbatch.
         groups: the ranks of its groups, by role.
     """
 
@@ -64,7 +64,7 @@ class RankPlan:
 def plan_rank(
     run: RunConfig, rank: int, world_size: int, batch: Microbatch, kernels: str = "cuda"
 ) -> RankPlan:
-    """Build rank `rank`'s part of the model without memory and run `batch` through it.
+    """Builds rank `rank`'s part of the model without memory and runs `batch` through it.
 
     Args:
         batch: every microbatch of the step is like it; on the CPU.

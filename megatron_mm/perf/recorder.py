@@ -1,9 +1,9 @@
-"""What a piece of the program allocates, computes and sends, seen at torch's dispatcher.
+"""Memory, FLOPs and traffic of a piece of the program, seen at torch's dispatcher.
 
 The same recorder watches real ranks and ranks whose tensors have no memory ("meta"); there it
-also answers for the collectives, which nobody computes. Memory is counted in whole storages,
-from the operation that makes one to the end of its last reference; what existed before counts
-nothing, and neither does what a kernel uses inside.
+also answers for the collectives, which do not run. Memory is counted in whole storages,
+from the operation that makes one to the end of its last reference; storages that existed before
+and the workspace inside a kernel do not count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten, c10d = torch.ops.aten, torch.ops.c10d
 
-# Which argument holds what this rank gives away, by collective; those of DDP's coalescing too.
+# The argument that holds the tensors this rank gives away, by collective; DDP's coalescing too.
 _GIVEN = {
     "allreduce_": ("all_reduce", 0),
     "allreduce_coalesced_": ("all_reduce", 0),
@@ -57,7 +57,7 @@ class Link(NamedTuple):
 
 @dataclass
 class Work:
-    """What was computed and sent.
+    """Work that was done: computed and sent.
 
     Attributes:
         flops: of matrix products and attention, as torch.utils.flop_counter counts them.
@@ -141,12 +141,12 @@ class Recorder(TorchDispatchMode):
         return {role: tuple(dist.get_process_group_ranks(pg)) for role, pg in found.items()}
 
     def rebase(self) -> int:
-        """Begin a new peak here; the bytes that are live."""
+        """Begins a new peak here; returns the bytes that are live."""
         self.peak = self.live
         return self.live
 
     def add_flops(self, count: int) -> None:
-        """Of a kernel that no operation shows."""
+        """Adds the FLOPs of a kernel that no operation shows."""
         self.work.flops += count
 
     def copy(self) -> Work:

@@ -1,4 +1,4 @@
-"""The order in which a pipeline rank computes, and what follows: memory in flight, time, bubble.
+"""The order in which a pipeline rank computes, and its memory in flight, time and bubble.
 
 Pure functions of sizes. The orders are those of megatron-core's two schedules: 1F1B, and
 interleaved 1F1B in groups of as many microbatches as ranks (Narayanan et al. 2021, arXiv
@@ -23,7 +23,7 @@ class Event(NamedTuple):
 
 
 def events(rank: int, ranks: int, chunks: int, microbatches: int) -> list[Event]:
-    """What pipeline rank `rank` of `ranks` computes in a step, in order.
+    """The passes that pipeline rank `rank` of `ranks` computes in a step, in order.
 
     Args:
         chunks: stages on each rank; with several, `microbatches` is a multiple of `ranks`.
@@ -49,7 +49,7 @@ def events(rank: int, ranks: int, chunks: int, microbatches: int) -> list[Event]
 
 
 def activation_peak(order: Sequence[Event], traces: Sequence[ChunkTrace]) -> int:
-    """The most bytes of activations that a rank holds at a time in a step.
+    """The largest number of bytes of activations that a rank holds at a time in a step.
 
     Beside what microbatches in flight hold there are tensors between stages. 1F1B's variables
     still name those of the last backward pass. The interleaved schedule exchanges while it
@@ -96,7 +96,7 @@ def timeline(
     backward: Sequence[float],
     wire: Sequence[float] = (),
 ) -> Timeline:
-    """Every rank does its events in order, each as soon as its input is there.
+    """Times a step: every rank does its events in order, each as soon as its input is there.
 
     Args:
         forward, backward: seconds of each stage for a microbatch, in the order of the model.
@@ -131,7 +131,7 @@ def timeline(
 
 
 def _ready(event: Event, stage: int, stages: int, done: dict, wire: Sequence[float]):
-    """When its input is there; None if not known yet."""
+    """The time at which its input is there; None if not known yet."""
     batch = event.microbatch
     if event.forward:
         if stage == 0:

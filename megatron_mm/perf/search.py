@@ -1,4 +1,4 @@
-"""Which layouts of a run fit, and which of them are fastest, as predicted."""
+"""Search for the layouts of a run that fit, and for the fastest of them, as predicted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_mm.perf.pieces import Pieces, rough_rank, trace_pieces
 from megatron_mm.perf.predict import computing, exchanged, room, talking
 from megatron_mm.perf.rank import RankPlan
 
-SECONDS = 240  # in all; then what is traced in full by now is the answer, if anything is
-ROUGH = 1.15  # rough plans may need so many times the room: the full ones decide
+SECONDS = 240  # for the whole search; then the answer is what was traced in full so far
+ROUGH = 1.15  # rough plans may need this many times the room; full plans decide
 LONG = 32768  # tokens of a sample from which on context parallelism is tried
 RECOMPUTE = (
     (None, []),
@@ -59,7 +59,7 @@ def search(
     progress: Progress,
     pieces: dict[tuple, Pieces] | None = None,
 ) -> Found:
-    """Try layouts, micro batch sizes and recompute; everything else is the run's.
+    """Tries layouts, micro batch sizes and recompute; everything else is the run's.
 
     Args:
         pieces: of earlier searches for this run, with any world and GPU; more are added.
@@ -69,7 +69,7 @@ def search(
     until = time.monotonic() + SECONDS
     tried = list(candidates(run, world_size, gpu))
     if not tried:
-        validate(run, world_size)  # says what is wrong with the run's own
+        validate(run, world_size)  # explains why the run's own layout is none of them
         raise ConfigError(
             f"no layout of {world_size} ranks divides global_batch_size "
             f"{run.training.global_batch_size}; allowed: another --world-size or batch"
@@ -117,8 +117,8 @@ def search(
 
 
 def candidates(run: RunConfig, world_size: int, gpu: GPU) -> Iterator[RunConfig]:
-    """Every layout that `validate` accepts, of sizes that are powers of two; routed experts are
-    not split among tensor-parallel ranks, which then hold more of them instead."""
+    """Yields every layout that `validate` accepts, of sizes that are powers of two; routed experts
+    are not split among tensor-parallel ranks, which then hold more of them instead."""
     experts = run.model.language.num_experts
     contexts = (1, 2, 4, 8) if run.data.seq_length >= LONG else (1,)
     for tp, pp, vpp, ep, cp, micro, recompute in product(
@@ -148,12 +148,12 @@ def candidates(run: RunConfig, world_size: int, gpu: GPU) -> Iterator[RunConfig]
 
 
 def _odd(world_size: int, *parts: int) -> bool:
-    """Whether the world does not divide: most of the product, sorted out without a copy."""
+    """Whether the world does not divide; rejects most of the product without a copy."""
     return any(world_size % part for part in parts)
 
 
 def _key(run: RunConfig) -> tuple:
-    """What decides the cost of a sub-layer."""
+    """The settings that decide the cost of a sub-layer."""
     par, train = run.parallel, run.training
     recompute = str(train.recompute_granularity), *train.recompute_modules
     return par.tensor_model_parallel_size, par.context_parallel_size, recompute
@@ -166,7 +166,8 @@ def _rough(run: RunConfig, world_size: int, pieces: Pieces) -> list[RankPlan]:
 
 
 def _seconds(run: RunConfig, ranks: list[RankPlan], gpu: GPU, assumed: Assumptions) -> float:
-    """Of a step, roughly: the busiest rank's work, and the others' while the pipeline fills."""
+    """Rough seconds of a step: the busiest rank's work, and the others' while the pipeline
+    fills."""
     busy, exchange = [], 0.0
     for rank in ranks:
         works = [work for trace in rank.traces for work in (trace.forward, trace.backward)]

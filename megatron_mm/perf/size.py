@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them a token meets."""
+"""Number of parameters of a model, and of those that a token meets."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What stands in, in a plan, for what cannot run on tensors without memory.
+"""Stand-ins, in a plan, for parts that cannot run on tensors without memory.
 
-Routing is balanced, since nobody computes logits. Attention is the fused kernel that keeps
+Routing is balanced, since no logits are computed. Attention is the fused kernel that keeps
 query, key, value, result and the logarithms of its sums. With `cuda` the gated delta rule is
-flash-linear-attention's, of which we know from its source (0.6, `chunk_gated_delta_rule` and
-`causal_conv1d`) what it keeps and how large it works; no GPU run has confirmed it yet.
+flash-linear-attention's: its source (0.6, `chunk_gated_delta_rule` and `causal_conv1d`) shows which
+tensors it keeps and the sizes it works with; no GPU run has confirmed them yet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_mm.config import ConfigError, RunConfig
-from megatron_mm.model.backends.choice import Backend, choose
+from megatron_mm.model.backends.choice import choose
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.layers.gdn.mix import split_heads
 from megatron_mm.model.layers.moe import MixtureOfExperts
 from megatron_mm.perf.assumed import expert_counts
@@ -72,7 +73,7 @@ def _attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=Fa
 
 
 def balance(model: torch.nn.Module, tokens: int) -> None:
-    """Make the layers of experts of a stage dispatch as `balanced_routes` would, for a stream of
+    """Makes the layers of experts of a stage dispatch as `balanced_routes` would, for a stream of
     this many tokens."""
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
@@ -128,7 +129,7 @@ class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
 
 
 def _fused_mix(count: Count, qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segments, widths):
-    """Arguments and result of `gdn_mix.convolve_and_scan`."""
+    """Arguments and result of `gdn.mix.convolve_and_scan`."""
     mixed = _FusedConvolution.apply(qkv_TC, conv_weight_CW)
     query, key, value = (x.contiguous() for x in split_heads(mixed, widths))
     del mixed
@@ -179,8 +180,8 @@ class _FusedDeltaRule(torch.autograd.Function):
 
 
 def _delta_rule_inside(key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
-    """What the kernels pass to each other: two of the keys' size, two of the values', the states
-    at the start of every chunk."""
+    """Tensors that the kernels pass to each other: two of the keys' size, two of the values',
+    states at the start of every chunk."""
     tokens, heads, width = value.shape
     wide = key.shape[-1]
     chunks = -(-tokens // CHUNK)
@@ -190,8 +191,8 @@ def _delta_rule_inside(key: torch.Tensor, value: torch.Tensor) -> list[torch.Ten
 
 
 def _delta_rule_flops(key: torch.Tensor, value: torch.Tensor) -> int:
-    """Of the chunked forward pass (arXiv 2412.06464, section 3.3): K K^T, Q K^T, T with both, P U
-    inside a chunk; W S, Q S and K^T U with the state."""
+    """FLOPs of the chunked forward pass (arXiv 2412.06464, section 3.3): K K^T, Q K^T, T with both,
+    P U inside a chunk; W S, Q S and K^T U with the state."""
     tokens, heads, width = value.shape
     wide = key.shape[-1]
     inside = 2 * CHUNK * (2 * wide + wide + width + width)

@@ -16,7 +16,7 @@ GB = 1e9
 
 
 def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
-    """What a plan takes for granted, one line each."""
+    """The assumptions of a plan, one line each."""
     run, gpu, assumed = plan.run, plan.gpu, plan.assumed
     tiles = run.data.max_num_tiles + int(run.data.use_thumbnail and run.data.max_num_tiles > 1)
     batch = f"{run.training.micro_batch_size} samples of {run.data.seq_length} tokens"

@@ -12,25 +12,25 @@ from megatron.core.pipeline_parallel.schedules import forward_step as schedule_f
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine, forward_step
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.perf.fake import META
 from megatron_mm.perf.recorder import Recorder, Work
 from megatron_mm.perf.standins import balance, fused_attention
+from megatron_mm.train.sft import SupervisedFineTuning
 
 
 @dataclass(frozen=True)
 class ChunkTrace:
-    """Of one microbatch on one stage; bytes of tensors, without parameters and gradients.
+    """Memory and work of one microbatch on one stage; bytes without parameters and gradients.
 
     Attributes:
-        arrives, leaves: of the packed tensor from the stage before and to the one after.
+        arrives, leaves: bytes of the packed tensor from the stage before and to the one after.
         forward_peak: the most that the forward pass holds, what arrived included.
         held: what stays until the backward pass.
         backward_peak: the most that the backward pass holds.
-        forward, backward: work; a backward pass includes what it computes again.
-        stays: what the first microbatch leaves behind for good (megatron-core's buffer of gathered
-            activations); in none of the above.
+        forward, backward: work; a backward pass includes recomputation.
+        stays: bytes that the first microbatch leaves behind for good (megatron-core's buffer of
+            gathered activations); in none of the above.
     """
 
     arrives: int
@@ -44,7 +44,7 @@ class ChunkTrace:
 
 
 def trace_chunk(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> ChunkTrace:
-    """Run stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step."""
+    """Runs stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step."""
     wrapped, model = engine.models[chunk], engine.chunks[chunk]
     balance(model, len(batch.tokens_T))
     if wrapped.ddp_config.overlap_param_gather:
@@ -68,8 +68,8 @@ def _once(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> 
     objective, pg = SupervisedFineTuning(), engine.groups.pg
     held_at = held_positions(objective.positions(batch), len(batch.tokens_T), pg.cp)
 
-    def finish(output, batch, positions):
-        return objective.loss(output, batch, positions, pg)
+    def finish(output, batch, positions, metrics):
+        return (*objective.loss(output, batch, positions, pg, metrics), {})
 
     def feed():
         yield batch.to(platform.device()), held_at, {}
@@ -111,8 +111,8 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def trace_sync(engine: Engine, recorder: Recorder) -> Work:
-    """What a step sends once, whatever the number of microbatches: gradients, and parameters
-    after the update."""
+    """The traffic of a step that does not depend on the number of microbatches: gradients, and
+    parameters after the update."""
     with recorder:
         begin = recorder.copy()
         # A real number: it is divided by.

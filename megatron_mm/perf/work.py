@@ -1,97 +1,53 @@
-"""The work that one microbatch asks of the model: how many rows every product has.
+"""Rows, pairs and mixing that one microbatch brings to the model.
 
-`needed` counts what the model's own mathematics asks for, on any implementation and layout: causal
-pairs only, the delta rule as its recurrence, no padding. `executed` counts what our torch kernels
-compute for it on one rank: rectangles, chunks, padding, a dummy tile for a text.
+`needed` is the work of the model's own mathematics, the same on every backend and layout: causal
+pairs only, the delta rule as its recurrence, no padding. `executed` is the work of our torch
+kernels on one rank: rectangles, chunks, padding, a dummy tile for a text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-
-from megatron_mm.config import RunConfig, read_memories
-from megatron_mm.config.cost import causal_pairs, delta_rule, patches
+from megatron_mm.config import RunConfig, effective_pattern, read_memories
+from megatron_mm.config.cost import patches
+from megatron_mm.config.layers.counting import MemoryRows, Workload, causal_pairs
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.model.context import memory_rows
 from megatron_mm.model.layers.clvr import MemoryMap
-from megatron_mm.model.layers.gdn.chunks import chunk_length, chunk_plan
 from megatron_mm.model.segments import Segments
+from megatron_mm.plugins import import_object
 
 
-@dataclass(frozen=True)
-class MemoryWork:
-    """The work for one memory.
+def needed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
+    """The work that the model's mathematics asks for.
 
-    Attributes:
-        patches: rows of its projection.
-        rows: rows of it that a look projects, padding included.
-        pairs: (position, patch) of one look.
-    """
-
-    patches: int
-    rows: int
-    pairs: float
-
-
-@dataclass(frozen=True)
-class Work:
-    """
-    Attributes:
-        tokens: rows of every linear of the language stack.
-        logits: rows of the output layer.
-        attention_pairs: (query, key) of one layer.
-        delta_forward, delta_backward: FLOPs of one layer's delta rule.
-        tiles: that the ViT sees; `stream_tiles` of them enter the stream.
-        memories: by name, those that looks read.
-        attention_backward: FLOPs of attention's backward pass by those of its forward pass.
-        executed: count what is computed though nobody asked for it: input gradients of whatever
-            megatron-core's linears were given, and what recomputation runs again.
-    """
-
-    tokens: int
-    logits: int
-    attention_pairs: float
-    delta_forward: float
-    delta_backward: float
-    tiles: int
-    stream_tiles: int
-    memories: dict[str, MemoryWork]
-    attention_backward: float = 2.0
-    executed: bool = False
-
-
-def needed(run: RunConfig, batch: Microbatch, logits: int) -> Work:
-    """
     Args:
         batch: with its pixels, as the replica's reader has it.
         logits: positions at which the objective wants them.
     """
     real = batch.num_real_tokens
     lengths = batch.cu_seqlens.clamp(max=real).diff().tolist()
-    delta = delta_rule(run.model.language, real)
+    kinds = LAYERS.used(effective_pattern(run.model))
     memories = {}
     for name in (memory.name for memory in read_memories(run.model)):
         seen, until = batch.memories[name].visible_M2.unbind(1)
-        memories[name] = MemoryWork(len(seen), len(seen), float((until - seen).sum()))
-    return Work(
+        count, pairs = len(seen), float((until - seen).sum())
+        memories[name] = MemoryRows(count, count, pairs, count)
+    return Workload(
         tokens=real,
         logits=logits,
         attention_pairs=sum(map(causal_pairs, lengths)),
-        delta_forward=delta,
-        delta_backward=2 * delta,
         tiles=len(batch.pixels_NCHW),
         stream_tiles=len(batch.stream_tiles),
         memories=memories,
+        mixing={kind.letter: kind.mixing(run, real) for kind in kinds if kind.mixing},
     )
 
 
-def executed(run: RunConfig, batch: Microbatch, logits: int) -> Work:
-    """Of our torch kernels on one rank; arguments as for `needed`."""
+def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
+    """The work of our torch kernels on one rank; arguments as for `needed`."""
     tokens = len(batch.tokens_T)
     segments = Segments.from_cu_seqlens(batch.cu_seqlens)
-    forward, backward = _chunked_delta_rule(run, segments)
     tiles, stream_tiles, memories = 0, 0, {}
     if run.model.vision is not None:
         empty = not len(batch.pixels_NCHW)
@@ -99,39 +55,33 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Work:
         stream_tiles = 1 if empty else len(batch.stream_tiles)
         for memory in read_memories(run.model):
             held, rows = batch.memories[memory.name], memory_rows(batch, memory, 1)
-            count = patches(run.model.vision) * (1 if empty else len(held.tiles))
-            memories[memory.name] = MemoryWork(count, rows, _look_pairs(held, segments, rows))
-    return Work(
+            count = patches(run.model) * (1 if empty else len(held.tiles))
+            memories[memory.name] = MemoryRows(count, rows, _look_pairs(held, segments, rows), rows)
+    return Workload(
         tokens=tokens,
         logits=logits,
         attention_pairs=sum(part.count * part.width**2 for part in segments.buckets.parts),
-        delta_forward=forward,
-        delta_backward=backward,
         tiles=tiles,
         stream_tiles=stream_tiles,
         memories=memories,
+        mixing=_executed_mixing(run, segments),
         attention_backward=2.5,  # torch's kernels compute the scores again
         executed=True,
     )
+
+
+def _executed_mixing(run: RunConfig, segments: Segments) -> dict[str, tuple[float, float]]:
+    found = {}
+    for kind in LAYERS.used(effective_pattern(run.model)):
+        if kind.executed_mixing is not None:
+            count = import_object(kind.executed_mixing, f"layer {kind.letter}:", kind="function")
+            found[kind.letter] = count(run, segments)
+        elif kind.mixing is not None:
+            found[kind.letter] = kind.mixing(run, segments.total)
+    return found
 
 
 def _look_pairs(held: BatchMemory, segments: Segments, rows: int) -> int:
     visible, coordinates = held.visible_M2, held.coordinates_M2
     views = MemoryMap.build(segments, segments, visible, coordinates, rows).views
     return sum(v.stream.count * v.stream.width * v.patches.width for v in views)
-
-
-def _chunked_delta_rule(run: RunConfig, segments: Segments) -> tuple[float, float]:
-    """Returns FLOPs (forward, backward) of model/layers/gdn/delta_rule.py: B chunks of C positions,
-    `later` of them with a state to begin with. Solving for the inverse is no product and not
-    counted."""
-    lm = run.model.language
-    keys, values = lm.linear_num_key_heads, lm.linear_num_value_heads
-    K, V = lm.linear_key_head_dim, lm.linear_value_head_dim
-    C = chunk_length(max(segments.sizes), K, V)
-    active = chunk_plan(segments.sizes, C, torch.device("cpu")).active
-    chunks, later = sum(active), sum(active[1:])
-    by_key, by_value = 2.0 * chunks * keys * C * C * K, 2.0 * chunks * values * C * C * V
-    state = 2.0 * later * values * C * K * V
-    forward = 2 * by_key + 2 * by_value + 2.0 * later * values * C * C * K + 3 * state
-    return forward, 4 * by_key + 4 * by_value + 6 * state

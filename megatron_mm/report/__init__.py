@@ -1,1 +1,1 @@
-"""The page, the charts and the metrics log of a run."""
+"""Report page, charts and metrics log of a run."""

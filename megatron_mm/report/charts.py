@@ -1,4 +1,4 @@
-"""The charts of the report, as inline SVG in the page's own colours."""
+"""Charts of the report, as inline SVG in the page's colours."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 MAX_POINTS = 500  # per curve
-MAX_EXPERT_LAYERS = 12  # a page is for reading
+MAX_EXPERT_LAYERS = 12  # layers shown
 
-# Charts are drawn in these stand-in colours, which become the page's CSS variables, so that
-# one chart serves the light, the dark and the printed page.
+# Charts are drawn in placeholder colours that are replaced by the page's CSS variables, so that one
+# chart serves the light, the dark and the printed page.
 INK, MUTED, GRID, ACCENT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 CSS_COLORS = {
     INK: "var(--ink)",
@@ -24,14 +24,16 @@ MORE, LESS = (217, 95, 14), (44, 111, 187)  # above and below the mean, as in th
 
 
 def expert_lift(load: Any) -> np.ndarray:
-    """log2 of each expert's share of a skill's tokens over its mean share over the skills.
+    """Returns log2 of each expert's share of a skill's tokens over its mean share over skills; 0
+    means that a skill uses an expert as much as the others do.
 
-    `load` is [skill, layer, expert]; 0 means that a skill uses an expert like all others do.
+    Args:
+        load: [skill, layer, expert].
     """
     load = np.asarray(load, dtype=float)
     mean = load.mean(axis=0, keepdims=True)
     ratio = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
-    return np.log2(np.maximum(ratio, 2.0**-8))  # an unused expert would be minus infinity
+    return np.log2(np.maximum(ratio, 2.0**-8))  # not minus infinity for an unused expert
 
 
 def percent(value: float | None) -> str:
@@ -39,14 +41,14 @@ def percent(value: float | None) -> str:
 
 
 def inline_svg(figure: Any, label: str, css_width: int) -> Any:
-    """`figure` as inline SVG in the page's own font and colours, without any outside name."""
+    """Returns `figure` as inline SVG in the page's font and colours, without external names."""
     from markupsafe import Markup, escape
     from matplotlib import rc_context
 
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    # Text stays text (searchable, in the page's font); the salt makes the ids repeatable and
-    # keeps those of different charts apart.
+    # Text stays text (searchable, in the page's font). The salt makes ids reproducible and
+    # different between charts.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
@@ -103,33 +105,32 @@ def series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def curves(records: list[dict]) -> list[dict[str, Any]]:
     titles = {
-        "lm loss": "language model loss",
-        "load_balancing_loss": "load-balancing loss (1 = even experts)",
-        "grad norm": "gradient norm",
-        "learning rate": "learning rate",
+        "train/lm_loss": "language model loss",
+        "moe/load_balancing_loss": "load-balancing loss (1 = even experts)",
+        "train/grad_norm": "gradient norm",
+        "train/learning_rate": "learning rate",
     }
     curves = []
     for key, title in titles.items():
         steps, values = series(records, key)
-        off = key == "load_balancing_loss" and not values.any()  # its coefficient is 0
-        if len(steps) < 2 or off:
+        if len(steps) < 2:
             continue
         figure, axes = new_axes(4.8, 2.5)
         # Long runs: one point per bin, so that the page stays small.
         bins = np.array_split(np.arange(len(steps)), min(len(steps), MAX_POINTS))
         steps, values = (np.array([part[b].mean() for b in bins]) for part in (steps, values))
-        if key == "learning rate":
+        if key == "train/learning_rate":
             axes.plot(steps, values, color=ACCENT, linewidth=1.8)
         else:
             axes.plot(steps, values, color=ACCENT, linewidth=0.8, alpha=0.35)
             axes.plot(steps, _smooth(values), color=ACCENT, linewidth=1.8)
         if (
-            key in ("lm loss", "grad norm")
+            key in ("train/lm_loss", "train/grad_norm")
             and values.min() > 0
             and values.max() > 30 * values.min()
         ):
             axes.set_yscale("log")
-        elif key != "load_balancing_loss":
+        elif key != "moe/load_balancing_loss":
             axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         axes.set_xlabel("step", color=MUTED, fontsize=9)
@@ -138,7 +139,7 @@ def curves(records: list[dict]) -> list[dict[str, Any]]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of about a thirtieth of the curve, shorter at its ends."""
+    """Moving mean over about a thirtieth of the curve, shorter at its ends."""
     reach = max(1, len(values) // 60)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - reach, 0)
@@ -147,7 +148,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def histories(records: list[dict], skills: list[dict]) -> list[dict[str, Any]]:
-    """Accuracy over steps, one small chart per skill on a common scale."""
+    """Charts of accuracy over steps, one per skill on a common scale."""
     chances = {skill["name"]: skill["chance"] for skill in skills}
     keys = dict.fromkeys(k for record in records for k in record if k.startswith("accuracy/"))
     charts = []
@@ -170,8 +171,8 @@ def histories(records: list[dict], skills: list[dict]) -> list[dict[str, Any]]:
 
 
 def experts(after: dict, before: dict | None = None) -> dict[str, Any] | None:
-    """Charts of `evaluation.json`'s experts by skill; beside each the same of `before`, if that
-    is of the same skills and layers."""
+    """Charts of experts by skill from `evaluation.json`, each beside that of `before` if skills and
+    layers are the same."""
     if not (after.get("load") and after.get("layers")):
         return None
     keys, layers = after["keys"], after["layers"]
@@ -179,7 +180,7 @@ def experts(after: dict, before: dict | None = None) -> dict[str, Any] | None:
     if before and (before.get("keys"), before.get("layers")) == (keys, layers):
         times = {", before": before, ", after": after}
     lifts = {when: expert_lift(found["load"]) for when, found in times.items()}
-    # The scale holds nearly all cells: a few extreme ones must not wash out the rest.
+    # The scale covers 98% of the cells, so that a few extreme ones do not wash out the rest.
     extreme = np.percentile(np.abs([*lifts.values()]), 98)
     reach = float(np.clip(np.ceil(2 * extreme) / 2, 0.5, 4))
     chosen = np.unique(np.linspace(0, len(layers) - 1, MAX_EXPERT_LAYERS).round().astype(int))
@@ -193,11 +194,11 @@ def experts(after: dict, before: dict | None = None) -> dict[str, Any] | None:
 
 
 def _experts_chart(strength: np.ndarray, keys: list[str], title: str) -> dict[str, Any]:
-    """[skill, expert], in colour from -1 to 1."""
+    """Chart of [skill, expert] values, coloured from -1 to 1."""
     from matplotlib.ticker import MaxNLocator
 
     cells = np.clip(strength, -1, 1)
-    # Clear in the middle, so that the page's own background stands for "as the mean".
+    # Transparent in the middle, so that the page's background stands for the mean.
     color = np.where(cells[..., None] > 0, MORE, LESS).astype(np.uint8)
     alpha = (255 * np.abs(cells)[..., None]).astype(np.uint8)
     figure, axes = new_axes(4.8, 0.75 + 0.24 * len(keys), grid="x")

@@ -1,5 +1,5 @@
-"""The charts of a run of reinforcement learning, from its metrics. A metric that the run does not
-have gives no chart; one of rollouts has points only where a step began a rollout."""
+"""Charts of a reinforcement-learning run, from its metrics. Metrics that the run lacks give no
+chart; rollout metrics have points only at steps that began a rollout."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ROUTERS = "rollout/moe/"
 
 
 class Line(NamedTuple):
-    """One line of a chart.
+    """Line of a chart.
 
     Attributes:
-        key: of the metric.
-        label: in the legend; a chart of one line has none.
+        key: metric.
+        label: text in the legend, which a chart of one line lacks.
     """
 
     key: str
@@ -65,13 +65,13 @@ EXPERTS = {
         Line(ROUTERS + "mutual_information")
     ],
     "busiest expert above the mean (0 = even)": [Line(ROUTERS + "max_violation")],
-    "the router term of the loss": [Line("router_loss")],
+    "the router term of the loss": [Line("moe/router_loss")],
 }
 GRADIENTS = "gradient norm of each router"
 
 
 def rl_charts(records: list[dict]) -> dict[str, list[dict[str, Any]]]:
-    """Charts as {name or title, last, svg}, by the part of the page; empty if the run did no RL."""
+    """Returns charts as {name or title, last, svg}, by section of the page; empty without RL."""
     keys = list(dict.fromkeys(key for record in records for key in record))
     if "reward" not in keys:
         return {}
@@ -85,7 +85,7 @@ def rl_charts(records: list[dict]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _rewards(records: list[dict], keys: list[str]) -> list[dict[str, Any]]:
-    """The sum that is trained on, its scatter within groups, then each reward by itself."""
+    """Charts of the total reward, its deviation within groups, and each reward."""
     chosen = {"reward": "all, weighted", "reward_std": "deviation within a group"}
     chosen |= {
         key: key.removeprefix("rewards/").removesuffix("/mean")
@@ -110,8 +110,8 @@ def _by_skill(records: list[dict], keys: list[str]) -> list[dict[str, Any]]:
 
 
 def _routers(keys: list[str]) -> list[Line]:
-    """The first and the last layer stand out: what is wrong with a router mostly depends on how
-    far up it is."""
+    """Lines of all routers. The first and the last layer stand out, because faults of a router
+    mostly depend on its depth."""
     layers = sorted(int(k.removeprefix(ROUTER_NORM)) for k in keys if k.startswith(ROUTER_NORM))
     lines = [Line(f"{ROUTER_NORM}{layer}", "", MUTED) for layer in layers]
     for place, color in ((-1, INK), (0, ACCENT)) if layers else ():
@@ -121,7 +121,7 @@ def _routers(keys: list[str]) -> list[Line]:
 
 
 def _hits(records: list[dict], keys: list[str]) -> list[dict[str, Any]]:
-    """Hit rates beside chance and the shuffled map's."""
+    """Charts of hit rates beside chance and the hit rate of a shuffled map."""
     prefix = ROUTERS + "hit_rate/"
     names = sorted(key.removeprefix(prefix) for key in keys if key.startswith(prefix))
     charts = []
@@ -157,8 +157,11 @@ def _large(records: list[dict], titles: dict[str, list[Line]]) -> list[dict[str,
 def _small(
     records: list[dict], lines: list[Line], name: str, what: str, share: bool = False
 ) -> dict[str, Any] | None:
-    """The last line is the one that counts: without it there is no chart. `share`: it is shown in
-    percent."""
+    """Draws a small chart; None if its last line, the main one, has no points.
+
+    Args:
+        share: whether to show values in percent.
+    """
     figure, axes = new_axes(2.5, 1.5)
     drawn = [_draw(axes, records, line) for line in lines]
     values = drawn[-1]
@@ -175,7 +178,7 @@ def _small(
 
 
 def _limit(axes: Any, drawn: list[np.ndarray], records: list[dict]) -> None:
-    """All charts have the same steps, and 0 is in each."""
+    """Sets the limits: the same steps in all charts, and 0 in each."""
     from matplotlib.ticker import MaxNLocator
 
     values = np.concatenate(drawn)
@@ -189,7 +192,7 @@ def _limit(axes: Any, drawn: list[np.ndarray], records: list[dict]) -> None:
 
 
 def _draw(axes: Any, records: list[dict], line: Line) -> np.ndarray:
-    """Draw a line, one point per bin where there are many; its values as they are."""
+    """Draws a line, with one point per bin if there are many. Returns the unbinned values."""
     steps, values = series(records, line.key)
     if not len(steps):
         return values

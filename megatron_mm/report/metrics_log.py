@@ -1,10 +1,11 @@
-"""What a run says about itself while it trains: a JSON Lines file, TensorBoard, Weights &
-Biases and the console. The JSON Lines file is the record; the others are views of it.
+"""Logs a run's metrics to a JSON Lines file, TensorBoard, Weights & Biases and the console. The
+JSON Lines file is the record; the others are views of it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -13,29 +14,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+logger = logging.getLogger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
 TABLE_FILE = "completions.jsonl"
-ROUTER_NORM = "moe/router_grad_norm/"  # and the number of the layer
-# Shown on the console, in this order; the rest is in the file.
-CONSOLE_KEYS = (
-    "lm loss",
-    "reward",
-    "reward_std",
-    "kl",
-    "entropy",
-    "completions/mean_length",
-    "rollout/moe/hit_rate",
-    "load_balancing_loss",
-    "grad norm",
-    "learning rate",
-)
-WHEN_NOT_ZERO = ("skipped samples",)
+ROUTER_NORM = "moe/router_grad_norm/"  # followed by the layer number
+# Shown on the console after the objective's own; the rest is in the file.
+CONSOLE_KEYS = ("moe/load_balancing_loss", "train/grad_norm", "train/learning_rate")
+WHEN_NOT_ZERO = ("train/skipped_samples",)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a metrics file; empty if there is none yet.
+    """Returns the records of a metrics file; empty if there is none yet.
 
-    A last line that does not parse is left out: it is what a killed writer leaves behind.
+    An incomplete last line, which a killed writer leaves, is ignored.
+
+    Raises:
+        ValueError: another line is not JSON.
     """
     path = Path(path)
     if not path.exists():
@@ -54,19 +49,26 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def format_duration(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
+    """Formats seconds as 1:02:03, or 2:03 below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class MetricsLogger:
-    """Logs one dictionary of numbers per step.
+    """Logs a dictionary of numbers per step.
 
-    `config` is a `LoggingConfig`; `run_config` is stored with the Weights & Biases run.
-    All ranks may make one, but only the one with `enabled` writes anything. `start_step` is
-    the last step already done (0 in a fresh run): later records of an earlier attempt are
-    dropped, so a resumed run holds every step once.
+    Args:
+        config: `LoggingConfig`.
+        run_config: settings of the run, stored with the Weights & Biases run.
+        start_step: last step already done, 0 in a new run. Later records of an earlier attempt are
+            dropped, so that a resumed run has every step once.
+        enabled: whether this rank writes.
+        stream: console; default: stderr.
+        console: names of metrics that the console shows first.
+
+    Raises:
+        ValueError: the output directory holds files that are not records of a run.
     """
 
     def __init__(
@@ -77,8 +79,10 @@ class MetricsLogger:
         start_step: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
+        console: Sequence[str] = ("train/lm_loss",),
     ) -> None:
         self.enabled = enabled
+        self._shown = (*console, *CONSOLE_KEYS)
         self._file: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -97,7 +101,7 @@ class MetricsLogger:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides what an earlier attempt wrote after the step we resume from.
+            # purge_step hides steps of an earlier attempt after the step to resume from.
             self._tensorboard = SummaryWriter(
                 str(directory / "tensorboard"), purge_step=start_step + 1
             )
@@ -115,28 +119,28 @@ class MetricsLogger:
             )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record `metrics` of `step`. A step may be logged more than once, with other keys."""
+        """Records metrics of a step. A step may be logged several times with different keys."""
         if not self.enabled or self._file is None:
             return
         numbers = {key: float(value) for key, value in metrics.items()}
-        # JSON has no NaN or infinity: null, so that every reader can read the line.
+        # JSON has no NaN or infinity; they become null.
         record = {key: _compact(value) for key, value in numbers.items()}
         try:
             self._file.write(json.dumps({"iteration": step, **record}) + "\n")
             self._file.flush()
-        except OSError as error:  # a full disk must not cost the run: the checkpoint decides
-            print(f"warning: step {step} was not recorded: {error}", file=self._stream)
+        except OSError as error:  # a full disk must not end the run
+            logger.warning("step %d was not recorded: %s", step, error)
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
-            # The step is a value of its own: W&B's counter refuses to log a step twice.
+            # Logged as a value, because W&B's own step counter rejects logging a step twice.
             self._wandb.log({**numbers, "iteration": step})
         self._show(step, numbers)
 
     def table(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Append rows to show (completions and their rewards) to a file of their own. What JSON has
-        no word for (a date of a parquet row) becomes text."""
+        """Appends rows (completions and their rewards) to completions.jsonl. Values without a JSON
+        form, such as dates, become text."""
         if not self.enabled or not rows:
             return
         try:
@@ -145,10 +149,10 @@ class MetricsLogger:
                     json.dumps({"iteration": step, **row}, default=str) + "\n" for row in rows
                 )
         except OSError as error:
-            print(f"warning: step {step}'s table was not written: {error}", file=self._stream)
+            logger.warning("step %d's table was not written: %s", step, error)
 
     def close(self) -> None:
-        """Finish all views. May be called twice."""
+        """Closes all views. May be called twice."""
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard is not None:
@@ -174,20 +178,20 @@ class MetricsLogger:
                 dir=str(directory),
                 mode=config.wandb_mode,
                 config=run_config,
-                # Quiet and self-contained: no captured console, no copy of the code.
+                # Quiet, without capturing the console or copying the code.
                 settings=wandb.Settings(
                     silent=True, console="off", disable_code=True, disable_git=True
                 ),
             )
             run.define_metric("*", step_metric="iteration")
-        except Exception as error:  # whatever it is, training matters more than this view of it
+        except Exception as error:  # of any kind: training goes on without this view
             reason = str(error).strip() or type(error).__name__
-            print(f"warning: no W&B logging: {reason.splitlines()[0]}", file=self._stream)
+            logger.warning("no W&B logging: %s", reason.splitlines()[0])
             return None
         return run
 
     def _show(self, step: int, numbers: dict[str, float]) -> None:
-        shown = [f"{key} {numbers[key]:.4g}" for key in CONSOLE_KEYS if key in numbers]
+        shown = [f"{key} {numbers[key]:.4g}" for key in self._shown if key in numbers]
         shown += [f"{key} {numbers[key]:.0f}" for key in WHEN_NOT_ZERO if numbers.get(key)]
         shown += [f"{k} {v:.1%}" for k, v in sorted(numbers.items()) if k.startswith("accuracy/")]
         if self._bar is not None:
@@ -204,21 +208,21 @@ class MetricsLogger:
 
 
 def _compact(value: float) -> float | int | None:
-    """Counts as integers, and nothing that JSON cannot say."""
+    """Converts whole numbers to int, and NaN and infinity to None."""
     if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _open_record(path: Path, start_step: int) -> TextIO:
-    """Open for appending after dropping the records past `start_step`."""
+    """Drops the records after `start_step` and opens the file for appending."""
     found = read_metrics(path)
     if not all(isinstance(record, dict) and "iteration" in record for record in found):
         raise ValueError(f"{path}: not a record of a run; use another output_dir")
     kept = [record for record in found if record["iteration"] <= start_step]
-    if found and not kept:  # another run was here: keep what it wrote
+    if found and not kept:  # of another run: kept under another name
         path.replace(path.with_name(path.name + ".previous"))
-    # Replaced in one move: a crash here must not cost the record of the run so far.
+    # Replaced in one move, so that a crash here does not lose the record.
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in kept)

@@ -1,8 +1,8 @@
-"""One page about one run: `report.html`, readable offline and on paper.
+"""Writes the report of a run: `report.html`, readable offline and on paper.
 
-Reads `metrics.jsonl`, `results.json` and `evaluation.json` of a run directory, and of a run of
-reinforcement learning `completions.jsonl` and `experts_before.json`. Every part is optional: a
-run without looks, experts, images or a finished evaluation gets a shorter page.
+Reads `metrics.jsonl`, `results.json` and `evaluation.json` of a run directory, and after
+reinforcement learning `completions.jsonl` and `experts_before.json`. Every part is optional: a run
+without looks, experts, images or a finished evaluation gets a shorter page.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mm import cli
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import VISION
 from megatron_mm.report.charts import curves, experts, histories, percent, skill_chart
 from megatron_mm.report.charts_rl import rl_charts
 from megatron_mm.report.metrics_log import METRICS_FILE, TABLE_FILE, format_duration, read_metrics
 from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups
 
-TEMPLATE = "report.html.j2"
-LAYERS = {
-    "V": "vision encoder",
-    "G": "gated DeltaNet",
-    "*": "attention",
-    "E": "mixture of experts",
-    "L": "look at the image",
-    "J": "inject what was seen",
-}
-# A page is for reading: past these counts it would only grow.
+TEMPLATE = "page.html.j2"
+VISION_LETTER = "V"  # stands for the vision encoder; it is no letter of a pattern
+# Limits that keep the page readable.
 MAX_SCENES, MAX_LOOK_EXAMPLES, MAX_TOKENS = 24, 6, 12
 MAX_IMAGE_SIDE = 640  # pixels of an inlined image
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:
-    """Write `report.html` into `run_dir` and return its path."""
+    """Writes `report.html` into `run_dir` and returns its path.
+
+    Raises:
+        FileNotFoundError: the directory has no results of a run.
+        ValueError: a file is not JSON.
+    """
     run = Path(run_dir)
     records = read_metrics(run / METRICS_FILE)
     results = _read_json(run / "results.json")
@@ -68,7 +68,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         skill_chart=skill_chart(skills),
         layout=_layout(results),
         stages=_stages(results),
-        layer_names=LAYERS,
+        layer_names={VISION_LETTER: "vision encoder"}
+        | {k.letter: k.title for _, k in LAYERS.items()},
         curves=curves(records),
         histories=histories(records, skills),
         scenes=_spread(scenes, MAX_SCENES),
@@ -84,7 +85,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
 
 
 def accuracy_table(results: dict[str, Any]) -> str:
-    """The skills of `results.json` as an aligned plain-text table."""
+    """Returns the skills of `results.json` as an aligned plain-text table."""
     rows = [("skill", "accuracy", "chance", "n")]
     rows += [tuple(skill["cells"]) for skill in _skills(results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -114,7 +115,7 @@ def _skills(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple[str, str, str]]:
-    """The headline numbers as (value, label, note)."""
+    """Headline numbers as (value, label, note)."""
     tiles = []
     scored = [skill["accuracy"] for skill in skills if skill["accuracy"] is not None]
     if scored:
@@ -122,7 +123,7 @@ def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple
         note = f"chance {percent(sum(chances) / len(chances))}" if chances else ""
         label = "mean accuracy over skills" if len(scored) > 1 else "accuracy"
         tiles.append((percent(sum(scored) / len(scored)), label, note))
-    losses = [r["lm loss"] for r in records if r.get("lm loss") is not None]
+    losses = [r["train/lm_loss"] for r in records if r.get("train/lm_loss") is not None]
     if losses:
         tiles.append((f"{losses[-1]:.3g}", "last training loss", f"first {losses[0]:.3g}"))
     rewards = [r["reward"] for r in records if r.get("reward") is not None]
@@ -131,7 +132,12 @@ def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple
     step = results.get("iteration") or (records[-1]["iteration"] if records else None)
     if step is not None:
         samples = next(
-            (r["consumed samples"] for r in reversed(records) if "consumed samples" in r), 0
+            (
+                r["train/consumed_samples"]
+                for r in reversed(records)
+                if "train/consumed_samples" in r
+            ),
+            0,
         )
         unit = "prompts" if rewards else "samples"
         tiles.append((f"{step:,}", "steps", f"{int(samples):,} {unit}" if samples else ""))
@@ -150,18 +156,18 @@ def _short(count: float) -> str:
 
 
 def _layout(results: dict) -> list[tuple[str, Any]]:
-    """The parallel sizes in words; what is not set (None) is not shown."""
+    """Parallel sizes by name; unset ones (None) are left out."""
     sizes = (results.get("layout") or {}).items()
     return [(key.replace("_model_", " ").replace("_", " "), v) for key, v in sizes if v is not None]
 
 
 def _stages(results: dict) -> list[list[str]]:
-    """One list of layer letters per pipeline stage; `[V]` is read as the vision encoder."""
+    """Layer letters of each pipeline stage; `[V]` is the vision encoder."""
     return [list(re.sub(r"[\s\[\]|]", "", stage)) for stage in results.get("stages") or []]
 
 
 def _spread(items: list[dict], limit: int) -> list[dict]:
-    """At most `limit` items, taken from every skill in turn and shown skill by skill."""
+    """Returns at most `limit` items, taken from the skills in turn, grouped by skill."""
     turns: dict[str, int] = {}
     order = []
     for index, item in enumerate(items):
@@ -173,7 +179,7 @@ def _spread(items: list[dict], limit: int) -> list[dict]:
 
 
 def _telling(scenes: list[dict]) -> list[dict]:
-    """Scenes with looks; right answers written out in several steps first."""
+    """Returns scenes with looks; right answers in several steps come first."""
 
     def length(scene: dict) -> int:
         return max(len(look["frames"]) + look["more"] for look in scene["looks"])
@@ -192,7 +198,8 @@ def _data_uri(image: Any) -> str:
 
 
 def _scene(run: Path, example: dict) -> dict[str, Any]:
-    """One evaluated question, ready to show. A path is tried from the run, then from here."""
+    """Prepares an evaluated question. Its image path may be relative to the run or to the working
+    directory."""
     from PIL import Image
 
     scene = {key: example.get(key) for key in ("key", "question", "prediction", "truth")}
@@ -213,7 +220,7 @@ def _scene(run: Path, example: dict) -> dict[str, Any]:
 
 
 def _look(look: dict) -> dict[str, Any] | None:
-    """The attention of one look, one see-through picture per generated token."""
+    """Prepares the attention of a look: a translucent overlay per generated token."""
     rows, columns = look["grid"]
     frames = []
     for token, weights in zip(look["tokens"], look["weights"], strict=False):
@@ -232,7 +239,7 @@ def _look(look: dict) -> dict[str, Any] | None:
 
 
 def _heat(strength: np.ndarray) -> str:
-    """Dark where nothing is seen, clearer and warm where much is; one pixel per patch."""
+    """Overlay of one pixel per patch: dark where attention is low, clear and warm where high."""
     from PIL import Image
 
     warm = np.array([255, 160, 20]) * np.sqrt(strength)[..., None]
@@ -243,13 +250,14 @@ def _heat(strength: np.ndarray) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 1 if the report cannot be written."""
+    cli.setup_logging(cli.rank())
     parser = argparse.ArgumentParser(description="Write report.html for a run directory.")
     parser.add_argument("run_dir", type=Path)
     try:
         print(write_report(parser.parse_args(argv).run_dir))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return cli.fail(error)
     return 0
 
 

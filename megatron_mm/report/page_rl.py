@@ -1,7 +1,7 @@
-"""What the report shows of completions: who earned what, and which parts of them were right.
+"""Completions in the report: their rewards, and which parts of them were right.
 
-Rows are those of `completions.jsonl`. Completions are whatever a model wrote; all text goes to the
-page through the template, which escapes it.
+Rows are those of `completions.jsonl`. Completions may contain anything; the template escapes all
+text.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any
 
 BEFORE_FILE = "experts_before.json"  # experts by skill when the run began
 BETWEEN = " ,;\n"
-MAX_GROUPS, MAX_COMPLETIONS = 8, 16  # of the last rollouts; of a group
+MAX_GROUPS, MAX_COMPLETIONS = 8, 16  # of the page; of a group
 
 
 def hacked_steps(records: list[dict]) -> list[int]:
-    """Steps at which the hit rate had risen while the task's reward fell."""
+    """Steps at which the hit rate had risen while the task reward had fallen."""
     return [r["iteration"] for r in records if r.get("rollout/moe/reward_hacking") == 1]
 
 
 def last_groups(rows: list[dict]) -> list[dict[str, Any]]:
-    """The completions of the last rollouts, a prompt at a time, the newest first; equal ones of a
+    """Returns the completions of the last rollouts by prompt, newest first. Equal completions of a
     prompt are shown once."""
     found = [[*rows] for _, rows in groupby(rows, lambda row: (row["iteration"], row.get("row")))]
-    # Sorting is stable: the groups of a rollout stay in their order.
+    # The sort is stable, so groups of a rollout keep their order.
     newest = sorted(found, key=lambda group: -group[0]["iteration"])
     return [_group(rows) for rows in newest[:MAX_GROUPS]]
 
@@ -65,8 +65,8 @@ def _completion(row: dict, names: list[str]) -> dict[str, Any]:
 
 
 def _parts(text: str, places: list[list[int]], right: list[bool]) -> list[tuple[str, str]]:
-    """(text, "right", "wrong" or "" outside every span), together the whole text. A span is of
-    whole tokens; what merely parts it from its neighbours is not marked."""
+    """Splits the text into (part, verdict): "right", "wrong", or "" outside of spans. A span
+    consists of whole tokens; separators at its ends are not marked."""
     parts, end = [], 0
     for (start, stop), correct in zip(places, right, strict=False):
         span = text[start:stop]

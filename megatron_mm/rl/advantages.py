@@ -1,10 +1,10 @@
-"""From rewards to advantages, group by group.
+"""Advantages from rewards, group by group.
 
 Shapes: P prompts (groups), G completions of each, C reward components, K tokens. A reward that is
-NaN is left out: it is in no statistic, its advantage is 0, and it is counted. A group whose
-rewards are all equal has advantages of exactly 0, whatever rounding its mean would bring.
+NaN is left out: no statistic includes it, its advantage is 0, and a metric counts it. A group whose
+rewards are all equal has advantages of exactly 0, however its mean is rounded.
 
-Standard deviations have n - 1 below them and `EPSILON` is added to them, as in TRL and verl.
+Standard deviations divide by n - 1, and `EPSILON` is added to them, as in TRL and verl.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mm.errors import RLError
+from megatron_mm.rl.algorithms import ESTIMATORS
 
 EPSILON = 1e-4
 
@@ -26,6 +27,22 @@ class Advantages:
     kept_PG: torch.Tensor  # bool: takes part in the loss
     # Metric: [numerator, denominator], to be summed over ranks.
     sums: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """Marks an estimator whose advantages are normalised over all tokens afterwards (`whiten`).
+
+    Attributes:
+        kl_to_go: whether a KL divergence in the reward is subtracted at each token, from there to
+            the end (`returns_to_go`), instead of from the completion's reward.
+    """
+
+    estimate: Callable[[torch.Tensor, float], torch.Tensor]
+    kl_to_go: bool = False
+
+    def __call__(self, rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
+        return self.estimate(rewards_PG, std_floor)
 
 
 def grpo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
@@ -53,22 +70,27 @@ def rloo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
     return _zero_where_idle(rewards_PG, centred_PG * count_P1 / (count_P1 - 1).clamp(min=1))
 
 
-def reinforce_plus_plus(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
-    """The reward itself: REINFORCE++, arXiv 2501.03262, still to be whitened over the tokens of
-    all completions that are kept (`whiten`)."""
+def _reward(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
     del std_floor
     return rewards_PG.masked_fill(rewards_PG.isnan(), 0.0)
 
 
-# By name. REINFORCE++ with a baseline takes away the group's mean; both variants are whitened.
-ESTIMATORS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-    "reinforce_plus_plus": reinforce_plus_plus,
-    "reinforce_plus_plus_baseline": dr_grpo,
-}
-WHITENED = frozenset(("reinforce_plus_plus", "reinforce_plus_plus_baseline"))
+# The reward itself, whitened over the tokens of all completions that are kept: REINFORCE++, arXiv
+# 2501.03262.
+reinforce_plus_plus = Whitened(_reward, kl_to_go=True)
+# r - mean over the group, whitened: REINFORCE++ with a baseline, arXiv 2501.03262.
+reinforce_plus_plus_baseline = Whitened(dr_grpo)
+
+
+def is_whitened(estimator: str) -> bool:
+    """Whether the advantages of a registered estimator or dotted path need `whiten`."""
+    return isinstance(ESTIMATORS[estimator], Whitened)
+
+
+def has_kl_to_go(estimator: str) -> bool:
+    """Whether a registered estimator or dotted path wants `returns_to_go`."""
+    found = ESTIMATORS[estimator]
+    return isinstance(found, Whitened) and found.kl_to_go
 
 
 def compute_advantages(
@@ -79,17 +101,19 @@ def compute_advantages(
     aggregation: str = "sum_then_normalize",
     std_floor: float = 0.0,
 ) -> Advantages:
-    """Several rewards to one advantage for each completion.
+    """Combines several rewards into one advantage for each completion.
 
     Args:
         rewards_PGC: NaN where a reward does not apply to the completion (TRL's None).
-        failed_PGC: bool, where it applies but could not be computed. Such a completion is left
-            out of everything, unless the weight of the reward is 0.
-        weights: of the C rewards.
-        estimator: a name of ESTIMATORS; those in WHITENED need `whiten` afterwards.
-        aggregation: sum_then_normalize: the estimator sees the weighted sum.
-            normalize_then_sum: it sees every reward alone, and advantages are summed.
-    Raises RLError if the numbers of weights and rewards differ.
+        failed_PGC: bool, True where a reward applies but could not be computed. Such a completion
+            is left out of everything, unless the weight of the reward is 0.
+        weights: one for each of the C rewards.
+        estimator: a name of ESTIMATORS or a dotted path; see `is_whitened`.
+        aggregation: sum_then_normalize gives the estimator the weighted sum of the rewards;
+            normalize_then_sum gives it each reward alone, and sums the weighted advantages.
+        std_floor: lower bound of a group's standard deviation.
+    Raises:
+        RLError: if the numbers of weights and rewards differ.
     """
     if len(weights) != rewards_PGC.shape[2]:
         raise RLError(
@@ -114,8 +138,8 @@ def compute_advantages(
 def component_sums(
     rewards_PGC: torch.Tensor, failed_PGC: torch.Tensor, names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """[numerator, denominator] of `rewards/<name>/mean` over the completions that each reward
-    could judge, and of `rewards/<name>/frac_failed` over all."""
+    """Returns [numerator, denominator] of `rewards/<name>/mean` over the completions that each
+    reward could judge, and of `rewards/<name>/frac_failed` over all completions."""
     sums = {}
     for c, name in enumerate(names):
         valid_PG = _valid(rewards_PGC[..., c]) & ~failed_PGC[..., c]
@@ -129,18 +153,18 @@ def component_sums(
 
 
 def keep_groups(metric_PG: torch.Tensor) -> torch.Tensor:
-    """bool [P]: the groups to train on under DAPO's dynamic sampling, arXiv 2503.14476, eq. 11:
-    those whose completions differ in `metric` (accuracy or reward), NaN left out."""
+    """Returns bool [P]: the groups to train on under DAPO's dynamic sampling, arXiv 2503.14476,
+    eq. 11: those whose completions differ in `metric` (accuracy or reward), NaN left out."""
     return ~_idle(metric_PG)
 
 
 def kl_in_reward(rewards_PG: torch.Tensor, kl_PG: torch.Tensor, beta: float) -> torch.Tensor:
-    """r - beta * KL with the KL summed over each completion's tokens (k1: RLOO's reward)."""
+    """Returns r - beta * KL, the KL summed over each completion's tokens (k1: RLOO's reward)."""
     return rewards_PG - beta * kl_PG
 
 
 def returns_to_go(reward: float, kl_T: torch.Tensor, beta: float) -> torch.Tensor:
-    """[T]: REINFORCE++'s advantage of each token of one completion before whitening,
+    """Returns [T]: REINFORCE++'s advantage of each token of one completion before whitening,
     A_t = r - beta * sum of the KL from t to the end (arXiv 2501.03262)."""
     return reward - beta * kl_T.flip(0).cumsum(0).flip(0)
 
@@ -148,11 +172,12 @@ def returns_to_go(reward: float, kl_T: torch.Tensor, beta: float) -> torch.Tenso
 def span_advantages(
     spans: Sequence[Sequence[tuple[int, int, int, bool]]], lengths: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Span-level credit within one group: each token of a labelled span has 1 if its own answer is
-    right, else 0, less the mean over all labelled tokens of the group; other tokens have 0.
+    """Returns span-level credit within one group, [G] of each completion: a token of a labelled
+    span has 1 if its own answer is right, else 0, minus the mean over all labelled tokens of the
+    group; other tokens have 0.
 
     Args:
-        spans: of each completion, (first token, end, skill, right or not).
+        spans: of each completion, a list of (first token, end, skill, right or not).
         lengths: tokens of each completion.
     """
     marks = [torch.full((length,), torch.nan) for length in lengths]
@@ -164,13 +189,14 @@ def span_advantages(
 
 
 def whitening_sums(values_K: torch.Tensor) -> torch.Tensor:
-    """fp64 [3]: count, sum and sum of squares, to be summed over ranks and given to `whiten`."""
+    """Returns fp64 [3]: count, sum and sum of squares, to be summed over ranks and given to
+    `whiten`."""
     values_K = values_K.double()
     return torch.stack((values_K.new_tensor(len(values_K)), values_K.sum(), (values_K**2).sum()))
 
 
 def whiten(values_K: torch.Tensor, sums_3: torch.Tensor) -> torch.Tensor:
-    """(A - mean) / std over the tokens of the whole batch, REINFORCE++'s normalisation."""
+    """Returns (A - mean) / std over the tokens of the whole batch, REINFORCE++'s normalisation."""
     count, total, squares = sums_3.double().unbind()
     mean = total / count.clamp(min=1)
     variance = (squares - count * mean**2).clamp(min=0) / (count - 1).clamp(min=1)
@@ -182,14 +208,15 @@ def _valid(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _idle(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """bool [P]: fewer than two valid rewards, or all of them equal: nothing to learn from."""
+    """Returns bool [P]: groups with fewer than two valid rewards, or whose rewards are all
+    equal."""
     highest_P = rewards_PG.masked_fill(rewards_PG.isnan(), -torch.inf).amax(1)
     lowest_P = rewards_PG.masked_fill(rewards_PG.isnan(), torch.inf).amin(1)
     return (highest_P <= lowest_P) | (_valid(rewards_PG).sum(1) < 2)
 
 
 def _moments(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the valid rewards, each [P, 1]."""
+    """Returns mean and standard deviation of the valid rewards, each [P, 1]."""
     count_P1 = _valid(rewards_PG).sum(1, keepdim=True)
     mean_P1 = rewards_PG.nansum(1, keepdim=True) / count_P1.clamp(min=1)
     squares_P1 = (rewards_PG - mean_P1).square().nansum(1, keepdim=True)
@@ -202,7 +229,7 @@ def _zero_where_idle(rewards_PG: torch.Tensor, advantages_PG: torch.Tensor) -> t
 
 
 def _group_sums(total_PG: torch.Tensor, kept_PG: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Metrics under TRL's names. A group of which nothing is left is not among the groups."""
+    """Metrics under TRL's names. A group without a kept completion is not counted."""
     mean_P1, std_P1 = _moments(total_PG)
     alive_P = kept_PG.any(1)
     groups, samples = alive_P.sum(), kept_PG.sum()

@@ -1,195 +1,150 @@
-"""From rewards to what every sampled token and every labelled position is credited with.
+"""The credit of every sampled token, from rewards. No process group is used here: the one sum over
+ranks is a function that the caller hands in.
 
-Shapes: P groups of this replica, G completions of each, C rewards, N = P x G, T stream.
+Shapes: P groups of this replica, G completions of each or tokens of one, C rewards, N = P x G.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
-import torch.distributed as dist
 
-from megatron_mm.config import RLConfig
-from megatron_mm.earl.alignment import Alignment
-from megatron_mm.earl.router_reward import (
-    drawn_weights,
-    label_positions,
-    router_reward,
-    router_weights,
-)
-from megatron_mm.parallel.groups import Groups
+from megatron_mm.earl.alignment import Hits
+from megatron_mm.earl.router_reward import Span, router_reward
 from megatron_mm.rl.advantages import (
-    WHITENED,
     Advantages,
     compute_advantages,
+    has_kl_to_go,
+    is_whitened,
     returns_to_go,
     span_advantages,
     whiten,
     whitening_sums,
 )
-from megatron_mm.rl.kl import kl_divergence
-from megatron_mm.rl.policy_batch import PolicyBatch
-from megatron_mm.rl.policy_losses import loss_denominator
-from megatron_mm.rl.rollout.collect import Collected, Collector
-from megatron_mm.rl.rollout.metrics import Rollout
+from megatron_mm.rl.completion_batch import CompletionBatch
+from megatron_mm.rl.logprobs import Logprobs
+from megatron_mm.rl.policy_losses import kl_divergence
+from megatron_mm.rl.rollout.score import Scored
+from megatron_mm.rl.settings import RLConfig
+
+# Sums a tensor over the readers of all replicas; every rank of the job calls it.
+SumOverReaders = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Credit:
-    """
+class Credited:
+    """A scored rollout with the advantage of every sampled token.
+
     Attributes:
-        rl: with nothing left open (`resolve_algorithm`).
+        names: of all rewards: the functions', then "router" and "kl" where they are rewards.
+        rewards_PGC, failed_PGC: of all rewards.
+        advantages: of each completion.
+        token_advantages: fp32 [G] of each of the N completions.
+        hits: how often labelled tokens met their experts; None without a skill map.
     """
 
-    rl: RLConfig
-    groups: Groups
-    collector: Collector
-    alignment: Alignment | None
+    scored: Scored
+    names: tuple[str, ...]
+    rewards_PGC: torch.Tensor
+    failed_PGC: torch.Tensor
+    advantages: Advantages
+    token_advantages: tuple[torch.Tensor, ...]
+    hits: Hits | None
 
-    def assign(self, found: Collected, made: Sequence[Sequence[PolicyBatch]]) -> Rollout:
-        """Fill in what each position of the microbatches of every step is credited with. Every
-        rank of the job calls it."""
-        rl, size = self.rl, self.rl.num_generations
-        flat = [c for group in found.groups for c in group.completions]
-        spans = [marks for group in found.groups for marks in group.spans]
-        shape = (len(found.groups), size, len(self.collector.names))
-        empty = torch.zeros(0, *shape[1:])
-        rewards = torch.stack([g.rewards_GC for g in found.groups]) if flat else empty
-        failed = torch.stack([g.failed_GC for g in found.groups]) if flat else empty.bool()
-        names, weights = [*self.collector.names], [*self.collector.weights]
-        hits = None
-        if self.alignment is not None and self.alignment.found is not None:
-            hits = self.alignment.sums(flat, spans, self.collector.layers, self.groups)
-        if rl.router_reward_weight:
-            earned = router_reward(hits["used"]).float().view(*shape[:2], 1)
-            rewards, failed = _append(rewards, failed, earned)
-            names.append("router")
-            weights.append(rl.router_reward_weight)
-        batches = list(chain.from_iterable(made))
-        kl = self._kl(batches, flat) if rl.use_kl_in_reward else None
-        per_token = kl is not None and rl.advantage_estimator == "reinforce_plus_plus"
-        if kl is not None and not per_token:
-            total = torch.tensor([float(values.sum()) for values in kl]).view(*shape[:2], 1)
-            rewards, failed = _append(rewards, failed, total)
-            names.append("kl")
-            weights.append(-rl.beta)
-        found_advantages = compute_advantages(
-            rewards,
-            failed,
-            weights,
-            rl.advantage_estimator,
-            rl.multi_objective_aggregation,
-            rl.reward_std_floor,
-        )
-        values = found_advantages.advantages_PG.flatten()
-        tokens = [value.expand(len(c.tokens_G)) for value, c in zip(values, flat, strict=True)]
-        if per_token:
-            tokens = [returns_to_go(float(v), k, rl.beta) for v, k in zip(values, kl, strict=True)]
-        tokens = self._whitened(tokens, found_advantages)
-        labelled = [
-            label_positions(len(c.tokens_G), marks) for c, marks in zip(flat, spans, strict=True)
+    @property
+    def kept_N(self) -> list[bool]:
+        """Whether each completion takes part in the loss: no reward of weight failed."""
+        return self.advantages.kept_PG.flatten().tolist()
+
+
+def credit(
+    scored: Scored,
+    weights: Sequence[float],
+    rl: RLConfig,
+    hits: Hits | None,
+    kl: Sequence[torch.Tensor] | None,
+    sum_over_readers: SumOverReaders,
+) -> Credited:
+    """Turns rewards into advantages.
+
+    Args:
+        weights: of the reward functions.
+        rl: with nothing left open (`resolve_algorithm`).
+        kl: [G] of each completion, where the KL divergence is a part of the reward.
+    """
+    lengths = [len(completion.tokens_G) for completion in scored.completions]
+    per_token = kl is not None and has_kl_to_go(rl.advantage_estimator)
+    more: dict[str, tuple[float, torch.Tensor]] = {}  # name -> weight, [N]
+    if rl.router_reward_weight:
+        more["router"] = rl.router_reward_weight, router_reward(hits.used).float()
+    if kl is not None and not per_token:
+        more["kl"] = -rl.beta, torch.tensor([float(values_G.sum()) for values_G in kl])
+    rewards_PGC, failed_PGC = _with(scored.rewards_PGC, scored.failed_PGC, more)
+    advantages = compute_advantages(
+        rewards_PGC,
+        failed_PGC,
+        [*weights, *(weight for weight, _ in more.values())],
+        rl.advantage_estimator,
+        rl.multi_objective_aggregation,
+        rl.reward_std_floor,
+    )
+    values = advantages.advantages_PG.flatten()
+    tokens = [value.expand(length) for value, length in zip(values, lengths, strict=True)]
+    if per_token:
+        tokens = [
+            returns_to_go(float(value), kl_G, rl.beta)
+            for value, kl_G in zip(values, kl, strict=True)
         ]
-        if rl.span_credit:
-            tokens = self._credited(tokens, spans, size)
-        self._fill(batches, tokens, labelled, found_advantages.kept_PG.flatten())
-        for of_step in made:
-            self._router_scale(of_step)
-        return Rollout(found, names, rewards, failed, found_advantages, hits, flat, spans)
-
-    def _kl(self, batches: Sequence[PolicyBatch], flat: Sequence) -> list[torch.Tensor]:
-        """k1 (or as configured) of every token of every completion."""
-        found: dict[int, torch.Tensor] = {}
-        for batch in batches:
-            kl_T = kl_divergence(batch.old_logprobs_T, batch.ref_logprobs_T, self.rl.kl_estimator)
-            parts = kl_T[batch.sampled].split(batch.lengths_N.tolist())
-            found |= dict(zip(batch.members, parts, strict=True))
-        return [found[n] for n in range(len(flat))]
-
-    def _whitened(self, tokens: list[torch.Tensor], found: Advantages) -> list[torch.Tensor]:
-        if self.rl.advantage_estimator not in WHITENED:
-            return tokens
-        kept = found.kept_PG.flatten().tolist()
-        mine = [t for t, keep in zip(tokens, kept, strict=True) if keep]
-        sums = whitening_sums(torch.cat(mine) if mine else torch.zeros(0))
-        groups = self.groups
-        if not groups.is_reader:
-            sums.zero_()
-        dist.all_reduce(sums, group=groups.world)
-        return [whiten(values, sums) for values in tokens]
-
-    def _credited(
-        self, tokens: list[torch.Tensor], spans: Sequence[Sequence], size: int
-    ) -> list[torch.Tensor]:
-        credited = []
-        for first in range(0, len(tokens), size):
-            group = slice(first, first + size)
-            lengths = [len(values) for values in tokens[group]]
-            extra = span_advantages(spans[group], lengths)
-            credited += [
-                values + self.rl.span_credit * own
-                for values, own in zip(tokens[group], extra, strict=True)
-            ]
-        return credited
-
-    def _fill(
-        self,
-        batches: Sequence[PolicyBatch],
-        tokens: Sequence[torch.Tensor],
-        labelled: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        kept: torch.Tensor,
-    ) -> None:
-        """Hand advantages and the router's targets to the positions of the microbatches."""
-        for batch in batches:
-            batch.advantages_T = batch.spread([tokens[n] for n in batch.members])
-            out = torch.tensor([not kept[n] for n in batch.members], dtype=torch.bool)
-            left_out_T = torch.cat((out, torch.zeros(1, dtype=torch.bool)))[batch.completion_T]
-            if self.rl.router_loss_coeff:
-                skills, rights = (
-                    zip(*(labelled[n] for n in batch.members), strict=True)
-                    if batch.members
-                    else ((), ())
-                )
-                skill_T = torch.where(batch.completion_T >= 0, batch.spread(skills).long(), -1)
-                batch.skill_T = skill_T.masked_fill(left_out_T, -1)
-                clip = self.rl.router_loss_clip
-                if self.rl.router_temperature:
-                    # The last token of a prompt took its best experts.
-                    firsts_N = batch.lengths_N.cumsum(0) - batch.lengths_N
-                    batch.skill_T[batch.sampled[firsts_N]] = -1
-                    batch.router_weight_T = drawn_weights(batch.advantages_T, clip)
-                else:
-                    correct_T = batch.spread(rights).bool()
-                    batch.router_weight_T = router_weights(batch.advantages_T, correct_T, clip)
-            batch.completion_T = batch.completion_T.masked_fill(left_out_T, -1)
-            batch.lengths_N = batch.lengths_N.masked_fill(out, 0)
-
-    def _router_scale(self, batches: Sequence[PolicyBatch]) -> None:
-        """The router term is a mean over labelled positions and layers, but gradients will be
-        divided by the policy loss's denominator."""
-        if not self.rl.router_loss_coeff:
-            return
-        member_SLE = self.alignment.used.membership()
-        layers_S = member_SLE.any(2).sum(1)  # layers in which a skill has experts
-        totals = torch.zeros(2, dtype=torch.int64)
-        groups = self.groups
-        if groups.is_reader:
-            for batch in batches:
-                rl = self.rl
-                totals[0] += loss_denominator(
-                    rl.loss_agg_mode, batch.lengths_N, rl.max_completion_length
-                )
-                totals[1] += layers_S[batch.skill_T[batch.skill_T >= 0]].sum()
-        dist.all_reduce(totals, group=groups.world)
-        policy, router = totals.tolist()
-        for batch in batches:
-            batch.router_scale = self.rl.router_loss_coeff * policy / max(router, 1)
+    if is_whitened(rl.advantage_estimator):
+        kept = [t for t, k in zip(tokens, advantages.kept_PG.flatten(), strict=True) if k]
+        sums = sum_over_readers(whitening_sums(torch.cat([torch.zeros(0), *kept])))
+        tokens = [whiten(values_G, sums) for values_G in tokens]
+    if rl.span_credit:
+        tokens = with_span_credit(tokens, scored.spans, rl.span_credit)
+    names = (*scored.names, *more)
+    return Credited(scored, names, rewards_PGC, failed_PGC, advantages, tuple(tokens), hits)
 
 
-def _append(
-    rewards: torch.Tensor, failed: torch.Tensor, more: torch.Tensor
+def with_span_credit(
+    tokens: Sequence[torch.Tensor], spans: Sequence[Sequence[Sequence[Span]]], coefficient: float
+) -> list[torch.Tensor]:
+    """Returns the tokens' advantages plus `coefficient` times what their own span earned
+    (`span_advantages`), group by group.
+
+    Args:
+        tokens: [G] of each completion; spans: [P][G].
+    """
+    credited: list[torch.Tensor] = []
+    for of_group in spans:
+        mine = tokens[len(credited) : len(credited) + len(of_group)]
+        extra = span_advantages(of_group, [len(values_G) for values_G in mine])
+        credited += [
+            values_G + coefficient * own_G for values_G, own_G in zip(mine, extra, strict=True)
+        ]
+    return credited
+
+
+def completion_kl(
+    batches: Sequence[CompletionBatch], logprobs: Sequence[Logprobs], estimator: str
+) -> list[torch.Tensor]:
+    """Returns the KL divergence from the reference model at every token, [G] of each of the
+    replica's completions, in their order."""
+    found: dict[int, torch.Tensor] = {}
+    for batch, known in zip(batches, logprobs, strict=True):
+        kl_T = kl_divergence(known.old_T, known.ref_T, estimator)
+        found |= dict(zip(batch.members, batch.split(kl_T), strict=True))
+    return [found[n] for n in range(len(found))]
+
+
+def _with(
+    rewards_PGC: torch.Tensor,
+    failed_PGC: torch.Tensor,
+    more: Mapping[str, tuple[float, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    nothing = torch.zeros_like(more, dtype=torch.bool)
-    return torch.cat((rewards, more), 2), torch.cat((failed, nothing), 2)
+    """Appends rewards that cannot fail."""
+    shape = (*rewards_PGC.shape[:2], 1)
+    columns = [values_N.view(shape) for _, values_N in more.values()]
+    nothing = torch.zeros(*shape[:2], len(more), dtype=torch.bool)
+    return torch.cat((rewards_PGC, *columns), 2), torch.cat((failed_PGC, nothing), 2)

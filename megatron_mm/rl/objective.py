@@ -1,31 +1,29 @@
-"""The objective of reinforcement learning: the policy loss over sampled tokens, and EARL's term
-for the routers. The mathematics are in rl/; here they meet the model's logits."""
+"""The objective of reinforcement learning: the policy loss over sampled tokens and, with EARL, the
+router term."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch.distributed import ProcessGroup
 
-from megatron_mm.config import RLConfig
-from megatron_mm.earl.router_reward import drawn_router_loss, router_loss
-from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import Sums
-from megatron_mm.model.routing import Routes
-from megatron_mm.parallel.sequence import take
+from megatron_mm.model.routing import RouterTerm
+from megatron_mm.report.metrics import Metrics
+from megatron_mm.rl.logprobs import sampled_logprobs
 from megatron_mm.rl.policy_batch import PolicyBatch
 from megatron_mm.rl.policy_losses import Tokens, logprob_abs_diff, loss_denominator, policy_loss
+from megatron_mm.rl.settings import RLConfig
 
 
 class PolicyObjective:
-    """
+    """The policy loss; an `engine.objective.Objective`.
+
     Args:
         rl: with nothing left open (`resolve_algorithm`).
     """
+
+    router_term: RouterTerm | None = None
 
     def __init__(self, rl: RLConfig):
         self.rl = rl
@@ -39,7 +37,8 @@ class PolicyObjective:
         batch: PolicyBatch,
         positions_K: torch.Tensor,
         pg: ProcessGroupCollection,
-    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        metrics: Metrics,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = positions_K.to(logits_K1V.device, non_blocking=True)
         logprobs_K, entropy_K = sampled_logprobs(
             logits_K1V, batch.labels_T[rows], self.rl.temperature, pg.tp
@@ -66,111 +65,30 @@ class PolicyObjective:
         if pg.cp.rank():
             count = torch.zeros_like(count)  # the completions are counted once
         mask_K = tokens.mask_K
-        sums["policy_loss"] = torch.stack((numerator.detach().double(), count.double()))
-        sums["entropy"] = torch.stack(
-            (torch.where(mask_K, entropy_K, 0.0).double().sum(), mask_K.double().sum())
-        )
         sums |= logprob_abs_diff(tokens, at(batch.rollout_logprobs_T))
-        return numerator, count.int(), sums
+        for name, (total, number) in sums.items():
+            metrics.ratio(name, total, number)
+        metrics.ratio("train/policy_loss", numerator, count)
+        metrics.ratio("entropy", torch.where(mask_K, entropy_K, 0.0).double().sum(), mask_K.sum())
+        return numerator, count.int()
 
 
 class ExpertAlignedObjective(PolicyObjective):
-    """With the router term.
+    """The policy loss with EARL's router term (earl/router_term.py), whose targets stand in the
+    batches' `router`."""
 
-    Args:
-        member_SLE: bool, `SkillMap.membership()`.
-    """
-
-    def __init__(self, rl: RLConfig, member_SLE: torch.Tensor):
+    def __init__(self, rl: RLConfig):
         super().__init__(rl)
-        self.member_SLE = member_SLE
+        self.router_term = self._router_term
 
-    def loss(
-        self,
-        logits_K1V: torch.Tensor,
-        batch: PolicyBatch,
-        positions_K: torch.Tensor,
-        pg: ProcessGroupCollection,
-    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        numerator, count, sums = super().loss(logits_K1V, batch, positions_K, pg)
-        # The numerator is what the ranks of the routers say (`Engine.forward_backward`).
-        sums["router_loss"] = torch.stack((torch.zeros_like(count), count)).double()
-        return numerator, count, sums
-
-    def router_term(
+    def _router_term(
         self, logits_tE: torch.Tensor, batch: PolicyBatch, moe_index: int, positions: range
-    ) -> torch.Tensor | None:
-        member_SE = self.member_SLE[:, moe_index].to(logits_tE.device, non_blocking=True)
-        skill_t, weight_t = take(batch.skill_T, positions), take(batch.router_weight_T, positions)
-        if self.rl.router_temperature:
-            drawn_tk = take(batch.routes[moe_index], positions)
-            loss = drawn_router_loss(
-                logits_tE, drawn_tk, skill_t, weight_t, member_SE, self.rl.router_temperature
-            )
-        else:
-            loss, _ = router_loss(logits_tE, skill_t, weight_t, member_SE)
-        return loss * batch.router_scale
-
-
-def sampled_logprobs(
-    logits_K1V: torch.Tensor, labels_K: torch.Tensor, temperature: float, tp: ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [K]: log-probabilities of the labels at this temperature, differentiable; entropy of
-    the distributions in nats, without gradient. `logits`: a slice of the vocabulary."""
-    scaled_K1V = logits_K1V.float() / temperature
-    with torch.no_grad():
-        entropy_K = _entropy(scaled_K1V[:, 0], tp)
-    # It may overwrite its argument.
-    losses_K1 = vocab_parallel_cross_entropy(scaled_K1V, labels_K.unsqueeze(1), tp_group=tp)
-    return -losses_K1.squeeze(1), entropy_K
-
-
-def _entropy(logits_KV: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
-    """log Z - E[logit]"""
-    highest_K = logits_KV.amax(1)
-    if tp.size() > 1:
-        dist.all_reduce(highest_K, op=dist.ReduceOp.MAX, group=tp)
-    shifted_KV = logits_KV - highest_K.unsqueeze(1)
-    mass_KV = shifted_KV.exp()
-    sums_2K = torch.stack((mass_KV.sum(1), (mass_KV * shifted_KV).sum(1)))
-    if tp.size() > 1:
-        dist.all_reduce(sums_2K, group=tp)
-    return sums_2K[0].log() - sums_2K[1] / sums_2K[0]
+    ) -> torch.Tensor:
+        routes_Tk = None if batch.routes is None else batch.routes[moe_index]
+        return batch.router.term(logits_tE, routes_Tk, moe_index, positions)
 
 
 def _summed(sums: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     sums = sums.clone()
     dist.all_reduce(sums, group=group)
     return sums
-
-
-def trainer_logprobs(
-    engine: Engine,
-    batches: Sequence[PolicyBatch],
-    temperature: float,
-    routes: list[Routes] | None = None,
-) -> list[torch.Tensor]:
-    """fp32 [T] of each microbatch, on the CPU of every rank of the replica: the log-probabilities
-    of sampled tokens at their positions, 0 elsewhere. Every rank of the job calls it.
-
-    Args:
-        routes: filled as by `Engine.forward`.
-    """
-    groups = engine.groups
-
-    def finish(logits: torch.Tensor, batch: PolicyBatch, positions: torch.Tensor) -> torch.Tensor:
-        rows = positions.to(logits.device)
-        logprobs_K, _ = sampled_logprobs(logits, batch.labels_T[rows], temperature, groups.pg.tp)
-        here_K = batch.completion_T[rows] >= 0
-        whole = torch.zeros(len(batch.tokens_T))
-        whole[positions] = torch.where(here_K, logprobs_K, 0.0).cpu()
-        return whole
-
-    found = engine.forward(batches, lambda batch: batch.sampled, finish, routes=routes)
-    lengths = [len(batch.tokens_T) for batch in batches]
-    total = torch.zeros(sum(lengths))
-    # Context-parallel ranks hold different positions, tensor-parallel ones the same.
-    if groups.is_last_stage and groups.pg.tp.rank() == 0:
-        total = torch.cat(found)
-    dist.all_reduce(total, group=groups.replica)
-    return list(total.split(lengths))

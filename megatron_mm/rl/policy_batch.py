@@ -1,92 +1,144 @@
-"""A microbatch of completions: prompts and what was sampled, and what the policy loss needs.
-
-Values of sampled tokens stand at the position whose logits they were drawn from: the last prompt
-token up to the completion's second-to-last. Shapes: T stream, N completions, G tokens of one.
-"""
+"""Policy batches: microbatches of completions with all that the objective needs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.collate import collate
-from megatron_mm.data.sample import Sample
-from megatron_mm.data.tiles import ImageSettings
+from megatron_mm.earl.router_term import (
+    CompletionTargets,
+    RouterTargets,
+    completion_targets,
+    count_taught,
+)
+from megatron_mm.rl.completion_batch import CompletionBatch
+from megatron_mm.rl.credit import Credited, SumOverReaders
+from megatron_mm.rl.logprobs import Logprobs
+from megatron_mm.rl.policy_losses import loss_denominator, truncated_importance_weights
+from megatron_mm.rl.settings import RLConfig
 
 
-@dataclass
-class PolicyBatch(Microbatch):
-    members: list[int] = field(default_factory=list)  # which of the replica's completions
-    # int64, number of the completion whose token was sampled from here; -1: none, or of a
-    # completion that is left out
-    completion_T: torch.Tensor | None = None
-    lengths_N: torch.Tensor | None = None  # int64, on the CPU; 0: left out
-    advantages_T: torch.Tensor | None = None
-    rollout_logprobs_T: torch.Tensor | None = None
-    old_logprobs_T: torch.Tensor | None = None  # None: those of the pass itself
-    ref_logprobs_T: torch.Tensor | None = None
-    rollout_weights_T: torch.Tensor | None = None
-    # The router term: skill ids (-1: none), the weight of each position, and its scale.
-    skill_T: torch.Tensor | None = None
-    router_weight_T: torch.Tensor | None = None
-    router_scale: float = 0.0
+@dataclass(kw_only=True)
+class PolicyBatch(CompletionBatch):
+    """A microbatch to train on. A completion that is left out of the loss has `completion_T` -1
+    and length 0. Values of sampled tokens are fp32 [T], 0 elsewhere.
 
-    @property
-    def sampled(self) -> torch.Tensor:
-        """int64, ascending: the positions from which tokens were sampled."""
-        return self.loss_mask_T.nonzero().flatten()
+    Attributes:
+        old_logprobs_T: None: they are those of the training pass itself.
+        rollout_weights_T: `truncated_importance_weights`, where the settings ask for them.
+        router: what the routers learn; None without a router term.
+    """
 
-    def spread(self, values_G: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[T]: the values of each member's tokens at their positions, 0 elsewhere."""
-        whole = torch.zeros(len(self.tokens_T))
-        if values_G:
-            whole[self.sampled] = torch.cat([*values_G]).float()
-        return whole
+    advantages_T: torch.Tensor
+    rollout_logprobs_T: torch.Tensor
+    old_logprobs_T: torch.Tensor | None
+    ref_logprobs_T: torch.Tensor | None
+    rollout_weights_T: torch.Tensor | None
+    router: RouterTargets | None
+
+    def to(self, device: torch.device | str) -> PolicyBatch:
+        moved = super().to(device)
+        return moved if self.router is None else replace(moved, router=self.router.to(device))
 
 
-def answered(prompt: Sample, tokens_G: torch.Tensor) -> Sample:
-    """The prompt and its completion, whose tokens are supervised."""
-    start, count = len(prompt.tokens_T), len(tokens_G)
-    tokens_T = torch.cat((prompt.tokens_T, tokens_G))
-    mask_T = torch.zeros(len(tokens_T))
-    mask_T[start - 1 : start - 1 + count] = 1.0
-    return Sample(tokens_T, torch.cat((tokens_T[1:], tokens_T[-1:])), mask_T, prompt.images,
-                  prompt.where)  # fmt: skip
+def policy_batches(
+    batches: Sequence[CompletionBatch],
+    logprobs: Sequence[Logprobs],
+    credited: Credited,
+    rl: RLConfig,
+    member_SLE: torch.Tensor | None,
+    sum_over_readers: SumOverReaders,
+) -> list[PolicyBatch]:
+    """Makes the microbatches of one step.
+
+    Args:
+        batches, logprobs: this replica's part of the step.
+        rl: with nothing left open (`resolve_algorithm`).
+        member_SLE: the clusters that the routers learn; None without a router term.
+    """
+    if member_SLE is None:
+        routers: list[RouterTargets | None] = [None] * len(batches)
+    else:
+        routers = [*_router_targets(batches, credited, rl, member_SLE, sum_over_readers)]
+    return [
+        policy_batch(batch, known, credited, rl, router)
+        for batch, known, router in zip(batches, logprobs, routers, strict=True)
+    ]
 
 
 def policy_batch(
-    samples: Sequence[Sample],
-    members: Sequence[int],
-    *,
-    settings: ImageSettings | None,
-    pad_id: int,
-    pad_multiple: int,
+    batch: CompletionBatch,
+    logprobs: Logprobs,
+    credited: Credited,
+    rl: RLConfig,
+    router: RouterTargets | None,
 ) -> PolicyBatch:
-    """Of `answered` samples; none gives a microbatch of padding."""
-    batch = collate(samples, settings=settings, pad_id=pad_id, pad_multiple=pad_multiple)
-    lengths_N = torch.tensor([int(s.loss_mask_T.sum()) for s in samples], dtype=torch.int64)
-    completion_T = torch.full_like(batch.tokens_T, -1)
-    sampled = batch.loss_mask_T.nonzero().flatten()
-    completion_T[sampled] = torch.arange(len(samples)).repeat_interleave(lengths_N)
+    """Makes one microbatch to train on. Nothing else makes a `PolicyBatch`."""
+    kept_N = credited.kept_N
+    out_N = torch.tensor([not kept_N[n] for n in batch.members], dtype=torch.bool)
+    # Position -1 takes the last entry: no token was sampled there.
+    left_out_T = torch.cat((out_N, torch.zeros(1, dtype=torch.bool)))[batch.completion_T]
+    weights_T = None
+    if rl.rollout_is:
+        weights_T = truncated_importance_weights(
+            logprobs.old_T,
+            logprobs.rollout_T,
+            batch.completion_T,
+            len(batch.members),
+            rl.rollout_is,
+            rl.rollout_is_threshold,
+        )
+    values = vars(batch) | {
+        "completion_T": batch.completion_T.masked_fill(left_out_T, -1),
+        "lengths_N": batch.lengths_N.masked_fill(out_N, 0),
+        "routes": batch.routes if logprobs.routes is None else logprobs.routes,
+    }
     return PolicyBatch(
-        **vars(batch), members=[*members], completion_T=completion_T, lengths_N=lengths_N
+        **values,
+        advantages_T=batch.spread([credited.token_advantages[n] for n in batch.members]),
+        rollout_logprobs_T=logprobs.rollout_T,
+        old_logprobs_T=logprobs.old_T,
+        ref_logprobs_T=logprobs.ref_T,
+        rollout_weights_T=weights_T,
+        router=router,
     )
 
 
-def token_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of samples in bins of at most `capacity` tokens, each into the first with room, so
-    that neighbours (completions of one prompt, whose images are then computed once) stay together.
-    A sample longer than that has one to itself."""
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for index, length in enumerate(lengths):
-        place = next((b for b, left in enumerate(free) if left >= length), len(bins))
-        if place == len(bins):
-            bins.append([])
-            free.append(capacity)
-        bins[place].append(index)
-        free[place] -= length
-    return bins
+def _router_targets(
+    batches: Sequence[CompletionBatch],
+    credited: Credited,
+    rl: RLConfig,
+    member_SLE: torch.Tensor,
+    sum_over_readers: SumOverReaders,
+) -> list[RouterTargets]:
+    """Makes the router targets of a step's microbatches. The router term is a mean over taught
+    positions and layers, but gradients will be divided by the policy loss's denominator. The scale
+    makes up for that; it needs both counts of the whole step."""
+    kept_N, spans_N = credited.kept_N, credited.scored.spans_N
+    members = [n for batch in batches for n in batch.members]
+    taught: dict[int, CompletionTargets] = {
+        n: completion_targets(
+            spans_N[n],
+            credited.token_advantages[n],
+            kept=kept_N[n],
+            clip=rl.router_loss_clip,
+            drawn=rl.router_temperature > 0,
+        )
+        for n in members
+    }
+    lengths = [len(credited.token_advantages[n]) for n in members if kept_N[n]]
+    divisor = loss_denominator(
+        rl.loss_agg_mode, torch.tensor(lengths, dtype=torch.int64), rl.max_completion_length
+    )
+    counts = torch.tensor([int(divisor), count_taught(taught.values(), member_SLE)])
+    divisor, positions = sum_over_readers(counts).tolist()
+    scale = rl.router_loss_coeff * divisor / max(positions, 1)
+    targets = []
+    for batch in batches:
+        mine = [taught[n] for n in batch.members]
+        skill_T = batch.spread([skill_G for skill_G, _ in mine], -1, torch.int64)
+        weight_T = batch.spread([weight_G for _, weight_G in mine])
+        targets.append(RouterTargets(skill_T, weight_T, member_SLE, scale, rl.router_temperature))
+    return targets

@@ -1,10 +1,9 @@
-"""Policy losses: one loss for each sampled token, by name, and their sum over a microbatch.
+"""Policy losses: the loss of each sampled token, and its sum over a microbatch.
 
 The tokens of a microbatch lie one after another, as in the stream (shape K); a completion may lie
-on several context-parallel ranks. So that any split over microbatches and ranks gives the same
-loss and gradient, a rank returns a sum (`policy_loss`), and what it is divided by
-(`loss_denominator`) follows from the lengths of all completions of the minibatch, which are known
-before the first pass.
+on several context-parallel ranks. Any split over microbatches and ranks gives the same loss and
+gradient: a rank returns a sum (`policy_loss`), and its divisor (`loss_denominator`) follows from
+the lengths of all completions of the minibatch, which are known before the first pass.
 
 "sg" below is a stop-gradient. r_t = p(token) / p_old(token).
 """
@@ -16,11 +15,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_mm.config.settings import RLConfig
-from megatron_mm.rl.kl import kl_divergence
+from megatron_mm.rl.algorithms import KL_ESTIMATORS, LOSS_AGGREGATIONS, POLICY_LOSSES
+from megatron_mm.rl.settings import RLConfig
 
-# exp(20) is 5e8: beyond it a ratio says nothing more, and an infinite one would turn the zero
-# gradient of a clipped token into NaN. There the gradient is 0.
+# exp(20) is 5e8. Larger ratios mean nothing, and an infinite one would turn the zero gradient of a
+# clipped token into NaN. Beyond the bound the gradient is 0.
 MAX_LOG_RATIO = 20.0
 
 Sums = dict[str, torch.Tensor]  # metric: [numerator, denominator]
@@ -48,7 +47,7 @@ class Tokens:
         return self.completion_K >= 0
 
     def of_completion(self, values_N: torch.Tensor) -> torch.Tensor:
-        """[K]: each token its completion's value, 1 where there is none."""
+        """Returns [K]: for each token the value of its completion, 1 where there is none."""
         return _of_completion(values_N, self.completion_K)
 
 
@@ -75,7 +74,7 @@ def clip(tokens: Tokens, rl: RLConfig) -> TokenLoss:
 
 
 def gspo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
-    """As `clip`, with s = exp(mean over the completion of log r_t) in place of r_t.
+    """`clip` with s = exp(mean over the completion of log r_t) in place of r_t.
 
     GSPO, arXiv 2507.18071, eq. 5 to 7, in its token form, eq. 13 and 14: s_t = sg(s) p / sg(p).
     With one advantage for a completion both have the same value and gradient; this one also
@@ -117,17 +116,43 @@ def reinforce(tokens: Tokens, rl: RLConfig) -> TokenLoss:
     return TokenLoss(-tokens.advantages_K * tokens.logprobs_K, never_K, never_K)
 
 
-POLICY_LOSSES: dict[str, Callable[[Tokens, RLConfig], TokenLoss]] = {
-    "clip": clip,
-    "gspo": gspo,
-    "sapo": sapo,
-    "cispo": cispo,
-    "reinforce": reinforce,
-}
+@dataclass(frozen=True)
+class LossAggregation:
+    """How the losses of single tokens become one loss: their sum divided by `denominator`.
+
+    Attributes:
+        per_token: whether a token's loss is divided by the length of its completion first.
+        denominator: (lengths [N] of all completions of the minibatch, max_completion_length) ->
+            int64, additive over completions. A length is 0 where the completion is left out.
+    """
+
+    per_token: bool
+    denominator: Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def _tokens(lengths_N: torch.Tensor, longest: int) -> torch.Tensor:
+    del longest
+    return lengths_N.sum()
+
+
+def _completions(lengths_N: torch.Tensor, longest: int) -> torch.Tensor:
+    del longest
+    return (lengths_N > 0).sum()
+
+
+def _longest_completions(lengths_N: torch.Tensor, longest: int) -> torch.Tensor:
+    return (lengths_N > 0).sum() * longest
+
+
+TOKEN_MEAN = LossAggregation(False, _tokens)
+SEQ_MEAN_TOKEN_MEAN = LossAggregation(True, _completions)
+SEQ_MEAN_TOKEN_SUM = LossAggregation(False, _completions)
+# Dr. GRPO, arXiv 2503.20783: a constant in place of a completion's own length.
+SEQ_MEAN_TOKEN_SUM_NORM = LossAggregation(False, _longest_completions)
 
 
 def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
-    """The numerator of the loss over this rank's part, and sums to log.
+    """Returns the numerator of the loss over this rank's part, and sums to log.
 
     Args:
         rl: with nothing left open (`resolve_algorithm`).
@@ -151,7 +176,7 @@ def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
         if not rl.use_kl_in_reward:
             loss_K = loss_K + rl.beta * kl_K
         sums["kl"] = _share(kl_K.detach(), mask_K)
-    if rl.loss_agg_mode == "seq-mean-token-mean":
+    if LOSS_AGGREGATIONS[rl.loss_agg_mode].per_token:
         loss_K = loss_K / tokens.of_completion(tokens.lengths_N)
     return torch.where(mask_K, loss_K, 0.0).sum(), sums
 
@@ -159,20 +184,14 @@ def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
 def loss_denominator(
     mode: str, lengths_N: torch.Tensor, max_completion_length: int
 ) -> torch.Tensor:
-    """What the sum of all `policy_loss` is divided by; int64, additive over completions.
-
-    token-mean: all tokens. seq-mean-token-mean and seq-mean-token-sum: completions.
-    seq-mean-token-sum-norm: completions times the longest possible (Dr. GRPO, arXiv
-    2503.20783, a constant in place of a completion's own length).
+    """Returns the divisor of the sum of all `policy_loss`; int64, additive over completions.
 
     Args:
-        lengths_N: of all completions of the minibatch on all ranks, those left out excepted. If
-            none is left it is 0, and so is every numerator.
+        mode: a name of LOSS_AGGREGATIONS or a dotted path.
+        lengths_N: of all completions of the minibatch on all ranks, 0 for those left out. If all
+            are left out the divisor is 0, and so is every numerator.
     """
-    if mode == "token-mean":
-        return lengths_N.sum()
-    count = (lengths_N > 0).sum()
-    return count * max_completion_length if mode == "seq-mean-token-sum-norm" else count
+    return LOSS_AGGREGATIONS[mode].denominator(lengths_N, max_completion_length)
 
 
 def truncated_importance_weights(
@@ -183,9 +202,10 @@ def truncated_importance_weights(
     level: str,
     threshold: float,
 ) -> torch.Tensor:
-    """[K], constants: min(p_old / p_rollout, threshold), for a token or (level "sequence") for
-    the product over its completion, which must be here in full. "TIS" of Yao et al., "Your
-    efficient RL framework secretly brings you off-policy RL training", 2025; verl's rollout_is.
+    """Returns [K], constants: min(p_old / p_rollout, threshold) of each token or, with level
+    "sequence", of the product over its completion, all of which must be on this rank. "TIS" of Yao
+    et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025; verl's
+    rollout_is.
     """
     log_K = (old_logprobs_K - rollout_logprobs_K).detach()
     if level == "sequence":
@@ -194,28 +214,58 @@ def truncated_importance_weights(
 
 
 def logprob_abs_diff(tokens: Tokens, rollout_logprobs_K: torch.Tensor) -> Sums:
-    """How far trainer and rollout are apart on the same tokens, in nats."""
+    """Sums the absolute differences of trainer's and rollout's log-probabilities, in nats."""
     difference_K = (tokens.old_logprobs_K - rollout_logprobs_K).abs()
     return {"train/train_rollout_logprob_abs_diff": _share(difference_K, tokens.mask_K)}
+
+
+def kl_divergence(
+    logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor, estimator: str
+) -> torch.Tensor:
+    """Estimates the KL divergence from the reference model at each token; [K], differentiable in
+    `logprobs_K`. KL(p || ref) is the mean of `k1`, `k2` or `k3` over tokens drawn from p. Below,
+    d = log ref - log p (J. Schulman, "Approximating KL divergence", 2020).
+
+    Args:
+        estimator: a name of KL_ESTIMATORS or a dotted path.
+    """
+    return KL_ESTIMATORS[estimator](logprobs_K, ref_logprobs_K)
+
+
+def k1(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    """-d: unbiased, of either sign. In a loss it does nothing, since the mean of its gradient, that
+    of log p, is zero. In a reward it is the usual choice (RLOO, REINFORCE++)."""
+    return -(ref_logprobs_K - logprobs_K)
+
+
+def k2(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    """d^2 / 2: biased; its gradient is an unbiased one of the KL divergence."""
+    return (ref_logprobs_K - logprobs_K).square() / 2
+
+
+def k3(logprobs_K: torch.Tensor, ref_logprobs_K: torch.Tensor) -> torch.Tensor:
+    """exp(d) - 1 - d: unbiased, never negative; GRPO's (arXiv 2402.03300, eq. 4)."""
+    log_ratio_K = (ref_logprobs_K - logprobs_K).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio_K.exp() - 1 - log_ratio_K
 
 
 def completion_sums(
     values_K: torch.Tensor, completion_K: torch.Tensor, num_completions: int
 ) -> torch.Tensor:
-    """[N]: the sum over each completion's tokens; those of completion -1 are in none."""
+    """Returns [N]: the sum over each completion's tokens; tokens of completion -1 are in none."""
     here_K = completion_K >= 0
     sums_N = values_K.new_zeros(num_completions)
     return sums_N.index_add(0, completion_K[here_K], values_K[here_K])
 
 
 def _of_completion(values_N: torch.Tensor, completion_K: torch.Tensor) -> torch.Tensor:
-    # -1 takes the last one, which is no completion's; there may be none at all.
+    # -1 takes the last entry, which is no completion's; there may be no completion at all.
     return torch.cat((values_N, values_N.new_ones(1)))[completion_K]
 
 
 def _cleaned(tokens: Tokens) -> Tokens:
-    """Zeros where there is no sampled token: the gradient of whatever stands there, 0 times
-    something infinite, would be NaN."""
+    """Puts zeros where no token was sampled: the gradient of an infinite value there, times 0,
+    would be NaN."""
     names = ("logprobs_K", "old_logprobs_K", "advantages_K", "ref_logprobs_K", "rollout_weights_K")
     values = {name: getattr(tokens, name) for name in names}
     mask_K = tokens.mask_K

@@ -1,4 +1,4 @@
-"""The reference model: its weights wait in host memory and take the model's place for a pass."""
+"""The reference model: its weights wait in host memory and replace the model's for a pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from megatron_mm.engine.engine import Engine
 
 
 class Reference:
-    """The weights of a checkpoint, for the engine's layout. The engine is left as it was; make it
-    before an optimizer's state is loaded.
+    """The weights of a checkpoint, in the engine's layout. The engine keeps its own weights. Make
+    it before an optimizer's state is loaded.
 
-    Raises CheckpointError on every rank for a checkpoint that does not fit.
+    Raises:
+        CheckpointError: on every rank, for a checkpoint that does not fit.
     """
 
     def __init__(self, engine: Engine, folder: str):
@@ -31,7 +32,7 @@ class Reference:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The engine computes with the reference's weights. Every rank calls it."""
+        """Lets the engine compute with the reference's weights for a while. Every rank calls it."""
         finish_param_gather(self._engine)  # else a gather under way would overwrite them
         own = self._copy()
         self._put(self._weights)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
+
+from megatron_mm import cli
 
 
 def main(argv: list[str]) -> int:
-    rank = int(os.environ.get("RANK", "0"))
+    """Returns the exit code: 0; 1 if the run failed; 2 for wrong settings."""
+    cli.setup_logging(cli.rank())
     from megatron_mm.config import ConfigError, load, validate
 
     try:
         run = load(None, argv)
-        validate(run, int(os.environ.get("WORLD_SIZE", "1")))
+        validate(run, cli.world_size())
     except ConfigError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.fail(error)
 
     from megatron_mm import platform
 
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     try:
         platform.install()
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logging.getLogger(__name__).error("%s", error)  # perhaps on this node alone
         return 1
 
     from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
@@ -37,10 +38,7 @@ def main(argv: list[str]) -> int:
     try:
         train(run, groups.build(run.parallel))
     except (CheckpointError, ConfigError, DataError, NonFiniteError) as error:
-        # These are raised on every rank together, so one of them speaks.
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        status = 1
+        status = cli.fail(error)
     # Not after anything else: other ranks may be inside a collective, and leaving the job in
     # good order would wait for them before the traceback is seen.
     groups.stop()

@@ -1,28 +1,30 @@
 """The training loop: step, log, save, evaluate, report.
 
-There is one loop. What is optimised is an objective (objective.py); where it runs is the
-layout; both are settings.
+There is one loop for every objective (config/objectives.py) and every layout.
 """
 
 from __future__ import annotations
 
+import logging
 import signal
-import sys
 from pathlib import Path
 
 from megatron_mm.config import RunConfig, to_dict
+from megatron_mm.config.objectives import declaration, part_of
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError, EndOfData
 from megatron_mm.evaluation.evaluate import Results, evaluate, write_results
-from megatron_mm.evaluation.examples import write_examples, write_experts_before
+from megatron_mm.evaluation.examples import write_examples
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics_log import MetricsLogger
 from megatron_mm.report.page import accuracy_table, write_report
 from megatron_mm.train.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 
 def train(run: RunConfig, groups: Groups) -> Trainer:
-    """Train to `train_iters`, evaluate, report. Every rank calls it; errors are collective."""
+    """Trains to `train_iters`, evaluate, report. Every rank calls it; errors are collective."""
     trainer = Trainer(run, groups)
     previous = signal.signal(signal.SIGTERM, trainer.request_stop)
     log = _open_outputs(trainer)
@@ -40,19 +42,19 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
 
 
 def _before(trainer: Trainer) -> None:
-    """What the report of a run of reinforcement learning compares with; a run that is resumed has
-    it from its beginning."""
+    """Records what the report compares the trained model with, if the objective asks for it. A run
+    that is resumed has it from its beginning."""
     run = trainer.run
-    reported = run.training.objective == "grpo" and run.evaluation.report
+    reported = declaration(run).before is not None and run.evaluation.report
     if reported and run.data.valid_data and not trainer.iteration:
         output = Path(run.logging.output_dir)
-        write_experts_before(
+        part_of(run, "before")(
             trainer.engine, trainer.tokenizer, output, lambda: trainer.stop_requested
         )
 
 
 def _open_outputs(trainer: Trainer) -> MetricsLogger:
-    """Open the log and try the checkpoint folder: better to fail now than hours later."""
+    """Opens the log and tries the checkpoint folder: better to fail now than hours later."""
     run, log, error = trainer.run, None, None
     try:
         log = MetricsLogger(
@@ -61,6 +63,7 @@ def _open_outputs(trainer: Trainer) -> MetricsLogger:
             run.training.train_iters,
             trainer.iteration,
             enabled=trainer.is_logger,
+            console=declaration(run).console,
         )
         if run.checkpoint.save and trainer.is_logger:
             folder = Path(run.checkpoint.save)
@@ -75,7 +78,7 @@ def _open_outputs(trainer: Trainer) -> MetricsLogger:
 
 
 def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
-    """Train until the end or a stop signal, saving as asked; whether the end was reached."""
+    """Trains until the end or a stop signal, saving as asked; whether the end was reached."""
     run, total = trainer.run, trainer.run.training.train_iters
     save_interval, eval_interval = run.checkpoint.save_interval, run.evaluation.eval_interval
     saved = trainer.iteration if run.checkpoint.load and not run.checkpoint.finetune else None
@@ -91,8 +94,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
                     trainer.save()
                     trainer.saver.finish()
                 raise
-            if trainer.is_logger:
-                print(f"ending at step {trainer.iteration} of {total}: {error}", file=sys.stderr)
+            logger.info("ending at step %d of %d: %s", trainer.iteration, total, error)
             break
         if metrics is None:
             break
@@ -101,7 +103,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             # A rollout that found fewer prompts has fewer steps, and moves the later ones.
             due = due or bool(save_interval and now % save_interval == 0)
             if due and trainer.source.between:
-                metrics["save stall"] = trainer.save()
+                metrics["checkpoint/save_stall"] = trainer.save()
                 saved, due = now, False
         finally:
             log.log(now, metrics)  # a step that cannot be saved was done all the same
@@ -114,8 +116,8 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
                 log.log(now, _accuracies(results))
     if run.checkpoint.save and saved != trainer.iteration:
         trainer.save()
-    elif trainer.iteration < total and not (ended or run.checkpoint.save) and trainer.is_logger:
-        print(f"stopped at step {trainer.iteration}; nothing was saved", file=sys.stderr)
+    elif trainer.iteration < total and not (ended or run.checkpoint.save):
+        logger.info("stopped at step %d; nothing was saved", trainer.iteration)
     trainer.saver.finish()
     return ended or trainer.iteration >= total
 
@@ -143,7 +145,7 @@ def _report(output: Path) -> None:
         print(f"report: {write_report(output)}")
     except Exception as error:
         again = f"python -m megatron_mm.report.page {output}"
-        print(f"warning: no report: {error}; try again with {again}", file=sys.stderr)
+        logger.warning("no report: %s; try again with %s", error, again)
 
 
 def _accuracies(results: Results) -> dict[str, float]:

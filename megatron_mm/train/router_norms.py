@@ -1,4 +1,4 @@
-"""How hard each router is pushed: the norms of their gradients."""
+"""Norms of the routers' gradients: how hard each router is pushed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_mm.report.metrics_log import ROUTER_NORM
 
 
 class RouterNorms:
-    """Of the routers that this rank updates; finds them once."""
+    """Gradient norms of the routers that this rank updates, which are found once."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -23,8 +23,9 @@ class RouterNorms:
         ]
 
     def measure(self) -> dict[str, float]:
-        """`ROUTER_NORM` and the number of the layer, from 0 -> norm before clipping; none where
-        routers are frozen. Every rank of the job calls it, after `Engine.gradient_norm`."""
+        """Returns `ROUTER_NORM` and the number of the layer, from 0 -> norm before clipping;
+        nothing where routers are frozen. Every rank of the job calls it, after
+        `Engine.gradient_norm`."""
         layers = self.engine.config.num_layers
         # Squares, and how many of the router's elements they are of: all ranks of its stage have
         # the same gradient, whole or, with the distributed optimizer, in parts.

@@ -1,21 +1,35 @@
-"""Where the loop's steps come from, by the name of the objective: rows as they are, or what the
-model makes of them."""
+"""The source of the loop's steps: rows as they are, or what the model makes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megatron_mm.config import RunConfig
+from megatron_mm.config.objectives import part_of
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.loading.loader import TrainLoader
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import receive
-from megatron_mm.engine.objective import Objective, SupervisedFineTuning
-from megatron_mm.errors import DataError
-from megatron_mm.rl.rollout.experience import Experience
-from megatron_mm.rl.rollout.prompts import PromptLoader
+from megatron_mm.engine.feed import raise_together
+from megatron_mm.engine.objective import PARTS, Objective
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.parallel.groups import Groups
+
+
+class Loader(Protocol):
+    """A position in the training data.
+
+    Attributes:
+        consumed_samples: rows that all replicas together have used.
+        order: a description of the data's order, as plain values.
+    """
+
+    consumed_samples: int
+    order: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class StepSource(Protocol):
@@ -23,12 +37,12 @@ class StepSource(Protocol):
     Attributes:
         loader: the position in the data, to be saved.
         objective: what the steps optimise.
-        metrics: of the last step, beside the objective's own.
+        metrics: of the last step, beside the objective's own; the same on every rank.
         table: of the last step, rows to show; on one rank of each replica.
         between: whether a run may be saved here and go on later, nothing lost or repeated.
     """
 
-    loader: TrainLoader | PromptLoader
+    loader: Loader
     objective: Objective
     metrics: dict[str, float]
     table: list[dict[str, Any]]
@@ -46,34 +60,63 @@ class StepSource(Protocol):
     def close(self) -> None: ...
 
 
-class Supervised:
-    """Rows with their answers."""
+SOURCE_PARTS = ("loader", "objective", "metrics", "table", "between", "next_step", "close")
 
-    def __init__(self, run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: TrainLoader):
-        del run, tokenizer
-        self.groups, self.loader = engine.groups, loader
-        self.objective = SupervisedFineTuning()
-        self.between = True
-        self.metrics: dict[str, float] = {}
-        self.table: list[dict[str, Any]] = []
 
-    def next_step(self, stop: bool) -> tuple[list[Microbatch], bool]:
-        position, loader = self.loader.state_dict(), self.loader
-        try:
-            batches, stopping = receive(
-                self.groups, loader.next_batch, stop, lambda: loader.fingerprint
+def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, Loader]:
+    """The tokenizer and the loader of the run's objective. Opened on every rank, since files and
+    positions are the same.
+
+    Raises:
+        DataError: on every rank, if any rank cannot open them.
+    """
+    tokenizer: Any = None
+    loader: Any = None
+    error = None
+    ranks = {
+        "data_parallel_rank": groups.pg.dp.rank(),
+        "data_parallel_size": groups.pg.dp.size(),
+    }
+    try:
+        if not run.data.tokenizer_model:
+            raise DataError("tokenizer_model is not set: name a .model file or a folder")
+        tokenizer = load_tokenizer(run.data.tokenizer_model)
+        loader = part_of(run, "loader")(run, tokenizer, **ranks)
+    except (ConfigError, DataError) as problem:
+        error = str(problem)
+    raise_together(groups, error)
+    return tokenizer, loader
+
+
+def open_source(run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: Loader) -> StepSource:
+    """The step source of the run's objective. Every rank calls it.
+
+    Raises:
+        DataError: on every rank, if the source or its objective cannot be imported or lacks a
+            part on any of them.
+    """
+    make: Any = None
+    source: Any = None
+    error = None
+    try:
+        make = part_of(run, "source")
+    except ConfigError as problem:
+        error = str(problem)
+    raise_together(engine.groups, error)  # before `make`, which may wait for other ranks
+    try:
+        source = make(run, engine, tokenizer, loader)
+        _check_parts(run, "source", source, SOURCE_PARTS)
+        _check_parts(run, "objective", source.objective, PARTS)
+    except ConfigError as problem:
+        error = str(problem)
+    raise_together(engine.groups, error)
+    return source
+
+
+def _check_parts(run: RunConfig, what: str, made: Any, parts: Sequence[str]) -> None:
+    for part in parts:
+        if not hasattr(made, part):
+            raise ConfigError(
+                f"objective {run.training.objective}: its {what} {type(made).__name__} has no "
+                f"`{part}`; it needs {', '.join(parts)}"
             )
-        except DataError:
-            loader.load_state_dict(position)  # some readers had read, others had not
-            raise
-        if stopping:
-            loader.load_state_dict(position)  # what was read is read again on resume
-        elif not self.groups.is_reader:
-            loader.pass_over()
-        return batches, stopping
-
-    def close(self) -> None:
-        self.loader.close()
-
-
-SOURCES: dict[str, Callable[..., StepSource]] = {"sft": Supervised, "grpo": Experience}

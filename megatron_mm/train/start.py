@@ -1,9 +1,9 @@
-"""What a run starts from: nothing, a checkpoint to go on from, or weights of another."""
+"""The start of a run: from nothing, from a checkpoint to go on from, or from other weights."""
 
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from megatron_mm.checkpoint.folders import LATEST
 from megatron_mm.config import CheckpointConfig, RunConfig
 from megatron_mm.convert.folder import NOTES
 from megatron_mm.convert.live import load_hf
-from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel.groups import Groups
+from megatron_mm.train.source import Loader
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,8 +38,9 @@ class Start:
 
 
 def resumed(run: RunConfig, groups: Groups) -> RunConfig:
-    """What `resume` makes of a run: with a checkpoint of its own it goes on from that one. Every
-    rank calls it; rank 0 looks, since a shared folder may look different elsewhere for a moment."""
+    """Returns the run with `resume` carried out: one with a checkpoint of its own goes on from it.
+    Every rank calls it; rank 0 looks, since a shared folder may look different elsewhere for a
+    moment."""
     checkpoint = run.checkpoint
     if not checkpoint.resume:
         return run
@@ -49,10 +52,8 @@ def resumed(run: RunConfig, groups: Groups) -> RunConfig:
     return replace(run, checkpoint=own)
 
 
-def start(
-    engine: Engine, loader: TrainLoader, checkpoint: CheckpointConfig, image_token: int
-) -> Start:
-    """Load what the settings name into the engine and, to go on, the loader. Every rank calls it.
+def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_token: int) -> Start:
+    """Loads what the settings name into the engine and, to go on, the loader. Every rank calls it.
 
     Raises:
         CheckpointError: on every rank: before anything has changed, or for another objective's.
@@ -82,24 +83,25 @@ def start(
 
 
 def _tell(initialized: list[str], ignored: list[str], most: int = 4) -> None:
-    """What a start from other weights left as it was, and what it left out."""
+    """Names what a start from other weights left as it was, and what it left out."""
     for names, what in (
         (initialized, "new in this model, as initialised"),
         (ignored, "not trained by this model, left out"),
     ):
-        if names and dist.get_rank() == 0:
+        if names:
             more = f" and {len(names) - most} more" if len(names) > most else ""
-            print(f"{what}: {', '.join(names[:most])}{more}", file=sys.stderr)
+            logger.info("%s: %s%s", what, ", ".join(names[:most]), more)
 
 
 def _tell_order(saved: dict | None, here: dict) -> None:
-    """Say so if the numbers in the loader's state now mean other samples."""
-    if saved is None or saved == here or dist.get_rank():
+    """Warns if the positions in the loader's state now stand for other samples."""
+    if saved is None or saved == here:
         return
     what = next(key for key in here if saved.get(key) != here[key])
-    print(
-        f"warning: the data's order is not the checkpoint's: {what} was "
-        f"{json.dumps(saved.get(what))} and is {json.dumps(here[what])}; samples may be "
-        "repeated or left out",
-        file=sys.stderr,
+    logger.warning(
+        "the data's order is not the checkpoint's: %s was %s and is %s; samples may be repeated "
+        "or left out",
+        what,
+        json.dumps(saved.get(what)),
+        json.dumps(here[what]),
     )

@@ -1,35 +1,35 @@
-"""A run between its steps: its engine, its place in the data, its checkpoints. One step reads,
-agrees, runs forward and backward, checks, updates.
+"""A run between its steps: its engine, its position in the data, its checkpoints. A step reads,
+agrees with the other ranks, runs forward and backward, checks and updates.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_mm.checkpoint.saver import Saver
-from megatron_mm.config import RunConfig, token_multiple
+from megatron_mm.config import RunConfig
 from megatron_mm.convert.folder import NOTES
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.loading.loader import TrainLoader
-from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
-from megatron_mm.engine.objective import Sums
 from megatron_mm.errors import DataError, NonFiniteError
 from megatron_mm.evaluation.evaluate import open_questions
-from megatron_mm.model.routing import Terms
 from megatron_mm.parallel.groups import Groups
-from megatron_mm.rl.rollout.prompts import PromptLoader
+from megatron_mm.report.metrics import Metrics, NotFinite, own_totals, reduced
 from megatron_mm.train.router_norms import RouterNorms
-from megatron_mm.train.source import SOURCES, StepSource
+from megatron_mm.train.source import Loader, StepSource, open_data, open_source
 from megatron_mm.train.start import resumed, start
+
+logger = logging.getLogger(__name__)
+
+TRAINED = "train/trained_samples"  # rows that were not left out; not logged
 
 
 class Trainer:
@@ -47,9 +47,7 @@ class Trainer:
         self.engine = Engine.create(run, groups)
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
             open_questions(self.engine, self.tokenizer)
-        self.source: StepSource = SOURCES[run.training.objective](
-            run, self.engine, self.tokenizer, loader
-        )
+        self.source: StepSource = open_source(run, self.engine, self.tokenizer, loader)
         self.router_norms = RouterNorms(self.engine)
         image_token = self.tokenizer.image_context_id
         begun = start(self.engine, loader, run.checkpoint, image_token)
@@ -63,7 +61,7 @@ class Trainer:
         self.stop_requested = False
 
     @property
-    def loader(self) -> TrainLoader | PromptLoader:
+    def loader(self) -> Loader:
         return self.source.loader
 
     @property
@@ -75,7 +73,8 @@ class Trainer:
         self.stop_requested = True
 
     def step(self) -> dict[str, float] | None:
-        """One optimizer step; None if some rank was asked to stop before it.
+        """Runs one optimizer step; returns its metrics, or None if some rank was asked to stop
+        before it.
 
         Raises:
             DataError: a row is bad (on every rank).
@@ -87,9 +86,8 @@ class Trainer:
         batches, stopping = self.source.next_step(self.stop_requested)
         if stopping:
             return None
-        terms: Terms = {}
-        losses = self.engine.forward_backward(batches, self.source.objective, terms)
-        metrics = self._totals(losses, terms, batches) | self.source.metrics
+        losses = self.engine.forward_backward(batches, self.source.objective)
+        metrics = self._reduced(losses, batches) | self.source.metrics
         norm = self.engine.gradient_norm()
         if not math.isfinite(norm):
             raise NonFiniteError(
@@ -97,101 +95,64 @@ class Trainer:
                 f"the batch was {self._rows_of(batches)}"
             )
         metrics |= self.router_norms.measure()
-        metrics["learning rate"] = self.engine.learning_rate()
+        metrics["train/learning_rate"] = self.engine.learning_rate()
         self.engine.update(norm)
         self.iteration += 1
         self.seconds += time.perf_counter() - begin
         return metrics | {
-            "load_balancing_loss": self._load_balance(len(batches)),
-            "grad norm": norm,
-            "iteration time": time.perf_counter() - begin,
+            "train/grad_norm": norm,
+            "perf/iteration_time": time.perf_counter() - begin,
         }
 
-    def _totals(
-        self, losses: list[Sums], terms: Terms, batches: list[Microbatch]
-    ) -> dict[str, float]:
-        """Every sum over all microbatches and replicas, as ratios; the same on every rank.
+    def _reduced(self, parts: Sequence[Metrics], batches: Sequence[Microbatch]) -> dict[str, float]:
+        """The metrics of the step over all microbatches and ranks; the same on every rank.
 
         Raises:
             NonFiniteError: on every rank, if the loss of any microbatch anywhere is not finite.
             DataError: on every rank, if every row of the step was left out.
         """
-        mine: dict[str, list[float]] = {}
-        if self.groups.is_last_stage and self.groups.pg.tp.rank() == 0:
-            for sums in losses:
-                for name, pair in sums.items():
-                    total = mine.setdefault(name, [0.0, 0.0])
-                    total[0] += float(pair[0])
-                    total[1] += float(pair[1])
-        if terms:
-            # Each rank's own layers and positions; the objective's sums have the denominator.
-            mine.setdefault("router_loss", [0.0, 0.0])[0] += float(sum(terms.values()))
-        if self.groups.is_reader:
-            tokens = sum(batch.num_real_tokens for batch in batches)
-            mine["tokens"] = [tokens, 0.0]
-            mine["skipped samples"] = [sum(len(batch.skipped) for batch in batches), 0.0]
-            mine["trained samples"] = [sum(len(batch.samples) for batch in batches), 0.0]
-        if dist.get_rank() == 0:  # a reader; with packing only readers know
-            mine["consumed samples"] = [self.loader.consumed_samples, 0.0]
+        totals, problem = own_totals([*parts, self._counts(batches)])
         skipped = [why for batch in batches for why in batch.skipped][:3]
         notes: list = [None] * self.groups.world.size()
-        note = (mine, self._problem(losses, batches), skipped if self.groups.is_reader else [])
+        text = None if problem is None else self._text(problem, batches)
+        note = (totals, text, skipped if self.groups.is_reader else [])
         dist.all_gather_object(notes, note, group=self.groups.world)
         problems = [problem for _, problem, _ in notes if problem]
         if problems:
             raise NonFiniteError(problems[0])
         reasons = [reason for _, _, some in notes for reason in some]
-        if reasons and self.is_logger:
-            print("left out: " + "; ".join(reasons[:3]), file=sys.stderr)
-        totals: dict[str, list[float]] = {}
-        for part, _, _ in notes:
-            for name, pair in part.items():
-                total = totals.setdefault(name, [0.0, 0.0])
-                total[0] += pair[0]
-                total[1] += pair[1]
-        if not totals.pop("trained samples")[0]:
+        if reasons:
+            logger.info("left out: %s", "; ".join(reasons[:3]))
+        metrics = reduced([totals for totals, _, _ in notes])
+        if not metrics.pop(TRAINED):
             raise DataError(f"every row of a step was left out, the first because: {reasons[0]}")
-        counts = ("tokens", "skipped samples", "consumed samples")
-        return {n: a if n in counts else a / max(b, 1.0) for n, (a, b) in totals.items()}
+        return metrics
 
-    def _problem(self, losses: list[Sums], batches: list[Microbatch]) -> str | None:
-        """What is wrong with this rank's losses; there are none before the last stage."""
-        for sums, batch in zip(losses, batches, strict=False):
-            for name, (total, _) in sums.items():
-                if not math.isfinite(float(total)):
-                    return (
-                        f"{name} {float(total)} at iteration {self.iteration + 1}: nothing was "
-                        f"updated; the microbatch was {', '.join(batch.samples)}"
-                    )
-        return None
+    def _counts(self, batches: Sequence[Microbatch]) -> Metrics:
+        """Counts what was read; only readers know."""
+        metrics = Metrics()
+        if self.groups.is_reader:
+            metrics.sum("train/tokens", sum(batch.num_real_tokens for batch in batches))
+            metrics.sum("train/skipped_samples", sum(len(batch.skipped) for batch in batches))
+            metrics.sum(TRAINED, sum(len(batch.samples) for batch in batches))
+        if dist.get_rank() == 0:
+            metrics.sum("train/consumed_samples", self.loader.consumed_samples)
+        return metrics
 
-    def _rows_of(self, batches: list[Microbatch], most: int = 8) -> str:
-        """The first rows of the step over all replicas. Every rank calls it."""
+    def _text(self, problem: NotFinite, batches: Sequence[Microbatch]) -> str:
+        return (
+            f"{problem.name} {problem.value} at iteration {self.iteration + 1}: nothing was "
+            f"updated; the microbatch was {', '.join(batches[problem.part].samples)}"
+        )
+
+    def _rows_of(self, batches: Sequence[Microbatch], most: int = 8) -> str:
+        """Names the first rows of the step over all replicas. Every rank calls it."""
         mine = [row for batch in batches for row in batch.samples if self.groups.is_reader]
         parts: list = [None] * self.groups.world.size()
         dist.all_gather_object(parts, mine, group=self.groups.world)
         rows = [row for part in parts for row in part]
         more = f" and {len(rows) - most} more" if len(rows) > most else ""
         return ", ".join(rows[:most]) + more
-
-    def _load_balance(self, microbatches: int) -> float:
-        """Mean over layers and microbatches of the balancing loss before its coefficient
-        (1 is perfect balance)."""
-        name, layers = "load_balancing_loss", self.engine.config.num_layers
-        tracker, losses = get_moe_metrics_tracker(), {}
-        # A rank whose stages have no experts knows no group to sum over, and would report
-        # less than the others (moe_logging.py:282).
-        tracker.ensure_initialized(name, layers)
-        tracker.metrics[name].reduce_group = self.groups.pg.tp_cp
-        tracker.report(
-            loss_scale=1.0 / microbatches,
-            iteration=self.iteration,
-            track_names=name,
-            num_layers=layers,
-            total_loss_dict=losses,
-            pg_collection=self.groups.pg,
-        )
-        return float(losses[name])
 
     def time_is_up(self) -> bool:
         """Whether any rank has trained for `exit_duration_in_mins`. Every rank calls it."""
@@ -201,29 +162,8 @@ class Trainer:
         return raise_together(self.groups, None, self.seconds >= 60 * limit)
 
     def save(self) -> float:
-        """Save, or start to (`async_save`); for how many seconds training stood still."""
+        """Saves, or starts to (`async_save`); returns the seconds for which training paused."""
         folder = Path(self.run.checkpoint.save)
         extra = {"seconds": self.seconds, "data": self.loader.order, NOTES: self.notes}
         extra["objective"] = self.run.training.objective
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
-
-
-def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, TrainLoader | PromptLoader]:
-    """On every rank, since files and positions are the same; errors are agreed on first."""
-    tokenizer = loader = error = None
-    ranks = {
-        "data_parallel_rank": groups.pg.dp.rank(),
-        "data_parallel_size": groups.pg.dp.size(),
-    }
-    try:
-        if not run.data.tokenizer_model:
-            raise DataError("tokenizer_model is not set: name a .model file or a folder")
-        tokenizer = load_tokenizer(run.data.tokenizer_model)
-        if run.training.objective == "grpo":
-            loader = PromptLoader(run, tokenizer, **ranks)
-        else:
-            loader = TrainLoader(run, tokenizer, **ranks, pad_multiple=token_multiple(run))
-    except DataError as problem:
-        error = str(problem)
-    raise_together(groups, error)
-    return tokenizer, loader

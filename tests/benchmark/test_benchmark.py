@@ -71,6 +71,7 @@ def test_clvr(benchmark):
     assert found["summary_over_full_stream"]["rounds"] == 2
 
 
+@pytest.mark.launches
 def test_convert_against_a_copy(tmp_path):
     """In a process of its own: what is measured is its memory."""
     file = tmp_path / "out.json"

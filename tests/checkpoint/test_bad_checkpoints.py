@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mm.checkpoint import sealed, sharded, storage
-from megatron_mm.errors import CheckpointError
-from support.checkpoint_runs import create, tiny_run, train_and_save
-from support.fingerprints import state_hash
+from megatron_mm.checkpoint import sealed, storage
+from support.checkpoint_runs import refused, tiny_run, train_and_save
 
 NAME = "iter_0000001"
 
@@ -27,25 +25,6 @@ def original(ranks, tmp_path_factory):
 @pytest.fixture
 def folder(original, tmp_path):
     return shutil.copytree(original, tmp_path / "copy")
-
-
-def attempt(run, folder: Path, finetune: bool) -> tuple[str, bool]:
-    """(the error, whether the engine is what it was)."""
-    engine = create(run)
-    before = state_hash(engine)
-    with pytest.raises(CheckpointError) as caught:
-        sharded.load(engine, folder, finetune=finetune)
-    return str(caught.value), state_hash(engine) == before
-
-
-def refused(ranks, folder, run=None, size=2, finetune=False) -> str:
-    results = ranks(size, attempt, run or tiny_run(dict(pp=2)), folder, finetune)
-    messages = {message for message, _ in results}
-    assert len(messages) == 1, "the ranks say different things"
-    assert all(untouched for _, untouched in results)
-    (message,) = messages
-    assert "\n" not in message
-    return message
 
 
 def edit_index(folder: Path, change) -> None:
@@ -84,7 +63,7 @@ def test_a_damaged_shard_file(ranks, folder, tensor, part):
     content[info.offset + (0 if part == "header" else info.length // 2)] ^= 0xFF
     path.write_bytes(content)
     message = refused(ranks, folder)
-    assert f"{info.relative_path} is damaged in the block at byte {info.offset}" in message
+    assert f"{info.relative_path} is damaged in the chunk at byte {info.offset}" in message
     assert "rank 1, 1 of 2 ranks failed" in message
 
 

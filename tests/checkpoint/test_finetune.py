@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from megatron_mm.checkpoint import sharded
-from support.checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
+from support.checkpoint_runs import (
+    create,
+    load_whole,
+    tiny_run,
+    train,
+    train_and_save,
+    untrained,
+    weights,
+    whole,
+)
 
 BASE = "GE *E"
 
@@ -18,14 +27,6 @@ def base(ranks, tmp_path_factory):
     """(folder, whole tensors) of a model without looks."""
     folder = tmp_path_factory.mktemp("base")
     return folder, ranks(2, train_and_save, tiny_run(dict(ep=2), pattern=BASE), folder)[0]
-
-
-def weights(tensors: dict) -> dict[str, torch.Tensor]:
-    return {k.removeprefix("weight."): t for k, t in tensors.items() if k.startswith("weight.")}
-
-
-def untrained(run) -> dict:
-    return whole(create(run))
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(1, {}), (2, dict(pp=2)), (2, dict(tp=2))])

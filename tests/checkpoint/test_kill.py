@@ -20,6 +20,8 @@ from support.checkpoint_runs import create, scramble, tiny_run, train
 from support.checkpoint_victims import INTERVAL, STEPS, Life
 from support.fingerprints import state_hash
 
+pytestmark = pytest.mark.kills
+
 KILLS = int(os.environ.get("KILLS", "10"))
 CHAIN = 30  # iterations; a folder that got further starts anew, to bound the reference run
 LAYOUTS = {"1": (1, {}), "PP2": (2, dict(pp=2)), "DP2": (2, {})}

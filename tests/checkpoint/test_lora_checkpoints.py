@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
-import random
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_bad_checkpoints import refused
-from test_finetune import untrained, weights
-from test_reshard import same
-from test_resume import interrupted
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.merge import merge_adapters
@@ -24,9 +17,22 @@ from megatron_mm.config import LoraConfig, RunConfig
 from megatron_mm.errors import CheckpointError
 from megatron_mm.model.layers.lora import is_adapter
 from support.batches import microbatch
-from support.checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
+from support.checkpoint_runs import (
+    assert_same,
+    create,
+    interrupted,
+    load_whole,
+    refused,
+    tiny_run,
+    train,
+    train_and_save,
+    untrained,
+    weights,
+    whole,
+)
+from support.launches import free_port
+from support.tools import load_tool
 
-ROOT = Path(__file__).parents[2]
 TARGETS = ("language", "vision", "projector")
 TP2, PP2 = dict(tp=2), dict(pp=2)
 ADAPTERS_ONLY = dict(freeze_clvr=True, freeze_router=True)
@@ -112,7 +118,7 @@ def adapted(ranks, base, tmp_path_factory):
 def test_another_layout_reads_the_same_tensors(ranks, adapted, parallel):
     folder, saved = adapted
     _, tensors = ranks(2, load_whole, lora_run(parallel, **ADAPTERS_ONLY), folder)[0]
-    same(tensors, saved["whole"])
+    assert_same(tensors, saved["whole"])
     for name, tensor in tensors.items():
         assert tensor.any() or not is_adapter(name), name  # else equality would say little
 
@@ -155,14 +161,6 @@ def test_merged_computes_the_same(ranks, adapted, tmp_path, size, parallel):
     assert "missing (first optimizer." in message and "else use finetune" in message
 
 
-def load_tool():
-    """tools/merge_lora.py as a module."""
-    spec = importlib.util.spec_from_file_location("merge_lora", ROOT / "tools" / "merge_lora.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def launched(port: int, flags: list[str]) -> tuple[int, str]:
     """The tool's exit status and output in a job of its own, as torchrun would start it."""
     names = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "MASTER_PORT": port}
@@ -171,16 +169,7 @@ def launched(port: int, flags: list[str]) -> tuple[int, str]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         for name, value in (names | {"MASTER_ADDR": "127.0.0.1"}).items():
             patch.setenv(name, str(value))
-        return load_tool().main(flags), out.getvalue()
-
-
-def free_port() -> int:
-    """Below those that the system hands out: gloo's connections take them meanwhile."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as tried, contextlib.suppress(OSError):
-            tried.bind(("127.0.0.1", port))
-            return port
+        return load_tool("merge_lora").main(flags), out.getvalue()
 
 
 def test_the_tool_merges_on_two_tensor_parallel_ranks(ranks, adapted, tmp_path):
@@ -210,7 +199,7 @@ def test_the_tool_merges_on_two_tensor_parallel_ranks(ranks, adapted, tmp_path):
 )
 def test_the_tool_refuses_in_one_line(base, adapted, tmp_path, capsys, flags, status, words):
     folders = {"base": base[0], "adapted": adapted[0], "new": tmp_path / "new"}
-    assert load_tool().main(flags.format(**folders).split()) == status
+    assert load_tool("merge_lora").main(flags.format(**folders).split()) == status
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert line.startswith("error: ") and words.format(**folders) in line

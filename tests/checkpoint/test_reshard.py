@@ -9,10 +9,17 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_mm.checkpoint import sharded
-from megatron_mm.checkpoint import shards as blocks
+from megatron_mm.checkpoint import sharded, shards
 from megatron_mm.checkpoint.parameters import parameters
-from support.checkpoint_runs import create, load_whole, tiny_run, train, train_and_save, whole
+from support.checkpoint_runs import (
+    assert_same,
+    create,
+    load_whole,
+    tiny_run,
+    train,
+    train_and_save,
+    whole,
+)
 
 PLAIN = dict(use_distributed_optimizer=False)
 # layout -> (ranks, sizes, layouts whose checkpoints it reads). What is left of the ranks is data
@@ -112,18 +119,12 @@ def test_a_run_goes_on_alike_on_another_layout(ranks, matrix, layout):
         assert len(same) < len(expected) / 2
 
 
-def same(ours: dict, theirs: dict) -> None:
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        assert torch.equal(ours[key], tensor), key
-
-
 @pytest.mark.parametrize("layout", ["1", "EP2"])
 def test_bf16_main_parameters_reshard_too(ranks, tmp_path, layout):
     expected = ranks(2, train_and_save, tiny_run(bf16=True), tmp_path)[0]
     size, parallel, _ = LAYOUTS[layout]
     _, tensors = ranks(size, load_whole, tiny_run(parallel, bf16=True), tmp_path)[0]
-    same(tensors, expected)
+    assert_same(tensors, expected)
     name = "output_layer.weight"
     assert not torch.equal(tensors[f"master.{name}"], tensors[f"weight.{name}"])
 
@@ -146,7 +147,7 @@ def test_megatron_core_reads_it(ranks, tmp_path):
 def written_elements(run) -> dict[str, tuple[int, int]]:
     """tensor -> (elements that this rank writes, elements of the whole)."""
     engine = create(run)
-    shares = blocks.replicas(engine)
+    shares = shards.replicas(engine)
     return {
         name: (
             0 if any(shares[name]) else math.prod(layout.held_shape),

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import RunConfig
-from support.checkpoint_runs import create, scramble, tiny_run, train
-from support.fingerprints import parameter_hash, state_hash
+from support.checkpoint_runs import create, interrupted, scramble, tiny_run, train
+from support.fingerprints import state_hash
 
 PLAIN = dict(use_distributed_optimizer=False)
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
@@ -36,28 +36,6 @@ CASES = {
         dict(freeze_language=True, freeze_router=True, freeze_clvr=True),
     ),
 }
-
-
-def interrupted(run: RunConfig, folder: Path) -> dict[str, str]:
-    """Hashes of this rank: at the save, at the end, and both again from the checkpoint."""
-    seen = {}
-    engine = create(run)
-    scramble()
-    train(engine, range(3))
-    sharded.save(engine, {"consumed_samples": 6}, folder, 3)
-    seen["saved"] = state_hash(engine)
-    train(engine, range(3, 5))
-    seen["end"] = state_hash(engine)
-    run.training.seed += 1  # what is not loaded will differ
-    again = create(run, engine.groups)
-    seen["fresh"] = parameter_hash(again)
-    state = sharded.load(again, folder)
-    assert (state["iteration"], state["loader"]) == (3, {"consumed_samples": 6})
-    seen["loaded"] = state_hash(again)
-    train(again, range(3, 5))
-    seen["end again"] = state_hash(again)
-    seen["end weights"] = parameter_hash(again)
-    return seen
 
 
 @pytest.mark.parametrize("name", CASES)

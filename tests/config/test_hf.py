@@ -13,7 +13,8 @@ from megatron_mm.config import (
     vision_preset,
     without_clvr,
 )
-from megatron_mm.config.hf import TEXT, TEXT_FIXED, VISION, VISION_FIXED
+from megatron_mm.model.families.internvit.hf_config import VISION, VISION_FIXED
+from megatron_mm.model.families.qwen3_next.hf_config import TEXT, TEXT_FIXED
 
 IMAGE_TOKEN = 5
 
@@ -163,6 +164,8 @@ def test_every_model_setting_survives_or_is_named_as_lost():
     base = to_transformers_dict(preset("tiny"), IMAGE_TOKEN)
     for part in ("language", "vision"):
         for field in dataclasses.fields(getattr(preset("tiny"), part)):
+            if field.name == "type":  # it is the class of the config, not a key of it
+                continue
             model = preset("tiny")
             section = getattr(model, part)
             value = getattr(section, field.name)

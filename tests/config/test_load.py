@@ -96,7 +96,10 @@ def test_presets_are_fresh_each_time():
     assert preset("tiny").language.hidden_size == 96
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "qwen3-next-80b-a3b", "mm-80b"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", "small", "qwen3-next-80b-a3b", "mm-80b", "qwen3.5-35b-a3b", "qwen3.5-397b-a17b"],
+)
 def test_yaml_round_trip(name, write):
     run = load(None, ["--preset", name, "--train-data", "a.jsonl:10", "b.jsonl", "--lr", "1e-5"])
     assert load(write(dump_yaml(run))) == run
@@ -129,7 +132,14 @@ def test_floats_take_ints_and_text_without_a_dot(write):
         ("optimizer: {zzz: 1}", ["optimizer: zzz", "allowed: adam_beta1, ", "weight_decay"]),
         ("model: {language: {hiden_size: 1}}", ["model.language: hiden_size", "hidden_size?"]),
         ("model: {preset: tinny}", ["model preset tinny", "tiny"]),
-        ("model: {preset: huge}", ["huge", "allowed: mm-80b, qwen3-next-80b-a3b, small, tiny"]),
+        (
+            "model: {preset: huge}",
+            [
+                "huge",
+                "allowed: mm-80b, qwen3-next-80b-a3b, qwen3.5-35b-a3b, qwen3.5-397b-a17b, "
+                "small, tiny",
+            ],
+        ),
         ("model: {preset: [tiny]}", ["model.preset is ['tiny']", "allowed: text"]),
         ("model: {vision: {preset: vit}}", ["vit", "allowed: internvit-300m, internvit-6b"]),
         ("model: 3", ["model is 3", "allowed: a mapping with the keys hybrid_layer_pattern"]),

@@ -326,7 +326,7 @@ def test_a_damaged_block_is_found(folder, tmp_path, job):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="__0_0.distcp is damaged in the block at byte"):
+    with pytest.raises(CheckpointError, match="__0_0.distcp is damaged in the chunk at byte"):
         to_folder(tmp_path / "mega", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -21,6 +21,8 @@ from megatron_mm.errors import CheckpointError
 from support.folders import save_fused
 from support.forked_tools import Tools
 
+pytestmark = pytest.mark.kills
+
 KILLS = int(os.environ.get("KILLS", "8"))
 LAST = 8  # changes at the end of a run, in which it becomes a result: all of them are tried
 

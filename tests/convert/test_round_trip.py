@@ -288,7 +288,7 @@ def test_untied_by_training(job, tmp_path):
 
 def test_small_blocks_and_shards(job, tmp_path, monkeypatch):
     """Experts in several blocks, tensors in many files: the seams are nowhere to be seen."""
-    monkeypatch.setattr(to_megatron, "BLOCK_BYTES", 30_000)
+    monkeypatch.setattr(to_megatron, "CHUNK_BYTES", 30_000)
     save_fused(tmp_path / "in", shard=SHARD)
     to_checkpoint(tmp_path / "in", tmp_path / "mega")
     _, index = storage.read_index(

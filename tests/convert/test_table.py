@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_mm.benchmark.hf_weights import OURS_ALONE, copy_weights
+from megatron_mm.benchmark.hf_weights import MCORE_ONLY, copy_weights
 from megatron_mm.config import ParallelConfig, RunConfig, preset, to_transformers_dict, without_clvr
 from megatron_mm.convert import mapping as planning
 from megatron_mm.convert import summary as report
-from megatron_mm.convert.mapping import LOOKS, PROJECTOR, find_row, read_plan, write_links
-from megatron_mm.convert.table import ROWS
-from megatron_mm.convert.transforms import ByHead, Joined, Stacked, Transform
+from megatron_mm.convert.mapping import LOOKS, PROJECTOR, find_row, read_mapping, write_links
+from megatron_mm.convert.table import rows as table_rows
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
+from megatron_mm.model.families.transforms import ByHead, Joined, Stacked, Transform
 from megatron_mm.model.multimodal import build
 from megatron_mm.parallel import groups
-from support.batches import small_model
-from support.folders import SIX_B, base_model, planned, save_fused
+from support.batches import SMALL_MODELS, small_model, small_qwen3_5_moe
+from support.folders import SIX_B, base_model, meta, planned, save_fused, shapes_of
 
-MODELS = {"300M and CLVR": small_model(), "6B": replace(base_model(**SIX_B))}
+MODELS = {
+    "300M and CLVR": small_model(),
+    "6B": replace(base_model(**SIX_B)),
+    "Qwen3.5-MoE": small_qwen3_5_moe(),
+}
+ROWS = {kind: table_rows(model) for kind, model in MODELS.items()}
+# Every row once: those that models share are served by the first that has them.
+EVERY_ROW = list(dict.fromkeys(row for rows in ROWS.values() for row in rows))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("hf")
-    return made, save_fused(made)
+@pytest.fixture(scope="module", params=SMALL_MODELS)
+def folder(request, tmp_path_factory):
+    """(the folder, transformers' model of it, ours) of a family."""
+    made, model = tmp_path_factory.mktemp("hf"), base_model(family=request.param)
+    return made, save_fused(made, model), model
 
 
 @pytest.fixture
 def by_hand(folder):
-    """(our tensors as tests/hf_weights.py copies them, the folder)"""
-    path, hf = folder
+    """(our tensors as benchmark/hf_weights.py copies them, the folder)"""
+    path, hf, config = folder
     groups.start(ParallelConfig())
-    model = build(RunConfig(model=base_model()), groups.build(ParallelConfig()).pg)[0]
+    model = build(RunConfig(model=config), groups.build(ParallelConfig()).pg)[0]
     copy_weights(hf, model)
     yield dict(model.named_parameters()), path
     groups.stop()
@@ -49,8 +53,8 @@ def differing(by_hand) -> list[str]:
     """Names of ours that the table makes otherwise than the copy by hand."""
     expected, path = by_hand
     source, plan, _ = planned(path)
-    made = {k.ours: k.make_ours(source.read, 0, k.shape[0]) for k in plan.links}
-    assert made.keys() == {n for n in expected if not n.startswith(OURS_ALONE)}
+    made = {k.mcore: k.to_mcore(source.read, 0, k.shape[0]) for k in plan.links}
+    assert made.keys() == {n for n in expected if not n.startswith(MCORE_ONLY)}
     return [n for n, t in made.items() if not torch.equal(t.flatten(), expected[n].flatten())]
 
 
@@ -74,29 +78,29 @@ def blueprints():
     return {name: blueprint(model) for name, model in MODELS.items()}
 
 
-@pytest.mark.parametrize("number", range(len(ROWS)))
+@pytest.mark.parametrize("number", range(len(EVERY_ROW)))
 def test_no_row_can_be_missing(blueprints, number):
     """Each serves a tensor, and without it nothing is converted."""
-    rows = [row for i, row in enumerate(ROWS) if i != number]
     served = []
     for kind, model in MODELS.items():
         parameters = blueprints[kind]
-        served += [n for n in parameters if find_row(n, ROWS)[0] is ROWS[number]]
+        rows = [row for row in ROWS[kind] if row is not EVERY_ROW[number]]
+        served += [n for n in parameters if find_row(n, ROWS[kind])[0] is EVERY_ROW[number]]
         if not served:
             continue
         with pytest.raises(ConvertError, match="in no row of the table"):
             write_links(model, parameters, "transformers", rows=rows)
         with pytest.raises(ConvertError, match="in no row of the table"):
-            read_plan(model, parameters, {}, rows=rows)
+            read_mapping(model, parameters, {}, rows=rows)
         break
     assert served
 
 
 def test_no_tensor_is_served_twice(blueprints):
     for kind, model in MODELS.items():
-        for spelling in ("transformers", "stacked", "internvl"):
+        for spelling in ("transformers", "stacked", "release"):
             links = write_links(model, blueprints[kind], spelling)
-            names = [name for link in links for name, _ in link.theirs()]
+            names = [name for link in links for name, _ in link.hf_tensors()]
             assert len(names) == len(set(names))
 
 
@@ -107,49 +111,33 @@ def test_no_tensor_is_served_twice(blueprints):
         (Stacked(2), (2, 5, 3)),
         (Joined(), (2, 5, 3)),
         (ByHead(3, (2, 1, 4)), (21, 5)),
-        (ByHead(3, (2, 1, 4), fused=True), (21,)),
-        (ByHead(4, (2, 2, 3), fused=True, unit=True), (28, 6)),
+        (ByHead(3, (2, 1, 4), fused=3), (21,)),
+        (ByHead(3, (2, 1, 4, 3), fused=2), (30, 4)),
+        (ByHead(4, (2, 2, 3), fused=3, unit=True), (28, 6)),
     ],
 )
 def test_transforms_are_their_own_inverse(transform, shape):
     """Both ways round, on numbers that are all different."""
     ours = torch.randperm(torch.Size(shape).numel()).view(shape)
-    theirs = transform.theirs(ours)
-    assert [tuple(t.shape) for t in theirs] == transform.shapes(shape)
-    assert torch.equal(transform.ours(theirs, shape), ours)
-    assert torch.equal(transform.ours(theirs, shape, torch.zeros_like(ours)), ours)
-    again = transform.theirs(transform.ours([t + 1000 for t in theirs], shape))
+    theirs = transform.to_hf(ours)
+    assert [tuple(t.shape) for t in theirs] == transform.hf_shapes(shape)
+    assert torch.equal(transform.to_mcore(theirs, shape), ours)
+    assert torch.equal(transform.to_mcore(theirs, shape, torch.zeros_like(ours)), ours)
+    again = transform.to_hf(transform.to_mcore([t + 1000 for t in theirs], shape))
     assert all(torch.equal(a, b + 1000) for a, b in zip(again, theirs, strict=True))
 
 
 def test_heads_that_do_not_make_the_shape_are_refused():
     with pytest.raises(ValueError, match="3 heads of 7 rows"):
-        ByHead(3, (2, 1, 4)).shapes((20, 5))
-
-
-def shapes_of(links) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for link in links for name, shape in link.theirs()}
-
-
-def meta(*configs: dict) -> list[list[dict[str, tuple[int, ...]]]]:
-    """Of each of transformers' models: [names inside it, names as it saves them], with shapes."""
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "support" / "meta_names.py"],
-        input=json.dumps(configs),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [
-        [{n: tuple(s) for n, s in found.items()} for found in model]
-        for model in json.loads(done.stdout)
-    ]
+        ByHead(3, (2, 1, 4)).hf_shapes((20, 5))
 
 
 def total(shapes: dict) -> int:
     return sum(2 * torch.Size(shape).numel() for shape in shapes.values())
 
 
+# 18 s of CPU time: transformers builds both models, on the meta device, in a process of its own.
+@pytest.mark.slow
 def test_the_published_80b_and_6b():
     """Every tensor of the real sizes, by name and shape, from the config alone."""
     model = preset("mm-80b")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ from support.folders import (
     save_released_fused,
     save_text,
 )
+from support.tools import load_tool
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -37,14 +37,11 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def call(capsys):
-    """`call(tool, *flags)` in this process; each costs some ten seconds of imports otherwise."""
+    """`call(tool, *flags)` in this process."""
 
     def run(tool: str, *args) -> Done:
         capsys.readouterr()
-        spec = importlib.util.spec_from_file_location(tool[:-3], ROOT / "tools" / tool)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        status = module.main([str(arg) for arg in args])
+        status = load_tool(tool.removesuffix(".py")).main([str(arg) for arg in args])
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         return Done(status, *capsys.readouterr())
@@ -83,6 +80,7 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.mark.launches
 def test_there_and_back_by_two_ranks(folder, tmp_path, call, done):
     token = {"id": 95, "content": "<IMG_CONTEXT>", "special": True}
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [token]}))
@@ -92,14 +90,14 @@ def test_there_and_back_by_two_ranks(folder, tmp_path, call, done):
         "hf_to_megatron.py",
         *("--hf", folder, "--out", tmp_path / "mega", "--tensor-model-parallel-size", 2),
     )
-    assert "-> 91 of ours" in said and "converted:" in said
+    assert "-> 91 mcore tensors" in said and "converted:" in said
     done("megatron_to_hf.py", "--checkpoint", tmp_path / "mega", "--out", tmp_path / "out")
     assert_same(read_all(tmp_path / "out"), read_all(folder))
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert not (tmp_path / "out" / "evil.py").exists()
     said = done("check_parity.py", "--hf", folder, "--checkpoint", tmp_path / "mega")
-    assert "tensors are equal to the bit" in said and "3 prompts" in said
+    assert "tensors are bitwise identical" in said and "3 prompts" in said
     # The weights of one expert off by the last bit of one number.
     other = tmp_path / "other"
     other.mkdir()
@@ -172,7 +170,7 @@ def test_a_release_that_computes_something_else(tmp_path, call, done, monkeypatc
     model = base_model()
     save_released_fused(tmp_path / "in", model, transformers_model(model))
     done("hf_to_megatron.py", "--hf", tmp_path / "in", "--out", tmp_path / "mega")
-    build = parity.our_model
+    build = parity.mcore_model
 
     def spoilt(*args):
         made = build(*args)
@@ -180,7 +178,7 @@ def test_a_release_that_computes_something_else(tmp_path, call, done, monkeypatc
         scale.data.mul_(1.01)
         return made
 
-    monkeypatch.setattr(parity, "our_model", spoilt)
+    monkeypatch.setattr(parity, "mcore_model", spoilt)
     found = call("check_parity.py", "--hf", tmp_path / "in", "--checkpoint", tmp_path / "mega")
     assert found.returncode == 1 and "tiles: layer 0 is the first to part" in found.stderr
 

@@ -1,4 +1,4 @@
-"""One small digit data set and a run that reads it, shared by the data tests."""
+"""A run that reads the digits, its tokenizer and rows of a test's own."""
 
 from __future__ import annotations
 
@@ -9,18 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.digits import make_digits
 from megatron_mm.config.settings import DataPhase, RunConfig
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
-
-
-@pytest.fixture(scope="session")
-def digits_folder(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("digits")
-    make_digits.main(
-        f"--out {out} --images 40 --valid-images 30 --valid-per-key 10 --jitter 1".split()
-    )
-    return out
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from megatron_mm.data.images import (
-    TilePlan,
+    TileGrid,
+    choose_grid,
     cut_tiles,
     image_size,
     load_image,
     normalise,
-    plan_tiles,
     resolve_image_path,
 )
 from megatron_mm.data.tiles import patch_centres, select_tiles
@@ -40,11 +40,11 @@ from megatron_mm.errors import DataError
     ],
 )
 def test_grid(width, height, max_tiles, rows, cols):
-    plan = plan_tiles(width, height, image_size=448, max_num_tiles=max_tiles, use_thumbnail=True)
+    plan = choose_grid(width, height, image_size=448, max_num_tiles=max_tiles, use_thumbnail=True)
     assert (plan.rows, plan.cols) == (rows, cols)
     assert plan.thumbnail == (rows * cols > 1)
     assert plan.num_tiles == rows * cols + (rows * cols > 1)
-    assert not plan_tiles(
+    assert not choose_grid(
         width, height, image_size=448, max_num_tiles=max_tiles, use_thumbnail=False
     ).thumbnail
 
@@ -52,7 +52,7 @@ def test_grid(width, height, max_tiles, rows, cols):
 def test_the_larger_grid_wins_a_tie_between_different_ratios_only_when_it_fills():
     # 1.25 lies halfway between 1/1 and 3/2.
     for width, height, grid in ((10, 8, (1, 1)), (1000, 800, (2, 3))):
-        plan = plan_tiles(width, height, image_size=448, max_num_tiles=6, use_thumbnail=False)
+        plan = choose_grid(width, height, image_size=448, max_num_tiles=6, use_thumbnail=False)
         assert (plan.rows, plan.cols) == grid
 
 
@@ -60,7 +60,7 @@ def test_tiles_are_cut_row_by_row_and_the_thumbnail_is_last():
     colours = np.arange(6, dtype=np.uint8) * 40
     picture = colours.reshape(2, 3).repeat(4, axis=0).repeat(4, axis=1)
     image = Image.fromarray(np.stack([picture] * 3, axis=-1))
-    tiles = cut_tiles(image, TilePlan(2, 3, True), 4)
+    tiles = cut_tiles(image, TileGrid(2, 3, True), 4)
     assert tiles.shape == (7, 4, 4, 3) and tiles.dtype == np.uint8
     for tile, colour in zip(tiles[:6], colours, strict=True):
         assert (tile == colour).all()
@@ -78,17 +78,17 @@ def test_normalise():
 
 
 def test_selection():
-    plan, single = TilePlan(2, 2, True), TilePlan(1, 1, False)
+    plan, single = TileGrid(2, 2, True), TileGrid(1, 1, False)
     wanted = {"none": [], "thumbnail": [4], "tiles": [0, 1, 2, 3], "all": [0, 1, 2, 3, 4]}
     for choice, tiles in wanted.items():
         assert select_tiles(plan, choice) == tiles
         assert select_tiles(single, choice) == ([] if choice == "none" else [0])
     with pytest.raises(DataError, match="2x2 grid without a thumbnail"):
-        select_tiles(TilePlan(2, 2, False), "thumbnail")
+        select_tiles(TileGrid(2, 2, False), "thumbnail")
 
 
 def test_patch_centres_are_fractions_of_the_whole_image():
-    plan = TilePlan(1, 2, True)
+    plan = TileGrid(1, 2, True)
     right = patch_centres(plan, 1, 2)
     expected = [[0.25, 0.625], [0.25, 0.875], [0.75, 0.625], [0.75, 0.875]]
     torch.testing.assert_close(right, torch.tensor(expected))

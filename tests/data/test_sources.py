@@ -73,10 +73,10 @@ def test_a_row_is_read_with_its_group_only(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pq.ParquetFile, "read_row_group", lambda s, n: read.append(n) or whole(s, n)
     )
-    assert [tuple(block)[0] for block in made.blocks] == [10] * 10
+    assert [tuple(group)[0] for group in made.row_groups] == [10] * 10
     for index in (57, 50, 99, 3, 58):
         assert made[index]["messages"][0]["content"] == str(index)
-    assert read == [5, 9, 0] and min(block.num_bytes for block in made.blocks) > 0
+    assert read == [5, 9, 0] and min(group.num_bytes for group in made.row_groups) > 0
     cache.limit = 0
     assert made[10]["messages"] and made[57]["messages"] and read == [5, 9, 0, 1, 5]
     again = pickle.loads(pickle.dumps(made))

@@ -1,13 +1,12 @@
 """Round trips, single digits, and the special tokens of both kinds of tokenizer."""
 
 import pytest
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mm.data.chat import encode_row
 from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_sentencepiece
 from megatron_mm.errors import DataError
+from support.hf_tokenizers import byte_level_tokenizer
 
 TEXTS = [
     "Digit in cell 4?",
@@ -22,15 +21,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory):
     """A byte-level BPE tokenizer, as Qwen's, with 24 merges."""
-    model = FastTokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    model.train_from_iterator(TEXTS, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS.values())})
+    tokenizer = byte_level_tokenizer(TEXTS, 280)
     tokenizer.add_tokens(["<think>"])
     folder = tmp_path_factory.mktemp("hf")
     tokenizer.save_pretrained(folder)

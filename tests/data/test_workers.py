@@ -80,6 +80,7 @@ def test_batches_and_states_are_those_without_workers(
     assert gone(pids)
 
 
+@pytest.mark.kills
 def test_a_bad_row_and_a_killed_worker_are_one_line(run, tokenizer, write_rows, make_row):
     rows = [make_row(f"q{n}") for n in range(8)]
     path = write_rows(*rows[:5], make_row("<image>?", "1", ["none.png"]), *rows[6:])
@@ -100,6 +101,7 @@ def test_a_bad_row_and_a_killed_worker_are_one_line(run, tokenizer, write_rows, 
     made.close()
 
 
+@pytest.mark.kills
 def test_a_pool_fails_in_one_line_and_never_hangs():
     pool = WorkerPool(1, Desk, ())
     ticket = pool.submit("divide", 0, "rows.jsonl:1")
@@ -160,6 +162,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize(("how", "code"), [("killed", -signal.SIGKILL), ("raises", 3)])
 def test_workers_do_not_outlive_the_trainer(tmp_path, how, code):
     """A trainer with gloo running, that is killed or leaves without a word."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.launches
+
 ROOT = Path(__file__).parents[2]
 DOCTOR = ROOT / "tools" / "doctor.py"
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU is told")

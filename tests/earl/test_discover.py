@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from megatron_mm.earl.skill_map import SkillMap, load_skill_map
 from megatron_mm.earl.stability import MIN_Z
 from megatron_mm.errors import RLError
 from support.planted import PLANTED, discovered, plant, planted_run, write_rows
+from support.tools import load_tool
 from support.trainers import LAYOUTS
 
 
@@ -31,7 +31,7 @@ def place(ranks, scenes, tmp_path_factory):
 
 
 def find(ranks, place, scenes, layout="one rank", rows="rows.jsonl", min_lift=1.2, **settings):
-    """(what every rank found, the file of the map)"""
+    """Returns what every rank found, and the file of the map."""
     size, sizes = LAYOUTS[layout]
     trained = settings.pop("trained", True)
     probe = Probe(str(place / rows), batch_size=7, **settings)
@@ -105,10 +105,7 @@ def test_a_part_of_the_rows_is_drawn_from_the_seed(ranks, place, scenes):
 @pytest.fixture
 def tool(capsys):
     """`tool(*flags)` in this process: (status, stdout, stderr)."""
-    path = Path(__file__).parents[2] / "tools" / "discover_experts.py"
-    spec = importlib.util.spec_from_file_location("discover_experts", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("discover_experts")
 
     def call(*flags):
         capsys.readouterr()

@@ -27,8 +27,8 @@ E, S, V, L, K = 8, 4, 12, 2, 2
 
 
 def routes_of(kind, positions, seed):
-    """Routes, skills and tokens. "skill": expert 2s or 2s + 1 most of the time; "token": experts
-    follow the token, and skills prefer tokens of their own; "noise": neither."""
+    """Returns routes, skills and tokens. "skill": expert 2s or 2s + 1 most of the time; "token":
+    experts follow the token, and skills prefer tokens of their own; "noise": neither."""
     rng = random.Random(seed)
     routes, skills, tokens = [], [], []
     for _ in range(positions):
@@ -53,7 +53,7 @@ def counted(kind, positions=6000, seed=0):
 
 
 def halves(kind, given_token):
-    """Clusters of two halves of a probe."""
+    """Returns the clusters of two halves of a probe."""
     return [
         choose_clusters(lifts(counted(kind, 3000, seed), given_token), 2, 1.05) for seed in (1, 2)
     ]

@@ -6,16 +6,13 @@ from itertools import permutations
 import pytest
 import torch
 
-from megatron_mm.earl.router_reward import (
+from megatron_mm.earl.router_reward import hit_rates, hit_sums, label_positions, router_reward
+from megatron_mm.earl.router_term import (
     cluster_log_mass,
     drawn_log_probability,
     drawn_router_loss,
     drawn_weights,
-    hit_rates,
-    hit_sums,
-    label_positions,
     router_loss,
-    router_reward,
     router_weights,
 )
 from megatron_mm.errors import RLError
@@ -36,7 +33,7 @@ def make(seed=0):
 
 
 def reference(routes, skill, correct, completion, member):
-    """The reward of each completion, position by position."""
+    """Returns the reward of each completion, position by position."""
     rewards = []
     for n in range(N):
         earned = count = 0.0
@@ -132,7 +129,7 @@ def mass(logits, s, cluster):
 
 
 def assert_slopes(gradient, loss, rows):
-    """The gradient is that of `loss` at `rows`, by central differences."""
+    """Asserts that the gradient is that of `loss` at `rows`, by central differences."""
     for t in range(T):
         for e in range(E):
             kept = rows[t][e]
@@ -192,7 +189,7 @@ def test_the_router_term_pulls_towards_the_cluster_only():
 
 
 def log_of_draw(logits, experts, temperature):
-    """Of drawing one expert after the other, by hand."""
+    """Returns the log-probability of drawing one expert after the other, by hand."""
     left, total = {e: math.exp(x / temperature) for e, x in enumerate(logits)}, 0.0
     for expert in experts:
         total += math.log(left[expert] / sum(left.values()))

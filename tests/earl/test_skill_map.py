@@ -1,4 +1,4 @@
-"""Skill maps: what is read back, what is refused, and the shuffled control."""
+"""Skill maps: reading and writing, rejected files, and the shuffled control."""
 
 import json
 

@@ -1,35 +1,26 @@
-"""From a row's spans and a completion's tokens to labelled tokens."""
+"""Labelled tokens, from a row's spans and a completion's tokens."""
 
 from random import Random
 
 import pytest
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from examples.digits.scenes import DEFAULT_WEIGHTS, PHRASES, ask
-from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_sentencepiece
+from megatron_mm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mm.earl.router_reward import label_positions
 from megatron_mm.earl.spans import Label, load_labeller, token_labels, token_pieces
 from megatron_mm.errors import DataError, RLError
+from support.hf_tokenizers import byte_level_tokenizer
 
 TEXTS = ["cell 5 is 6, cell 6 is 8", "total 12, left is cell 3", "été 漢字 🙂 1234567890, 🙂"]
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "huggingface"])
 def tokenizer(request, tmp_path_factory):
-    """The demo's, where ", cell " is one token, and a byte-level one as Qwen's."""
+    """The demo's tokenizer, where ", cell " is one token, and a byte-level one like Qwen's."""
     folder = tmp_path_factory.mktemp("tokenizer")
     if request.param == "sentencepiece":
         return train_sentencepiece(TEXTS * 5, folder / "t.model", 448, PHRASES)
-    model = FastTokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
-    model.train_from_iterator(TEXTS, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=model)
-    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS.values())})
+    fast = byte_level_tokenizer(TEXTS, 280)
     fast.save_pretrained(folder)
     return load_tokenizer(folder)
 
@@ -43,7 +34,7 @@ HOPS = row_of(("cell 5 is 6", "ocr"), ("cell 6 is 8", "multihop"))
 
 
 def parts(row, text, labeller="clauses"):
-    """(text, skill, right) of each label."""
+    """Returns (text, skill, right) of each label."""
     labels = load_labeller(labeller)(row, text, "a.jsonl:3")
     return [(text[label.start : label.stop], label.skill, label.correct) for label in labels]
 

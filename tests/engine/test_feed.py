@@ -204,11 +204,11 @@ def test_skipped_rows_are_counted_and_training_goes_on(ranks, scenes, data, name
     for rank in ranks(size, on_rank_train, 2, *runs):
         for bad, (metrics, _) in zip(cases, rank, strict=True):
             for step in metrics:  # the second step reads the same rows in another order
-                assert step["skipped samples"] == len(bad)
-                assert math.isfinite(step["lm loss"]) and step["lm loss"] > 0
-                assert math.isfinite(step["grad norm"]) and step["grad norm"] > 0
-                assert math.isfinite(step["load_balancing_loss"])
-            assert metrics[1]["consumed samples"] == 2 * GLOBAL_BATCH
+                assert step["train/skipped_samples"] == len(bad)
+                assert math.isfinite(step["train/lm_loss"]) and step["train/lm_loss"] > 0
+                assert math.isfinite(step["train/grad_norm"]) and step["train/grad_norm"] > 0
+                assert math.isfinite(step["moe/load_balancing_loss"])
+            assert metrics[1]["train/consumed_samples"] == 2 * GLOBAL_BATCH
 
 
 def test_skipping_rows_is_training_without_them(ranks, scenes, data):
@@ -218,7 +218,7 @@ def test_skipping_rows_is_training_without_them(ranks, scenes, data):
     run = digits_run(scenes, data(*kept), on_bad_sample="skip")
     alone = digits_run(scenes, data(*rows[:2]), global_batch_size=2)
     (((skipping,), _), ((plain,), _)) = ranks(1, on_rank_train, 1, run, alone)[0]
-    for name in ("lm loss", "grad norm", "tokens"):
+    for name in ("train/lm_loss", "train/grad_norm", "train/tokens"):
         # Two of the four rows, perhaps in the other order: sums of fp32 in another order.
         assert skipping[name] == pytest.approx(plain[name], rel=1e-5), name
 
@@ -252,9 +252,9 @@ def test_text_only_rows_train_beside_images(ranks, scenes, data, name):
     ((expected, _),) = ranks(1, on_rank_train, 2, plain)[0]
     for ((metrics, _),) in ranks(size, on_rank_train, 2, run):
         for step, alone in zip(metrics, expected, strict=True):
-            # As in test_loop.LOSS_TOLERANCE.
-            assert step["lm loss"] == pytest.approx(alone["lm loss"], rel=1e-5)
-            assert step["tokens"] == alone["tokens"]
+            # As support.trainers.LOSS_TOLERANCE.
+            assert step["train/lm_loss"] == pytest.approx(alone["train/lm_loss"], rel=1e-5)
+            assert step["train/tokens"] == alone["train/tokens"]
 
 
 # ---- sharing ----

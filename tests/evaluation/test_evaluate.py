@@ -18,7 +18,8 @@ from megatron_mm.evaluation.scoring import score
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
 from support.fingerprints import parameter_hash
-from support.trainers import LAYOUTS, digits_run, random_engine
+from support.trainers import LAYOUTS, digits_run
+from support.weights import random_engine
 
 QUESTIONS = 11  # does not divide by replicas, stages or batch
 
@@ -100,7 +101,7 @@ def on_rank_evaluate_between(run: RunConfig, between: bool) -> tuple[list, list 
         if between and step == 2:
             _, records = evaluate(trainer.engine, trainer.tokenizer)
         found = trainer.step()
-        metrics.append({name: found[name] for name in found if name != "iteration time"})
+        metrics.append({name: found[name] for name in found if name != "perf/iteration_time"})
     return metrics, records, parameter_hash(trainer.engine)
 
 

@@ -15,13 +15,8 @@ from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.evaluation.examples import _looks
 from megatron_mm.evaluation.probe import probe
 from megatron_mm.generation.answers import with_answers
-from support.trainers import (
-    LAYOUTS,
-    digits_run,
-    prompts_of,
-    random_engine,
-    with_two_memories,
-)
+from support.trainers import LAYOUTS, digits_run, prompts_of, with_two_memories
+from support.weights import random_engine
 
 PROBED = ((0, [5, 6, 7]), (2, [9, 10]), (4, [11, 12, 13, 14]))  # question, answer tokens
 

@@ -24,7 +24,8 @@ from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
 from support.batches import microbatch, small_model
 from support.slow_generate import generate as slow_generate
-from support.trainers import LAYOUTS, digits_run, random_engine, with_two_memories
+from support.trainers import LAYOUTS, digits_run, with_two_memories
+from support.weights import random_engine
 
 NEVER = -1
 NEW_TOKENS = 7

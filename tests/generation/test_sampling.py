@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from megatron_mm.earl.router_reward import drawn_log_probability
+from megatron_mm.earl.router_term import drawn_log_probability
 from megatron_mm.generation.sampling import Sampling, draw, gumbels, uniforms
 
 N = 40000

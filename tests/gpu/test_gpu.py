@@ -37,18 +37,18 @@ def test_the_delta_rule_equals_itself_on_the_cpu(job):
 
 def test_a_bf16_step_is_finite_and_close_to_fp32(job):
     from megatron_mm.engine.engine import Engine
-    from megatron_mm.engine.objective import SupervisedFineTuning
+    from megatron_mm.train.sft import SupervisedFineTuning
 
     losses = {}
     for bf16 in (False, True):
         run = small_run()
         run.training.bf16 = bf16
         engine = Engine.create(run, job)
-        sums = engine.forward_backward([microbatch(run.model, 1)], SupervisedFineTuning())
+        parts = engine.forward_backward([microbatch(run.model, 1)], SupervisedFineTuning())
         norm = engine.gradient_norm()
         assert torch.isfinite(torch.tensor(norm)) and norm > 0
         engine.update(norm)
-        numerator, denominator = sums[0]["lm loss"]
+        numerator, denominator = parts[0].pair("train/lm_loss")
         losses[bf16] = float(numerator / denominator)
     # bf16 keeps 8 bits of each activation: about 0.4 % each, averaged over tokens
     assert abs(losses[True] - losses[False]) <= 0.02 * losses[False]

@@ -44,14 +44,14 @@ def pass_of(job, run):
     """(loss, output by layer, gradient by parameter, engine) of one microbatch."""
     from megatron_mm.config import token_multiple
     from megatron_mm.engine.engine import Engine
-    from megatron_mm.engine.objective import SupervisedFineTuning
+    from megatron_mm.train.sft import SupervisedFineTuning
 
     engine = Engine.create(run, job)
     outputs = []
     engine.chunks[0].watch = lambda layer, hidden: outputs.append((layer.kind, hidden.detach()))
     batch = microbatch(run.model, 1, pad_multiple=token_multiple(run))
-    sums = engine.forward_backward([batch], SupervisedFineTuning())
-    numerator, denominator = sums[0]["lm loss"]
+    parts = engine.forward_backward([batch], SupervisedFineTuning())
+    numerator, denominator = parts[0].pair("train/lm_loss")
     grads = {name: p.main_grad.clone() for name, p in engine.chunks[0].named_parameters()}
     return float(numerator / denominator), outputs, grads, engine
 
@@ -108,7 +108,7 @@ def test_bf16_errs_no_more_than_our_layers(errors):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_stays_near_and_trains(errors, recipe):
     from megatron_mm.config import token_multiple
-    from megatron_mm.engine.objective import SupervisedFineTuning
+    from megatron_mm.train.sft import SupervisedFineTuning
 
     run = aligned_run(recipe)
     skip_unless_able(run)
@@ -127,8 +127,9 @@ def test_fp8_stays_near_and_trains(errors, recipe):
     losses = []
     for _ in range(8):
         engine.update(engine.gradient_norm())
-        sums = engine.forward_backward([batch, batch], SupervisedFineTuning())
-        losses.append(float(sums[0]["lm loss"][0] / sums[0]["lm loss"][1]))
+        parts = engine.forward_backward([batch, batch], SupervisedFineTuning())
+        numerator, denominator = parts[0].pair("train/lm_loss")
+        losses.append(float(numerator / denominator))
     assert losses[-1] < 0.5 * fp8_loss, losses  # our layers: a hundredth
 
 
@@ -165,7 +166,7 @@ def test_experts_with_rows_that_need_padding(job, recipe):
 @needs("transformer_engine")
 def test_packed_attention(job):
     from megatron_mm.model.backends.transformer_engine import PackedAttention
-    from megatron_mm.model.layers.core_attention import causal_attention
+    from megatron_mm.model.layers.attention import causal_attention
     from megatron_mm.model.segments import Segments
 
     segments = Segments.from_cu_seqlens(torch.tensor([0, 70, 70, 75, 192], device="cuda"))

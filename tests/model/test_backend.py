@@ -1,6 +1,6 @@
 """Backends without a GPU: settings in megatron-core's words, refusals, who computes what.
 
-What Transformer Engine computes is checked by tests/test_gpu_backends.py.
+What Transformer Engine computes is checked by tests/gpu/test_gpu_backends.py.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ AS_IF_CUDA = """
 import torch
 from megatron_mm import platform
 platform.install()
-from megatron_mm.model import backend
+from megatron_mm.model.backends import choice as backend
 torch.cuda.is_available = lambda: True
 print(backend.missing_transformer_engine())
 """
@@ -115,12 +115,16 @@ def missing_transformer_engine(*folders) -> str:
     return line
 
 
+# 5 s of CPU time: a process with its imports.
+@pytest.mark.slow
 @without_cuda
 def test_missing_transformer_engine_says_how_to_install_it():
     line = missing_transformer_engine()
     assert "not installed" in line and "pip install" in line
 
 
+# 5 s of CPU time: a process with its imports.
+@pytest.mark.slow
 @without_cuda
 def test_half_of_transformer_engine_is_told_from_none(tmp_path):
     """Its wheel without the CUDA part: the import raises FileNotFoundError."""

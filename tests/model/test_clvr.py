@@ -17,7 +17,8 @@ from megatron_mm.model.multimodal import build
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.param_layout import initialize
 from support.batches import microbatch, small_run
-from support.samples import off_zero, pack, relative, sample
+from support.samples import pack, relative, sample
+from support.weights import looks_off_zero
 
 PATTERN = "GE L *E GE L J *E J"
 # In fp64 a difference that is not rounding (1e-15) is information that went astray.
@@ -39,7 +40,7 @@ def test_a_new_model_is_the_base_model_to_the_bit(pg):
     assert torch.equal(logits, base(batch))
     assert torch.equal(logits, build(small_run("GE *E GE *E"), pg)[0](batch))
     # It is the zero out-projection that does it, not a look that is never run.
-    assert relative(off_zero(model)(batch), logits) > 1e-2
+    assert relative(looks_off_zero(model)(batch), logits) > 1e-2
 
 
 # --- one look -----------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_a_look_by_hand(pg, double, monkeypatch, views):
 @torch.no_grad()
 def test_recorded_weights_of_the_whole_model(pg):
     run = small_run()
-    model = off_zero(build(run, pg)[0]).eval()
+    model = looks_off_zero(build(run, pg)[0]).eval()
     batch = pack(run.model, mixed(run.model))
     looks = {}
     logits = model(batch, looks=looks)
@@ -216,7 +217,7 @@ def test_recorded_weights_of_the_whole_model(pg):
 def test_what_a_look_found_is_added_where_it_is_injected(pg, pattern):
     """The k-th J adds the refinement of the k-th L and nothing else; an L adds nothing."""
     run = small_run(pattern)
-    model = off_zero(build(run, pg)[0]).eval()
+    model = looks_off_zero(build(run, pg)[0]).eval()
     found, states = {}, []
     for pair, look in model.language.looks.items():
         look.register_forward_hook(lambda m, i, out, pair=int(pair): found.setdefault(pair, out))
@@ -250,7 +251,7 @@ def changed_positions(model, before, after) -> torch.Tensor:
 @pytest.mark.parametrize("offset", [0, 3, 5, 9, 12, 20])
 def test_a_later_token_changes_no_earlier_logit(pg, double, offset):
     run = small_run()
-    model = off_zero(build(run, pg)[0]).eval()
+    model = looks_off_zero(build(run, pg)[0]).eval()
     s = sample(run.model, 4, (2, 1), text=5)
     text = [i for i in range(len(s)) if i not in s.stream_positions]
     at = text[min(offset, len(text) - 1)]
@@ -267,7 +268,7 @@ def test_who_sees_which_image(pg, double, image, part):
     """Two images of two tiles. Their tiles are in the memory only, so between the images the
     first one's count and the second one's do not; a thumbnail counts where it stands."""
     run = small_run()  # thumbnail in the stream, tiles in the memory
-    model = off_zero(build(run, pg)[0]).eval()
+    model = looks_off_zero(build(run, pg)[0]).eval()
     s = sample(run.model, 4, (2, 2), text=5)
     pixels = s.pixels.clone()
     pixels[3 * image + (1 if part == "tile" else 2)] += 1.0
@@ -280,7 +281,7 @@ def test_who_sees_which_image(pg, double, image, part):
 @torch.no_grad()
 def test_between_two_images_only_the_first_is_looked_at(pg):
     run = small_run()
-    model = off_zero(build(run, pg)[0]).eval()
+    model = looks_off_zero(build(run, pg)[0]).eval()
     s = sample(run.model, 4, (2, 2), text=5)
     looks = {}
     model(pack(run.model, [s]), looks=looks)

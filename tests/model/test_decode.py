@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_mm.model.decode import DecodeCache, Filling
+from megatron_mm.model.layers.gdn.layer import DeltaState
 from megatron_mm.model.layers.gdn.mix import HeadWidths, convolve_and_scan, convolve_scan_and_keep
 from megatron_mm.model.segments import Segments
 
@@ -39,7 +40,7 @@ def test_steps_go_on_where_samples_ended(split):
     ends = torch.tensor(lengths).cumsum(0)
     head = torch.cat([torch.arange(e - n, e - split) for e, n in zip(ends, lengths, strict=True)])
     cache = DecodeCache(len(lengths))
-    state = cache.delta(0)
+    state = cache.state("G", 0, DeltaState)
     rows = torch.arange(len(lengths)).flip(0)  # rows need not be in the order of the prompts
     cache.filling = Filling(rows, torch.arange(len(lengths)))
 
@@ -59,7 +60,7 @@ def test_steps_go_on_where_samples_ended(split):
 
 def test_a_prompts_state_goes_to_every_row_that_wants_it_and_to_no_other():
     cache = DecodeCache(5)
-    state = cache.delta(0)
+    state = cache.state("G", 0, DeltaState)
     qkv, decay, beta, conv = inputs(12, 1)
     cache.filling = Filling(torch.tensor([4, 1, 2]), torch.tensor([1, 1, 0]))
     arguments = qkv, conv, decay, beta, segments((5, 7)), WIDTHS

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from megatron_mm.model.multimodal import build
 from support.batches import small_run, two_memories
-from support.samples import Sample, off_zero, pack, relative, sample
+from support.samples import Sample, pack, relative, sample
+from support.weights import looks_off_zero
 
 # In double precision, so that leaking is told from rounding: packing changes the shapes of
 # matrix products and with them the order of sums. Measured up to 1e-15 (logits), 2e-14
@@ -51,7 +52,7 @@ def worst(ours: dict, theirs: dict) -> tuple[float, str]:
 @torch.no_grad()
 def test_logits_in_fp32(pg):
     run, samples = run_and_samples("fp32")
-    model = off_zero(build(run, pg)[0]).eval()
+    model = looks_off_zero(build(run, pg)[0]).eval()
     batch = pack(run.model, samples)
     found = [
         relative(a, model(pack(run.model, [s]))[:, 0])
@@ -65,7 +66,7 @@ def test_logits_in_fp32(pg):
 def test_logits_and_gradients_equal_those_of_the_samples_alone(pg, double, fusion):
     run, samples = run_and_samples(**fusion)
     # eval: the balancing loss is one of the whole microbatch, so it is not a sum over samples
-    model = off_zero(build(run, pg)[0]).eval()
+    model = looks_off_zero(build(run, pg)[0]).eval()
     batch = pack(run.model, samples)
     logits, gradients = loss_and_gradients(model, batch)
     total = {}
@@ -84,7 +85,7 @@ def test_a_padding_tail_changes_nothing(pg, double, multiple):
     at 512 the tail is the longest segment of all."""
     run, samples = run_and_samples()
     run.model.language.moe_aux_loss_coeff = 1.0
-    model = off_zero(build(run, pg)[0]).train()
+    model = looks_off_zero(build(run, pg)[0]).train()
     plain, padded = pack(run.model, samples), pack(run.model, samples, multiple)
     assert len(padded.tokens_T) % multiple == 0 and len(padded.tokens_T) > len(plain.tokens_T)
     logits, gradients = loss_and_gradients(model, plain)
@@ -114,7 +115,7 @@ def other_image(s: Sample) -> Sample:
 @torch.no_grad()
 def test_no_sample_sees_another(pg, double, change, which):
     run, samples = run_and_samples()
-    model = off_zero(build(run, pg)[0]).eval()
+    model = looks_off_zero(build(run, pg)[0]).eval()
     changed = [change(s) if i == which else s for i, s in enumerate(samples)]
     before, after = (pack(run.model, x) for x in (samples, changed))
     pairs = zip(per_sample(model(before), before), per_sample(model(after), after), strict=True)

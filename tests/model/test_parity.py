@@ -25,7 +25,7 @@ from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.families.internvit.model import InternViT
 from megatron_mm.model.layers.projector import pixel_shuffle
 from megatron_mm.model.multimodal import build
-from support.batches import small_model
+from support.batches import SMALL_MODELS, small_model
 from support.samples import Sample, pack, relative, sample
 
 # Both sides round in fp32 (2^-24 = 6e-8 each operation) in different orders; through ten
@@ -107,17 +107,31 @@ CASES = {  # image_stream, images of each sample (tiles per image), text between
 
 
 @pytest.fixture(scope="module")
-def base_pair(pg):
-    """The same weights serve every case: what enters the stream is no part of them."""
-    return pair(small_model(PATTERN, vision_memory="none"), pg)
+def pairs(pg):
+    """By family. The same weights serve every case: what enters the stream is no part of them."""
+    return {
+        family: pair(make(PATTERN, vision_memory="none"), pg)
+        for family, make in SMALL_MODELS.items()
+    }
 
 
+@pytest.fixture
+def base_pair(pairs):
+    return pairs["qwen3_next"]
+
+
+def test_each_family_is_compared_with_its_own_transformers_model(pairs):
+    kinds = {family: type(hf.model.language_model).__name__ for family, (hf, _) in pairs.items()}
+    assert kinds == {"qwen3_next": "Qwen3NextModel", "qwen3_5_moe": "Qwen3_5MoeTextModel"}
+
+
+@pytest.mark.parametrize("family", SMALL_MODELS)
 @pytest.mark.parametrize("name", CASES)
-def test_logits_and_every_layer(base_pair, name):
+def test_logits_and_every_layer(pairs, name, family):
     stream, images, text = CASES[name]
-    model = small_model(PATTERN, vision_memory="none", image_stream=stream)
+    model = SMALL_MODELS[family](PATTERN, vision_memory="none", image_stream=stream)
     samples = [sample(model, i, tiles, text + 3 * i) for i, tiles in enumerate(images)]
-    found = errors(*base_pair, model, samples)
+    found = errors(*pairs[family], model, samples)
     assert max(found.values()) <= TOLERANCE, found
 
 
@@ -126,8 +140,8 @@ def test_logits_and_every_layer(base_pair, name):
 DOUBLE_TOLERANCE = 1e-12
 
 
-def double_pair(pg, **vision):
-    model = small_model(PATTERN, vision_memory="none", image_stream="all")
+def double_pair(pg, family="qwen3_next", **vision):
+    model = SMALL_MODELS[family](PATTERN, vision_memory="none", image_stream="all")
     model.vision = replace(model.vision, **vision)
     model.language.moe_router_dtype = "fp64"
     hf, ours = pair(model, pg, torch.float64)
@@ -137,9 +151,10 @@ def double_pair(pg, **vision):
     return hf, ours, model, samples
 
 
+@pytest.mark.parametrize("family", SMALL_MODELS)
 @pytest.mark.parametrize("style", ["300M", "6B"])
-def test_in_double_precision(pg, double, style):
-    found = errors(*double_pair(pg, **(SIX_B if style == "6B" else {})))
+def test_in_double_precision(pg, double, style, family):
+    found = errors(*double_pair(pg, family, **(SIX_B if style == "6B" else {})))
     assert max(found.values()) <= DOUBLE_TOLERANCE, found
 
 
@@ -241,15 +256,15 @@ def test_pixel_shuffle_v2_is_transformers(base_pair, factor):
     hf, _ = base_pair
     features = torch.randn(2, 64, 6, generator=torch.Generator().manual_seed(0))
     theirs = hf.model.pixel_shuffle(features.view(2, 8, 8, 6), scale_factor=1 / factor)
-    assert torch.equal(pixel_shuffle(features, factor, "v2"), theirs.flatten(1, 2))
+    assert torch.equal(pixel_shuffle(features, 8, 8, factor, "v2"), theirs.flatten(1, 2))
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_pixel_shuffle_v1_swaps_rows_and_columns_of_the_token_grid(factor):
     features = torch.randn(2, 64, 6, generator=torch.Generator().manual_seed(0))
     small = 8 // factor
-    upright = pixel_shuffle(features, factor, "v2").view(2, small, small, -1)
-    swapped = pixel_shuffle(features, factor, "v1").view(2, small, small, -1)
+    upright = pixel_shuffle(features, 8, 8, factor, "v2").view(2, small, small, -1)
+    swapped = pixel_shuffle(features, 8, 8, factor, "v1").view(2, small, small, -1)
     assert torch.equal(swapped, upright.transpose(1, 2))
     assert not torch.equal(swapped, upright)
 
@@ -258,8 +273,8 @@ def test_pixel_shuffle_by_hand():
     """A 4 x 4 grid that holds its own position numbers: 2 x 2 blocks in reading order."""
     grid = torch.arange(16.0).view(1, 16, 1)
     v2 = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
-    assert pixel_shuffle(grid, 2, "v2")[0].tolist() == v2
-    assert pixel_shuffle(grid, 2, "v1")[0].tolist() == [v2[0], v2[2], v2[1], v2[3]]
+    assert pixel_shuffle(grid, 4, 4, 2, "v2")[0].tolist() == v2
+    assert pixel_shuffle(grid, 4, 4, 2, "v1")[0].tolist() == [v2[0], v2[2], v2[1], v2[3]]
 
 
 NOTICED = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mm.model import segments as module
-from megatron_mm.model.layers.core_attention import causal_attention
+from megatron_mm.model.layers.attention import causal_attention
 from megatron_mm.model.segments import Buckets, Segments, similar
 
 LENGTHS = [(3,), (2, 2), (4, 1, 2), (0, 3), (3, 0, 0, 2), (1, 1)]

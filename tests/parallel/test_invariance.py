@@ -12,8 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_mm.config import RunConfig
-from support.batches import small_run
+from support.invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
 from support.layouts import (
     detach_memory_on_the_wire,
     forget_reduction,
@@ -22,59 +21,7 @@ from support.layouts import (
     step_gradients,
 )
 
-# fp32 sums in another order. The worst seen is 3.1e-6 (dt_bias and A_log, whose gradients are
-# differences of large terms); pipeline layouts are equal to the bit. A lost reduction or a
-# detached tensor gives more than 1e-2, as the tests at the end assert.
-TOLERANCE = 1e-5
-BROKEN = 1e-2
-
-# Two key/value groups: on four tensor-parallel ranks two ranks share one. Five heads in the ViT.
-PADDED = 64
-LAYOUTS = {
-    "TP2": (2, dict(tp=2, etp=1)),
-    "TP2 with expert-TP2": (2, dict(tp=2, etp=2)),
-    "TP4": (4, dict(tp=4)),
-    "CP2": (2, dict(cp=2)),
-    "CP4": (4, dict(cp=4)),
-    "PP2": (2, dict(pp=2)),
-    "PP4": (4, dict(pp=4)),
-    "PP2xVPP2": (2, dict(pp=2, vpp=2)),
-    "PP4xVPP2": (4, dict(pp=4, vpp=2)),
-    "EP2": (2, dict(ep=2)),
-    "DP2": (2, dict()),
-    "TP2xCP2": (4, dict(tp=2, cp=2)),
-    "TP2xPP2": (4, dict(tp=2, pp=2)),
-    "TP2xEP2": (2, dict(tp=2, ep=2, etp=1)),
-    "TP2xEP2 with expert-TP2": (4, dict(tp=2, ep=2, etp=2)),
-    "PP2xEP2": (4, dict(pp=2, ep=2)),
-    "PP2xDP2": (4, dict(pp=2)),
-    "TP2xPP2xEP2": (4, dict(tp=2, pp=2, ep=2, etp=1)),
-    "PP2xCP2xEP2": (4, dict(pp=2, cp=2, ep=2)),
-    "TP2xPP2xVPP2xEP2": (4, dict(tp=2, pp=2, vpp=2, ep=2, etp=1)),
-    "PP2xVPP2xCP2": (4, dict(pp=2, vpp=2, cp=2)),
-}
-
-
-# Recomputing runs the same operations again, so it changes no bit on one rank; on several the
-# order of accumulation of gradients may change.
-RECOMPUTE = {
-    "full": dict(recompute_granularity="full", recompute_num_layers=2),
-    "full, odd blocks": dict(recompute_granularity="full", recompute_num_layers=3),
-    "core_attn": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
-    "all modules": dict(
-        recompute_granularity="selective", recompute_modules=["core_attn", "moe", "vision"]
-    ),
-}
-
-
-def invariance_run(**training) -> RunConfig:
-    """With the standard deviation that models really start from: at five times that, layers
-    amplify rounding so much that fp32 itself is off by 4e-5."""
-    run = small_run()
-    run.model.language.init_method_std = run.model.vision.vision_init_method_std = 0.02
-    for name, value in training.items():
-        setattr(run.training, name, value)
-    return run
+PADDED = 64  # the multiple of the padded cases
 
 
 @pytest.fixture(scope="module")
@@ -85,25 +32,6 @@ def reference(ranks):
         multiple: ranks(1, step_gradients, invariance_run(), parallel_config(), None, multiple)[0]
         for multiple in (1, 2, 4, PADDED)
     }
-
-
-def worst(ours: dict, theirs: dict) -> tuple[float, str]:
-    assert ours.keys() == theirs.keys()
-    errors = {
-        name: float((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-20))
-        for name in theirs
-        if name != "replicas"
-    }
-    name = max(errors, key=errors.get)
-    return errors[name], name
-
-
-def compare(found: tuple, expected: tuple, tolerance: float = TOLERANCE) -> None:
-    (loss, gradients), (expected_loss, expected_gradients) = found, expected
-    error, parameter = worst(gradients, expected_gradients)
-    assert abs(loss - expected_loss) <= tolerance * abs(expected_loss)
-    assert error <= tolerance, f"{parameter}: {error:.2e}"
-    assert gradients["replicas"] <= tolerance
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -1,7 +1,7 @@
 """Adapters under every split: the gradient of each is the single rank's, and only they have one.
 
-As in test_invariance.py, with B away from zero, else A has no gradient. CLVR and the router
-train in full beside the adapters; their gradients pass through frozen layers.
+The same comparison as in test_invariance.py, with B away from zero, else A has no gradient. CLVR
+and the router train in full beside the adapters; their gradients pass through frozen layers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_invariance import BROKEN, TOLERANCE, compare, worst
 
 from megatron_mm.config import LoraConfig, RunConfig
 from megatron_mm.engine.engine import Engine
@@ -19,6 +18,7 @@ from megatron_mm.engine.optimizer import module_of
 from megatron_mm.model.layers.lora import is_adapter
 from megatron_mm.parallel.param_layout import layouts
 from support.batches import small_run
+from support.invariance import BROKEN, TOLERANCE, compare, worst
 from support.layouts import forget_reduction, parallel_config, step_gradients
 
 TARGETS = ["language", "vision", "projector"]
@@ -34,7 +34,7 @@ LAYOUTS = {
 
 
 def lora_run(targets: list[str] = TARGETS, **training) -> RunConfig:
-    """Of the standard deviation that test_invariance.py explains."""
+    """Starts from the standard deviation that `invariance_run` explains."""
     run = small_run("GE L *E J")
     run.model.language.init_method_std = run.model.vision.vision_init_method_std = 0.02
     run.lora = LoraConfig(lora_rank=3, lora_alpha=6.0, lora_targets=targets)

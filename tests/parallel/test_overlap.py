@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_invariance import compare, invariance_run
 
 from megatron_mm.config import ConfigError, LoraConfig, ParallelConfig
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
+from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import microbatch
+from support.invariance import compare, invariance_run
 from support.layouts import parallel_config, step_gradients
 
 CASES = {

@@ -6,20 +6,23 @@ from functools import partial
 
 import pytest
 import torch
-from test_invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
 
 from megatron_mm.config import RunConfig, num_layers
-from megatron_mm.earl.router_reward import router_loss
+from megatron_mm.earl.router_term import router_loss
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.model.layers.moe import Router
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
-from support.layouts import off_zero, parallel_config, step_gradients, steps_batches
+from megatron_mm.report.metrics import MUTED
+from megatron_mm.train.sft import SupervisedFineTuning
+from support.invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
+from support.layouts import parallel_config, step_gradients, steps_batches
+from support.weights import move_looks_off_zero
 
 SKILLS = 3
 
-# As in test_invariance.py, of smaller gradients: 1.1e-5 seen (dt_bias), 1e-2 if something is lost.
+# As in support/invariance.py, of smaller gradients: 1.1e-5 seen (dt_bias), 1e-2 if something is
+# lost.
 TOLERANCE = 3e-5
 
 
@@ -83,14 +86,14 @@ def _noting(router: Router, seen: dict, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def both_ways(run: RunConfig):
-    """(gradients of an engine's step, those of one sum by autograd, values noted)"""
+    """(gradients of an engine's step, those of one sum by autograd, values added to the metrics by
+    microbatch, values by layer)"""
     run.model.language.moe_aux_loss_coeff = 0.0
     engine = Engine.create(run, groups.build(run.parallel))
-    off_zero(engine)
+    move_looks_off_zero(engine)
     batches, objective = steps_batches(run, 1)[:2], PullsRouters(run)
     params = {name: param for name, param, _ in layouts(*engine.chunks)}
-    noted: dict = {}
-    engine.forward_backward(batches, objective, noted)
+    parts = engine.forward_backward(batches, objective)
     ours = {name: param.main_grad.clone() for name, param in params.items()}
     engine.models[0].zero_grad_buffer()
     routers = [m for m in engine.chunks[0].modules() if isinstance(m, Router)]
@@ -100,8 +103,8 @@ def both_ways(run: RunConfig):
         for router in routers:
             router.gating = partial(_noting, router, seen)
         positions = torch.arange(len(batch.tokens_T))
-        loss, tokens, _ = objective.loss(
-            engine.chunks[0](batch), batch, positions, engine.groups.pg
+        loss, tokens = objective.loss(
+            engine.chunks[0](batch), batch, positions, engine.groups.pg, MUTED
         )
         total, count = total + loss, count + int(tokens)
         for index, logits in seen.items():
@@ -110,7 +113,11 @@ def both_ways(run: RunConfig):
                 total, direct[index] = total + term, direct[index] + term.detach()
     total.backward()
     theirs = {name: param.main_grad / count for name, param in params.items()}
-    return ours, theirs, {i: float(v) for i, v in noted.items()}, direct.tolist()
+    noted = [
+        [float(entry.value) for entry in metrics.entries if entry.name == "moe/router_loss"]
+        for metrics in parts
+    ]
+    return ours, theirs, noted, direct.tolist()
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -121,7 +128,7 @@ def test_it_is_the_gradient_of_the_sum(ranks, recompute):
     # The same operations but for the order in which gradients meet: some 1e-7 each.
     error, name = worst(ours, theirs)
     assert error <= 1e-6, name
-    # Noted once, whether or not a block is computed again.
-    assert noted.keys() == {0, 2, 3}
-    for index, value in noted.items():
-        assert value == pytest.approx(direct[index], rel=1e-6) and value > 0
+    # Added once, whether or not a block is computed again: each microbatch by layers 0, 2 and 3.
+    assert [len(values) for values in noted] == [3, 3] and direct[1] == 0
+    for index, *values in zip((0, 2, 3), *noted, strict=True):
+        assert sum(values) == pytest.approx(direct[index], rel=1e-6) and sum(values) > 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
 
 from megatron_mm.config import ParallelConfig
+from support.invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
 from support.layouts import parallel_config, step_gradients
 from support.routes import (
     forbid,

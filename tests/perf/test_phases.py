@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.perf.phases import OPERATIONS, Phases
+from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import microbatch, small_run
 
 

@@ -119,6 +119,7 @@ def run_tool(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.launches
 def test_the_command_writes_table_json_and_chart(tmp_path):
     flags = ["--preset", "small", "--seq-length", "512"]
     sizes = ["--pipeline-model-parallel-size", "2", "--world-size", "4", "--gpu", "H200"]
@@ -132,6 +133,7 @@ def test_the_command_writes_table_json_and_chart(tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -7,6 +7,7 @@ from datetime import date
 
 import pytest
 
+from megatron_mm import cli
 from megatron_mm.config.settings import LoggingConfig
 from megatron_mm.report.metrics_log import MetricsLogger, format_duration, read_metrics
 
@@ -23,9 +24,9 @@ def quiet(path, **changes) -> LoggingConfig:
 
 def test_one_line_per_step_is_on_disk_at_once(tmp_path):
     logger = MetricsLogger(quiet(tmp_path), {}, total_steps=2, stream=io.StringIO())
-    logger.log(1, {"lm loss": 2.5, "tokens": 5000.0})
+    logger.log(1, {"train/lm_loss": 2.5, "tokens": 5000.0})
     assert read_metrics(tmp_path / "metrics.jsonl") == [
-        {"iteration": 1, "lm loss": 2.5, "tokens": 5000}
+        {"iteration": 1, "train/lm_loss": 2.5, "tokens": 5000}
     ]
     logger.close()
     logger.close()
@@ -34,20 +35,20 @@ def test_one_line_per_step_is_on_disk_at_once(tmp_path):
 def test_resume_drops_later_steps_and_a_half_written_line(tmp_path):
     with MetricsLogger(quiet(tmp_path), {}, total_steps=4, stream=io.StringIO()) as logger:
         for step in (1, 2, 3):
-            logger.log(step, {"lm loss": float(step)})
+            logger.log(step, {"train/lm_loss": float(step)})
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"iteration": 4, "lm l')
     with MetricsLogger(quiet(tmp_path), {}, 4, start_step=2, stream=io.StringIO()) as logger:
-        logger.log(3, {"lm loss": 30.5})
-    found = [(r["iteration"], r["lm loss"]) for r in read_metrics(path)]
+        logger.log(3, {"train/lm_loss": 30.5})
+    found = [(r["iteration"], r["train/lm_loss"]) for r in read_metrics(path)]
     assert found == [(1, 1), (2, 2), (3, 30.5)]
 
 
 def test_fresh_run_replaces_an_old_record(tmp_path):
     for value in (1.5, 2.5):
         with MetricsLogger(quiet(tmp_path), {}, total_steps=1, stream=io.StringIO()) as logger:
-            logger.log(1, {"lm loss": value})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 1, "lm loss": 2.5}]
+            logger.log(1, {"train/lm_loss": value})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 1, "train/lm_loss": 2.5}]
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
@@ -60,15 +61,15 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
 def test_nan_stays_valid_json(tmp_path):
     stream = io.StringIO()
     with MetricsLogger(quiet(tmp_path), {}, total_steps=1, stream=stream) as logger:
-        logger.log(1, {"lm loss": float("nan")})
+        logger.log(1, {"train/lm_loss": float("nan")})
     line = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(line) == {"iteration": 1, "lm loss": None}
-    assert "lm loss nan" in stream.getvalue()
+    assert json.loads(line) == {"iteration": 1, "train/lm_loss": None}
+    assert "train/lm_loss nan" in stream.getvalue()
 
 
 def test_other_ranks_write_nothing(tmp_path):
     with MetricsLogger(LoggingConfig(str(tmp_path / "no")), {}, 1, enabled=False) as logger:
-        logger.log(1, {"lm loss": 1.0})
+        logger.log(1, {"train/lm_loss": 1.0})
     assert not (tmp_path / "no").exists()
 
 
@@ -77,7 +78,7 @@ def test_plain_lines_follow_the_interval_and_show_evaluations(tmp_path):
     config = quiet(tmp_path, log_interval=2)
     with MetricsLogger(config, {}, total_steps=5, stream=stream) as logger:
         for step in range(1, 6):
-            logger.log(step, {"lm loss": 1.0})
+            logger.log(step, {"train/lm_loss": 1.0})
         logger.log(3, {"accuracy/ocr": 0.5})
     lines = stream.getvalue().splitlines()
     assert [line.split(" | ")[0] for line in lines] == [f"step {n}/5" for n in (2, 4, 5, 3)]
@@ -87,8 +88,8 @@ def test_plain_lines_follow_the_interval_and_show_evaluations(tmp_path):
 def test_terminal_gets_a_bar(tmp_path):
     stream = Terminal()
     with MetricsLogger(quiet(tmp_path), {}, 10, start_step=4, stream=stream) as logger:
-        logger.log(10, {"lm loss": 0.25})
-    assert "10/10" in stream.getvalue() and "lm loss 0.25" in stream.getvalue()
+        logger.log(10, {"train/lm_loss": 0.25})
+    assert "10/10" in stream.getvalue() and "train/lm_loss 0.25" in stream.getvalue()
 
 
 def test_tensorboard_gets_the_values(tmp_path):
@@ -96,29 +97,29 @@ def test_tensorboard_gets_the_values(tmp_path):
 
     config = quiet(tmp_path, tensorboard=True)
     with MetricsLogger(config, {}, total_steps=1, stream=io.StringIO()) as logger:
-        logger.log(1, {"lm loss": 0.5})
+        logger.log(1, {"train/lm_loss": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("lm loss")] == [(1, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("train/lm_loss")] == [(1, 0.5)]
 
 
-def test_wandb_offline_stays_in_the_run_directory(tmp_path, monkeypatch):
+def test_wandb_offline_stays_in_the_run_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_BASE_URL", "https://localhost:9")  # nothing listens there
-    stream = io.StringIO()
+    cli.setup_logging(0)
     config = quiet(tmp_path, wandb_mode="offline")
-    with MetricsLogger(config, {"seed": 1}, total_steps=1, stream=stream) as logger:
-        logger.log(1, {"lm loss": 0.5})
+    with MetricsLogger(config, {"seed": 1}, total_steps=1, stream=io.StringIO()) as logger:
+        logger.log(1, {"train/lm_loss": 0.5})
         logger.log(1, {"accuracy/ocr": 0.5})
-    assert "warning" not in stream.getvalue()
+    assert "warning" not in capsys.readouterr().err
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_wandb_that_fails_costs_one_line(tmp_path, monkeypatch):
+def test_wandb_that_fails_costs_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb now fails
-    stream = io.StringIO()
+    cli.setup_logging(0)
     config = quiet(tmp_path, wandb_mode="offline")
-    with MetricsLogger(config, {}, total_steps=1, stream=stream) as logger:
-        logger.log(1, {"lm loss": 0.5})
-    assert stream.getvalue().count("warning: no W&B logging") == 1
+    with MetricsLogger(config, {}, total_steps=1, stream=io.StringIO()) as logger:
+        logger.log(1, {"train/lm_loss": 0.5})
+    assert capsys.readouterr().err.count("warning: no W&B logging") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 

@@ -26,11 +26,11 @@ def make_run(path, steps: int = 300):
         for step in range(1, steps + 1):
             record = {
                 "iteration": step,
-                "lm loss": 0.1 + 3 * np.exp(-step / 80) * random.uniform(0.9, 1.1),
-                "load_balancing_loss": 1 + 0.5 * np.exp(-step / 50) + random.uniform(0, 0.05),
-                "grad norm": random.uniform(0.3, 1.5),
-                "learning rate": 1e-3 * (1 - step / steps),
-                "consumed samples": 64 * step,
+                "train/lm_loss": 0.1 + 3 * np.exp(-step / 80) * random.uniform(0.9, 1.1),
+                "moe/load_balancing_loss": 1 + 0.5 * np.exp(-step / 50) + random.uniform(0, 0.05),
+                "train/grad_norm": random.uniform(0.3, 1.5),
+                "train/learning_rate": 1e-3 * (1 - step / steps),
+                "train/consumed_samples": 64 * step,
             }
             if step % 50 == 0:
                 for name, skill in SKILLS.items():
@@ -137,8 +137,8 @@ def test_text_only_example_and_missing_image(tmp_path):
 
 
 def test_metrics_alone_with_gaps(tmp_path):
-    lines = ['{"iteration": 1, "lm loss": 2.0}', '{"iteration": 2, "lm loss": null}']
-    lines += ['{"iteration": 3, "lm loss": 1.0}', '{"iteration": 3, "accuracy/ocr": 0.25}']
+    lines = ['{"iteration": 1, "train/lm_loss": 2.0}', '{"iteration": 2, "train/lm_loss": null}']
+    lines += ['{"iteration": 3, "train/lm_loss": 1.0}', '{"iteration": 3, "accuracy/ocr": 0.25}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "language model loss" in page and "25.0%" in page

@@ -28,14 +28,14 @@ def record(step: int) -> dict:
     """A step's metrics as the trainer logs them; every second step begins a rollout."""
     found = {
         "iteration": step,
-        "grad norm": 1.0,
+        "train/grad_norm": 1.0,
         "kl": 0.01 * step,
         "entropy": 1 / step,
         "clip_ratio/low_mean": 0.01,
         "clip_ratio/high_mean": 0.02,
         "clip_ratio/region_mean": 0.03,
         "train/train_rollout_logprob_abs_diff": 1e-7,
-        "router_loss": 0.3 / step,
+        "moe/router_loss": 0.3 / step,
     }
     found |= {f"moe/router_grad_norm/{layer}": 0.1 * layer for layer in (0, 3, 11)}
     if step % 2 == 0:
@@ -128,7 +128,7 @@ def test_what_was_not_measured_has_no_chart():
     """A run without a reference, a skill map or a shuffled one."""
     records = [record(step) for step in range(1, 9)]
     for kept in records:
-        for key in [key for key in kept if key in ("kl", "router_loss") or "moe/" in key]:
+        for key in [key for key in kept if key in ("kl", "moe/router_loss") or "moe/" in key]:
             del kept[key]
     charts = rl_charts(records)
     assert len(charts["policy"]) == 6 and not charts["hits"] and not charts["experts"]
@@ -147,7 +147,9 @@ def test_page_has_its_sections_only_after_rl(run, tmp_path):
     page = page_of(run)
     for section in (*sections, "Completions of the last rollouts"):
         assert f"<h2>{section}</h2>" in page
-    supervised = make_run(tmp_path / "sft", [{"iteration": 1, "lm loss": 2.0}], [completion(1)])
+    supervised = make_run(
+        tmp_path / "sft", [{"iteration": 1, "train/lm_loss": 2.0}], [completion(1)]
+    )
     page = page_of(supervised)
     assert not any(f"<h2>{section}" in page for section in (*sections, "Completions"))
 

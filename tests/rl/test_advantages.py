@@ -1,5 +1,5 @@
-"""Advantages against scalar references, and what must never happen: a zero group that is not
-zero, a failure that counts as a reward."""
+"""Advantages against scalar references. A group of equal rewards has advantages of exactly zero,
+and a failure never counts as a reward."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ NAN = math.nan
 
 
 def reference(name, group, floor=0.0):
-    """One group, from the papers' equations; NaN is left out."""
+    """Returns the advantages of one group from the papers' equations; NaN is left out."""
     valid = [r for r in group if r == r]
     if len(valid) < 2 or len(set(valid)) == 1:
         constant = name == "reinforce_plus_plus"

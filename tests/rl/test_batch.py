@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from megatron_mm.config import Memory
-from megatron_mm.data.images import TilePlan
+from megatron_mm.data.images import TileGrid
 from megatron_mm.data.sample import ImageMemory, Sample, SampleImage
 from megatron_mm.data.tiles import ImageSettings
-from megatron_mm.rl.policy_batch import answered, policy_batch, token_bins
+from megatron_mm.rl.completion_batch import answered, completion_batch, token_bins
 
 
 def prompt(length: int, tiles: int = 0) -> Sample:
@@ -20,7 +20,7 @@ def prompt(length: int, tiles: int = 0) -> Sample:
         coordinates = torch.rand(16 * tiles, 2)
         chosen = list(range(tiles))
         memories = {"vision": ImageMemory(chosen, coordinates)}
-        images = [SampleImage(pixels, TilePlan(tiles, 1, False), chosen, memories, 1)]
+        images = [SampleImage(pixels, TileGrid(tiles, 1, False), chosen, memories, 1)]
     return Sample(tokens, tokens, torch.zeros(length), images, f"rows:{length}")
 
 
@@ -30,7 +30,7 @@ SETTINGS = dict(pad_id=0, pad_multiple=4)
 def test_sampled_positions_are_those_whose_logits_were_drawn_from():
     one, two = torch.tensor([7, 8, 9]), torch.tensor([5])
     samples = [answered(prompt(5), one), answered(prompt(3), two)]
-    batch = policy_batch(samples, [4, 2], settings=None, **SETTINGS)
+    batch = completion_batch(samples, [4, 2], settings=None, **SETTINGS)
     assert batch.tokens_T.tolist() == [100, 101, 102, 103, 104, 7, 8, 9, 100, 101, 102, 5]
     assert batch.sampled.tolist() == [4, 5, 6, 10]
     assert batch.labels_T[batch.sampled].tolist() == [7, 8, 9, 5]
@@ -42,7 +42,7 @@ def test_sampled_positions_are_those_whose_logits_were_drawn_from():
 
 
 def test_a_batch_of_nothing_is_padding():
-    batch = policy_batch([], [], settings=None, **SETTINGS)
+    batch = completion_batch([], [], settings=None, **SETTINGS)
     assert len(batch.tokens_T) == 4 and not len(batch.sampled)
     assert not batch.spread([]).any() and (batch.completion_T == -1).all()
 
@@ -52,7 +52,7 @@ def test_completions_of_a_prompt_share_its_image():
     samples = [answered(p, torch.tensor([1, 2])) for p in (asked, asked, other)]
     memory = Memory("vision", "tiles", 16, 4, True, "images")
     settings = ImageSettings(8, 2, 2, 4, None, False, "all", (memory,), (0.5,) * 3, (0.5,) * 3)
-    batch = policy_batch(samples, [0, 1, 2], settings=settings, **SETTINGS)
+    batch = completion_batch(samples, [0, 1, 2], settings=settings, **SETTINGS)
     assert len(batch.pixels_NCHW) == 3
     assert batch.stream_tiles.tolist() == batch.memories["vision"].tiles.tolist() == [0, 1, 0, 1, 2]
 

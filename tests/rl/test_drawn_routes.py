@@ -1,28 +1,34 @@
-"""Experts that a rollout draws: with which noise, at which positions, and what learns from them.
+"""Experts that a rollout draws: their noise, their positions, and the router term on them.
 
 A function that starts with `on_rank_` runs on every rank; the test compares what they return.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from test_grpo import arm, assert_same_steps, skill_map  # noqa: F401  (a fixture)
 
 from megatron_mm.config import RunConfig
 from megatron_mm.generation.sampling import gumbels
 from megatron_mm.model.routing import Choice
-from support.grpo_runs import TOKENS, grpo_run, on_rank_steps, trainer_of
+from megatron_mm.rl.settings import RLConfig
+from support.grpo_runs import (
+    TOKENS,
+    arm,
+    assert_same_steps,
+    grpo_run,
+    on_rank_reference,
+    on_rank_steps,
+    trainer_of,
+)
 from support.trainers import LAYOUTS
 
 TEMPERATURE = 0.7
 
 
 def on_rank_draws(run: RunConfig) -> dict[str, int]:
-    """How many positions of a rollout took the experts that their noise says, or without any the
-    best, in every layer; which of them the router term is about."""
+    """Counts the positions of a rollout that took in every layer the experts that their noise says,
+    or without noise the best ones, and those that the router term teaches."""
     trainer = trainer_of(run)
     source, engine, kept, logits_TLE = trainer.source, trainer.engine, [], {}
     collect, choose = source.collector.collect, Choice.get_replay_topk
@@ -32,21 +38,22 @@ def on_rank_draws(run: RunConfig) -> dict[str, int]:
         logits_TLE[self.index] = logits.detach()
         return choose(self, logits, *args)
 
+    size = run.section(RLConfig).num_generations
     counts = dict.fromkeys(("drawn as said", "best", "neither", "first taught", "later taught"), 0)
     batches, _ = source.next_step(False)
-    (found,) = kept
+    ((scored, _),) = kept
     Choice.get_replay_topk = note
     try:
         for batch in batches:
-            replayed = replace(batch, router_scale=0.0)  # its routes decide what later layers see
-            engine.forward([replayed], lambda b: b.sampled, lambda *_, **__: None, routes=[{}])
+            # Its routes are replayed, so later layers see what they saw.
+            engine.forward([batch], lambda b: b.sampled, lambda *_, **__: None, routes=[{}])
             at = iter(batch.sampled.tolist())
             for member in batch.members:
-                group = found.groups[member // run.rl.num_generations]
-                number = group.number * run.rl.num_generations + member % run.rl.num_generations
+                group = scored.groups[member // size]
+                number = group.number * size + member % size
                 for count in range(TOKENS):
                     place = next(at)
-                    taught = bool(batch.skill_T[place] >= 0)
+                    taught = bool(batch.router.skill_T[place] >= 0)
                     counts["later taught" if count else "first taught"] += taught
                     counts[_what(batch, place, logits_TLE, number, count, run)] += 1
     finally:
@@ -67,7 +74,7 @@ def _what(batch, place: int, logits_TLE: dict, number: int, count: int, run: Run
     return "drawn as said" if count and said else "best" if best else "neither"
 
 
-def test_every_token_but_the_first_draws_with_its_own_noise(ranks, scenes, skill_map):  # noqa: F811
+def test_every_token_but_the_first_draws_with_its_own_noise(ranks, scenes, skill_map):
     run = arm(scenes, skill_map, "drawn", router_temperature=TEMPERATURE)
     counts = ranks(1, on_rank_draws, run)[0]
     completions = 16
@@ -78,7 +85,7 @@ def test_every_token_but_the_first_draws_with_its_own_noise(ranks, scenes, skill
 
 
 @pytest.mark.parametrize("layout", ["one rank", "PP2", "PP2xVPP2"])
-def test_blocks_computed_again_meet_the_drawn_experts(ranks, scenes, skill_map, layout):  # noqa: F811
+def test_blocks_computed_again_meet_the_drawn_experts(ranks, scenes, skill_map, layout):
     size, sizes = LAYOUTS[layout]
     runs = (
         arm(scenes, skill_map, "drawn", recompute_granularity=granularity, **sizes)
@@ -91,8 +98,6 @@ def test_blocks_computed_again_meet_the_drawn_experts(ranks, scenes, skill_map, 
 
 def test_the_reference_takes_the_drawn_experts(ranks, scenes, tmp_path):
     """Equal weights do not differ, however the experts were drawn."""
-    from test_grpo_loop import on_rank_reference
-
     drawn = dict(router_temperature=1.0, routing_replay="R3")
     ranks(1, on_rank_reference, grpo_run(scenes), tmp_path / "ref")
     run = grpo_run(scenes, beta=0.1, ref_load=str(tmp_path / "ref"), **drawn)

@@ -1,4 +1,4 @@
-"""What befalls a run of reinforcement learning: bad rows and rewards, stops, replayed routes.
+"""Runs of reinforcement learning: resuming, stops, bad rows and rewards, replayed routes.
 
 A function that starts with `on_rank_` runs on every rank; the test compares what they return.
 """
@@ -7,26 +7,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
-from megatron_mm.config import ParallelConfig, RLConfig, RunConfig
-from megatron_mm.config.settings_rl import Algorithm
+from megatron_mm.config import ParallelConfig, RunConfig
 from megatron_mm.errors import CheckpointError, DataError
 from megatron_mm.model.routing import whole_routes
 from megatron_mm.parallel import groups
+from megatron_mm.rl.algorithms import ALGORITHMS
+from megatron_mm.rl.settings import RLConfig
 from megatron_mm.train.trainer import Trainer
 from support.fingerprints import parameter_hash
-from support.grpo_runs import TOKENS, grpo_run, on_rank_steps, step_of, trainer_of
+from support.grpo_runs import (
+    TOKENS,
+    grpo_run,
+    on_rank_reference,
+    on_rank_steps,
+    step_of,
+    trainer_of,
+)
 from support.trainers import CP2, PP2, TP2, VPP2
 
 # ---- resuming ----
 
 
 def on_rank_cut(run: RunConfig, folder: Path, cut: bool) -> tuple[list[dict], str]:
-    """Four rollouts of two steps; with a cut, saved after the second and gone on with elsewhere."""
+    """Takes the steps of four rollouts; with a cut, of two, and saves for `on_rank_resume`."""
     run.checkpoint.save = str(folder)
     trainer = trainer_of(run)
     steps = 4 if cut else 8
@@ -59,7 +66,8 @@ def test_a_run_goes_on_with_the_prompts_and_tokens_it_would_have_had(
 
 
 def on_rank_asked_to_stop(run: RunConfig) -> list[bool]:
-    """Asked after the first step of a rollout: which steps are still done."""
+    """Asks for a stop after the first step of a rollout; returns which steps are still done, and
+    the rows consumed."""
     trainer = trainer_of(run)
     done = []
     for step in range(3):
@@ -85,7 +93,7 @@ def test_a_reward_that_fails_costs_its_samples_only(ranks, scenes):
     assert 0 < failed < 1
     assert steps[0]["rewards/fails_on_short/frac_failed"] == failed
     assert steps[0]["rewards/fails_on_short/mean"] == 1.0
-    assert all(step["grad norm"] > 0 for step in steps)
+    assert all(step["train/grad_norm"] > 0 for step in steps)
 
 
 def on_rank_error(run: RunConfig) -> tuple[str, int]:
@@ -142,7 +150,7 @@ def test_a_reward_gets_the_routes_of_all_stages(ranks, scenes):
 
 def on_rank_other_objective(run: RunConfig, folder: Path) -> str:
     run.checkpoint.load = str(folder)
-    run.training.objective, run.rl = "sft", RLConfig()
+    run.training.objective, run.objectives["rl"] = "sft", RLConfig()
     try:
         Trainer(run, groups.build(run.parallel))
     except CheckpointError as error:
@@ -159,26 +167,17 @@ def test_another_objectives_checkpoint_is_for_finetuning(ranks, scenes, tmp_path
 # ---- algorithms and their parts ----
 
 
-@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_every_algorithm_takes_steps(ranks, scenes, algorithm):
     run = grpo_run(scenes, algorithm=algorithm, train_iters=4, num_iterations=2)
     steps = ranks(1, on_rank_steps, run, 2)[0]
-    assert all(0 < step["grad norm"] < 1e4 for step in steps)
-
-
-def on_rank_reference(run: RunConfig, folder: Path) -> list[dict]:
-    run.checkpoint.save = str(folder)
-    trainer = trainer_of(run)
-    trainer.save()
-    trainer.saver.finish()
-    trainer.source.close()
-    return []
+    assert all(0 < step["train/grad_norm"] < 1e4 for step in steps)
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, {}), (2, PP2)])
 def test_the_reference_is_its_checkpoint_and_stays_it(ranks, scenes, tmp_path, size, sizes):
-    """The divergence is that of the weights: none at first, some after steps; the resumed run
-    compares with the same reference."""
+    """The divergence is zero at first and grows with the steps; a resumed run compares with the
+    same reference."""
     ranks(size, on_rank_reference, grpo_run(scenes, **sizes), tmp_path / "ref")
     settings = dict(beta=0.1, ref_load=str(tmp_path / "ref"), lr=1e-2, train_iters=8)
     for kl_in_reward in (False, True):
@@ -195,8 +194,8 @@ def test_the_reference_is_its_checkpoint_and_stays_it(ranks, scenes, tmp_path, s
 
 
 def on_rank_replay(run: RunConfig) -> tuple[int, int]:
-    """After a change of every router: positions of the next step whose experts are the rollout's,
-    and those that are not."""
+    """Changes every router; counts the positions of the next step whose experts are the recorded
+    ones, and those at which the routers alone would choose others."""
     trainer = trainer_of(run)
     batches, _ = trainer.source.next_step(False)
     engine = trainer.engine
@@ -242,8 +241,8 @@ def test_the_trainer_uses_the_recorded_experts(ranks, scenes, sizes, replay, rec
 
 
 def test_replayed_routes_agree_with_what_was_sampled(ranks, scenes):
-    """TOKENS of a completion, and log-probabilities of both, with routes from the rollout; drawn
-    experts say something else."""
+    """With the rollout's routes the trainer's log-probabilities are the rollout's; drawn experts
+    give other completions."""
     said = []
     for replay in ("R3", "drawn"):
         steps = ranks(1, on_rank_steps, grpo_run(scenes, **REPLAYS[replay]), 2)[0]

@@ -1,4 +1,4 @@
-"""Every policy loss and its gradient against the papers' equations; any split is the same."""
+"""Every policy loss and its gradient against the papers' equations, under any split."""
 
 import random
 from dataclasses import dataclass, replace
@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from megatron_mm.config import ALGORITHMS, RLConfig, resolve_algorithm
-from megatron_mm.rl.kl import kl_divergence
+from megatron_mm.rl.algorithms import ALGORITHMS
 from megatron_mm.rl.policy_losses import (
     Tokens,
+    kl_divergence,
     logprob_abs_diff,
     loss_denominator,
     policy_loss,
     truncated_importance_weights,
 )
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm
 from support import references
 
 LENGTHS = [3, 1, 5, 2]
@@ -31,7 +32,7 @@ class Case:
 
 
 def make_case(seed=0, drift=0.6):
-    """theta and a case whose old log-probabilities are up to `drift` nats away."""
+    """Returns theta and a case whose old log-probabilities are up to `drift` nats away."""
     rng = random.Random(seed)
     theta = [[[rng.gauss(0, 1) for _ in range(VOCAB)] for _ in range(n)] for n in LENGTHS]
     case = Case(
@@ -54,7 +55,7 @@ def flat(nested):
 
 
 def make_tokens(theta, case, rl):
-    """The whole minibatch as one part, and the leaf that gradients end in."""
+    """Returns the whole minibatch as one part, and the leaf that gradients end in."""
     logits_KV = torch.tensor([x for row in theta for x in row], dtype=torch.float64)
     logits_KV.requires_grad_()
     chosen_K = flat(case.tokens).long()
@@ -101,7 +102,7 @@ def check(rl, seed=0, drift=0.6):
     return sums
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 @pytest.mark.parametrize("seed", range(3))
 def test_every_algorithm_equals_its_equation(algorithm, seed):
     check(resolve_algorithm(RLConfig(algorithm=algorithm, max_completion_length=7)), seed)
@@ -148,7 +149,7 @@ def test_truncated_importance_sampling(level, threshold):
 
 
 def some(tokens, keep_K, lengths_N=None):
-    """The tokens at `keep_K`; the others become no tokens (-1)."""
+    """Returns the tokens at `keep_K`; the others become no tokens (-1)."""
     return replace(
         tokens,
         completion_K=tokens.completion_K.where(keep_K, -1),
@@ -156,10 +157,10 @@ def some(tokens, keep_K, lengths_N=None):
     )
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_any_split_gives_the_same_loss_and_gradient(algorithm):
-    """By completions into microbatches of other sizes, and through the middle of completions as
-    context parallelism does."""
+    """Microbatches of other sizes split completions apart; context parallelism splits through the
+    middle of one."""
     rl = resolve_algorithm(RLConfig(algorithm=algorithm, beta=0.2, rollout_is="token"))
     theta, case = make_case()
     tokens, logits_KV = make_tokens(theta, case, rl)
@@ -248,7 +249,7 @@ def test_a_ratio_far_off_gives_no_nan(policy, advantage):
 
 
 def test_clip_metrics_count_what_is_clipped():
-    """As TRL counts: too low matters where the advantage is negative, too high where positive."""
+    """TRL's rule: too low counts where the advantage is negative, too high where it is positive."""
     ratios, advantages = [0.5, 0.5, 1.5, 1.5, 1.0], [1.0, -1.0, 1.0, -1.0, 1.0]
     tokens = Tokens(
         torch.tensor(ratios).log(),
@@ -266,7 +267,8 @@ def test_clip_metrics_count_what_is_clipped():
 
 
 def test_kl_estimators_have_the_mean_they_claim():
-    """Exactly, over a vocabulary: k1 and k3 are unbiased, k2's gradient is the KL's, k1's is 0."""
+    """Sums over a whole vocabulary are exact: k1 and k3 are unbiased, k2's gradient is the KL's,
+    that of k1 is 0."""
     torch.manual_seed(0)
     logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(6, dtype=torch.float64).log_softmax(0)

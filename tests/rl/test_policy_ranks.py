@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config import ALGORITHMS, RLConfig, resolve_algorithm
+from megatron_mm.rl.algorithms import ALGORITHMS
 from megatron_mm.rl.policy_losses import Tokens, loss_denominator, policy_loss
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm
 
 LENGTHS = [5, 3, 9, 1, 6, 8]
 
@@ -19,8 +20,8 @@ def problem():
 
 
 def on_a_rank(layout, algorithm):
-    """Loss and gradient of the minibatch. "dp": whole completions on each rank, in two
-    microbatches; "cp": every completion cut where its ranks meet."""
+    """Returns loss and gradient of the minibatch. With "dp" each rank holds whole completions in
+    two microbatches; with "cp" completions are cut where ranks meet."""
     rl = resolve_algorithm(RLConfig(algorithm=algorithm, beta=0.1))
     rank, size = dist.get_rank(), dist.get_world_size()
     logprobs, old, ref, advantages, completion = problem()
@@ -56,7 +57,7 @@ def on_a_rank(layout, algorithm):
     return total / divisor, logprobs.grad / divisor
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_loss_and_gradient_are_those_of_one_rank(ranks, algorithm):
     ((loss, gradient),) = ranks(1, on_a_rank, "dp", algorithm)
     for layout in ("dp", "cp"):

@@ -1,4 +1,4 @@
-"""Whatever a reward function does costs its own samples a recorded failure, never the run."""
+"""Misbehaving reward functions: each costs its own samples a recorded failure, never the run."""
 
 import math
 import os
@@ -17,6 +17,8 @@ from megatron_mm.errors import RLError
 from megatron_mm.rl.rewards import process
 from megatron_mm.rl.rewards.runner import RewardRunner
 
+pytestmark = pytest.mark.kills
+
 TESTS = Path(__file__).parents[1]
 SLEEP_SECONDS = str(10**6 + os.getpid())  # tells our processes from those of another test run
 
@@ -29,7 +31,8 @@ def sleep_seconds():
 
 
 def gone(pids, seconds=10):
-    """None of these runs any more; a zombie whose adopter has not looked yet has ended."""
+    """Returns whether none of these runs any more; a zombie that nobody has reaped yet has
+    ended."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         alive = [p for p in pids if psutil.pid_exists(p)]
@@ -40,7 +43,7 @@ def gone(pids, seconds=10):
 
 
 def sleepers():
-    """Processes that the reward "child" started, wherever they hang now."""
+    """Returns the processes that the reward "child" started, whoever their parent is now."""
     command = ["sleep", SLEEP_SECONDS]
     found = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == command]
     return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
@@ -52,7 +55,7 @@ def score(runner, completions, routed_experts=None, **columns):
 
 
 def flat(rewards):
-    """Values of the only reward; None for NaN."""
+    """Returns the values of the only reward; None for NaN."""
     return [None if math.isnan(v[0]) else v[0] for v in rewards.values]
 
 
@@ -185,7 +188,7 @@ def test_routes_go_only_to_functions_that_name_them():
 
 
 def test_columns_go_only_to_functions_that_can_take_them():
-    """Built-in rewards name what they need: no image travels to them."""
+    """Built-in rewards name the columns they need, so no image is sent to them."""
     column = [lambda: "cannot be sent"]
     with RewardRunner(["exact", "support.misbehaving.batch_of"], num_workers=1) as runner:
         found = score(runner, ["a"], ground_truth=["a"], images=column)

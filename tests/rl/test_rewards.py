@@ -13,7 +13,7 @@ from megatron_mm.rl.rewards.text import chosen_letter, edit_distance, soft_overl
 
 
 def one(spec, completion, truth=None, ids=(1,), **columns):
-    """The reward of one completion, called as a worker does."""
+    """Returns the reward of one completion, called as a worker does."""
     function = RewardFunction(parse_specs([spec], REWARDS)[0])
     columns = {"ground_truth": [truth]} | {key: [value] for key, value in columns.items()}
     (reward,) = function(["q"], [completion], [list(ids)], columns, None)
@@ -202,7 +202,8 @@ def test_where_the_truth_is_unknown_rewards_do_not_apply():
 
 
 def test_the_readmes_example_is_a_reward():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2] / "megatron_mm" / "rl" / "README.md"
+    readme = page.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(def .*?)```", readme, re.DOTALL)
     names = {}
     exec(code, names)

@@ -1,4 +1,4 @@
-"""SIGKILL during a rollout, an update or a save: the run that is resumed is the same run."""
+"""SIGKILL during a rollout, an update or a save: the resumed run takes the very same steps."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from support.forked import context
 from support.grpo_runs import grpo_run, trainer_of
 from support.trainers import PP2
 
+pytestmark = pytest.mark.kills
+
 PATIENCE = 120  # seconds for what takes about ten
 ROLLOUT = 2  # steps, and a checkpoint after each
 STEPS = 6
 
 
 def on_rank_begin(run: RunConfig) -> None:
-    """A checkpoint before the first step."""
+    """Saves a checkpoint before the first step."""
     trainer = trainer_of(replace(run, checkpoint=CheckpointConfig(save=run.checkpoint.save)))
     trainer.save()
     trainer.saver.finish()
@@ -42,7 +44,7 @@ def on_rank_run(run: RunConfig) -> str:
 
 
 def placed(run: RunConfig, folder: Path) -> RunConfig:
-    """The same run with its files in a folder."""
+    """Returns the same run with its files in a folder."""
     checkpoint = CheckpointConfig(
         save=str(folder / "saved"), load=str(folder / "saved"), save_interval=ROLLOUT
     )
@@ -54,7 +56,7 @@ def placed(run: RunConfig, folder: Path) -> RunConfig:
 
 
 def written(folder: Path) -> tuple[list[dict], list[dict]]:
-    """What it logged of every step but times, and its completions."""
+    """Returns the logged metrics of every step but times, and the completions."""
     steps = [
         {k: v for k, v in record.items() if not re.search("time|timing|stall", k)}
         for record in read_metrics(folder / "out" / "metrics.jsonl")
@@ -64,8 +66,8 @@ def written(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def kill(run: RunConfig, store: Path, point: str, victim: int) -> None:
-    """Two ranks live until one of them comes to the point; the other must end by itself, and so
-    must what the killed one has started."""
+    """Runs two ranks until one of them comes to the point and is killed. The other must end by
+    itself, and so must the processes that the killed one has started."""
     forks, processes, pipes = context(), [], []
     for rank in range(2):
         ours, theirs = forks.Pipe(duplex=False)

@@ -1,5 +1,5 @@
-"""What a rollout keeps, counts and saves: routes of rows that are filled again, rows and rewards
-that are left out, rollouts that turn out shorter than planned.
+"""Rollouts: routes of rows that are filled again, rows and rewards that are left out, the reference
+model, saves between rollouts that are shorter than planned.
 
 A function that starts with `on_rank_` runs on every rank; the test compares what they return.
 """
@@ -25,16 +25,18 @@ from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
 from megatron_mm.rl.reference import Reference
+from megatron_mm.rl.settings import RLConfig
 from megatron_mm.train import loop
 from megatron_mm.train.trainer import Trainer
 from support.grpo_runs import grpo_run, trainer_of
-from support.trainers import PP2, digits_run, random_engine
+from support.trainers import PP2, digits_run
+from support.weights import random_engine
 
 ASKED = (0, 12, 8, 5, 20, 3, 17)
 
 
 def on_rank_routes(run: RunConfig, rows: int, temperature: float) -> list[torch.Tensor]:
-    """The routes of this rank's layers, of all completions."""
+    """Returns the routes of this rank's layers, of all completions."""
     engine = random_engine(run)
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     questions = EvalSet(run.data.valid_data, run, tokenizer)
@@ -53,7 +55,7 @@ def on_rank_routes(run: RunConfig, rows: int, temperature: float) -> list[torch.
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("size", "sizes"), [(1, {}), (2, PP2)])
 def test_routes_stay_those_of_their_completion(ranks, scenes, size, sizes, temperature):
-    """Rows that are filled again must not change what a completion took along or draws."""
+    """A row that is filled again must change neither the routes nor the draws of a completion."""
     run = digits_run(scenes, **sizes)
     together, apart = (ranks(size, on_rank_routes, run, rows, temperature) for rows in (64, 2))
     for one, other in zip(together, apart, strict=True):
@@ -68,7 +70,7 @@ def test_routes_stay_those_of_their_completion(ranks, scenes, size, sizes, tempe
 
 
 def rows_with(scenes: Path, folder: Path, changes: list[dict], count: int = 16) -> str:
-    """The scenes' first rows; the first few are changed."""
+    """Writes the scenes' first rows with the first few changed; returns the path."""
     rows = [json.loads(line) for line in (scenes / "mix.jsonl").read_text().splitlines()[:count]]
     for row, change in zip(rows, changes, strict=False):
         row |= change
@@ -85,7 +87,8 @@ def run_on(path: str, scenes, **settings) -> RunConfig:
 
 
 def on_rank_step(run: RunConfig) -> tuple[dict, list[dict], str]:
-    """Metrics and table of a step, or why there was none; what it said."""
+    """Returns metrics and table of a step, and what it wrote to stderr; without a step, the
+    error."""
     said = io.StringIO()
     trainer = trainer_of(run)
     try:
@@ -120,9 +123,9 @@ def test_a_prompt_without_a_question_is_answered(ranks, scenes, tmp_path):
 def test_what_is_left_out_is_counted_and_said(ranks, scenes, tmp_path):
     path = rows_with(scenes, tmp_path, [{"images": ["gone.png"]}] * 5)
     run = run_on(path, scenes, on_bad_sample="skip", rollout_batch_size=16, global_batch_size=64)
-    run.rl.reward_funcs = ["support.even.even", "support.even.fails_on_short"]
+    run.section(RLConfig).reward_funcs = ["support.even.even", "support.even.fails_on_short"]
     metrics, _, said = ranks(1, on_rank_step, run)[0]
-    assert metrics["skipped samples"] == 5 and metrics["rollout/generated"] == 44
+    assert metrics["train/skipped_samples"] == 5 and metrics["rollout/generated"] == 44
     assert "left out: " in said and "gone.png" in said
     assert "rewards failed: " in said and "fails_on_short" in said and "odd end" in said
 
@@ -131,7 +134,7 @@ def test_what_is_left_out_is_counted_and_said(ranks, scenes, tmp_path):
 
 
 def on_rank_compared(run: RunConfig, folder: Path) -> list[float]:
-    """The divergence from the weights that the run began with, step by step."""
+    """Returns the divergence from the weights that the run began with, step by step."""
     trainer = trainer_of(run)
     trainer.run.checkpoint.save = str(folder)
     trainer.save()
@@ -157,7 +160,7 @@ def test_gathers_under_way_leave_the_reference_alone(ranks, scenes, tmp_path):
 
 
 def on_rank_train(run: RunConfig) -> list[tuple[int, bool]]:
-    """Of every save: after how many steps, and whether it was between rollouts."""
+    """Returns for every save its number of steps, and whether it was between rollouts."""
     validate(run, dist.get_world_size())
     # The pool's ranks are daemons, which may not start reward workers.
     multiprocessing.current_process()._config["daemon"] = False
@@ -176,7 +179,7 @@ def on_rank_train(run: RunConfig) -> list[tuple[int, bool]]:
 
 
 def test_a_short_rollout_does_not_shift_saves_into_another(ranks, scenes, tmp_path):
-    """Of its 8 rows the first rollout has too many bad ones for a second step."""
+    """The first rollout has so many bad rows among its 8 that no second step can be made of it."""
     path = rows_with(scenes, tmp_path, [{"images": ["gone.png"]}] * 5, count=8)
     run = run_on(path, scenes, on_bad_sample="skip", train_iters=8, save_interval=2)
     run.data.train_data = [DataPhase(path, 8), DataPhase(str(scenes / "mix.jsonl"))]

@@ -1,4 +1,4 @@
-"""Small models and random microbatches for tests; no files, no tokenizer."""
+"""Small models and random microbatches, made without files and without a tokenizer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ from dataclasses import fields
 
 import torch
 
-from megatron_mm.config import (
-    FusionConfig,
-    LanguageConfig,
-    MemoryConfig,
-    ModelConfig,
-    RunConfig,
-    VisionConfig,
-    memories,
-)
+from megatron_mm.config import FusionConfig, MemoryConfig, ModelConfig, RunConfig, memories
 from megatron_mm.data.batch import BatchMemory, Microbatch
+from megatron_mm.model.families.internvit.settings import InternViTSettings
+from megatron_mm.model.families.qwen3_5_moe.settings import Qwen35MoeSettings
+from megatron_mm.model.families.qwen3_next.settings import Qwen3NextSettings
 
-# Megatron's names of a layout's sizes, by what people call them.
+# Megatron's settings for the sizes of a layout, by their usual short names.
 SIZES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -29,11 +24,13 @@ SIZES = {
 
 
 def small_model(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
-    """Every kind of layer; two look/inject pairs in flight at once; every size differs from
-    every other where it may, so that a swapped dimension is an error."""
+    """Returns a model with every kind of layer and two look/inject pairs in flight at once.
+
+    Its sizes differ from each other where they may, so that a swapped dimension is an error.
+    """
     return ModelConfig(
         hybrid_layer_pattern=pattern,
-        language=LanguageConfig(
+        language=Qwen3NextSettings(
             vocab_size=96,
             hidden_size=64,
             num_attention_heads=8,
@@ -52,7 +49,7 @@ def small_model(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
             moe_aux_loss_coeff=0.01,
             init_method_std=0.1,
         ),
-        vision=VisionConfig(
+        vision=InternViTSettings(
             vision_num_layers=2,
             vision_hidden_size=40,
             vision_ffn_hidden_size=72,
@@ -88,16 +85,30 @@ def two_memories(*reads: str) -> dict:
     }
 
 
+def small_qwen3_5_moe(pattern: str = "GE L *E GE L J *E J", **fusion) -> ModelConfig:
+    """The same sizes as Qwen3.5-MoE's text model; no two sections of the rotary embedding alike."""
+    model = small_model(pattern, **fusion)
+    sizes = {name: value for name, value in vars(model.language).items() if name != "type"}
+    model.language = Qwen35MoeSettings(**sizes, mrope_section=[3, 1, 2])
+    return model
+
+
+SMALL_MODELS = {"qwen3_next": small_model, "qwen3_5_moe": small_qwen3_5_moe}
+
+
 def small_run(pattern: str = "GE L *E GE L J *E J", **fusion) -> RunConfig:
+    """Returns a run of `small_model` with a seed of its own."""
     run = RunConfig(model=small_model(pattern, **fusion))
     run.training.seed = 7
     return run
 
 
 def aligned_run(fp8_recipe: str | None = None, transformer_impl: str = "transformer_engine"):
-    """In bf16, with sizes that products in FP8 can take, mxfp8 included. A token goes to all
-    experts: where it goes to some, rounding changes which, and two runs soon have little in
-    common."""
+    """Returns a run in bf16 whose sizes suit every FP8 recipe, mxfp8 included.
+
+    A token goes to all experts. If it went to some, rounding would change which, and two runs would
+    soon differ.
+    """
     run = small_run()
     language = run.model.language
     language.num_query_groups, language.kv_channels = 2, 32
@@ -115,10 +126,10 @@ def aligned_run(fp8_recipe: str | None = None, transformer_impl: str = "transfor
 def microbatch(
     model: ModelConfig, seed: int, images: tuple[int, ...] = (1, 0, 2), pad_multiple: int = 1
 ) -> Microbatch:
-    """One sample per entry of `images`: that many images, each of two tiles and a thumbnail, which
-    is in the stream.
+    """Returns a sample for each entry of `images`, which counts its images. Their thumbnails are in
+    the stream.
 
-    The last third of every sample is supervised.
+    An image is two tiles and a thumbnail. The last third of every sample is supervised.
     """
     g = torch.Generator().manual_seed(seed)
     vision, fusion = model.vision, model.fusion

@@ -1,4 +1,4 @@
-"""Processes that train, save in the background and are killed."""
+"""Ranks that train and save in the background until a test kills them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.checkpoint_runs import create, tiny_run, train  # noqa: E402
 
 INTERVAL = 2  # steps between saves
 KEEP = 2
-STEPS = 12  # of one life, unless it ends before
+STEPS = 12  # of one life, unless it is killed before
 PATIENCE = 60  # seconds for anything that should take about one
 SERVER = os.getpid()  # where this module was imported
 
@@ -37,12 +37,13 @@ def _slowly(function):
 
 
 def live(pipe: Connection, store: str, rank: int, parallel: list, folder: Path, slow: bool):
-    """Resume from `folder`, train, save; tell the iteration when its save was accepted."""
+    """Resumes from `folder`, trains and saves; sends the iteration of each accepted save."""
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a peer's death is no news
+    # Errors about dead peers are expected.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     clean = is_clean(SERVER)
     if slow:
-        os.unlink = _slowly(os.unlink)  # what rmtree calls
+        os.unlink = _slowly(os.unlink)  # rmtree calls it
     size, sizes = parallel
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     engine = create(tiny_run(sizes))
@@ -61,7 +62,7 @@ def live(pipe: Connection, store: str, rank: int, parallel: list, folder: Path, 
 
 
 class Life:
-    """The ranks of one short job."""
+    """The processes of one short job, a rank each."""
 
     def __init__(self, parallel: tuple[int, dict], folder: Path, store: Path, slow: bool = False):
         forks = context()
@@ -83,11 +84,12 @@ class Life:
     def kill(
         self, ranks: list[int], saves: int, seconds: float, until: Callable[[], object]
     ) -> int:
-        """SIGKILL some ranks so many saves from now, once `until` is true, and seconds later;
-        the others must end by themselves.
+        """Kills ranks `saves` saves from now, `seconds` after `until` has become true.
+
+        The others must end by themselves.
 
         Returns:
-            The last iteration of which rank 0 was told that its save is under way.
+            The last iteration whose save rank 0 reported as begun.
         """
         last = self.start
         for _ in range(saves):

@@ -1,4 +1,4 @@
-"""What the workers of some tests do. Imports no torch: each of them starts anew."""
+"""Work for the data workers of tests. It needs no torch, so that a worker starts quickly."""
 
 import time
 
@@ -6,7 +6,7 @@ from megatron_mm.errors import DataError
 
 
 class Desk:
-    """What the workers of these tests do."""
+    """Answers, fails or waits, as the method says."""
 
     def __init__(self, fails=False):
         if fails:
@@ -29,7 +29,7 @@ class Desk:
 
 
 class Unreadable:
-    """Its bytes arrive and cannot be made an object of."""
+    """An answer whose bytes arrive but cannot be unpickled."""
 
     def __reduce__(self):
         return no_memory, ()

@@ -1,4 +1,4 @@
-"""A reward and a labeller for models that have learnt nothing."""
+"""Rewards and a span labeller that tell completions of an untrained model apart."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from megatron_mm.earl.spans import Label
 
 
 def even(prompts, completions, completion_ids, **columns):
-    """The share of even token ids: differs between completions, whatever they say."""
+    """Returns the share of even token ids, which differs between any completions."""
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
 def same(prompts, completions, completion_ids, **columns):
-    """Nothing to learn from."""
+    """Returns zeros, from which nothing can be learnt."""
     return [0.0 for _ in completion_ids]
 
 
@@ -24,7 +24,7 @@ def fails_on_short(prompts, completions, completion_ids, **columns):
 
 
 def routed(prompts, completions, completion_ids, routed_experts, **columns):
-    """A number of the experts that were used, by layer and position."""
+    """Returns a sum over the experts used, which weighs the two layers differently."""
     scores = []
     for ids, routes in zip(completion_ids, routed_experts, strict=True):
         assert routes.shape[:2] == (len(ids), 2), routes.shape
@@ -34,7 +34,7 @@ def routed(prompts, completions, completion_ids, routed_experts, **columns):
 
 
 def thirds(row, text, where):
-    """The first third exercises the row's skill and is right, the second is wrong."""
+    """Labels the first third as right and the second as wrong, both with the row's skill."""
     third = len(text) // 3
     if not third:
         return []
@@ -43,7 +43,9 @@ def thirds(row, text, where):
 
 
 def sometimes(prompts, completions, completion_ids, scene, **columns):
-    """As `even`, but all completions of a prompt earn the same where the scene's first digit is
-    odd: groups of no use to a policy."""
+    """Returns `even`'s values, but 1 for every completion of a scene whose first digit is odd.
+
+    A policy learns nothing from such a group.
+    """
     values = even(prompts, completions, completion_ids)
     return [1.0 if int(s[0]) % 2 else v for s, v in zip(scene, values, strict=True)]

@@ -1,4 +1,4 @@
-"""Fingerprints of a rank's state, to tell whether two runs are the same to the bit."""
+"""Hashes of a rank's state, equal only if two runs are bitwise identical."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _add(digest: Any, label: str, value: Any) -> None:
 
 
 def parameter_hash(engine: Engine) -> str:
-    """sha256 over the names and the bits of this rank's parameters."""
+    """Returns the sha256 of the names and bits of this rank's parameters."""
     digest = hashlib.sha256()
     for name, param, _ in parameters(engine):
         _add(digest, name, param)
@@ -34,7 +34,7 @@ def parameter_hash(engine: Engine) -> str:
 
 
 def state_hash(engine: Engine, *, generators: bool = True) -> str:
-    """sha256 over parameters, the optimizer state this rank owns, schedule and generators."""
+    """Returns the sha256 of parameters, owned optimizer state, schedule and random generators."""
     digest = hashlib.sha256(parameter_hash(engine).encode())
     for name, mine in owned(engine).items():
         for kind in KINDS:

@@ -1,41 +1,52 @@
-"""Hugging Face folders to convert, made by transformers or, where it has no writer, by names
-written down here a second time; and what ranks do with them."""
+"""Hugging Face folders for conversion, and conversions of them on ranks.
+
+The folders are written by transformers or, where it has no writer, by names that are written down
+here a second time.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from megatron_mm.benchmark.hf_weights import IMAGE_TOKEN, randomise, transformers_model
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import ModelConfig, ParallelConfig, RunConfig, to_transformers_dict
 from megatron_mm.convert import to_hf, to_megatron
 from megatron_mm.convert.folder import NOTES, HFFolder, check_folder, open_folder
-from megatron_mm.convert.mapping import StateMapping
+from megatron_mm.convert.mapping import ParamMapping, StateMapping
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
-from support.batches import small_model
+from support.batches import SMALL_MODELS
 from support.gathering import at_rank_0
 
 PATTERN = "GE *E GE *E"
 SHARD = 150_000  # bytes: some ten files
+TEXT_CLASSES = {
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM"),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM"),
+}
 SIX_B = dict(vision_normalization="RMSNorm", vision_add_qkv_bias=False, vision_qk_layernorm=True)
 
 
-def base_model(tp: int = 1, *, tied: bool = False, **vision) -> ModelConfig:
-    """The small model without CLVR; with sizes that 3 ranks divide where tp is 3."""
-    model = small_model(PATTERN, image_stream="all", vision_memory="none")
+def base_model(
+    tp: int = 1, *, tied: bool = False, family: str = "qwen3_next", **vision
+) -> ModelConfig:
+    """Returns a family's small model without CLVR; for tp 3, with sizes that 3 ranks divide."""
+    model = SMALL_MODELS[family](PATTERN, image_stream="all", vision_memory="none")
     language = model.language
     language.untie_embeddings_and_output_weights = not tied
     if tp == 3:
@@ -55,17 +66,19 @@ def save_fused(
     dtype: torch.dtype = torch.float32,
     shard: int = SHARD,
 ):
-    """transformers' own folder of a random model; returns the model."""
+    """Saves a random model as transformers does, and returns it."""
     hf = transformers_model(model or base_model()).to(dtype)
     hf.save_pretrained(folder, save_original_format=not stacked, max_shard_size=shard)
     return hf
 
 
-def save_text(folder: Path, *, mtp: bool = True) -> dict[str, torch.Tensor]:
-    """A text-only model as released: per-expert tensors, multi-token prediction beside it."""
-    model = replace(base_model(), vision=None)
-    config = Qwen3NextConfig(**{k: v for k, v in to_transformers_dict(model).items()})
-    hf = Qwen3NextForCausalLM._from_config(config)
+def save_text(
+    folder: Path, *, mtp: bool = True, family: str = "qwen3_next"
+) -> dict[str, torch.Tensor]:
+    """Saves a text-only model as released, with per-expert tensors and multi-token prediction."""
+    model = replace(base_model(family=family), vision=None)
+    config_class, model_class = (getattr(transformers, n) for n in TEXT_CLASSES[family])
+    hf = model_class._from_config(config_class(**to_transformers_dict(model)))
     randomise(hf, 1)
     hf.save_pretrained(folder)
     tensors = read_all(folder)
@@ -80,7 +93,7 @@ def save_text(folder: Path, *, mtp: bool = True) -> dict[str, torch.Tensor]:
 
 
 def released_vision(hf) -> dict[str, torch.Tensor]:
-    """The ViT's tensors under the names of its release (modeling_intern_vit.py)."""
+    """Returns the ViT's tensors under the names of its release (modeling_intern_vit.py)."""
     renamed: dict[str, torch.Tensor] = {}
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in hf.model.vision_tower.state_dict().items():
@@ -108,7 +121,7 @@ def released_vision(hf) -> dict[str, torch.Tensor]:
 
 
 def released_config(model: ModelConfig) -> dict:
-    """config.json of a ViT's release."""
+    """Returns the config.json of a ViT's release."""
     vision = model.vision
     return {
         "model_type": "intern_vit_6b",
@@ -129,6 +142,7 @@ def released_config(model: ModelConfig) -> dict:
 
 
 def save_released_vision(folder: Path, model: ModelConfig, hf) -> dict[str, torch.Tensor]:
+    """Saves a ViT in the form of its release."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(released_config(model)))
     tensors = released_vision(hf)
@@ -137,7 +151,7 @@ def save_released_vision(folder: Path, model: ModelConfig, hf) -> dict[str, torc
 
 
 def save_released_fused(folder: Path, model: ModelConfig, hf) -> dict[str, torch.Tensor]:
-    """InternVL's release around the text model: `internvl_chat`."""
+    """Saves a fused model in the form of InternVL's releases, `internvl_chat`."""
     folder.mkdir()
     config = {
         "model_type": "internvl_chat",
@@ -173,7 +187,7 @@ def save_released_fused(folder: Path, model: ModelConfig, hf) -> dict[str, torch
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder, read by the safetensors package."""
+    """Returns every tensor of a folder, read by the safetensors package."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -184,7 +198,7 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same names, dtypes, shapes and bits."""
+    """Asserts the same names, dtypes, shapes and bits."""
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())[:6]
     for name, tensor in expected.items():
         other = found[name]
@@ -193,15 +207,16 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def planned(folder: Path, vision: Path | None = None) -> tuple[HFFolder, StateMapping, dict]:
+    """Returns a folder that was opened and checked, its plan and the parameters of its model."""
     source = open_folder(folder, vision)
     parameters = blueprint(source.model)
-    plan = source.plan(parameters)
+    plan = source.mapping(parameters)
     check_folder(source, plan)
     return source, plan, parameters
 
 
 def to_checkpoint(folder: Path, out: Path, parallel: dict | None = None, dtype=None) -> HFFolder:
-    """Every rank calls it."""
+    """Converts a Hugging Face folder to a checkpoint; every rank calls it."""
     source, plan, parameters = planned(folder)
     run = RunConfig(model=source.model, parallel=ParallelConfig(**(parallel or {})))
     made = to_megatron.convert(
@@ -212,16 +227,19 @@ def to_checkpoint(folder: Path, out: Path, parallel: dict | None = None, dtype=N
 
 
 def to_folder(checkpoint: Path, out: Path, **how) -> list[str]:
-    """Every rank calls it."""
+    """Converts a checkpoint to a Hugging Face folder; every rank calls it."""
     opened = to_hf.open_checkpoint(checkpoint)
     return to_hf.convert(opened, out, dist.group.WORLD, shard_bytes=SHARD, quiet=True, **how)
 
 
 def through_training(parallel: dict, jobs: Sequence[tuple[Path, Path, Path, bool]]) -> None:
-    """HF -> checkpoint -> a training engine's own load and save on a layout -> HF, for each
-    (a model's folder, the same with stacked experts, where to work, in bf16).
+    """Converts folders to checkpoints, loads and saves them in an engine, and converts them back.
 
-    Both folders give the same checkpoint to the byte, so one goes on for both.
+    The two folders of a job must give bitwise identical checkpoints, so one goes on for both.
+
+    Args:
+        parallel: the engine's layout.
+        jobs: (folder, the same with stacked experts, where to work, whether in bf16).
     """
     built = groups.build(ParallelConfig(**parallel))
     for separate, stacked, out, bf16 in jobs:
@@ -242,7 +260,7 @@ def through_training(parallel: dict, jobs: Sequence[tuple[Path, Path, Path, bool
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every parameter as a whole tensor, on rank 0; else {}. Asserts that nothing is missing."""
+    """Returns every parameter as a whole tensor on rank 0, {} elsewhere; nothing may be missing."""
     mine = {
         name: (layout.global_shape, layout.block, layout.held(param.detach()))
         for name, param, layout in layouts(*engine.chunks)
@@ -252,3 +270,23 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
         result.setdefault(name, torch.full(shape, float("nan")))[block] = values
     assert not any(tensor.isnan().any() for tensor in result.values())
     return result
+
+
+def shapes_of(links: Iterable[ParamMapping]) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of every tensor in the folder."""
+    return {name: tuple(shape) for link in links for name, shape in link.hf_tensors()}
+
+
+def meta(*configs: dict) -> list[list[dict[str, tuple[int, ...]]]]:
+    """Returns shapes by name of each config's model: [inside the model, as it is saved]."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("meta_names.py")],
+        input=json.dumps(configs),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [
+        [{n: tuple(s) for n, s in found.items()} for found in model]
+        for model in json.loads(done.stdout)
+    ]

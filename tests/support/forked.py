@@ -1,5 +1,7 @@
-"""A server that has imported everything but made no thread and no group, and forks processes that
-tests kill (`multiprocessing`'s forkserver): such a process lives within a fraction of a second.
+"""A server that forks processes for tests to kill (`multiprocessing`'s forkserver).
+
+It has imported everything but started no thread and no process group, so such a process is ready
+within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -10,14 +12,11 @@ import sys
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
-VICTIMS = [
-    "support.checkpoint_victims",
-    "support.rl_victim",
-]  # modules; those that a run of tests cannot see are left out
+VICTIMS = ["support.checkpoint_victims", "support.rl_victim"]  # modules that it imports
 
 
 def context() -> BaseContext:
-    """Processes of it are forked from the server, which the first call starts."""
+    """Returns the context whose processes are forked from the server; the first call starts it."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(VICTIMS)
     before = os.environ.get("PYTHONPATH")
@@ -33,6 +32,9 @@ def context() -> BaseContext:
 
 
 def is_clean(server: int) -> bool:
-    """Whether this process was forked from a server that imported what runs here, `server` being
-    the process of that import, and that has no threads."""
+    """Returns whether this process was forked from one that imported its code and has no threads.
+
+    Args:
+        server: the id of the process that imported the calling module.
+    """
     return os.getpid() != server and len(os.listdir(f"/proc/{server}/task")) == 1

@@ -1,12 +1,12 @@
-"""The converting tools in processes of their own that can be killed, without ten seconds of
-imports for each: they are forked from one that has imported everything and has no threads.
+"""The conversion tools in processes that tests can kill.
 
-As a program it is that process: a line of JSON in, a line out when the child has ended.
+They are forked from a server that has imported everything and has no threads: started afresh, each
+would spend ten seconds on its imports. Run as a program, this file is that server. It reads a line
+of JSON for each run and writes a line when the child has ended.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,9 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+from support.tools import load_tool
+
 ROOT = Path(__file__).parent.parent.parent
 TOOLS = ("hf_to_megatron", "megatron_to_hf")
-# What changes something that a reader finds on disk.
+# The functions of os that change what a reader finds on disk.
 CHANGES = (
     *("mkdir", "open", "posix_fallocate", "pwrite", "fsync"),
     *("rename", "replace", "unlink", "rmdir"),
@@ -25,7 +27,7 @@ CHANGES = (
 
 
 class Tools:
-    """Runs the tools, one at a time, and kills them when told to."""
+    """Runs the tools one at a time, and kills them at the moment that a test names."""
 
     def __init__(self):
         self._server = subprocess.Popen(
@@ -35,7 +37,7 @@ class Tools:
             text=True,
             env={
                 **os.environ,
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
                 "OMP_NUM_THREADS": "1",
                 "TQDM_DISABLE": "1",
             },
@@ -44,13 +46,14 @@ class Tools:
     def run(
         self, tool: str, *args, die_at: int = 0, kill_after: float | None = None
     ) -> tuple[int, int]:
-        """
+        """Runs a tool to its end or to its kill.
+
         Args:
-            die_at: SIGKILL in place of this change of what is on disk, counted from 1.
-            kill_after: SIGKILL so many seconds after its start.
+            die_at: the number of the change on disk, counted from 1, in whose place it is killed.
+            kill_after: the number of seconds after its start when it is killed.
 
         Returns:
-            (exit status, -9 if it was killed; how many changes it made, 0 if it was killed).
+            The exit status, -9 if it was killed, and the number of its changes, 0 if it was killed.
         """
         words = [tool, [str(arg) for arg in args], die_at, kill_after]
         self._server.stdin.write(json.dumps(words) + "\n")
@@ -99,9 +102,7 @@ def _child(main, args: list[str], die_at: int, answer: int) -> None:
 def _serve() -> None:
     mains = {}
     for tool in TOOLS:
-        spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_tool(tool)
         mains[tool] = module.main
         module.main(["--nonsense"])  # imports what it needs, and finds the flags wrong
     import torch._dynamo  # noqa: F401 (what the tools import as they go)

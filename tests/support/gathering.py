@@ -1,4 +1,4 @@
-"""Blocks of tensors from all ranks to rank 0, for tests that look at whole tensors."""
+"""Blocks of tensors, gathered from all ranks to rank 0."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Blocks = dict[str, tuple[tuple[int, ...], tuple[slice, ...], torch.Tensor]]
 
 
 def at_rank_0(mine: Blocks) -> list[Blocks]:
-    """Every rank's blocks; [] but on rank 0.
+    """Returns every rank's blocks on rank 0, [] elsewhere.
 
-    As arrays: a pickled tensor is a small file with headers of its own, and reading hundreds of
-    them on every rank took longer than the training between.
+    They travel as arrays: a pickled tensor is a small file with headers of its own, and reading
+    hundreds of them on every rank took longer than the training between.
     """
     arrays = {name: (*where, block.detach().numpy()) for name, (*where, block) in mine.items()}
     parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

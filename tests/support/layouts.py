@@ -1,4 +1,4 @@
-"""Gradients of one training step, gathered into whole tensors, on any layout."""
+"""Gradients of one training step on any layout, gathered into whole tensors."""
 
 from __future__ import annotations
 
@@ -9,40 +9,33 @@ import torch.distributed as dist
 
 from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.model import multimodal
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
+from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import SIZES, microbatch
 from support.gathering import at_rank_0
+from support.weights import move_looks_off_zero
 
-# What each of the four microbatches of a step holds; one has no image at all.
+# Images of each sample in the four microbatches of a step; one microbatch has none.
 STEP = ((1, 0, 2), (0, 0), (2,), (1, 1, 1))
 
 
 def steps_batches(run: RunConfig, pad_multiple: int):
+    """Returns the four microbatches of a step."""
     return [microbatch(run.model, seed, images, pad_multiple) for seed, images in enumerate(STEP)]
 
 
 def parallel_config(**sizes) -> ParallelConfig:
+    """Returns the settings of a layout, from short names (`SIZES`) or full ones."""
     return ParallelConfig(**{SIZES.get(name, name): value for name, value in sizes.items()})
 
 
-def off_zero(engine: Engine) -> None:
-    """Move every out-projection of a look away from zero, alike on every layout: while it is
-    zero, a memory without gradient passes every gradient test."""
-    for name, param, layout in layouts(*engine.chunks):
-        if ".looks." in name and name.endswith("linear_proj.weight"):
-            whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(3))
-            param.data.copy_(whole[layout.block] * 0.2)
-    engine.optimizer.reload_model_params()
-
-
 def detach_memory_on_the_wire(engine: Engine, only: str | None = None) -> None:
-    """The bug that sending memories as tensors of their own would be.
+    """Cuts the gradient of memories on the wire, as sending them as tensors of their own would.
 
     Args:
-        only: the memory that is sent so; default: all.
+        only: the memory that is cut; default: all.
     """
     pack = multimodal.pack
 
@@ -74,7 +67,7 @@ def swap_memories_of_looks(engine: Engine) -> None:
 
 
 def forget_reduction(engine: Engine, suffix: str) -> None:
-    """Leave the partial gradients of these parameters unsummed over tensor-parallel ranks."""
+    """Leaves the partial gradients of these parameters unsummed over tensor-parallel ranks."""
     for name, param, _ in layouts(*engine.chunks):
         if name.endswith(suffix):
             assert param.sequence_parallel, f"{name} has no reduction to forget"
@@ -82,10 +75,10 @@ def forget_reduction(engine: Engine, suffix: str) -> None:
 
 
 def gather(named_blocks: dict[str, tuple]) -> dict[str, torch.Tensor]:
-    """Whole tensors from every rank's (global shape, offset, block); on rank 0, else {}.
+    """Returns whole tensors from every rank's (global shape, place, block) on rank 0, {} elsewhere.
 
-    Blocks of replicas must be equal to the bit on the ranks that hold them after reduction;
-    the largest relative disagreement is returned under "replicas".
+    After reduction, the ranks that hold the same block must hold the same values; the largest
+    relative difference is returned under "replicas".
     """
     whole, seen = {}, {}
     worst = 0.0
@@ -111,15 +104,15 @@ def step_gradients(
     make_batches=steps_batches,
     objective=None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """(loss, whole gradient of every parameter) of one step of four microbatches.
+    """Returns the loss and the whole gradient of every parameter after four microbatches.
 
-    Runs on every rank; `sabotage(engine)` may break something first.
+    It runs on every rank; `sabotage(engine)` may break something first.
     """
     run.parallel = parallel
     run.parallel.use_distributed_optimizer = False  # gradients stay whole on every replica
     made = groups.build(parallel)
     engine = Engine.create(run, made)
-    off_zero(engine)
+    move_looks_off_zero(engine)
     multiple = pad_multiple or token_multiple(run)
     batches = make_batches(run, multiple)
     dp, rank = made.pg.dp.size(), made.pg.dp.rank()
@@ -127,14 +120,12 @@ def step_gradients(
     try:
         if sabotage:
             sabotage(engine)
-        sums = engine.forward_backward(batches[rank::dp], objective or SupervisedFineTuning())
+        parts = engine.forward_backward(batches[rank::dp], objective or SupervisedFineTuning())
     finally:
         multimodal.pack = pack  # the rank lives on
     loss = torch.zeros(2, dtype=torch.float64)
-    for entry in sums:
-        loss += entry["lm loss"].double()
-    if not (made.is_last_stage and made.pg.tp.rank() == 0):
-        loss.zero_()
+    for metrics in parts:
+        loss += metrics.pair("train/lm_loss")
     dist.all_reduce(loss)
     blocks = {
         name: (layout.global_shape, layout.block, layout.held(param.main_grad).clone())
@@ -145,8 +136,10 @@ def step_gradients(
 
 
 def saved_bytes(run: RunConfig) -> int:
-    """Bytes of the distinct tensors that one forward pass leaves for the backward pass,
-    parameters not counted. On one rank."""
+    """Returns the bytes that one forward pass keeps for the backward pass, on one rank.
+
+    A tensor counts once; parameters do not count.
+    """
     made = groups.build(ParallelConfig())
     (model,) = multimodal.build(run, made.pg)
     batch = steps_batches(run, 1)[0]

@@ -1,8 +1,8 @@
-"""Models of transformers' own without memory, in a process of its own: name -> shape on stdout.
+"""Names and shapes of transformers' own models, which it builds on the meta device.
 
     python tests/support/meta_names.py < configs.json
 
-Nothing of ours is imported: what it says is transformers' word alone.
+It imports nothing of this package, so that its answer is transformers' alone.
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ import torch
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+CLASSES = {
+    "internvl": (InternVLConfig, InternVLForConditionalGeneration),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+    "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+}
+
 
 def names(words: dict) -> list[dict[str, list[int]]]:
-    """[inside the model, as it is saved]"""
-    fused = words.pop("model_type") == "internvl"
-    config = InternVLConfig(**words) if fused else Qwen3NextConfig(**words)
-    kind = InternVLForConditionalGeneration if fused else Qwen3NextForCausalLM
+    """Returns the shapes by name, first inside the model, then as it is saved."""
+    config_class, kind = CLASSES[words.pop("model_type")]
     with torch.device("meta"):
-        model = kind._from_config(config)
+        model = kind._from_config(config_class(**words))
     inside = model.state_dict()
     assert all(tensor.is_meta for tensor in inside.values())
     saved = revert_weight_conversion(model, dict(inside))

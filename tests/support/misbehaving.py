@@ -1,4 +1,4 @@
-"""Reward functions of every temper, for the worker processes of test_reward_runner.py."""
+"""Reward functions that succeed, fail, hang or crash, for the worker processes of reward tests."""
 
 import asyncio
 import ctypes
@@ -14,7 +14,7 @@ def good(prompts, completions, completion_ids, length, **columns):
 
 
 def maybe(completions, **columns):
-    """None, a number, NaN, text, by what the completion says."""
+    """Returns None, NaN, text or a number, as the completion says."""
     return [{"none": None, "nan": float("nan"), "text": "high"}.get(c, 2) for c in completions]
 
 
@@ -77,7 +77,7 @@ def no_routes(completions, **columns):
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    """verl's form."""
+    """Scores one completion in verl's form."""
     right = solution_str == ground_truth and data_source == "digits"
     return {"score": float(right) + (extra_info or {}).get("bonus", 0), "acc": right}
 

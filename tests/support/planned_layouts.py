@@ -1,4 +1,4 @@
-"""One real step of a layout, measured, and the same step planned."""
+"""One step on a layout, planned and really taken."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.objective import SupervisedFineTuning
 from megatron_mm.parallel import groups
 from megatron_mm.perf import memory
 from megatron_mm.perf.assumed import balanced_routes, planned_batch
 from megatron_mm.perf.rank import RankPlan, plan_rank
 from megatron_mm.perf.recorder import ATTENTION_FLOPS, Recorder
+from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import SIZES, small_run
 
 
 def layout_run(sizes: dict, replicas: int) -> RunConfig:
-    """The tests' small model on a layout; other keys of `sizes` are settings by their names."""
+    """Returns a run of the small model on a layout.
+
+    Args:
+        sizes: sizes by their short names (`SIZES`), or settings by theirs.
+        replicas: the number of data-parallel replicas.
+    """
     run = small_run()
     run.model.language.num_experts = 8  # divides by everything
     run.data.seq_length, run.data.max_num_tiles = 96, 3
@@ -29,13 +34,14 @@ def layout_run(sizes: dict, replicas: int) -> RunConfig:
         for section in (run.parallel, run.training, run.data, run.model.fusion):
             if hasattr(section, name):
                 setattr(section, name, value)
-    # Two show what one leaves behind for the next; a pipeline has several in flight.
+    # The second shows what the first leaves behind; a pipeline has several in flight.
     microbatches = 4 if run.parallel.pipeline_model_parallel_size > 1 else 2
     run.training.global_batch_size = microbatches * replicas * run.training.micro_batch_size
     return run
 
 
 def world_of(run: RunConfig, replicas: int) -> int:
+    """Returns the number of ranks."""
     par = run.parallel
     return (
         par.tensor_model_parallel_size
@@ -46,7 +52,7 @@ def world_of(run: RunConfig, replicas: int) -> int:
 
 
 def the_batch(run: RunConfig) -> Microbatch:
-    """What the planner assumes, with routes as balanced as it takes them to be."""
+    """Returns the microbatch that the planner assumes, with the balanced routes that it assumes."""
     batch, language = planned_batch(run), run.model.language
     routes = balanced_routes(len(batch.tokens_T), language.moe_router_topk, language.num_experts)
     layers = run.model.hybrid_layer_pattern.count("E")
@@ -54,12 +60,17 @@ def the_batch(run: RunConfig) -> Microbatch:
 
 
 def planned(run: RunConfig, world: int) -> list[RankPlan]:
+    """Returns the plan of every rank."""
     return [plan_rank(run, rank, world, the_batch(run), kernels="torch") for rank in range(world)]
 
 
 def measure(run: RunConfig, microbatches: int):
-    """On a real rank: (state, peak bytes of activations, work as recorded, flops as torch's
-    counter has them)."""
+    """Takes the step on a real rank and measures it.
+
+    Returns:
+        The state's bytes, the peak bytes of activations, the work that was recorded, and the FLOPs
+        that torch's counter counts.
+    """
     made = groups.build(run.parallel)
     engine = Engine.create(run, made)
     batch = the_batch(run)
@@ -68,7 +79,7 @@ def measure(run: RunConfig, microbatches: int):
     with recorder:
         engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
     peak = recorder.peak
-    # By itself: its hooks on modules keep tensors alive.
+    # In a step of its own: the counter's hooks on modules keep tensors alive.
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     with counter:
         engine.forward_backward([batch] * microbatches, SupervisedFineTuning())

@@ -16,16 +16,19 @@ from megatron_mm.earl.probe import Probe, ProbeRows
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.layers.moe import Router
 from megatron_mm.parallel import groups
-from support.trainers import digits_run, random_engine
+from support.trainers import digits_run
+from support.weights import random_engine
 
-# In every layer.
+# The experts of each skill, in every layer.
 PLANTED = {"alpha": [2, 5], "beta": [1, 6]}
 
 
 def write_rows(path: Path, count: int, seed: int, honest: bool = True) -> Path:
-    """Answers of pairs of digits: alpha's begin with 1, beta's with 2; the second digit is any
-    from 3 to 9. At a second digit, the token says nothing about the skill, the one before it does.
-    Not `honest`: skills are drawn without regard to the answer.
+    """Writes rows whose answers are pairs of digits, and returns `path`.
+
+    The first digit of a pair is 1 for alpha and 2 for beta, the second is any from 3 to 9. So the
+    token at a second digit says nothing about the skill, but the one before it does. Unless
+    `honest`, skills are drawn without regard to the answer.
     """
     rng = Random(seed)
     lines = []
@@ -49,8 +52,10 @@ def write_rows(path: Path, count: int, seed: int, honest: bool = True) -> Path:
 
 
 def plant(run: RunConfig, rows: str, folder: str) -> None:
-    """Write a checkpoint of a random model whose routers send alpha's second digits to alpha's
-    experts and beta's to beta's, in every layer. On one rank."""
+    """Writes a checkpoint of a random model whose routers know the skills, on one rank.
+
+    In every layer they send alpha's second digits to alpha's experts and beta's to beta's.
+    """
     engine = random_engine(run)
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     probed = ProbeRows(engine, tokenizer, Probe(rows, samples=60))
@@ -69,7 +74,10 @@ def plant(run: RunConfig, rows: str, folder: str) -> None:
 
 
 def _direction(engine: Engine, router: Router, samples: list, probed: ProbeRows) -> torch.Tensor:
-    """[H]: 6 where the router reads alpha's second digits, -6 where beta's; by least squares."""
+    """Returns the direction [H] in which alpha's second digits read 6 and beta's -6.
+
+    It is a least-squares fit to the hidden states that the router sees.
+    """
     from megatron_mm.data.collate import collate
 
     seen: list[torch.Tensor] = []
@@ -89,7 +97,7 @@ def _direction(engine: Engine, router: Router, samples: list, probed: ProbeRows)
 
 
 def discovered(run: RunConfig, checkpoint: str | None, probe: Probe, out: str, min_lift: float):
-    """(map, skills, warning) on every rank of the layout."""
+    """Returns the map, the skills and the warning of a discovery, on every rank of the layout."""
     engine = Engine.create(run, groups.build(run.parallel))
     if checkpoint is not None:
         sharded.load(engine, Path(checkpoint), finetune=True)
@@ -101,6 +109,7 @@ def discovered(run: RunConfig, checkpoint: str | None, probe: Probe, out: str, m
 
 
 def planted_run(scenes: Path, **settings) -> RunConfig:
+    """Returns a run whose model has the layers and experts that `PLANTED` assumes."""
     run = digits_run(scenes, **settings)
     assert run.model.language.num_experts == 8 and num_layers(run.model.hybrid_layer_pattern) == 2
     return run

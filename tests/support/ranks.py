@@ -1,8 +1,8 @@
 """A pool of processes that stay alive for the whole test session and act as ranks.
 
-`run_ranks(n, function, *args)` calls a module-level function on the first n of them inside
-a fresh gloo job of n ranks and returns what each rank returned. Starting processes and
-importing torch and megatron-core is paid once, not per test.
+`RankPool.run(n, function, *args)` calls a module-level function on the first n of them inside a new
+gloo job of n ranks and returns what each rank returned. Processes start, and import torch and
+megatron-core, once for all tests.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ JOIN_TRIES = 4
 
 
 def _forget_models() -> None:
-    """Free what the last call built, process groups above all.
+    """Frees what the last call built, process groups above all.
 
     megatron-core's DDP is kept alive by its own hooks on autograd nodes, a circle that
-    Python's collector cannot see; each model would leave some sixty gloo threads behind,
-    which poll, and after a hundred tests the machine would do little else.
+    Python's collector cannot see. Each model would leave some sixty gloo threads behind; they
+    poll, and after a hundred tests the machine would do little else.
     """
     from megatron.core.distributed import DistributedDataParallel
 
@@ -37,12 +37,12 @@ def _forget_models() -> None:
 
 
 def _join(path: str, rank: int, size: int, timeout) -> None:
-    """Start the job's group, again from the beginning if gloo could not connect all of it.
+    """Starts the job's group, and starts it again if gloo could not connect all ranks.
 
     On a busy machine a rank that gives up closes connections that others still wait on
     ("Connection closed by peer" in connectFullMesh), and some ranks have a group that others
-    lack. So each says in a store of its own how it went, and all try again if one could not:
-    with another store each time, as the addresses in the old one are those of dead sockets.
+    lack. So each rank writes its outcome to a second store, and all try again if one failed. Each
+    try has a new store, since the old one holds the addresses of dead sockets.
     """
     import torch.distributed as dist
 
@@ -79,8 +79,9 @@ def _serve(rank: int, pipe) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_mm import platform
+    from megatron_mm import cli, platform
 
+    cli.setup_logging(rank)
     platform.install()
     from megatron.core import parallel_state
 
@@ -117,7 +118,7 @@ class RankPool:
             self._ranks.append((process, ours))
 
     def run(self, size: int, function: Callable, *args) -> list:
-        """What each of `size` ranks returned from function(*args).
+        """Returns what each of `size` ranks returned from function(*args).
 
         Raises:
             AssertionError: a rank raised (its traceback is in the message), died, or took longer
@@ -149,7 +150,7 @@ class RankPool:
         return answers
 
     def _drain(self, pending: dict, answers: list) -> bool:
-        """Give the other ranks a moment to fail by themselves; whether all of them did."""
+        """Gives the other ranks a moment to fail by themselves; returns whether all of them did."""
         while pending:
             ready = wait(list(pending), timeout=5)
             if not ready:

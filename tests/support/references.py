@@ -1,4 +1,6 @@
-"""The algorithms' equations, slowly: scalar Python in fp64, one completion and token at a time.
+"""Reference implementations of the policy losses, in scalar fp64 Python.
+
+They take one completion and one token at a time, as the papers' equations do.
 
 The policy is a softmax over a vocabulary of its own for every token: theta[i][t] is a list of
 logits. `frozen` is theta where an equation has a stop-gradient; finite differences move theta
@@ -9,6 +11,7 @@ import math
 
 
 def logp(theta, case, i, t):
+    """Returns the log-probability of token t of completion i."""
     logits = theta[i][t]
     top = max(logits)
     return logits[case.tokens[i][t]] - top - math.log(sum(math.exp(x - top) for x in logits))
@@ -19,7 +22,7 @@ def clamp(x, low, high):
 
 
 def token_loss(name, theta, frozen, case, rl, i, t):
-    """Minus the term that the paper maximises, for token t of completion i."""
+    """Returns minus the term that the paper maximises, for token t of completion i."""
     advantage, old = case.advantages[i], case.old[i]
     lp = logp(theta, case, i, t)
     r = math.exp(lp - old[t])
@@ -47,12 +50,13 @@ def token_loss(name, theta, frozen, case, rl, i, t):
 
 
 def kl(theta, case, estimator, i, t):
+    """Returns the estimate of the divergence from the reference at token t of completion i."""
     d = case.ref[i][t] - logp(theta, case, i, t)
     return {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[estimator]
 
 
 def loss(theta, frozen, case, rl):
-    """The whole minibatch's loss."""
+    """Returns the loss of the whole minibatch."""
     per_completion = []
     for i, old in enumerate(case.old):
         terms = []
@@ -79,7 +83,7 @@ def loss(theta, frozen, case, rl):
 
 
 def gradient(theta, case, rl, step=1e-5):
-    """Central differences in every logit, in the order of theta."""
+    """Returns central differences in every logit, in the order of theta."""
     frozen = [[list(logits) for logits in completion] for completion in theta]
     out = []
     for completion in theta:

@@ -1,4 +1,4 @@
-"""A rank of a run of reinforcement learning that kills itself at a point of its choice."""
+"""A rank of a reinforcement learning run that kills itself at a given point."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_mm.parallel import groups  # noqa: E402
 from megatron_mm.train.loop import train  # noqa: E402
 
 SERVER = os.getpid()  # where this module was imported
-# Where a rank can be killed: what is called there, and how often it comes back from it.
+# Where a rank can be killed: the function called there, and how many of its calls return before.
 POINTS = {
     "rollout": (generate._Generation, "step", 14),  # within the second rollout
     "update": (Engine, "update", 3),  # between the two steps of the second rollout
@@ -32,7 +32,7 @@ POINTS = {
 
 
 def kill_at(point: str, pipe) -> None:
-    """SIGKILL for this process when it comes to the point. It tells of its children first."""
+    """Makes this process send the ids of its children and kill itself at the point."""
     owner, name, calls = POINTS[point]
     original, left = getattr(owner, name), [calls]
 
@@ -47,10 +47,11 @@ def kill_at(point: str, pipe) -> None:
 
 
 def live(pipe, store: str, rank: int, size: int, run: RunConfig, point: str | None) -> None:
-    """The run from its checkpoint on; with a point, as far as there."""
+    """Continues the run from its checkpoint, to its end or to `point`."""
     assert is_clean(SERVER), "the server that forks did not import this, or has threads"
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a peer's death is no news
+    # Errors about dead peers are expected.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     validate(run, size)
     if point is not None:

@@ -16,11 +16,12 @@ from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 from support.batches import microbatch
-from support.layouts import off_zero, steps_batches
+from support.layouts import steps_batches
+from support.weights import move_looks_off_zero
 
 
 def random_routes(run: RunConfig, batch: Microbatch, seed: int) -> Routes:
-    """Experts that no router would choose; every fifth position is left to the router."""
+    """Returns random experts, with every fifth position left to the router."""
     generator = torch.Generator().manual_seed(seed)
     language = run.model.language
     routes = {}
@@ -32,8 +33,10 @@ def random_routes(run: RunConfig, batch: Microbatch, seed: int) -> Routes:
 
 
 def look_alikes(run: RunConfig, pad_multiple: int, replayed: bool = True) -> list[Microbatch]:
-    """Four microbatches that differ in nothing but their routes: to take another one's is no
-    error, only wrong."""
+    """Returns four microbatches that differ only in their routes.
+
+    Taking another one's routes raises no error; only the gradients are wrong.
+    """
     batch = microbatch(run.model, 5, (1, 0, 2), pad_multiple)
     if not replayed:
         return [batch] * 4
@@ -44,13 +47,13 @@ without_routes = partial(look_alikes, replayed=False)
 
 
 def other_microbatchs_routes(run: RunConfig, pad_multiple: int) -> list[Microbatch]:
-    """The mistake of a process-wide slot: the second microbatch's routes for the first."""
+    """Gives the first microbatch the second's routes, as a process-wide slot would by mistake."""
     first, second, *rest = look_alikes(run, pad_multiple)
     return [second, second, *rest]
 
 
 def perturb_routers(engine: Engine) -> None:
-    """Alike on every layout, and far enough to change most choices."""
+    """Moves every router by the same values on every layout, far enough to change most choices."""
     for name, param, layout in layouts(*engine.chunks):
         if name.endswith("router.weight"):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -58,7 +61,12 @@ def perturb_routers(engine: Engine) -> None:
 
 
 def record(engine: Engine, batches: list[Microbatch]) -> tuple[list[Routes], list]:
-    """(whole routes of all layers, one a microbatch, on every rank; logits on the last stage)"""
+    """Runs a forward pass and records the routes it takes.
+
+    Returns:
+        The whole routes of all layers for each microbatch, on every rank; the logits, on the last
+        stage.
+    """
     pg, records = engine.groups.pg, [{} for _ in batches]
     logits = engine.forward(
         batches,
@@ -79,11 +87,15 @@ def record(engine: Engine, batches: list[Microbatch]) -> tuple[list[Routes], lis
 
 
 def record_and_replay(run: RunConfig, parallel: ParallelConfig, multiple: int | None = None):
-    """(recorded, recorded again by perturbed routers, the same while replaying, logits of the
-    first and of a replay before the perturbation)"""
+    """Records routes and replays them before and after a change of every router.
+
+    Returns:
+        The routes recorded, the routes of the changed routers, their routes while replaying; the
+        logits of the recording and of a replay before the change.
+    """
     run.parallel = parallel
     engine = Engine.create(run, groups.build(parallel))
-    off_zero(engine)
+    move_looks_off_zero(engine)
     batches = steps_batches(run, multiple or token_multiple(run))
     dp = engine.groups.pg.dp
     batches = batches[dp.rank() :: dp.size()]
@@ -95,7 +107,7 @@ def record_and_replay(run: RunConfig, parallel: ParallelConfig, multiple: int | 
 
 
 def forbid(run: RunConfig, forbidden: Routes):
-    """(routes, routes while some experts are forbidden, routes afterwards), or the error."""
+    """Returns the routes before, while and after some experts are forbidden, or the error."""
     engine = Engine.create(run, groups.build(run.parallel))
     batches = steps_batches(run, 1)[:1]
     before, _ = record(engine, batches)
@@ -108,7 +120,7 @@ def forbid(run: RunConfig, forbidden: Routes):
 
 
 def refusal(run: RunConfig, routes: Routes) -> str:
-    """The error of a step with these routes."""
+    """Returns the error of a step with these routes, "" if there is none."""
     engine = Engine.create(run, groups.build(run.parallel))
     batch = replace(microbatch(run.model, 5, (1,)), routes=routes)
     try:

@@ -1,5 +1,6 @@
-"""Samples with images, and microbatches packed from them, written independently of the
-product's collation.
+"""Samples with images, and microbatches packed from them.
+
+They are written independently of the package's collation.
 
 A sample is text, image, text, image, ..., text. An image is `tiles` tiles and, if there are
 several, a thumbnail after them; which of these enter the stream and which the memory follows
@@ -40,7 +41,7 @@ class Sample:
 
 
 def chosen(setting: str, tiles: list[int], thumbnail: int) -> list[int]:
-    """Which of an image's tiles a setting means; a lone tile is its own thumbnail."""
+    """Returns the tiles of an image that a setting names; a lone tile is its own thumbnail."""
     tiles = tiles or [thumbnail]
     pick = {"thumbnail": [thumbnail], "tiles": tiles}
     pick["all"] = tiles + [thumbnail] if thumbnail not in tiles else tiles
@@ -54,8 +55,10 @@ def sample(
     text: int = 6,
     first: int | None = None,
 ) -> Sample:
-    """One image per entry of `images`, of that many tiles; `text` tokens before, between and
-    after the images (`first` before the first one, if given)."""
+    """Returns a sample with an image for each entry of `images`, which counts its tiles.
+
+    `text` tokens stand before, between and after the images; `first`, if given, before the first.
+    """
     g = torch.Generator().manual_seed(seed)
     vision, fusion = model.vision, model.fusion
     side = vision.image_size // vision.patch_size
@@ -91,7 +94,7 @@ def sample(
 
 
 def pack(model: ModelConfig, samples: list[Sample], pad_multiple: int = 1) -> Microbatch:
-    """The samples end to end; the second half of each is supervised."""
+    """Returns the samples end to end; the second half of each is supervised."""
     size = model.vision.image_size
     tokens, labels, mask, lengths = [], [], [], []
     stream_tiles, stream_positions = [], []
@@ -127,15 +130,6 @@ def pack(model: ModelConfig, samples: list[Sample], pad_multiple: int = 1) -> Mi
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """||a - b|| / ||b||"""
+    """Returns ||a - b|| / ||b||."""
     assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
     return float((a - b).detach().norm() / b.detach().norm())
-
-
-def off_zero(model: torch.nn.Module) -> torch.nn.Module:
-    """CLVR's out-projections away from zero: at zero no look changes anything."""
-    g = torch.Generator().manual_seed(3)
-    for name, param in model.named_parameters():
-        if ".looks." in name and name.endswith("linear_proj.weight"):
-            param.data.copy_(torch.randn(param.shape, generator=g) * 0.2)
-    return model

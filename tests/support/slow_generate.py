@@ -1,6 +1,6 @@
-"""Greedy decoding by running the whole sequence again for every token, on any layout.
+"""Greedy decoding that runs the whole sequence again for every token, on any layout.
 
-Slow and plainly right: generation/generate.py is tested against it.
+It is slow and simple; generation/generate.py is tested against it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatron_mm.parallel.groups import Groups
 def _greedy(
     logits_K1V: torch.Tensor, batch: Microbatch, positions: torch.Tensor, groups: Groups
 ) -> torch.Tensor:
-    """int64 [samples]: the best next token of each sample; ties go to the lower id."""
+    """Returns the best next token of each sample, int64 [samples]; ties go to the lower id."""
     pg, last = groups.pg, last_positions(batch)
     values, ids = logits_K1V[:, 0].float().max(-1)
     best = values.new_full((len(last),), -torch.inf)
     index = torch.zeros_like(best, dtype=torch.int64)
-    # Of a sample whose end another context-parallel rank holds, nothing is known here.
+    # Another context-parallel rank may hold the end of a sample; its token is unknown here.
     here, wanted = torch.isin(last, positions), torch.isin(positions, last)
     best[here], index[here] = values[wanted], ids[wanted] + pg.tp.rank() * logits_K1V.shape[-1]
     if pg.tp_cp.size() == 1:
@@ -47,15 +47,15 @@ def generate(
     pad_id: int,
     max_new_tokens: int,
 ) -> list[torch.Tensor]:
-    """Answers [N, G] of each microbatch, cut after stop_id is everywhere; pads follow a stop.
+    """Returns the answers [N, G] of each microbatch; it ends when every answer has a stop_id.
 
-    Every rank of the job calls it with as many microbatches as the others: with expert
-    parallelism the forward passes of all replicas belong together.
+    Pads follow a stop. Every rank of the job calls it with the same number of microbatches: with
+    expert parallelism all replicas take part in each forward pass.
     """
     groups = engine.groups
     answers = [torch.empty(len(p.cu_seqlens) - 1, 0, dtype=torch.int64) for p in prompts]
     done = [torch.zeros(len(a), dtype=torch.bool) for a in answers]
-    # In the replica: the first rank of the last stage.
+    # Within the replica, the first rank of the last stage.
     last = groups.replica.size() - groups.replica.size() // groups.pg.pp.size()
     for _ in range(max_new_tokens):
         batches = [

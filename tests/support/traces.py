@@ -1,7 +1,7 @@
 """A heavy-tailed trace of (tokens, tiles) per sample; `python tests/support/traces.py` writes it.
 
-The law: text is lognormal, median 300 tokens, sigma 1.2 (the mean is twice the median, one in
-a hundred is 16 times it). 55% of the rows hold images: 1 + Pareto(1.6) of them, at most 16,
+Its distribution: text is lognormal, median 300 tokens, sigma 1.2 (the mean is twice the median,
+one in a hundred is 16 times it). 55% of the rows hold images: 1 + Pareto(1.6) of them, at most 16,
 each of 1 to 13 tiles (dynamic tiling with up to 12 and a thumbnail; 30% are small and stay one
 tile). A tile is 256 tokens, an image 2 more; rows beyond 8,192 tokens are drawn again.
 """
@@ -20,6 +20,7 @@ PATH = Path(__file__).with_name("trace.csv")
 
 
 def draw(rows: int, seed: int) -> list[Size]:
+    """Draws the sizes of `rows` samples."""
     rng, sizes = np.random.default_rng(seed), []
     while len(sizes) < rows:
         tokens, tiles = max(8, int(rng.lognormal(np.log(300), 1.2))), 0
@@ -34,6 +35,7 @@ def draw(rows: int, seed: int) -> list[Size]:
 
 
 def read() -> list[Size]:
+    """Reads the sizes that are stored in the repository."""
     lines = PATH.read_text().splitlines()[1:]
     return [Size(*map(int, line.split(","))) for line in lines]
 

@@ -1,35 +1,33 @@
-"""Runs of a small model on the digit scenes, and what tests ask of them on every rank."""
+"""Runs of a small model on the digit scenes, and what tests read from their trainers."""
 
 from __future__ import annotations
 
 import hashlib
-import zlib
-from functools import reduce
 from pathlib import Path
 
 import torch
 
 from megatron_mm.config import MemoryConfig, RunConfig, preset
 from megatron_mm.config.settings import DataPhase
-from megatron_mm.config.tree import leaves
+from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
-from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 from megatron_mm.train.trainer import Trainer
 from support.batches import values_of
+from support.weights import move_looks_off_zero
 
 TP2 = dict(tensor_model_parallel_size=2)
 PP2 = dict(pipeline_model_parallel_size=2)
 CP2 = dict(context_parallel_size=2)
 VPP2 = dict(virtual_pipeline_model_parallel_size=2)
 EP2 = dict(expert_model_parallel_size=2)
-# Ranks and settings. What is left of the ranks is data parallel; the distributed optimizer
-# is on by default.
 MODULES = ("vision", "projector", "language", "clvr", "router")
+# Number of ranks and settings. The ranks that remain are data parallel; the distributed optimizer
+# is on by default.
 LAYOUTS = {
     "one rank": (1, {}),
     "TP2": (2, TP2),
@@ -41,12 +39,17 @@ LAYOUTS = {
     "TP2xPP2": (4, TP2 | PP2),
     "PP2xVPP2xCP2": (4, PP2 | VPP2 | CP2),
 }
-# Two stages of it exchange a refinement that waits for its J.
+# Relative, over four steps with three updates in between. Adam turns a gradient into a step
+# of about lr whatever its size, so rounding in tiny gradients moves parameters by up to lr
+# and losses drift apart: 4e-7 was measured at this lr. A layout that forgets to update one module
+# is off by ten times the tolerance at least, as tests/train/test_loop.py asserts.
+LOSS_TOLERANCE = 1e-5
+# On two stages, a refinement crosses the boundary and waits for its J.
 PATTERN = "GE L *E J"
 
 
 def digits_run(scenes: Path, rows: Path | None = None, **settings) -> RunConfig:
-    """The tiny preset with fewer layers.
+    """Returns a run of the tiny preset with fewer layers.
 
     Args:
         rows: the training rows; default the scenes' mixed questions.
@@ -65,7 +68,7 @@ def digits_run(scenes: Path, rows: Path | None = None, **settings) -> RunConfig:
     run.logging.wandb_mode, run.logging.tensorboard = "disabled", False
     paths = {leaf.name: leaf.path for leaf in leaves(RunConfig)}
     for name, value in settings.items():
-        setattr(reduce(getattr, paths[name][:-1], run), name, value)
+        setattr(value_at(run, paths[name][:-1]), name, value)
     return run
 
 
@@ -78,21 +81,12 @@ def with_two_memories(run: RunConfig) -> RunConfig:
 
 
 def new_trainer(run: RunConfig) -> Trainer:
-    """In a job that has built no groups yet."""
+    """Returns a trainer in a job that has built no groups yet."""
     return Trainer(run, groups.build(run.parallel))
 
 
-def move_looks_off_zero(engine: Engine) -> None:
-    """A new look adds nothing until its out-projection is trained; give it a say, alike on
-    every layout."""
-    for name, param, layout in layouts(*engine.chunks):
-        if ".looks." in name and name.endswith("linear_proj.weight"):
-            whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(3))
-            layout.held(param.data).copy_(whole[layout.block] * 0.2)
-    engine.optimizer.reload_model_params()
-
-
 def batch_hash(batch: Microbatch, without: tuple[str, ...] = ()) -> str:
+    """Returns the sha256 of a microbatch's fields, but for those in `without`."""
     digest = hashlib.sha256()
     for name, value in values_of(batch).items():
         if name in without:
@@ -106,10 +100,12 @@ def batch_hash(batch: Microbatch, without: tuple[str, ...] = ()) -> str:
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Returns copies of this rank's parameters by name."""
     return {name: p.detach().clone() for name, p, _ in layouts(*trainer.engine.chunks)}
 
 
 def peek(trainer) -> list:
+    """Returns the microbatches of the next step, which the trainer will read again."""
     position = trainer.loader.consumed_samples
     batches = trainer.loader.next_batch()
     trainer.loader.consumed_samples = position
@@ -117,21 +113,22 @@ def peek(trainer) -> list:
 
 
 def prompts_of(run: RunConfig, path) -> list[Sample]:
+    """Returns the prompts of a file's rows."""
     builder = SampleBuilder(run, load_tokenizer(run.data.tokenizer_model))
     rows = Rows(path)
     return [builder.prompt(rows[i], rows.where(i), rows.folder) for i in range(len(rows))]
 
 
-def random_engine(run: RunConfig) -> Engine:
-    engine = Engine.create(run, groups.build(run.parallel))
-    # A new model mostly repeats a function of its last token. At this scale every part of it,
-    # the look too, has a say, and the answers depend on the image.
-    for name, param, layout in layouts(*engine.chunks):
-        if param.dim() > 1:
-            seed = zlib.crc32(name.encode())
-            whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(seed))
-            scale = 1.0 if name == "embedding.weight" else layout.global_shape[-1] ** -0.5
-            layout.held(param.data).copy_(whole[layout.block] * scale)
-    engine.optimizer.reload_model_params()
-    engine.training(False)
-    return engine
+def on_rank_change(*runs) -> list[dict[str, bool]]:
+    """Returns for each run which parameters two steps change, by name."""
+    made = groups.build(runs[0].parallel)
+    found = []
+    for run in runs:
+        trainer = Trainer(run, made)
+        move_looks_off_zero(trainer.engine)
+        before = parameters(trainer)
+        trainer.step()
+        trainer.step()
+        after = parameters(trainer)
+        found.append({name: not torch.equal(after[name], before[name]) for name in after})
+    return found

@@ -1,4 +1,4 @@
-"""Reward functions whose module cannot be imported again, or takes for ever."""
+"""A reward function whose module cannot be imported a second time, or takes for ever."""
 
 import os
 import time
@@ -13,6 +13,6 @@ if _SEAL.name == "slow":
 
 
 def last_time(completions, **columns):
-    """Ends this worker and has none start again."""
+    """Ends this worker and keeps any other from starting."""
     _SEAL.touch()
     os._exit(5)

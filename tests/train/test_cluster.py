@@ -18,6 +18,7 @@ import yaml
 from megatron_mm.config import RunConfig, dump_yaml, make_parser, preset
 from megatron_mm.config.settings import DataPhase
 from megatron_mm.report.metrics_log import read_metrics
+from support.launches import free_port
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples" / "launch"
@@ -41,12 +42,6 @@ def config(tmp_path, scenes) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(run))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Nodes:
@@ -134,6 +129,8 @@ def rank_of(agent: subprocess.Popen) -> int:
     return int(children[0])
 
 
+@pytest.mark.launches
+@pytest.mark.kills
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_node_dies_and_comes_back_and_the_job_goes_on(nodes, tmp_path):
     job = nodes(MAX_RESTARTS=2)
@@ -162,6 +159,8 @@ def alive(process: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.launches
+@pytest.mark.kills
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_job_that_fails_for_good_leaves_nothing(nodes, tmp_path):
     job = nodes(MAX_RESTARTS=0)
@@ -178,6 +177,7 @@ def test_a_job_that_fails_for_good_leaves_nothing(nodes, tmp_path):
     assert not job.left()
 
 
+@pytest.mark.launches
 def test_a_rendezvous_that_never_completes(nodes):
     job = nodes(RDZV_TIMEOUT=3)
     begin = time.monotonic()
@@ -188,6 +188,7 @@ def test_a_rendezvous_that_never_completes(nodes):
     assert "not all of 2 nodes came in time" in line and not job.left()
 
 
+@pytest.mark.launches
 def test_nodes_with_different_settings_do_not_start(nodes):
     job = nodes(SKIP_DOCTOR=None)
     agents = [job.start(), job.start("--lr", "0.5")]
@@ -240,6 +241,7 @@ def network():
         subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
+@pytest.mark.launches
 @pytest.mark.skipif(not namespaces(), reason="needs root and network namespaces")
 def test_two_hosts_of_a_network(network, config, tmp_path):
     """multi_node.sh, the doctor included, where nothing but the cable joins the nodes."""

@@ -108,7 +108,10 @@ def on_rank_one_cannot_read(run) -> str:
 def test_readers_that_see_other_rows_do_not_train_on_other_packs(ranks, scenes, tmp_path):
     run = finite_run(scenes, tmp_path, on_bad_sample="skip")
     for error in ranks(2, on_rank_one_cannot_read, run):
-        assert error.startswith("ranks 0 and 1 plan different steps") and "\n" not in error
+        assert (
+            error.startswith("ranks 0 and 1 chose different samples for a step")
+            and "\n" not in error
+        )
 
 
 def on_rank_resume(first, second) -> str:

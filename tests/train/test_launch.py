@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,30 +12,13 @@ import yaml
 
 from megatron_mm.config import dump_yaml
 from megatron_mm.report.metrics_log import read_metrics
+from support.launches import ALONE, ROOT, TIMEOUT, TORCHRUN, environment, launch
 from support.trainers import digits_run
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.launches
+
 OUR_CODE = str(ROOT / "megatron_mm")
-ALONE = [sys.executable, "-m", "megatron_mm.train"]
-TORCHRUN = [
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    *("-m", "megatron_mm.train"),
-]
 PIPELINE = ("--pipeline-model-parallel-size", "2")
-TIMEOUT = 120  # seconds; a launch takes about 6 on two idle cores
-
-
-def environment() -> dict[str, str]:
-    """Without what an outer launch may have left behind."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def launch(command: list[str], *flags: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*command, *map(str, flags)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -67,7 +48,12 @@ def check_results(folder: Path, pipeline: int) -> None:
     metrics = read_metrics(folder / "metrics.jsonl")
     assert [record["iteration"] for record in metrics] == [1, 2, 3, 3]  # and the evaluation
     for record in metrics[:3]:
-        assert {"lm loss", "grad norm", "learning rate", "tokens"} <= record.keys()
+        assert {
+            "train/lm_loss",
+            "train/grad_norm",
+            "train/learning_rate",
+            "train/tokens",
+        } <= record.keys()
     assert {f"accuracy/{skill}" for skill in skills} <= metrics[3].keys()
     assert (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
@@ -120,7 +106,7 @@ def test_sigterm_saves_and_the_next_launch_goes_on(config, tmp_path):
     assert latest(tmp_path) == f"iter_{iteration + 2:07d}"
     metrics = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [record["iteration"] for record in metrics] == list(range(1, iteration + 3))
-    assert [record["consumed samples"] for record in metrics[-2:]] == [
+    assert [record["train/consumed_samples"] for record in metrics[-2:]] == [
         4 * (iteration + 1), 4 * (iteration + 2),
     ]  # fmt: skip
 

@@ -6,36 +6,18 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 from __future__ import annotations
 
 import pytest
-import torch
 
 from megatron_mm.engine.optimizer import module_of
-from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
-from megatron_mm.train.trainer import Trainer
 from support.trainers import (
     LAYOUTS,
     MODULES,
     PP2,
     digits_run,
-    move_looks_off_zero,
     new_trainer,
+    on_rank_change,
     parameters,
 )
-
-
-def on_rank_change(*runs) -> list[dict[str, bool]]:
-    """Of each run, name -> whether any bit of the parameter changed in two steps."""
-    made = groups.build(runs[0].parallel)
-    found = []
-    for run in runs:
-        trainer = Trainer(run, made)
-        move_looks_off_zero(trainer.engine)
-        before = parameters(trainer)
-        trainer.step()
-        trainer.step()
-        after = parameters(trainer)
-        found.append({name: not torch.equal(after[name], before[name]) for name in after})
-    return found
 
 
 def test_a_frozen_module_stays_and_the_others_learn(ranks, scenes):

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from megatron_mm.config import ConfigError, validate
 from megatron_mm.convert import to_hf
-from support.trainers import PP2, TP2, digits_run, move_looks_off_zero, new_trainer
+from support.trainers import PP2, TP2, digits_run, new_trainer
+from support.weights import move_looks_off_zero
 
 
 def train_and_export(scenes: Path, out: Path) -> float:
@@ -22,13 +23,13 @@ def train_and_export(scenes: Path, out: Path) -> float:
     opened = to_hf.open_checkpoint(out / "runs")
     lines = to_hf.convert(opened, out / "hf", dist.group.WORLD, quiet=True)
     assert any("no tokenizer" in line for line in lines)  # SentencePiece: none that loads
-    return trainer.step()["lm loss"]
+    return trainer.step()["train/lm_loss"]
 
 
 def first_loss(scenes: Path, layout: dict, **start) -> tuple[float, dict]:
     trainer = new_trainer(digits_run(scenes, **layout, **start))
     trainer.loader.load_state_dict(trainer.loader.state_dict() | {"consumed_samples": 8})
-    return trainer.step()["lm loss"], trainer.notes
+    return trainer.step()["train/lm_loss"], trainer.notes
 
 
 @pytest.mark.parametrize("name, size, layout", [("one", 1, {}), ("TP2xPP2", 4, TP2 | PP2)])

@@ -74,11 +74,11 @@ def rows_in(message: str) -> set[str]:
 
 
 POISONS = {
-    "a weight, one rank": (poison_weight, "one rank", "lm loss nan"),
-    "a weight, PP2": (poison_weight, "PP2", "lm loss nan"),
-    "a weight, TP2": (poison_weight, "TP2", "lm loss nan"),
-    "an image of one replica": (poison_image, "DP2", "lm loss nan"),
-    "an image of one replica, EP2": (poison_image, "EP2", "lm loss nan"),
+    "a weight, one rank": (poison_weight, "one rank", "train/lm_loss nan"),
+    "a weight, PP2": (poison_weight, "PP2", "train/lm_loss nan"),
+    "a weight, TP2": (poison_weight, "TP2", "train/lm_loss nan"),
+    "an image of one replica": (poison_image, "DP2", "train/lm_loss nan"),
+    "an image of one replica, EP2": (poison_image, "EP2", "train/lm_loss nan"),
     "a gradient, one rank": (poison_gradient, "one rank", "gradient norm"),
     "a gradient of one replica": (poison_gradient, "DP2", "gradient norm"),
     "a gradient of one stage": (poison_gradient, "PP2", "gradient norm"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_launch import ALONE, TORCHRUN, launch
-from test_loop import LOSS_TOLERANCE
 
 from megatron_mm.config import dump_yaml
 from megatron_mm.report.metrics_log import read_metrics
-from support.trainers import PP2, digits_run, new_trainer
+from support.launches import ALONE, TORCHRUN, launch
+from support.trainers import LOSS_TOLERANCE, PP2, digits_run, new_trainer
 
 
 def packed_run(scenes, **settings):
@@ -40,8 +39,8 @@ def on_rank_steps(run, steps: int, save: bool = False) -> dict:
     return {
         "reader": trainer.groups.is_reader,
         "names": read[:steps],
-        "losses": [step["lm loss"] for step in metrics],
-        "consumed": [step["consumed samples"] for step in metrics],
+        "losses": [step["train/lm_loss"] for step in metrics],
+        "consumed": [step["train/consumed_samples"] for step in metrics],
         "state": before,
     }
 
@@ -69,6 +68,7 @@ def test_two_replicas_train_the_same_packs_and_fewer_go_on(ranks, scenes, tmp_pa
         assert rank["consumed"] == whole[0]["consumed"][part]
 
 
+@pytest.mark.launches
 def test_a_launch_with_workers_is_one_without(scenes, tmp_path):
     """Two replicas, each with a worker of its own reader's, beside one process without."""
     settings = dict(valid_data=None, train_iters=3)
@@ -82,6 +82,6 @@ def test_a_launch_with_workers_is_one_without(scenes, tmp_path):
         records[name] = read_metrics(out / "metrics.jsonl")
     assert len(records["two"]) == 3
     for two, one in zip(records["two"], records["one"], strict=True):
-        assert two["lm loss"] == pytest.approx(one["lm loss"], rel=LOSS_TOLERANCE)
-        for exact in ("tokens", "consumed samples", "skipped samples"):
+        assert two["train/lm_loss"] == pytest.approx(one["train/lm_loss"], rel=LOSS_TOLERANCE)
+        for exact in ("train/tokens", "train/consumed_samples", "train/skipped_samples"):
             assert two[exact] == one[exact]

@@ -52,7 +52,7 @@ def test_saving_behind_changes_nothing(ranks, scenes, tmp_path):
         assert names(folder) == ["iter_0000004", "iter_0000005", "latest"]
         records = read_metrics(folder / "out" / "metrics.jsonl")
         assert [r["iteration"] for r in records] == [1, 2, 3, 4, 5]
-        assert [r["iteration"] for r in records if r.get("save stall", 0) > 0] == [2, 4]
+        assert [r["iteration"] for r in records if r.get("checkpoint/save_stall", 0) > 0] == [2, 4]
 
 
 def on_rank_fails_behind(run) -> tuple[str, int]:

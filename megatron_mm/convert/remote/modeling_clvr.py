@@ -1,4 +1,5 @@
-"""InternVL around Qwen3-Next whose layers look at the image again. Travels with exported weights.
+"""InternVL around a hybrid text model whose layers look at the image again. Travels with exported
+weights.
 
 An intermediate layer's hidden state queries patch features before the pixel shuffle (a memory;
 there may be several, each look reads one); what a look (L) finds is added where the pattern says
@@ -19,26 +20,28 @@ from transformers.models.internvl.modeling_internvl import (
     InternVLCausalLMOutputWithPast,
     InternVLModel,
 )
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextModel, Qwen3NextRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from .configuration_clvr import CLVRConfig
 
 FREQUENCIES = 6  # of the coordinates: 2^0 .. 2^5 half periods over the image
 
 
+# Letters of the pattern: how each is numbered. A mixer opens a layer and an ffn closes it; the k-th
+# that closes a pair adds what the k-th that opens one found.
+LETTERS = {"G": "mixer", "*": "mixer", "E": "ffn", "L": "opens", "J": "closes"}
+
+
 def read_pattern(pattern: str) -> list[tuple[str, int]]:
-    """(letter, number) of every sub-layer: of the layer for G, * and E, of the pair for L, J."""
-    counts = dict.fromkeys("G*ELJ", 0)
-    found, layers = [], 0
-    for letter in pattern:
-        if letter in "G*":
-            found.append((letter, layers))
-            layers += 1
-        elif letter == "E":
-            found.append((letter, layers - 1))
-        elif letter in "LJ":
-            found.append((letter, counts[letter]))
-            counts[letter] += 1
+    """(letter, number) of every sub-layer: that of its layer, or of its pair."""
+    counts = dict.fromkeys(LETTERS.values(), 0)
+    found = []
+    for letter in "".join(pattern.split()):
+        if letter not in LETTERS:
+            raise ValueError(f"hybrid_layer_pattern has {letter!r}; known: {', '.join(LETTERS)}")
+        role = LETTERS[letter]
+        found.append((letter, counts[role]))
+        counts[role] += 1
     return found
 
 
@@ -136,8 +139,8 @@ class CLVRParts(nn.Module):
         return found | {name: self.memory_projs[name] for name in names}
 
 
-class CLVRTextModel(Qwen3NextModel):
-    """Qwen3-Next's layers, run letter by letter."""
+class LetterByLetter:
+    """The forward pass of a hybrid text model, over the letters of the layer pattern."""
 
     watch = None  # diagnostics: (layer, hidden) as each layer ends
 
@@ -167,32 +170,32 @@ class CLVRTextModel(Qwen3NextModel):
         hidden, waiting = inputs_embeds, {}
         rotary = self.rotary_emb(hidden, position_ids)
         for letter, number in letters:
-            if letter == "L":
+            role = LETTERS[letter]
+            if role == "opens":
                 if memories is not None:
                     waiting[number] = looks[str(number)](hidden, memories, first, number)
-                continue
-            if letter == "J":
+            elif role == "closes":
                 hidden = hidden + waiting.pop(number) if number in waiting else hidden
-                continue
-            layer = self.layers[number]
-            if letter == "G":
-                hidden = hidden + layer.linear_attn(
-                    hidden_states=layer.input_layernorm(hidden),
-                    cache_params=past_key_values,
-                    attention_mask=recurrent,
-                )
-            elif letter == "*":
-                hidden = (
-                    hidden
-                    + layer.self_attn(
-                        hidden_states=layer.input_layernorm(hidden),
+            elif role == "mixer":
+                layer = self.layers[number]
+                normed = layer.input_layernorm(hidden)
+                if letter == "G":
+                    found = layer.linear_attn(
+                        hidden_states=normed,
+                        cache_params=past_key_values,
+                        attention_mask=recurrent,
+                    )
+                else:
+                    found = layer.self_attn(
+                        hidden_states=normed,
                         attention_mask=causal,
                         position_ids=position_ids,
                         past_key_values=past_key_values,
                         position_embeddings=rotary,
                     )[0]
-                )
+                hidden = hidden + found
             else:
+                layer = self.layers[number]
                 found = layer.mlp(layer.post_attention_layernorm(hidden))
                 hidden = hidden + (found[0] if isinstance(found, tuple) else found)
                 if self.watch is not None:
@@ -202,12 +205,17 @@ class CLVRTextModel(Qwen3NextModel):
         )
 
 
+def letter_by_letter(base: type) -> type:
+    """The class of a text model of transformers, its layers run letter by letter."""
+    return type(f"CLVR{base.__name__}", (LetterByLetter, base), {})
+
+
 class CLVRModel(InternVLModel):
     config_class = CLVRConfig
 
     def __init__(self, config: CLVRConfig):
         super().__init__(config)
-        self.language_model = CLVRTextModel(config.text_config)
+        self.language_model = letter_by_letter(type(self.language_model))(config.text_config)
         self.post_init()
 
 
@@ -229,8 +237,9 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
     def image_tokens(self, features, stream_tiles):
         """Returns the image tokens [k, H] of the stream."""
         stream = features[stream_tiles]
-        side = math.isqrt(stream.shape[1])
-        stream = stream.reshape(len(stream), side, side, -1)
+        vision = self.config.vision_config
+        sides = [s // p for s, p in zip(vision.image_size, vision.patch_size, strict=True)]
+        stream = stream.reshape(len(stream), *sides, -1)
         stream = self.model.pixel_shuffle(stream, scale_factor=self.config.downsample_ratio)
         stream = self.model.multi_modal_projector(stream.flatten(1, 2))
         return stream.flatten(0, 1)

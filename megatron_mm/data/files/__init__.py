@@ -1,1 +1,1 @@
-"""Rows of the files that people have: JSONL, parquet, other projects' forms."""
+"""Files of rows: JSONL and parquet, in our form or verl's."""

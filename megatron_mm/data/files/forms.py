@@ -1,8 +1,8 @@
-"""The forms a row may come in, brought to one.
+"""Converts the forms of a row to one.
 
-Everything behind this file knows one form: `messages`, `images` (each a path or the bytes of
-a file), and for evaluation `ground_truth`, `skill`, `form`, `scorer`. A row as verl writes it
-(`prompt`, `images`, `data_source`, `reward_model`, `extra_info`) becomes such a row here.
+The rest of the package knows one form: `messages`, `images` (each a path or the bytes of a file),
+and for evaluation `ground_truth`, `skill`, `form`, `scorer`. Rows in verl's form (`prompt`,
+`images`, `data_source`, `reward_model`, `extra_info`) are converted here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ Row = dict[str, Any]
 
 
 def check_columns(columns: Iterable[str], where: str) -> None:
-    """Raises DataError if no row with these columns can hold a conversation."""
+    """Checks that rows with these columns can hold a conversation.
+
+    Raises:
+        DataError: neither "messages" nor "prompt" is among them.
+    """
     columns = list(columns)
     if "messages" not in columns and "prompt" not in columns:
         raise DataError(
@@ -26,9 +30,10 @@ def check_columns(columns: Iterable[str], where: str) -> None:
 
 
 def normalise_row(row: Row, where: str) -> Row:
-    """`row` in our form; other keys are kept. Messages are checked later, in `chat.py`.
+    """Returns `row` in our form; other keys are kept. `chat.py` checks the messages later.
 
-    Raises DataError for an image that is neither a path nor bytes.
+    Raises:
+        DataError: an image is neither a path nor bytes.
     """
     if row.get("messages") is None and row.get("prompt") is not None:
         row = _from_verl(row, where)
@@ -39,8 +44,8 @@ def normalise_row(row: Row, where: str) -> Row:
 
 
 def _from_verl(row: Row, where: str) -> Row:
-    """verl's keys under our names. The answer, if there is one, is the prompt's last message
-    or a text `response`; without one the row is a question only."""
+    """Renames verl's keys. The answer, if there is one, is the prompt's last message or a text
+    `response`."""
     row = dict(row)
     messages, response = row.pop("prompt"), row.pop("response", None)
     if response is not None:
@@ -56,15 +61,15 @@ def _from_verl(row: Row, where: str) -> Row:
     reward = row.get("reward_model")
     if row.get("ground_truth") is None and isinstance(reward, dict):
         truth = reward.get("ground_truth")
-        # verl writes numbers as they are; answers are text.
+        # verl may store numbers; answers here are text.
         number = isinstance(truth, (int, float)) and not isinstance(truth, bool)
         row["ground_truth"] = str(truth) if number else truth
     return row
 
 
 def _image(image: Any, number: int, where: str) -> str | bytes:
-    """An image as a path or as the bytes of its file: either itself, or a struct of both as
-    Hugging Face's datasets write it, where the bytes win."""
+    """Returns an image's path or bytes, given as such or in a struct of both as Hugging Face's
+    `datasets` writes it. Bytes win."""
     held = image
     if isinstance(held, dict):
         held = image.get("bytes") if image.get("bytes") is not None else image.get("path")

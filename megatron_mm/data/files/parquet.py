@@ -1,4 +1,4 @@
-"""A parquet file read one row at a time."""
+"""Random access to the rows of a parquet file."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from megatron_mm.errors import DataError
 
 
 class ParquetRows:
-    """Random access to the rows of a parquet file, row group by row group, never the whole. No
-    file stays open: a dataset may have thousands.
+    """Rows of a parquet file, read by row group. No file stays open: a dataset may have thousands.
 
-    Row numbers count from 1. Raises DataError at construction for a file that is missing, no
-    parquet, empty or without a conversation column, and on access for one that is damaged.
+    Row numbers count from 1.
+
+    Raises:
+        DataError: at construction, the file is missing, not parquet, empty or has no conversation
+            column; on access, it is damaged.
     """
 
     def __init__(self, path: Path, cache: RowGroupCache) -> None:
         self.path, self._cache = path, cache
-        # A file that is written again is another one to the cache.
+        # A rewritten file must not match cached row groups of the old one.
         self._version = path.stat().st_mtime_ns
         if not os.access(path, os.R_OK):
             raise DataError(f"{path}: may not be read; correct its permissions")
@@ -37,15 +39,15 @@ class ParquetRows:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{path}: cannot be read as parquet ({reason})") from error
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        self.blocks = [RowGroup(group.num_rows, group.total_byte_size) for group in groups]
-        self._starts = [0, *accumulate(block.rows for block in self.blocks)]
+        self.row_groups = [RowGroup(group.num_rows, group.total_byte_size) for group in groups]
+        self._starts = [0, *accumulate(group.rows for group in self.row_groups)]
         if not len(self):
             raise DataError(f"{path}: 0 rows; a dataset needs at least 1")
         check_columns(names, str(path))
 
     @property
     def folder(self) -> Path:
-        """Where relative image paths start."""
+        """Folder in which relative image paths start."""
         return self.path.parent
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Files of rows, read one row at a time: JSONL here, parquet next door, or several of them."""
+"""Random access to rows of one or several files: JSONL here, parquet in parquet.py."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from megatron_mm.errors import DataError
 
 
 class RowFile(Protocol):
-    """One file: its rows in our form (see `forms.py`), and where relative image paths start.
-    Pickling it hands another process the index, not the rows."""
+    """Rows of one file, in our form (see `forms.py`). Pickling copies the index, not the rows."""
 
-    folder: Path
-    blocks: list[RowGroup]  # of rows that are read together
+    folder: Path  # in which relative image paths start
+    row_groups: list[RowGroup]
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -31,30 +30,32 @@ class RowFile(Protocol):
 
 @dataclass(frozen=True)
 class RowFiles:
-    """The rows of one or several files, one after the other. Raises as its files do."""
+    """Rows of one or several files, one after the other."""
 
     files: list[RowFile]
-    starts: list[int]  # of each file, then the number of rows
+    starts: list[int]  # first row of each file, then the number of rows
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     @property
-    def blocks(self) -> list[RowGroup]:
-        return [block for file in self.files for block in file.blocks]
+    def row_groups(self) -> list[RowGroup]:
+        return [group for file in self.files for group in file.row_groups]
 
     def locate(self, index: int) -> tuple[RowFile, int]:
-        """The file of row `index` (from 0) and the row's index in it."""
+        """Returns the file of row `index` (from 0) and the row's index in it."""
         number = bisect_right(self.starts, index) - 1
         return self.files[number], index - self.starts[number]
 
 
 def open_source(path: str | Path, cache: RowGroupCache) -> RowFiles:
-    """The file at `path`, or in order of their names all files that its pattern (`*`, `?`)
-    matches. Raises DataError for a missing, empty or unreadable file.
+    """Opens the file at `path`, or all files that match its pattern (`*`, `?`), sorted by name.
 
     Args:
-        cache: for what is read by the block; other sources may share it.
+        cache: cache of row groups, which other sources may share.
+
+    Raises:
+        DataError: a file is missing, empty or unreadable.
     """
     names = [str(path)]
     if any(mark in names[0] for mark in "*?") and not Path(path).exists():
@@ -74,11 +75,13 @@ def _open_file(path: Path, cache: RowGroupCache) -> RowFile:
 
 
 class Rows:
-    """Random access to the rows of a JSONL file. Only byte offsets are held in memory.
+    """Rows of a JSONL file. Only byte offsets are kept in memory.
 
-    Blank lines are passed over but counted, so row numbers are line numbers, from 1.
-    Raises DataError at construction for a missing or empty file, and on access for a row
-    that is not a JSON object.
+    Blank lines are skipped but counted, so row numbers are line numbers, from 1.
+
+    Raises:
+        DataError: at construction, the file is missing or empty; on access, the row is not a JSON
+            object.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -114,12 +117,12 @@ class Rows:
         self._open()
 
     @property
-    def blocks(self) -> list[RowGroup]:
+    def row_groups(self) -> list[RowGroup]:
         return [RowGroup(len(self), 0)]
 
     @property
     def folder(self) -> Path:
-        """Where relative image paths start."""
+        """Folder in which relative image paths start."""
         return self.path.parent
 
     def __len__(self) -> int:
@@ -130,7 +133,7 @@ class Rows:
         return f"{self.path}:{self._lines[index]}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # pread keeps no position, so threads and forked workers may share the file.
+        # pread has no file position, so threads and forked workers may share the file.
         try:
             line = os.pread(self._file.fileno(), self._lengths[index], self._starts[index])
             row = json.loads(line)

@@ -1,1 +1,1 @@
-"""The order of rows, packing, and the resumable loader."""
+"""Order of rows, packing, and the resumable loader."""

@@ -1,4 +1,4 @@
-"""The phases of training data as one endless, numbered sequence of rows."""
+"""Phases of training data as one numbered sequence of rows."""
 
 from __future__ import annotations
 
@@ -17,25 +17,35 @@ from megatron_mm.errors import DataError
 
 @dataclass(frozen=True)
 class Curriculum:
-    """
+    """Sequence of all training samples.
+
     Attributes:
-        description: what sample numbers mean, as JSON values: a saved position goes on with the
-            same samples only where it is the same.
+        first_source: index into `sources` of each phase's first source.
+        description: JSON values that determine which sample a number stands for. A saved position
+            resumes with the right samples only if it is unchanged.
     """
 
     order: Order
     sources: list[RowFiles]
-    first_source: list[int]  # of each phase
+    first_source: list[int]
     description: dict[str, Any]
 
     def place(self, number: int) -> Place:
-        """Where sample `number` (from 0) is. Raises DataError past the end."""
+        """Returns the place of sample `number` (from 0).
+
+        Raises:
+            DataError: the phases end before it.
+        """
         phase, source, row = self.order.row(number)
         return Place(self.first_source[phase] + source, row)
 
 
 def open_curriculum(phases: Sequence[DataPhase], seed: int) -> Curriculum:
-    """Raises DataError for phases or files that cannot be used."""
+    """Opens the files of all phases.
+
+    Raises:
+        DataError: phases or files cannot be used.
+    """
     if not phases:
         raise DataError("train_data has 0 phases; name at least 1 JSONL or parquet file")
     sources, sizes, first_source, described = [], [], [], []
@@ -45,7 +55,7 @@ def open_curriculum(phases: Sequence[DataPhase], seed: int) -> Curriculum:
         parts = _parts(phase)
         opened = [open_source(part.path, cache) for part in parts]
         weights = tuple(part.weight for part in parts)
-        sizes.append(PhaseSize(tuple(s.blocks for s in opened), weights, phase.samples))
+        sizes.append(PhaseSize(tuple(s.row_groups for s in opened), weights, phase.samples))
         described.append(
             [
                 phase.samples,

@@ -1,4 +1,4 @@
-"""The microbatches that a rank trains on: resumable, and the same under any layout."""
+"""Loader of a rank's microbatches: resumable, and independent of the layout."""
 
 from __future__ import annotations
 
@@ -22,30 +22,33 @@ from megatron_mm.errors import DataError
 
 
 @dataclass
-class _Planned:
-    """A step that is decided, and perhaps being read by workers."""
+class _Upcoming:
+    """Step whose samples are chosen, and which workers may be reading."""
 
     places: list[list[Place]]  # of each of this rank's microbatches
     skipped: list[str]  # rows left out that this rank reports
-    after: dict[str, Any]  # the state once the step was trained on
-    fingerprint: int = 0  # of the whole step, the same for every rank
+    after: dict[str, Any]  # state after training on the step
+    fingerprint: int = 0  # of the whole step, the same on every rank
     tickets: list[int] = field(default_factory=list)  # of each microbatch, if workers read it
-    error: DataError | None = None  # what planning it met, to be raised when its turn comes
+    error: DataError | None = None  # raised when the step's turn comes
 
 
 class TrainLoader:
-    """The microbatches of one data-parallel rank.
+    """Loads the microbatches of one data-parallel rank.
 
     Without packing, microbatch m of rank r holds the global samples
-    `consumed + (m * data_parallel_size + r) * micro_batch_size + [0, micro_batch_size)`, so
-    the samples of a step depend on neither the layout nor the rank. With packing, the step is
-    made of global_batch_size / micro_batch_size packs (see `plan.py`), likewise the same under
-    any layout, and handed to ranks so that their tokens and tiles are even.
+    `consumed + (m * data_parallel_size + r) * micro_batch_size + [0, micro_batch_size)`, so the
+    samples of a step do not depend on the layout. With packing, a step consists of
+    global_batch_size / micro_batch_size packs (see `steps.py`), also the same on any layout,
+    assigned to ranks so that tokens and tiles are balanced.
 
     With `num_workers` the next step is read while this one is trained on; the microbatches are
-    the same to the bit. `state_dict` is the state after the last step that `next_batch` gave
-    out, whatever has been read ahead. Workers start with the first step and end with `close`
-    or the process. Raises DataError at construction for unusable settings or files.
+    bitwise identical. `state_dict` returns the state after the last step that `next_batch`
+    returned, whatever has been read ahead. Workers start with the first step and end with `close`
+    or the process.
+
+    Raises:
+        DataError: at construction, settings or files cannot be used.
     """
 
     def __init__(
@@ -77,20 +80,20 @@ class TrainLoader:
         self._reader = Reader(run, tokenizer, curriculum.sources)
         self._sizes = Sizes(self._order, self._reader, self._place)
         total = self.num_microbatches * data_parallel_size
-        self._plan: InOrder | Packed
+        self._sampler: InOrder | Packed
         if data.packing:
             capacity = training.micro_batch_size * data.seq_length
-            self._plan = Packed(self._order, total, capacity, self._sizes, self._skip_bad)
+            self._sampler = Packed(self._order, total, capacity, self._sizes, self._skip_bad)
         else:
-            self._plan = InOrder(self._order, total, training.micro_batch_size)
-        self.fingerprint = 0  # of the step that next_batch gave out last: the whole job's
+            self._sampler = InOrder(self._order, total, training.micro_batch_size)
+        self.fingerprint = 0  # of the step that next_batch returned last, over the whole job
         self._pool: WorkerPool | None = None
-        self._ahead: deque[_Planned] = deque()
+        self._ahead: deque[_Upcoming] = deque()
         self.load_state_dict({"consumed_samples": consumed_samples})
 
     @property
     def consumed_samples(self) -> int:
-        """Samples trained on or left out."""
+        """Number of samples trained on or left out."""
         return self._state["consumed_samples"]
 
     @consumed_samples.setter
@@ -98,27 +101,33 @@ class TrainLoader:
         self.load_state_dict({"consumed_samples": value})
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values; of any rank that reads, since all of them agree."""
+        """JSON values, the same on every rank that reads."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Also without packing what was saved with it, and the reverse, where
-        no held sample would be lost; else raises DataError."""
+        """Resumes from a state. Packing may differ from the saved run if no held sample is lost.
+
+        Raises:
+            DataError: a held sample would be lost.
+        """
         self._drop_ahead()
-        self._plan.load_state_dict(state)
-        self._state = self._plan.state_dict()
+        self._sampler.load_state_dict(state)
+        self._state = self._sampler.state_dict()
 
     def next_batch(self) -> list[Microbatch]:
-        """This rank's microbatches of the next step. A bad row raises DataError and leaves the
-        position as it was, or under `on_bad_sample: skip` is left out and named in
-        `Microbatch.skipped`."""
+        """Returns this rank's microbatches of the next step. With `on_bad_sample: skip` bad rows
+        are left out and named in `Microbatch.skipped`.
+
+        Raises:
+            DataError: a row is bad, or no samples are left; the position stays as it was.
+        """
         if self._num_workers and self._pool is None:
             arguments = self._reader.for_workers(self._num_workers)
             self._pool = self._sizes.pool = WorkerPool(self._num_workers, in_worker, arguments)
         try:
-            step = self._ahead.popleft() if self._ahead else self._plan_step()
+            step = self._ahead.popleft() if self._ahead else self._choose_step()
             if self._pool is not None and step.error is None:
-                self._ahead.append(self._plan_step())
+                self._ahead.append(self._choose_step())
             if step.error is not None:
                 raise step.error
             batch = [self._microbatch(step, m) for m in range(self.num_microbatches)]
@@ -129,37 +138,37 @@ class TrainLoader:
         return batch
 
     def pass_over(self) -> None:
-        """A step that this rank's reader read. Its state is known here without packing only;
-        the state to be saved is a reader's."""
-        if isinstance(self._plan, InOrder):
-            self._plan.next_step()
-            self._state = self._plan.state_dict()
+        """Advances by a step that this replica's reader has read. With packing the state is known
+        only on readers, which save it."""
+        if isinstance(self._sampler, InOrder):
+            self._sampler.next_step()
+            self._state = self._sampler.state_dict()
 
     def close(self) -> None:
-        """End the workers, if there are any."""
+        """Ends the workers, if there are any."""
         self._drop_ahead()
         if self._pool is not None:
             self._pool.close()
             self._pool = self._sizes.pool = None
 
-    def _plan_step(self) -> _Planned:
+    def _choose_step(self) -> _Upcoming:
         try:
-            step = self._plan.next_step()
+            step = self._sampler.next_step()
         except DataError as error:
-            return _Planned([], [], {}, error=error)
+            return _Upcoming([], [], {}, error=error)
         mine = assign(step, self._size)[self._rank]
         places = [[self._place(n) for n in step.microbatches[m]] for m in mine]
         skipped = step.skipped if self._rank == 0 else []
-        after = self._plan.state_dict()
+        after = self._sampler.state_dict()
         whole = json.dumps([step.microbatches, len(step.skipped), after])
-        planned = _Planned(places, skipped, after, zlib.crc32(whole.encode()))
+        upcoming = _Upcoming(places, skipped, after, zlib.crc32(whole.encode()))
         if self._pool is not None:
             for microbatch in places:
                 at = self._reader.describe(microbatch)
-                planned.tickets.append(self._pool.submit("build", microbatch, at))
-        return planned
+                upcoming.tickets.append(self._pool.submit("build", microbatch, at))
+        return upcoming
 
-    def _microbatch(self, step: _Planned, number: int) -> Microbatch:
+    def _microbatch(self, step: _Upcoming, number: int) -> Microbatch:
         if self._pool is not None:
             found = self._pool.result(step.tickets[number])
         else:

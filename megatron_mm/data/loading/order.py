@@ -1,8 +1,8 @@
-"""Which row is global sample number n: a pure function of n, whatever the layout.
+"""Maps the number of a global sample to its row: a pure function, the same on any layout.
 
-Phases follow each other. Inside a phase each source is read in shuffled epochs of its own,
-and the slots of a mixture are dealt so that every prefix follows the weights: of the first n
-samples of a phase each source has its exact share, give or take less than one.
+Phases follow each other. Within a phase each source is read in shuffled epochs of its own. The
+slots of a mixture follow the weights in every prefix: among the first n samples of a phase each
+source has its exact share to within one sample.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import numpy as np
 from megatron_mm.data.loading.shuffle import WINDOW_BYTES, RowGroup, shuffled
 from megatron_mm.errors import DataError
 
-# Weights that are no small whole numbers to each other are rounded to shares of this many slots.
+# Longest period of a mixture, in slots; weights that need a longer one are rounded.
 MAX_PERIOD = 2**16
 
 
 class PhaseSize(NamedTuple):
-    sources: tuple[Sequence[RowGroup], ...]  # the rows of each source, as they are read
+    sources: tuple[Sequence[RowGroup], ...]  # row groups of each source
     weights: tuple[float, ...]
-    samples: int | None  # samples to draw in all; None: without end
+    samples: int | None  # samples of the phase; None: endless
 
     def rows(self, source: int) -> int:
-        return sum(block.rows for block in self.sources[source])
+        return sum(group.rows for group in self.sources[source])
 
 
 class Position(NamedTuple):
@@ -43,13 +43,13 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Deal:
-    """Slots dealt to sources in the proportion of their whole-number `parts`; the deal repeats
-    after sum(parts) slots."""
+    """Assignment of slots to sources in proportion to whole-number `parts`, with period
+    sum(parts)."""
 
     parts: tuple[int, ...]
 
     def locate(self, slot: int) -> tuple[int, int]:
-        """The source of `slot` and how many slots before it are of the same source."""
+        """Returns (source of `slot`, number of earlier slots of that source)."""
         if len(self.parts) == 1:
             return 0, slot
         cycle, at = divmod(slot, sum(self.parts))
@@ -58,11 +58,11 @@ class Deal:
 
     @cached_property
     def _cycle(self) -> np.ndarray:
-        """int32 [period, 2]: the source of each slot, and its earlier slots in the period.
+        """int32 [period, 2]: source of each slot, and number of its earlier slots in the period.
 
-        Slot k of a source with share w belongs after k/w - 1/w slots and before k/w of them.
-        Serving the earliest deadline among those released meets all of them (the shares add
-        up to 1), which is what keeps every prefix within one slot of the exact share.
+        Slot k of a source with share w is released after (k - 1) / w slots and due before k / w.
+        Because the shares add up to 1, earliest deadline first meets all deadlines, which keeps
+        every prefix within one slot of the exact share.
         """
         period, dealt = sum(self.parts), [0] * len(self.parts)
         waiting = [(0, source) for source, part in enumerate(self.parts) if part]  # by release
@@ -82,16 +82,19 @@ class Deal:
 
 
 def whole_parts(weights: Sequence[float], where: str) -> tuple[int, ...]:
-    """Weights as whole numbers in the same proportion: exactly if their sum is then at most
-    MAX_PERIOD, else rounded to that sum, no positive weight to 0. Raises DataError for a weight
-    that is negative or not finite, and if none is positive."""
+    """Returns whole numbers in the proportion of `weights`: exact if their sum is at most
+    MAX_PERIOD, else rounded to about that sum, with positive weights at least 1.
+
+    Raises:
+        DataError: a weight is negative or not finite, or none is positive.
+    """
     for weight in weights:
         if not (math.isfinite(weight) and weight >= 0):
             raise DataError(f"{where}: weight {weight} is not allowed; use 0 or more")
     if not any(weights):
         listed = ", ".join(f"{weight:g}" for weight in weights)
         raise DataError(f"{where}: the mixture's weights are {listed}; use at least 1 above 0")
-    # By its shortest decimal form, so that 0.1 means a tenth.
+    # From the shortest decimal form, so that 0.1 means a tenth.
     exact = [Fraction(repr(float(weight))) for weight in weights]
     scale = math.lcm(*(part.denominator for part in exact))
     parts = [int(part * scale) for part in exact]
@@ -103,7 +106,11 @@ def whole_parts(weights: Sequence[float], where: str) -> tuple[int, ...]:
 
 
 class Order:
-    """Raises DataError at construction for phases that cannot be read."""
+    """Order of all samples over phases, sources and epochs.
+
+    Raises:
+        DataError: at construction, a phase cannot be used.
+    """
 
     def __init__(self, phases: Sequence[PhaseSize], seed: int) -> None:
         self._phases, self._seed = list(phases), seed
@@ -123,7 +130,11 @@ class Order:
         self._epochs: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
 
     def locate(self, number: int) -> Position:
-        """Where global sample `number` (from 0) lies. Raises DataError past the end."""
+        """Returns the position of global sample `number` (from 0).
+
+        Raises:
+            DataError: the phases end before it.
+        """
         start = 0
         for index, (phase, deal) in enumerate(zip(self._phases, self._deals, strict=True)):
             if phase.samples is None or number < start + phase.samples:
@@ -136,17 +147,21 @@ class Order:
         )
 
     def row(self, number: int) -> tuple[int, int, int]:
-        """(phase, source, row) of global sample `number`. Raises DataError past the end."""
+        """Returns (phase, source, row) of global sample `number` (from 0).
+
+        Raises:
+            DataError: the phases end before it.
+        """
         phase, source, epoch, index = self.locate(number)
         key = (phase, source, epoch)
         if key not in self._epochs:
-            # A first source is seeded as if it were alone in its phase.
+            # The first source is seeded as if it were alone in its phase.
             seed = [self._seed, phase, epoch, source] if source else [self._seed, phase, epoch]
             sources = self._phases[phase].sources
             self._epochs[key] = shuffled(
                 sources[source], np.random.default_rng(seed), WINDOW_BYTES // len(sources)
             )
-            # 8 bytes a row: of each source the epoch that is read, and the next or the last.
+            # Two epochs per source, at 8 bytes a row: readers may be an epoch apart.
             if len(self._epochs) > 2 * len(sources):
                 self._epochs.popitem(last=False)
         self._epochs.move_to_end(key)

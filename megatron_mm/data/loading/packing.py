@@ -1,8 +1,8 @@
-"""Which samples share a microbatch, and which data-parallel rank computes it.
+"""Packs samples into microbatches and assigns microbatches to data-parallel ranks.
 
-Two pure functions of sizes. `pack` fills bins with whole samples of a buffer: nearly full of
-tokens, and alike in image tiles, because a ViT step takes as long as its most loaded rank.
-`spread` hands the bins to ranks; it alone knows how many ranks there are.
+Both are pure functions of sizes. `pack` fills bins with whole samples of a buffer so that they are
+nearly full of tokens and hold similar numbers of image tiles, because a ViT step takes as long as
+its most loaded rank. `spread` assigns the bins to ranks; only it depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from megatron_mm.data.sample import Size
 
 
 def pack(sizes: Sequence[Size], num_bins: int, capacity: int) -> list[list[int]]:
-    """Bins of indices into `sizes`, which come in the order in which they wait.
+    """Returns bins of indices into `sizes`, each in increasing order.
 
-    Every size has 1 to `capacity` tokens; no bin exceeds it, no index comes twice, each bin is
-    in order of waiting. The first sample always finds a place, so every sample is at the head
-    of the buffer sooner or later and none waits for ever.
+    No bin exceeds `capacity` tokens and no index occurs twice. The first sample is always placed,
+    so every sample reaches the head of the buffer and none waits for ever.
 
-    1. The samples that have waited longest, about as many as the bins can hold, are placed in
-       decreasing length: with images into the bin of the fewest tiles, text into the fullest.
-    2. Gaps are filled from the rest of the buffer, largest fit first, each bin seeking images
+    1. The samples that have waited longest, about as many as the bins hold, are placed in
+       decreasing length: those with images into the bin with the fewest tiles, text into the
+       fullest.
+    2. Gaps are filled from the rest of the buffer, largest fit first. A bin takes images first
        only while it has fewer tiles than the mean.
+
+    Args:
+        sizes: sizes of the buffer's samples, longest waiting first, of 1 to `capacity` tokens.
     """
     tokens = np.array([size.tokens for size in sizes], dtype=np.int64)
     tiles = np.array([size.tiles for size in sizes], dtype=np.int64)
@@ -46,7 +49,7 @@ def pack(sizes: Sequence[Size], num_bins: int, capacity: int) -> list[list[int]]
         if not len(room):
             left.append(index)
             continue
-        # Among equals, the fullest; lexsort's last key counts most.
+        # Among equals the fullest bin; lexsort's last key is the primary one.
         keys = (free[room], load[room]) if tiles[index] else (load[room], free[room])
         place(index, int(room[np.lexsort(keys)[0]]))
     _fill(tokens, tiles, left, free, load, place)
@@ -69,16 +72,16 @@ def _fill(tokens, tiles, left, free, load, place) -> None:
 
 
 def spread(loads: Sequence[Size], num_ranks: int) -> list[list[int]]:
-    """For each rank the bins (indices into `loads`) it computes, equally many for all.
+    """Returns the bins (indices into `loads`) of each rank, equally many for all.
 
-    Evens out the sums of tokens and of tiles over ranks: bins go out in decreasing tiles to
-    the rank that has the fewest, then the rank that is furthest from the mean swaps bins as
-    long as that lowers the sum of squared relative deviations. Every rank computes its bins in
-    decreasing tiles: ranks that exchange tokens between experts then meet at like steps.
+    Balances the sums of tokens and tiles over ranks: bins go in decreasing tiles to the rank with
+    the fewest, then the rank furthest from the mean swaps bins as long as that lowers the sum of
+    squared relative deviations. A rank computes its bins in decreasing tiles, so that
+    expert-parallel ranks, which wait for each other, compute similar bins at the same time.
     """
     per_rank = len(loads) // num_ranks
     load_B2 = np.array(loads, dtype=np.float64).reshape(len(loads), 2)
-    # In units of the mean of a rank; a step without images has no tiles to divide by.
+    # In units of the mean per rank; a step without images has no tiles to divide by.
     load_B2 /= np.maximum(load_B2.sum(0) / num_ranks, 1.0)
     owner_B = np.zeros(len(loads), dtype=np.int64)
     sums_R2, held_R = np.zeros((num_ranks, 2)), np.zeros(num_ranks, dtype=np.int64)
@@ -95,16 +98,17 @@ def spread(loads: Sequence[Size], num_ranks: int) -> list[list[int]]:
 
 
 def _swap(load_B2: np.ndarray, owner_B: np.ndarray, sums_R2: np.ndarray) -> bool:
-    """The best swap that helps one of the ranks furthest from the mean; whether there is one."""
+    """Makes the best swap for one of the four ranks furthest from the mean. Returns whether one
+    helped."""
     far = ((sums_R2 - 1.0) ** 2).sum(1)
     for worst in np.argsort(-far, kind="stable")[:4]:
         mine, others = np.flatnonzero(owner_B == worst), np.flatnonzero(owner_B != worst)
-        move_MO2 = load_B2[others][None] - load_B2[mine][:, None]  # what `worst` would gain
-        theirs_O2 = sums_R2[owner_B[others]]
-        # Of (s + d)^2 + (t - d)^2 against s^2 + t^2, the means cancel.
-        change_MO2 = 2.0 * move_MO2 * (sums_R2[worst] - theirs_O2[None] + move_MO2)
+        move_MO2 = load_B2[others][None] - load_B2[mine][:, None]  # load that `worst` would gain
+        sums_O2 = sums_R2[owner_B[others]]
+        # In (s + d)^2 + (t - d)^2 - s^2 - t^2 the means cancel.
+        change_MO2 = 2.0 * move_MO2 * (sums_R2[worst] - sums_O2[None] + move_MO2)
         change_MO = change_MO2[..., 0] + change_MO2[..., 1]
-        if not change_MO.size or change_MO.min() > -1e-9:  # below it, rounding could go round
+        if not change_MO.size or change_MO.min() > -1e-9:  # smaller gains may be rounding and cycle
             continue
         at_mine, at_other = np.unravel_index(int(change_MO.argmin()), change_MO.shape)
         a, b = mine[at_mine], others[at_other]

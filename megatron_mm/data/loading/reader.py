@@ -1,4 +1,4 @@
-"""Rows to samples, by place: what a worker process does, or the reader itself without workers."""
+"""Reads rows and builds samples, in a worker process or in the loader itself."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from megatron_mm.errors import DataError
 
 
 class Place(NamedTuple):
+    """Source and row within it, both from 0."""
+
     source: int
     row: int
 
 
 class Prompt(NamedTuple):
-    """A row to be answered."""
+    """Row to be answered."""
 
     sample: Sample  # ends where the answer begins
     row: dict[str, Any]
@@ -29,8 +31,8 @@ class Prompt(NamedTuple):
 
 
 class Reader:
-    """Reads rows of `sources`. What is wrong with a row comes back in its place, as the text of
-    a DataError, so that one bad row among several costs only itself."""
+    """Builds samples from rows of `sources`. In place of a bad row's sample it returns the text of
+    the DataError, so that a bad row does not affect the others."""
 
     def __init__(
         self,
@@ -44,17 +46,17 @@ class Reader:
         self._made_from = (run, tokenizer, sources)
 
     def for_workers(self, number: int) -> tuple[Any, ...]:
-        """The arguments of `in_worker` in each of `number` processes; together they cache as
-        much as one reader does."""
+        """Returns the arguments of `in_worker` for each of `number` processes, which together cache
+        as much as one reader."""
         return (*self._made_from, CACHE_BYTES // number)
 
     def where(self, place: Place) -> str:
-        """`file:row`."""
+        """Returns "file:row"."""
         file, index = self._sources[place.source].locate(place.row)
         return file.where(index)
 
     def describe(self, places: Sequence[Place]) -> str:
-        """The first of `places`, for an error that may be due to any of them."""
+        """Names the first of `places` and counts the others, for an error in any of them."""
         if not places:
             return "no row"
         others = len(places) - 1
@@ -79,14 +81,15 @@ class Reader:
             return turn(file[index], where, file.folder)
         except DataError as error:
             return str(error)
-        except MemoryError:  # no fault of the row
+        except MemoryError:  # not caused by the row
             raise
-        except Exception as error:  # whatever it is, the row that it came from must be told
+        except Exception as error:  # of any kind: the message must name the row
             reason = " ".join(str(error).split())
             return f"{where}: reading failed: {type(error).__name__}: {reason}"
 
 
 def in_worker(*arguments: Any) -> Reader:
-    """A Reader in a process of its own. One thread: there are as many workers as wanted."""
+    """Makes the reader of a worker process. One thread, since `num_workers` sets the number of
+    processes."""
     torch.set_num_threads(1)
     return Reader(*arguments)

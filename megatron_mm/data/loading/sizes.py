@@ -1,8 +1,8 @@
-"""The sizes of upcoming samples, measured before anything is decoded.
+"""Measures the sizes of upcoming samples before any image is decoded.
 
-Every replica's reader measures the whole job's samples, not its own share only: who computes
-a sample is known only after. That costs the text's tokens and the images' headers; workers
-share it, and what was measured once is remembered for later epochs.
+Every replica's reader measures the samples of the whole job, because sizes decide which rank
+computes a sample. Measuring tokenises the text and reads image headers. Workers share the work,
+and sizes are remembered for later epochs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from megatron_mm.data.loading.workers import WorkerPool
 from megatron_mm.data.sample import Size
 
 CHUNK = 32  # samples measured by one task
-AHEAD = 16  # chunks asked of the workers beyond what is needed now
-MAX_REMEMBERED = 10**6  # sizes, some 200 MB
+AHEAD = 16  # chunks requested at a time, from the needed one on
+MAX_REMEMBERED = 10**6  # sizes, about 200 MB
 
 
 class Sizes:
-    """`sizes(number)` is the size of a global sample, or what is wrong with its row."""
+    """Callable: `sizes(number)` returns the size of a global sample, or why its row is bad."""
 
     def __init__(self, order: Order, reader: Reader, place: Callable[[int], Place]) -> None:
         self._order, self._reader, self._place = order, reader, place
@@ -29,27 +29,32 @@ class Sizes:
         self.pool: WorkerPool | None = None
 
     def __call__(self, number: int) -> Size | str:
-        """Raises DataError if a worker died."""
+        """Returns the size, or why the row is bad.
+
+        Raises:
+            DataError: a worker died.
+        """
         place = self._place(number)
         while place not in self._known:
             if self.pool is None:
                 self._remember([place], self._reader.measure([place]))
             else:
                 self._ask(self.pool, number // CHUNK)
-                # Without it, if it was known when the chunk was asked for: asked for again then.
+                # The chunk was requested without places known at that time. If this one has been
+                # forgotten since, the loop requests it again.
                 ticket, places = self._asked.pop(number // CHUNK)
                 self._remember(places, self.pool.result(ticket))
         return self._known[place]
 
     def forget(self, before: int | None = None) -> None:
-        """What was asked of the workers, or that of chunks below `before`, is not wanted now."""
+        """Drops requests to the workers: all, or those of chunks below `before`."""
         chunks = [chunk for chunk in self._asked if before is None or chunk < before]
         dropped = [self._asked.pop(chunk)[0] for chunk in chunks]
         if self.pool is not None:
             self.pool.forget(dropped)
 
     def _ask(self, pool: WorkerPool, first: int) -> None:
-        self.forget(first)  # all of their samples were known before they were called for
+        self.forget(first)  # all of their samples are known
         for chunk in range(first, first + AHEAD):
             numbers = range(chunk * CHUNK, (chunk + 1) * CHUNK)
             if self._order.length is not None:

@@ -1,8 +1,8 @@
-"""Which samples make up the microbatches of a step, before it is known which rank reads them.
+"""Samplers: choose the samples of each step's microbatches.
 
-A plan is a pure function of its state and the order, the same on every rank; the number of
-data-parallel ranks only decides, in `assign`, who computes what. So a saved state goes on
-under any number of them with no sample lost or repeated.
+A step is a pure function of the sampler's state and the order, the same on every rank. The number
+of data-parallel ranks only decides, in `assign`, which rank computes which microbatch. A saved
+state therefore resumes on any number of ranks, with no sample lost or repeated.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from megatron_mm.data.loading.packing import pack, spread
 from megatron_mm.data.sample import Size
 from megatron_mm.errors import DataError, EndOfData
 
-# Upcoming samples held to choose from, beyond those of the step, in packs.
+# Size of the buffer beyond the step's own samples, in packs: a share of the step, and at least 8.
 SPARE_SHARE, MIN_SPARE = 0.5, 8
-# Rows left out one after the other before the data is taken to be all bad.
+# Consecutive bad rows after which the data is considered unusable.
 MAX_BAD_RUN = 1000
 
 
 class Step(NamedTuple):
-    microbatches: list[list[int]]  # numbers of samples, for each microbatch of the whole step
-    loads: list[Size] | None  # what each costs, if that is known
-    skipped: list[str]  # rows left out before they came near a microbatch
+    """Samples of one step of the whole job."""
+
+    microbatches: list[list[int]]  # sample numbers of each microbatch
+    loads: list[Size] | None  # cost of each microbatch, if known
+    skipped: list[str]  # bad rows passed over, with the reason
 
 
 class InOrder:
-    """A fixed number of samples a microbatch, in order. State: `consumed_samples`."""
+    """Sampler of a fixed number of samples per microbatch, in order. State: `consumed_samples`."""
 
     def __init__(self, order: Order, num_microbatches: int, micro_batch_size: int) -> None:
         self._order = order
@@ -36,7 +38,11 @@ class InOrder:
         self._consumed = 0
 
     def next_step(self) -> Step:
-        """Raises DataError if the phases hold no whole step any more."""
+        """Returns the next step.
+
+        Raises:
+            DataError: fewer samples than a whole step are left.
+        """
         start, size = self._consumed, self._size
         end = start + self._count * size
         self._order.locate(end - 1)
@@ -57,13 +63,14 @@ class InOrder:
 
 
 class Packed:
-    """Microbatches filled with whole samples up to `capacity` tokens.
+    """Sampler that fills microbatches with whole samples up to `capacity` tokens.
 
-    State: `position`, the next sample to be read, `held`, those read and not yet trained on,
-    and `consumed_samples`, how many were trained on or left out.
+    State: `position`, the next sample to read; `held`, the samples read but not yet trained on;
+    `consumed_samples`, the number trained on or left out.
 
-    `measure(number)` is the size of a sample, or what is wrong with it; it must be the same
-    on every rank. Bad samples are raised, or left out if `skip_bad`.
+    Args:
+        measure: number -> size of a sample or why it is bad, the same on every rank.
+        skip_bad: leave bad samples out instead of raising.
     """
 
     def __init__(
@@ -83,8 +90,12 @@ class Packed:
         self._sizes: dict[int, Size] = {}
 
     def next_step(self) -> Step:
-        """When finite phases run out the last steps hold what is left. Raises EndOfData when
-        nothing is, DataError for a bad sample."""
+        """Returns the next step. The last steps of finite phases hold what is left.
+
+        Raises:
+            EndOfData: no samples are left.
+            DataError: a sample is bad.
+        """
         skipped = self._fill()
         if not self._held:
             raise EndOfData(
@@ -104,7 +115,7 @@ class Packed:
         return Step(microbatches, loads, skipped)
 
     def _fill(self) -> list[str]:
-        """Read sizes until enough samples are held; the rows left out on the way."""
+        """Measures samples until enough are held. Returns the bad rows passed over."""
         skipped: list[str] = []
         run = 0
         tokens = sum(self._size(number).tokens for number in self._held)
@@ -127,10 +138,10 @@ class Packed:
         return skipped
 
     def _size(self, number: int) -> Size:
-        """Of a held sample; after a resume it is measured again."""
+        """Size of a held sample, which is measured again after a resume."""
         if number not in self._sizes:
             found = self._measure(number)
-            if isinstance(found, str):  # it was good when it was taken in
+            if isinstance(found, str):  # it was good before the resume
                 raise DataError(found)
             self._sizes[number] = found
         return self._sizes[number]
@@ -143,7 +154,7 @@ class Packed:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Also takes the state of a run that did not pack."""
+        """Restores a state, also one saved without packing."""
         self._position = int(state.get("position", state["consumed_samples"]))
         self._held = [int(number) for number in state.get("held", [])]
         held = set(self._held)
@@ -151,8 +162,8 @@ class Packed:
 
 
 def assign(step: Step, num_ranks: int) -> list[list[int]]:
-    """For each rank the microbatches (indices) it computes, equally many for all: dealt out in
-    turn, or if their loads are known so that these are even."""
+    """Returns the microbatches (indices) of each rank, equally many for all: in turn, or balanced
+    if their loads are known."""
     if step.loads is None:
         return [list(range(rank, len(step.microbatches), num_ranks)) for rank in range(num_ranks)]
     return spread(step.loads, num_ranks)

@@ -1,10 +1,10 @@
-"""Processes that read ahead of the trainer.
+"""Worker processes that read ahead of the trainer.
 
-Each worker has a pipe of its own and answers its tasks in turn; a thread of the trainer's
-process takes the answers in, so that workers go on while the trainer computes. Answers travel
-as bytes, not in shared memory, of which containers often have 64 MB. A pipe that closes is how
-each side learns of the other's end: a worker leaves when the trainer is gone, however it went,
-and the trainer learns at once of a worker that was killed.
+Each worker has its own pipe and answers its tasks in order. A thread of the trainer's process
+receives the answers, so that workers continue while the trainer computes. Answers are sent as
+bytes, not in shared memory, of which containers often have only 64 MB. A closed pipe tells each
+side that the other has ended: workers exit when the trainer is gone, and the trainer notices a
+killed worker at once.
 """
 
 from __future__ import annotations
@@ -25,52 +25,51 @@ from megatron_mm.errors import DataError
 _pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
 
-@atexit.register  # runs before multiprocessing's own, which would wait for the workers
+@atexit.register  # runs before multiprocessing's handler, which would wait for the workers
 def _close_pools() -> None:
     for pool in list(_pools):
         pool.close()
 
 
 class WorkerPool:
-    """`size` processes that each build `make(*args)` and call its methods.
+    """Pool of `size` processes that each build `make(*args)` and call its methods.
 
-    Memory is bounded by the caller: what is submitted and not yet taken by `result` (or given
-    up by `forget`) is what is held.
+    The caller bounds the memory: answers are kept until `result` takes or `forget` drops them.
     """
 
     def __init__(self, size: int, make: Callable[..., Any], args: Sequence[Any]) -> None:
-        # A fresh interpreter: a fork would copy the trainer's threads' locks and its CUDA state.
+        # Spawned, because a fork would copy locks of the trainer's threads and its CUDA state.
         context = multiprocessing.get_context("spawn")
         self._changed = threading.Condition()
         self._answers: dict[int, tuple[str, Any]] = {}
         self._next_ticket = 0
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        # Of each worker, the tasks it has not answered: ticket and description.
+        # Unanswered tasks of each worker: ticket and description.
         self._waiting: list[deque[tuple[int, str]]] = [deque() for _ in range(size)]
         self._forgotten: set[int] = set()
         _pools.add(self)
         try:
             for number in range(size):
-                ours, theirs = context.Pipe()
+                here, there = context.Pipe()
                 process = context.Process(
                     target=_work,
-                    args=(theirs, make, tuple(args)),
+                    args=(there, make, tuple(args)),
                     name=f"data worker {number + 1}",
                     daemon=True,
                 )
                 process.start()
-                theirs.close()
+                there.close()
                 self._processes.append(process)
-                self._pipes.append(ours)
+                self._pipes.append(here)
         except BaseException:
             self.close()
             raise
         threading.Thread(target=self._take_in, name="data workers", daemon=True).start()
 
     def submit(self, method: str, argument: Any, description: str) -> int:
-        """Have a worker call `method(argument)`; the ticket for `result`. `description` says in
-        an error what the worker was at."""
+        """Has a worker call `method(argument)` and returns the ticket for `result`. `description`
+        names the rows in an error message."""
         with self._changed:
             number = min(range(len(self._waiting)), key=lambda n: len(self._waiting[n]))
             ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
@@ -82,7 +81,11 @@ class WorkerPool:
         return ticket
 
     def result(self, ticket: int) -> Any:
-        """Wait for the answer. Raises DataError, in one line, if the worker failed or died."""
+        """Waits for an answer.
+
+        Raises:
+            DataError: the worker failed or died.
+        """
         with self._changed:
             self._changed.wait_for(lambda: ticket in self._answers)
             status, value = self._answers.pop(ticket)
@@ -91,7 +94,7 @@ class WorkerPool:
         return value
 
     def forget(self, tickets: Sequence[int]) -> None:
-        """Drop what these tasks answer or have answered."""
+        """Drops the answers of these tasks, also those still to come."""
         with self._changed:
             unanswered = {ticket for waiting in self._waiting for ticket, _ in waiting}
             for ticket in tickets:
@@ -99,7 +102,7 @@ class WorkerPool:
             self._forgotten |= unanswered.intersection(tickets)
 
     def close(self) -> None:
-        """End the workers, whatever they are doing."""
+        """Kills the workers."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -116,7 +119,7 @@ class WorkerPool:
             for pipe in wait(list(numbers)):
                 try:
                     content = pipe.recv_bytes()
-                except Exception:  # whatever it is, nothing comes through this pipe any more
+                except Exception:  # of any kind: this pipe is of no more use
                     number = numbers.pop(pipe)
                     self._processes[number].kill()
                     self._bury(number)
@@ -125,12 +128,12 @@ class WorkerPool:
                     ticket, at = self._waiting[numbers[pipe]].popleft()
                     try:
                         _, answer = pickle.loads(content)
-                    except Exception as error:  # memory ran out, say; someone waits for it
+                    except Exception as error:  # out of memory, for example; someone waits for it
                         answer = ("failed", f"{at}: {_one_line(error)}")
                     self._answer(ticket, answer)
 
     def _bury(self, number: int) -> None:
-        """Worker `number` is dead: so are its tasks. The first is the one it was at."""
+        """Fails all tasks of a dead worker. The first is the one it was working on."""
         process = self._processes[number]
         process.join(timeout=5)  # for its exit code
         code = process.exitcode
@@ -158,8 +161,8 @@ class WorkerPool:
 
 
 def _work(pipe: Connection, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    # A signal to the whole job means "save and stop" to the trainer, which needs its workers
-    # until then; they end with it.
+    # To the trainer a signal to the whole job means "save and stop". Until then it needs its
+    # workers, which end when it does.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker, broken = None, None

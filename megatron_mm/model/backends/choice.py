@@ -1,12 +1,12 @@
-"""Whose code computes the language stack: ours in torch, or Transformer Engine's and FLA's.
+"""Choice of the code that computes the language stack: torch, or Transformer Engine and FLA.
 
 Layers ask a `Backend` for their parts and never look further. Both backends make the same
 parameters with the same names, shapes and layouts, so the same seed is the same model and a
 checkpoint written with one loads with the other.
 
-What the backend does not decide stays in torch, in bf16 under FP8: the embedding, the output
+Parts that the backend does not decide stay in torch, in bf16 under FP8: the embedding, the output
 layer and the router, where rounding changes a choice between tokens or experts; norms, which
-are not products; CLVR, whose memory rows are of any number and whose products are small; and
+are not products; CLVR, whose memory has any number of rows and whose products are small; and
 the ViT and the projector, where a tile's 1,025 positions fit no FP8 product.
 """
 
@@ -15,16 +15,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 import torch
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
 
 from megatron_mm.config import BackendConfig, ConfigError, ParallelConfig
-from megatron_mm.model.layers.core_attention import causal_attention
+from megatron_mm.model.backends.interface import Backend
+from megatron_mm.model.layers.attention import causal_attention
 from megatron_mm.model.layers.experts import GroupedExperts
 from megatron_mm.model.layers.gdn.mix import convolve_and_scan, convolve_scan_and_keep
 from megatron_mm.model.layers.linear import Column, Row, column, row
@@ -36,35 +34,11 @@ INSTALL_TE = (
 INSTALL_FLA = "pip install -e '.[cuda]' on a machine with CUDA"
 
 
-@dataclass(frozen=True)
-class Backend:
-    """
-    Attributes:
-        column, row: make a parallel linear; signatures of `model/layers/linear.py`.
-        shared_expert: classes of the two linears of megatron-core's shared expert.
-        experts: makes the routed experts of a rank; signature of `GroupedExperts`.
-        core_attention: makes a layer's softmax attention; signature of `causal_attention`.
-        mix: the GDN's convolution and delta rule; signature of `convolve_and_scan`.
-        mix_and_keep: the same for decoding; signature of `convolve_scan_and_keep`.
-        precision: (config, layer) -> what that layer's forward pass runs in; layer None is what
-            the whole stage runs in, around its layers.
-    """
-
-    column: Callable[..., nn.Module]
-    row: Callable[..., nn.Module]
-    shared_expert: MLPSubmodules
-    experts: Callable[..., nn.Module]
-    core_attention: Callable[[], Callable[..., torch.Tensor]]
-    mix: Callable[..., torch.Tensor]
-    mix_and_keep: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    precision: Callable[[TransformerConfig, int | None], AbstractContextManager]
-
-
 def choose(settings: BackendConfig) -> Backend:
     """The backend that the settings ask for, on the machine at hand.
 
     Raises:
-        ConfigError: this machine lacks what they ask for.
+        ConfigError: if this machine lacks it.
     """
     mix, mix_and_keep = _gdn_kernels(settings.gdn_kernel)
     if settings.transformer_impl == "local":
@@ -108,7 +82,7 @@ def _gdn_kernels(asked: str) -> tuple[Callable, Callable]:
 
 
 def check_dispatcher(parallel: ParallelConfig) -> None:
-    """Raises ConfigError if this machine lacks what brings tokens to their experts."""
+    """Raises ConfigError if this machine lacks the library that dispatches tokens to experts."""
     if parallel.moe_token_dispatcher_type != "flex":
         return
     problem = None
@@ -121,7 +95,8 @@ def check_dispatcher(parallel: ParallelConfig) -> None:
 
 
 def missing_transformer_engine() -> str | None:
-    """Why Transformer Engine cannot be used here, in one line with the remedy; None if it can."""
+    """The reason why Transformer Engine cannot be used here, in one line with the remedy; None if
+    it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device; allowed here: local"
     try:
@@ -140,7 +115,7 @@ def missing_transformer_engine() -> str | None:
 
 
 def missing_fla() -> str | None:
-    """Why flash-linear-attention cannot be used here; None if it can."""
+    """The reason why flash-linear-attention cannot be used here; None if it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device; allowed here: auto, torch"
     if importlib.util.find_spec("fla") is None:

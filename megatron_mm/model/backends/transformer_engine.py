@@ -2,7 +2,7 @@
 
 Under FP8 the products of the language stack run in 8 bits; parameters, gradients and what
 crosses ranks between layers stay as they were. Written for Transformer Engine 2.x (read and
-bound against 2.20.2). Importing this needs Transformer Engine; `backend.choose` checks first.
+bound against 2.20.2). Importing this needs Transformer Engine; `choice.choose` checks first.
 
 Shapes: T stream, h query heads, R routed rows, E local experts, F their width, H hidden.
 """
@@ -48,7 +48,7 @@ def check_device(settings: BackendConfig) -> None:
 
 
 def precision(config: TransformerConfig, layer: int | None) -> AbstractContextManager:
-    """What a layer's forward pass runs in; layer None is the whole stage.
+    """The context that a layer's forward pass runs in; layer None is the whole stage.
 
     Delayed scaling reduces its maxima when the outermost context is left, once a pass, so it
     alone has one around the stage (megatron-core's TransformerBlock does the same).
@@ -108,7 +108,8 @@ def row(
 
 
 def _leave(weight: torch.Tensor) -> None:
-    """An init_method: `parallel/param_layout.py` fills parameters, whatever the layout."""
+    """An init_method that does nothing: `parallel/param_layout.py` fills parameters, the same on
+    any layout."""
 
 
 def shared_expert() -> MLPSubmodules:

@@ -1,1 +1,1 @@
-"""Published models, a folder each."""
+"""Published models, a folder each (README.md says what stands in one)."""

@@ -4,26 +4,98 @@ Under context parallelism the ranks trade their part of the sequence for a part 
 heads; a key/value group goes to every rank that has a query head of it.
 
 Shapes: T whole stream, t this context-parallel rank's part of it, h heads of this
-tensor-parallel rank, g key/value groups they belong to, n = h / CP, D kv_channels.
+tensor-parallel rank, g key/value groups they belong to, n = h / CP, D kv_channels, R rows being
+decoded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm.config import LanguageConfig
-from megatron_mm.model.backends.choice import Backend
-from megatron_mm.model.decode import KeysAndValues
+from megatron_mm.model.backends.interface import Backend
+from megatron_mm.model.decode import LayerState
+from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.norms import RMSNorm
-from megatron_mm.model.layers.rotary import apply_rotary
 from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.param_layout import normal
 from megatron_mm.parallel.sequence import heads_to_sequence, sequence_to_heads
+
+if TYPE_CHECKING:
+    from megatron_mm.model.context import StreamContext
+
+
+class KeysAndValues(LayerState):
+    """Keys and values of the positions of every row."""
+
+    def attend(
+        self,
+        core_attention: Callable[..., torch.Tensor],
+        query_ThD: torch.Tensor,
+        key_TgD: torch.Tensor,
+        value_TgD: torch.Tensor,
+        segments: Segments,
+    ) -> torch.Tensor:
+        """`core_attention` inside each prompt, or of each row's token over its sample: [T, h, D].
+        In a step T is R."""
+        for name, x in (("key", key_TgD), ("value", value_TgD)):
+            self.put(name, x, segments)
+        if not self.cache.stepping:
+            return core_attention(query_ThD, key_TgD, value_TgD, segments)
+        place = self.cache.lengths_R.to(query_ThD.device)
+        longest = int(self.cache.lengths_R.max()) + 1
+        rows, heads, width = query_ThD.shape
+        seen = (self.tensors[name][:, :, :longest] for name in ("key", "value"))
+        # The heads of a group take the place of positions: no key is repeated for them.
+        query = query_ThD.reshape(rows, key_TgD.shape[1], -1, width)
+        mask = torch.arange(longest, device=place.device) <= place[:, None]
+        mixed = F.scaled_dot_product_attention(query, *seen, attn_mask=mask[:, None, None])
+        return mixed.reshape(rows, heads, width)
+
+
+def rotary_table(
+    position_ids_T: torch.Tensor, rotary_dim: int, base: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, rotary_dim] in fp32 (Su et al. 2021, eq. 34; halves, not pairs)."""
+    exponent = torch.arange(0, rotary_dim, 2, device=position_ids_T.device).float() / rotary_dim
+    angles = position_ids_T.float()[:, None] / base**exponent
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first `cos.shape[-1]` features of x [T, heads, D]; the rest pass through."""
+    rotary_dim = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1)
+
+
+def causal_attention(
+    query_ThD: torch.Tensor, key_ThD: torch.Tensor, value_ThD: torch.Tensor, segments: Segments
+) -> torch.Tensor:
+    """Softmax attention inside each sample, [T, h, D]; key and value may have fewer heads."""
+    mixed = []
+    for bucket in segments.buckets.parts:
+        query, key, value = (
+            bucket.to_rectangle(x).transpose(1, 2) for x in (query_ThD, key_ThD, value_ThD)
+        )
+        found = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        mixed.append(found.transpose(1, 2))
+    return segments.buckets.join(mixed)
 
 
 class GatedAttention(nn.Module):
@@ -34,6 +106,8 @@ class GatedAttention(nn.Module):
     and in the order of the whole, with fewer groups than ranks too: then the slices are
     gathered, a few features per token, and nothing is kept or computed twice.
     """
+
+    State = KeysAndValues
 
     def __init__(
         self,
@@ -46,6 +120,8 @@ class GatedAttention(nn.Module):
     ):
         super().__init__()
         self.core_attention = backend.core_attention()
+        self.rotary_dim = int(language.kv_channels * language.rotary_percent)
+        self.rotary_base = language.rotary_base
         self.recompute = recompute
         self.tp, self.cp = pg.tp, pg.cp
         self.head_dim = language.kv_channels
@@ -68,6 +144,21 @@ class GatedAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
         self.k_norm = RMSNorm(self.head_dim, eps, partial_gradient=True, dtype=dtype)
 
+    @classmethod
+    def build(cls, given: BuildContext) -> GatedAttention:
+        language, again = given.run.model.language, given.recompute.core_attn
+        return cls(language, given.config, given.pg, given.out_std, given.backend, again)
+
+    def run(
+        self, hidden_t1H: torch.Tensor, context: StreamContext, state: KeysAndValues | None
+    ) -> torch.Tensor:
+        """See `LayerModule.run`."""
+        settings = self.rotary_dim, self.rotary_base
+        rotary = context.once(
+            ("rotary", *settings), lambda: rotary_table(context.position_ids_t, *settings)
+        )
+        return self(hidden_t1H, context.segments, rotary, state)
+
     def forward(
         self,
         hidden_t1H: torch.Tensor,
@@ -75,8 +166,8 @@ class GatedAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         state: KeysAndValues | None = None,
     ) -> torch.Tensor:
-        """[sequence shard, 1, H] -> the same; rotary is (cos, sin) [t, rotary_dim]. `state`: of
-        the rows being decoded."""
+        """[sequence shard, 1, H] -> the same; `rotary` is (cos, sin) [t, rotary_dim], `state` that
+        of the rows being decoded."""
         fused, _ = self.linear_qkv(hidden_t1H)
         tokens = fused.shape[0]
         fused = fused.view(tokens, -1, 2 * (self.head_dim + self.kv_slice))

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mm.config import Memory, ModelConfig
-from megatron_mm.model.decode import Patches
+from megatron_mm.config import Memory, ModelConfig, look_memories
+from megatron_mm.config.layers.looks import COORDINATE_FREQUENCIES
+from megatron_mm.model.decode import LayerState
+from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.linear import column, row
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.recompute import core
@@ -32,7 +35,9 @@ from megatron_mm.model.segments import Buckets, Segments, similar
 from megatron_mm.parallel.param_layout import constant, normal
 from megatron_mm.parallel.sequence import part
 
-COORDINATE_FREQUENCIES = 6  # 2^0 .. 2^5 half periods over the image
+if TYPE_CHECKING:
+    from megatron_mm.model.context import StreamContext
+
 # Several times the default, so that keys begin by saying where they are: a look then chooses
 # places from the first step, and what stands there can be learnt.
 COORDINATE_STD = 0.2
@@ -142,11 +147,47 @@ def coordinate_features(coordinates_M2: torch.Tensor) -> torch.Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
+class Patches(LayerState):
+    """Keys and values of the patches of every row's prompt."""
+
+    def store(self, key_MhD: torch.Tensor, value_MhD: torch.Tensor, patches: Segments) -> None:
+        """After a prefill's look. `patches`: those of each prompt, in the order of the memory."""
+        for name, x in (("key", key_MhD), ("value", value_MhD)):
+            self.hand_out_rectangle(name, patches.to_rectangle(x).transpose(1, 2))
+        self.hand_out("count", patches.lengths)  # on the CPU
+
+    def look(self, query_rhD: torch.Tensor, rows: range) -> torch.Tensor:
+        """Attends from the tokens of these rows to all patches of their prompts, [r, h, D]; exactly
+        0 without any. Every image of a prompt stands before the generated tokens."""
+        key, value, count = (
+            self.tensors[name][rows.start : rows.stop] for name in ("key", "value", "count")
+        )
+        longest = int(count.max())
+        if not longest:
+            return torch.zeros_like(query_rhD)
+        count = count.to(query_rhD.device, non_blocking=True)
+        mask = torch.arange(longest, device=count.device) < count[:, None]
+        sees = (count > 0)[:, None, None, None]
+        found = F.scaled_dot_product_attention(
+            query_rhD.unsqueeze(2),
+            key[:, :, :longest],
+            value[:, :, :longest],
+            attn_mask=mask[:, None, None] | ~sees,
+        )
+        return torch.where(sees, found, 0.0).squeeze(2)
+
+
 class Look(nn.Module):
     """The `L` layer: cross-attention from the hidden state to one memory, [t, 1, H].
 
     A position that may see no patch gets exactly zero.
+
+    Args:
+        memory: the memory that this look reads.
+        pair: number of the pair that this look opens.
     """
+
+    State = Patches
 
     def __init__(
         self,
@@ -155,10 +196,11 @@ class Look(nn.Module):
         pg: ProcessGroupCollection,
         memory: Memory,
         recompute: bool = False,
+        pair: int = 0,
     ):
         super().__init__()
+        self.pair, self.reads = pair, memory.name
         self.recompute, self.cp, tp = recompute, pg.cp, pg.tp
-        self.reads = memory.name
         language, fusion = model.language, model.fusion
         self.head_dim = fusion.clvr_kv_channels
         width = fusion.clvr_num_attention_heads * self.head_dim
@@ -185,6 +227,23 @@ class Look(nn.Module):
         self.linear_proj = row(
             width, language.hidden_size, config=config, init=constant(0.0), tp=tp
         )
+
+    @classmethod
+    def build(cls, given: BuildContext) -> Look:
+        model, pair = given.run.model, given.layer.pair
+        memory, again = look_memories(model)[pair], given.recompute.core_attn
+        return cls(model, given.config, given.pg, memory, again, pair)
+
+    def run(
+        self,
+        hidden_t1H: torch.Tensor,
+        context: StreamContext,
+        state: Patches | None,
+        memories: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """See `LayerModule.run`."""
+        record = context.look_record(self.pair)
+        return self(hidden_t1H, memories, context.memories, record, state)
 
     def forward(
         self,
@@ -233,8 +292,7 @@ class Look(nn.Module):
 def memory_attention(
     query_ThD: torch.Tensor, key_MhD: torch.Tensor, value_MhD: torch.Tensor, memory: MemoryMap
 ) -> torch.Tensor:
-    """Returns what each position finds in the patches that it may see, [T, h, D]; exactly 0 if
-    none."""
+    """Attends from each position to the patches that it may see, [T, h, D]; exactly 0 if none."""
     if not memory.views:  # the parameters still take part, with gradients of zero
         return 0.0 * (query_ThD + key_MhD.sum() + value_MhD.sum())
     found = []

@@ -60,8 +60,9 @@ class GroupedExperts(nn.Module):
 
 
 class _Experts(torch.autograd.Function):
-    """By hand, because autograd keeps four [R, F] tensors where one [R, 2F] is enough, and
-    collects the gradients of the experts' weights one by one before it stacks them.
+    """The experts' products with a backward pass by hand, because autograd keeps four [R, F]
+    tensors where one [R, 2F] is enough, and collects the gradients of the experts' weights one by
+    one before it stacks them.
 
     Only the matrix products go expert by expert; the rest is done for all rows at once.
     """

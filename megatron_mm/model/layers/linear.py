@@ -16,8 +16,8 @@ from megatron_mm.parallel.param_layout import Initializer, constant, place
 
 
 class Column(ColumnParallelLinear):
-    """megatron-core's, which takes a longer way than a small product takes itself. Where neither
-    gradients nor other ranks need it, the same product without it."""
+    """megatron-core's linear, whose overhead exceeds a small matmul. Where neither gradients nor
+    other ranks need it, the same product without that overhead."""
 
     def forward(self, input_: torch.Tensor, *args, **kwargs):
         if _plain(self) and not (args or kwargs):
@@ -112,7 +112,7 @@ def vocab_embedding(
 
 
 class ReplicatedLinear(nn.Linear):
-    """A small linear that every tensor-parallel rank computes alike."""
+    """A small linear that every tensor-parallel rank computes in full."""
 
     def __init__(self, inputs: int, outputs: int, *, init: Initializer, bias: bool, dtype):
         super().__init__(inputs, outputs, bias=bias, dtype=dtype)

@@ -8,7 +8,7 @@ whose name and layout stay as they are, so the checkpoint of a base model still 
 fused projection is adapted as a whole. Routed experts, the router, the embedding, the output
 layer and CLVR have no adapters.
 
-What crosses ranks is r wide, where the linear's own traffic is as wide as the model:
+Adapters send tensors of width r between ranks, where the linear sends the width of the model:
 
 | linear | sequence parallel | else | replicated |
 |---|---|---|---|
@@ -41,8 +41,10 @@ TARGETS = {
     "vision": "vision.vit.",
     "projector": "vision.projector.",
 }
-# The last name of every linear in them; what a linear splits is read from its weight's layout.
-LINEARS = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2")
+# The last names of the linears of the ViT and the projector that have an adapter; those of a layer
+# of the language model are its kind's (`LayerKind.lora`). A linear's split is read from its
+# weight's layout.
+VISION_LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 def is_adapter(name: str) -> bool:
@@ -54,8 +56,8 @@ class LoRA(nn.Module):
     """alpha / r * B A x beside one linear, split over tensor-parallel ranks as the linear is.
 
     Args:
-        linear: has `weight`, described by `place()`, and `sequence_parallel`. Its input is what
-            the weight is multiplied with, so a linear that normalises first does not qualify.
+        linear: has `weight`, described by `place()`, and `sequence_parallel`. It multiplies its
+            input by the weight, so a linear that normalises first does not qualify.
 
     Raises:
         ValueError: the weight is split over ranks both ways.
@@ -94,7 +96,8 @@ class LoRA(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The linear's input to what is added to its output; sequence first if it is split."""
+        """The term to be added to the linear's output, from the linear's input; sequence first if
+        it is split."""
         return F.linear(self._exchange(F.linear(x, self.a) * self.scale), self.b)
 
     def _exchange(self, narrow: torch.Tensor) -> torch.Tensor:
@@ -109,7 +112,7 @@ class LoRA(nn.Module):
         return narrow
 
     def update(self) -> torch.Tensor:
-        """What the adapter adds to this rank's block of the weight, in fp32. No communication:
+        """The adapter's addition to this rank's block of the weight, in fp32. No communication:
         the split side of B A is split as the weight is, and the other side is whole."""
         return self.scale * (self.b.float() @ self.a.float())
 
@@ -121,25 +124,30 @@ def _add(linear: nn.Module, inputs: tuple, output: tuple) -> tuple:
 
 
 def add_lora(model: nn.Module, lora: LoraConfig, tp: ProcessGroup) -> None:
-    """Give every linear of every target in this stage an adapter; nothing if LoRA is off.
+    """Gives every linear of every target in this stage an adapter; nothing if LoRA is off.
 
-    Call it before parameters are initialised and wrapped; train.optimizer.freeze() does the rest.
+    Call it before parameters are initialised and wrapped; engine.optimizer.freeze() does the rest.
     """
     prefixes = tuple(prefix for target, prefix in TARGETS.items() if lora.adapts(target))
+    linears = dict.fromkeys((TARGETS["vision"], TARGETS["projector"]), VISION_LINEARS)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_linears"):
+            linears[f"{name}."] = module.lora_linears
     for name, module in [*model.named_modules()]:
-        if name.startswith(prefixes) and name.rpartition(".")[2] in LINEARS:
+        inside = next((names for place, names in linears.items() if name.startswith(place)), ())
+        if name.startswith(prefixes) and name.rpartition(".")[2] in inside:
             module.lora = LoRA(module, lora.lora_rank, lora.lora_alpha, tp)
             module.lora.hook = module.register_forward_hook(_add)
 
 
 def adapted(model: nn.Module) -> Iterator[nn.Module]:
-    """The linears that have an adapter."""
+    """Linears that have an adapter."""
     return (m for m in model.modules() if isinstance(getattr(m, "lora", None), LoRA))
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> int:
-    """Add every adapter to its weight and take it away; how many there were in this stage.
+    """Adds every adapter to its weight, removes it, and returns how many there were in this stage.
 
     The sum is taken in fp32 and rounded once to the weight's precision.
     """

@@ -8,16 +8,17 @@ from functools import partial
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mm.model.backends.choice import Backend
+from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.layers.experts import GroupedExperts
+from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.parallel.param_layout import normal, place
+from megatron_mm.report.metrics import MUTED, Metrics
 
 
 class Router(TopKRouter):
@@ -27,24 +28,18 @@ class Router(TopKRouter):
     megatron-core weights a microbatch's balancing loss by this rank's unpadded tokens, which
     differ between ranks when one holds the padding, and outnumber the supervised ones when
     prompts are long. Weighted by the microbatch's supervised tokens, the coefficient means
-    what it says on every layout.
+    the same on every layout.
     """
 
     supervised_tokens: torch.Tensor | float = 0.0  # of the current microbatch
-    recomputing = False  # a repeated pass is not logged again
+    metrics: Metrics = MUTED  # of the current pass
 
     def attach_and_log_load_balancing_loss(
         self, activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, **_
     ):
-        if not self.recomputing:
-            get_moe_metrics_tracker().record(
-                aux_loss_name,
-                aux_loss / aux_loss_coeff,
-                self.layer_number,
-                self.config.num_layers,
-                reduce_group=reduce_group,
-                needs_dp_avg=True,
-            )
+        # 1 is perfect balance. Every rank of the group has a part of one layer's loss.
+        share = 1 / reduce_group.size()
+        self.metrics.ratio("moe/load_balancing_loss", aux_loss / aux_loss_coeff, share)
         # Every rank of tp_cp has its own positions' share of the loss.
         return MoEAuxLossAutoScaler.apply(activation, aux_loss * self.supervised_tokens)
 
@@ -56,6 +51,8 @@ class MixtureOfExperts(MoELayer):
         layer: global layer number, from 0.
         std, out_std: standard deviations of the input and output projections at the start.
     """
+
+    State = None
 
     def __init__(
         self,
@@ -85,13 +82,25 @@ class MixtureOfExperts(MoELayer):
         place(fc1, normal(std), split={1: pg.tp}, view=(2, half, fc1.shape[1]))
         place(fc2, normal(out_std), split={1: pg.tp})
 
+    @classmethod
+    def build(cls, given: BuildContext) -> MixtureOfExperts:
+        return cls(
+            given.config, given.pg, given.layer.number, given.std, given.out_std, given.backend
+        )
+
+    def run(self, hidden_t1H: torch.Tensor, context: StreamContext, state: None) -> torch.Tensor:
+        """See `LayerModule.run`."""
+        return self(hidden_t1H, context)
+
     def forward(self, hidden_t1H: torch.Tensor, context: StreamContext) -> torch.Tensor:
         """[t, 1, H] -> [t, 1, H]"""
         self.router.supervised_tokens = context.supervised_tokens
-        self.router.recomputing = context.recomputing
+        self.router.metrics = context.metrics
         routing, index = context.routing, self.layer_number - 1
         # megatron-core's router asks this object instead of taking the best k itself.
-        self.router.router_replay = routing and routing.of_layer(index, context.recomputing)
+        self.router.router_replay = routing and routing.of_layer(
+            index, context.recomputing, context.metrics
+        )
         if self.alone and not torch.is_grad_enabled():
             hidden_t1H = self._in_place(hidden_t1H, context.padding_1t)
         else:
@@ -99,7 +108,8 @@ class MixtureOfExperts(MoELayer):
             # Kept until the next batch, these would keep all that a repeated pass saved before
             # them: its graph is never run backward, so nothing else frees it.
             self.token_dispatcher.probs = self.token_dispatcher.routing_map = None
-        self.router.router_replay = None  # or it would hold the batch until the next one
+        # Or they would hold the batch until the next one.
+        self.router.router_replay, self.router.metrics = None, MUTED
         return hidden_t1H
 
     def _in_place(self, hidden_t1H: torch.Tensor, padding_1t: torch.Tensor | None) -> torch.Tensor:

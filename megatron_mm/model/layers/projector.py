@@ -9,31 +9,35 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_mm.config import ModelConfig
+from megatron_mm.config.families import Grid
 from megatron_mm.model.layers.linear import column, row
 from megatron_mm.model.layers.norms import VisionLayerNorm
 from megatron_mm.parallel.param_layout import normal
 
 
-def pixel_shuffle(features_NPV: torch.Tensor, factor: int, version: str) -> torch.Tensor:
-    """Fold factor x factor patches into one token: [N, P*P, V] -> [N, (P/f)^2, V*f*f].
+def pixel_shuffle(
+    features_NPV: torch.Tensor, rows: int, columns: int, factor: int, version: str
+) -> torch.Tensor:
+    """Folds factor x factor patches into one token: [N, P, V] -> [N, P / f^2, V * f^2], where
+    P = rows * columns patches lie in reading order.
 
     The features of a token are ordered (patch row, patch column, feature) in both versions.
     v2 leaves the tokens in reading order. v1, kept for the first InternVL releases, leaves
     rows and columns of the token grid swapped.
     """
-    tiles, patches, width = features_NPV.shape
-    side = int(patches**0.5)
-    small = side // factor
-    grid = features_NPV.view(tiles, small, factor, small, factor, width)
+    tiles, _, width = features_NPV.shape
+    down, across = rows // factor, columns // factor
+    grid = features_NPV.view(tiles, down, factor, across, factor, width)
     order = (0, 1, 3, 2, 4, 5) if version == "v2" else (0, 3, 1, 2, 4, 5)
-    return grid.permute(order).reshape(tiles, small * small, factor * factor * width)
+    return grid.permute(order).reshape(tiles, down * across, factor * factor * width)
 
 
 class Projector(nn.Module):
     """LayerNorm, linear, gelu, linear; whole inputs and outputs on every TP rank."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, tp: ProcessGroup):
+    def __init__(self, model: ModelConfig, grid: Grid, config: TransformerConfig, tp: ProcessGroup):
         super().__init__()
+        self.rows, self.columns = grid.rows, grid.columns
         self.factor = model.fusion.pixel_shuffle_factor
         self.version = model.fusion.pixel_shuffle_version
         inputs = model.vision.vision_hidden_size * self.factor**2
@@ -45,6 +49,6 @@ class Projector(nn.Module):
         self.linear_fc2 = row(outputs, outputs, **common)
 
     def forward(self, features_NPV: torch.Tensor) -> torch.Tensor:
-        """[N, P*P, V] -> [N, tokens of a tile, H]"""
-        shuffled = pixel_shuffle(features_NPV, self.factor, self.version)
+        """[N, patches of a tile, V] -> [N, tokens of a tile, H]"""
+        shuffled = pixel_shuffle(features_NPV, self.rows, self.columns, self.factor, self.version)
         return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(shuffled))[0]))[0]

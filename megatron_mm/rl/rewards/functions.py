@@ -1,4 +1,4 @@
-"""From a setting to a function that can be called: built-in names, dotted paths, verl's form."""
+"""Reward functions by built-in name or dotted path, in TRL's form or verl's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REWARDS: Registry[Callable[..., Any]] = Registry(
 
 
 class RewardFunction:
-    """A reward function with its signature looked at once.
+    """A reward function and what its signature asks for.
 
     Attributes:
         wants: the columns it takes by name; None if it takes whatever there is (`**columns`).
@@ -59,6 +59,7 @@ class RewardFunction:
         if self._verl:
             self.wants |= {"data_source", "extra_info"}
         self.wants_routes = "routed_experts" in parameters
+        self._logs = "log_metric" in parameters
 
     def __call__(
         self,
@@ -67,11 +68,19 @@ class RewardFunction:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         routed_experts: Sequence[Any] | None,
+        log_metric: Callable[[str, float], None],
     ) -> Any:
-        """Whatever the function returns; a coroutine is run to its end."""
+        """Calls the function and returns its result, that of a coroutine after running it.
+
+        Args:
+            columns: the rows' other keys, each with one value a completion.
+            routed_experts: int16 [positions, layers, k] of each completion.
+        """
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         if self.wants_routes:
             given["routed_experts"] = routed_experts
+        if self._logs:
+            given["log_metric"] = log_metric
         given = dict(columns) | given
         if self._verl:
             return [self._score_verl(i, given) for i in range(len(completions))]
@@ -80,8 +89,8 @@ class RewardFunction:
         return _finish(self._function(**given | self._options))
 
     def _score_verl(self, i: int, given: Mapping[str, Sequence[Any]]) -> Any:
-        """verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, one sample
-        at a time; a score, or a dict that holds one as `score`."""
+        """Calls verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` on one
+        sample, and returns its score; verl also allows a dict with the score as `score`."""
 
         def of(column: str) -> Any:
             return given[column][i] if column in given else None
@@ -103,7 +112,11 @@ def _finish(result: Any) -> Any:
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The function of a built-in name or dotted path. Raises RLError, in one line."""
+    """Returns the function of a built-in name or dotted path.
+
+    Raises:
+        RLError: in one line, for a path that cannot be imported or is no function.
+    """
     function = REWARDS[path]
     if not callable(function):
         raise RLError(f"reward {path} is a {type(function).__name__}; give a function")

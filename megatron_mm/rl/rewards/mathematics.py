@@ -1,7 +1,7 @@
-"""The reward `math`: is the answer the same as mathematics, by math-verify.
+"""The reward `math`: whether the answer equals the truth as mathematics, by math-verify.
 
-In a file of its own because math-verify brings sympy, 2 s to import: a worker that serves this
-reward pays for it when it starts, not within the time limit of a call.
+It has a file of its own because math-verify imports sympy, which takes 2 s: a worker that serves
+this reward imports it when it starts, not within the time limit of a call.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from megatron_mm.rl.rewards.text import Values, text_of
 
 
 def math_equal(completions, ground_truth, **columns) -> Values:
-    """1 if the completion's answer equals the truth (1/2, 0.5, \\frac12), else 0; None where the
-    truth cannot be read as mathematics."""
-    # They warn of every call without a time limit of its own; the worker's is enough.
+    """Returns 1 if the completion's answer equals the truth (1/2, 0.5, \\frac12), else 0; None
+    where the truth cannot be read as mathematics."""
+    # math-verify warns at every call without a time limit of its own; the worker's is enough.
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)
     rewards: Values = []

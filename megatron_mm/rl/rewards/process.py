@@ -1,4 +1,4 @@
-"""The trainer's side of one reward worker: starting it, its time limit, its end."""
+"""The trainer's side of one reward worker: its start, its time limits, its end."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ START_SECONDS = 120.0  # for a worker to import the functions' modules; sympy al
 
 
 class Lost(NamedTuple):
-    """In place of an answer: the worker has to be replaced."""
+    """The loss of a worker, in place of its answer; it has to be replaced."""
 
     reason: str
     timed_out: bool = False
 
 
 class RewardProcess:
-    """One worker. `task` is what it is at, None when it waits; not `ready` until it has sent
-    its first answer."""
+    """One worker.
+
+    Attributes:
+        task: the task that it works on; None while it waits for one.
+        ready: whether it has sent its first answer.
+    """
 
     def __init__(self, context: Any, specs: Sequence[Spec]) -> None:
         self.pipe, theirs = context.Pipe()
-        # Its end closes with this process, however it goes; see `end_with_parent`.
+        # This end closes when this process ends, in whatever way; see `end_with_parent`.
         their_lifeline, self.lifeline = context.Pipe(duplex=False)
         self.process = context.Process(
             target=work, args=(theirs, their_lifeline, specs), name="reward worker"
@@ -45,13 +49,13 @@ class RewardProcess:
         self.set_limit(START_SECONDS)
 
     def set_limit(self, seconds: float) -> None:
-        """Its next answer has to come within `seconds` from now."""
+        """Sets the time for its next answer, from now."""
         self.limit, self.deadline = seconds, time.monotonic() + seconds
 
     def kill(self) -> None:
-        """End it, and whatever its functions started."""
+        """Ends it, and whatever its functions started."""
         gone = contextlib.suppress(ProcessLookupError, PermissionError)
-        with gone:  # it may not have come as far as to have a group
+        with gone:  # it may not have a process group yet
             os.killpg(self.process.pid, signal.SIGKILL)
         with gone:
             self.process.kill()
@@ -68,7 +72,7 @@ class RewardProcess:
 
 
 def answers(workers: Sequence[RewardProcess]) -> list[tuple[RewardProcess, Any]]:
-    """What these workers have sent, or a Lost for one that died or ran out of time; waits until
+    """Returns the answers of workers, a Lost for one that died or ran out of time; waits until
     there is at least one, or a time limit has passed."""
     if not workers:
         return []

@@ -1,4 +1,4 @@
-"""What scoring a batch of completions gives: values, and why some are missing."""
+"""The rewards of a batch of completions: values, and the reasons why some are missing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron_mm.rl.rewards.worker import Score
+from megatron_mm.rl.rewards.worker import Answer, Score
 
 
 class Task(NamedTuple):
-    """Some samples, from `start` up to `stop`, for one function."""
+    """Samples `start` to `stop` (exclusive) for one function."""
 
     function: int
     start: int
@@ -26,7 +26,7 @@ class Failure:
 
 @dataclass
 class Rewards:
-    """Of N samples and C rewards."""
+    """The rewards of N samples by C functions; `RewardRunner.score` fills it in."""
 
     names: list[str]
     # NaN where a reward does not apply (None) and where it failed
@@ -34,6 +34,7 @@ class Rewards:
     failed: list[list[bool]]  # [N][C]
     failures: list[Failure] = field(default_factory=list)  # by sample
     seconds: dict[str, float] = field(default_factory=dict)  # of workers, by reward
+    logged: list[tuple[str, float]] = field(default_factory=list)  # by `log_metric`
 
     @classmethod
     def empty(cls, names: Sequence[str], count: int) -> Rewards:
@@ -41,10 +42,12 @@ class Rewards:
         failed = [[False] * len(names) for _ in range(count)]
         return cls([*names], values, failed, seconds=dict.fromkeys(names, 0.0))
 
-    def record(self, task: Task, answer: list[Score] | str) -> None:
-        """Scores of a task's samples, or the reason why none of them has one."""
+    def record(self, task: Task, answer: Answer | str) -> None:
+        """Enters the scores of a task's samples, or the reason why none of them has one."""
+        if isinstance(answer, Answer):
+            self.logged += answer.logged
         for place, sample in enumerate(range(task.start, task.stop)):
-            score = Score(None, answer) if isinstance(answer, str) else answer[place]
+            score = Score(None, answer) if isinstance(answer, str) else answer.scores[place]
             if score.reason is not None:
                 self.failed[sample][task.function] = True
                 self.failures.append(Failure(sample, self.names[task.function], score.reason))

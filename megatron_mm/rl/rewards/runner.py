@@ -1,7 +1,7 @@
 """Rewards in worker processes: whatever a reward function does, the run goes on.
 
-A call that hangs is killed at its time limit, a worker that dies is replaced, and the samples of
-such a call get a recorded failure: never a silent zero, never an exception. There are no threads:
+A call that hangs is killed at its time limit, and a worker that dies is replaced. The samples of
+such a call get a recorded failure, not a zero, and no exception is raised. There are no threads:
 `score` waits for all workers at once.
 """
 
@@ -23,17 +23,18 @@ from megatron_mm.rl.rewards.process import Lost, RewardProcess, answers
 from megatron_mm.rl.rewards.result import Rewards, Task
 from megatron_mm.rl.rewards.worker import Call, Ready, one_line
 
-# Calls of one reward that may run out of time within one `score`: other ranks wait for this one,
-# and give up on it after `distributed_timeout_minutes`.
+# Calls of one reward that may run out of time within one `score`. Other ranks wait meanwhile, and
+# give up after `distributed_timeout_minutes`.
 MAX_TIMEOUTS = 10
 MAX_STARTS = 3  # failed starts in a row before the waiting samples are given up
 
 
 class RewardRunner:
-    """Reward functions by their `reward_funcs` entries, in `num_workers` processes.
+    """The reward functions of `reward_funcs`, in `num_workers` processes. Close it, or use it in a
+    `with` statement; its workers end with this process in any case.
 
-    Raises RLError at once, in one line, for functions that cannot be loaded. Close it, or use it
-    in a `with` statement; its workers end with this process in any case.
+    Raises:
+        RLError: at construction, in one line, for functions that cannot be loaded.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class RewardRunner:
     ) -> None:
         """
         Args:
-            timeout: seconds for each call of a function.
-            batch_size: samples in a call; a call that fails costs all of them.
+            timeout: of each call of a function, in seconds.
+            batch_size: samples in a call; all of them fail if the call fails.
         """
         self._specs = parse_specs(reward_funcs, REWARDS)
         self.names = [spec.name for spec in self._specs]
@@ -56,7 +57,8 @@ class RewardRunner:
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[RewardProcess] = []
         self._failed_starts = 0
-        # Registered after multiprocessing's own, and so run before it: that one would wait.
+        # It is registered after multiprocessing's own handler and so runs before it, which would
+        # wait for the workers.
         self._at_exit = _closer(weakref.ref(self))
         atexit.register(self._at_exit)
         try:
@@ -75,7 +77,7 @@ class RewardRunner:
         self.close()
 
     def close(self) -> None:
-        """End the workers, whatever they are doing."""
+        """Ends the workers, whatever they are doing."""
         atexit.unregister(self._at_exit)
         while self._workers:
             self._workers.pop().kill()
@@ -97,13 +99,14 @@ class RewardRunner:
         columns: Mapping[str, Sequence[Any]] | None = None,
         routed_experts: Sequence[Any] | None = None,
     ) -> Rewards:
-        """Every reward of every sample.
+        """Returns every reward of every sample.
 
         Args:
-            columns: the rows' other columns, each of N values.
+            columns: the rows' other columns, each with N values.
             routed_experts: int16 [positions, layers, k] of each sample; only functions that name
                 the argument get it.
-        Raises RLError if the arguments differ in length; never for what a function does.
+        Raises:
+            RLError: if the arguments differ in length; never for what a function does.
         """
         count = len(completions)
         lists = dict(columns or {}) | {"prompts": prompts, "completion_ids": completion_ids}
@@ -140,7 +143,7 @@ class RewardRunner:
         return rewards
 
     def _give_up(self, pending: deque[Task], rewards: Rewards) -> None:
-        """Record, for the tasks that come next, rewards that hang again and again."""
+        """Records a failure for the next tasks as long as their reward has hung too often."""
         while pending and self._timeouts[pending[0].function] >= MAX_TIMEOUTS:
             reason = (
                 f"given up after {MAX_TIMEOUTS} calls that took longer than {self._timeout:g} s"
@@ -148,7 +151,7 @@ class RewardRunner:
             rewards.record(pending.popleft(), reason)
 
     def _fill_up(self) -> None:
-        """Replace workers that are gone."""
+        """Replaces workers that are gone."""
         for worker in [w for w in self._workers if w.task is None and not w.process.is_alive()]:
             self._lose(worker)
         while len(self._workers) < self._num_workers and self._failed_starts < MAX_STARTS:
@@ -180,7 +183,7 @@ class RewardRunner:
         given: Mapping[str, Sequence[Any]],
         rewards: Rewards,
     ) -> None:
-        """Only what the function wants travels."""
+        """Sends a task to a worker, with the columns that its function takes and no others."""
         function, part = task.function, slice(task.start, task.stop)
         wants, routes = (answer[function] for answer in self._signature)
         arguments = ("prompts", "completions", "completion_ids", "routed_experts")
@@ -204,7 +207,7 @@ class RewardRunner:
         worker.set_limit(self._timeout)
 
     def _take_in(self, rewards: Rewards) -> None:
-        """Wait until a worker answers, dies or runs out of time."""
+        """Waits until a worker answers, dies or runs out of time, and enters the outcome."""
         waiting = [w for w in self._workers if w.task is not None or not w.ready]
         for worker, answer in answers(waiting):
             if isinstance(answer, Ready):

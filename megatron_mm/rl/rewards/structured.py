@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_mm.rl.rewards.text import Values, each
 
-# A sign belongs to a number unless something stands right before it: 5-3 ends in 3.
+# A sign belongs to a number unless a word or a bracket stands right before it: 5-3 ends in 3.
 _NUMBER = (
     r"(?:(?<![\w)])[-+\u2212])?"
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
@@ -21,8 +21,8 @@ _BOX = re.compile(r"[\[(]\s*" + r"[,\s)\](]+".join([r"(-?\d+(?:\.\d+)?)"] * 4) +
 def numeric(
     completions, ground_truth, tolerance: float = 1e-6, relative_tolerance: float = 0.0, **columns
 ) -> Values:
-    """1 if the completion's last number (in a \\boxed{} if there is one) is within tolerance +
-    relative_tolerance * |truth| of the truth."""
+    """Returns 1 if the completion's last number (in a \\boxed{} if there is one) is within
+    tolerance + relative_tolerance * |truth| of the truth, else 0."""
 
     def near(text: str, truth: Any) -> bool:
         boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
@@ -35,7 +35,8 @@ def numeric(
 
 
 def last_number(text: str) -> float | None:
-    """The last number, 1,234.5 and 1e-3 and a minus sign included; None if there is none."""
+    """Returns the last number of a text; forms such as 1,234.5 and -1e-3 count. None if there is
+    none."""
     found = re.findall(_NUMBER, text)
     if not found:
         return None
@@ -44,9 +45,10 @@ def last_number(text: str) -> float | None:
 
 
 def box_iou(completions, ground_truth, threshold: float | None = None, **columns) -> Values:
-    """Intersection over union of boxes [x1, y1, x2, y2], read from the text wherever four numbers
-    stand in brackets. With several, boxes are paired for the highest sum, which is divided by the
-    larger number of boxes. With a threshold, 1 where that mean reaches it, else 0."""
+    """Returns the intersection over union of boxes [x1, y1, x2, y2], read from the text wherever
+    four numbers stand in brackets. Several boxes are paired for the highest sum, which is divided
+    by the larger number of boxes. With a threshold, returns 1 where that mean reaches it, else
+    0."""
 
     def overlap(text: str, truth: Any) -> float:
         true = boxes_in(truth if isinstance(truth, str) else json.dumps(truth))
@@ -62,13 +64,13 @@ Box = tuple[float, float, float, float]
 
 
 def boxes_in(text: str) -> list[Box]:
-    """Boxes as [x1, y1, x2, y2] or (x1,y1),(x2,y2); corners in any order."""
+    """Returns the boxes in a text: [x1, y1, x2, y2] or (x1,y1),(x2,y2), corners in any order."""
     found = [tuple(float(v) for v in match) for match in _BOX.findall(text)]
     return [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in found]
 
 
 def iou(one: Box, other: Box) -> float:
-    """Of two boxes; 0 if both are empty."""
+    """Returns the intersection over union of two boxes; 0 if both are empty."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     shared = max(width, 0.0) * max(height, 0.0)
@@ -89,8 +91,8 @@ def _matched_iou(found: Sequence[Box], true: Sequence[Box]) -> float:
 
 
 def json_match(completions, ground_truth, **columns) -> Values:
-    """The share of values that agree with the truth's, by their place in it; places that only one
-    side has count as wrong. JSON may stand in a code block or behind some text."""
+    """Returns the share of values that equal the truth's at the same place; places that only one
+    side has count as wrong. JSON may stand in a code block or after some text."""
 
     def share(text: str, truth: Any) -> float:
         true = json.loads(truth) if isinstance(truth, str) else truth
@@ -106,7 +108,8 @@ def json_match(completions, ground_truth, **columns) -> Values:
 
 
 def _find_json(text: str) -> Any:
-    """The text as JSON, else the first object or list in it. Raises ValueError without one."""
+    """Reads the text as JSON, else the first object or list in it; raises ValueError without
+    one."""
     try:
         return json.loads(text)
     except ValueError:
@@ -117,7 +120,7 @@ def _find_json(text: str) -> Any:
 
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Places and values; an empty object or list is a value."""
+    """Yields (place, value) of every leaf; an empty object or list is a leaf."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, (*path, key))

@@ -1,7 +1,8 @@
 """Rewards that read the completion as text.
 
-Every reward has TRL's signature. A completion is text, or a conversation whose messages' contents
-are joined; a ground truth of None gives None: the reward does not apply to that sample.
+Every reward has TRL's signature and returns one value for each completion. A completion is text, or
+a conversation whose messages' contents are joined. A ground truth of None gives None: the reward
+does not apply to that sample.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ Values = list[float | None]
 
 
 def text_of(completion: Completion) -> str:
+    """Returns the text of a completion, its messages joined by newlines."""
     if isinstance(completion, str):
         return completion
     return "\n".join(str(message["content"]) for message in completion)
@@ -27,13 +29,14 @@ def each(
     ground_truth: Sequence[Any],
     compare: Callable[[str, Any], float],
 ) -> Values:
-    """`compare(text, truth)` of every completion whose truth is known."""
+    """Returns `compare(text, truth)` of every completion whose truth is known, None of the
+    others."""
     pairs = zip(completions, ground_truth, strict=True)
     return [None if truth is None else float(compare(text_of(c), truth)) for c, truth in pairs]
 
 
 def exact(completions, ground_truth, ignore_case: bool = False, **columns) -> Values:
-    """1 if the completion is the truth, outer whitespace aside."""
+    """Returns 1 if the completion is the truth, outer whitespace aside, else 0."""
 
     def equal(text: str, truth: Any) -> bool:
         pair = text.strip(), str(truth).strip()
@@ -43,7 +46,7 @@ def exact(completions, ground_truth, ignore_case: bool = False, **columns) -> Va
 
 
 def scorer(completions, ground_truth, scorer, **columns) -> Values:
-    """The share that is right, by the row's own `scorer` (evaluation/scoring.py), as in evaluation."""
+    """Returns the share that is right, by the row's own `scorer` (evaluation/scoring.py)."""
     rows = zip(completions, ground_truth, scorer, strict=True)
     return [
         None if truth is None else score(name or "exact", text_of(c), str(truth))
@@ -52,9 +55,9 @@ def scorer(completions, ground_truth, scorer, **columns) -> Values:
 
 
 def multiple_choice(completions, ground_truth, **columns) -> Values:
-    """1 if the chosen letter is the truth's. The choice is, in this order: the last \\boxed{B};
-    the last "answer is B", "answer: (B)"; a letter that opens the text, "B", "(B) Paris",
-    "B. Paris"; the last letter in brackets. Without any of them the reward is 0."""
+    """Returns 1 if the chosen letter is the truth's. The choice is, in this order: the last
+    \\boxed{B}; the last "answer is B", "answer: (B)"; a letter that opens the text, "B", "(B)
+    Paris", "B. Paris"; the last letter in brackets. Without any of them the reward is 0."""
 
     def equal(text: str, truth: Any) -> bool:
         return chosen_letter(text) == (chosen_letter(str(truth)) or str(truth).strip().upper())
@@ -71,6 +74,7 @@ _CHOICES = (
 
 
 def chosen_letter(text: str) -> str | None:
+    """Returns the letter that a text chooses, see `multiple_choice`; None if it chooses none."""
     for pattern in _CHOICES:
         found = re.findall(pattern, text)
         if found:
@@ -79,9 +83,9 @@ def chosen_letter(text: str) -> str | None:
 
 
 def anls(completions, ground_truth, threshold: float = 0.5, **columns) -> Values:
-    """Similarity by edit distance, for text read from images: 1 - NL where NL < threshold, else 0,
-    with NL the edit distance over the longer length; the best of several truths. Case and outer
-    whitespace aside. ANLS, arXiv 1905.13648, eq. 1, for one question."""
+    """Returns the similarity by edit distance, for text read from images: 1 - NL where NL <
+    threshold, else 0, with NL the edit distance over the longer length. The best of several truths
+    counts; case and outer whitespace do not. ANLS, arXiv 1905.13648, eq. 1, for one question."""
 
     def similarity(text: str, truth: Any) -> float:
         truths = truth if isinstance(truth, (list, tuple)) else [truth]
@@ -95,7 +99,7 @@ def _similarity(text: str, truth: str, threshold: float) -> float:
     longer = max(len(text), len(truth))
     if not longer:
         return 1.0
-    # The difference in length is a lower bound of the distance, and costs nothing.
+    # The difference in length is a lower bound of the distance, and takes no time.
     if abs(len(text) - len(truth)) / longer >= threshold:
         return 0.0
     distance = edit_distance(text, truth) / longer
@@ -103,7 +107,8 @@ def _similarity(text: str, truth: str, threshold: float) -> float:
 
 
 def edit_distance(one: str, other: str) -> int:
-    """Insertions, deletions and replacements that lead from one to the other (Levenshtein)."""
+    """Returns the least number of insertions, deletions and replacements from one to the other
+    (Levenshtein)."""
     row = list(range(len(other) + 1))
     for i, a in enumerate(one, start=1):
         above, row[0] = row[0], i
@@ -113,8 +118,8 @@ def edit_distance(one: str, other: str) -> int:
 
 
 def tags(completions, tags: Sequence[str] = ("think", "answer"), **columns) -> Values:
-    """1 if the completion is nothing but these tags, in order, each once: <think>...</think>
-    <answer>...</answer>."""
+    """Returns 1 if the completion is nothing but these tags, in order, each once:
+    <think>...</think> <answer>...</answer>."""
     inner = r"\s*".join(rf"<{re.escape(tag)}>.*?</{re.escape(tag)}>" for tag in tags)
     whole = re.compile(rf"\s*{inner}\s*", re.DOTALL)
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
@@ -126,7 +131,8 @@ def tags(completions, tags: Sequence[str] = ("think", "answer"), **columns) -> V
 
 
 def pattern(completions, pattern: str, **columns) -> Values:
-    """1 if the whole completion matches a regular expression, . including newlines."""
+    """Returns 1 if the whole completion matches a regular expression, where . matches newlines
+    too."""
     whole = re.compile(pattern, re.DOTALL)
     return [float(bool(whole.fullmatch(text_of(c)))) for c in completions]
 
@@ -134,8 +140,8 @@ def pattern(completions, pattern: str, **columns) -> Values:
 def soft_overlong(
     completions, completion_ids, max_completion_length: int, soft_punish_cache: int, **columns
 ) -> Values:
-    """0 up to soft_punish_cache tokens below the maximum, then falling to -1 at the maximum and
-    beyond. DAPO, arXiv 2503.14476, eq. 13."""
+    """Returns 0 up to `soft_punish_cache` tokens below the maximum, then less and less down to -1
+    at the maximum and beyond. DAPO, arXiv 2503.14476, eq. 13."""
     return [
         soft_overlong_punishment(len(ids), max_completion_length, soft_punish_cache)
         for ids in completion_ids
@@ -143,7 +149,7 @@ def soft_overlong(
 
 
 def soft_overlong_punishment(length: int, max_length: int, cache: int) -> float:
-    """Of one completion of `length` tokens, -1 to 0."""
+    """Returns the reward of one completion of `length` tokens, -1 to 0."""
     if not 0 < cache <= max_length:
         raise ValueError(f"soft_punish_cache is {cache}; allowed: 1 to {max_length}")
     return float(max(-1.0, min(0.0, (max_length - cache - length) / cache)))

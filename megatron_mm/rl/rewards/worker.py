@@ -18,7 +18,7 @@ MAX_REASON = 300  # characters of a failure's reason that are kept
 
 
 class Call(NamedTuple):
-    """Some samples for one function; all lists are of one length."""
+    """Samples for one function; all lists are of one length."""
 
     function: int
     prompts: list[Any]
@@ -29,15 +29,27 @@ class Call(NamedTuple):
 
 
 class Score(NamedTuple):
-    """One sample's: a number, or None where the reward does not apply, or a reason why there is
-    none."""
+    """The score of one sample: a number, None where the reward does not apply, or the reason of a
+    failure."""
 
     value: float | None
     reason: str | None = None
 
 
+class Answer(NamedTuple):
+    """The worker's answer to a call.
+
+    Attributes:
+        scores: one for each sample.
+        logged: numbers that the function gave to `log_metric`, by the metric's name.
+    """
+
+    scores: list[Score]
+    logged: list[tuple[str, float]]
+
+
 class Ready(NamedTuple):
-    """A worker's first answer: of each function, what it wants (see RewardFunction)."""
+    """A worker's first answer: the columns that each function takes (see RewardFunction)."""
 
     wants: list[frozenset[str] | None]
     wants_routes: list[bool]
@@ -64,16 +76,21 @@ def work(pipe: Connection, lifeline: Connection, specs: Sequence[Spec]) -> None:
         pipe.send(scores_of(functions[number], arguments))
 
 
-def scores_of(function: RewardFunction, arguments: Sequence[Any]) -> list[Score] | str:
-    """One score for each sample, or the reason why the call has none."""
+def scores_of(function: RewardFunction, arguments: Sequence[Any]) -> Answer | str:
+    """Returns one score for each sample, or the reason why the call has none."""
     count = len(arguments[1])
+    logged: list[tuple[str, float]] = []
+
+    def log_metric(name: str, value: float) -> None:
+        logged.append((str(name), float(value)))
+
     try:
-        result = function(*arguments)
-        # tensors and arrays
+        result = function(*arguments, log_metric)
+        # Tensors and arrays have tolist.
         values = result.tolist() if hasattr(result, "tolist") else list(result)
         if len(values) != count:
             return f"returned {len(values)} rewards for {count} completions"
-        return [_score(value) for value in values]
+        return Answer([_score(value) for value in values], logged)
     except BaseException as error:  # SystemExit too
         return one_line(error)
 
@@ -95,14 +112,14 @@ def one_line(error: BaseException) -> str:
 
 
 def end_with_parent(lifeline: Connection) -> None:
-    """Have the kernel kill this process group when the other end of `lifeline` closes, which
-    happens however the trainer ends. A thread that waits for it would not do: a regular
-    expression that hangs holds Python's lock."""
+    """Has the kernel kill this process group when the other end of `lifeline` closes, which happens
+    however the trainer ends. A waiting thread would not do: a regular expression that hangs holds
+    Python's lock."""
     fd = lifeline.fileno()
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-    # It may have closed before this was set up.
+    # The pipe may have closed before this was set up.
     poll = select.poll()
     poll.register(fd, select.POLLHUP)
     if poll.poll(0):
@@ -110,7 +127,7 @@ def end_with_parent(lifeline: Connection) -> None:
 
 
 def _silence() -> None:
-    """What functions print is thrown away: it may be megabytes for each call, from many ranks."""
+    """Throws away what functions print: it may be megabytes for each call, from many ranks."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nowhere, fd)

@@ -1,1 +1,1 @@
-"""From rows to microbatches of scored completions."""
+"""Rollouts: prompts, completions, scores, and the steps made of them."""

@@ -1,4 +1,4 @@
-"""The prompts that a rank generates answers to: resumable, and the same under any layout."""
+"""The prompts of a rollout: rows in the data's order, resumable, the same under any layout."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from megatron_mm.data.loading.reader import Prompt, Reader
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.scoring import result_key
+from megatron_mm.rl.settings import RLConfig
 
 
 @dataclass(frozen=True)
 class Drawn:
     """Rows of the training data, for one replica."""
 
-    prompts: list[Prompt]  # those that could be read
+    prompts: list[Prompt]  # the rows that could be read
     kept: list[int]  # their numbers
-    skipped: list[str]  # why the others could not
+    skipped: list[str]  # the others, each as "file:row: reason"
 
 
 class PromptLoader:
-    """Rows of the training data in its shuffled order, each for one replica. Raises DataError at
-    construction for unusable settings or files.
+    """Hands out the rows of the training data in their shuffled order, each to one replica. The
+    state is the number of rows that were drawn for all replicas together.
 
-    The state is how many rows were drawn for all replicas together.
+    Raises:
+        DataError: at construction, for settings or files that cannot be used.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class PromptLoader:
         self._place, self.order = curriculum.place, curriculum.description
         self._reader = Reader(run, tokenizer, curriculum.sources)
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._longest = run.data.seq_length - run.rl.max_completion_length
+        self._longest = run.data.seq_length - run.section(RLConfig).max_completion_length
         self._skip_bad = run.data.on_bad_sample == "skip"
         self.consumed_samples = 0
 
@@ -57,13 +59,17 @@ class PromptLoader:
         self.consumed_samples = int(state["consumed_samples"])
 
     def numbers(self, count: int) -> list[int]:
-        """This replica's of the next `count` rows, which are then drawn."""
+        """Draws the next `count` rows for the whole job; returns the numbers of this replica's."""
         first = self.consumed_samples + self._rank
         self.consumed_samples += count
         return list(range(first, self.consumed_samples, self._size))
 
     def read(self, numbers: list[int]) -> Drawn:
-        """On the replica's reader. Raises DataError for a bad row, unless it may be skipped."""
+        """Reads rows by number, on the replica's reader.
+
+        Raises:
+            DataError: for a bad row, unless `on_bad_sample` is skip.
+        """
         found = self._reader.prompts([self._place(number) for number in numbers])
         found = [self._checked(prompt) for prompt in found]
         skipped = [text for text in found if isinstance(text, str)]
@@ -76,7 +82,7 @@ class PromptLoader:
         if isinstance(prompt, str):
             return prompt
         try:
-            result_key(prompt.row)  # what its reward is reported under
+            result_key(prompt.row)  # the name that its reward is reported under
         except DataError as error:
             return f"{prompt.where}: {error}"
         if len(prompt.sample.tokens_T) <= self._longest:
@@ -88,4 +94,4 @@ class PromptLoader:
         )
 
     def close(self) -> None:
-        """Nothing is open. As of a TrainLoader."""
+        """Closes nothing; a TrainLoader has workers to end."""

@@ -3,7 +3,7 @@
 Activations are whole on every tensor-parallel rank and heads are split, so the gradients
 of norms, layer scale and embeddings are complete on each rank and need no reduction.
 
-Shapes: N tiles, P patches along a side, S = P * P + 1 positions, V vision width.
+Shapes: N tiles, P patches of a tile, S = P + 1 positions, V vision width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from megatron_mm.config import VisionConfig
+from megatron_mm.model.families.internvit.settings import InternViTSettings
 from megatron_mm.model.layers.linear import column, row
 from megatron_mm.model.layers.norms import FullWidthRMSNorm, VisionLayerNorm, VisionRMSNorm
 from megatron_mm.model.recompute import recomputed
@@ -26,7 +26,7 @@ NORMS = {"LayerNorm": VisionLayerNorm, "RMSNorm": VisionRMSNorm}
 class VisionEmbedding(nn.Module):
     """Patch projection, class token and learned positions (resized bicubically if need be)."""
 
-    def __init__(self, vision: VisionConfig, dtype: torch.dtype):
+    def __init__(self, vision: InternViTSettings, dtype: torch.dtype):
         super().__init__()
         width, self.patch = vision.vision_hidden_size, vision.patch_size
         self.side = vision.image_size // vision.patch_size
@@ -68,7 +68,7 @@ class VisionAttention(nn.Module):
     which add nothing and get no gradient.
     """
 
-    def __init__(self, vision: VisionConfig, config: TransformerConfig, tp: ProcessGroup):
+    def __init__(self, vision: InternViTSettings, config: TransformerConfig, tp: ProcessGroup):
         super().__init__()
         width = vision.vision_hidden_size
         self.heads = -(-vision.vision_num_attention_heads // tp.size())
@@ -105,7 +105,7 @@ class VisionAttention(nn.Module):
 class VisionLayer(nn.Module):
     """Pre-norm attention and MLP, each scaled per feature before it joins the residual."""
 
-    def __init__(self, vision: VisionConfig, config: TransformerConfig, tp: ProcessGroup):
+    def __init__(self, vision: InternViTSettings, config: TransformerConfig, tp: ProcessGroup):
         super().__init__()
         width, dtype = vision.vision_hidden_size, config.params_dtype
         norm, eps = NORMS[vision.vision_normalization], vision.vision_layernorm_epsilon
@@ -128,10 +128,14 @@ class VisionLayer(nn.Module):
 
 
 class InternViT(nn.Module):
-    """Tiles to patch features. `config` must have sequence parallelism off."""
+    """Computes patch features of tiles. `config` must have sequence parallelism off."""
 
     def __init__(
-        self, vision: VisionConfig, config: TransformerConfig, tp: ProcessGroup, recompute: bool
+        self,
+        vision: InternViTSettings,
+        config: TransformerConfig,
+        tp: ProcessGroup,
+        recompute: bool,
     ):
         super().__init__()
         self.recompute = recompute
@@ -141,7 +145,7 @@ class InternViT(nn.Module):
         )
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """[N, 3, height, width] -> [N, P * P, V], the class token left out."""
+        """[N, 3, height, width] -> [N, P, V] in reading order, without the class token."""
         hidden = self.embedding(pixels_NCHW)
         for layer in self.layers:
             hidden = recomputed(layer, hidden) if self.recompute else layer(hidden)

@@ -1,8 +1,8 @@
 """A stream of samples cut into chunks of one size, for kernels that carry a state along.
 
-Every sample is cut by itself, so that short samples beside a long one cost what they are, not
-what the longest is. Only a sample's last chunk holds padding: repeats of its last position,
-which causality keeps from everything real.
+Every sample is cut by itself, so that the cost of a short sample does not depend on the longest.
+Only a sample's last chunk holds padding: repeats of its last position, which causality keeps from
+everything real.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+from megatron_mm.config import RunConfig
+from megatron_mm.model.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,19 @@ def to_cells(x_T: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
 def to_stream(cells: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
     """[B, C, ...] -> [T, ...]"""
     return _ToStream.apply(cells, plan)
+
+
+def delta_rule_flops(run: RunConfig, segments: Segments) -> tuple[float, float]:
+    """FLOPs (forward, backward) of `delta_rule.py` over these samples: chunks of C positions,
+    `later` of them with a state to begin with. Solving for the inverse is no product and not
+    counted."""
+    lm = run.model.language
+    keys, values = lm.linear_num_key_heads, lm.linear_num_value_heads
+    K, V = lm.linear_key_head_dim, lm.linear_value_head_dim
+    C = chunk_length(max(segments.sizes), K, V)
+    active = chunk_plan(segments.sizes, C, torch.device("cpu")).active
+    chunks, later = sum(active), sum(active[1:])
+    by_key, by_value = 2.0 * chunks * keys * C * C * K, 2.0 * chunks * values * C * C * V
+    state = 2.0 * later * values * C * K * V
+    forward = 2 * by_key + 2 * by_value + 2.0 * later * values * C * C * K + 3 * state
+    return forward, 4 * by_key + 4 * by_value + 6 * state

@@ -34,7 +34,8 @@ def padded_index(lengths: tuple[int, ...], pad: int, device: torch.device) -> to
 
 
 class _Convolution(torch.autograd.Function):
-    """By hand, because autograd keeps and adds up every shifted product."""
+    """The convolution with a backward pass by hand: autograd keeps and adds up every shifted
+    product."""
 
     @staticmethod
     def forward(ctx, x_TC, weight_CW, index_T, samples: int):
@@ -69,8 +70,8 @@ class _Convolution(torch.autograd.Function):
 
 
 def last_inputs(x_TC: torch.Tensor, taps: int, segments: Segments) -> torch.Tensor:
-    """[samples, W - 1, C]: what the convolution has to know of each sample to go on; zero before
-    a sample's beginning."""
+    """The inputs that the convolution of each sample needs to continue, [samples, W - 1, C]; zero
+    before a sample's beginning."""
     back = torch.arange(taps - 1, 0, -1)
     place = (segments.starts + segments.lengths)[:, None] - back
     real = (place >= segments.starts[:, None]).to(x_TC.device)

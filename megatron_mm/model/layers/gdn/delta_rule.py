@@ -45,7 +45,7 @@ def gated_delta_rule(
     log_decay: torch.Tensor,
     beta: torch.Tensor,
 ) -> torch.Tensor:
-    """Every position's read-out, from a zero state, for rows of one length.
+    """Reads out every position from a zero state, for rows of one length.
 
     Args:
         query, key: [rows, L, k, K], not yet normalised.
@@ -128,7 +128,7 @@ def _inverse(system: torch.Tensor) -> torch.Tensor:
 
 
 class _Kept(NamedTuple):
-    """What the forward pass leaves for the backward pass, or for the states at the end."""
+    """Intermediates of the forward pass for the backward pass, or for the states at the end."""
 
     query: torch.Tensor
     key: torch.Tensor

@@ -14,6 +14,9 @@ key head, K and V head widths.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,14 +24,46 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mm.config import LanguageConfig
-from megatron_mm.model.backends.choice import Backend
-from megatron_mm.model.decode import DeltaState
-from megatron_mm.model.layers.gdn.mix import HeadWidths
+from megatron_mm.model.backends.interface import Backend
+from megatron_mm.model.decode import LayerState
+from megatron_mm.model.layers.gdn.convolution import convolution_step
+from megatron_mm.model.layers.gdn.mix import HeadWidths, split_heads
+from megatron_mm.model.layers.gdn.step import delta_rule_step
+from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.norms import GatedRMSNorm
 from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.param_layout import constant, normal, place, uniform
 from megatron_mm.parallel.sequence import heads_to_sequence, part, sequence_to_heads, take
+
+if TYPE_CHECKING:
+    from megatron_mm.model.context import StreamContext
+
+
+class DeltaState(LayerState):
+    """The convolution's last inputs and the state of the delta rule, of every row."""
+
+    def mix(
+        self,
+        mix_and_keep: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        qkv_TC: torch.Tensor,
+        conv_weight_CW: torch.Tensor,
+        log_decay_Th: torch.Tensor,
+        beta_Th: torch.Tensor,
+        segments: Segments,
+        widths: HeadWidths,
+    ) -> torch.Tensor:
+        """`mix_and_keep` over the prompts, or one position of each row: [T, value heads, V]."""
+        arguments = (qkv_TC, conv_weight_CW, log_decay_Th, beta_Th)
+        if not self.cache.stepping:
+            mixed, inputs, state = mix_and_keep(*arguments, segments, widths)
+            self.hand_out("inputs", inputs)
+            self.hand_out("state", state)
+            return mixed
+        inputs, state = self.tensors["inputs"], self.tensors["state"]
+        qkv = convolution_step(qkv_TC, conv_weight_CW, inputs)
+        query, key, value = split_heads(qkv, widths)
+        return delta_rule_step(query, key, value, log_decay_Th, beta_Th, state)
 
 
 class GatedDeltaNet(nn.Module):
@@ -36,6 +71,8 @@ class GatedDeltaNet(nn.Module):
 
     The convolution's channels are grouped alike: [q, k, v] for every key head.
     """
+
+    State = DeltaState
 
     def __init__(
         self,
@@ -86,10 +123,21 @@ class GatedDeltaNet(nn.Module):
             tp=tp,
         )
 
+    @classmethod
+    def build(cls, given: BuildContext) -> GatedDeltaNet:
+        language, again = given.run.model.language, given.recompute.core_attn
+        return cls(language, given.config, given.pg, given.out_std, given.backend, again)
+
+    def run(
+        self, hidden_t1H: torch.Tensor, context: StreamContext, state: DeltaState | None
+    ) -> torch.Tensor:
+        """See `LayerModule.run`."""
+        return self(hidden_t1H, context.segments, state)
+
     def forward(
         self, hidden_t1H: torch.Tensor, segments: Segments, state: DeltaState | None = None
     ) -> torch.Tensor:
-        """[t, 1, H] -> [t, 1, H]. `state`: of the rows being decoded."""
+        """[t, 1, H] -> [t, 1, H]; `state` is that of the rows being decoded."""
         fused, _ = self.in_proj(hidden_t1H)
         tokens = fused.shape[0]
         fused = fused.view(tokens, self.key_heads, sum(self.widths))

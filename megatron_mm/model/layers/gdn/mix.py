@@ -1,4 +1,4 @@
-"""What mixes positions in a gated DeltaNet layer: convolution, then delta rule."""
+"""Mixing of positions in a gated DeltaNet layer: convolution, then delta rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_mm.model.segments import Segments
 
 
 class HeadWidths(NamedTuple):
-    """Of one key head: K features of its key, V of each of the r values that it serves."""
+    """Widths of one key head: K features of its key, V of each of the r values that it serves."""
 
     key: int
     value: int
@@ -41,7 +41,7 @@ def convolve_and_scan(
     segments: Segments,
     widths: HeadWidths,
 ) -> torch.Tensor:
-    """In torch; state and convolution restart at every sample.
+    """Convolution and delta rule in torch; both restart at every sample.
 
     Args:
         qkv_TC: for every key head its [q, k, v].
@@ -63,8 +63,8 @@ def convolve_scan_and_keep(
     segments: Segments,
     widths: HeadWidths,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`convolve_and_scan` without gradients, and what each sample needs to go on: the last inputs
-    of its convolution [samples, W - 1, C], its state in fp32 [samples, k, r, K, V]."""
+    """`convolve_and_scan` without gradients, and each sample's state to continue from: the last
+    inputs of its convolution [samples, W - 1, C], its state in fp32 [samples, k, r, K, V]."""
     qkv = stream_conv(qkv_TC, conv_weight_CW, segments.sizes)
     query, key, value = split_heads(qkv, widths)
     out, state = delta_rule_and_state(query, key, value, log_decay_Th, beta_Th, segments.sizes)

@@ -1,7 +1,7 @@
 """The gated delta rule, one position of each row.
 
-The recurrence of `gdn_kernels.py` as it stands in the paper (arXiv 2412.06464, eq. 10); what a
-row has seen is its state, so a step costs the same at any position.
+The recurrence of `delta_rule.py` as it stands in the paper (arXiv 2412.06464, eq. 10). A row's past
+is its state, so a step costs the same at any position.
 
 Shapes: R rows, k key heads, r value heads for each, K key width, V value width.
 """

@@ -1,0 +1,104 @@
+"""Merge LoRA adapters into the weights beside them and write a plain checkpoint.
+
+    python tools/merge_lora.py --load runs/adapted --save runs/merged
+    torchrun --nproc-per-node 8 tools/merge_lora.py --load runs/adapted --save runs/merged \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4
+
+The checkpoint describes the model and its adapters; training's flags set the layout, which may be
+any. W + alpha / r * B A (Hu et al. 2021, eq. 3) is summed in fp32 and rounded once to the weights'
+precision. The result holds weights only: a run starts from it with `--finetune --load`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_mm import cli
+from megatron_mm.config import (
+    ConfigError,
+    RunConfig,
+    TrainingConfig,
+    data_parallel_size,
+    load,
+    run_of_checkpoint,
+    validate,
+)
+from megatron_mm.config.flags import parse_flags
+
+
+def settings(argv: list[str]) -> RunConfig:
+    """Returns a run that says where to load, where to save, and the layout.
+
+    Raises:
+        ConfigError: another setting is given, or one of these is missing.
+    """
+    for path in parse_flags(argv).values:
+        if path[0] != "parallel" and path[-1] not in ("load", "save"):
+            raise ConfigError(
+                f"{cli.flag(path[-1])} is not for merging; allowed: --load, --save and the layout"
+            )
+    run = load(None, argv)
+    for key in ("load", "save"):
+        if not getattr(run.checkpoint, key):
+            raise ConfigError(f"{key} is none; allowed: the folder of a checkpoint")
+    return run
+
+
+def stored_run(path: Path, stored: dict, given: RunConfig, world_size: int) -> RunConfig:
+    """Returns the run that made the checkpoint at `path`, on the layout of `given`.
+
+    Raises:
+        ConfigError: it has no adapters, would be overwritten, or does not fit the layout.
+    """
+    # Parameters do not depend on the backend, and nothing is computed here.
+    stored = {key: value for key, value in stored.items() if key != "backend"}
+    run = replace(run_of_checkpoint(stored), parallel=given.parallel)
+    if run.lora.lora_rank is None:
+        raise ConfigError(f"{path} has no adapters: nothing to merge")
+    if Path(given.checkpoint.save).resolve() in (path.resolve(), path.resolve().parent):
+        raise ConfigError(
+            f"save is {given.checkpoint.save}, which would overwrite what is merged; "
+            "allowed: another folder than load"
+        )
+    # Nothing is trained, so the stored batch sizes and data need not fit this layout.
+    training = TrainingConfig(global_batch_size=data_parallel_size(run, world_size))
+    data = replace(run.data, train_data=[])
+    validate(replace(run, data=data, training=training), world_size)
+    return run
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0; 1 if a checkpoint cannot be read or written; 2 for wrong
+    settings."""
+    cli.setup_logging(cli.rank())
+    from megatron_mm import platform
+
+    platform.quiet()
+    platform.install()
+
+    from megatron_mm.checkpoint import folders
+    from megatron_mm.checkpoint.merge import merge_adapters
+    from megatron_mm.engine.engine import Engine
+    from megatron_mm.errors import CheckpointError
+    from megatron_mm.parallel import groups
+
+    started, status = False, 0
+    try:
+        given = settings(argv)
+        try:
+            path, stored = folders.resolve(Path(given.checkpoint.load))
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot load {given.checkpoint.load}: {error}") from None
+        run = stored_run(path, stored["config"], given, cli.world_size())
+        groups.start(run.parallel)
+        started = True
+        engine = Engine.create(run, groups.build(run.parallel))
+        merged = merge_adapters(engine, path, Path(given.checkpoint.save))
+        if cli.rank() == 0:
+            print(f"merged: {merged}")
+    except (CheckpointError, ConfigError) as error:
+        status = cli.fail(error)
+    if started:
+        groups.stop()
+    return status

@@ -1,0 +1,1 @@
+"""Kinds of layers: a letter of the pattern each, by settings alone."""

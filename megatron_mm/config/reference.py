@@ -1,0 +1,72 @@
+"""config/README.md: every setting with its flag, type, default and explanation.
+
+python -m megatron_mm.config.reference > megatron_mm/config/README.md
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from megatron_mm.config.flags import default_text, flag_name, names_text
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.config.tree import Leaf, expected, leaves
+
+HEAD = """\
+# Settings
+
+This room holds every setting of a run and what can be said from settings alone: which layers a
+model has, which stage holds them, what they cost. It imports no torch.
+
+A run is a preset, a YAML file and flags, laid on each other in this order
+(`load.py`). Every row below is a key of its section in YAML and a flag in Megatron's spelling. A
+bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`. `base:` in a
+YAML file names a file that it overrides, `model: preset:` a model to start from. A wrong key, type
+or size is rejected in one line before anything starts.
+
+| file | what it holds |
+|---|---|
+{files}
+
+**Add a setting**: declare it in its dataclass, with its bounds and its explanation behind it; the
+flag, `--help`, the check of its bounds and this page follow.
+
+```python
+micro_batch_size: PositiveInt = 1
+\"\"\"Samples of one forward pass of one replica.\"\"\"
+```
+
+This page is generated: `python -m megatron_mm.config.reference > megatron_mm/config/README.md`.
+"""
+
+
+def page() -> str:
+    """The whole page as markdown."""
+    parts = [HEAD.replace("{files}", "\n".join(_files()))]
+    for section, found in groupby(leaves(RunConfig), key=lambda leaf: leaf.path[:-1]):
+        table = "| flag | allowed | default | |\n|---|---|---|---|"
+        rows = "\n".join(_row(leaf) for leaf in found)
+        parts.append(f"## {'.'.join(section) or 'run'}\n\n{table}\n{rows}\n")
+    return "\n".join(parts)
+
+
+def _row(leaf: Leaf) -> str:
+    allowed = str(leaf.bounds) if leaf.bounds else names_text(leaf) or expected(leaf.hint)
+    cells = (f"`{flag_name(leaf)}`", allowed, f"`{default_text(leaf)}`", leaf.explanation)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _files() -> Iterator[str]:
+    """A row for each module of this room: its name and the first sentence of its docstring."""
+    room = Path(__file__).parent
+    for path in sorted(room.rglob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first = " ".join(text.split("\n\n")[0].split())
+        if path.name != "__init__.py":
+            yield f"| `{path.relative_to(room).as_posix()}` | {first} |"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

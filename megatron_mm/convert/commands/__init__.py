@@ -1,0 +1,1 @@
+"""Commands of conversion, one module each; `tools/` starts them."""

@@ -1,0 +1,102 @@
+"""Metrics of skills and experts over a rollout.
+
+Functions return pairs [numerator, denominator], to be summed over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_mm.earl.alignment import Hits
+from megatron_mm.earl.route_counts import count_routes, mutual_information
+from megatron_mm.earl.router_reward import Span, hit_rates, label_positions
+from megatron_mm.generation.lanes import Completion
+
+MAX_COUNTED = 1 << 14  # positions behind a rollout's mutual information
+
+Pairs = dict[str, list[float]]
+
+
+def hit_pairs(hits: Hits, skills: Sequence[str]) -> Pairs:
+    """Returns the hit rates of the found map and of its shuffled copy, and the rate by chance,
+    each over all skills and by skill."""
+    pairs: Pairs = {}
+    for which, columns in (
+        (hits.found, ("hit_rate", "chance")),
+        (hits.control, ("hit_rate_shuffled",)),
+    ):
+        sums_S4 = which.sum(0)
+        rates = hit_rates(sums_S4)
+        for column, name in enumerate(columns):
+            shares, counts = rates[:, column].tolist(), sums_S4[:, 2].tolist()
+            for skill, share, count in zip(skills, shares, counts, strict=True):
+                if count:
+                    pairs[f"rollout/moe/{name}/{skill}"] = [share * count, count]
+                    whole = pairs.setdefault(f"rollout/moe/{name}", [0.0, 0.0])
+                    whole[0] += share * count
+                    whole[1] += count
+    return pairs
+
+
+def expert_load(
+    completions: Sequence[Completion], layers: Sequence[int], num_experts: int
+) -> dict[int, torch.Tensor]:
+    """Returns how often each expert of each of this rank's layers was used: moe index -> int64
+    [E]; empty where no routes were recorded."""
+    recorded = [c.routes_SLk for c in completions if c.routes_SLk is not None]
+    if not recorded:
+        return {}
+    routes_SLk = torch.cat(recorded).long()
+    return {
+        layer: torch.bincount(routes_SLk[:, n].flatten(), minlength=num_experts)
+        for n, layer in enumerate(layers)
+    }
+
+
+def information_pairs(
+    completions: Sequence[Completion],
+    spans: Sequence[Sequence[Span]],
+    layers: int,
+    sizes: tuple[int, int, int],
+) -> Pairs:
+    """Returns I(expert; skill | token) beyond chance, in nats, over this replica's completions
+    alone: the counts are too many to be sent.
+
+    Args:
+        layers: number of this rank's layers, those of the recorded routes.
+        sizes: experts of a layer, skills, tokens of the vocabulary.
+    """
+    routes, skills, tokens = [], [], []
+    for completion, marks in zip(completions, spans, strict=True):
+        count = len(completion.tokens_G)
+        # The first sampled position is left out: its token belongs to the prompt.
+        routes.append(completion.routes_SLk[-count:][1:])
+        skills.append(label_positions(count, marks)[0][1:])
+        tokens.append(completion.tokens_G[:-1])
+    # A sample of positions: the table of a layer has a cell for each expert, skill and token.
+    cut = slice(MAX_COUNTED)
+    counts = count_routes(
+        torch.cat(routes)[cut], torch.cat(skills)[cut], torch.cat(tokens)[cut], *sizes
+    )
+    information = [mutual_information(counts.layer(n)) for n in range(layers)]
+    excess = sum(found - chance for found, chance in information)
+    return {"rollout/moe/mutual_information": [excess, float(layers)]}
+
+
+def load_violation(loads: Sequence[dict[int, torch.Tensor]]) -> dict[str, float]:
+    """Returns how far the busiest expert is above the mean, averaged over layers (MaxVio, arXiv
+    2408.15664).
+
+    Args:
+        loads: `expert_load` of every rank.
+    """
+    total: dict[int, torch.Tensor] = {}
+    for load in loads:
+        for layer, counts in load.items():
+            total[layer] = total[layer] + counts if layer in total else counts
+    if not total:
+        return {}
+    worst = [float(counts.max() / counts.double().mean()) - 1 for counts in total.values()]
+    return {"rollout/moe/max_violation": sum(worst) / len(worst)}

@@ -1,0 +1,1 @@
+"""The text model of Qwen3.5-MoE."""

@@ -1,0 +1,115 @@
+"""Checks of the settings of reinforcement learning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.errors import ConfigError, unknown
+from megatron_mm.rl.algorithms import (
+    ALGORITHMS,
+    ESTIMATORS,
+    KL_ESTIMATORS,
+    LOSS_AGGREGATIONS,
+    POLICY_LOSSES,
+)
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
+
+
+def check_rl(run: RunConfig) -> None:
+    """Raises ConfigError for settings that do not fit each other. Bounds are checked already."""
+    _check_algorithm(run.section(RLConfig).algorithm)
+    rl = resolve_algorithm(run.section(RLConfig))
+    ESTIMATORS.check(rl.advantage_estimator)
+    POLICY_LOSSES.check(rl.policy_loss)
+    LOSS_AGGREGATIONS.check(rl.loss_agg_mode)
+    KL_ESTIMATORS.check(rl.kl_estimator)
+    _require(rl.num_generations > 1, "num_generations", rl.num_generations, "2 or more, a group")
+    _require(rl.epsilon <= 1, "epsilon", rl.epsilon, "above 0 to 1; 1 is no lower bound")
+    least = 1 + rl.epsilon_high
+    allowed = f"none, or more than 1 + epsilon_high = {least:g}"
+    _require(rl.delta is None or rl.delta > least, "delta", rl.delta, allowed)
+    allowed = "none, or this value with policy_loss clip or gspo"
+    ignored = rl.policy_loss in ("sapo", "cispo", "reinforce")
+    _require(rl.delta is None or not ignored, "delta", rl.delta, allowed)
+    functions, weights = len(rl.reward_funcs), len(rl.reward_weights)
+    allowed = f"none, or one for each of the {functions} reward_funcs"
+    _require(weights in (0, functions), "reward_weights", rl.reward_weights, allowed)
+    _require(
+        all(abs(w) < float("inf") for w in rl.reward_weights),
+        "reward_weights",
+        rl.reward_weights,
+        "finite numbers",
+    )
+    _check_rollouts(run)
+    # Dynamic sampling compares the functions' rewards; the router's is known too late for it.
+    allowed = "false, or true with reward_funcs"
+    _require(functions > 0 or not rl.filter_groups, "filter_groups", rl.filter_groups, allowed)
+    rewarded = functions + (rl.router_reward_weight > 0)
+    _require(rewarded > 0, "reward_funcs", rl.reward_funcs, "at least 1 reward")
+    _require(
+        rl.beta > 0 or not rl.use_kl_in_reward,
+        "use_kl_in_reward",
+        rl.use_kl_in_reward,
+        "false, or true with beta above 0",
+    )
+    for key in ("router_reward_weight", "router_loss_coeff", "skill_map_shuffle_seed"):
+        value = getattr(rl, key)
+        allowed = "left out, or this value with skill_map"
+        _require(value in (0, None) or bool(rl.skill_map), key, value, allowed)
+    drawn = rl.router_temperature
+    allowed = "0, or this value with routing_replay R3, which trains through the drawn experts"
+    _require(not drawn or rl.routing_replay == "R3", "router_temperature", drawn, allowed)
+    steps = rollout_plan(run).steps
+    allowed = (
+        f"0, or this value where a rollout serves one step, not {steps}: see router_loss_coeff"
+    )
+    late = rl.router_loss_coeff > 0 and steps > 1  # REINFORCE, without a ratio to the draw
+    _require(not (drawn and late), "router_temperature", drawn, allowed)
+
+
+def _check_algorithm(name: str) -> None:
+    """Whether an algorithm of somebody else's decides what the built-in ones decide."""
+    given, needed = ALGORITHMS[name], ALGORITHMS["grpo"]
+    for key in needed:
+        if key not in given:
+            raise ConfigError(f"algorithm {name} has no `{key}`; it needs {', '.join(needed)}")
+    for key in given:
+        if key not in needed:
+            raise unknown(f"key in algorithm {name}:", key, needed)
+
+
+def _check_rollouts(run: RunConfig) -> None:
+    rl, training, data = run.section(RLConfig), run.training, run.data
+    group, batch = rl.num_generations, training.global_batch_size
+    allowed = f"one that divides global_batch_size = {batch}, which counts completions"
+    _require(batch % group == 0, "num_generations", group, allowed)
+    prompts = rl.rollout_batch_size or batch // group
+    allowed = f"a multiple of global_batch_size / num_generations = {batch // group} prompts"
+    _require(prompts * group % batch == 0, "rollout_batch_size", rl.rollout_batch_size, allowed)
+    steps = rollout_plan(run).steps
+    for key, value in (
+        ("train_iters", training.train_iters),
+        ("save_interval", run.checkpoint.save_interval or 0),
+        ("eval_interval", run.evaluation.eval_interval or 0),
+    ):
+        if value % steps:  # a rollout is used up before anything is saved
+            raise ConfigError(f"{key} is {value}; allowed: a multiple of a rollout's {steps} steps")
+    if rl.max_completion_length >= data.seq_length:
+        raise ConfigError(
+            f"rl.max_completion_length is {rl.max_completion_length}; allowed: less than "
+            f"seq_length = {data.seq_length}, which prompt and completion share"
+        )
+    for key, value in (("packing", data.packing), ("num_workers", data.num_workers)):
+        if value:
+            raise ConfigError(
+                f"{key} is {value!r}; allowed: {type(value)()!r} with objective "
+                f"{training.objective}, which generates its data"
+            )
+    needed = "the reference model's checkpoint with beta above 0, none with beta 0"
+    _require((rl.beta > 0) == bool(rl.ref_load), "ref_load", rl.ref_load, needed)
+
+
+def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"rl.{key} is {value!r}; allowed: {allowed}")

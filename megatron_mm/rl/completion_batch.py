@@ -1,0 +1,174 @@
+"""Microbatches of completions: prompts with what was sampled, laid end to end.
+
+Values of a sampled token stand at the position whose logits it was drawn from: those of a
+completion reach from the last prompt token to its second-to-last token.
+
+Shapes: T stream, N completions of a microbatch, G tokens of one, L layers of this rank, k experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.config import token_multiple
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.collate import collate
+from megatron_mm.data.sample import Sample
+from megatron_mm.data.tiles import ImageSettings, image_settings
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import broadcast_batches
+from megatron_mm.generation.lanes import Completion
+from megatron_mm.model.routing import Routes
+from megatron_mm.rl.rollout.draw import Group, moe_layers
+from megatron_mm.rl.settings import RLConfig
+
+
+@dataclass(kw_only=True)
+class CompletionBatch(Microbatch):
+    """A microbatch of completions, for forward passes before training.
+
+    Attributes:
+        members: which of the replica's completions these are.
+        completion_T: int64, the number within the microbatch of the completion whose token was
+            sampled from here; -1: none.
+        lengths_N: int64, sampled tokens of each.
+    """
+
+    members: list[int]
+    completion_T: torch.Tensor
+    lengths_N: torch.Tensor
+
+    @property
+    def sampled(self) -> torch.Tensor:
+        """The positions from which tokens were sampled; int64, ascending."""
+        return self.loss_mask_T.nonzero().flatten()
+
+    def spread(
+        self,
+        values: Sequence[torch.Tensor],
+        fill: float = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Returns [T]: the values of each member's tokens, [G] each, at their positions, and
+        `fill` elsewhere."""
+        whole_T = torch.full((len(self.tokens_T),), fill, dtype=dtype)
+        if values:
+            whole_T[self.sampled] = torch.cat([*values]).to(dtype)
+        return whole_T
+
+    def split(self, values_T: torch.Tensor) -> list[torch.Tensor]:
+        """Returns [G] of each member: the opposite of `spread`."""
+        return list(values_T[self.sampled].split(self.lengths_N.tolist()))
+
+
+def answered(prompt: Sample, tokens_G: torch.Tensor) -> Sample:
+    """Returns the prompt and its completion, whose tokens are supervised."""
+    start, count = len(prompt.tokens_T), len(tokens_G)
+    tokens_T = torch.cat((prompt.tokens_T, tokens_G))
+    mask_T = torch.zeros(len(tokens_T))
+    mask_T[start - 1 : start - 1 + count] = 1.0
+    return Sample(tokens_T, torch.cat((tokens_T[1:], tokens_T[-1:])), mask_T, prompt.images,
+                  prompt.where)  # fmt: skip
+
+
+def completion_batch(
+    samples: Sequence[Sample],
+    members: Sequence[int],
+    *,
+    settings: ImageSettings | None,
+    pad_id: int,
+    pad_multiple: int,
+) -> CompletionBatch:
+    """Joins `answered` samples; none gives a microbatch of padding."""
+    batch = collate(samples, settings=settings, pad_id=pad_id, pad_multiple=pad_multiple)
+    lengths_N = torch.tensor([int(s.loss_mask_T.sum()) for s in samples], dtype=torch.int64)
+    completion_T = torch.full_like(batch.tokens_T, -1)
+    sampled = batch.loss_mask_T.nonzero().flatten()
+    completion_T[sampled] = torch.arange(len(samples)).repeat_interleave(lengths_N)
+    return CompletionBatch(
+        **vars(batch), members=[*members], completion_T=completion_T, lengths_N=lengths_N
+    )
+
+
+def token_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Returns the indices of samples in bins of at most `capacity` tokens. Each goes into the first
+    bin with room, so that neighbours (completions of one prompt, whose images are then computed
+    once) stay together. A sample longer than that has a bin to itself."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for index, length in enumerate(lengths):
+        place = next((b for b, left in enumerate(free) if left >= length), len(bins))
+        if place == len(bins):
+            bins.append([])
+            free.append(capacity)
+        bins[place].append(index)
+        free[place] -= length
+    return bins
+
+
+def pack_step(
+    engine: Engine, tokenizer: Tokenizer, groups: Sequence[Group], chosen: Sequence[int]
+) -> list[CompletionBatch]:
+    """Returns the completions of one step in as many microbatches on every replica, with the
+    rollout's routes where they are replayed (R3). Every rank of the job calls it.
+
+    Args:
+        groups: of this replica, all of the rollout; chosen: the places of those in this step.
+    """
+    run = engine.run
+    size = run.section(RLConfig).num_generations
+    completions = [completion for group in groups for completion in group.completions]
+    members = [p * size + g for p in chosen for g in range(size)]
+    capacity = run.training.micro_batch_size * run.data.seq_length
+    samples, bins = [], []
+    if engine.groups.is_reader:
+        samples = [
+            answered(groups[n // size].prompt.sample, completions[n].tokens_G) for n in members
+        ]
+        bins = token_bins([len(s.tokens_T) for s in samples], capacity)
+    count = torch.tensor(max(1, len(bins)))
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=engine.groups.world)
+    stages = engine.groups.pg.pp.size() if len(engine.chunks) > 1 else 1
+    total = -(-int(count) // stages) * stages  # the interleaved schedule takes whole rounds
+    batches = []
+    if engine.groups.is_reader:
+        bins += [[] for _ in range(total - len(bins))]
+        batches = [
+            completion_batch(
+                [samples[i] for i in inside],
+                [members[i] for i in inside],
+                settings=image_settings(run),
+                pad_id=tokenizer.pad_id,
+                pad_multiple=token_multiple(run),
+            )
+            for inside in bins
+        ]
+    batches = broadcast_batches(engine.groups, batches)
+    if run.section(RLConfig).routing_replay != "R3":
+        return batches
+    layers, k = moe_layers(engine), run.model.language.moe_router_topk
+    return [
+        replace(batch, routes=recorded_routes(batch, completions, layers, k)) for batch in batches
+    ]
+
+
+def recorded_routes(
+    batch: CompletionBatch, completions: Sequence[Completion], layers: Sequence[int], k: int
+) -> Routes:
+    """Returns the rollout's routes at the positions of a microbatch; -1 where there are none.
+
+    Args:
+        layers: moe indices of this rank's layers, ascending.
+    """
+    whole_TLk = torch.full((len(batch.tokens_T), len(layers), k), -1, dtype=torch.int16)
+    for place, member in enumerate(batch.members):
+        routes_SLk = completions[member].routes_SLk
+        if routes_SLk is not None:
+            start = int(batch.cu_seqlens[place])
+            whole_TLk[start : start + len(routes_SLk)] = routes_SLk
+    return dict(zip(layers, whole_TLk.unbind(1), strict=True))

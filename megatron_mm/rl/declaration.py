@@ -1,0 +1,32 @@
+"""The declaration of reinforcement learning as an objective."""
+
+from __future__ import annotations
+
+from megatron_mm.config.objectives import Declaration
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.rl.checks import check_rl
+from megatron_mm.rl.settings import RLConfig
+
+
+def _balance(run: RunConfig) -> float:
+    return run.section(RLConfig).rl_moe_aux_loss_coeff
+
+
+GRPO = Declaration(
+    source="megatron_mm.rl.rollout.experience.Experience",
+    loader="megatron_mm.rl.rollout.prompts.PromptLoader",
+    settings=RLConfig,
+    section="rl",
+    check=check_rl,
+    console=(
+        "reward",
+        "reward_std",
+        "kl",
+        "entropy",
+        "completions/mean_length",
+        "rollout/moe/hit_rate",
+    ),
+    before="megatron_mm.evaluation.examples.write_experts_before",
+    moe_aux_loss_coeff=_balance,
+    generates=True,
+)

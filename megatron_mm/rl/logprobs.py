@@ -1,0 +1,145 @@
+"""Log-probabilities of sampled tokens: in training with gradients, before it by forward passes.
+
+Shapes: T stream, K positions that a rank computes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch.distributed import ProcessGroup
+
+from megatron_mm.engine.engine import Engine
+from megatron_mm.generation.lanes import Completion
+from megatron_mm.model.routing import Routes, whole_routes
+from megatron_mm.rl.completion_batch import CompletionBatch
+from megatron_mm.rl.reference import Reference
+from megatron_mm.rl.settings import RLConfig
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """The log-probabilities of a microbatch's sampled tokens before the first update; fp32 [T]
+    each, 0 where no token was sampled.
+
+    Attributes:
+        rollout_T: under the model that drew them, as it computed them while it drew.
+        old_T: under the same weights, as the trainer computes them. None: they are those of the
+            training pass itself.
+        ref_T: under the reference model, if there is one.
+        routes: the experts of the pass that gave `old_T`, where they are replayed (R2).
+    """
+
+    rollout_T: torch.Tensor
+    old_T: torch.Tensor | None
+    ref_T: torch.Tensor | None
+    routes: Routes | None
+
+
+def measure_logprobs(
+    engine: Engine,
+    batches: Sequence[CompletionBatch],
+    completions: Sequence[Completion],
+    rl: RLConfig,
+    *,
+    steps: int,
+    reference: Reference | None,
+) -> list[Logprobs]:
+    """Runs the forward passes that the settings need. Every rank of the job calls it.
+
+    Args:
+        batches: of all steps of a rollout; completions: of this replica.
+        rl: with nothing left open (`resolve_algorithm`).
+        steps: optimizer steps that the rollout serves.
+    """
+    old: list = [None] * len(batches)
+    ref: list = [None] * len(batches)
+    routes: list = [None] * len(batches)
+    replays = rl.routing_replay == "R2"
+    # A single step on these weights computes them itself: old and new are the same.
+    if steps > 1 or rl.rollout_is or rl.use_kl_in_reward or replays:
+        record: list[Routes] | None = [{} for _ in batches] if replays else None
+        old = trainer_logprobs(engine, batches, rl.temperature, record)
+        if record is not None:
+            whole = [whole_routes(one, engine.groups.pg) for one in record]
+            routes = [{layer: taken.cpu() for layer, taken in one.items()} for one in whole]
+    if reference is not None:
+        # The reference chooses its own experts, even where the policy replays routes. Drawn experts
+        # it is given: equal weights must not differ by the draw.
+        drawn = rl.router_temperature > 0
+        free = batches if drawn else [replace(batch, routes=None) for batch in batches]
+        with reference.in_place():
+            ref = trainer_logprobs(engine, free, rl.temperature)
+    rollout = [
+        batch.spread([completions[n].logprobs_G for n in batch.members]) for batch in batches
+    ]
+    return [Logprobs(*values) for values in zip(rollout, old, ref, routes, strict=True)]
+
+
+def trainer_logprobs(
+    engine: Engine,
+    batches: Sequence[CompletionBatch],
+    temperature: float,
+    routes: list[Routes] | None = None,
+) -> list[torch.Tensor]:
+    """Returns fp32 [T] of each microbatch, on the CPU of every rank of the replica: the
+    log-probabilities of sampled tokens at their positions, 0 elsewhere. Every rank of the job calls
+    it.
+
+    Args:
+        routes: filled as by `Engine.forward`.
+    """
+    groups = engine.groups
+
+    def finish(
+        logits: torch.Tensor, batch: CompletionBatch, positions: torch.Tensor
+    ) -> torch.Tensor:
+        rows = positions.to(logits.device)
+        logprobs_K, _ = sampled_logprobs(logits, batch.labels_T[rows], temperature, groups.pg.tp)
+        here_K = batch.completion_T[rows] >= 0
+        whole_T = torch.zeros(len(batch.tokens_T))
+        whole_T[positions] = torch.where(here_K, logprobs_K, 0.0).cpu()
+        return whole_T
+
+    found = engine.forward(batches, lambda batch: batch.sampled, finish, routes=routes)
+    lengths = [len(batch.tokens_T) for batch in batches]
+    total = torch.zeros(sum(lengths))
+    # Context-parallel ranks hold different positions, tensor-parallel ones the same.
+    if groups.is_last_stage and groups.pg.tp.rank() == 0:
+        total = torch.cat(found)
+    dist.all_reduce(total, group=groups.replica)
+    return list(total.split(lengths))
+
+
+def sampled_logprobs(
+    logits_K1V: torch.Tensor, labels_K: torch.Tensor, temperature: float, tp: ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns fp32 [K] each: log-probabilities of the labels at this temperature, differentiable,
+    and the entropy of the distributions in nats, without gradient.
+
+    Args:
+        logits_K1V: this tensor-parallel rank's slice of the vocabulary.
+    """
+    scaled_K1V = logits_K1V.float() / temperature
+    with torch.no_grad():
+        entropy_K = _entropy(scaled_K1V[:, 0], tp)
+    # The cross entropy may overwrite its argument, so the entropy comes first.
+    losses_K1 = vocab_parallel_cross_entropy(scaled_K1V, labels_K.unsqueeze(1), tp_group=tp)
+    return -losses_K1.squeeze(1), entropy_K
+
+
+def _entropy(logits_KV: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
+    """Returns log Z - E[logit] of each row."""
+    highest_K = logits_KV.amax(1)
+    if tp.size() > 1:
+        dist.all_reduce(highest_K, op=dist.ReduceOp.MAX, group=tp)
+    shifted_KV = logits_KV - highest_K.unsqueeze(1)
+    mass_KV = shifted_KV.exp()
+    sums_2K = torch.stack((mass_KV.sum(1), (mass_KV * shifted_KV).sum(1)))
+    if tp.size() > 1:
+        dist.all_reduce(sums_2K, group=tp)
+    return sums_2K[0].log() - sums_2K[1] / sums_2K[0]

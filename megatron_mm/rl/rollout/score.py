@@ -1,0 +1,243 @@
+"""Scores a rollout: the rewards of every completion, and its labelled spans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.data.loading.reader import Prompt
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.earl.alignment import Alignment
+from megatron_mm.earl.router_reward import Span
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import broadcast_from_reader
+from megatron_mm.generation.lanes import Completion
+from megatron_mm.rl.advantages import keep_groups
+from megatron_mm.rl.rewards.runner import RewardRunner
+from megatron_mm.rl.rollout.draw import Group, Rollout, moe_layers
+from megatron_mm.rl.settings import RLConfig
+
+NOT_COLUMNS = ("messages", "images")  # of a row; a reward gets the messages as its prompt
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout with its rewards and labels, the same on every rank of the replica.
+
+    Shapes: P groups, G completions of each, C reward functions, N = P x G.
+
+    Attributes:
+        names: of the reward functions.
+        rewards_PGC: fp32; NaN where a reward does not apply or failed.
+        failed_PGC: bool.
+        spans: [P][G], the labelled spans of each completion.
+        rounds: of drawing.
+        generated: completions that were drawn, those that are not trained on too.
+        missing: spans whose skill has no cluster.
+        skipped: the rows that could not be read, with the reason.
+        failures: the reasons why rewards failed, with the row.
+        seconds: by phase.
+        logged: numbers that reward functions logged, by the metric's name; a metric is their mean.
+    """
+
+    groups: tuple[Group, ...]
+    names: tuple[str, ...]
+    rewards_PGC: torch.Tensor
+    failed_PGC: torch.Tensor
+    spans: tuple[tuple[list[Span], ...], ...]
+    rounds: int
+    generated: int
+    missing: int
+    skipped: tuple[str, ...]
+    failures: tuple[str, ...]
+    seconds: dict[str, float]
+    logged: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def completions(self) -> list[Completion]:
+        """All N completions, group by group."""
+        return [completion for group in self.groups for completion in group.completions]
+
+    @property
+    def spans_N(self) -> list[list[Span]]:
+        """The labelled spans of all N completions."""
+        return [marks for group in self.spans for marks in group]
+
+    def only(self, chosen: Sequence[int]) -> Scored:
+        """Returns the same with some groups alone, by their places here; the counts stay."""
+        return replace(
+            self,
+            groups=tuple(self.groups[p] for p in chosen),
+            rewards_PGC=self.rewards_PGC[list(chosen)],
+            failed_PGC=self.failed_PGC[list(chosen)],
+            spans=tuple(self.spans[p] for p in chosen),
+        )
+
+
+def join(rounds: Sequence[Scored]) -> Scored:
+    """Joins several rounds into one value."""
+
+    def chained(name: str) -> tuple:
+        return tuple(value for one in rounds for value in getattr(one, name))
+
+    return Scored(
+        groups=chained("groups"),
+        names=rounds[0].names,
+        rewards_PGC=torch.cat([one.rewards_PGC for one in rounds]),
+        failed_PGC=torch.cat([one.failed_PGC for one in rounds]),
+        spans=chained("spans"),
+        rounds=sum(one.rounds for one in rounds),
+        generated=sum(one.generated for one in rounds),
+        missing=sum(one.missing for one in rounds),
+        skipped=chained("skipped"),
+        failures=chained("failures"),
+        seconds={name: sum(one.seconds[name] for one in rounds) for name in rounds[0].seconds},
+        logged=chained("logged"),
+    )
+
+
+def informative(scored: Scored, weights: Sequence[float]) -> list[int]:
+    """Returns the places of the groups whose completions differ in their reward, those that DAPO's
+    dynamic sampling keeps (`keep_groups`)."""
+    places = []
+    for p, (rewards_GC, failed_GC) in enumerate(
+        zip(scored.rewards_PGC, scored.failed_PGC, strict=True)
+    ):
+        usable_GC = torch.where(failed_GC, torch.nan, rewards_GC)
+        total_G = (usable_GC * torch.tensor(weights)).nansum(1)
+        total_G[usable_GC.isnan().all(1)] = torch.nan
+        if bool(keep_groups(total_G.unsqueeze(0))[0]):
+            places.append(p)
+    return places
+
+
+class Scorer:
+    """The reward functions of a run, in worker processes of the replicas' readers. Close it.
+
+    Attributes:
+        names: of the reward functions; weights: their factors.
+        wants_routes: whether any of them reads `routed_experts`.
+    """
+
+    def __init__(
+        self, rl: RLConfig, engine: Engine, tokenizer: Tokenizer, alignment: Alignment | None
+    ):
+        self._engine, self._tokenizer, self._alignment = engine, tokenizer, alignment
+        self._num_generations = rl.num_generations
+        self.weights = rl.reward_weights or [1.0] * len(rl.reward_funcs)
+        self._runner: RewardRunner | None = None
+
+        def start() -> tuple[list[str], bool]:
+            self._runner = RewardRunner(
+                rl.reward_funcs, rl.reward_num_workers, rl.reward_timeout, rl.reward_batch_size
+            )
+            return self._runner.names, self._runner.wants_routes
+
+        self.names, self.wants_routes = broadcast_from_reader(engine.groups, start)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._runner is not None:
+            self._runner.close()
+
+    def score(self, rollout: Rollout) -> Scored:
+        """Scores this replica's completions. Every rank of the job calls it.
+
+        Raises:
+            DataError: on every rank, for a row that cannot be labelled.
+        """
+        begin = time.perf_counter()
+        completions = [c for group in rollout.groups for c in group.completions]
+        routes = _gather_routes(self._engine, completions) if self.wants_routes else None
+        verdict = broadcast_from_reader(
+            self._engine.groups, lambda: self._judge(rollout.groups, completions, routes)
+        )
+        starts = range(0, len(completions), self._num_generations)
+        shape = (len(rollout.groups), self._num_generations, len(self.names))
+        return Scored(
+            groups=rollout.groups,
+            names=tuple(self.names),
+            rewards_PGC=verdict.rewards_NC.view(shape),
+            failed_PGC=verdict.failed_NC.view(shape),
+            spans=tuple(tuple(verdict.spans_N[i : i + self._num_generations]) for i in starts),
+            rounds=1,
+            generated=len(completions),
+            missing=verdict.missing,
+            skipped=rollout.skipped,
+            failures=verdict.failures,
+            seconds={"generate": rollout.seconds, "reward": time.perf_counter() - begin},
+            logged=verdict.logged,
+        )
+
+    def _judge(
+        self,
+        groups: Sequence[Group],
+        completions: Sequence[Completion],
+        routes: list[torch.Tensor] | None,
+    ) -> _Verdict:
+        """Calls the reward functions and the labeller; on the reader, which has the prompts."""
+        asked = [group.prompt for group in groups for _ in group.completions]
+        ids = [completion.tokens_G.tolist() for completion in completions]
+        said = [
+            self._tokenizer.decode(i[:-1] if c.finished else i)
+            for i, c in zip(ids, completions, strict=True)
+        ]
+        keys = sorted({key for group in groups for key in group.prompt.row} - {*NOT_COLUMNS})
+        columns: dict[str, list[Any]] = {key: [p.row.get(key) for p in asked] for key in keys}
+        messages = [_messages(prompt) for prompt in asked]
+        rewards = self._runner.score(messages, said, ids, columns, routes)
+        failures = [f"{asked[f.sample].where}: {f.name}: {f.reason}" for f in rewards.failures]
+        labelled: list[tuple[list[Span], int]] = [([], 0)] * len(completions)
+        if self._alignment is not None:
+            labelled = [
+                self._alignment.spans(prompt, completion, self._tokenizer)
+                for prompt, completion in zip(asked, completions, strict=True)
+            ]
+        return _Verdict(
+            torch.tensor(rewards.values, dtype=torch.float32),
+            torch.tensor(rewards.failed, dtype=torch.bool),
+            tuple(failures),
+            [spans for spans, _ in labelled],
+            sum(missing for _, missing in labelled),
+            tuple(rewards.logged),
+        )
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """The reader's findings, as they are sent to the other ranks of its replica; see `Scored`."""
+
+    rewards_NC: torch.Tensor
+    failed_NC: torch.Tensor
+    failures: tuple[str, ...]
+    spans_N: list[list[Span]]
+    missing: int
+    logged: tuple[tuple[str, float], ...]
+
+
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    messages = prompt.row["messages"]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def _gather_routes(engine: Engine, completions: Sequence[Completion]) -> list[torch.Tensor]:
+    """Returns, on the replica's reader, int16 [G, all layers, k] of each completion, from all
+    stages; elsewhere nothing. Every rank of the replica calls it."""
+    groups, layers, mine = engine.groups, moe_layers(engine), None
+    if groups.pg.tp_cp.rank() == 0:
+        mine = layers, [c.routes_SLk[-len(c.tokens_G) :] for c in completions if layers]
+    parts: list = [None] * groups.replica.size()
+    dist.gather_object(mine, parts if groups.is_reader else None, group=groups.replica, group_dst=0)
+    if not groups.is_reader:
+        return []
+    parts = [part for part in parts if part and part[0]]
+    order = torch.tensor([index for layers, _ in parts for index in layers]).argsort()
+    return [
+        torch.cat(of_one, 1)[:, order]
+        for of_one in zip(*(routes for _, routes in parts), strict=True)
+    ]

@@ -1,0 +1,141 @@
+"""The settings of reinforcement learning, and what follows from them alone. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, NamedTuple
+
+from megatron_mm.config.fields import (
+    Bounds,
+    Named,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.earl.settings import EARLConfig
+from megatron_mm.rl.algorithms import (
+    ALGORITHMS,
+    ESTIMATORS,
+    KL_ESTIMATORS,
+    LOSS_AGGREGATIONS,
+    POLICY_LOSSES,
+)
+
+
+@dataclass
+class RLConfig(EARLConfig):
+    """Reinforcement learning with group rewards. Names are TRL's, or verl's where TRL has none.
+
+    `algorithm` fills in every setting of the second block that is left at none, so each can also
+    be changed by itself.
+    """
+
+    algorithm: Annotated[str, Named(ALGORITHMS)] = "grpo"
+    """Published algorithm. It decides every setting below whose default is none."""
+    num_generations: PositiveInt = 8
+    """Completions of each prompt; together they are its group."""
+    rollout_batch_size: PositiveInt | None = None
+    """Prompts of a rollout on all replicas together. Default: as many as one optimizer step has;
+    global_batch_size counts completions of a step."""
+    num_iterations: PositiveInt = 1
+    """Optimizer steps that see each completion."""
+    max_completion_length: PositiveInt = 256
+    """Longest completion in tokens; generation stops there."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature. The policy loss uses log-probabilities at the same temperature."""
+    top_p: Annotated[float, Bounds(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens whose probabilities sum to this."""
+    top_k: NonNegativeInt = 0
+    """Sample from this many most likely tokens; 0: from all."""
+    max_num_seqs: PositiveInt = 64
+    """Completions that a replica generates at the same time."""
+    routing_replay: Literal["none", "R2", "R3"] = "none"
+    """Experts that the training pass takes: its own choice (none), those of the trainer's pass
+    before the first update (R2, arXiv 2507.18071) or those of the rollout (R3, arXiv
+    2510.11370)."""
+    rl_moe_aux_loss_coeff: NonNegativeFloat = 0.0
+    """Coefficient of the load-balancing loss, in place of moe_aux_loss_coeff."""
+
+    advantage_estimator: Annotated[str | None, Named(ESTIMATORS)] = None
+    """How advantages follow from the rewards of a group. Default: the algorithm's."""
+    policy_loss: Annotated[str | None, Named(POLICY_LOSSES)] = None
+    """Loss of each sampled token. Default: the algorithm's."""
+    loss_agg_mode: Annotated[str | None, Named(LOSS_AGGREGATIONS)] = None
+    """How token losses are averaged. Default: the algorithm's."""
+    epsilon: PositiveFloat | None = None
+    """Lower clipping range: the ratio is kept above 1 - epsilon. Default: the algorithm's."""
+    epsilon_high: PositiveFloat | None = None
+    """Upper clipping range: the ratio is kept below 1 + epsilon_high. Default: the algorithm's."""
+    filter_groups: bool | None = None
+    """Dynamic sampling: groups whose rewards are all equal are replaced by new ones (DAPO, arXiv
+    2503.14476). Default: the algorithm's."""
+    max_generation_rounds: PositiveInt = 10
+    """Rounds of generation for one rollout with filter_groups."""
+    delta: PositiveFloat | None = None
+    """Dual clip: bound of the ratio where the advantage is negative (arXiv 1912.09729)."""
+    sapo_temperature_pos: PositiveFloat = 1.0
+    """SAPO's temperature for positive advantages (arXiv 2511.20347)."""
+    sapo_temperature_neg: PositiveFloat = 1.05
+    """SAPO's temperature for the other advantages (arXiv 2511.20347)."""
+
+    beta: NonNegativeFloat = 0.0
+    """Coefficient of the KL divergence from the reference model; 0: no reference model is kept."""
+    ref_load: str | None = None
+    """Checkpoint of the reference model."""
+    kl_estimator: Annotated[str, Named(KL_ESTIMATORS)] = "k3"
+    """Estimator of the KL divergence. In the loss k1 does nothing: the expectation of its
+    gradient is zero."""
+    use_kl_in_reward: bool = False
+    """Subtract the KL divergence from the reward instead of adding it to the loss."""
+    rollout_is: Literal["token", "sequence"] | None = None
+    """Truncated importance sampling where rollout and trainer disagree on probabilities, for each
+    token or for each completion."""
+    rollout_is_threshold: PositiveFloat = 2.0
+    """Upper bound of the weights of rollout_is."""
+
+    reward_funcs: list[str] = field(default_factory=list)
+    """Reward functions: built-in names or dotted paths, with options, for example exact,
+    numeric(tolerance=0.1), my.module.reward."""
+    reward_weights: list[float] = field(default_factory=list)
+    """Weight of each reward function. Default: 1 each."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
+        "sum_then_normalize"
+    )
+    """Whether several rewards are summed before or after they are normalised in their group."""
+    reward_std_floor: NonNegativeFloat = 0.0
+    """Least standard deviation that a group's rewards are divided by."""
+    reward_num_workers: PositiveInt = 2
+    """Processes that run reward functions, for each replica."""
+    reward_timeout: PositiveFloat = 10.0
+    """Seconds that one call of a reward function may take."""
+    reward_batch_size: PositiveInt = 1
+    """Completions in one call of a reward function. A call that fails costs all of them."""
+
+
+def resolve_algorithm(rl: RLConfig) -> RLConfig:
+    """`rl` with the settings that are none filled in from its algorithm."""
+    given = ALGORITHMS[rl.algorithm]
+    return replace(rl, **{k: v for k, v in given.items() if getattr(rl, k) is None})
+
+
+class RolloutPlan(NamedTuple):
+    """How rollouts and optimizer steps go together.
+
+    Attributes:
+        prompts: of a rollout, on all replicas together.
+        steps: optimizer steps of a rollout, over all its num_iterations passes.
+    """
+
+    prompts: int
+    prompts_per_step: int
+    steps: int
+
+
+def rollout_plan(run: RunConfig) -> RolloutPlan:
+    """The sizes of a run's rollouts."""
+    rl = run.section(RLConfig)
+    per_step = run.training.global_batch_size // rl.num_generations
+    prompts = rl.rollout_batch_size or per_step
+    return RolloutPlan(prompts, per_step, prompts // per_step * rl.num_iterations)

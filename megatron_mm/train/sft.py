@@ -1,0 +1,102 @@
+"""Supervised fine-tuning: cross entropy over answers, and steps made of rows as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from megatron_mm.config import RunConfig, token_multiple
+from megatron_mm.config.objectives import part_of
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.loading.loader import TrainLoader
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import receive
+from megatron_mm.engine.objective import Objective
+from megatron_mm.errors import DataError
+from megatron_mm.model.routing import RouterTerm
+from megatron_mm.report.metrics import Metrics
+
+
+class SupervisedFineTuning:
+    """Cross entropy of the next token over the assistant's turns."""
+
+    router_term: RouterTerm | None = None
+
+    def __init__(self, run: RunConfig | None = None):
+        del run  # it has no settings
+
+    def positions(self, batch: Microbatch) -> torch.Tensor:
+        return batch.loss_mask_T.nonzero().flatten()
+
+    def loss(
+        self,
+        logits_K1V: torch.Tensor,
+        batch: Microbatch,
+        positions_K: torch.Tensor,
+        pg: ProcessGroupCollection,
+        metrics: Metrics,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = positions_K.to(logits_K1V.device, non_blocking=True)
+        mask = batch.loss_mask_T[rows]
+        per_token = self.token_losses(logits_K1V, batch.labels_T[rows], pg)
+        total, count = (per_token * mask).sum(), mask.sum()
+        metrics.ratio("train/lm_loss", total, count)
+        return total, count.int()
+
+    def token_losses(
+        self, logits_K1V: torch.Tensor, labels_K: torch.Tensor, pg: ProcessGroupCollection
+    ) -> torch.Tensor:
+        """fp32 [K]: the loss of each label, supervised or not."""
+        logits, labels = logits_K1V.float(), labels_K.unsqueeze(1)
+        return vocab_parallel_cross_entropy(logits, labels, tp_group=pg.tp).squeeze(1)
+
+
+class Supervised:
+    """The steps of an objective over rows with their answers."""
+
+    def __init__(self, run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: TrainLoader):
+        del tokenizer
+        self.groups, self.loader = engine.groups, loader
+        self.objective: Objective = part_of(run, "objective")(run)
+        self.between = True
+        self.metrics: dict[str, float] = {}
+        self.table: list[dict[str, Any]] = []
+
+    def next_step(self, stop: bool) -> tuple[list[Microbatch], bool]:
+        position, loader = self.loader.state_dict(), self.loader
+        try:
+            batches, stopping = receive(
+                self.groups, loader.next_batch, stop, lambda: loader.fingerprint
+            )
+        except DataError:
+            loader.load_state_dict(position)  # some readers had read, others had not
+            raise
+        if stopping:
+            loader.load_state_dict(position)  # what was read is read again on resume
+        elif not self.groups.is_reader:
+            loader.pass_over()
+        return batches, stopping
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def open_rows(
+    run: RunConfig, tokenizer: Tokenizer, *, data_parallel_rank: int, data_parallel_size: int
+) -> TrainLoader:
+    """The training data of one replica, padded for the run's layout.
+
+    Raises:
+        DataError: for unusable settings or files.
+    """
+    return TrainLoader(
+        run,
+        tokenizer,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+        pad_multiple=token_multiple(run),
+    )

@@ -1,0 +1,463 @@
+"""A letter of one's own: everything that a new kind of layer needs stands in this file.
+
+`M` is a gated MLP in the place of the experts. It is registered here and nowhere else; training,
+recomputation, checkpoints, layouts, decoding, planning, counting, settings and LoRA know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_mm.checkpoint import sharded
+from megatron_mm.config import (
+    ConfigError,
+    LoraConfig,
+    RunConfig,
+    dump_yaml,
+    load,
+    parse_pattern,
+    validate,
+)
+from megatron_mm.config.cost import costs
+from megatron_mm.config.fields import PositiveInt
+from megatron_mm.config.layers.counting import Counter
+from megatron_mm.config.layers.kinds import LAYERS, LayerKind
+from megatron_mm.config.rules import divides
+from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.evaluation.questions import EvalSet
+from megatron_mm.generation.generate import Prompts, generate
+from megatron_mm.generation.sampling import Sampling
+from megatron_mm.model.layers.interface import BuildContext, torch_half
+from megatron_mm.model.layers.lora import is_adapter
+from megatron_mm.model.multimodal import build
+from megatron_mm.parallel.param_layout import normal
+from megatron_mm.perf.flops import executed_flops, total
+from megatron_mm.perf.pieces import trace_pieces
+from megatron_mm.train.sft import SupervisedFineTuning
+from support.batches import small_run
+from support.checkpoint_runs import create, tiny_run, train, whole
+from support.layouts import parallel_config, step_gradients
+from support.planned_layouts import layout_run, measure, planned, the_batch
+from support.slow_generate import generate as slow_generate
+from support.trainers import digits_run, new_trainer
+from support.weights import random_engine
+
+PATTERN = "GM *E GE L J *M"
+
+# ---- the letter
+
+
+@dataclass
+class MLPSettings:
+    mlp_hidden_size: PositiveInt = 44
+    """Width of the gated MLP between its linears."""
+
+
+class GatedMLP(nn.Module):
+    """(silu(x W_gate^T) * x W_up^T) W_down^T"""
+
+    State = None
+
+    def __init__(self, given: BuildContext):
+        super().__init__()
+        hidden, width = given.config.hidden_size, given.settings.mlp_hidden_size
+        common = {"config": given.config, "tp": given.pg.tp}
+        for name in ("linear_gate", "linear_up"):
+            linear = given.backend.column(hidden, width, init=normal(given.std), **common)
+            self.add_module(name, linear)
+        self.linear_down = given.backend.row(width, hidden, init=normal(given.out_std), **common)
+
+    @classmethod
+    def build(cls, given: BuildContext) -> GatedMLP:
+        return cls(given)
+
+    def run(self, hidden_t1H: torch.Tensor, context: Any, state: None) -> torch.Tensor:
+        gate, up = self.linear_gate(hidden_t1H)[0], self.linear_up(hidden_t1H)[0]
+        return self.linear_down(F.silu(gate) * up)[0]
+
+
+def mlp_width(run: RunConfig) -> int:
+    return run.model.layer_settings("M").mlp_hidden_size
+
+
+def mlp_flops(counter: Counter) -> bool:
+    hidden, width = counter.run.model.language.hidden_size, mlp_width(counter.run)
+    rows, given = counter.work.tokens, counter.normed()
+    flows = [counter.linear("mlp", (hidden, width), rows, flows=given) for _ in ("gate", "up")]
+    return counter.linear("mlp", (width, hidden), rows, flows=any(flows), adapter=True)
+
+
+def mlp_check(run: RunConfig) -> None:
+    tp = run.parallel.tensor_model_parallel_size
+    divides("mlp_hidden_size", mlp_width(run), "tensor_model_parallel_size", tp)
+
+
+MLP = LayerKind(
+    letter="M",
+    title="gated MLP",
+    role="ffn",
+    key="mlp",
+    module=f"{__name__}.GatedMLP",
+    flops=mlp_flops,
+    settings=MLPSettings,
+    check=mlp_check,
+    recompute="moe",
+    lora=("linear_down",),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """In this process the letter goes when the module is done: other tests list the letters."""
+    parts = dict(LAYERS._parts)
+    LAYERS.register("M", MLP)
+    yield
+    LAYERS._parts = parts
+
+
+def on_rank(function: Callable, *args):
+    """As a plug-in would, once per process; ranks live on."""
+    LAYERS.register("M", MLP)
+    return function(*args)
+
+
+def with_mlp(run: RunConfig, pattern: str = PATTERN, width: int = 40) -> RunConfig:
+    """The run with this pattern, and a width that is not the default."""
+    run.model = replace(run.model, hybrid_layer_pattern=pattern, layers={"M": MLPSettings(width)})
+    return run
+
+
+# ---- settings
+
+
+def test_its_settings_are_flags_and_yaml(tmp_path):
+    run = load(
+        None, ["--preset", "tiny", "--hybrid-layer-pattern", "GM*E", "--mlp-hidden-size", "24"]
+    )
+    assert run.model.layers == {"M": MLPSettings(24)}
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(run))
+    assert load(str(path)) == run
+    assert load(None, ["--preset", "tiny", "--hybrid-layer-pattern", "GM*E"]).model.layers == {
+        "M": MLPSettings()
+    }
+    # A model without the letter does not depend on who has registered it.
+    assert load(None, ["--preset", "tiny", "--mlp-hidden-size", "24"]).model.layers == {}
+
+
+def test_its_settings_are_checked():
+    run = with_mlp(small_run(), width=41)
+    run.model.language.num_experts = 8
+    validate(run)
+    run.parallel.tensor_model_parallel_size = 2
+    with pytest.raises(ConfigError, match="mlp_hidden_size 41 does not divide by tensor_model_par"):
+        validate(run)
+    with pytest.raises(ConfigError, match="--mlp-hidden-size is 'x'; allowed: int"):
+        load(None, ["--preset", "tiny", "--hybrid-layer-pattern", "GM*E", "--mlp-hidden-size", "x"])
+
+
+@dataclass
+class Clashing:
+    hidden_size: PositiveInt = 3
+
+
+def test_a_setting_whose_name_is_taken_is_refused(monkeypatch):
+    kind = replace(MLP, letter="Q", settings=Clashing)
+    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": kind})
+    with pytest.raises(ConfigError, match=r"layers.Q.hidden_size has the name of model.language.h"):
+        load(None, ["--preset", "tiny"])
+
+
+def test_a_layer_that_reads_the_memory_needs_one(monkeypatch):
+    """Sides are dropped where there is nothing to see; a numbered layer cannot be."""
+    kind = replace(MLP, letter="Q", reads_memory=True, settings=None, check=lambda run: None)
+    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": kind})
+    run = small_run("GQ L J", vision_memory="none")
+    run.model.language.num_experts = 8
+    with pytest.raises(ConfigError, match="vision_memory is 'none'; allowed: another one with Q"):
+        validate(run)
+
+
+def test_the_pattern_knows_it():
+    layers = parse_pattern(PATTERN)
+    assert [(layer.kind, layer.number) for layer in layers if layer.kind in "ME"] == [
+        ("M", 0),
+        ("E", 1),
+        ("E", 2),
+        ("M", 3),
+    ]
+    for pattern, words in (
+        ("GMM", "'M' at position 3 needs a mixer (G or *) of its own before it"),
+        ("G*M", "'G' at position 1 needs an E or M before '*' at position 2"),
+        ("GQ", "unknown letter 'Q' at position 2; allowed: G, *, E, L, J, M"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            parse_pattern(pattern)
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- training, checkpoints, layouts
+
+
+def saves_and_goes_on(run: RunConfig, folder: Path) -> tuple[dict, list[float]]:
+    engine = create(run)
+    train(engine, range(2))
+    sharded.save(engine, {}, folder, 2)
+    return whole(engine), train(engine, range(2, 5))
+
+
+def resumes(run: RunConfig, folder: Path) -> tuple[dict, list[float]]:
+    run.training.seed += 1  # what is not loaded differs
+    engine = create(run)
+    sharded.load(engine, folder)
+    return whole(engine), train(engine, range(2, 5))
+
+
+def test_it_trains_on_a_pipeline_and_resumes_on_tensor_parallel_ranks(ranks, tmp_path):
+    def steps(parallel: dict, **training) -> RunConfig:
+        run = with_mlp(tiny_run(parallel, **training))
+        run.optimizer.lr = 1e-3
+        return run
+
+    pipeline = steps({"pp": 2}, recompute_granularity="full")
+    saved, losses = ranks(2, on_rank, saves_and_goes_on, pipeline, tmp_path)[0]
+    found, again = ranks(2, on_rank, resumes, steps({"tp": 2}), tmp_path)[0]
+    assert (
+        found.keys() == saved.keys()
+        and "weight.language.layers.3.mlp.inner.linear_up.weight" in saved
+    )
+    for name, tensor in saved.items():
+        assert torch.equal(found[name], tensor), name
+    # The bound of checkpoint/test_reshard.py, for the same steps: sums in another order.
+    assert again == pytest.approx(losses, rel=1e-6)
+    assert len(set(losses)) == 3
+
+
+def gradient_run(**training) -> RunConfig:
+    run = with_mlp(small_run())
+    run.model.language.init_method_std = run.model.vision.vision_init_method_std = 0.02
+    for name, value in training.items():
+        setattr(run.training, name, value)
+    return run
+
+
+@pytest.fixture(scope="module")
+def reference(ranks):
+    return {
+        pad: ranks(1, on_rank, step_gradients, gradient_run(), parallel_config(), None, pad)[0]
+        for pad in (1, 2)
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "recompute"),
+    [
+        ({"pp": 2}, {"recompute_granularity": "full"}),
+        ({"pp": 2}, {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+        ({"tp": 2}, {}),
+        ({"cp": 2}, {}),
+    ],
+)
+def test_gradients_do_not_depend_on_the_layout(ranks, reference, sizes, recompute):
+    run, parallel = gradient_run(**recompute), parallel_config(**sizes)
+    loss, found = ranks(2, on_rank, step_gradients, run, parallel)[0]
+    expected_loss, expected = reference[sizes.get("tp", 1) * sizes.get("cp", 1)]
+    assert found.keys() == expected.keys()
+    assert any(".mlp.inner.linear_gate" in name for name in found)
+    # The bound of parallel/test_invariance.py: fp32 sums in another order.
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, value in expected.items():
+        if name != "replicas":
+            assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def balance_of_a_step(run: RunConfig) -> float:
+    return new_trainer(run).step()["load_balancing_loss"]
+
+
+def test_layers_without_experts_have_no_share_in_their_balance(ranks, scenes):
+    """1 is perfect; the mean over all four layers would be about half of it."""
+    balance = ranks(1, on_rank, balance_of_a_step, with_mlp(digits_run(scenes)))[0]
+    assert 0.95 < balance < 2
+
+
+# ---- decoding
+
+ASKED, NEW_TOKENS, NEVER = (0, 12, 8, 5), 6, -1
+
+
+def decoded(run: RunConfig) -> list[list[int]]:
+    """With caches, one token a step."""
+    engine = random_engine(run)
+    tokenizer = load_tokenizer(run.data.tokenizer_model)
+    questions = EvalSet(run.data.valid_data, run, tokenizer)
+    prompts = Prompts(lambda i: questions[ASKED[i]].sample, ASKED)
+    sampling = Sampling((NEVER,), NEW_TOKENS, 0.0, seed=3)
+    found = generate(engine, prompts, sampling, max_num_seqs=4, pad_id=tokenizer.pad_id)
+    return [completion.tokens_G.tolist() for (completion,) in found]
+
+
+def computed_in_full(run: RunConfig) -> list[list[int]]:
+    """Without caches: the whole sequence again for every token."""
+    engine = random_engine(run)
+    tokenizer = load_tokenizer(run.data.tokenizer_model)
+    questions = EvalSet(run.data.valid_data, run, tokenizer)
+    answers = slow_generate(
+        engine,
+        [questions.collate([questions[i]]) for i in ASKED],
+        stop_id=NEVER,
+        pad_id=tokenizer.pad_id,
+        max_new_tokens=NEW_TOKENS,
+    )
+    return [answer[0].tolist() for answer in answers]
+
+
+def test_it_decodes_with_a_cache(ranks, scenes):
+    run = with_mlp(digits_run(scenes))
+    expected = ranks(1, on_rank, computed_in_full, run)[0]
+    assert len({tuple(answer) for answer in expected}) == len(ASKED)
+    run.parallel.pipeline_model_parallel_size = 2
+    assert ranks(2, on_rank, decoded, run) == [expected] * 2
+
+
+# ---- planning and counting
+
+
+def plan_run(sizes: dict) -> RunConfig:
+    run = layout_run(sizes, 1)  # routes are planned for layers 0 and 1: those have the experts
+    return with_mlp(run, "GE *E GM L J *M")
+
+
+def test_a_plan_is_what_a_step_takes(ranks):
+    run = plan_run({"pp": 2, "recompute_granularity": "full"})
+    plans = planned(run, 2)
+    assert "M" in plans[1].layers[0]
+    real = ranks(2, on_rank, measure, run, plans[0].microbatches)
+    for plan, (state, peak, work, flops) in zip(plans, real, strict=True):
+        assert plan.state == state and plan.step.sent == work.sent
+        assert plan.activations == pytest.approx(peak, rel=0.05)  # as in perf/test_planned_layouts
+        assert plan.step.flops == work.flops == flops > 0
+
+
+def test_a_search_has_its_piece():
+    run = plan_run({"tp": 2})
+    pieces = trace_pieces(run, images=1, supervised=1.0)
+    assert pieces.plans.keys() == {"first", "last", "G", "*", "E", "M", "L", "J"}
+    hidden, width = run.model.language.hidden_size, mlp_width(run)
+    assert pieces.plans["M"].elements == (3 * hidden * width // 2 + hidden, 0)  # and its norm
+
+
+@pytest.mark.parametrize("lora_rank", [None, 3])
+def test_its_flops_are_those_of_torch(ranks, lora_rank):
+    run = plan_run({})
+    run.lora = LoraConfig(lora_rank=lora_rank)
+    *_, counted = ranks(1, on_rank, measure, run, 1)[0]
+    batch = the_batch(run)
+    parts = executed_flops(run, batch, len(SupervisedFineTuning().positions(batch)))
+    assert total(parts) == counted
+    hidden, width = run.model.language.hidden_size, mlp_width(run)
+    products = 3 * 2 * len(batch.tokens_T) * hidden * width  # of one layer; the model has two
+    adapters = 2 * len(batch.tokens_T) * (lora_rank or 0) * (hidden + width)
+    assert parts["mlp"].forward == 2 * (products + adapters)
+    tokens, letters = run.data.seq_length, costs(run).letters
+    assert letters["M"] == 3 * 2 * tokens * hidden * width and letters.keys() == {*"G*EMLJ"}
+
+
+# ---- LoRA
+
+
+def test_lora_adapts_the_linears_that_it_names(pg):
+    run = with_mlp(small_run())
+    run.lora = LoraConfig(lora_rank=3)
+    names = [name for name, _ in build(run, pg)[0].named_parameters()]
+    adapters = {name for name in names if is_adapter(name) and ".mlp." in name}
+    assert adapters == {
+        f"language.layers.{number}.mlp.inner.linear_down.lora.{part}"
+        for number in (0, 3)
+        for part in "ab"
+    }
+
+
+# ---- what is refused
+
+
+class Unrunnable(nn.Module):
+    State, build = None, GatedMLP.build
+
+
+def test_a_kind_without_a_part_is_named():
+    with pytest.raises(TypeError, match="'flops'"):
+        LayerKind(letter="Q", title="nothing", role="ffn", key="nothing")
+    for options, words in (
+        ({"role": "side"}, "letter Q: role is 'side' and pair is None"),
+        ({"pair": "opens"}, "letter Q: role is 'ffn' and pair is 'opens'"),
+        ({"module": None}, "letter Q: module is None; allowed: the dotted path"),
+        ({"role": "head"}, "letter Q: role is 'head'; allowed: mixer, ffn, side"),
+        ({"recompute": "all"}, "letter Q: recompute is 'all'; allowed: moe, None"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            replace(MLP, **{"letter": "Q"} | options)
+
+
+@pytest.mark.parametrize(
+    ("letter", "part", "words"),
+    [
+        ("Q", replace(MLP, letter="P"), "letter 'Q' is registered with a kind of letter P"),
+        ("|", replace(MLP, letter="|"), "letter '|'; allowed: one character"),
+        ("QQ", MLP, "letter 'QQ'; allowed: one character"),
+        ("E", replace(MLP, letter="E"), "letter 'E' is registered twice"),
+    ],
+)
+def test_letters_that_cannot_be_registered(letter, part, words):
+    with pytest.raises(ConfigError) as error:
+        LAYERS.register(letter, part)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_part_that_is_no_kind_is_named(monkeypatch):
+    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": object()})
+    with pytest.raises(ConfigError, match="letter Q has no `letter`; it needs letter, title, role"):
+        parse_pattern("GE")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (f"{__name__}.Unrunnable", "layer Q (gated MLP): {} has no `run`; it needs build, run"),
+        (f"{__name__}.MLPSettings", "has no `build`"),
+        (f"{__name__}.Nothing", "layer Q (gated MLP): {} cannot be imported: AttributeError"),
+        ("no.such.module", "layer Q (gated MLP): {} cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_a_torch_half_without_a_part_is_named(module, words):
+    with pytest.raises(ConfigError) as error:
+        torch_half(replace(MLP, letter="Q", module=module))
+    assert words.format(module) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_plug_in_registers_a_letter(tmp_path, monkeypatch):
+    monkeypatch.setattr(LAYERS, "_parts", dict(LAYERS._parts))
+    monkeypatch.syspath_prepend(tmp_path)
+    text = f"""
+from dataclasses import replace
+from megatron_mm.config.layers.kinds import LAYERS
+from {__name__} import MLP
+LAYERS.register("Q", replace(MLP, letter="Q", settings=None, check=lambda run: None))
+"""
+    (tmp_path / "my_letters.py").write_text(text)
+    flags = ["--preset", "tiny", "--plugins", "my_letters", "--hybrid-layer-pattern", "GQ*E"]
+    run = load(None, flags)
+    assert [layer.kind for layer in parse_pattern(run.model.hybrid_layer_pattern)] == [*"GQ*E"]
+    (tmp_path / "half_a_letter.py").write_text(
+        "from megatron_mm.config.layers.kinds import LayerKind\nLayerKind(letter='R', title='r')"
+    )
+    with pytest.raises(ConfigError, match=r"plugins\[0\] half_a_letter .* 'role', 'key', and"):
+        load(None, ["--plugins", "half_a_letter"])
