@@ -40,6 +40,11 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
+def _may_change(key: str) -> bool:
+    images = key.startswith("fusion.memories.") and key.endswith(".images")
+    return key in NOT_THE_MODEL or images
+
+
 def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
     """Compares the settings of the stored model with `model`.
 
@@ -58,7 +63,7 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
         a, b = found.get(key), here.get(key)
         if finetune and key == "hybrid_layer_pattern":
             a, b = without_clvr(a), without_clvr(b)
-        if a == b or key in NOT_THE_MODEL or (finetune and key.startswith("fusion.")):
+        if a == b or _may_change(key) or (finetune and key.startswith("fusion.")):
             continue
         raise CheckpointError(
             f"it holds another model: {key} is {found.get(key, 'absent')!r} there and "

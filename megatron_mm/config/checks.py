@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megatron_mm.config.families import language_family, vision_family
 from megatron_mm.config.layers.kinds import LAYERS
-from megatron_mm.config.memories import check_memories
+from megatron_mm.config.memories import check_memories, memories
 from megatron_mm.config.objectives import check_objective
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
@@ -108,10 +108,10 @@ def _check_pattern(run: RunConfig) -> None:
             f"hybrid_layer_pattern {model.hybrid_layer_pattern!r} has {len(readers)} {readers[0]} "
             "but model.vision is none; allowed: a pattern without L and J"
         )
-    memory = model.fusion.vision_memory
     left = [k.letter for k in LAYERS.used(effective_pattern(model)) if k.reads_memory]
     allowed = f"another one with {', '.join(left)} in the pattern"
-    require(memory != "none" or not left, "vision_memory", memory, allowed)
+    seen = memories(model) or not left
+    require(bool(seen), "vision_memory", model.fusion.vision_memory, allowed)
     model_stages(run)  # raises when the layout does not fit
 
 

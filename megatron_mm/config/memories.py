@@ -57,7 +57,16 @@ def memories(model: ModelConfig, images: str = IMAGES) -> tuple[Memory, ...]:
 
     Args:
         images: `memory_images` of the run, for callers that read rows.
+
+    Raises:
+        ConfigError: for a name that no memory can have.
     """
+    for name in model.fusion.memories:
+        if not name.isidentifier() or name == VISION:
+            raise ConfigError(
+                f"memories holds {name!r}; allowed: a name of letters, digits and _ other than "
+                f"{VISION}, which vision_memory describes"
+            )
     if model.vision is None:
         return ()
     fusion, hidden = model.fusion, model.language.hidden_size
@@ -113,18 +122,13 @@ def read_memories(model: ModelConfig) -> tuple[Memory, ...]:
 
 
 def check_memories(run: RunConfig) -> None:
-    """Checks names, widths, images and readers of the memories.
+    """Checks tiles, widths, images and readers of the memories.
 
     Raises:
         ConfigError: for the first setting that cannot work.
     """
     model = run.model
     for name, section in model.fusion.memories.items():
-        if not name.isidentifier() or name == VISION:
-            raise ConfigError(
-                f"memories holds {name!r}; allowed: a name of letters, digits and _ other than "
-                f"{VISION}, which vision_memory describes"
-            )
         if section.hidden_size is not None and section.hidden_size < 1:
             raise ConfigError(
                 f"memories.{name}.hidden_size is {section.hidden_size}; allowed: more than 0"

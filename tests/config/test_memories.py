@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_mm.checkpoint.compatible import check_model
 from megatron_mm.config import (
     ConfigError,
     Manifest,
@@ -20,6 +21,7 @@ from megatron_mm.config import (
     validate,
     wire,
 )
+from megatron_mm.errors import CheckpointError
 
 YAML = """
 model:
@@ -138,6 +140,15 @@ def test_refused(tmp_path, old, new, words):
         run.model.fusion.image_stream = "tiles"
         validate(run)
     assert words in str(error.value)
+
+
+def test_a_checkpoint_holds_the_memories_but_not_the_key_of_their_images(tmp_path):
+    stored = to_dict(read(tmp_path).model)
+    check_model(stored, read(tmp_path, ("images: others", "images: images")).model, finetune=False)
+    other = read(tmp_path, ("hidden_size: 24", "hidden_size: 48")).model
+    with pytest.raises(CheckpointError, match=r"fusion.memories.overview.hidden_size is 24 there"):
+        check_model(stored, other, finetune=False)
+    check_model(stored, other, finetune=True)
 
 
 def test_a_text_model_has_no_memories():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from megatron_mm.data.collate import collate
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engine.feed import broadcast_batches
+from megatron_mm.evaluation.examples import _looks
 from megatron_mm.evaluation.probe import probe
 from megatron_mm.generation.answers import with_answers
 from support.trainers import LAYOUTS, digits_run, prompts_of, with_two_memories
@@ -72,6 +75,18 @@ def test_each_look_spreads_over_the_memory_that_it_reads(ranks, scenes, mixed_ro
             expected = torch.full_like(sums, float(bool(weights.shape[1])))
             # A softmax over up to 108 patches, averaged over 4 heads, in fp32.
             assert torch.allclose(sums, expected, atol=1e-5)
+    # For the report: the first image's patches in reading order, on the grid of each memory.
+    number, answer = PROBED[0]
+    item, engine = SimpleNamespace(sample=samples[number]), SimpleNamespace(run=run)
+    tokenizer = load_tokenizer(run.data.tokenizer_model)
+    shown = _looks(engine, tokenizer, item, answer, looks, 0)
+    assert [(look["memory"], look["grid"]) for look in shown] == [
+        ("vision", [6, 6]),
+        ("overview", [2, 2]),
+    ]
+    for look, patches in zip(shown, (36, 4), strict=True):
+        assert [len(weights) for weights in look["weights"]] == [patches] * len(answer)
+    assert shown[1]["weights"][0] == [round(float(w), 5) for w in looks[1][0][0]]
 
 
 def test_routes_count_every_choice_of_every_token(one_rank_probe, scenes, mixed_rows):

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from test_invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, worst
 
 from megatron_mm.config import MemoryConfig, RunConfig
 from support.batches import small_run, two_memories
+from support.invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, worst
 from support.layouts import (
     detach_memory_on_the_wire,
     parallel_config,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_mm.config import model_stages
+from megatron_mm.perf.pieces import rough_rank, trace_pieces
+from support.batches import two_memories
 from support.planned_layouts import layout_run, measure, planned, world_of
 
 # (sizes and settings, replicas). None of them was looked at to make an estimate fit: the one that
@@ -35,6 +38,7 @@ LAYOUTS = {
     "PP2 VPP3": ({"pp": 2, "vpp": 3}, 1),
     "TP2 PP2 VPP2": ({"tp": 2, "pp": 2, "vpp": 2}, 1),
     "PP4": ({"pp": 4}, 1),
+    "PP2, two memories": ({"pp": 2, **two_memories("detail", "overview")}, 1),
 }
 
 
@@ -63,3 +67,15 @@ def test_what_recompute_is_for_shows(ranks):
     assert full.activations < 0.5 * plain.activations
     assert full.step.flops > 1.2 * plain.step.flops
     assert full.state == plain.state
+
+
+def test_a_rough_plan_has_a_piece_for_each_memory():
+    """A look at more patches costs more; the pieces of a rank have as many parameters as its
+    stage, whichever memories its looks read."""
+    run = layout_run({"pp": 2, **two_memories("detail", "overview")}, 1)
+    pieces, stages = trace_pieces(run, 1, 1.0), list(model_stages(run))
+    detail, overview = (pieces.plans[f"L {name}"].traces[0] for name in ("detail", "overview"))
+    assert detail.forward.flops > overview.forward.flops
+    for place, plan in enumerate(planned(run, 2)):
+        rough = rough_rank(run, 2, stages, place, pieces)
+        assert rough.elements == plan.elements

@@ -65,7 +65,8 @@ def make_run(path, steps: int = 300):
                 w = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 6) + 0.01
                 weights.append((w / w.sum()).ravel().tolist())
             look = {"pair": pair, "layer": 1 + 4 * pair, "tokens": tokens, "grid": [14, 14]}
-            looks.append({**look, "weights": weights})
+            memory = ("vision", "overview")[pair]
+            looks.append({**look, "memory": memory, "weights": weights})
         examples.append(
             {
                 "key": key,
@@ -104,6 +105,10 @@ def test_page_has_every_skill_and_section(page):
     for section in ("Accuracy by skill", "The model", "Training", "Where the model looks"):
         assert f"<h2>{section}</h2>" in page
     assert "<h2>Experts by skill</h2>" in page and "<h2>Sample scenes</h2>" in page
+
+
+def test_a_look_names_its_memory_unless_it_is_the_usual_one(page):
+    assert "look 0, layer 1" in page and "look 1 at overview, layer 5" in page
 
 
 def test_questions_are_escaped(page):
