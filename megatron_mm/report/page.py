@@ -25,7 +25,7 @@ from megatron_mm.report.charts_rl import rl_charts
 from megatron_mm.report.metrics_log import METRICS_FILE, TABLE_FILE, format_duration, read_metrics
 from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups
 
-TEMPLATE = "report.html.j2"
+TEMPLATE = "page.html.j2"
 LAYERS = {
     "V": "vision encoder",
     "G": "gated DeltaNet",
