@@ -37,6 +37,8 @@ def in_new_process(script: str) -> str:
     return done.stdout.strip()
 
 
+# 10 s of CPU time: a process with its imports.
+@pytest.mark.slow
 def test_with_cuda_nothing_is_touched():
     count = len(platform.TORCH_REDIRECTS) + len(platform.MEGATRON_REDIRECTS)
     assert in_new_process(AS_IF_CUDA) == f"{count} untouched"
@@ -86,6 +88,8 @@ print(*counts, looking())
 """
 
 
+# 6 s of CPU time: a process with its imports.
+@pytest.mark.slow
 @without_cuda
 def test_groups_of_one_rank_do_not_have_a_looking_thread_each():
     """Four more were measured: theirs, the replica's and the world's among them. There are 25

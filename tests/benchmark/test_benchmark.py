@@ -37,6 +37,8 @@ def read(file: Path, said: str) -> dict:
     return found
 
 
+# 10 s of CPU time: both sides are built, compared and timed.
+@pytest.mark.slow
 def test_train_against_transformers(benchmark):
     arguments = "train --against transformers --models tiny --samples 2 --rounds 3 --warmup 0"
     found = benchmark(*arguments.split())["models"]["tiny"]

@@ -123,7 +123,7 @@ def load(folder: Path):
     ).eval()
 
 
-# About 6 s of CPU time: 64 tokens of 8 prompts, for ours by running the whole sequence each time.
+# 10 s of CPU time: 64 tokens of 8 prompts, for ours by running the whole sequence each time.
 @pytest.mark.slow
 def test_greedy_tokens(exported):
     """Eight prompts of different lengths and images in one padded batch, as a user would."""
