@@ -6,6 +6,7 @@ recomputation, checkpoints, layouts, decoding, planning, counting, settings and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.model.families.rows import layer_row
+from megatron_mm.model.layers import interface
 from megatron_mm.model.layers.interface import BuildContext, torch_half
 from megatron_mm.model.layers.lora import is_adapter
 from megatron_mm.model.multimodal import build
@@ -471,19 +473,23 @@ def test_a_torch_half_without_a_part_is_named(module, words):
     assert words.format(module) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_plug_in_registers_a_letter(tmp_path, monkeypatch):
-    monkeypatch.setattr(LAYERS, "_parts", dict(LAYERS._parts))
+def test_the_example_of_the_readme_is_a_plug_in(tmp_path, monkeypatch):
+    parts = {letter: kind for letter, kind in LAYERS._parts.items() if letter != "M"}
+    monkeypatch.setattr(LAYERS, "_parts", parts)
     monkeypatch.syspath_prepend(tmp_path)
-    text = f"""
-from dataclasses import replace
-from megatron_mm.config.layers.kinds import LAYERS
-from {__name__} import MLP
-LAYERS.register("Q", replace(MLP, letter="Q", settings=None, check=lambda run: None))
-"""
-    (tmp_path / "my_letters.py").write_text(text)
-    flags = ["--preset", "tiny", "--plugins", "my_letters", "--hybrid-layer-pattern", "GQ*E"]
-    run = load(None, flags)
-    assert [layer.kind for layer in parse_pattern(run.model.hybrid_layer_pattern)] == [*"GQ*E"]
+    text = (Path(interface.__file__).parent / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(# my_letters.py.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "my_letters.py").write_text(code)
+    flags = ["--preset", "tiny", "--hybrid-layer-pattern", "GM*E", "--mlp-hidden-size", "512"]
+    run = load(None, ["--plugins", "my_letters", *flags])
+    validate(run)
+    assert run.model.layers["M"].mlp_hidden_size == 512
+    rows, hidden = run.data.seq_length, run.model.language.hidden_size
+    assert costs(run).letters["M"] == 3 * 2 * rows * hidden * 512
+
+
+def test_a_plug_in_with_half_a_letter_is_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "half_a_letter.py").write_text(
         "from megatron_mm.config.layers.kinds import LayerKind\nLayerKind(letter='R', title='r')"
     )
