@@ -87,7 +87,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="a YAML file that holds a run")
     parser.add_argument("--preset", metavar="NAME", help="the model to start from")
     groups: dict[str, Any] = {}
+    taken = {"config": "--config", "preset": "--preset", "help": "--help"}
     for leaf in leaves(RunConfig):
+        path = ".".join(leaf.path)
+        if leaf.name in taken:
+            raise ConfigError(
+                f"setting {path} has the name of {taken[leaf.name]}; every setting is a flag, "
+                "choose another name"
+            )
+        taken[leaf.name] = path
         section = ".".join(leaf.path[:-1])
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
