@@ -87,15 +87,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="a YAML file that holds a run")
     parser.add_argument("--preset", metavar="NAME", help="the model to start from")
     groups: dict[str, Any] = {}
-    paths: dict[str, str] = {}
+    taken = {"config": "--config", "preset": "--preset", "help": "--help"}
     for leaf in leaves(RunConfig):
         path = ".".join(leaf.path)
-        if leaf.name in paths:  # of a plug-in: ours are told apart by a test
+        if leaf.name in taken:
             raise ConfigError(
-                f"setting {path} has the name of {paths[leaf.name]}; choose another, since every "
-                "setting is a flag"
+                f"setting {path} has the name of {taken[leaf.name]}; every setting is a flag, "
+                "choose another name"
             )
-        paths[leaf.name] = path
+        taken[leaf.name] = path
         section = ".".join(leaf.path[:-1])
         if section not in groups:
             groups[section] = parser.add_argument_group(section)

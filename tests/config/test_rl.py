@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_mm.config import ConfigError, RunConfig, load, validate
+from megatron_mm.config.flags import explained
+from megatron_mm.config.tree import leaves
 from megatron_mm.rl.algorithms import ALGORITHMS
 from megatron_mm.rl.settings import RLConfig, resolve_algorithm
 
@@ -106,3 +108,10 @@ def test_rl_settings_of_a_run_without_rl_are_refused():
     run.objectives["rl"] = replace(run.section(RLConfig), epsilon=0.3)
     with pytest.raises(ConfigError, match="rl.epsilon is 0.3; allowed: None with objective sft"):
         validate(run)
+
+
+def test_help_explains_every_setting_and_lists_the_names_of_a_registry():
+    settings = {leaf.name: leaf for leaf in leaves(RunConfig) if leaf.path[0] == "rl"}
+    assert len(settings) > 40 and all(leaf.explanation for leaf in settings.values())
+    assert "grpo, dr_grpo, dapo, gspo" in explained(settings["algorithm"])
+    assert "k1, k2, k3 or a dotted path; default: k3 [rl]" in explained(settings["kl_estimator"])

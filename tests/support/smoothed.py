@@ -32,6 +32,15 @@ class LabelSmoothing(SupervisedFineTuning):
 SMOOTHED = Declaration("support.smoothed.LabelSmoothing", settings=Smoothing, section="smoothing")
 
 
+@dataclass
+class Clashing:
+    lr: float = 1.0
+    """Has the name of the optimizer's."""
+
+
+CLASHING = Declaration("support.smoothed.LabelSmoothing", settings=Clashing, section="clashing")
+
+
 class WithoutLoss:
     router_term = None
 

@@ -108,6 +108,7 @@ def test_the_loop_logs_its_metric(ranks, scenes, tmp_path):
     [
         ("sftt", "unknown objective sftt; did you mean sft?"),
         ("dpo", "unknown objective dpo; allowed: grpo, sft"),
+        ("support.smoothed.CLASHING", "has the name of optimizer.lr; every setting is a flag"),
         ("nowhere.DPO", "objective nowhere.DPO cannot be imported: ModuleNotFoundError"),
         ("support.smoothed.HALF", "objective support.smoothed.HALF has no `source`; it needs"),
         (
