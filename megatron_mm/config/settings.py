@@ -161,6 +161,8 @@ class ModelConfig:
     config/layers/, such as G = gated DeltaNet, * = attention, E = mixture of experts."""
 
     hybrid_layer_pattern: str = "GEGEGE*E" * 12
+    """Letters of the layers in their order, such as GEGEGE*E; spaces mean nothing. G gated
+    DeltaNet, * attention, E mixture of experts, L look at the image, J inject what it found."""
     language: Annotated[LanguageConfig, Chosen(LANGUAGE_FAMILIES, "qwen3_next")] = field(
         default_factory=lambda: LANGUAGE_FAMILIES["qwen3_next"].settings()
     )
@@ -352,7 +354,7 @@ class TrainingConfig:
     """Objective that is trained. sft: supervised fine-tuning; grpo: reinforcement learning, with
     the settings of the section rl."""
     train_iters: PositiveInt = 100
-    """Optimizer steps."""
+    """Optimizer steps of the whole run."""
     exit_duration_in_mins: PositiveFloat | None = None
     """Minutes of training after which the run ends early, and evaluates."""
     micro_batch_size: PositiveInt = 1
@@ -371,7 +373,7 @@ class TrainingConfig:
     recompute_num_layers: PositiveInt = 2
     """Sub-layers (letters of the pattern) of a recomputed block, with full."""
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
-    """What selective recompute runs again. core_attn: what mixes positions, without its
+    """Parts that selective recompute runs again. core_attn: what mixes positions, without its
     projections; moe: a whole mixture of experts; vision: a whole layer of the ViT."""
     freeze_vision: bool = False
     """Do not train the vision encoder."""
@@ -396,7 +398,7 @@ class LoraConfig:
     lora_rank: PositiveInt | None = None
     """Rank of the adapters; none: no adapters."""
     lora_alpha: PositiveFloat = 32.0
-    """What adapters add is scaled by lora_alpha / lora_rank."""
+    """Scale of the adapters: their output is multiplied by lora_alpha / lora_rank."""
     lora_targets: list[LoraTarget] = field(default_factory=lambda: ["language"])
     """Modules whose linears get adapters."""
 
