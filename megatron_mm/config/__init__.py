@@ -26,16 +26,18 @@ from megatron_mm.config.settings import (
     DataPhase,
     DataSource,
     EvaluationConfig,
-    FusionConfig,
-    LanguageConfig,
     LoggingConfig,
     LoraConfig,
-    MemoryConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrainingConfig,
+)
+from megatron_mm.config.settings_model import (
+    FusionConfig,
+    LanguageConfig,
+    MemoryConfig,
+    ModelConfig,
     VisionConfig,
 )
 from megatron_mm.config.wire import Manifest, wire

@@ -13,13 +13,8 @@ from megatron_mm.config.objectives import check_objective
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
 from megatron_mm.config.rules import divides, expert_tensor_parallel_size, head_ranks, require
-from megatron_mm.config.settings import (
-    DataPhase,
-    LoraConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-)
+from megatron_mm.config.settings import DataPhase, LoraConfig, ParallelConfig, RunConfig
+from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.config.tree import leaves, optional, value_at
 from megatron_mm.errors import ConfigError
 

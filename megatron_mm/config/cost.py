@@ -21,7 +21,8 @@ from megatron_mm.config.layers.counting import (
 )
 from megatron_mm.config.layers.kinds import LAYERS, LayerKind
 from megatron_mm.config.memories import Memory, look_memories, read_memories
-from megatron_mm.config.settings import LanguageConfig, LoraConfig, ModelConfig, RunConfig
+from megatron_mm.config.settings import LoraConfig, RunConfig
+from megatron_mm.config.settings_model import LanguageConfig, ModelConfig
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from megatron_mm.config.layers.counting import Linear
 from megatron_mm.plugins import Registry, import_object
 
 if TYPE_CHECKING:
-    from megatron_mm.config.settings import (
+    from megatron_mm.config.settings import ParallelConfig
+    from megatron_mm.config.settings_model import (
         FusionConfig,
         LanguageConfig,
         ModelConfig,
-        ParallelConfig,
         VisionConfig,
     )
 

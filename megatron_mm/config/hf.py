@@ -16,7 +16,7 @@ from megatron_mm.config.families import (
     language_family,
     vision_family,
 )
-from megatron_mm.config.settings import ModelConfig
+from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.pattern import parse_pattern
-from megatron_mm.config.settings import LanguageConfig, ModelConfig
+from megatron_mm.config.settings_model import LanguageConfig, ModelConfig
 from megatron_mm.config.tree import from_dict
 from megatron_mm.errors import ConfigError
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mm.config.layers.kinds import LAYERS
-from megatron_mm.config.settings import MemoryConfig, ModelConfig, RunConfig, VisionMemory
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.config.settings_model import MemoryConfig, ModelConfig, VisionMemory
 from megatron_mm.errors import ConfigError, unknown
 
 VISION = "vision"  # the memory of `vision_memory`

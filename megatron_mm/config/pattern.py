@@ -18,7 +18,8 @@ from itertools import pairwise
 from megatron_mm.config.cost import Costs, costs
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import memories
-from megatron_mm.config.settings import ModelConfig, RunConfig
+from megatron_mm.config.settings import RunConfig
+from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_mm.config.families import LANGUAGE_FAMILIES, VISION_FAMILIES
-from megatron_mm.config.settings import ModelConfig, VisionConfig
+from megatron_mm.config.settings_model import ModelConfig, VisionConfig
 from megatron_mm.errors import unknown
 from megatron_mm.plugins import Registry
 

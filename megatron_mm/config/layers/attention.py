@@ -10,7 +10,8 @@ from megatron_mm.config.layers.kinds import LayerKind
 from megatron_mm.config.rules import divides, require
 
 if TYPE_CHECKING:
-    from megatron_mm.config.settings import LanguageConfig, RunConfig
+    from megatron_mm.config.settings import RunConfig
+    from megatron_mm.config.settings_model import LanguageConfig
 
 
 def linears(lm: LanguageConfig) -> tuple[Linear, Linear]:

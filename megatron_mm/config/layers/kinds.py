@@ -21,7 +21,8 @@ from megatron_mm.errors import ConfigError
 from megatron_mm.plugins import Registry
 
 if TYPE_CHECKING:
-    from megatron_mm.config.settings import ModelConfig, RunConfig
+    from megatron_mm.config.settings import RunConfig
+    from megatron_mm.config.settings_model import ModelConfig
 
 
 def _nothing(run: RunConfig) -> tuple:

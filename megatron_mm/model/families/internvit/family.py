@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_mm.config.families import EncoderCost, Grid, VisionFamily
 from megatron_mm.config.rules import divides
-from megatron_mm.config.settings import FusionConfig, ParallelConfig
+from megatron_mm.config.settings import ParallelConfig
+from megatron_mm.config.settings_model import FusionConfig
 from megatron_mm.model.families.internvit import hf_config
 from megatron_mm.model.families.internvit.presets import PRESETS
 from megatron_mm.model.families.internvit.settings import InternViTSettings

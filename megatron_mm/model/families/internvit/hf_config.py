@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_mm.config.hf import read_text
 from megatron_mm.config.hf_words import Table, demand, renamed, written
-from megatron_mm.config.settings import FusionConfig, ModelConfig
+from megatron_mm.config.settings_model import FusionConfig, ModelConfig
 from megatron_mm.config.tree import from_dict
 from megatron_mm.errors import ConfigError
 from megatron_mm.model.families.internvit.settings import InternViTSettings

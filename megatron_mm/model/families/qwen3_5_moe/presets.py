@@ -6,7 +6,7 @@ internvit-6b}}`.
 
 from __future__ import annotations
 
-from megatron_mm.config.settings import ModelConfig
+from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.model.families.qwen3_5_moe.settings import Qwen35MoeSettings
 
 BLOCK = "GEGEGE*E"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mm.config.settings import FusionConfig, ModelConfig
+from megatron_mm.config.settings_model import FusionConfig, ModelConfig
 from megatron_mm.model.families.internvit.presets import internvit_6b
 from megatron_mm.model.families.internvit.settings import InternViTSettings
 from megatron_mm.model.families.qwen3_next.settings import Qwen3NextSettings

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_mm.config.fields import NonNegativeFloat, PositiveFloat, PositiveInt
-from megatron_mm.config.settings import LanguageConfig
+from megatron_mm.config.settings_model import LanguageConfig
 
 
 @dataclass
