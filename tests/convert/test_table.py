@@ -18,13 +18,13 @@ from megatron_mm.model.blueprint import blueprint
 from megatron_mm.model.families.transforms import ByHead, Joined, Stacked, Transform
 from megatron_mm.model.multimodal import build
 from megatron_mm.parallel import groups
-from support.batches import SMALL_MODELS, small_model, small_qwen3_5_moe
+from support.batches import SMALL_MODELS, small_model, small_qwen3_5_moe, two_memories
 from support.folders import SIX_B, base_model, meta, planned, save_fused, shapes_of
 
 MODELS = {
     "300M and CLVR": small_model(),
     "6B": replace(base_model(**SIX_B)),
-    "Qwen3.5-MoE": small_qwen3_5_moe(),
+    "Qwen3.5-MoE and two memories": small_qwen3_5_moe(**two_memories("overview", "detail")),
 }
 ROWS = {kind: table_rows(model) for kind, model in MODELS.items()}
 # Every row once: those that models share are served by the first that has them.
