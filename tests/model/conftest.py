@@ -12,16 +12,22 @@ platform.install()
 
 
 @pytest.fixture(scope="module")
-def pg():
-    """megatron-core's process groups of a job of one rank; gone after the module, since other tests
-    start jobs of their own."""
+def one_rank():
+    """The groups of a job of one rank; gone after the module, since other tests start jobs of
+    their own."""
     from megatron_mm.config import ParallelConfig
     from megatron_mm.parallel import groups
 
     torch.set_num_threads(1)
     groups.start(ParallelConfig())
-    yield groups.build(ParallelConfig()).pg
+    yield groups.build(ParallelConfig())
     groups.stop()
+
+
+@pytest.fixture(scope="module")
+def pg(one_rank):
+    """megatron-core's process groups of a job of one rank."""
+    return one_rank.pg
 
 
 @pytest.fixture(autouse=True)

@@ -500,7 +500,7 @@ def test_a_plug_in_with_half_a_letter_is_named(tmp_path, monkeypatch):
 # ---- conversion
 
 
-def test_it_is_converted_both_ways_and_computes_what_transformers_does(job, tmp_path):
+def test_it_is_converted_both_ways_and_computes_what_transformers_does(one_rank, tmp_path):
     pattern = "GM*E*M"
     model = small_model(pattern, image_stream="all", vision_memory="none")
     model = replace(model, layers={"M": MLPSettings(40)})
@@ -515,7 +515,7 @@ def test_it_is_converted_both_ways_and_computes_what_transformers_does(job, tmp_
     opened, run = to_hf.open_checkpoint(tmp_path / "mega"), RunConfig(model=source.model)
     loaded = hf_model.load_transformers(tmp_path / "out", trust_remote_code=False)
     cases = parity.built_in_cases(run, source.image_token_id)
-    mcore = parity.mcore_model(opened, job)
+    mcore = parity.mcore_model(opened, one_rank)
     found = list(parity.compare_outputs(opened, mcore, loaded, run, cases))
     assert len(found) >= 4 and max(case.size for case in found) <= parity.TOLERANCE
 

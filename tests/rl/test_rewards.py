@@ -16,7 +16,7 @@ def one(spec, completion, truth=None, ids=(1,), **columns):
     """Returns the reward of one completion, called as a worker does."""
     function = RewardFunction(parse_specs([spec], REWARDS)[0])
     columns = {"ground_truth": [truth]} | {key: [value] for key, value in columns.items()}
-    (reward,) = function(["q"], [completion], [list(ids)], columns, None)
+    (reward,) = function(["q"], [completion], [list(ids)], columns, None, lambda *metric: None)
     return reward
 
 
