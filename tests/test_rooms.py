@@ -51,7 +51,7 @@ def test_no_room_imports_from_one_above_it():
 
 
 def test_tests_share_helpers_and_nothing_of_each_other():
-    """What several tests need stands in tests/support; the package needs nothing from there."""
+    """Shared helpers stand in tests/support; the package imports nothing from there."""
     found = list(imports("tests"))
     between = [pair for pair in found if pair[1].startswith("test_")]
     back = [pair for pair in imports("megatron_mm") if pair[1].startswith(("support.", "tests."))]

@@ -43,7 +43,11 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
 
 
 def data_parallel_size(run: RunConfig, world_size: int) -> int:
-    """How many model replicas `world_size` ranks hold. Raises ConfigError if none fits."""
+    """Returns the number of model replicas on `world_size` ranks.
+
+    Raises:
+        ConfigError: if none fits.
+    """
     tp = run.parallel.tensor_model_parallel_size
     cp = run.parallel.context_parallel_size
     pp = run.parallel.pipeline_model_parallel_size

@@ -1,4 +1,4 @@
-"""What families share in reading and writing transformers configs. Imports no torch.
+"""Shared parts of families that read and write transformers configs. Imports no torch.
 
 A table has a row for each setting: transformers' key, our field, and the default of the
 transformers class, because a saved config.json may leave out what equals it. The default is not

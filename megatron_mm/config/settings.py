@@ -32,7 +32,7 @@ Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
 @dataclass
 class ParallelConfig:
-    """Where the model is computed. Data parallelism is what is left of the world size."""
+    """Parallel layout. Data parallelism is the rest of the world size."""
 
     tensor_model_parallel_size: PositiveInt = 1
     """Ranks that share every matrix product; more than 1 implies sequence parallelism."""
@@ -126,7 +126,7 @@ class DataPhase:
 
 @dataclass
 class DataConfig:
-    """What is read, and how rows become samples."""
+    """Files that are read, and how their rows become samples."""
 
     train_data: list[DataPhase] = field(default_factory=list)
     """Training data, phase by phase; the flag takes PATH or PATH:SAMPLES for each."""
@@ -193,7 +193,7 @@ class OptimizerConfig:
 
 @dataclass
 class TrainingConfig:
-    """How long and how training runs."""
+    """Length, batches and memory of training."""
 
     objective: Annotated[str, Named(OBJECTIVES)] = "sft"
     """Objective that is trained. sft: supervised fine-tuning; grpo: reinforcement learning, with
@@ -254,7 +254,7 @@ class LoraConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is saved and what a run starts from."""
+    """Checkpoints that a run writes, and the one it starts from."""
 
     save: str | None = None
     """Folder of the run's checkpoints."""
@@ -277,7 +277,7 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """Where a run says what it does."""
+    """Outputs of a run: metrics, console, report."""
 
     output_dir: str = "runs/default"
     """Folder of metrics, results and the report."""

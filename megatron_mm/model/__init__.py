@@ -1,1 +1,1 @@
-"""What is computed: one pipeline stage of the fused model."""
+"""The model's computation: one pipeline stage of the fused model."""

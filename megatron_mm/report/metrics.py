@@ -105,7 +105,7 @@ DIVISOR = "train/loss_divisor"  # what the loss and its terms are divided by; no
 
 
 class Total(NamedTuple):
-    """What one rank added under one name."""
+    """The numbers that one rank added under one name."""
 
     kind: Kind
     value: float

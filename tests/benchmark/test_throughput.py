@@ -1,4 +1,4 @@
-"""What the throughput benchmark counts and compares; how fast anything was is not asserted."""
+"""Counts and comparisons of the throughput benchmark; no speed is asserted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BOTH = ("real", "mock"), ("natural", "balanced")
 
 
 def first_steps(run: RunConfig, count: int) -> list[dict[str, float]]:
-    """What the first steps of the data hold, read by one reader of all of it."""
+    """Contents of the first steps of the data, read by one reader of all of it."""
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     loader = TrainLoader(run, tokenizer, data_parallel_rank=0, data_parallel_size=1)
     found = []

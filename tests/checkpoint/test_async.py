@@ -87,7 +87,8 @@ def test_steps_taken_meanwhile_do_not_enter(ranks, tmp_path, size, parallel, tra
 
 
 def two_saves(run, folder: Path) -> tuple[list[str], bool]:
-    """What there is when the second save returns, and whether it waited for the first."""
+    """Returns the folders there when the second save returns, and whether it waited for the
+    first."""
     engine = create(run)
     with Gate() as gate:
         background = saver(engine)

@@ -56,7 +56,7 @@ def goes_on(run, copies: list[Path], states: list, losses: list) -> list[tuple[i
 
 
 def seen(folder: Path) -> set[str]:
-    """What the kill interrupted, as far as it shows."""
+    """Names the phase that the kill interrupted, as far as it shows."""
     names = {path.name for path in folder.iterdir()}
     marks = {Path(name).suffix for name in names if name.startswith("iter_")} - {""}
     whole = max(name for name in names if folders.NAME.fullmatch(name))

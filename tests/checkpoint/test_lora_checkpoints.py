@@ -91,7 +91,7 @@ def test_resume_is_exact_to_the_bit(ranks, tmp_path, name):
 
 @torch.no_grad()
 def logits(engine) -> torch.Tensor:
-    """Of one rank; [T, 1, V]."""
+    """Logits of one rank, [T, 1, V]."""
     batch = microbatch(engine.run.model, 77)
     everywhere = torch.arange(len(batch.tokens_T))
     (found,) = engine.forward([batch], lambda batch: everywhere, lambda output, **_: output)
@@ -130,7 +130,7 @@ def test_training_left_the_base_as_it_was(base, adapted):
 
 
 def merged_logits(folder: Path) -> torch.Tensor:
-    """Of a run without LoRA that starts from `folder`."""
+    """Logits of a run without LoRA that starts from `folder`."""
     engine = create(tiny_run())
     assert sharded.load(engine, folder, finetune=True)["initialized"] == []
     return logits(engine)

@@ -1,4 +1,4 @@
-"""What one layout saved, another reads: whole weights and optimizer state, equal to the bit."""
+"""A layout reads what another saved: whole weights and optimizer state, bitwise identical."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FP8 asks of a run: alignment, padding, and the combinations that are refused."""
+"""Needs of FP8: alignment, padding, and the combinations that are refused."""
 
 import pytest
 

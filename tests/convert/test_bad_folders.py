@@ -1,4 +1,4 @@
-"""What is wrong with a folder is one line that names it, and nothing is written."""
+"""A fault of a folder is one line that names it, and nothing is written."""
 
 from __future__ import annotations
 

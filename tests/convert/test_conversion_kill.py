@@ -1,5 +1,5 @@
 """SIGKILL at any moment of a conversion: nothing looks finished that is not, and the next run
-makes what an undisturbed one makes, to the bit.
+makes what an undisturbed one makes, bitwise.
 
 `KILLS=300 python -m pytest tests/convert/test_conversion_kill.py -s` kills before every single
 change of what is on disk and 300 times more; the default is what fits into a test run.
@@ -58,7 +58,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def checkpoint_is_there(target: Path) -> bool:
-    """As anyone who loads it would find out."""
+    """Loads it as a user would."""
     try:
         to_hf.open_checkpoint(target)
     except CheckpointError:

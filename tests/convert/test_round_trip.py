@@ -1,4 +1,4 @@
-"""There and back is the same to the bit, on every layout, for every way of writing."""
+"""There and back is bitwise identical, on every layout, for every way of writing."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_a_published_folder_computes_the_same(job, tmp_path):
 
 
 def test_a_fusion_of_a_published_folder_with_internvit(job, tmp_path):
-    """As with Qwen3-Next: the projector is new, the rest is what the two folders hold."""
+    """The projector is new, as with Qwen3-Next; the rest stands in the two folders."""
     model = base_model(family=FAMILY)
     published = save_published(tmp_path / "text")
     vision = save_released_vision(tmp_path / "vit", model, transformers_model(model))

@@ -51,7 +51,7 @@ def write_run(folder: Path, right: dict[str, float], seed: int, hit_rate: float 
 
 
 def write_experts(folder: Path, hit: float, nats: float, selective: float):
-    """What the discovery tool says of a run's end."""
+    """Output of the discovery tool about a run's end."""
     measured = {"ocr": {"hit": hit, "experts": 2.0}, "sum": {"hit": 0.0, "experts": 0.0}}
     info = {"measured": measured, "mutual_information": [nats, nats + 0.2]}
     info["causal_test"] = {"selectivity": {"ocr": selective, "sum": selective + 0.2}}

@@ -181,7 +181,7 @@ def test_a_reader_that_fails_in_any_way_leaves_nobody_waiting(ranks, scenes):
 
 
 def on_rank_train(steps: int, *runs) -> list[tuple[list[dict], set[str]]]:
-    """Of each run, the metrics of each step, and the parameters no longer as they were."""
+    """Returns, for each run, the metrics of each step and the parameters that changed."""
     made = groups.build(runs[0].parallel)
     found = []
     for run in runs:

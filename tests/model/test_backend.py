@@ -103,7 +103,7 @@ print(backend.missing_transformer_engine())
 
 
 def missing_transformer_engine(*folders) -> str:
-    """What a machine with a GPU would say, in a process whose path has those folders first."""
+    """Runs code as on a machine with a GPU, in a process whose path has those folders first."""
     paths = [f"sys.path.insert(0, {str(folder)!r})" for folder in folders]
     # Only after megatron-core: a broken one stops its import (FileNotFoundError).
     script = AS_IF_CUDA.replace(

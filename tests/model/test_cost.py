@@ -1,4 +1,4 @@
-"""What config/cost.py says a part costs is what the real model computes."""
+"""The costs of config/cost.py equal the FLOPs that the real model computes."""
 
 from __future__ import annotations
 

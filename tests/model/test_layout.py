@@ -15,7 +15,7 @@ from support.batches import small_run
 
 @dataclass
 class FakeGroup:
-    """As much of a ProcessGroup as a layout asks for."""
+    """The part of a ProcessGroup that a layout asks for."""
 
     ranks: int
     mine: int

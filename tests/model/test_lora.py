@@ -1,4 +1,4 @@
-"""What an adapter computes: nothing at the start, eq. 3 of the paper after, the same merged."""
+"""An adapter computes nothing at the start, eq. 3 of the paper after, and the same when merged."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def registered():
 
 
 def on_rank(function: Callable, *args):
-    """As a plug-in would, once per process; ranks live on."""
+    """Registers the letter as a plug-in would, once per process; ranks live on."""
     LAYERS.register("M", MLP)
     return function(*args)
 

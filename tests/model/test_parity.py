@@ -182,7 +182,7 @@ def test_double_notices_an_epsilon(pg, double):
 
 
 def test_watch_sees_every_sublayer(base_pair):
-    """What the layer comparison rests on: ten calls in the pattern's order."""
+    """The layer comparison rests on ten calls in the pattern's order."""
     _, ours = base_pair
     model = small_model(PATTERN, vision_memory="none")
     seen = []

@@ -39,7 +39,7 @@ CORE = ("TEColumnParallelLinear", "TERowParallelLinear", "TEGroupedLinear")
 
 
 def core_signatures() -> dict[str, str]:
-    """Of megatron-core's classes, from their source: importing it would give stand-ins."""
+    """Signatures of megatron-core's classes, from their source: an import gives stand-ins."""
     path = Path(importlib.util.find_spec("megatron.core").origin).parent
     tree = ast.parse((path / "extensions" / "transformer_engine.py").read_text(encoding="utf-8"))
     found = {}

@@ -1,4 +1,5 @@
-"""What hides communication changes no gradient; what this machine lacks is refused in one line."""
+"""Overlapped communication changes no gradient; a backend that is missing here is refused in one
+line."""
 
 from __future__ import annotations
 

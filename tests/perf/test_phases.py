@@ -45,7 +45,7 @@ def one_step(settings: dict) -> dict:
 
 
 def wire_bytes(engine: Engine, batch: Microbatch) -> int:
-    """Of the packed tensor that leaves this stage, and of its three sizes, int64 each."""
+    """Bytes of the packed tensor that leaves this stage, and of its three sizes, int64 each."""
     (stage,), width = engine.chunks, engine.config.hidden_size
     if stage.leaves is None:
         return 0

@@ -20,7 +20,7 @@ from megatron_mm.data.batch import BatchMemory, Microbatch
 
 @dataclass
 class MemoryPart:
-    """What one memory holds of a sample."""
+    """The part of a sample that one memory holds."""
 
     tiles: list[int] = field(default_factory=list)
     coordinates: list[torch.Tensor] = field(default_factory=list)  # one [P * P, 2] per tile

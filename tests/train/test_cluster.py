@@ -79,7 +79,7 @@ class Nodes:
         return (self.folder / f"node{node}.log").read_text()
 
     def left(self) -> list[str]:
-        """What still runs of this job: every process of it has its config on its command line."""
+        """Processes of this job that still run: each has the config on its command line."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:

@@ -43,7 +43,7 @@ CUTS = range(1, 11)
 
 
 def fingerprint(trainer) -> tuple:
-    """Everything that decides how the run goes on. Hashes, so equal means to the bit."""
+    """Everything that decides how the run goes on. Hashes, so equal means bitwise identical."""
     loader = trainer.loader
     position = loader.consumed_samples
     upcoming = [batch_hash(batch) for batch in loader.next_batch()]

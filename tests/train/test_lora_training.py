@@ -50,8 +50,8 @@ def test_adapters_learn_and_nothing_else(ranks, scenes, name):
 
 
 def test_other_modules_follow_their_flags(ranks, scenes):
-    """What is no target learns in full unless it is frozen, and a target's own flag is of no
-    account."""
+    """A module that is no target learns in full unless it is frozen; a target's own flag counts
+    for nothing."""
     common = dict(lora_rank=2, weight_decay=0.0, **PP2)
     first = digits_run(scenes, lora_targets=["vision"], **common)
     second = digits_run(

@@ -45,7 +45,7 @@ def poison_gradient(trainer, suffix: str = "linear_fc2.weight") -> None:
 
 
 def poison_expert_gradient(trainer) -> None:
-    """Of experts that the first rank does not have."""
+    """Experts that the first rank does not have."""
     poison_gradient(trainer, "experts.down")
 
 

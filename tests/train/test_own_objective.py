@@ -24,7 +24,7 @@ PATH = "support.smoothed.SMOOTHED"
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """What a test registers is gone after it."""
+    """Removes after a test the parts that it registered."""
     monkeypatch.setattr(OBJECTIVES, "_parts", dict(OBJECTIVES._parts))
 
 

@@ -73,7 +73,7 @@ class CLVRProcessor(ProcessorMixin):
         return cut[used], [used.index(tile) for tile in stream], held
 
     def _centres(self, tile: int, rows: int, columns: int) -> torch.Tensor:
-        """Of a tile's patches, (y, x) in fractions of the image; the thumbnail covers it all."""
+        """Places (y, x) of a tile's patches in fractions of the image; the thumbnail covers all."""
         side = self.tiles["image_size"] // self.tiles["patch_size"]
         row, column = divmod(tile, columns)
         if tile >= rows * columns:
