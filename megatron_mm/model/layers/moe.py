@@ -85,7 +85,12 @@ class MixtureOfExperts(MoELayer):
     @classmethod
     def build(cls, given: BuildContext) -> MixtureOfExperts:
         return cls(
-            given.config, given.pg, given.layer.number, given.std, given.out_std, given.backend
+            given.config,
+            given.pg,
+            given.layer.known_number,
+            given.std,
+            given.out_std,
+            given.backend,
         )
 
     def run(self, hidden_t1H: torch.Tensor, context: StreamContext, state: None) -> torch.Tensor:
