@@ -217,9 +217,8 @@ class CLVRModel(InternVLModel):
 
     def __init__(self, config: CLVRConfig):
         super().__init__(config)
-        self.language_model: nn.Module = letter_by_letter(type(self.language_model))(
-            config.text_config
-        )
+        made = letter_by_letter(type(self.language_model))
+        self.language_model: nn.Module = made(config.text_config)
         self.post_init()
 
 

@@ -110,9 +110,7 @@ class CLVRProcessor(ProcessorMixin):
         per_tile = self.tiles["tokens_per_tile"]
         rows, pixels, stream, tiles = [], [], [], 0
         # Of every memory: tiles, centres, prompts and first positions of its patches.
-        memories: list[tuple[list, list, list, list]] = [
-            ([], [], [], []) for _ in self.tiles["memories"]
-        ]
+        memories: list[tuple[list, ...]] = [([], [], [], []) for _ in self.tiles["memories"]]
         for number, prompt in enumerate(texts):
             pieces = prompt.split(IMAGE_MARK)
             mine, images = images[: len(pieces) - 1], images[len(pieces) - 1 :]
