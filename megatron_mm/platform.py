@@ -76,8 +76,6 @@ class _InertStream:
     def __eq__(self, other):
         return isinstance(other, _InertStream)
 
-    __hash__ = None
-
 
 def _always(value):
     """Returns a new constant function: dynamo rejects one object under two torch names."""

@@ -190,7 +190,8 @@ def _check_training(run: RunConfig) -> None:
     phases = [phase.samples for phase in run.data.train_data]
     # Packed samples are known to suffice only once their lengths are known.
     if phases and phases[-1] is not None and not run.data.packing:
-        needed, held = train.train_iters * train.global_batch_size, sum(phases)
+        needed = train.train_iters * train.global_batch_size
+        held = sum(samples for samples in phases if samples is not None)
         if held < needed:
             raise ConfigError(
                 f"train_data holds {held} samples in its {len(phases)} phases, but train_iters * "
@@ -205,7 +206,7 @@ def _check_training(run: RunConfig) -> None:
     allowed = "false, or true with use_distributed_optimizer and overlap_grad_reduce"
     value = par.overlap_param_gather
     require(needs or not value, "overlap_param_gather", value, allowed)
-    for key, needed, value, other in (
+    for key, other, given, present in (
         ("save_interval", "save", run.checkpoint.save_interval, run.checkpoint.save),
         ("async_save", "save", run.checkpoint.async_save, run.checkpoint.save),
         ("resume", "save", run.checkpoint.resume, run.checkpoint.save),
@@ -218,8 +219,8 @@ def _check_training(run: RunConfig) -> None:
         ("finetune", "load", run.checkpoint.finetune, run.checkpoint.load),
         ("eval_interval", "valid_data", run.evaluation.eval_interval, run.data.valid_data),
     ):
-        off = "false" if value is True else "none"
-        require(not value or bool(other), key, value, f"{off}, or this value with {needed}")
+        off = "false" if given is True else "none"
+        require(not given or bool(present), key, given, f"{off}, or this value with {other}")
     both = run.checkpoint.load_hf and run.checkpoint.load
     require(not both, "load_hf", run.checkpoint.load_hf, "none, or this value without load")
 
@@ -233,7 +234,7 @@ def _check_lora(run: RunConfig) -> None:
             require(value == off, key, value, f"{off!r}, or this value with lora_rank")
         return
     allowed = "at least one of language, vision, projector, each once"
-    require(targets and len({*targets}) == len(targets), "lora_targets", targets, allowed)
+    require(bool(targets) and len({*targets}) == len(targets), "lora_targets", targets, allowed)
     if run.model.vision is None:
         allowed = "['language'], because model.vision is none"
         require(targets == ["language"], "lora_targets", targets, allowed)

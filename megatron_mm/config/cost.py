@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from megatron_mm.config.families import vision_family
+from megatron_mm.config.families import vision_family, vision_settings
 from megatron_mm.config.layers.counting import (
     Counter,
     Linear,
@@ -85,7 +85,8 @@ def vision_linears(model: ModelConfig) -> dict[str, tuple[Linear, ...]]:
     """Linears of the vision side. `patches` and `vit layer` see the positions of a tile,
     `projector` the tokens of the stream."""
     fusion, hidden = model.fusion, model.language.hidden_size
-    encoder, width = vision_family(model).cost(model.vision), model.vision.vision_hidden_size
+    vit = vision_settings(model)
+    encoder, width = vision_family(model).cost(vit), vit.vision_hidden_size
     return {
         "patches": (encoder.embedding,),
         "vit layer": encoder.layer,
@@ -95,7 +96,7 @@ def vision_linears(model: ModelConfig) -> dict[str, tuple[Linear, ...]]:
 
 def memory_projection(model: ModelConfig, memory: Memory) -> Linear:
     """The projection of a memory, which sees its patches."""
-    return model.vision.vision_hidden_size, memory.width
+    return vision_settings(model).vision_hidden_size, memory.width
 
 
 def vision_attention(model: ModelConfig, tiles: int) -> float:

@@ -29,7 +29,7 @@ HF = Mapping[str, Any]  # a config.json, or a part of it
 
 
 @dataclass(frozen=True)
-class LanguageFamily:
+class LanguageFamily[S: LanguageConfig]:
     """A language model around layers of the pattern.
 
     Attributes:
@@ -53,7 +53,7 @@ class LanguageFamily:
     """
 
     title: str
-    settings: type[LanguageConfig]
+    settings: type[S]
     presets: Mapping[str, Callable[[], ModelConfig]]
     rows: str
     carried: tuple[str, ...]
@@ -62,7 +62,7 @@ class LanguageFamily:
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     from_hf: Callable[[HF, str, bool], ModelConfig]
     released: Callable[[HF], HF] = lambda config: config
-    check: Callable[[LanguageConfig, ParallelConfig], None] = lambda language, parallel: None
+    check: Callable[[S, ParallelConfig], None] = lambda language, parallel: None
     modules: Mapping[str, str] = field(default_factory=dict)
 
     def hf_rows(self) -> Mapping[str, tuple]:
@@ -116,7 +116,7 @@ class EncoderCost:
 
 
 @dataclass(frozen=True)
-class VisionFamily:
+class VisionFamily[S: VisionConfig]:
     """A vision encoder, and the transformers model that fuses it with a language model.
 
     Attributes:
@@ -142,14 +142,14 @@ class VisionFamily:
     """
 
     title: str
-    settings: type[VisionConfig]
-    presets: Mapping[str, Callable[[], VisionConfig]]
+    settings: type[S]
+    presets: Mapping[str, Callable[[], S]]
     build: str
     rows: str
-    grid: Callable[[VisionConfig, tuple[int, int] | None], Grid]
-    core: Callable[[VisionConfig, int], dict[str, Any]]
-    cost: Callable[[VisionConfig], EncoderCost]
-    check: Callable[[VisionConfig, FusionConfig, ParallelConfig], None]
+    grid: Callable[[S, tuple[int, int] | None], Grid]
+    core: Callable[[S, int], dict[str, Any]]
+    cost: Callable[[S], EncoderCost]
+    check: Callable[[S, FusionConfig, ParallelConfig], None]
     hf_encoder_type: str
     hf_type: str
     hf_classes: tuple[str, str]
@@ -167,13 +167,13 @@ class VisionFamily:
 
 
 HERE = "megatron_mm.model.families"
-LANGUAGE_FAMILIES: Registry[LanguageFamily] = Registry(
+LANGUAGE_FAMILIES: Registry[LanguageFamily[Any]] = Registry(
     "language family",
     {name: f"{HERE}.{name}.family.FAMILY" for name in ("qwen3_next", "qwen3_5_moe")},
     kind="LanguageFamily",
     needs=[part.name for part in fields(LanguageFamily)],
 )
-VISION_FAMILIES: Registry[VisionFamily] = Registry(
+VISION_FAMILIES: Registry[VisionFamily[Any]] = Registry(
     "vision family",
     {"internvit": f"{HERE}.internvit.family.FAMILY"},
     kind="VisionFamily",
@@ -181,10 +181,16 @@ VISION_FAMILIES: Registry[VisionFamily] = Registry(
 )
 
 
-def language_family(model: ModelConfig) -> LanguageFamily:
+def language_family(model: ModelConfig) -> LanguageFamily[Any]:
     return LANGUAGE_FAMILIES[model.language.type]
 
 
-def vision_family(model: ModelConfig) -> VisionFamily:
+def vision_family(model: ModelConfig) -> VisionFamily[Any]:
     """The family of a model that has a vision encoder."""
-    return VISION_FAMILIES[model.vision.type]
+    return VISION_FAMILIES[vision_settings(model).type]
+
+
+def vision_settings(model: ModelConfig) -> VisionConfig:
+    """`model.vision` of a model that has a vision encoder."""
+    assert model.vision is not None
+    return model.vision

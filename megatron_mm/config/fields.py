@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, get_args, get_origin
 
 from megatron_mm.errors import ConfigError
@@ -126,9 +127,12 @@ def explanations(cls: type) -> dict[str, str]:
     """Field name -> the string behind it, in one line; fields of base classes included."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for field, text in zip(body, body[1:], strict=False):
-            if not isinstance(field, ast.AnnAssign) or not isinstance(text, ast.Expr):
+        written = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(written, ast.ClassDef)
+        for field, text in pairwise(written.body):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if not isinstance(text, ast.Expr):
                 continue
             if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
                 found[field.target.id] = " ".join(text.value.value.split())

@@ -107,7 +107,7 @@ class TextWords:
             values[name] = rope.get(key, config.get(key, default))
         language = from_dict(self.settings, values, where.rstrip(".") or "config")
         pattern = read_pattern(config, where, self.layers)
-        own = {
+        own: dict[str, Any] = {
             kind.letter: from_dict(kind.settings, kind.hf_settings(config), where)
             for kind in LAYERS.used(pattern)
             if kind.settings is not None and kind.hf_settings is not None
@@ -132,9 +132,9 @@ def read_pattern(config: Mapping[str, Any], where: str, layers: int) -> str:
     for kind in types:
         if kind not in letters:
             raise ConfigError(f"{where}layer_types has {kind!r}; allowed: {', '.join(letters)}")
-    claims = [kind for _, kind in LAYERS.items() if kind.hf_claims is not None]
+    claims = [(kind, kind.hf_claims) for _, kind in LAYERS.items() if kind.hf_claims is not None]
     pattern = ""
     for layer, name in enumerate(types):
-        mine = {kind.role: kind.letter for kind in claims if kind.hf_claims(config, layer)}
+        mine = {kind.role: kind.letter for kind, claimed in claims if claimed(config, layer)}
         pattern += mine.get("mixer", letters[name]) + mine.get("ffn", FFN)
     return pattern

@@ -41,6 +41,18 @@ class Layer:
     def numbered(self) -> bool:
         return self.number is not None
 
+    @property
+    def known_number(self) -> int:
+        """`number` of a mixer or a feed-forward."""
+        assert self.number is not None
+        return self.number
+
+    @property
+    def known_pair(self) -> int:
+        """`pair` of a side."""
+        assert self.pair is not None
+        return self.pair
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -132,7 +144,7 @@ def num_layers(pattern: str) -> int:
 
 def routed_layers(pattern: str) -> list[int]:
     """Numbers of the layers with routed experts, in order: their moe indices."""
-    return [layer.number for layer in parse_pattern(pattern) if LAYERS[layer.kind].routed]
+    return [layer.known_number for layer in parse_pattern(pattern) if LAYERS[layer.kind].routed]
 
 
 def reads_memory(model: ModelConfig) -> bool:

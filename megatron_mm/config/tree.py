@@ -103,7 +103,7 @@ def leaves(cls: type, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
         elif sections:
             for key, kind in sections.kinds():
                 yield from leaves(kind, (*path, *([] if sections.flat else [f.name]), key))
-        elif is_dataclass(inner):
+        elif isinstance(inner, type) and is_dataclass(inner):
             yield from leaves(inner, (*path, f.name))
         elif get_origin(inner) is not dict:
             default = f.default if f.default_factory is MISSING else f.default_factory()
@@ -156,7 +156,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         return from_dict(kind.settings, value, key)
     if sections:
         return _sections(sections, value, key)
-    if is_dataclass(inner):
+    if isinstance(inner, type) and is_dataclass(inner):
         return from_dict(inner, value, key)
     if get_origin(inner) is list:
         if not isinstance(value, (list, tuple)):
@@ -264,7 +264,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        both = both and old.get("type") in (None, value.get("type", old.get("type")))
-        merged[key] = merge(old, value) if both else value
+        merged[key] = value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            kind = old.get("type")
+            if kind in (None, value.get("type", kind)):
+                merged[key] = merge(old, value)
     return merged

@@ -38,8 +38,8 @@ def wire(stages: Sequence[Stage], read: Sequence[str]) -> tuple[Manifest, ...]:
     for boundary in range(1, len(stages)):
         before = [layer for stage in stages[:boundary] for layer in stage.layers]
         after = [layer for stage in stages[boundary:] for layer in stage.layers]
-        opened = {layer.pair for layer in before if LAYERS[layer.kind].pair == "opens"}
-        closed = {layer.pair for layer in after if LAYERS[layer.kind].pair == "closes"}
-        memories = {read[layer.pair] for layer in after if LAYERS[layer.kind].reads_memory}
+        opened = {layer.known_pair for layer in before if LAYERS[layer.kind].pair == "opens"}
+        closed = {layer.known_pair for layer in after if LAYERS[layer.kind].pair == "closes"}
+        memories = {read[layer.known_pair] for layer in after if LAYERS[layer.kind].reads_memory}
         manifests.append(Manifest(tuple(sorted(memories)), tuple(sorted(opened & closed))))
     return tuple(manifests)

@@ -92,6 +92,7 @@ def clvr_config(model: ModelConfig) -> dict[str, Any]:
 def processor_config(run: RunConfig) -> dict[str, Any]:
     """Returns processor_config.json: how images were tiled in training."""
     settings = image_settings(run)
+    assert settings is not None  # a model with looks has a vision encoder
     return {
         "processor_class": "CLVRProcessor",
         "auto_map": {"AutoProcessor": "processing_clvr.CLVRProcessor"},

@@ -58,6 +58,7 @@ class Stored:
         """
         shape, begin = self.shape, self.offset
         if first is not None:
+            assert last is not None  # the two come together
             row = math.prod(shape[1:]) * self.dtype.itemsize
             shape, begin = (last - first, *shape[1:]), begin + first * row
         raw = torch.empty(math.prod(shape) * self.dtype.itemsize, dtype=torch.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -67,6 +67,7 @@ class ParamMapping:
         first..last-1."""
         if not self.counted:
             return self.transform.to_mcore([read(n, None, None) for n in self.names], self.shape)
+        each: Iterable[Sequence[torch.Tensor]]
         if not self.separate:
             blocks = [read(name, first, last) for name in self.names]
             each = zip(*(block.unbind(0) for block in blocks), strict=True)
@@ -90,8 +91,8 @@ class ParamMapping:
             for i, parts in enumerate(each):
                 yield from zip(self.named(first + i), parts, strict=True)
         else:
-            for name, parts in zip(self.names, zip(*each, strict=True), strict=True):
-                yield name, torch.stack(parts)
+            for name, indices in zip(self.names, zip(*each, strict=True), strict=True):
+                yield name, torch.stack(indices)
 
 
 @lru_cache(maxsize=256)
@@ -201,7 +202,7 @@ def read_mapping(
         rows: instead of the model's table of names.
     """
     rows = table.rows(model) if rows is None else rows
-    state, used = StateMapping(), set()
+    state, used = StateMapping(), set[str]()
     votes = dict.fromkeys(SPELLINGS, 0)
     absent: list[tuple[str, dict[str, ParamMapping]]] = []
     for mcore, layout in parameters.items():
@@ -220,7 +221,7 @@ def read_mapping(
         link = next(iter(found.values()))
         state.links.append(link)
         _check(link, stored, state, used)
-    likely = sorted(votes, key=votes.get, reverse=True)
+    likely = sorted(votes, key=votes.__getitem__, reverse=True)
     for mcore, candidates in absent:
         group = next((g for g in new if mcore.startswith(g)), None)
         if group and not any(link.mcore.startswith(group) for link in state.links):

@@ -85,7 +85,10 @@ def built_in_cases(run: RunConfig, image_token_id: int | None, seed: int = 0) ->
 
     cases = [Case(_sample(words(24), []), "text")]
     settings = image_settings(run)
-    for columns, rows in BUILT_IN if settings else ():
+    if settings is None:
+        return cases
+    assert image_token_id is not None  # a model with vision has one
+    for columns, rows in BUILT_IN:
         side = settings.image_size
         pixels = (columns * side, rows * side)
         (grid,) = choose_grids([pixels], settings, "built-in image")

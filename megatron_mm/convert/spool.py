@@ -137,6 +137,7 @@ class Spool(AbstractContextManager):
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="spool", daemon=True)
                 self._thread.start()
+            assert self._file is not None  # it is set with the piece
             self._full.put((self._piece, self._file, self._begin, self._end, self._at))
             self._piece = self._file = None
 

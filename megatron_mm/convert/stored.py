@@ -173,6 +173,7 @@ class ChunkReader:
         shape = tuple(entry.size)
         if first is None:
             first, last = 0, shape[0] if shape else 0
+        assert last is not None  # the two come together
         wanted = [
             c for c in entry.chunks if c.offsets[0] < last and c.offsets[0] + c.sizes[0] > first
         ]

@@ -253,12 +253,16 @@ def _write(
         for part in mine:
             if part.carried is not None:
                 writer.write(part.carried, read(CARRIED_PREFIX + part.carried))
-            elif part.link.counted:
-                mcore = read(weight_key(part.link.mcore), part.first, part.last)
-                for name, tensor in part.link.to_hf(mcore, part.first):
-                    writer.write(name, tensor, 0 if part.link.separate else part.first)
+                done(part.bytes)
+                continue
+            link = part.link
+            assert link is not None  # it is one of the two
+            if link.counted:
+                mcore = read(weight_key(link.mcore), part.first, part.last)
+                for name, tensor in link.to_hf(mcore, part.first):
+                    writer.write(name, tensor, 0 if link.separate else part.first)
             else:
-                for name, tensor in part.link.to_hf(read(weight_key(part.link.mcore)), 0):
+                for name, tensor in link.to_hf(read(weight_key(link.mcore)), 0):
                     writer.write(name, tensor)
             done(part.bytes)
         writer.finish()

@@ -95,10 +95,12 @@ def _make(
     if part.link is not None:
         tensor = part.link.to_mcore(source.read, part.first, part.last)
         return tensor.to(dtype or tensor.dtype), part.link.shape
-    layout = parameters[part.new]
+    name = part.new
+    assert name is not None  # it is one of the three
+    layout = parameters[name]
     if not layout.rows_drawn_alone:
-        return draw(layout, part.new, seed).to(start), layout.global_shape
-    rows = [draw(layout, part.new, seed, i) for i in range(part.first, part.last)]
+        return draw(layout, name, seed).to(start), layout.global_shape
+    rows = [draw(layout, name, seed, i) for i in range(part.first, part.last)]
     return torch.stack(rows).to(start), layout.global_shape
 
 

@@ -72,12 +72,18 @@ class ImageFile:
         Raises:
             DataError: the file is missing or empty; the message does not name the row.
         """
-        if self.held is None and not self.path.is_file():
+        if self.held is not None:
+            self._require(len(self.held))
+            return io.BytesIO(self.held)
+        assert self.path is not None  # one of the two is given
+        if not self.path.is_file():
             raise DataError(f"{self.name} does not exist; correct the path in the row")
-        size = self.path.stat().st_size if self.held is None else len(self.held)
+        self._require(self.path.stat().st_size)
+        return self.path.open("rb")
+
+    def _require(self, size: int) -> None:
         if not size:
             raise DataError(f"{self.name} has 0 bytes; write the file again")
-        return self.path.open("rb") if self.held is None else io.BytesIO(self.held)
 
 
 def find_image(image: str | bytes, number: int, folder: Path, where: str) -> ImageFile:

@@ -139,8 +139,14 @@ class SampleBuilder:
         draft = self._draft(encode_row, row, where, folder)
         return Size(len(draft.encoded.tokens), sum(map(self._tiles_seen, draft.grids)))
 
+    @property
+    def _vision(self) -> ImageSettings:
+        """The settings for a row that has images, which needs a model with vision."""
+        assert self.settings is not None
+        return self.settings
+
     def _tiles_seen(self, grid: TileGrid) -> int:
-        return sum(map(len, tiles_by_images(grid, self.settings).values()))
+        return sum(map(len, tiles_by_images(grid, self._vision).values()))
 
     def _draft(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> _Draft:
         own = self._files(IMAGES, row, where, folder)
@@ -154,8 +160,8 @@ class SampleBuilder:
         for memory in self.settings.memories if self.settings else ():
             if memory.images not in files:
                 files[memory.images] = self._others(memory, grids, row, where, folder)
-        stream = [select_tiles(grid, self.settings.image_stream) for grid in grids]
-        counts = [len(tiles) * self.settings.tokens_per_tile for tiles in stream]
+        stream = [select_tiles(grid, self._vision.image_stream) for grid in grids]
+        counts = [len(tiles) * self._vision.tokens_per_tile for tiles in stream]
         encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length)
         return _Draft(files, grids, encoded)
 
@@ -185,9 +191,9 @@ class SampleBuilder:
         for n, (grid, start) in enumerate(zip(draft.grids, encoded.image_starts, strict=True)):
             tiles = {
                 key: self._tiles(draft.files[key][n], grid, used, where)
-                for key, used in tiles_by_images(grid, self.settings).items()
+                for key, used in tiles_by_images(grid, self._vision).items()
             }
-            images.append(SampleImage.build(grid, tiles, self.settings, start))
+            images.append(SampleImage.build(grid, tiles, self._vision, start))
         tokens_T = torch.tensor(encoded.tokens, dtype=torch.int64)
         labels_T = torch.full_like(tokens_T, self.tokenizer.pad_id)
         labels_T[:-1] = tokens_T[1:]
@@ -215,7 +221,7 @@ class SampleBuilder:
             self._cache.move_to_end(key)
             return found
         image = load_image(file, where)
-        found = np.ascontiguousarray(cut_tiles(image, grid, self.settings.image_size)[used])
+        found = np.ascontiguousarray(cut_tiles(image, grid, self._vision.image_size)[used])
         if file.path is None or found.nbytes > self._cache_bytes:
             return found
         self._cache[key] = found

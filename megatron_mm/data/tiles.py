@@ -137,6 +137,7 @@ def choose_grids(
     """
     if not sizes:
         return []
+    assert settings is not None
     budget, per_tile = settings.max_image_tokens, settings.tokens_per_tile
     cost = 0
     for most in range(settings.max_num_tiles, 0, -1):

@@ -90,9 +90,9 @@ class StreamContext:
             padding = (positions >= batch.num_real_tokens).unsqueeze(0)
         memories = {}
         for memory in read:
-            held, rows = batch.memories[memory.name], memory_rows(batch, memory, pg.tp.size())
+            patches, rows = batch.memories[memory.name], memory_rows(batch, memory, pg.tp.size())
             memories[memory.name] = MemoryMap.build(
-                segments, local, held.visible_M2, held.coordinates_M2, rows
+                segments, local, patches.visible_M2, patches.coordinates_M2, rows
             )
         return cls(
             segments,

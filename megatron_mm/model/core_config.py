@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config import RunConfig, effective_pattern, num_layers
-from megatron_mm.config.families import vision_family
+from megatron_mm.config.families import vision_family, vision_settings
 from megatron_mm.config.objectives import declaration
 
 
@@ -81,7 +81,7 @@ def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerCon
     tp = language.tensor_model_parallel_size
     return replace(
         language,
-        **vision_family(run.model).core(run.model.vision, tp),
+        **vision_family(run.model).core(vision_settings(run.model), tp),
         sequence_parallel=False,
         fp8=None,
         first_last_layers_bf16=False,

@@ -15,6 +15,7 @@ h heads of this rank, D head width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -55,7 +56,7 @@ class DecodeCache:
         """The state of a layer; new and empty when it is first asked for."""
         if (letter, number) not in self.layers:
             self.layers[letter, number] = make(self)
-        return self.layers[letter, number]
+        return cast(T, self.layers[letter, number])  # a letter has states of one type
 
     @property
     def routes(self) -> LayerState:
@@ -93,9 +94,15 @@ class LayerState:
         row = torch.arange(len(place), device=place.device)
         self.tensors[name][row, :, place] = x_ThD
 
+    @property
+    def _filling(self) -> Filling:
+        """The rows of the prefill that is running."""
+        assert self.cache.filling is not None
+        return self.cache.filling
+
     def hand_out(self, name: str, of_prompt: torch.Tensor) -> None:
         """Copies the values [N, ...] of prompts to their rows."""
-        filling, device = self.cache.filling, of_prompt.device
+        filling, device = self._filling, of_prompt.device
         if name not in self.tensors:
             self.tensors[name] = of_prompt.new_zeros(self.cache.rows, *of_prompt.shape[1:])
         rows, prompts = filling.rows_A.to(device), filling.prompt_A.to(device)
@@ -104,7 +111,7 @@ class LayerState:
     def hand_out_rectangle(self, name: str, of_prompt_NhSD: torch.Tensor) -> None:
         """Copies values with any number S of positions; those past a row's end are never read."""
         self._make_room(name, of_prompt_NhSD.shape[2], of_prompt_NhSD)
-        filling, device = self.cache.filling, of_prompt_NhSD.device
+        filling, device = self._filling, of_prompt_NhSD.device
         held = self.tensors[name].narrow(2, 0, of_prompt_NhSD.shape[2])
         rows, prompts = filling.rows_A.to(device), filling.prompt_A.to(device)
         held.index_copy_(0, rows, of_prompt_NhSD.index_select(0, prompts))

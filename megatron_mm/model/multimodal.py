@@ -29,7 +29,7 @@ from megatron_mm.config import (
     read_memories,
     wire,
 )
-from megatron_mm.config.families import vision_family
+from megatron_mm.config.families import vision_family, vision_settings
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import VISION
 from megatron_mm.data.batch import Microbatch
@@ -63,18 +63,19 @@ class VisionTower(nn.Module):
         super().__init__()
         model, self.cp = run.model, pg.cp
         inner = vision_config(run, config)
-        family = vision_family(model)
-        self.grid = family.grid(model.vision, None)
+        family, vision = vision_family(model), vision_settings(model)
+        self.grid = family.grid(vision, None)
         encoder, recompute = family.module(), Recompute.of(run.training).vision
-        self.vit = encoder(model.vision, inner, pg.tp, recompute)
+        self.vit = encoder(vision, inner, pg.tp, recompute)
         self.projector = Projector(model, self.grid, inner, pg.tp)
         self.memories = read_memories(model)
-        self.memory_proj, self.memory_projs = None, nn.ModuleDict()
+        self.memory_proj: ReplicatedLinear | None = None
+        self.memory_projs = nn.ModuleDict()
         for memory in self.memories:
             linear = ReplicatedLinear(
-                model.vision.vision_hidden_size,
+                vision.vision_hidden_size,
                 memory.width,
-                init=normal(model.vision.vision_init_method_std),
+                init=normal(vision.vision_init_method_std),
                 bias=True,
                 dtype=config.params_dtype,
             )
@@ -113,6 +114,7 @@ class VisionTower(nn.Module):
         for name in (memory.name for memory in self.memories):
             project = self.memory_proj if name == VISION else self.memory_projs[name]
             chosen = features if empty else features[batch.memories[name].tiles]
+            assert project is not None  # every memory in `memories` has one
             memory = project(chosen.flatten(0, 1))
             if empty:
                 memory = memory[:1] * 0.0
@@ -153,20 +155,23 @@ class MultimodalModel(MegatronModule):
         self.memories = {memory.name: memory for memory in looks}
         # The memories that looks of this stage read.
         here = [
-            looks[layer.pair].name
+            looks[layer.known_pair].name
             for layer, kind in zip(stage.layers, kinds, strict=True)
             if kind.reads_memory
         ]
         self.reads = [memory for name, memory in self.memories.items() if name in here]
         # Moe indices of this stage's layers of experts, and experts that they leave out for now.
         layers = zip(stage.layers, kinds, strict=True)
-        self.moe_layers = [layer.number for layer, kind in layers if kind.routed]
+        self.moe_layers = [layer.known_number for layer, kind in layers if kind.routed]
         self.forbidden: Routes = {}
         self.letters = "".join(layer.kind for layer in stage.layers)
         self.received: torch.Tensor | None = None
         self.watch: Callable | None = None  # diagnostics: (layer, hidden) as each layer ends
         init, dtype = normal(language.init_method_std), config.params_dtype
-        self.vision = self.embedding = self.final_norm = self.output_layer = None
+        self.vision: VisionTower | None = None
+        self.embedding: nn.Module | None = None
+        self.final_norm: nn.Module | None = None
+        self.output_layer: nn.Module | None = None
         if self.pre_process:
             if run.model.vision is not None:
                 self.vision = VisionTower(run, config, pg)
@@ -208,6 +213,7 @@ class MultimodalModel(MegatronModule):
 
     def _embed(self, batch: Microbatch, images: bool) -> Payload:
         mine = part(len(batch.tokens_T), self.pg.cp)
+        assert self.embedding is not None  # this is the first stage
         hidden = self.embedding(take(batch.tokens_T, mine))  # [T / CP, H], on every TP rank
         memories: dict[str, torch.Tensor] = {}
         if self.vision is not None and images:
@@ -252,6 +258,7 @@ class MultimodalModel(MegatronModule):
         if positions is not None:
             rows = (positions - first).to(hidden_t1H.device, non_blocking=True)
             hidden_t1H = hidden_t1H.index_select(0, rows)
+        assert self.output_layer is not None  # this is the last stage
         return self.output_layer(hidden_t1H)[0]
 
     def forward(
@@ -285,7 +292,7 @@ class MultimodalModel(MegatronModule):
         context.looks, context.watch, context.cache = looks, self.watch, cache
         context.first_pass_metrics = metrics
         context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term)
-        if self.pre_process:
+        if self.arrives is None:
             payload = self._embed(batch, prompts)
         else:
             payload = unpack(self.received, self._wire_shape(batch, self.arrives, prompts))
@@ -293,6 +300,7 @@ class MultimodalModel(MegatronModule):
         if self.leaves is not None:
             return pack(payload, self._wire_shape(batch, self.leaves, prompts))
         first = part(len(batch.tokens_T), self.pg.cp).start
+        assert self.final_norm is not None  # this is the last stage
         return self._logits(self.final_norm(payload.hidden_T1H), positions, first)
 
 

@@ -94,7 +94,7 @@ class Stack(nn.Module):
                     language.layernorm_epsilon,
                     config,
                     backend,
-                    layer.number,
+                    layer.known_number,
                     kind.lora,
                 )
             held, name = self._place(layer)
@@ -114,9 +114,9 @@ class Stack(nn.Module):
         for layer in layers:
             pair = self.kinds[layer.kind].pair
             if pair == "closes":
-                hidden = hidden + waiting.pop(layer.pair)
+                hidden = hidden + waiting.pop(layer.known_pair)
             elif pair == "opens":
-                waiting[layer.pair] = self._run(layer, hidden, payload, context)
+                waiting[layer.known_pair] = self._run(layer, hidden, payload, context)
             else:
                 hidden = self._run(layer, hidden, payload, context)
             context.tap(layer, hidden)
@@ -139,7 +139,7 @@ class Stack(nn.Module):
         module, state = held[name], None
         make = (module.inner if layer.numbered else module).State
         if context.cache is not None and make is not None:
-            number = layer.number if layer.numbered else layer.pair
+            number = layer.known_number if layer.numbered else layer.known_pair
             state = context.cache.state(layer.kind, number, make)
         memories = (payload.memories,) if kind.reads_memory else ()
         run = module if layer.numbered else module.run

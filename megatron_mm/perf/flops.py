@@ -83,6 +83,7 @@ def _vision(counter: Counter, recompute: Recompute) -> tuple[bool, dict[str, boo
     once = products(of["vit layer"], positions) + mixing
     if run.lora.adapts("vision"):
         rank = run.lora.lora_rank
+        assert rank is not None  # the encoder is adapted
         once += sum(products([(a + b, rank)], positions) for a, b in of["vit layer"])
     for _ in range(encoder.layers):
         for number, linear in enumerate(of["vit layer"]):

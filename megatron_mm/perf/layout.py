@@ -75,8 +75,8 @@ def on_gpus(run: RunConfig, world_size: int) -> RunConfig:
     parallel = run.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     reduce, gather = overlap_settings(parallel, hides=world_size > ranks)
-    overlap = {"overlap_grad_reduce": reduce, "overlap_param_gather": gather}
-    return replace(run, parallel=replace(parallel, **overlap))
+    overlapped = replace(parallel, overlap_grad_reduce=reduce, overlap_param_gather=gather)
+    return replace(run, parallel=overlapped)
 
 
 def too_large(plan: LayoutPlan) -> ConfigError:
@@ -104,7 +104,7 @@ def _what_it_holds(run: RunConfig, place: int) -> tuple:
         (
             "".join(layer.kind for layer in stages[index].layers),
             tuple(
-                reads[layer.pair]
+                reads[layer.known_pair]
                 for layer in stages[index].layers
                 if LAYERS[layer.kind].reads_memory
             ),

@@ -60,7 +60,7 @@ def predict(
                 computing(work, gpu, assumed) + talking(work, plan.groups, gpu, assumed)
                 for work in (trace.forward, trace.backward)
             ]
-            stages[chunk * ranks + place] = tuple(passes)
+            stages[chunk * ranks + place] = passes[0], passes[1]
             apart = plan.groups.get("pp", ())[:2]
             wires[chunk * ranks + place] = collective("send", trace.leaves, apart, gpu, assumed)
     order = sorted(stages)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,14 +38,21 @@ _GIVEN = {
     "send": ("send", 0),
 }
 _SILENT = ("recv_", "barrier", "monitored_barrier_")
-_ONLY_WORK = ("send", "recv_", "alltoall_base_", "barrier", "allreduce_coalesced_")
-_ONLY_WORK += ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_")
+_ONLY_WORK = (
+    "send",
+    "recv_",
+    "alltoall_base_",
+    "barrier",
+    "allreduce_coalesced_",
+    "allgather_into_tensor_coalesced_",
+    "reduce_scatter_tensor_coalesced_",
+)
 
 _ALLOCATE = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided)
 
 # Groups by their role; of two roles with one group the first counts.
-ROLES = ("tp", "cp", "ep", "pp", "expt_tp", "tp_ep", "dp", "dp_cp", "expt_dp", "tp_cp", "tp_dp_cp")
-ROLES += ("mp", "tp_ep_pp", "intra_dp_cp", "intra_expt_dp")
+ROLES: tuple[str, ...] = ("tp", "cp", "ep", "pp", "expt_tp", "tp_ep", "dp", "dp_cp", "expt_dp")
+ROLES += ("tp_cp", "tp_dp_cp", "mp", "tp_ep_pp", "intra_dp_cp", "intra_expt_dp")
 
 
 class Link(NamedTuple):
@@ -107,12 +114,12 @@ def _heads_of(query: torch.Tensor, shared: torch.Tensor) -> tuple[int, ...]:
 
 
 # The CPU's kernel, which torch's table lacks, by the formulas of the GPU's; its wrapped form.
-ATTENTION_FLOPS = {
+ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 for _formula in ATTENTION_FLOPS.values():
-    _formula._get_raw = True
+    _formula._get_raw = True  # type: ignore[attr-defined]  # torch's mark of a wrapped formula
 
 
 class Recorder(TorchDispatchMode):

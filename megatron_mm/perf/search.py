@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Literal, Protocol
 
 from megatron_mm.config import ConfigError, RunConfig, model_stages, validate
+from megatron_mm.config.settings import RecomputeModule
 from megatron_mm.perf.hardware import GPU, Assumptions
 from megatron_mm.perf.layout import LayoutPlan, on_gpus, plan_layout
 from megatron_mm.perf.pieces import Pieces, rough_rank, trace_pieces
@@ -19,7 +20,7 @@ from megatron_mm.perf.rank import RankPlan
 SECONDS = 240  # for the whole search; then the answer is what was traced in full so far
 ROUGH = 1.15  # rough plans may need this many times the room; full plans decide
 LONG = 32768  # tokens of a sample from which on context parallelism is tried
-RECOMPUTE = (
+RECOMPUTE: tuple[tuple[Literal["full", "selective"] | None, list[RecomputeModule]], ...] = (
     (None, []),
     ("selective", ["core_attn", "vision"]),
     ("selective", ["moe", "vision"]),
@@ -78,7 +79,8 @@ def search(
     keys = {_key(candidate) for candidate in tried}
     progress.total = len(keys) + top
     progress.set_description("sub-layers")
-    ranked, leanest = [], float("inf")
+    ranked: list[tuple[float, int, int, RunConfig]] = []
+    leanest = float("inf")
     for candidate in sorted(tried, key=_key):
         key = _key(candidate)
         if key not in pieces:

@@ -88,7 +88,7 @@ class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
     @classmethod
     def like(cls, other: MoEAlltoAllTokenDispatcher, tokens: int) -> BalancedDispatcher:
         made = cls.__new__(cls)
-        vars(made).update(vars(other))
+        made.__dict__.update(vars(other))
         made.tokens = tokens
         return made
 

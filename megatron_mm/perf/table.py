@@ -169,7 +169,7 @@ def describe(run: RunConfig, world_size: int) -> str:
     words = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP")]
     if tp > 1:
         words.append(f"ETP{par.expert_tensor_parallel_size or tp}")
-    recompute = train.recompute_granularity or "none"
+    recompute: str = train.recompute_granularity or "none"
     if recompute == "selective":
         recompute += " " + "+".join(train.recompute_modules)
     return f"{' '.join(words)}, micro batch {train.micro_batch_size}, recompute {recompute}"

@@ -144,6 +144,7 @@ class Counter:
         of.backward += forward * (flows or wasted != "none")
         if adapter and self.run.lora.adapts(module):
             rank, learns = self.run.lora.lora_rank, True
+            assert rank is not None  # something is adapted
             down, up = (products([(n, rank)], rows) for n in linear)
             of.forward += down + up
             of.backward += down + up + up + down * flows

@@ -61,13 +61,14 @@ class Memory:
         never = torch.iinfo(torch.int64).max
         self.visible_from = torch.full((batch, width), never, device=sample.device)
         self.visible_from[sample, place] = visible_from
-        self.projected = {}
+        self.projected: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 class CLVRLook(nn.Module):
     def __init__(self, config: CLVRConfig, memory: dict):
         super().__init__()
         text, extra = config.text_config, config.clvr
+        assert extra is not None
         self.reads = memory["name"]
         self.dim = extra["fusion"]["clvr_kv_channels"]
         width = extra["fusion"]["clvr_num_attention_heads"] * self.dim
@@ -122,6 +123,7 @@ class CLVRParts(nn.Module):
     def __init__(self, config: CLVRConfig):
         super().__init__()
         self.memory_proj, self.memory_projs = None, nn.ModuleDict()
+        assert config.clvr is not None
         memories = {memory["name"]: memory for memory in config.clvr["memories"]}
         for name, memory in memories.items():
             linear = nn.Linear(config.vision_config.hidden_size, memory["width"])
@@ -145,7 +147,7 @@ class LetterByLetter:
     watch = None  # diagnostics: (layer, hidden) as each layer ends
 
     def forward(
-        self,
+        self: nn.Module,  # it is mixed into a text model
         inputs_embeds,
         letters,
         looks,
@@ -215,7 +217,8 @@ class CLVRModel(InternVLModel):
 
     def __init__(self, config: CLVRConfig):
         super().__init__(config)
-        self.language_model = letter_by_letter(type(self.language_model))(config.text_config)
+        made = letter_by_letter(type(self.language_model))
+        self.language_model: nn.Module = made(config.text_config)
         self.post_init()
 
 
@@ -226,6 +229,7 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         super().__init__(config)
         self.model = CLVRModel(config)
         self.clvr = CLVRParts(config)
+        assert config.clvr is not None
         self.letters = read_pattern(config.clvr["hybrid_layer_pattern"])
         self.post_init()
 

@@ -40,7 +40,8 @@ class CLVRProcessor(ProcessorMixin):
         memory such indices and the centres [M, 2] of its patches)."""
         s = self.tiles
         size = s["image_size"]
-        rows, columns = grid_of(*image.size, size, most)
+        width, height = image.size
+        rows, columns = grid_of(width, height, size, most)
         grid = rows * columns
         thumbnail = s["use_thumbnail"] and grid > 1
 
@@ -109,7 +110,7 @@ class CLVRProcessor(ProcessorMixin):
         per_tile = self.tiles["tokens_per_tile"]
         rows, pixels, stream, tiles = [], [], [], 0
         # Of every memory: tiles, centres, prompts and first positions of its patches.
-        memories = [([], [], [], []) for _ in self.tiles["memories"]]
+        memories: list[tuple[list, ...]] = [([], [], [], []) for _ in self.tiles["memories"]]
         for number, prompt in enumerate(texts):
             pieces = prompt.split(IMAGE_MARK)
             mine, images = images[: len(pieces) - 1], images[len(pieces) - 1 :]

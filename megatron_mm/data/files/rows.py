@@ -20,8 +20,11 @@ from megatron_mm.errors import DataError
 class RowFile(Protocol):
     """Rows of one file, in our form (see `forms.py`). Pickling copies the index, not the rows."""
 
-    folder: Path  # in which relative image paths start
-    row_groups: list[RowGroup]
+    @property
+    def folder(self) -> Path: ...  # in which relative image paths start
+
+    @property
+    def row_groups(self) -> list[RowGroup]: ...
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...

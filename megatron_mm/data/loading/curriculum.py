@@ -48,7 +48,8 @@ def open_curriculum(phases: Sequence[DataPhase], seed: int) -> Curriculum:
     """
     if not phases:
         raise DataError("train_data has 0 phases; name at least 1 JSONL or parquet file")
-    sources, sizes, first_source, described = [], [], [], []
+    sources: list[RowFiles] = []
+    sizes, first_source, described = [], [], []
     cache = RowGroupCache()
     for phase in phases:
         first_source.append(len(sources))

@@ -38,7 +38,7 @@ class Position(NamedTuple):
     phase: int
     source: int  # within the phase
     epoch: int  # of the source
-    index: int  # within the epoch's shuffled order
+    place: int  # within the epoch's shuffled order
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Order:
                 )
             self._deals.append(Deal(whole_parts(phase.weights, where)))
         endless = not phases or phases[-1].samples is None
-        self.length = None if endless else sum(phase.samples for phase in phases)
+        self.length = None if endless else sum(phase.samples or 0 for phase in phases)
         self._epochs: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
 
     def locate(self, number: int) -> Position:

@@ -117,6 +117,7 @@ class WorkerPool:
         numbers = {pipe: number for number, pipe in enumerate(self._pipes)}
         while numbers:
             for pipe in wait(list(numbers)):
+                assert isinstance(pipe, Connection)  # `wait` takes sockets as well
                 try:
                     content = pipe.recv_bytes()
                 except Exception:  # of any kind: this pipe is of no more use

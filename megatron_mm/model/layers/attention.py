@@ -54,11 +54,11 @@ class KeysAndValues(LayerState):
         place = self.cache.lengths_R.to(query_ThD.device)
         longest = int(self.cache.lengths_R.max()) + 1
         rows, heads, width = query_ThD.shape
-        seen = (self.tensors[name][:, :, :longest] for name in ("key", "value"))
+        key, value = (self.tensors[name][:, :, :longest] for name in ("key", "value"))
         # The heads of a group take the place of positions: no key is repeated for them.
         query = query_ThD.reshape(rows, key_TgD.shape[1], -1, width)
         mask = torch.arange(longest, device=place.device) <= place[:, None]
-        mixed = F.scaled_dot_product_attention(query, *seen, attn_mask=mask[:, None, None])
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
         return mixed.reshape(rows, heads, width)
 
 

@@ -230,7 +230,7 @@ class Look(nn.Module):
 
     @classmethod
     def build(cls, given: BuildContext) -> Look:
-        model, pair = given.run.model, given.layer.pair
+        model, pair = given.run.model, given.layer.known_pair
         memory, again = look_memories(model)[pair], given.recompute.core_attn
         return cls(model, given.config, given.pg, memory, again, pair)
 

@@ -36,13 +36,12 @@ class GroupedExperts(nn.Module):
         super().__init__()
         etp = pg_collection.expt_tp
         ffn = config.moe_ffn_hidden_size // etp.size()
-        shape = (num_local_experts, 2, ffn, config.hidden_size)
-        self.gate_up = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
-        shape = (num_local_experts, config.hidden_size, ffn)
-        self.down = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
-        common = {"rows_drawn_alone": True, "expert": True}
-        place(self.gate_up, normal(std), split={0: pg_collection.ep, 2: etp}, **common)
-        place(self.down, normal(out_std), split={0: pg_collection.ep, 2: etp}, **common)
+        hidden, dtype = config.hidden_size, config.params_dtype
+        self.gate_up = nn.Parameter(torch.empty(num_local_experts, 2, ffn, hidden, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(num_local_experts, hidden, ffn, dtype=dtype))
+        for param, init in ((self.gate_up, normal(std)), (self.down, normal(out_std))):
+            split = {0: pg_collection.ep, 2: etp}
+            place(param, init, split=split, rows_drawn_alone=True, expert=True)
 
     def forward(
         self,

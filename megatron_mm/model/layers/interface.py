@@ -100,6 +100,7 @@ def torch_half(kind: LayerKind, instead: str | None = None) -> type[LayerModule]
         ConfigError: if it cannot be imported or lacks a part of `LayerModule`, in one line.
     """
     path = instead or kind.module
+    assert path is not None  # a side that closes a pair has no torch half
     found = import_object(path, f"layer {kind.letter} ({kind.title}):", kind="class")
     for part in PARTS:
         if not hasattr(found, part):

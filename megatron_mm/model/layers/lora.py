@@ -128,6 +128,9 @@ def add_lora(model: nn.Module, lora: LoraConfig, tp: ProcessGroup) -> None:
 
     Call it before parameters are initialised and wrapped; engine.optimizer.freeze() does the rest.
     """
+    rank = lora.lora_rank
+    if rank is None:
+        return
     prefixes = tuple(prefix for target, prefix in TARGETS.items() if lora.adapts(target))
     linears = dict.fromkeys((TARGETS["vision"], TARGETS["projector"]), VISION_LINEARS)
     for name, module in model.named_modules():
@@ -136,7 +139,7 @@ def add_lora(model: nn.Module, lora: LoraConfig, tp: ProcessGroup) -> None:
     for name, module in [*model.named_modules()]:
         inside = next((names for place, names in linears.items() if name.startswith(place)), ())
         if name.startswith(prefixes) and name.rpartition(".")[2] in inside:
-            module.lora = LoRA(module, lora.lora_rank, lora.lora_alpha, tp)
+            module.lora = LoRA(module, rank, lora.lora_alpha, tp)
             module.lora.hook = module.register_forward_hook(_add)
 
 

@@ -84,9 +84,8 @@ class MixtureOfExperts(MoELayer):
 
     @classmethod
     def build(cls, given: BuildContext) -> MixtureOfExperts:
-        return cls(
-            given.config, given.pg, given.layer.number, given.std, given.out_std, given.backend
-        )
+        number = given.layer.known_number
+        return cls(given.config, given.pg, number, given.std, given.out_std, given.backend)
 
     def run(self, hidden_t1H: torch.Tensor, context: StreamContext, state: None) -> torch.Tensor:
         """See `LayerModule.run`."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_mm.config import ModelConfig
-from megatron_mm.config.families import Grid
+from megatron_mm.config.families import Grid, vision_settings
 from megatron_mm.model.layers.linear import column, row
 from megatron_mm.model.layers.norms import VisionLayerNorm
 from megatron_mm.parallel.param_layout import normal
@@ -40,7 +40,7 @@ class Projector(nn.Module):
         self.rows, self.columns = grid.rows, grid.columns
         self.factor = model.fusion.pixel_shuffle_factor
         self.version = model.fusion.pixel_shuffle_version
-        inputs = model.vision.vision_hidden_size * self.factor**2
+        inputs = vision_settings(model).vision_hidden_size * self.factor**2
         outputs = model.language.hidden_size
         init = normal(model.language.init_method_std)
         common = {"config": config, "init": init, "tp": tp, "bias": True}

@@ -8,7 +8,7 @@ The fused model is an InternVLConfig around any text config. Published folders
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from megatron_mm.config.hf import read_text
 from megatron_mm.config.hf_words import Table, demand, renamed, written
@@ -71,7 +71,7 @@ def to_hf(model: ModelConfig, text: dict[str, Any], image_token_id: int) -> dict
     Raises:
         ConfigError: when transformers could not compute this model.
     """
-    fusion, vision = model.fusion, model.vision
+    fusion, vision = model.fusion, cast(InternViTSettings, model.vision)
     if fusion.pixel_shuffle_version != "v2":
         raise ConfigError(
             f"pixel_shuffle_version is {fusion.pixel_shuffle_version}; allowed: v2, "

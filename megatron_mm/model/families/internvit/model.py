@@ -20,7 +20,7 @@ from megatron_mm.model.layers.norms import FullWidthRMSNorm, VisionLayerNorm, Vi
 from megatron_mm.model.recompute import recomputed
 from megatron_mm.parallel.param_layout import constant, normal, place
 
-NORMS = {"LayerNorm": VisionLayerNorm, "RMSNorm": VisionRMSNorm}
+NORMS: dict[str, type[nn.Module]] = {"LayerNorm": VisionLayerNorm, "RMSNorm": VisionRMSNorm}
 
 
 class VisionEmbedding(nn.Module):
@@ -85,7 +85,8 @@ class VisionAttention(nn.Module):
             **common,
         )
         self.linear_proj = row(padded, width, bias=True, whole_inputs=width, **common)
-        self.q_norm = self.k_norm = None
+        self.q_norm: FullWidthRMSNorm | None = None
+        self.k_norm: FullWidthRMSNorm | None = None
         if vision.vision_qk_layernorm:
             eps = 1e-6  # fixed in the reference, whatever the layers' epsilon
             self.q_norm = FullWidthRMSNorm(width, local, eps, tp=tp, dtype=dtype)
@@ -95,7 +96,7 @@ class VisionAttention(nn.Module):
         fused, _ = self.linear_qkv(hidden_NSV)
         fused = fused.view(*fused.shape[:2], self.heads, 3 * self.head_dim)
         query, key, value = fused.chunk(3, dim=-1)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query = self.q_norm(query.flatten(2)).view_as(query)
             key = self.k_norm(key.flatten(2)).view_as(key)
         mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))

@@ -6,14 +6,18 @@ Sources: transformers 5.23 and its conversion script, and InternVL's release
 
 from __future__ import annotations
 
+from typing import cast
+
 from megatron_mm.config import ModelConfig
+from megatron_mm.model.families.internvit.settings import InternViTSettings
 from megatron_mm.model.families.rows import Form, Row, released_row
 from megatron_mm.model.families.transforms import ByHead, Transform
 
 
 def _head(model: ModelConfig) -> tuple[int, int]:
-    heads = model.vision.vision_num_attention_heads
-    return heads, model.vision.vision_hidden_size // heads
+    vision = cast(InternViTSettings, model.vision)
+    heads = vision.vision_num_attention_heads
+    return heads, vision.vision_hidden_size // heads
 
 
 def _qkv(model: ModelConfig) -> Transform:

@@ -55,8 +55,9 @@ def gated_delta_rule(
         [rows, L, k * r, V] in the dtype of value; computed in fp32.
     """
     rows, length = key.shape[:2]
-    flat = (x.flatten(0, 1) for x in (query, key, value, log_decay, beta))
-    return stream_delta_rule(*flat, lengths=(length,) * rows).view(rows, length, *value.shape[2:])
+    q, k, v, g, b = (x.flatten(0, 1) for x in (query, key, value, log_decay, beta))
+    out = stream_delta_rule(q, k, v, g, b, lengths=(length,) * rows)
+    return out.view(rows, length, *value.shape[2:])
 
 
 def stream_delta_rule(
@@ -83,9 +84,9 @@ def delta_rule_and_state(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`stream_delta_rule` without gradients, and the state after each sample, fp32
     [samples, k, r, K, V]."""
-    cells, plan = _cells(query, key, value, log_decay, beta, lengths)
+    (q, k, v, g, b), plan = _cells(query, key, value, log_decay, beta, lengths)
     with torch.no_grad():
-        out, kept = _forward(*cells, plan)
+        out, kept = _forward(q, k, v, g, b, plan)
         state = _final_states(kept, plan, lengths)
     return _stream(out, plan).to(value.dtype), state
 
@@ -325,7 +326,7 @@ def _scan_backward(
         count = 0 if d_after is None else len(d_after)
         rows = slice(step.start, step.start + count)
         last = total[rows, ..., -1:]
-        if count:
+        if d_after is not None and count:
             until = (last - total[rows]).exp_().unsqueeze(-1)
             keys = k[rows].unsqueeze(2)
             d_new[rows] += _bmm(keys * until, d_after)
