@@ -27,7 +27,7 @@ from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_losses import kl_divergence
 from megatron_mm.rl.rollout.score import Scored
-from megatron_mm.rl.settings import RLConfig
+from megatron_mm.rl.settings import ResolvedRL
 
 # Sums a tensor over the readers of all replicas; every rank of the job calls it.
 SumOverReaders = Callable[[torch.Tensor], torch.Tensor]
@@ -62,7 +62,7 @@ class Credited:
 def credit(
     scored: Scored,
     weights: Sequence[float],
-    rl: RLConfig,
+    rl: ResolvedRL,
     hits: Hits | None,
     kl: Sequence[torch.Tensor] | None,
     sum_over_readers: SumOverReaders,
@@ -71,7 +71,6 @@ def credit(
 
     Args:
         weights: of the reward functions.
-        rl: with nothing left open (`resolve_algorithm`).
         kl: [G] of each completion, where the KL divergence is a part of the reward.
     """
     lengths = [len(completion.tokens_G) for completion in scored.completions]

@@ -30,6 +30,12 @@ class Group:
     completions: tuple[Completion, ...]
     prompt: Prompt | None
 
+    @property
+    def asked(self) -> Prompt:
+        """The prompt, for work of the reader."""
+        assert self.prompt is not None, "prompts are on the replica's reader alone"
+        return self.prompt
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -82,6 +88,7 @@ def draw_rollout(
         pad_id=tokenizer.pad_id,
         record_routes=record_routes,
     )
+    assert completions is not None  # nothing stops this generation
     drawn = tuple(
         Group(number, tuple(completions[i]), prompts[i] if groups.is_reader else None)
         for i, number in enumerate(kept)

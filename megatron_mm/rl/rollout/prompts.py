@@ -71,12 +71,12 @@ class PromptLoader:
             DataError: for a bad row, unless `on_bad_sample` is skip.
         """
         found = self._reader.prompts([self._place(number) for number in numbers])
-        found = [self._checked(prompt) for prompt in found]
-        skipped = [text for text in found if isinstance(text, str)]
+        checked = [self._checked(prompt) for prompt in found]
+        skipped = [text for text in checked if isinstance(text, str)]
         if skipped and not self._skip_bad:
             raise DataError(skipped[0])
-        good = [i for i, prompt in enumerate(found) if isinstance(prompt, Prompt)]
-        return Drawn([found[i] for i in good], [numbers[i] for i in good], skipped)
+        good = {i: prompt for i, prompt in enumerate(checked) if isinstance(prompt, Prompt)}
+        return Drawn([*good.values()], [numbers[i] for i in good], skipped)
 
     def _checked(self, prompt: Prompt | str) -> Prompt | str:
         if isinstance(prompt, str):
