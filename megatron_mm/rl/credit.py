@@ -74,11 +74,12 @@ def credit(
         kl: [G] of each completion, where the KL divergence is a part of the reward.
     """
     lengths = [len(completion.tokens_G) for completion in scored.completions]
-    per_token = kl is not None and has_kl_to_go(rl.advantage_estimator)
+    to_go = kl if kl is not None and has_kl_to_go(rl.advantage_estimator) else None
     more: dict[str, tuple[float, torch.Tensor]] = {}  # name -> weight, [N]
     if rl.router_reward_weight:
+        assert hits is not None  # the weight is rejected without a skill map
         more["router"] = rl.router_reward_weight, router_reward(hits.used).float()
-    if kl is not None and not per_token:
+    if kl is not None and to_go is None:
         more["kl"] = -rl.beta, torch.tensor([float(values_G.sum()) for values_G in kl])
     rewards_PGC, failed_PGC = _with(scored.rewards_PGC, scored.failed_PGC, more)
     advantages = compute_advantages(
@@ -91,10 +92,10 @@ def credit(
     )
     values = advantages.advantages_PG.flatten()
     tokens = [value.expand(length) for value, length in zip(values, lengths, strict=True)]
-    if per_token:
+    if to_go is not None:
         tokens = [
             returns_to_go(float(value), kl_G, rl.beta)
-            for value, kl_G in zip(values, kl, strict=True)
+            for value, kl_G in zip(values, to_go, strict=True)
         ]
     if is_whitened(rl.advantage_estimator):
         kept = [t for t, k in zip(tokens, advantages.kept_PG.flatten(), strict=True) if k]

@@ -12,7 +12,7 @@ from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.generation.sampling import Sampling
-from megatron_mm.rl.rollout.prompts import PromptLoader
+from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.settings import RLConfig, rollout_plan
 
 
@@ -53,7 +53,7 @@ class Rollout:
 
 
 def draw_rollout(
-    engine: Engine, tokenizer: Tokenizer, loader: PromptLoader, *, record_routes: bool
+    engine: Engine, tokenizer: Tokenizer, loader: PromptSource, *, record_routes: bool
 ) -> Rollout:
     """Draws the next `rollout_batch_size` prompts of the job and completes this replica's. Every
     rank of the job calls it.

@@ -55,7 +55,7 @@ def rollout_metrics(
         pairs |= {k: v.tolist() for k, v in components.items()}
         pairs |= _lengths(completions)
         pairs |= _by_skill(credited, weights)
-        if credited.hits is not None:
+        if credited.hits is not None and maps is not None:
             pairs |= hit_pairs(credited.hits, maps.found.names)
         pairs["rollout/generated"] = [float(scored.generated), 0.0]
         pairs["rollout/skipped"] = [float(len(scored.skipped)), 0.0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.loading.curriculum import open_curriculum
@@ -21,6 +21,22 @@ class Drawn:
     prompts: list[Prompt]  # the rows that could be read
     kept: list[int]  # their numbers
     skipped: list[str]  # the others, each as "file:row: reason"
+
+
+class PromptSource(Protocol):
+    """Where rollouts take their prompts from, and the position there."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def numbers(self, count: int) -> list[int]:
+        """Draws the next `count` rows for the whole job; returns the numbers of this replica's."""
+        ...
+
+    def read(self, numbers: list[int]) -> Drawn:
+        """Reads rows by number, on the replica's reader; may raise DataError."""
+        ...
 
 
 class PromptLoader:
