@@ -203,7 +203,7 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> ProbeCoun
     totals: list[RouteCounts] = []
     for of_tally in zip(*parts, strict=True):
         merged = Tally(waiting=[c for c in of_tally if c is not None]).total()
-        assert merged is not None  # both halves have rows
+        assert merged is not None  # every tally has counted rows
         totals.append(merged)
     return ProbeCounts(plan.skills, len(order), totals[:2], totals[2:])
 
