@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,8 +87,12 @@ def compare(
     ]
     sides = {key: Ours(run, groups) for key, run in runs.items()}
     flops = {key: [counted(sides[key], batch) for batch in drawn[key]] for key in runs}
+
+    def step(key: str, number: int) -> float:
+        return sides[key].step([drawn[key][number % BATCHES]])
+
     found = interleave(
-        [lambda i, key=key: sides[key].step([drawn[key][i % BATCHES]]) for key in runs],
+        [partial(step, key) for key in runs],
         rounds + warmup,
     )
     looking, blind, full = (side[warmup:] for side in found)

@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,12 @@ def _against(args: argparse.Namespace) -> dict[str, Any]:
             found = convert.compare(args.rounds, args.warmup, args.gigabytes, args.folder)
             return result | found
         built = groups.build(ParallelConfig())
-        compare = {"train": train.compare, "clvr": clvr.compare, "rl": rl.compare}[args.command]
+        comparisons: dict[str, Callable[..., Any]] = {
+            "train": train.compare,
+            "clvr": clvr.compare,
+            "rl": rl.compare,
+        }
+        compare = comparisons[args.command]
         size = args.tokens if args.command == "rl" else args.samples
         result["models"] = {
             name: compare(name, built, args.rounds, args.warmup, size) for name in args.models
@@ -113,7 +119,8 @@ def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
             f"{run.training.objective}; allowed: benchmark.py {'train' if generates else 'rl'}"
         )
     validate(run, cli.world_size())
-    kinds, routings = ("real",), ("natural",)
+    kinds: Sequence[str] = ("real",)
+    routings: Sequence[str] = ("natural",)
     if args.command == "train":
         kinds = args.data or (DATA if run.data.train_data else ("mock",))
         routings = args.routing or ROUTING

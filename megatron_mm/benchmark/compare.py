@@ -87,15 +87,14 @@ def _generates(side: dict[str, Any]) -> bool:
 
 def _same_work(a: dict[str, Any], b: dict[str, Any]) -> None:
     _same("unit of a rank", a["units"]["rank"], b["units"]["rank"])
-    sections = dict(SAME)
+    sections: dict[str, tuple[str, ...] | None] = dict(SAME)
     for side in (a, b):
-        if _generates(side):
-            sections[OBJECTIVES[side["run"]["training"]["objective"]].section] = ROLLOUTS
-    for section, keys in sections.items():
-        first, second = (
-            {k: x["run"][section].get(k) for k in keys or x["run"][section]} for x in (a, b)
-        )
-        _same(section, first, second)
+        section = OBJECTIVES[side["run"]["training"]["objective"]].section
+        if _generates(side) and section is not None:
+            sections[section] = ROLLOUTS
+    for name, keys in sections.items():
+        first, second = ({k: x["run"][name].get(k) for k in keys or x["run"][name]} for x in (a, b))
+        _same(name, first, second)
 
 
 def _same(name: str, first: Any, second: Any) -> None:

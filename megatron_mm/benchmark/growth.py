@@ -34,16 +34,22 @@ def growth(run: RunConfig, groups: Groups, rows: int, rounds: int, warmup: int) 
     with torch.no_grad():
         for kind, make in cores.items():
             near, far = (make(engine, rows, position) for position in (NEAR, FAR))
-            runs = interleave([lambda _, f=f: _often(f) for f in (near, far)], rounds + warmup)
+            runs = interleave([_often(f) for f in (near, far)], rounds + warmup)
             first, last = (side[warmup:] for side in runs)
             microseconds = 1e6 * statistics.median(run.seconds for run in first) / CALLS
             found[kind] = {"microseconds_at_16": round(microseconds, 1)} | ratios(last, first)
     return found
 
 
-def _often(function: Callable[[], Any]) -> None:
-    for _ in range(CALLS):
-        function()
+def _often(function: Callable[[], Any]) -> Callable[[int], None]:
+    """Returns a side of `interleave` that calls `function` many times."""
+
+    def side(number: int) -> None:
+        del number
+        for _ in range(CALLS):
+            function()
+
+    return side
 
 
 def _at(rows: int, position: int) -> DecodeCache:
@@ -83,9 +89,11 @@ def _attention_core(engine: Engine, rows: int, position: int) -> Callable[[], An
     def attend(segments: Segments, tokens: int):
         g = torch.Generator().manual_seed(tokens)
         query = torch.randn(tokens, heads, width, generator=g)
-        pair = [torch.randn(tokens, language.num_query_groups, width, generator=g) for _ in "kv"]
+        key, value = (
+            torch.randn(tokens, language.num_query_groups, width, generator=g) for _ in "kv"
+        )
         # Attention inside the prompt is not timed and need not be computed.
-        return lambda: memory.attend(lambda query, *_: query, query, *pair, segments)
+        return lambda: memory.attend(lambda query, *_: query, query, key, value, segments)
 
     attend(_segments(position), position)()
     cache.filling = None

@@ -135,6 +135,6 @@ class TheirGRPO:
             self.theirs.model.model.language_model.set_experts_implementation(experts)
             self.step()
             seconds[experts] = round(timed(self.step).cpu, 4)
-        fastest = min(seconds, key=seconds.get)
+        fastest = min(seconds, key=seconds.__getitem__)
         self.theirs.model.model.language_model.set_experts_implementation(fastest)
         return seconds

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,25 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tiles import image_settings
+from megatron_mm.engine.objective import Objective
 from megatron_mm.train.sft import SupervisedFineTuning
+
+
+class Source(Protocol):
+    """The part of a `train.source.StepSource` that is measured."""
+
+    @property
+    def objective(self) -> Objective[Any]: ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    @property
+    def between(self) -> bool: ...
+
+    def next_step(self, stop: bool) -> tuple[Sequence[Microbatch], bool]: ...
+
+    def close(self) -> None: ...
 
 
 class Mock:
@@ -73,8 +92,7 @@ def made_step(run: RunConfig, microbatches: int, seed: int) -> list[Microbatch]:
 
 def _sample(run: RunConfig, rng: np.random.Generator) -> Sample:
     length, tokens, images = run.data.seq_length, [], []
-    if run.model.vision is not None:
-        settings = image_settings(run)
+    if (settings := image_settings(run)) is not None:
         columns = next(n for n in range(1, 100) if n * n >= run.data.max_num_tiles)
         while run.data.max_num_tiles % columns:
             columns += 1

@@ -58,6 +58,7 @@ def make_samples(run: RunConfig, shape: Shape, seed: int) -> list[Sample]:
     """Draws samples. A seed gives the same images and words for any stream and memory."""
     rng = np.random.default_rng(seed)
     settings = image_settings(run)
+    assert settings is not None, "the measured models see"
     samples = []
     for index in range(shape.samples):
         words = rng.integers(0, image_token(run), rng.integers(*shape.words, endpoint=True))

@@ -48,6 +48,7 @@ class OurGeneration:
             pad_id=0,
             record_routes=routes,
         )
+        assert found is not None  # nothing stops this generation
         return [c.tokens_G.tolist() for completions in found for c in completions]
 
 
@@ -74,7 +75,7 @@ class TheirGeneration:
             self.use(way)
             self.draw(samples, GROUP, 2, 1.0)
             seconds[way] = round(timed(lambda: self.draw(samples, GROUP, tokens, 1.0)).cpu, 4)
-        self.use(min(seconds, key=seconds.get))
+        self.use(min(seconds, key=seconds.__getitem__))
         return seconds
 
     def draw(

@@ -102,7 +102,7 @@ def _alone(built: Groups) -> Groups:
     return replace(built, pg=pg, replica=mine, world=mine)
 
 
-def _run(**parallel: int) -> RunConfig:
+def _run(**parallel: Any) -> RunConfig:
     run = make_run(MODEL)
     run.data.seq_length, run.data.max_num_tiles = TOKENS, TILES
     run.training.micro_batch_size = SAMPLES

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
@@ -21,6 +22,10 @@ from megatron_mm.train.sft import SupervisedFineTuning
 
 LAYOUTS = ("padded", "one by one")  # all samples padded to a rectangle, or each alone
 EXPERTS = ("eager", "grouped_mm")  # not batched_mm, which copies the weights for every token
+
+
+class HasEngine(Protocol):
+    engine: Engine
 
 
 class Ours:
@@ -76,10 +81,10 @@ class Theirs:
         for way in product(LAYOUTS, EXPERTS):
             self.use(", ".join(way))
             calls = self.prepare(batch)
-            runs = [timed(lambda calls=calls: self._gradients(calls)).cpu for _ in range(3)]
+            runs = [timed(partial(self._gradients, calls)).cpu for _ in range(3)]
             seconds[self.way] = min(runs[1:])
         self.optimizer.zero_grad(set_to_none=True)
-        self.use(min(seconds, key=seconds.get))
+        self.use(min(seconds, key=seconds.__getitem__))
         return {way: round(value, 4) for way, value in seconds.items()}
 
     def use(self, way: str) -> None:
@@ -130,6 +135,6 @@ class Theirs:
         return loss
 
 
-def same_weights(ours: Ours, theirs: Theirs) -> None:
+def same_weights(ours: HasEngine, theirs: Theirs) -> None:
     copy_weights(theirs.model, ours.engine.chunks[0])
     ours.engine.optimizer.reload_model_params()

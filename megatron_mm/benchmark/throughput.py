@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_mm import platform
 from megatron_mm.benchmark.measure import Peak
-from megatron_mm.benchmark.mock import Mock, balanced, made_step, mock_like
+from megatron_mm.benchmark.mock import Mock, Source, balanced, made_step, mock_like
 from megatron_mm.config import ConfigError, RunConfig, to_dict
 from megatron_mm.config.objectives import declaration
 from megatron_mm.data.batch import Microbatch
@@ -23,7 +23,7 @@ from megatron_mm.errors import NonFiniteError
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.perf.flops import model_flops, total
 from megatron_mm.perf.phases import Phases
-from megatron_mm.train.source import StepSource, open_data, open_source
+from megatron_mm.train.source import open_data, open_source
 from megatron_mm.train.start import start
 
 STORED = 2  # steps kept in memory for mock data
@@ -40,9 +40,9 @@ class Bench:
         torch.manual_seed(run.training.seed)
         self.engine = Engine.create(run, groups)
 
-    def sources(self, kinds: Sequence[str], routings: Sequence[str]) -> dict[str, StepSource]:
+    def sources(self, kinds: Sequence[str], routings: Sequence[str]) -> dict[str, Source]:
         """Returns sources by "<data>, <routing>"."""
-        sources: dict[str, StepSource] = {}
+        sources: dict[str, Source] = {}
         made: list[list[Microbatch]] = []
         if "real" in kinds:
             tokenizer, loader = open_data(self.run, self.groups)
@@ -84,9 +84,10 @@ class Bench:
         layers = [layer for chunk in self.engine.chunks for layer in chunk.moe_layers]
         return balanced(batch, layers, language.moe_router_topk, language.num_experts)
 
-    def round(self, source: StepSource) -> list[Microbatch]:
+    def round(self, source: Source) -> list[Microbatch]:
         """Runs a step, or a rollout and all of its steps. Returns its microbatches."""
-        phases, done, self.clock = self.phases, [], {}
+        phases, self.clock = self.phases, {}
+        done: list[Microbatch] = []
         reading = "rollout" if declaration(self.run).generates else "data"
         with phases.region("step"):
             while not done or not source.between:
@@ -102,7 +103,7 @@ class Bench:
                 done += batches
         return done
 
-    def timed(self, source: StepSource) -> dict[str, Any]:
+    def timed(self, source: Source) -> dict[str, Any]:
         """Times a round: seconds until the last rank is done, phases of every rank, and work."""
         world = self.groups.world
         dist.barrier(group=world)
@@ -122,9 +123,9 @@ class Bench:
             "clock": {name: max(note[3][name] for note in notes) for name in self.clock},
         }
 
-    def _work(self, batches: Sequence[Microbatch], source: StepSource) -> dict[str, float]:
+    def _work(self, batches: Sequence[Microbatch], source: Source) -> dict[str, float]:
         """Counts the work of this replica, on its reader, which has the pixels."""
-        found = dict.fromkeys(COUNTS, 0)
+        found: dict[str, float] = dict.fromkeys(COUNTS, 0)
         for batch in batches if self.groups.is_reader else ():
             supervised = len(source.objective.positions(batch))
             found["samples"] += len(batch.samples)

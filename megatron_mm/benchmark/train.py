@@ -32,14 +32,14 @@ def compare(
     run = make_run(name, image_stream="all", vision_memory="none")
     run.model.hybrid_layer_pattern = without_clvr(run.model.hybrid_layer_pattern)
     shape = replace(SHAPES[name], samples=samples or SHAPES[name].samples)
-    samples = [make_samples(run, shape, seed) for seed in range(BATCHES)]
-    batches = [make_batch(run, drawn) for drawn in samples]
+    drawn = [make_samples(run, shape, seed) for seed in range(BATCHES)]
+    batches = [make_batch(run, of_one) for of_one in drawn]
     tokens = [batch.num_real_tokens for batch in batches]
     tried = Theirs(run).choose(batches[0])
-    fastest = min(tried, key=tried.get)
+    fastest = min(tried, key=tried.__getitem__)
     largest = tokens.index(max(tokens))
     memory = {
-        layout: _memory(run, groups, layout, fastest.split(", ")[1], samples[largest])
+        layout: _memory(run, groups, layout, fastest.split(", ")[1], drawn[largest])
         for layout in LAYOUTS
     }
 

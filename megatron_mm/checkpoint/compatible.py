@@ -62,7 +62,7 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
     for key in sorted(found.keys() | here.keys()):
         a, b = found.get(key), here.get(key)
         if finetune and key == "hybrid_layer_pattern":
-            a, b = without_clvr(a), without_clvr(b)
+            a, b = without_clvr(found[key]), without_clvr(here[key])
         if a == b or _may_change(key) or (finetune and key.startswith("fusion.")):
             continue
         raise CheckpointError(

@@ -56,9 +56,11 @@ def stored_run(path: Path, stored: dict, given: RunConfig, world_size: int) -> R
     run = replace(run_of_checkpoint(stored), parallel=given.parallel)
     if run.lora.lora_rank is None:
         raise ConfigError(f"{path} has no adapters: nothing to merge")
-    if Path(given.checkpoint.save).resolve() in (path.resolve(), path.resolve().parent):
+    save = given.checkpoint.save
+    assert save is not None  # `settings` has refused a run without it
+    if Path(save).resolve() in (path.resolve(), path.resolve().parent):
         raise ConfigError(
-            f"save is {given.checkpoint.save}, which would overwrite what is merged; "
+            f"save is {save}, which would overwrite what is merged; "
             "allowed: another folder than load"
         )
     # Nothing is trained, so the stored batch sizes and data need not fit this layout.
@@ -86,15 +88,17 @@ def main(argv: list[str]) -> int:
     started, status = False, 0
     try:
         given = settings(argv)
+        source, target = given.checkpoint.load, given.checkpoint.save
+        assert source is not None and target is not None  # `settings` has refused a run without
         try:
-            path, stored = folders.resolve(Path(given.checkpoint.load))
+            path, stored = folders.resolve(Path(source))
         except CheckpointError as error:
-            raise CheckpointError(f"cannot load {given.checkpoint.load}: {error}") from None
+            raise CheckpointError(f"cannot load {source}: {error}") from None
         run = stored_run(path, stored["config"], given, cli.world_size())
         groups.start(run.parallel)
         started = True
         engine = Engine.create(run, groups.build(run.parallel))
-        merged = merge_adapters(engine, path, Path(given.checkpoint.save))
+        merged = merge_adapters(engine, path, Path(target))
         if cli.rank() == 0:
             print(f"merged: {merged}")
     except (CheckpointError, ConfigError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.T
     where one parameter group mixes bf16 and fp32: line 484 puts the fp32 shards first.
     """
     if isinstance(optimizer, DistributedOptimizer):  # attributes of distrib_optimizer.py:780
-        sides = (
+        sides: tuple[tuple[Any, Any], ...] = (
             (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
             (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
         )
@@ -176,7 +177,8 @@ def collect(
 
 
 def _chunks(members: list, limit: int) -> Iterator[list]:
-    part, size = [], 0
+    part: list = []
+    size = 0
     for name, param in members:
         if part and size + param.numel() > limit:
             yield part

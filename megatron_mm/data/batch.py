@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
+from typing import Self
 
 import torch
 
@@ -127,7 +128,7 @@ class Microbatch:
             skipped=list(skipped),
         )
 
-    def to(self, device: torch.device | str) -> Microbatch:
+    def to(self, device: torch.device | str) -> Self:
         """Moves everything that is computed with; lengths and positions are read on the CPU."""
         moved = _moved(self, device)
         moved["memories"] = {name: held.to(device) for name, held in self.memories.items()}

@@ -209,8 +209,8 @@ def a_run_loads() -> Finding:
         from megatron_mm import platform
 
         platform.install()
-    except Exception as error:  # a half-installed megatron-core may raise anything
-        return Finding("a run", f"cannot start: {_short(error)}", False, True)
+    except Exception as problem:  # a half-installed megatron-core may raise anything
+        return Finding("a run", f"cannot start: {_short(problem)}", False, True)
     error = _load_error("megatron_mm.train.loop")
     text = f"cannot start: {error}" if error else "can start with default settings"
     return Finding("a run", text, error is None, True)

@@ -134,8 +134,7 @@ def local_hits(
     labelled = [
         label_positions(len(c.tokens_G), marks) for c, marks in zip(completions, spans, strict=True)
     ]
-    # The positions whose logits were sampled are the last G that any router saw.
-    routes_TLk = torch.cat([c.routes_SLk[-len(c.tokens_G) :] for c in completions])
+    routes_TLk = torch.cat([c.routes_GLk for c in completions])
     skill_T = torch.cat([skill for skill, _ in labelled])
     correct_T = torch.cat([correct for _, correct in labelled])
     lengths_N = torch.tensor([len(c.tokens_G) for c in completions])

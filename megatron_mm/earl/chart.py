@@ -36,9 +36,9 @@ def draw(
             aspect="auto",
             interpolation="none",
         )
-        marks = [(e, layer) for layer, inside in enumerate(clusters.get(skill, ())) for e in inside]
-        if layers * experts <= MAX_MARKS and marks:
-            panel.scatter(*zip(*marks, strict=True), s=9, color="black")
+        dots = [(e, layer) for layer, inside in enumerate(clusters.get(skill, ())) for e in inside]
+        if layers * experts <= MAX_MARKS and dots:
+            panel.scatter(*zip(*dots, strict=True), s=9, color="black")
         panel.set_title(skill.replace("$", r"\$"), loc="left", fontsize=10)
         panel.set_ylabel("layer", fontsize=9)
         panel.yaxis.set_major_locator(MaxNLocator(6, integer=True))

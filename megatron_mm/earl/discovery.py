@@ -68,6 +68,7 @@ def probe_and_discover(
     raise_together(groups, error)
     dist.broadcast_object_list(found, src=0, group=groups.world)
     (result,) = found
+    assert result is not None  # rank 0 has the counts, and had no error
     _write(engine, result, out)
     if not selectivity:
         return result, None

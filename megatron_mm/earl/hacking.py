@@ -13,7 +13,8 @@ class HackingWatch:
     """Compares the last rollouts with those before them."""
 
     def __init__(self, window: int = WINDOW):
-        self._history: deque[tuple[float, float]] = deque(maxlen=2 * window)
+        self._length = 2 * window
+        self._history: deque[tuple[float, float]] = deque(maxlen=self._length)
 
     def observe(self, metrics: Mapping[str, float]) -> tuple[dict[str, float], str | None]:
         """Returns the watch's own metric, and the warning of `update`; neither where the rollout
@@ -36,7 +37,7 @@ class HackingWatch:
             hit_rate, accuracy: means of one rollout.
         """
         self._history.append((hit_rate, accuracy))
-        if len(self._history) < self._history.maxlen:
+        if len(self._history) < self._length:
             return None
         half = len(self._history) // 2
         history = [*self._history]

@@ -72,7 +72,7 @@ def information_pairs(
     for completion, marks in zip(completions, spans, strict=True):
         count = len(completion.tokens_G)
         # The first sampled position is left out: its token belongs to the prompt.
-        routes.append(completion.routes_SLk[-count:][1:])
+        routes.append(completion.routes_GLk[1:])
         skills.append(label_positions(count, marks)[0][1:])
         tokens.append(completion.tokens_G[:-1])
     # A sample of positions: the table of a layer has a cell for each expert, skill and token.

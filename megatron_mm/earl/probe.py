@@ -164,7 +164,8 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> ProbeCoun
         DataError: on every rank, if a row is bad or none is labelled.
     """
     groups = engine.groups
-    rows, planned, error = None, [None], None
+    rows, error = None, None
+    planned: list[ProbePlan | None] = [None]
     if groups.is_reader:
         try:
             rows = ProbeRows(engine, tokenizer, probe)
@@ -174,7 +175,8 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> ProbeCoun
             error = str(problem)
     raise_together(groups, error)
     dist.broadcast_object_list(planned, src=0, group=groups.world)
-    plan: ProbePlan = planned[0]
+    (plan,) = planned
+    assert plan is not None  # rank 0 is a reader, and had no error
     # All rows of a microbatch are of one half. A round has one microbatch for each stage of each
     # replica.
     size, order = probe.batch_size, list(plan.rows)
@@ -194,13 +196,15 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> ProbeCoun
             for tally, found in zip([tallies[half], *tallies[2:]], counts, strict=False):
                 tally.add(found)
     engine.training(True)
-    parts = [None] * groups.world.size() if dist.get_rank() == 0 else None
+    parts: list | None = [None] * groups.world.size() if dist.get_rank() == 0 else None
     dist.gather_object([tally.total() for tally in tallies], parts, dst=0, group=groups.world)
     if parts is None:
         return ProbeCounts(plan.skills, len(order), [], [])
-    by_tally = zip(*parts, strict=True)
-    merged = [Tally(waiting=[c for c in counts if c is not None]) for counts in by_tally]
-    totals = [tally.total() for tally in merged]
+    totals: list[RouteCounts] = []
+    for of_tally in zip(*parts, strict=True):
+        merged = Tally(waiting=[c for c in of_tally if c is not None]).total()
+        assert merged is not None  # every tally has counted rows
+        totals.append(merged)
     return ProbeCounts(plan.skills, len(order), totals[:2], totals[2:])
 
 
@@ -217,6 +221,7 @@ def _read(
     any_row = next(iter(plan.rows))
 
     def read() -> list[Microbatch]:
+        assert rows is not None  # `receive` calls it on readers
         batches = []
         for _, indices in chunks:
             # Without rows nothing is counted, but other replicas may need this forward pass.

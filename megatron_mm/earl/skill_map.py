@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class SkillMap:
                 f"{where}: skill {unknown[0]!r} has no cluster among the {len(ids)} of the skill "
                 f"map ({', '.join(ids)}); discover it, or relabel the spans"
             )
-        return [ids.get(label, -1) for label in labels], len(unknown)
+        return [-1 if label is None else ids.get(label, -1) for label in labels], len(unknown)
 
 
 def load_skill_map(
@@ -136,8 +136,7 @@ def shuffled(skill_map: SkillMap, seed: int) -> SkillMap:
         place = torch.randperm(skill_map.num_experts, generator=generator).tolist()
         for skill, clusters in skill_map.skills.items():
             skills[skill].append(sorted(place[expert] for expert in clusters[layer]))
-    sizes = [getattr(skill_map, key) for key in SIZES]
-    return SkillMap(*sizes, skills, skill_map.info | {"shuffled_with_seed": seed})
+    return replace(skill_map, skills=skills, info=skill_map.info | {"shuffled_with_seed": seed})
 
 
 def _check_clusters(skill_map: SkillMap, skill: str, clusters: Any) -> None:

@@ -111,8 +111,8 @@ class Engine:
         for model in self.models:
             model.train(mode)
 
-    def forward_backward(
-        self, batches: Sequence[Microbatch], objective: Objective
+    def forward_backward[B: Microbatch](
+        self, batches: Sequence[B], objective: Objective[B]
     ) -> list[Metrics]:
         """Accumulates the gradients of one step.
 
@@ -127,9 +127,7 @@ class Engine:
         found = [Metrics() for _ in batches]
         counts = pg.tp.rank() == 0  # tensor-parallel ranks have the same loss
 
-        def finish(
-            output: torch.Tensor, batch: Microbatch, positions: torch.Tensor, metrics: Metrics
-        ):
+        def finish(output: torch.Tensor, batch: B, positions: torch.Tensor, metrics: Metrics):
             metrics = metrics.for_objective() if counts else MUTED
             total, divisor = objective.loss(output, batch, positions, pg, metrics)
             metrics.sum(DIVISOR, divisor)
@@ -163,10 +161,10 @@ class Engine:
         """Current learning rate of the language model; other modules have multiples of it."""
         return float(self.scheduler.get_lr({}))
 
-    def forward(
+    def forward[B: Microbatch](
         self,
-        batches: Sequence[Microbatch],
-        positions: Callable[[Microbatch], torch.Tensor],
+        batches: Sequence[B],
+        positions: Callable[[B], torch.Tensor],
         finish: Callable,
         looks: dict[int, list[torch.Tensor]] | None = None,
         caches: Sequence[DecodeCache] | None = None,
@@ -223,10 +221,10 @@ class Engine:
             for chunk in self.chunks:
                 chunk.forbidden = {}
 
-    def _schedule(
+    def _schedule[B: Microbatch](
         self,
-        batches: Sequence[Microbatch],
-        positions: Callable[[Microbatch], torch.Tensor],
+        batches: Sequence[B],
+        positions: Callable[[B], torch.Tensor],
         finish: Callable,
         forward_only: bool,
         of_each: Sequence[dict] = (),
@@ -236,7 +234,7 @@ class Engine:
         language = self.run.model.language
         sizes = language.moe_router_topk, language.num_experts
 
-        def feed(chunk: MultimodalModel) -> Iterator[tuple[Microbatch, torch.Tensor, dict]]:
+        def feed(chunk: MultimodalModel) -> Iterator[tuple[B, torch.Tensor, dict]]:
             for number, batch in enumerate(batches):
                 tokens = len(batch.tokens_T)
                 if batch.routes is not None:

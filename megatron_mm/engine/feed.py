@@ -55,12 +55,12 @@ def raise_together(
     return any(wants for _, wants, _ in notes)
 
 
-def receive(
+def receive[B: Microbatch](
     groups: Groups,
-    read: Callable[[], list[Microbatch]],
+    read: Callable[[], list[B]],
     stop: bool = False,
     fingerprint: Callable[[], int] | None = None,
-) -> tuple[list[Microbatch], bool]:
+) -> tuple[list[B], bool]:
     """Returns (the microbatches that the replica's reader read, whether any rank wants to stop).
 
     Args:
@@ -71,7 +71,9 @@ def receive(
     Raises:
         DataError: on every rank of the job, if `read` failed on any reader.
     """
-    batches, error, mark = [], None, None
+    batches: list[B] = []
+    error: DataError | str | None = None
+    mark = None
     if groups.is_reader:
         try:
             batches = read()
@@ -91,10 +93,11 @@ def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
     Raises:
         DataError: on every rank of the job, if it failed on any reader.
     """
-    value, error = None, None
+    made: list = [None]  # the reader's result, then that of every rank
+    error: DataError | str | None = None
     if groups.is_reader:
         try:
-            value = make()
+            made[0] = make()
         except DataError as problem:
             error = problem
         except RLError as problem:
@@ -102,21 +105,19 @@ def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
         except Exception as problem:  # of any kind: other ranks wait
             error = f"{type(problem).__name__}: {problem}"
     raise_together(groups, error)
-    if groups.replica.size() == 1:
-        return value
-    message = [value]
-    dist.broadcast_object_list(message, group=groups.replica, group_src=0)
-    return message[0]
+    if groups.replica.size() > 1:
+        dist.broadcast_object_list(made, group=groups.replica, group_src=0)
+    return made[0]
 
 
-def broadcast_batches(groups: Groups, batches: Sequence[Microbatch]) -> list[Microbatch]:
+def broadcast_batches[B: Microbatch](groups: Groups, batches: Sequence[B]) -> list[B]:
     """Broadcasts the reader's microbatches to its replica; pixels go to the first stage only."""
     if groups.replica.size() == 1:
         return list(batches)
     # A new tensor, because pickling a slice would send the whole storage.
     envelope = [replace(b, pixels_NCHW=b.pixels_NCHW.new_empty(0)) for b in batches]
     shapes = [tuple(b.pixels_NCHW.shape) for b in batches]
-    message = [(envelope, shapes) if groups.is_reader else None]
+    message: list = [(envelope, shapes) if groups.is_reader else None]
     dist.broadcast_object_list(message, group=groups.replica, group_src=0)
     received, shapes = message[0]
     if not groups.is_first_stage:

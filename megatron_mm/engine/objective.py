@@ -15,8 +15,9 @@ from megatron_mm.report.metrics import Metrics
 PARTS = ("positions", "loss", "router_term")
 
 
-class Objective(Protocol):
-    """
+class Objective[B: Microbatch](Protocol):
+    """The objective of batches of one type.
+
     Attributes:
         router_term: a loss that every router of the model gets beside the main one; None for
             nothing.
@@ -24,14 +25,14 @@ class Objective(Protocol):
 
     router_term: RouterTerm | None
 
-    def positions(self, batch: Microbatch) -> torch.Tensor:
+    def positions(self, batch: B) -> torch.Tensor:
         """int64, ascending, on the CPU: the positions of the stream whose logits `loss` needs."""
         ...
 
     def loss(
         self,
         logits_K1V: torch.Tensor,
-        batch: Microbatch,
+        batch: B,
         positions_K: torch.Tensor,
         pg: ProcessGroupCollection,
         metrics: Metrics,

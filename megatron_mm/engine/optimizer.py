@@ -67,7 +67,7 @@ def _overrides(
         members.setdefault((rate, float(decays(name, param))), set()).add(id(param))
     overrides = {}
     for (rate, decay), ids in sorted(members.items()):
-        override = {}
+        override: ParamGroupOverride = {}
         if rate != 1.0:
             override |= {"max_lr": settings.lr * rate, "min_lr": settings.min_lr * rate}
         if not decay:

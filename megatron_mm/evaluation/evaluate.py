@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -16,7 +16,7 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError
-from megatron_mm.evaluation.questions import EvalItem, EvalSet
+from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.evaluation.scoring import chance, score
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.lanes import Completion
@@ -33,26 +33,39 @@ def open_questions(engine: Engine, tokenizer: Tokenizer) -> tuple[EvalSet, list[
     Raises:
         DataError: on every rank, if a row is bad.
     """
-    run, questions, keys, error = engine.run, None, [], None
+    run, error = engine.run, None
+    assert run.data.valid_data is not None, "an evaluation needs `valid_data`"
+    questions: EvalSet | None = None
+    keys: list[str] = []
     try:
         questions = EvalSet(run.data.valid_data, run, tokenizer, run.evaluation.eval_samples)
         keys = [questions.key(index) for index in range(len(questions))]
     except DataError as problem:
         error = str(problem)
     raise_together(engine.groups, error)
+    assert questions is not None  # else there was an error
     return questions, keys
+
+
+class _Asked(NamedTuple):
+    """The part of an `EvalItem` that is needed once it has been read: no pixels."""
+
+    key: str
+    ground_truth: str
+    scorer: str
 
 
 def _answers(
     engine: Engine, tokenizer: Tokenizer, questions: EvalSet, asked: list[int], stop
-) -> list[tuple[int, EvalItem, str]] | None:
+) -> list[tuple[int, _Asked, str]] | None:
     """Returns (index, question, answer) of each question in `asked`, on the reader; an empty list
     on other ranks; None if any rank wants to stop."""
-    settings, items = engine.run.evaluation, []
+    settings = engine.run.evaluation
+    items: list[_Asked] = []
 
     def read(number: int) -> Sample:
         item = questions[asked[number]]
-        items.append(replace(item, sample=None))  # pixels are no longer needed
+        items.append(_Asked(item.key, item.ground_truth, item.scorer))
         return item.sample
 
     found = generate(

@@ -33,7 +33,9 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
         records: records of `evaluate`, the same on every rank.
     """
     # All replicas do the same work, because expert parallelism couples their forward passes.
-    questions = EvalSet(engine.run.data.valid_data, engine.run, tokenizer)
+    valid_data = engine.run.data.valid_data
+    assert valid_data is not None, "an evaluation needs `valid_data`"
+    questions = EvalSet(valid_data, engine.run, tokenizer)
     examples: list[dict] = []
     load: dict[str, Load] = {}
     engine.training(False)

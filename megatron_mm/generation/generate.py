@@ -141,13 +141,13 @@ class _Generation:
 
     def prefill(self) -> None:
         batches, _ = receive(self.engine.groups, self._admit)
+        fillings = []
         for lane, batch in zip(self.lanes, batches, strict=True):
             first, self.next_prompt = self.next_prompt, self.next_prompt + len(batch.samples)
             chosen = range(first, self.next_prompt)
             numbers = self.prompts.numbers[chosen.start : chosen.stop]
-            lane.fill(batch, chosen, numbers, self.group)
+            fillings.append(lane.fill(batch, chosen, numbers, self.group))
         logits = self._forward(batches, last_positions)
-        fillings = [lane.cache.filling for lane in self.lanes]
         for lane in self.lanes:
             lane.cache.filling = None
         self._advance([f.rows_A for f in fillings], [f.prompt_A for f in fillings], logits)
@@ -172,7 +172,8 @@ class _Generation:
         number, left, batches = self.next_prompt, self.left, []
         for index, lane in enumerate(self.lanes):
             share = min(lane.free // self.group, -(-left // (len(self.lanes) - index)))
-            samples, tokens = [], 0
+            samples: list[Sample] = []
+            tokens = 0
             while len(samples) < share:
                 sample = self.waiting or self.prompts.read(number)
                 self.waiting = None

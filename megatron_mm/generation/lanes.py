@@ -35,6 +35,13 @@ class Completion:
     finished: bool
     routes_SLk: torch.Tensor | None = None
 
+    @property
+    def routes_GLk(self) -> torch.Tensor:
+        """The recorded routes of the positions whose logits were sampled, the last G that any
+        router saw."""
+        assert self.routes_SLk is not None, "routes were not recorded"
+        return self.routes_SLk[-len(self.tokens_G) :]
+
 
 class Lane:
     """R rows, each free or generating one completion.
@@ -65,9 +72,11 @@ class Lane:
     def free(self) -> int:
         return int((~self.active_R).sum())
 
-    def fill(self, batch: Microbatch, prompts: range, numbers: Sequence[int], group: int) -> None:
-        """Assigns free rows to `group` completions of each sample of `batch`. The forward pass of
-        the batch then fills their caches.
+    def fill(
+        self, batch: Microbatch, prompts: range, numbers: Sequence[int], group: int
+    ) -> Filling:
+        """Assigns free rows to `group` completions of each sample of `batch`, and returns them.
+        The forward pass of the batch then fills their caches.
 
         Args:
             prompts: indices of the samples among the prompts.
@@ -77,11 +86,12 @@ class Lane:
         rows = rows[: len(prompts) * group]
         prompt = torch.arange(len(prompts)).repeat_interleave(group)
         sample = torch.arange(group).repeat(len(prompts))
-        self.cache.filling = Filling(rows, prompt)
+        filling = self.cache.filling = Filling(rows, prompt)
         self.cache.lengths_R[rows] = batch.cu_seqlens.diff()[prompt]
         self.owner_R2[rows] = torch.stack((prompt + prompts.start, sample), 1)
         self.number_R[rows] = torch.tensor(numbers, dtype=torch.int64)[prompt] * group + sample
         self.count_R[rows] = 0
+        return filling
 
     def advance(
         self, rows: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, stops: Sequence[int]

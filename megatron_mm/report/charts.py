@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,7 +55,9 @@ def inline_svg(figure: Any, label: str, css_width: int) -> Any:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    box = re.search(r'viewBox="[^"]*"', svg).group(0)
+    found = re.search(r'viewBox="[^"]*"', svg)
+    assert found is not None, "matplotlib writes a viewBox"
+    box = found.group(0)
     attributes = f'role="img" aria-label="{escape(label)}" style="max-width:{css_width}px"'
     svg = re.sub(r"<svg[^>]*>", lambda _: f'<svg class="chart" {box} {attributes}>', svg, count=1)
     for color, variable in CSS_COLORS.items():
@@ -63,7 +65,7 @@ def inline_svg(figure: Any, label: str, css_width: int) -> Any:
     return Markup(svg.replace("xlink:href", "href"))
 
 
-def new_axes(width: float, height: float, grid: str = "y") -> tuple[Any, Any]:
+def new_axes(width: float, height: float, grid: Literal["both", "x", "y"] = "y") -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

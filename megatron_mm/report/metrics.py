@@ -178,12 +178,12 @@ def _detached(number: Number) -> Number:
 def _fetched(numbers: Sequence[Number]) -> list[float]:
     """Each as fp64, with one transfer from each device."""
     found = [0.0 if isinstance(n, torch.Tensor) else n for n in numbers]
-    places: dict[torch.device, list[int]] = {}
+    by_device: dict[torch.device, dict[int, torch.Tensor]] = {}
     for index, number in enumerate(numbers):
         if isinstance(number, torch.Tensor):
-            places.setdefault(number.device, []).append(index)
-    for indices in places.values():
-        stacked = torch.stack([numbers[i].reshape(()).double() for i in indices])
-        for index, value in zip(indices, stacked.tolist(), strict=True):
+            by_device.setdefault(number.device, {})[index] = number
+    for held in by_device.values():
+        stacked = torch.stack([number.reshape(()).double() for number in held.values()])
+        for index, value in zip(held, stacked.tolist(), strict=True):
             found[index] = value
     return found

@@ -31,7 +31,8 @@ def last_groups(rows: list[dict]) -> list[dict[str, Any]]:
 def _group(rows: list[dict]) -> dict[str, Any]:
     first = rows[0]
     names = list(dict.fromkeys(name for row in rows for name in row.get("rewards") or {}))
-    truth, shown = first.get("truth"), []
+    truth = first.get("truth")
+    shown: list[dict[str, Any]] = []
     for completion in (_completion(row, names) for row in rows):
         same = next((c for c in shown if c | {"times": 1} == completion), None)
         if same:

@@ -128,14 +128,14 @@ def pack_step(
     samples, bins = [], []
     if engine.groups.is_reader:
         samples = [
-            answered(groups[n // size].prompt.sample, completions[n].tokens_G) for n in members
+            answered(groups[n // size].asked.sample, completions[n].tokens_G) for n in members
         ]
         bins = token_bins([len(s.tokens_T) for s in samples], capacity)
     count = torch.tensor(max(1, len(bins)))
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=engine.groups.world)
     stages = engine.groups.pg.pp.size() if len(engine.chunks) > 1 else 1
     total = -(-int(count) // stages) * stages  # the interleaved schedule takes whole rounds
-    batches = []
+    batches: list[CompletionBatch] = []
     if engine.groups.is_reader:
         bins += [[] for _ in range(total - len(bins))]
         batches = [

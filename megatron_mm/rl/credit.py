@@ -27,7 +27,7 @@ from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_losses import kl_divergence
 from megatron_mm.rl.rollout.score import Scored
-from megatron_mm.rl.settings import RLConfig
+from megatron_mm.rl.settings import ResolvedRL
 
 # Sums a tensor over the readers of all replicas; every rank of the job calls it.
 SumOverReaders = Callable[[torch.Tensor], torch.Tensor]
@@ -62,7 +62,7 @@ class Credited:
 def credit(
     scored: Scored,
     weights: Sequence[float],
-    rl: RLConfig,
+    rl: ResolvedRL,
     hits: Hits | None,
     kl: Sequence[torch.Tensor] | None,
     sum_over_readers: SumOverReaders,
@@ -71,15 +71,15 @@ def credit(
 
     Args:
         weights: of the reward functions.
-        rl: with nothing left open (`resolve_algorithm`).
         kl: [G] of each completion, where the KL divergence is a part of the reward.
     """
     lengths = [len(completion.tokens_G) for completion in scored.completions]
-    per_token = kl is not None and has_kl_to_go(rl.advantage_estimator)
+    to_go = kl if kl is not None and has_kl_to_go(rl.advantage_estimator) else None
     more: dict[str, tuple[float, torch.Tensor]] = {}  # name -> weight, [N]
     if rl.router_reward_weight:
+        assert hits is not None  # the weight is rejected without a skill map
         more["router"] = rl.router_reward_weight, router_reward(hits.used).float()
-    if kl is not None and not per_token:
+    if kl is not None and to_go is None:
         more["kl"] = -rl.beta, torch.tensor([float(values_G.sum()) for values_G in kl])
     rewards_PGC, failed_PGC = _with(scored.rewards_PGC, scored.failed_PGC, more)
     advantages = compute_advantages(
@@ -92,10 +92,10 @@ def credit(
     )
     values = advantages.advantages_PG.flatten()
     tokens = [value.expand(length) for value, length in zip(values, lengths, strict=True)]
-    if per_token:
+    if to_go is not None:
         tokens = [
             returns_to_go(float(value), kl_G, rl.beta)
-            for value, kl_G in zip(values, kl, strict=True)
+            for value, kl_G in zip(values, to_go, strict=True)
         ]
     if is_whitened(rl.advantage_estimator):
         kept = [t for t, k in zip(tokens, advantages.kept_PG.flatten(), strict=True) if k]

@@ -18,7 +18,7 @@ from megatron_mm.generation.lanes import Completion
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.reference import Reference
-from megatron_mm.rl.settings import RLConfig
+from megatron_mm.rl.settings import ResolvedRL
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def measure_logprobs(
     engine: Engine,
     batches: Sequence[CompletionBatch],
     completions: Sequence[Completion],
-    rl: RLConfig,
+    rl: ResolvedRL,
     *,
     steps: int,
     reference: Reference | None,
@@ -53,7 +53,6 @@ def measure_logprobs(
 
     Args:
         batches: of all steps of a rollout; completions: of this replica.
-        rl: with nothing left open (`resolve_algorithm`).
         steps: optimizer steps that the rollout serves.
     """
     old: list = [None] * len(batches)

@@ -8,24 +8,21 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.routing import RouterTerm
 from megatron_mm.report.metrics import Metrics
 from megatron_mm.rl.logprobs import sampled_logprobs
 from megatron_mm.rl.policy_batch import PolicyBatch
 from megatron_mm.rl.policy_losses import Tokens, logprob_abs_diff, loss_denominator, policy_loss
-from megatron_mm.rl.settings import RLConfig
+from megatron_mm.rl.settings import ResolvedRL
 
 
 class PolicyObjective:
-    """The policy loss; an `engine.objective.Objective`.
-
-    Args:
-        rl: with nothing left open (`resolve_algorithm`).
-    """
+    """The policy loss; an `engine.objective.Objective`."""
 
     router_term: RouterTerm | None = None
 
-    def __init__(self, rl: RLConfig):
+    def __init__(self, rl: ResolvedRL):
         self.rl = rl
 
     def positions(self, batch: PolicyBatch) -> torch.Tensor:
@@ -77,13 +74,14 @@ class ExpertAlignedObjective(PolicyObjective):
     """The policy loss with EARL's router term (earl/router_term.py), whose targets stand in the
     batches' `router`."""
 
-    def __init__(self, rl: RLConfig):
+    def __init__(self, rl: ResolvedRL):
         super().__init__(rl)
         self.router_term = self._router_term
 
     def _router_term(
-        self, logits_tE: torch.Tensor, batch: PolicyBatch, moe_index: int, positions: range
+        self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range
     ) -> torch.Tensor:
+        assert isinstance(batch, PolicyBatch) and batch.router is not None
         routes_Tk = None if batch.routes is None else batch.routes[moe_index]
         return batch.router.term(logits_tE, routes_Tk, moe_index, positions)
 

@@ -17,7 +17,7 @@ from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.credit import Credited, SumOverReaders
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_losses import loss_denominator, truncated_importance_weights
-from megatron_mm.rl.settings import RLConfig
+from megatron_mm.rl.settings import ResolvedRL
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ def policy_batches(
     batches: Sequence[CompletionBatch],
     logprobs: Sequence[Logprobs],
     credited: Credited,
-    rl: RLConfig,
+    rl: ResolvedRL,
     member_SLE: torch.Tensor | None,
     sum_over_readers: SumOverReaders,
 ) -> list[PolicyBatch]:
@@ -55,7 +55,6 @@ def policy_batches(
 
     Args:
         batches, logprobs: this replica's part of the step.
-        rl: with nothing left open (`resolve_algorithm`).
         member_SLE: the clusters that the routers learn; None without a router term.
     """
     if member_SLE is None:
@@ -72,7 +71,7 @@ def policy_batch(
     batch: CompletionBatch,
     logprobs: Logprobs,
     credited: Credited,
-    rl: RLConfig,
+    rl: ResolvedRL,
     router: RouterTargets | None,
 ) -> PolicyBatch:
     """Makes one microbatch to train on. Nothing else makes a `PolicyBatch`."""
@@ -109,7 +108,7 @@ def policy_batch(
 def _router_targets(
     batches: Sequence[CompletionBatch],
     credited: Credited,
-    rl: RLConfig,
+    rl: ResolvedRL,
     member_SLE: torch.Tensor,
     sum_over_readers: SumOverReaders,
 ) -> list[RouterTargets]:

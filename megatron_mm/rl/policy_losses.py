@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_mm.rl.algorithms import KL_ESTIMATORS, LOSS_AGGREGATIONS, POLICY_LOSSES
-from megatron_mm.rl.settings import RLConfig
+from megatron_mm.rl.settings import ResolvedRL
 
 # exp(20) is 5e8. Larger ratios mean nothing, and an infinite one would turn the zero gradient of a
 # clipped token into NaN. Beyond the bound the gradient is 0.
@@ -63,7 +63,7 @@ def ratio(log_ratio_K: torch.Tensor) -> torch.Tensor:
     return log_ratio_K.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def clip(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+def clip(tokens: Tokens, rl: ResolvedRL) -> TokenLoss:
     """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A).
 
     GRPO, arXiv 2402.03300, eq. 3; with epsilon_high above epsilon DAPO's clip-higher, arXiv
@@ -73,7 +73,7 @@ def clip(tokens: Tokens, rl: RLConfig) -> TokenLoss:
     return _clipped(ratio(tokens.logprobs_K - tokens.old_logprobs_K), tokens.advantages_K, rl)
 
 
-def gspo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+def gspo(tokens: Tokens, rl: ResolvedRL) -> TokenLoss:
     """`clip` with s = exp(mean over the completion of log r_t) in place of r_t.
 
     GSPO, arXiv 2507.18071, eq. 5 to 7, in its token form, eq. 13 and 14: s_t = sg(s) p / sg(p).
@@ -89,7 +89,7 @@ def gspo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
     return _clipped(ratio(log_s_K + own_K), tokens.advantages_K, rl)
 
 
-def sapo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+def sapo(tokens: Tokens, rl: ResolvedRL) -> TokenLoss:
     """-(4 / tau) sigmoid(tau (r - 1)) A, with one tau for A > 0 and another for the rest: the
     slope at r = 1 is A, and it fades on both sides. SAPO, arXiv 2511.20347, eq. 5 and 6."""
     r_K = ratio(tokens.logprobs_K - tokens.old_logprobs_K)
@@ -100,7 +100,7 @@ def sapo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
     return TokenLoss(-gate_K * tokens.advantages_K, never_K, never_K)
 
 
-def cispo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+def cispo(tokens: Tokens, rl: ResolvedRL) -> TokenLoss:
     """-sg(clip(r, 1 - epsilon, 1 + epsilon_high)) A log p: the weight is clipped, never the
     gradient. CISPO, arXiv 2506.13585, eq. 4 and 5."""
     r_K = ratio(tokens.logprobs_K.detach() - tokens.old_logprobs_K)
@@ -109,7 +109,7 @@ def cispo(tokens: Tokens, rl: RLConfig) -> TokenLoss:
     return TokenLoss(loss_K, r_K < low, r_K > high)
 
 
-def reinforce(tokens: Tokens, rl: RLConfig) -> TokenLoss:
+def reinforce(tokens: Tokens, rl: ResolvedRL) -> TokenLoss:
     """-A log p, without any ratio: the REINFORCE that RLOO, arXiv 2402.14740, goes back to."""
     del rl
     never_K = torch.zeros_like(tokens.mask_K)
@@ -151,11 +151,9 @@ SEQ_MEAN_TOKEN_SUM = LossAggregation(False, _completions)
 SEQ_MEAN_TOKEN_SUM_NORM = LossAggregation(False, _longest_completions)
 
 
-def policy_loss(tokens: Tokens, rl: RLConfig) -> tuple[torch.Tensor, Sums]:
+def policy_loss(tokens: Tokens, rl: ResolvedRL) -> tuple[torch.Tensor, Sums]:
     """Returns the numerator of the loss over this rank's part, and sums to log.
 
-    Args:
-        rl: with nothing left open (`resolve_algorithm`).
     Returns:
         a scalar to be summed over microbatches and ranks and divided by `loss_denominator`, and
         the sums of TRL's metrics `clip_ratio/*` and `kl`.
@@ -273,7 +271,7 @@ def _cleaned(tokens: Tokens) -> Tokens:
     return replace(tokens, **zeroed)
 
 
-def _clipped(r_K: torch.Tensor, advantages_K: torch.Tensor, rl: RLConfig) -> TokenLoss:
+def _clipped(r_K: torch.Tensor, advantages_K: torch.Tensor, rl: ResolvedRL) -> TokenLoss:
     low, high = 1 - rl.epsilon, 1 + rl.epsilon_high
     free_K = r_K if rl.delta is None else r_K.clamp(max=rl.delta)
     loss_K = -torch.min(free_K * advantages_K, r_K.clamp(low, high) * advantages_K)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
 from megatron_mm.config.fields import (
@@ -114,10 +114,23 @@ class RLConfig(EARLConfig):
     """Completions in one call of a reward function. A call that fails costs all of them."""
 
 
-def resolve_algorithm(rl: RLConfig) -> RLConfig:
+class ResolvedRL(RLConfig):
+    """The settings with nothing left open: `resolve_algorithm` makes them."""
+
+    advantage_estimator: str
+    policy_loss: str
+    loss_agg_mode: str
+    epsilon: float
+    epsilon_high: float
+    filter_groups: bool
+
+
+def resolve_algorithm(rl: RLConfig) -> ResolvedRL:
     """`rl` with the settings that are none filled in from its algorithm."""
     given = ALGORITHMS[rl.algorithm]
-    return replace(rl, **{k: v for k, v in given.items() if getattr(rl, k) is None})
+    return ResolvedRL(
+        **vars(rl) | {k: v for k, v in given.items() if getattr(rl, k) is None},
+    )
 
 
 class RolloutPlan(NamedTuple):

@@ -55,7 +55,8 @@ def _before(trainer: Trainer) -> None:
 
 def _open_outputs(trainer: Trainer) -> MetricsLogger:
     """Opens the log and tries the checkpoint folder: better to fail now than hours later."""
-    run, log, error = trainer.run, None, None
+    run, error = trainer.run, None
+    log: MetricsLogger | None = None
     try:
         log = MetricsLogger(
             run.logging,
@@ -74,6 +75,7 @@ def _open_outputs(trainer: Trainer) -> MetricsLogger:
     except (OSError, ValueError) as problem:
         error = f"cannot write the run's output: {problem}"
     raise_together(trainer.groups, error)
+    assert log is not None  # else there was an error
     return log
 
 
@@ -129,8 +131,14 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     if not results:
         return
     log.log(trainer.iteration, _accuracies(results))
-    progress = {"iteration": trainer.iteration, "seconds": trainer.seconds}
-    write_results(engine, results, records, output, **progress)
+    write_results(
+        engine,
+        results,
+        records,
+        output,
+        iteration=trainer.iteration,
+        seconds=trainer.seconds,
+    )
     if trainer.run.evaluation.report:
         write_examples(engine, trainer.tokenizer, records, output)
     if trainer.is_logger:

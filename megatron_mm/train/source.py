@@ -43,7 +43,7 @@ class StepSource(Protocol):
     """
 
     loader: Loader
-    objective: Objective
+    objective: Objective[Any]  # of the batches that `next_step` returns
     metrics: dict[str, float]
     table: list[dict[str, Any]]
     between: bool

@@ -44,6 +44,7 @@ def resumed(run: RunConfig, groups: Groups) -> RunConfig:
     checkpoint = run.checkpoint
     if not checkpoint.resume:
         return run
+    assert checkpoint.save is not None  # `resume` is rejected without it
     found = [dist.get_rank() == 0 and (Path(checkpoint.save) / LATEST).is_file()]
     dist.broadcast_object_list(found, src=0, group=groups.world)
     if not found[0]:

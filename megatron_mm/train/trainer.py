@@ -163,7 +163,9 @@ class Trainer:
 
     def save(self) -> float:
         """Saves, or starts to (`async_save`); returns the seconds for which training paused."""
-        folder = Path(self.run.checkpoint.save)
+        save = self.run.checkpoint.save
+        assert save is not None, "a run without `save` has nowhere to save to"
+        folder = Path(save)
         extra = {"seconds": self.seconds, "data": self.loader.order, NOTES: self.notes}
         extra["objective"] = self.run.training.objective
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)

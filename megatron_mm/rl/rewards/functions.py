@@ -55,9 +55,10 @@ class RewardFunction:
             )
         # Built-in ones have **columns only to be called as TRL calls them.
         named = self._verl or not keywords or spec.path in REWARDS
-        self.wants = frozenset(parameters) if named else None
+        taken = frozenset(parameters)
         if self._verl:
-            self.wants |= {"data_source", "extra_info"}
+            taken |= {"data_source", "extra_info"}
+        self.wants = taken if named else None
         self.wants_routes = "routed_experts" in parameters
         self._logs = "log_metric" in parameters
 
@@ -76,12 +77,12 @@ class RewardFunction:
             columns: the rows' other keys, each with one value a completion.
             routed_experts: int16 [positions, layers, k] of each completion.
         """
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        given: dict[str, Any] = dict(columns)
+        given |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         if self.wants_routes:
             given["routed_experts"] = routed_experts
         if self._logs:
             given["log_metric"] = log_metric
-        given = dict(columns) | given
         if self._verl:
             return [self._score_verl(i, given) for i in range(len(completions))]
         if self.wants is not None:

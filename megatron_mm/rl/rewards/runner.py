@@ -166,7 +166,7 @@ class RewardRunner:
         worker.kill()
 
     def _first_answer(self, worker: RewardProcess) -> Ready:
-        found = []
+        found: list = []
         while not found:
             found = answers([worker])
         answer = found[0][1]
@@ -185,19 +185,20 @@ class RewardRunner:
     ) -> None:
         """Sends a task to a worker, with the columns that its function takes and no others."""
         function, part = task.function, slice(task.start, task.stop)
-        wants, routes = (answer[function] for answer in self._signature)
+        wants = self._signature.wants[function]
+        routes = self._signature.wants_routes[function]
         arguments = ("prompts", "completions", "completion_ids", "routed_experts")
         columns = {
             key: list(values[part])
             for key, values in given.items()
             if key not in arguments and (wants is None or key in wants)
         }
-        lists = [list(given[key][part]) for key in arguments[:3]]
+        prompts, completions, ids = (list(given[key][part]) for key in arguments[:3])
         routed = given.get("routed_experts") if routes else None
         worker.task, worker.since = task, time.monotonic()
         try:
             routed = None if routed is None else list(routed[part])
-            worker.pipe.send(Call(function, *lists, columns, routed))
+            worker.pipe.send(Call(function, prompts, completions, ids, columns, routed))
         except OSError:
             rewards.record(task, f"the worker {worker.how_it_ended()}")
             self._lose(worker)

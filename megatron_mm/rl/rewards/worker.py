@@ -72,20 +72,26 @@ def work(pipe: Connection, lifeline: Connection, specs: Sequence[Spec]) -> None:
             call: Call = pipe.recv()
         except (EOFError, OSError):
             return
-        number, *arguments = call
-        pipe.send(scores_of(functions[number], arguments))
+        pipe.send(scores_of(functions[call.function], call))
 
 
-def scores_of(function: RewardFunction, arguments: Sequence[Any]) -> Answer | str:
+def scores_of(function: RewardFunction, call: Call) -> Answer | str:
     """Returns one score for each sample, or the reason why the call has none."""
-    count = len(arguments[1])
+    count = len(call.completions)
     logged: list[tuple[str, float]] = []
 
     def log_metric(name: str, value: float) -> None:
         logged.append((str(name), float(value)))
 
     try:
-        result = function(*arguments, log_metric)
+        result = function(
+            call.prompts,
+            call.completions,
+            call.completion_ids,
+            call.columns,
+            call.routed_experts,
+            log_metric,
+        )
         # Tensors and arrays have tolist.
         values = result.tolist() if hasattr(result, "tolist") else list(result)
         if len(values) != count:

@@ -15,7 +15,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.errors import DataError
 from megatron_mm.rl.rollout.draw import draw_rollout
-from megatron_mm.rl.rollout.prompts import PromptLoader
+from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.rollout.score import Scored, Scorer, informative, join
 from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
 
@@ -41,7 +41,7 @@ class Collector:
         run: RunConfig,
         engine: Engine,
         tokenizer: Tokenizer,
-        loader: PromptLoader,
+        loader: PromptSource,
         alignment: Alignment | None,
     ):
         self.engine, self.tokenizer, self.loader = engine, tokenizer, loader

@@ -12,7 +12,7 @@ from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.generation.sampling import Sampling
-from megatron_mm.rl.rollout.prompts import PromptLoader
+from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.settings import RLConfig, rollout_plan
 
 
@@ -29,6 +29,12 @@ class Group:
     number: int
     completions: tuple[Completion, ...]
     prompt: Prompt | None
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt, for work of the reader."""
+        assert self.prompt is not None, "prompts are on the replica's reader alone"
+        return self.prompt
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Rollout:
 
 
 def draw_rollout(
-    engine: Engine, tokenizer: Tokenizer, loader: PromptLoader, *, record_routes: bool
+    engine: Engine, tokenizer: Tokenizer, loader: PromptSource, *, record_routes: bool
 ) -> Rollout:
     """Draws the next `rollout_batch_size` prompts of the job and completes this replica's. Every
     rank of the job calls it.
@@ -82,6 +88,7 @@ def draw_rollout(
         pad_id=tokenizer.pad_id,
         record_routes=record_routes,
     )
+    assert completions is not None  # nothing stops this generation
     drawn = tuple(
         Group(number, tuple(completions[i]), prompts[i] if groups.is_reader else None)
         for i, number in enumerate(kept)

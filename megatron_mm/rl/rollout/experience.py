@@ -36,7 +36,7 @@ from megatron_mm.rl.reference import Reference
 from megatron_mm.rl.rollout.collect import Collector
 from megatron_mm.rl.rollout.draw import moe_layers
 from megatron_mm.rl.rollout.metrics import completions_table, rollout_metrics
-from megatron_mm.rl.rollout.prompts import PromptLoader
+from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.rollout.score import Scored
 from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
 
@@ -52,7 +52,7 @@ class Experience:
         table: of that rollout, some completions with their rewards; on the readers.
     """
 
-    def __init__(self, run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: PromptLoader):
+    def __init__(self, run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: PromptSource):
         self.run, self.engine, self.tokenizer, self.loader = run, engine, tokenizer, loader
         self.rl, self.plan = resolve_algorithm(run.section(RLConfig)), rollout_plan(run)
         error = self.alignment = None
@@ -63,7 +63,10 @@ class Experience:
         raise_together(engine.groups, error)
         self.maps = None if self.alignment is None else self.alignment.maps
         # The clusters that the routers learn.
-        self.member_SLE = self.maps.used.membership() if self.rl.router_loss_coeff else None
+        self.member_SLE: torch.Tensor | None = None
+        if self.rl.router_loss_coeff:
+            assert self.maps is not None  # the coefficient is rejected without a skill map
+            self.member_SLE = self.maps.used.membership()
         kind = PolicyObjective if self.member_SLE is None else ExpertAlignedObjective
         self.objective: PolicyObjective = kind(self.rl)
         self.collector = Collector(run, engine, tokenizer, loader, self.alignment)

@@ -55,7 +55,7 @@ def rollout_metrics(
         pairs |= {k: v.tolist() for k, v in components.items()}
         pairs |= _lengths(completions)
         pairs |= _by_skill(credited, weights)
-        if credited.hits is not None:
+        if credited.hits is not None and maps is not None:
             pairs |= hit_pairs(credited.hits, maps.found.names)
         pairs["rollout/generated"] = [float(scored.generated), 0.0]
         pairs["rollout/skipped"] = [float(len(scored.skipped)), 0.0]
@@ -100,7 +100,7 @@ def completions_table(credited: Credited, tokenizer: Tokenizer) -> list[dict[str
     """Returns the completions of a few groups with what they earned; on a reader."""
     rows = []
     for p, group in enumerate(credited.scored.groups[:SHOWN_GROUPS]):
-        messages = group.prompt.row["messages"]
+        messages = group.asked.row["messages"]
         asked = [m["content"] for m in messages if m["role"] == "user"]
         for g, completion in enumerate(group.completions):
             ids = completion.tokens_G.tolist()
@@ -108,10 +108,10 @@ def completions_table(credited: Credited, tokenizer: Tokenizer) -> list[dict[str
             rewards = credited.rewards_PGC[p, g].tolist()
             rows.append(
                 {
-                    "row": group.prompt.where,
+                    "row": group.asked.where,
                     "question": asked[-1] if asked else "",
-                    "key": result_key(group.prompt.row),
-                    "truth": group.prompt.row.get("ground_truth"),
+                    "key": result_key(group.asked.row),
+                    "truth": group.asked.row.get("ground_truth"),
                     "completion": tokenizer.decode(ids[:-1] if completion.finished else ids),
                     "finished": completion.finished,
                     "rewards": {
@@ -158,7 +158,7 @@ def _by_skill(credited: Credited, weights: Sequence[float]) -> Pairs:
     total_PG, seen_PG = values.sum(2), usable.any(2)
     pairs: Pairs = {"reward/task": [float(total_PG.sum()), float(seen_PG.sum())]}
     for p, group in enumerate(credited.scored.groups):
-        pair = pairs.setdefault(f"reward/task/{result_key(group.prompt.row)}", [0.0, 0.0])
+        pair = pairs.setdefault(f"reward/task/{result_key(group.asked.row)}", [0.0, 0.0])
         pair[0] += float(total_PG[p].sum())
         pair[1] += float(seen_PG[p].sum())
     return pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.loading.curriculum import open_curriculum
@@ -21,6 +21,22 @@ class Drawn:
     prompts: list[Prompt]  # the rows that could be read
     kept: list[int]  # their numbers
     skipped: list[str]  # the others, each as "file:row: reason"
+
+
+class PromptSource(Protocol):
+    """Where rollouts take their prompts from, and the position there."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def numbers(self, count: int) -> list[int]:
+        """Draws the next `count` rows for the whole job; returns the numbers of this replica's."""
+        ...
+
+    def read(self, numbers: list[int]) -> Drawn:
+        """Reads rows by number, on the replica's reader; may raise DataError."""
+        ...
 
 
 class PromptLoader:
@@ -71,12 +87,12 @@ class PromptLoader:
             DataError: for a bad row, unless `on_bad_sample` is skip.
         """
         found = self._reader.prompts([self._place(number) for number in numbers])
-        found = [self._checked(prompt) for prompt in found]
-        skipped = [text for text in found if isinstance(text, str)]
+        checked = [self._checked(prompt) for prompt in found]
+        skipped = [text for text in checked if isinstance(text, str)]
         if skipped and not self._skip_bad:
             raise DataError(skipped[0])
-        good = [i for i, prompt in enumerate(found) if isinstance(prompt, Prompt)]
-        return Drawn([found[i] for i in good], [numbers[i] for i in good], skipped)
+        good = {i: prompt for i, prompt in enumerate(checked) if isinstance(prompt, Prompt)}
+        return Drawn([*good.values()], [numbers[i] for i in good], skipped)
 
     def _checked(self, prompt: Prompt | str) -> Prompt | str:
         if isinstance(prompt, str):

@@ -181,15 +181,16 @@ class Scorer:
         routes: list[torch.Tensor] | None,
     ) -> _Verdict:
         """Calls the reward functions and the labeller; on the reader, which has the prompts."""
-        asked = [group.prompt for group in groups for _ in group.completions]
+        asked = [group.asked for group in groups for _ in group.completions]
         ids = [completion.tokens_G.tolist() for completion in completions]
         said = [
             self._tokenizer.decode(i[:-1] if c.finished else i)
             for i, c in zip(ids, completions, strict=True)
         ]
-        keys = sorted({key for group in groups for key in group.prompt.row} - {*NOT_COLUMNS})
+        keys = sorted({key for group in groups for key in group.asked.row} - {*NOT_COLUMNS})
         columns: dict[str, list[Any]] = {key: [p.row.get(key) for p in asked] for key in keys}
         messages = [_messages(prompt) for prompt in asked]
+        assert self._runner is not None  # the reader has started it
         rewards = self._runner.score(messages, said, ids, columns, routes)
         failures = [f"{asked[f.sample].where}: {f.name}: {f.reason}" for f in rewards.failures]
         labelled: list[tuple[list[Span], int]] = [([], 0)] * len(completions)
@@ -230,7 +231,7 @@ def _gather_routes(engine: Engine, completions: Sequence[Completion]) -> list[to
     stages; elsewhere nothing. Every rank of the replica calls it."""
     groups, layers, mine = engine.groups, moe_layers(engine), None
     if groups.pg.tp_cp.rank() == 0:
-        mine = layers, [c.routes_SLk[-len(c.tokens_G) :] for c in completions if layers]
+        mine = layers, [c.routes_GLk for c in completions if layers]
     parts: list = [None] * groups.replica.size()
     dist.gather_object(mine, parts if groups.is_reader else None, group=groups.replica, group_dst=0)
     if not groups.is_reader:
