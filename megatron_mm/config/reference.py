@@ -21,11 +21,11 @@ HEAD = """\
 This room holds every setting of a run and what can be said from settings alone: which layers a
 model has, which stage holds them, what they cost. It imports no torch.
 
-A run is a preset, a YAML file and flags, laid on each other in this order
-(`load.py`). Every row below is a key of its section in YAML and, up to the last three tables, a flag
-in Megatron's spelling. A bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`. `base:` in a
-YAML file names a file that it overrides, `model: preset:` a model to start from. A wrong key, type
-or size is rejected in one line before anything starts.
+A run is a preset, a YAML file and flags, laid on each other in this order (`load.py`). Every row
+below is a key of its section in YAML and, except in the last three tables, a flag in Megatron's
+spelling. A bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`.
+`base:` in a YAML file names a file that it overrides, `model: preset:` a model to start from. A
+wrong key, type or size is rejected in one line before anything starts.
 
 | file | what it holds |
 |---|---|
