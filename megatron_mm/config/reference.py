@@ -11,7 +11,8 @@ from itertools import groupby
 from pathlib import Path
 
 from megatron_mm.config.flags import default_text, flag_name, names_text
-from megatron_mm.config.settings import RunConfig
+from megatron_mm.config.settings import DataPhase, DataSource, RunConfig
+from megatron_mm.config.settings_model import MemoryConfig
 from megatron_mm.config.tree import Leaf, expected, leaves
 
 HEAD = """\
@@ -20,11 +21,11 @@ HEAD = """\
 This room holds every setting of a run and what can be said from settings alone: which layers a
 model has, which stage holds them, what they cost. It imports no torch.
 
-A run is a preset, a YAML file and flags, laid on each other in this order
-(`load.py`). Every row below is a key of its section in YAML and a flag in Megatron's spelling. A
-bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`. `base:` in a
-YAML file names a file that it overrides, `model: preset:` a model to start from. A wrong key, type
-or size is rejected in one line before anything starts.
+A run is a preset, a YAML file and flags, laid on each other in this order (`load.py`). Every row
+below is a key of its section in YAML and, except in the last three tables, a flag in Megatron's
+spelling. A bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`.
+`base:` in a YAML file names a file that it overrides, `model: preset:` a model to start from. A
+wrong key, type or size is rejected in one line before anything starts.
 
 | file | what it holds |
 |---|---|
@@ -34,12 +35,29 @@ or size is rejected in one line before anything starts.
 flag, `--help`, the check of its bounds and this page follow.
 
 ```python
-micro_batch_size: PositiveInt = 1
-\"\"\"Samples of one forward pass of one replica.\"\"\"
+from dataclasses import dataclass
+from typing import Annotated
+
+from megatron_mm.config.fields import Bounds, PositiveInt
+
+
+@dataclass
+class Smoothing:
+    smoothing_iters: PositiveInt = 100
+    \"\"\"Steps in which labels are smoothed.\"\"\"
+    label_smoothing: Annotated[float, Bounds(ge=0, lt=1)] = 0.1
+    \"\"\"Share of a label's probability that is spread over all tokens.\"\"\"
 ```
 
 This page is generated: `python -m megatron_mm.config.reference > megatron_mm/config/README.md`.
 """
+
+# Sections in lists and under names of the user's own: keys of files without flags of their own.
+IN_FILES = {
+    "model.fusion.memories.NAME": MemoryConfig,
+    "data.train_data[]": DataPhase,
+    "data.train_data[].mixture[]": DataSource,
+}
 
 
 def page() -> str:
@@ -49,12 +67,17 @@ def page() -> str:
         table = "| flag | allowed | default | |\n|---|---|---|---|"
         rows = "\n".join(_row(leaf) for leaf in found)
         parts.append(f"## {'.'.join(section) or 'run'}\n\n{table}\n{rows}\n")
+    for name, section in IN_FILES.items():
+        table = "| key, in files | allowed | default | |\n|---|---|---|---|"
+        rows = "\n".join(_row(leaf, leaf.name) for leaf in leaves(section))
+        parts.append(f"## {name}\n\n{table}\n{rows}\n")
     return "\n".join(parts)
 
 
-def _row(leaf: Leaf) -> str:
+def _row(leaf: Leaf, name: str | None = None) -> str:
     allowed = str(leaf.bounds) if leaf.bounds else names_text(leaf) or expected(leaf.hint)
-    cells = (f"`{flag_name(leaf)}`", allowed, f"`{default_text(leaf)}`", leaf.explanation)
+    name = name or flag_name(leaf)
+    cells = (f"`{name}`", allowed, f"`{default_text(leaf)}`", leaf.explanation)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
