@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mm.config import Layer, Memory, ModelConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.layers.clvr import MemoryMap
+from megatron_mm.model.memory_map import MemoryMap
 from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take

@@ -13,7 +13,7 @@ from megatron_mm.config.layers.counting import MemoryRows, Workload, causal_pair
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.model.context import memory_rows
-from megatron_mm.model.layers.clvr import MemoryMap
+from megatron_mm.model.memory_map import MemoryMap
 from megatron_mm.model.segments import Segments
 from megatron_mm.plugins import import_object
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from megatron_mm.config import memories
+from megatron_mm.config.layers.looks import COORDINATE_FREQUENCIES
 from megatron_mm.model import segments
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config
-from megatron_mm.model.layers.clvr import COORDINATE_FREQUENCIES, Look, MemoryMap
+from megatron_mm.model.layers.clvr import Look
+from megatron_mm.model.memory_map import MemoryMap
 from megatron_mm.model.multimodal import build
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.param_layout import initialize

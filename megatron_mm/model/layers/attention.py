@@ -11,7 +11,6 @@ decoded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from torch import nn
 
 from megatron_mm.config import LanguageConfig
 from megatron_mm.model.backends.interface import Backend
+from megatron_mm.model.context import StreamContext
 from megatron_mm.model.decode import LayerState
 from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.norms import RMSNorm
@@ -29,9 +29,6 @@ from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.param_layout import normal
 from megatron_mm.parallel.sequence import heads_to_sequence, sequence_to_heads
-
-if TYPE_CHECKING:
-    from megatron_mm.model.context import StreamContext
 
 
 class KeysAndValues(LayerState):

@@ -15,7 +15,6 @@ key head, K and V head widths.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from torch import nn
 
 from megatron_mm.config import LanguageConfig
 from megatron_mm.model.backends.interface import Backend
+from megatron_mm.model.context import StreamContext
 from megatron_mm.model.decode import LayerState
 from megatron_mm.model.layers.gdn.convolution import convolution_step
 from megatron_mm.model.layers.gdn.mix import HeadWidths, split_heads
@@ -35,9 +35,6 @@ from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.param_layout import constant, normal, place, uniform
 from megatron_mm.parallel.sequence import heads_to_sequence, part, sequence_to_heads, take
-
-if TYPE_CHECKING:
-    from megatron_mm.model.context import StreamContext
 
 
 class DeltaState(LayerState):
