@@ -23,7 +23,7 @@ from megatron_mm.errors import NonFiniteError
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.perf.flops import model_flops, total
 from megatron_mm.perf.phases import Phases
-from megatron_mm.train.source import open_data, open_source
+from megatron_mm.train.source import open_data, open_step_source
 from megatron_mm.train.start import start
 
 STORED = 2  # steps kept in memory for mock data
@@ -47,7 +47,7 @@ class Bench:
         if "real" in kinds:
             tokenizer, loader = open_data(self.run, self.groups)
             start(self.engine, loader, self.run.checkpoint, tokenizer.image_context_id)
-            real = open_source(self.run, self.engine, tokenizer, loader)
+            real = open_step_source(self.run, self.engine, tokenizer, loader)
             if "mock" in kinds or "balanced" in routings:
                 position = loader.state_dict()
                 made = [list(real.next_step(False)[0]) for _ in range(STORED)]

@@ -67,13 +67,13 @@ def _forward(kind: LayerKind, run: RunConfig, work: Workload) -> float:
     """FLOPs of one layer's forward pass; of a kind that reads a memory, the mean over those that
     are read."""
     reads = [memory.name for memory in look_memories(run.model)]
-    pairs = [reads.index(name) for name in work.memories] if kind.reads_memory else [None]
+    readers = [reads.index(name) for name in work.memories] if kind.reads_memory else [None]
     spent = 0.0
-    for pair in pairs:
-        counter = Counter(run, work, pair=pair)
+    for reader in readers:
+        counter = Counter(run, work, reader=reader)
         kind.flops(counter)
         spent += sum(forward for forward, _ in counter.forward().values())
-    return spent / max(1, len(pairs))
+    return spent / max(1, len(readers))
 
 
 def output(lm: LanguageConfig) -> Linear:

@@ -71,7 +71,7 @@ class LanguageFamily[S: LanguageConfig]:
 
 
 @dataclass(frozen=True)
-class Grid:
+class PatchGrid:
     """The patches of one tile, in reading order.
 
     Attributes:
@@ -146,7 +146,7 @@ class VisionFamily[S: VisionConfig]:
     presets: Mapping[str, Callable[[], S]]
     build: str
     rows: str
-    grid: Callable[[S, tuple[int, int] | None], Grid]
+    grid: Callable[[S, tuple[int, int] | None], PatchGrid]
     core: Callable[[S, int], dict[str, Any]]
     cost: Callable[[S], EncoderCost]
     check: Callable[[S, FusionConfig, ParallelConfig], None]

@@ -92,7 +92,7 @@ def memories(model: ModelConfig, images: str = IMAGES) -> tuple[Memory, ...]:
 
 
 def look_memories(model: ModelConfig) -> tuple[Memory, ...]:
-    """Returns the memory that each look reads, by the number of its pair; empty if no look is
+    """Returns the memory that each layer reads, by `Layer.reader`; empty if no such layer is
     built.
 
     Raises:

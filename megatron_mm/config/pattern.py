@@ -11,13 +11,13 @@ Everything in this file is a pure function of strings and tuples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
 from megatron_mm.config.cost import Costs, costs
 from megatron_mm.config.layers.kinds import LAYERS
-from megatron_mm.config.memories import memories
+from megatron_mm.config.memories import Memory, look_memories, memories
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.errors import ConfigError
@@ -31,11 +31,13 @@ class Layer:
         kind: its letter.
         number: the transformers layer that a mixer or a feed-forward belongs to; None for a side.
         pair: the pair of look and injection that a side belongs to; None for the others.
+        reader: its place among the layers that read a vision memory; None for the others.
     """
 
     kind: str
     number: int | None = None
     pair: int | None = None
+    reader: int | None = field(default=None, compare=False)  # follows from the letters before
 
     @property
     def numbered(self) -> bool:
@@ -52,6 +54,12 @@ class Layer:
         """`pair` of a side."""
         assert self.pair is not None
         return self.pair
+
+    @property
+    def known_reader(self) -> int:
+        """`reader` of a layer that reads a vision memory."""
+        assert self.reader is not None
+        return self.reader
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,9 @@ def parse_pattern(pattern: str) -> tuple[Layer, ...]:
         )
     if not count:
         raise _wrong(pattern, f"has no layers; allowed: letters from {allowed}")
+    readers = [place for place, layer in enumerate(layers) if LAYERS[layer.kind].reads_memory]
+    for number, place in enumerate(readers):
+        layers[place] = replace(layers[place], reader=number)
     return tuple(layers)
 
 
@@ -147,9 +158,15 @@ def routed_layers(pattern: str) -> list[int]:
     return [layer.known_number for layer in parse_pattern(pattern) if LAYERS[layer.kind].routed]
 
 
-def reads_memory(model: ModelConfig) -> bool:
-    """Whether a layer that is built looks at the vision memory."""
-    return any(kind.reads_memory for kind in LAYERS.used(effective_pattern(model)))
+def memories_of_pairs(model: ModelConfig) -> dict[int, Memory]:
+    """Returns the memory that the look of each pair reads; empty if no look is built."""
+    read = look_memories(model)
+    layers = parse_pattern(model.hybrid_layer_pattern) if read else ()
+    return {
+        layer.pair: read[layer.reader]
+        for layer in layers
+        if layer.pair is not None and layer.reader is not None
+    }
 
 
 def effective_pattern(model: ModelConfig) -> str:

@@ -32,7 +32,7 @@ def wire(stages: Sequence[Stage], read: Sequence[str]) -> tuple[Manifest, ...]:
     its look to the stage of its injection.
 
     Args:
-        read: the name of the memory that the look of each pair reads.
+        read: the name of the memory that each layer reads, by `Layer.reader`.
     """
     manifests = []
     for boundary in range(1, len(stages)):
@@ -40,6 +40,6 @@ def wire(stages: Sequence[Stage], read: Sequence[str]) -> tuple[Manifest, ...]:
         after = [layer for stage in stages[boundary:] for layer in stage.layers]
         opened = {layer.known_pair for layer in before if LAYERS[layer.kind].pair == "opens"}
         closed = {layer.known_pair for layer in after if LAYERS[layer.kind].pair == "closes"}
-        memories = {read[layer.known_pair] for layer in after if LAYERS[layer.kind].reads_memory}
+        memories = {read[layer.known_reader] for layer in after if LAYERS[layer.kind].reads_memory}
         manifests.append(Manifest(tuple(sorted(memories)), tuple(sorted(opened & closed))))
     return tuple(manifests)

@@ -16,7 +16,7 @@ from megatron_mm.config import (
     RunConfig,
     look_memories,
     memories,
-    reads_memory,
+    read_memories,
     to_dict,
     to_transformers_dict,
     without_clvr,
@@ -33,7 +33,7 @@ TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 
 def has_clvr(model: ModelConfig) -> bool:
     """Whether the model computes looks: the pattern has one and there is a memory."""
-    return reads_memory(model)
+    return bool(read_memories(model))
 
 
 def small_files(

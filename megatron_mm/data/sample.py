@@ -29,6 +29,7 @@ from megatron_mm.data.tiles import (
     memory_coordinates,
     select_tiles,
     tiles_by_images,
+    tiles_seen,
 )
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
@@ -137,16 +138,14 @@ class SampleBuilder:
         images. Raises DataError for all that is wrong with the row but pixels that cannot be
         decoded."""
         draft = self._draft(encode_row, row, where, folder)
-        return Size(len(draft.encoded.tokens), sum(map(self._tiles_seen, draft.grids)))
+        tiles = sum(tiles_seen(grid, self._vision) for grid in draft.grids)
+        return Size(len(draft.encoded.tokens), tiles)
 
     @property
     def _vision(self) -> ImageSettings:
         """The settings for a row that has images, which needs a model with vision."""
         assert self.settings is not None
         return self.settings
-
-    def _tiles_seen(self, grid: TileGrid) -> int:
-        return sum(map(len, tiles_by_images(grid, self._vision).values()))
 
     def _draft(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> _Draft:
         own = self._files(IMAGES, row, where, folder)

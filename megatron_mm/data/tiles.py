@@ -50,12 +50,12 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
     vision, fusion, data = run.model.vision, run.model.fusion, run.data
     if vision is None:
         return None
-    grid = vision_family(run.model).grid(vision, None)
-    unit = grid.patch * fusion.pixel_shuffle_factor
-    if unit < 1 or grid.height % unit:
+    patches = vision_family(run.model).grid(vision, None)
+    unit = patches.patch * fusion.pixel_shuffle_factor
+    if unit < 1 or patches.height % unit:
         raise DataError(
-            f"image_size {grid.height} is not a multiple of patch_size "
-            f"{grid.patch} x pixel_shuffle_factor {fusion.pixel_shuffle_factor} = {unit}"
+            f"image_size {patches.height} is not a multiple of patch_size "
+            f"{patches.patch} x pixel_shuffle_factor {fusion.pixel_shuffle_factor} = {unit}"
         )
     held = memories(run.model, data.memory_images)
     chosen = {"image_stream": fusion.image_stream} | {m.tiles_setting: m.tiles for m in held}
@@ -68,8 +68,8 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
     if len(data.image_mean) != 3 or len(data.image_std) != 3 or min(data.image_std) <= 0:
         raise DataError("image_mean and image_std need 3 numbers each, image_std above 0")
     return ImageSettings(
-        image_size=grid.height,
-        patch_size=grid.patch,
+        image_size=patches.height,
+        patch_size=patches.patch,
         pixel_shuffle_factor=fusion.pixel_shuffle_factor,
         max_num_tiles=data.max_num_tiles,
         max_image_tokens=data.max_image_tokens,
@@ -122,6 +122,12 @@ def tiles_by_images(grid: TileGrid, settings: ImageSettings) -> dict[str, list[i
     }
 
 
+def tiles_seen(grid: TileGrid, settings: ImageSettings) -> int:
+    """Counts the tiles of one image that the ViT sees, those of other images that stand for it in a
+    memory included."""
+    return sum(map(len, tiles_by_images(grid, settings).values()))
+
+
 def choose_grids(
     sizes: Sequence[tuple[int, int]], settings: ImageSettings | None, where: str
 ) -> list[TileGrid]:
@@ -152,7 +158,7 @@ def choose_grids(
         ]
         if budget is None:
             return grids
-        cost = per_tile * sum(len(used_tiles(grid, settings)) for grid in grids)
+        cost = per_tile * sum(tiles_seen(grid, settings) for grid in grids)
         if cost <= budget:
             return grids
     raise DataError(

@@ -17,7 +17,7 @@ from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.chat import check_messages
 from megatron_mm.data.collate import collate
-from megatron_mm.data.files.rows import open_source
+from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ class ProbeRows:
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, probe: Probe) -> None:
-        self._rows = open_source(probe.data, RowGroupCache())
+        self._rows = open_row_files(probe.data, RowGroupCache())
         self._builder = SampleBuilder(engine.run, tokenizer)
         self._tokenizer, self._labeller = tokenizer, load_labeller(probe.labeller)
         generator = torch.Generator().manual_seed(probe.seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mm.config import look_memories, parse_pattern, token_multiple
+from megatron_mm.config import memories_of_pairs, parse_pattern, token_multiple
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
@@ -130,7 +130,7 @@ def _looks(
     if not item.sample.images:
         return []
     model = engine.run.model
-    layers, reads = parse_pattern(model.hybrid_layer_pattern), look_memories(model)
+    layers, reads = parse_pattern(model.hybrid_layer_pattern), memories_of_pairs(model)
     opened = [n for n, layer in enumerate(layers) if LAYERS[layer.kind].pair == "opens"]
     found = []
     for pair in sorted(looks):

@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config import look_memories
+from megatron_mm.config import memories_of_pairs
 from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.routing import Routes
@@ -52,7 +52,7 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
     stream = Segments.from_cu_seqlens(batch.cu_seqlens)
     local = stream.within(part(stream.total, groups.pg.cp))
     looks: Looks = {}
-    reads = look_memories(engine.run.model)
+    reads = memories_of_pairs(engine.run.model)
     for pair, recorded in weights.items():
         patches = _patches(batch.memories[reads[pair].name], batch.cu_seqlens, samples)
         seen = [weights.float().mean(0).cpu() for weights in recorded]

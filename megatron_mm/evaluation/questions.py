@@ -9,7 +9,7 @@ from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.chat import check_messages
 from megatron_mm.data.collate import collate
-from megatron_mm.data.files.rows import open_source
+from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ class EvalSet:
     def __init__(
         self, path: str | Path, run: RunConfig, tokenizer: Tokenizer, limit: int | None = None
     ) -> None:
-        self._rows = open_source(path, RowGroupCache())
+        self._rows = open_row_files(path, RowGroupCache())
         self._builder = SampleBuilder(run, tokenizer)
         self._length = len(self._rows) if limit is None else min(limit, len(self._rows))
 

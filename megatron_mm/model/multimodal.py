@@ -155,7 +155,7 @@ class MultimodalModel(MegatronModule):
         self.memories = {memory.name: memory for memory in looks}
         # The memories that looks of this stage read.
         here = [
-            looks[layer.known_pair].name
+            looks[layer.known_reader].name
             for layer, kind in zip(stage.layers, kinds, strict=True)
             if kind.reads_memory
         ]

@@ -9,7 +9,7 @@ from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.data.images import TileGrid
 from megatron_mm.data.tiles import image_settings, memory_coordinates, select_tiles, used_tiles
 
-Grid = tuple[int, int]  # rows and columns of tiles
+PatchGrid = tuple[int, int]  # rows and columns of tiles
 
 
 def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> Microbatch:

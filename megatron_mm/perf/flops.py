@@ -41,7 +41,7 @@ def count(run: RunConfig, work: Workload) -> dict[str, Flops]:
     counter.flows = stream_flows or counter.trains("language")  # the embedding
     found: list[bool] = []  # refinements that wait: whether they depend on what learns
     for layer in parse_pattern(effective_pattern(run.model)):
-        counter.pair = layer.pair
+        counter.reader = layer.reader
         _layer(counter, LAYERS[layer.kind], recompute, found)
     # The norm before the output layer belongs to the language model.
     counter.linear("output", sizes.output(run.model.language), work.logits, flows=counter.normed())

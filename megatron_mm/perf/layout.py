@@ -104,7 +104,7 @@ def _what_it_holds(run: RunConfig, place: int) -> tuple:
         (
             "".join(layer.kind for layer in stages[index].layers),
             tuple(
-                reads[layer.known_pair]
+                reads[layer.known_reader]
                 for layer in stages[index].layers
                 if LAYERS[layer.kind].reads_memory
             ),

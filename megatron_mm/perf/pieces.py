@@ -82,7 +82,7 @@ def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
 def _piece(layer: Layer, reads: Sequence[str]) -> str:
     """The name of a layer's piece: its letter, and the memory that it reads."""
     reader = LAYERS[layer.kind].reads_memory
-    return f"{layer.kind} {reads[layer.known_pair]}" if reader else layer.kind
+    return f"{layer.kind} {reads[layer.known_reader]}" if reader else layer.kind
 
 
 def _one_of_each(pattern: str, memories: int) -> str:

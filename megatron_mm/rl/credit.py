@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mm.earl.alignment import Hits
-from megatron_mm.earl.router_reward import Span, router_reward
+from megatron_mm.earl.router_reward import router_reward
+from megatron_mm.earl.spans import Span
 from megatron_mm.rl.advantages import (
     Advantages,
     compute_advantages,

@@ -88,7 +88,9 @@ def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, Loader]:
     return tokenizer, loader
 
 
-def open_source(run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: Loader) -> StepSource:
+def open_step_source(
+    run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: Loader
+) -> StepSource:
     """The step source of the run's objective. Every rank calls it.
 
     Raises:

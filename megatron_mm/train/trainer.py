@@ -24,7 +24,7 @@ from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics import Metrics, NotFinite, own_totals, reduced
 from megatron_mm.train.router_norms import RouterNorms
-from megatron_mm.train.source import Loader, StepSource, open_data, open_source
+from megatron_mm.train.source import Loader, StepSource, open_data, open_step_source
 from megatron_mm.train.start import resumed, start
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Trainer:
         self.engine = Engine.create(run, groups)
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
             open_questions(self.engine, self.tokenizer)
-        self.source: StepSource = open_source(run, self.engine, self.tokenizer, loader)
+        self.source: StepSource = open_step_source(run, self.engine, self.tokenizer, loader)
         self.router_norms = RouterNorms(self.engine)
         image_token = self.tokenizer.image_context_id
         begun = start(self.engine, loader, run.checkpoint, image_token)

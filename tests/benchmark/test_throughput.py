@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.benchmark import compare, mock, scaling, table, throughput
+from megatron_mm.config import RunConfig, preset
+from megatron_mm.config.settings import DataPhase
+from megatron_mm.data.loading.loader import TrainLoader
+from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.parallel import groups
+from megatron_mm.parallel.param_layout import layouts
+from megatron_mm.perf.flops import model_flops, total
 from support.batches import microbatch, small_run
+from support.tools import load_tool
 
 ROOT = Path(__file__).parents[2]
-
-from megatron_mm.benchmark import compare, mock, scaling, table, throughput  # noqa: E402
-from megatron_mm.config import RunConfig, preset  # noqa: E402
-from megatron_mm.config.settings import DataPhase  # noqa: E402
-from megatron_mm.data.loading.loader import TrainLoader  # noqa: E402
-from megatron_mm.data.tokenizer import load_tokenizer  # noqa: E402
-from megatron_mm.parallel import groups  # noqa: E402
-from megatron_mm.parallel.param_layout import layouts  # noqa: E402
-from megatron_mm.perf.flops import model_flops, total  # noqa: E402
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_of_rollouts_only_the_completions_are_counted(run):
 
 
 def test_the_command_refuses_in_one_line(run, tmp_path, capsys):
-    tool = importlib.import_module("benchmark")
+    tool = load_tool("benchmark")
     (tmp_path / "a.json").write_text("{}")
     assert tool.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "none.json")]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/a.json is no result of")

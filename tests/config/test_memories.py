@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_mm.checkpoint.compatible import check_model
@@ -14,6 +16,8 @@ from megatron_mm.config import (
     load,
     look_memories,
     memories,
+    memories_of_pairs,
+    parse_pattern,
     preset,
     read_memories,
     stages,
@@ -21,7 +25,10 @@ from megatron_mm.config import (
     validate,
     wire,
 )
+from megatron_mm.config.cost import costs
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.errors import CheckpointError
+from support.batches import small_run, two_memories
 
 YAML = """
 model:
@@ -167,3 +174,23 @@ def test_a_memory_travels_to_the_last_look_that_reads_it():
         Manifest(memories=("b",), refinements=(1,)),
         Manifest(memories=(), refinements=(2,)),
     )
+
+
+def test_every_layer_that_reads_has_its_own_memory(monkeypatch):
+    """A numbered layer may read too; then pairs and readers are numbered differently."""
+    reader = replace(
+        LAYERS["E"], letter="Q", reads_memory=True, module="x.Y", check=lambda run: None
+    )
+    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": reader})
+    run = small_run("GQ *E L J", **two_memories("detail", "overview"))
+    layers = parse_pattern(run.model.hybrid_layer_pattern)
+    assert {la.kind: la.reader for la in layers if la.reader is not None} == {"Q": 0, "L": 1}
+    assert {p: m.name for p, m in memories_of_pairs(run.model).items()} == {0: "overview"}
+    names = [memory.name for memory in look_memories(run.model)]
+    boundaries = wire(stages("GQ *E L J", 3, "G|Q*E|LJ"), names)
+    assert [m.memories for m in boundaries] == [("detail", "overview"), ("overview",)]
+    run.parallel.pipeline_model_parallel_size = 1
+    # What a look costs depends on the memory that it reads, not on the first one.
+    wide = costs(run).letters["L"]
+    run.model.fusion.memories["overview"].hidden_size = 64
+    assert costs(run).letters["L"] > wide

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_mm.data.files.rows import open_source
+from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.data.loading.reader import Place, Reader
 from megatron_mm.data.loading.shuffle import RowGroupCache
@@ -52,7 +52,7 @@ def test_what_is_in_a_pack(packing, tokenizer):
     made = loader(packing, tokenizer)
     batch = made.next_batch()
     assert len(batch) == GLOBAL // MICRO
-    source = open_source(packing.data.train_data[0].path, RowGroupCache())
+    source = open_row_files(packing.data.train_data[0].path, RowGroupCache())
     reader = Reader(packing, tokenizer, [source])
     kinds = set()
     for microbatch in batch:
@@ -74,7 +74,7 @@ def test_sizes_are_those_of_the_samples(packing, tokenizer, digits_folder):
     for memory in ("none", "tiles"):
         packing.model.fusion.vision_memory = memory
         for path in (packing.data.train_data[0].path, digits_folder / "mix.jsonl"):
-            source = open_source(path, RowGroupCache())
+            source = open_row_files(path, RowGroupCache())
             reader = Reader(packing, tokenizer, [source])
             places = [Place(0, n) for n in range(len(source))]
             for size, sample in zip(reader.measure(places), reader.build(places), strict=True):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from megatron_mm.data.files.parquet import ParquetRows
-from megatron_mm.data.files.rows import open_source
+from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.reader import Place, Reader
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import SampleBuilder
@@ -26,7 +26,7 @@ def write_parquet(path, rows, **options):
 
 
 def build_all(run, tokenizer, path):
-    source = open_source(path, RowGroupCache())
+    source = open_row_files(path, RowGroupCache())
     return Reader(run, tokenizer, [source]).build([Place(0, n) for n in range(len(source))])
 
 
@@ -133,7 +133,7 @@ def test_several_files_under_one_name(run, tokenizer, tmp_path, make_row):
         )
     rows = [make_row("p", "1") | {"images": None}]
     write_parquet(tmp_path / "part3.parquet", rows)
-    source = open_source(tmp_path / "part*", RowGroupCache())
+    source = open_row_files(tmp_path / "part*", RowGroupCache())
     assert len(source) == 6
     names = [file.where(i).rpartition("/")[2] for file, i in map(source.locate, range(6))]
     assert names == [
@@ -143,7 +143,7 @@ def test_several_files_under_one_name(run, tokenizer, tmp_path, make_row):
     ]
     assert len(EvalSet(tmp_path / "part*.jsonl", run, tokenizer)) == 5
     with pytest.raises(DataError, match=r"none\*.jsonl: 0 files match"):
-        open_source(tmp_path / "none*.jsonl", RowGroupCache())
+        open_row_files(tmp_path / "none*.jsonl", RowGroupCache())
 
 
 def test_files_that_are_no_parquet(tmp_path):
@@ -165,7 +165,7 @@ def test_files_that_are_no_parquet(tmp_path):
     ):
         path = tmp_path / f"{name}.parquet"
         with pytest.raises(DataError, match=what) as caught:
-            open_source(path, RowGroupCache())
+            open_row_files(path, RowGroupCache())
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
@@ -223,7 +223,7 @@ def test_a_budget_lowers_the_tiles_of_all_images_alike(
     run, tokenizer, write_rows, make_row, budget, tiles
 ):
     run.data.max_image_tokens, run.model.fusion.vision_memory = budget, "tiles"
-    source = open_source(
+    source = open_row_files(
         write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)), RowGroupCache()
     )
     reader = Reader(run, tokenizer, [source])
@@ -240,7 +240,7 @@ def test_a_budget_counts_what_the_vit_sees_not_only_the_stream(
     run, tokenizer, write_rows, make_row
 ):
     run.model.fusion.image_stream, run.model.fusion.vision_memory = "thumbnail", "tiles"
-    source = open_source(
+    source = open_row_files(
         write_rows(make_row("<image>" * 3, "1", ["wide.png"] * 3)), RowGroupCache()
     )
     for budget, tiles in ((36, 9), (35, 3)):
@@ -249,10 +249,23 @@ def test_a_budget_counts_what_the_vit_sees_not_only_the_stream(
         assert seen == tiles
 
 
+def test_a_budget_counts_other_images_in_the_memory(run, tokenizer, write_rows, make_row):
+    run.model.fusion.image_stream, run.model.fusion.vision_memory = "all", "tiles"
+    run.data.memory_images = "other"
+    images = ["wide.png"] * 3
+    row = make_row("<image>" * 3, "1", images, other=images)
+    source = open_row_files(write_rows(row), RowGroupCache())
+    # Three tiles of each image and two of the one in its place, at 4 tokens each.
+    for budget, tiles in ((60, 15), (59, 6)):
+        run.data.max_image_tokens = budget
+        ((_, seen),) = Reader(run, tokenizer, [source]).measure([Place(0, 0)])
+        assert seen == tiles
+
+
 def test_a_row_of_200_images_is_fitted_or_refused(run, tokenizer, write_rows, make_row):
     run.data.seq_length = 2048
     path = two_hundred(write_rows, make_row)
-    row, builder = open_source(path, RowGroupCache()).files[0][0], SampleBuilder(run, tokenizer)
+    row, builder = open_row_files(path, RowGroupCache()).files[0][0], SampleBuilder(run, tokenizer)
     with pytest.raises(DataError, match=r"r:1: 28\d\d tokens, seq_length is 2048"):
         builder.training(row, "r:1", path.parent)
     run.data.max_image_tokens = 900

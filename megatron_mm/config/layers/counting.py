@@ -97,7 +97,7 @@ class Counter:
     Attributes:
         flows: whether the hidden state where the count has come to depends on what learns.
         memory_flows: by name of a vision memory, the same of it.
-        pair: the pair that the layer being counted opens or closes; None for a numbered layer.
+        reader: `Layer.reader` of the layer that is counted.
         mixed: part -> forward FLOPs that mix positions, which `core_attn` computes again.
     """
 
@@ -105,7 +105,7 @@ class Counter:
     work: Workload
     flows: bool = False
     memory_flows: Mapping[str, bool] = field(default_factory=dict)
-    pair: int | None = None
+    reader: int | None = None
     parts: dict[str, Flops] = field(default_factory=dict)
     mixed: dict[str, float] = field(default_factory=dict)
 

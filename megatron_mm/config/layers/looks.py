@@ -19,8 +19,8 @@ def _flops(counter: Counter) -> bool:
     """Query, keys and values, the keys' coordinates, the mixing and the projection back."""
     work, model = counter.work, counter.run.model
     hidden, fusion, learns = model.language.hidden_size, model.fusion, counter.trains("clvr")
-    assert counter.pair is not None  # a look is a side
-    memory = look_memories(model)[counter.pair]
+    assert counter.reader is not None
+    memory = look_memories(model)[counter.reader]
     held, memory_flows = work.memories[memory.name], counter.memory_flows.get(memory.name, False)
     width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
     flows = counter.linear(

@@ -51,7 +51,7 @@ class RowFiles:
         return self.files[number], index - self.starts[number]
 
 
-def open_source(path: str | Path, cache: RowGroupCache) -> RowFiles:
+def open_row_files(path: str | Path, cache: RowGroupCache) -> RowFiles:
     """Opens the file at `path`, or all files that match its pattern (`*`, `?`), sorted by name.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.config.settings import DataPhase, DataSource
-from megatron_mm.data.files.rows import RowFiles, open_source
+from megatron_mm.data.files.rows import RowFiles, open_row_files
 from megatron_mm.data.loading.order import Order, PhaseSize
 from megatron_mm.data.loading.reader import Place
 from megatron_mm.data.loading.shuffle import RowGroupCache
@@ -54,7 +54,7 @@ def open_curriculum(phases: Sequence[DataPhase], seed: int) -> Curriculum:
     for phase in phases:
         first_source.append(len(sources))
         parts = _parts(phase)
-        opened = [open_source(part.path, cache) for part in parts]
+        opened = [open_row_files(part.path, cache) for part in parts]
         weights = tuple(part.weight for part in parts)
         sizes.append(PhaseSize(tuple(s.row_groups for s in opened), weights, phase.samples))
         described.append(

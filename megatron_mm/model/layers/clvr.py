@@ -131,7 +131,8 @@ class Look(nn.Module):
     @classmethod
     def build(cls, given: BuildContext) -> Look:
         model, pair = given.run.model, given.layer.known_pair
-        memory, again = look_memories(model)[pair], given.recompute.core_attn
+        memory = look_memories(model)[given.layer.known_reader]
+        again = given.recompute.core_attn
         return cls(model, given.config, given.pg, memory, again, pair)
 
     def run(

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_mm.config import ModelConfig
-from megatron_mm.config.families import Grid, vision_settings
+from megatron_mm.config.families import PatchGrid, vision_settings
 from megatron_mm.model.layers.linear import column, row
 from megatron_mm.model.layers.norms import VisionLayerNorm
 from megatron_mm.parallel.param_layout import normal
@@ -35,7 +35,9 @@ def pixel_shuffle(
 class Projector(nn.Module):
     """LayerNorm, linear, gelu, linear; whole inputs and outputs on every TP rank."""
 
-    def __init__(self, model: ModelConfig, grid: Grid, config: TransformerConfig, tp: ProcessGroup):
+    def __init__(
+        self, model: ModelConfig, grid: PatchGrid, config: TransformerConfig, tp: ProcessGroup
+    ):
         super().__init__()
         self.rows, self.columns = grid.rows, grid.columns
         self.factor = model.fusion.pixel_shuffle_factor

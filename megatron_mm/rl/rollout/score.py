@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment
-from megatron_mm.earl.router_reward import Span
+from megatron_mm.earl.spans import Span
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.generation.lanes import Completion

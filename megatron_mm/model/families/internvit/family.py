@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mm.config.families import EncoderCost, Grid, VisionFamily
+from megatron_mm.config.families import EncoderCost, PatchGrid, VisionFamily
 from megatron_mm.config.rules import divides
 from megatron_mm.config.settings import ParallelConfig
 from megatron_mm.config.settings_model import FusionConfig
@@ -13,9 +13,9 @@ from megatron_mm.model.families.internvit.presets import PRESETS
 from megatron_mm.model.families.internvit.settings import InternViTSettings
 
 
-def grid(vit: InternViTSettings, pixels: tuple[int, int] | None = None) -> Grid:
+def grid(vit: InternViTSettings, pixels: tuple[int, int] | None = None) -> PatchGrid:
     height, width = pixels or (vit.image_size, vit.image_size)
-    return Grid(height, width, vit.patch_size)
+    return PatchGrid(height, width, vit.patch_size)
 
 
 def core(vit: InternViTSettings, tp: int) -> dict[str, Any]:
