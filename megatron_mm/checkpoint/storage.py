@@ -1,4 +1,5 @@
-"""Tensor files in megatron-core's distributed format, written whole or not at all.
+"""Tensor files in megatron-core's distributed format, written whole or not at all. The folder
+around them is described in sharded.py.
 
 `megatron.core.dist_checkpointing` ("torch_dist") can load these files. Its `save` is not used: it
 starts a manager process even for a synchronous save (filesystem_async.py:65), which a daemonic

@@ -1,4 +1,4 @@
-"""How a setting is declared: its bounds, its explanation, and sections that a registry decides.
+"""Declaration of a setting: its bounds, its explanation, and sections that a registry decides.
 
     micro_batch_size: PositiveInt = 1
     \"\"\"Samples of a microbatch; with packing, places of seq_length tokens.\"\"\"

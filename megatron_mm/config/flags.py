@@ -1,4 +1,4 @@
-"""Command line flags, generated from the schema: every leaf is a flag in Megatron's spelling.
+"""Command line flags, generated from the settings, where defaults and explanations stand.
 
 `tensor_model_parallel_size` is `--tensor-model-parallel-size 2`, a bool is `--bf16` or
 `--no-bf16`, a setting that may be absent also takes the word `none`, a list takes several
@@ -29,7 +29,7 @@ class Flags:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # argparse prints its usage and exits; with some ninety flags that hides the message.
+        # argparse prints its usage and exits; with almost two hundred flags that hides the message.
         raise ConfigError(message)
 
 

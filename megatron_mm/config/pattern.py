@@ -1,8 +1,9 @@
 """The layer pattern: the sub-layers of a model and the pipeline stages that hold them.
 
-Each letter is one sub-layer of a kind in config/layers/, such as `G` gated DeltaNet, `*` gated
-attention, `E` mixture of experts, `L` look at the vision memory, `J` inject what a look found.
-Spaces mean nothing. A *layout* is the same pattern with `|` at the pipeline stage boundaries.
+Each letter is one sub-layer of a kind registered in config/layers/kinds.py, such as `G` gated
+DeltaNet, `*` gated attention, `E` mixture of experts, `L` look at the vision memory, `J` inject
+what a look found. Spaces mean nothing. A *layout* is the same pattern with `|` at the pipeline
+stage boundaries.
 
 A transformers "layer" is a mixer (`G` or `*`) and the feed-forward (`E`) after it, with one number.
 Side letters such as `L` and `J` are not numbered, so adding them never shifts checkpoint keys.

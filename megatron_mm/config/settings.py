@@ -149,7 +149,7 @@ class DataConfig:
     use_thumbnail: bool = True
     """Add a thumbnail of the whole image to images of several tiles."""
     memory_images: str = "images"
-    """The rows' key for the images of the memory `vision`. Another than `images` is a control:
+    """The rows' key for the images of the memory `vision`. Any other key is a control:
     looks then see the right kind of image, but not this row's."""
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Mean of red, green and blue (0 to 1) that normalisation subtracts."""

@@ -45,8 +45,8 @@ class LanguageConfig:
     max_position_embeddings: PositiveInt
     """Longest sequence that the model is made for, in tokens."""
     untie_embeddings_and_output_weights: bool
-    """Whether the output layer has a weight of its own. A model with tied ones is untied as it is
-    converted; training needs true."""
+    """Whether the output layer has a weight of its own. A model with tied weights is untied when
+    it is converted; training needs true."""
     num_attention_heads: PositiveInt
     """Query heads of gated attention (letter `*`)."""
     num_query_groups: PositiveInt
@@ -112,7 +112,7 @@ class MemoryConfig:
 
 @dataclass
 class FusionConfig:
-    """How the image enters the language model: the token stream and CLVR's memories.
+    """The way of the image into the language model: the token stream and CLVR's memories.
 
     The *stream* is what stands in the token sequence (pixel-shuffled and projected). A *memory* is
     what a look (pattern letter `L`) may attend to: patch features before the shuffle. Their

@@ -132,7 +132,7 @@ def write_links(
     *,
     rows: Sequence[Row] | None = None,
 ) -> list[ParamMapping]:
-    """How every parameter is spelled in a folder to be written.
+    """Returns the name mapping of every parameter for a folder to be written.
 
     Args:
         rows: instead of the model's table of names.

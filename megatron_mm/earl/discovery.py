@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.chart import draw
-from megatron_mm.earl.clusters import Discovery, causal_test, discover, measure
+from megatron_mm.earl.make_map import Discovery, causal_test, discover, measure
 from megatron_mm.earl.probe import Probe, count_probe
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.engine.engine import Engine

@@ -21,7 +21,7 @@ from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.earl.clusters import Tally, on_layers
+from megatron_mm.earl.make_map import Tally, on_layers
 from megatron_mm.earl.route_counts import RouteCounts, count_routes
 from megatron_mm.earl.spans import Label, load_labeller, token_labels
 from megatron_mm.engine.engine import Engine

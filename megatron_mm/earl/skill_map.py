@@ -1,4 +1,5 @@
-"""The skill map: the experts of each layer that serve each skill, as readable JSON.
+"""The skill map: the experts of each layer that serve each skill, as readable JSON. make_map.py
+makes one.
 
     {"format": "megatron_mm skill map 1", "num_layers": 4, "num_experts": 8, "moe_router_topk": 2,
      "skills": {"ocr": [[1, 5], [0], [], [2, 7]], ...}, "info": {...}}

@@ -69,7 +69,7 @@ def check_rl(run: RunConfig) -> None:
 
 
 def _check_algorithm(name: str) -> None:
-    """Whether an algorithm of somebody else's decides what the built-in ones decide."""
+    """Rejects an algorithm that leaves open what the built-in ones decide."""
     given, needed = ALGORITHMS[name], ALGORITHMS["grpo"]
     for key in needed:
         if key not in given:

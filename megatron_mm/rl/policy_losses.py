@@ -118,7 +118,7 @@ def reinforce(tokens: Tokens, rl: ResolvedRL) -> TokenLoss:
 
 @dataclass(frozen=True)
 class LossAggregation:
-    """How the losses of single tokens become one loss: their sum divided by `denominator`.
+    """Aggregation of token losses into one loss: their sum divided by `denominator`.
 
     Attributes:
         per_token: whether a token's loss is divided by the length of its completion first.

@@ -134,7 +134,7 @@ def resolve_algorithm(rl: RLConfig) -> ResolvedRL:
 
 
 class RolloutPlan(NamedTuple):
-    """How rollouts and optimizer steps go together.
+    """Sizes of a rollout in prompts, completions and optimizer steps.
 
     Attributes:
         prompts: of a rollout, on all replicas together.

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(run: RunConfig, groups: Groups) -> Trainer:
-    """Trains to `train_iters`, evaluate, report. Every rank calls it; errors are collective."""
+    """Trains to `train_iters`, evaluates, reports. Every rank calls it; errors are collective."""
     trainer = Trainer(run, groups)
     previous = signal.signal(signal.SIGTERM, trainer.request_stop)
     log = _open_outputs(trainer)

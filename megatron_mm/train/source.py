@@ -17,7 +17,7 @@ from megatron_mm.parallel.groups import Groups
 
 
 class Loader(Protocol):
-    """A position in the training data.
+    """The loader of training rows, with its position.
 
     Attributes:
         consumed_samples: rows that all replicas together have used.

@@ -135,7 +135,7 @@ class CLVRParts(nn.Module):
         self.looks = nn.ModuleDict({str(n): CLVRLook(config, memories[name]) for n, name in reads})
 
     def projections(self) -> dict[str, nn.Linear]:
-        """By memory, in the order of the processor."""
+        """Returns the projections by memory, in the order of the processor."""
         names = list(self.memory_projs)
         found = {} if self.memory_proj is None else {"vision": self.memory_proj}
         return found | {name: self.memory_projs[name] for name in names}

@@ -22,7 +22,7 @@ How = Callable[[ModelConfig], Transform]
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a folder writes its names.
+    """Naming scheme of a folder.
 
     Attributes:
         text, head, vit, projector: prefixes of the parts of a model.

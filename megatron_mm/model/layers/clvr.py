@@ -51,7 +51,8 @@ class Patches(LayerState):
     """Keys and values of the patches of every row's prompt."""
 
     def store(self, key_MhD: torch.Tensor, value_MhD: torch.Tensor, patches: Segments) -> None:
-        """After a prefill's look. `patches`: those of each prompt, in the order of the memory."""
+        """Stores keys and values after a prefill's look. `patches`: those of each prompt, in the
+        order of the memory."""
         for name, x in (("key", key_MhD), ("value", value_MhD)):
             self.hand_out_rectangle(name, patches.to_rectangle(x).transpose(1, 2))
         self.hand_out("count", patches.lengths)  # on the CPU

@@ -39,4 +39,4 @@ class Qwen35MoeSettings(LanguageConfig):
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     mrope_section: list[int] = field(default_factory=lambda: [11, 11, 10])
     """Pairs of rotary features that follow a position's time, its row and its column; together
-    half of the rotary features. Every position here has one number, which is all three."""
+    half of the rotary features. Positions are one-dimensional here: one index is all three."""
