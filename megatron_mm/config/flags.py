@@ -52,7 +52,7 @@ def explained(leaf: Leaf) -> str:
     """The explanation of a setting, its bounds and its default, in one line."""
     bounds = f"{leaf.bounds}; " if leaf.bounds else ""
     names = f"{names_text(leaf)}; " if leaf.named else ""
-    section = ".".join(leaf.path[:-1])
+    section = ".".join(leaf.path[:-1]) or "run"
     return f"{leaf.explanation} {bounds}{names}default: {default_text(leaf)} [{section}]".strip()
 
 
@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
                 "choose another name"
             )
         taken[leaf.name] = path
-        section = ".".join(leaf.path[:-1])
+        section = ".".join(leaf.path[:-1]) or "run"
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         inner, _ = optional(leaf.hint)
