@@ -86,11 +86,12 @@ def note(run: RunConfig | None, problem: str) -> dict[str, Any]:
     settings: dict[str, str] = {}
     if run is not None:
         same["config"] = _digest(json.dumps(to_dict(run), sort_keys=True).encode())
-        settings = {
-            f"{section}.{key}": json.dumps(value)
-            for section, part in to_dict(run).items()
-            for key, value in part.items()
-        }
+        for section, part in to_dict(run).items():
+            # `plugins` is a setting of the run itself, beside the sections.
+            pairs = part.items() if isinstance(part, dict) else [(None, part)]
+            for key, value in pairs:
+                name = section if key is None else f"{section}.{key}"
+                settings[name] = json.dumps(value)
     return {"host": socket.gethostname(), "same": same, "settings": settings, "problem": problem}
 
 
