@@ -14,10 +14,10 @@ import torch.distributed as dist
 from megatron_mm.config import RunConfig, effective_pattern, num_layers
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.earl.router_reward import hit_sums
+from megatron_mm.earl.router_reward import hit_sums, label_positions
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.earl.skill_map import SkillMap, load_skill_map, shuffled
-from megatron_mm.earl.spans import Labeller, Span, label_positions, load_labeller, token_labels
+from megatron_mm.earl.spans import Labeller, Span, load_labeller, token_labels
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.parallel.groups import Groups
 

@@ -11,8 +11,8 @@ import torch
 
 from megatron_mm.earl.alignment import Hits
 from megatron_mm.earl.route_counts import count_routes, mutual_information
-from megatron_mm.earl.router_reward import hit_rates
-from megatron_mm.earl.spans import Span, label_positions
+from megatron_mm.earl.router_reward import hit_rates, label_positions
+from megatron_mm.earl.spans import Span
 from megatron_mm.generation.lanes import Completion
 
 MAX_COUNTED = 1 << 14  # positions behind a rollout's mutual information

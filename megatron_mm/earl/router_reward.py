@@ -11,12 +11,39 @@ All sums add up over positions, layers and ranks, so ranks exchange sums, never 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from megatron_mm.earl.spans import Span
 from megatron_mm.errors import RLError
 
 # Columns of `hit_sums`.
 HITS, CHANCE, COUNT, EARNED = range(4)
+
+
+def label_positions(length: int, spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `skill_T` (int64) and `correct_T` (bool) of one completion of `length` tokens,
+    T = length.
+
+    The position that sampled token i stands one before it in the stream and is number i here, so
+    a span keeps its numbers.
+
+    Raises:
+        RLError: for spans that are empty, overlap or leave the completion.
+    """
+    skill_T = torch.full((length,), -1)
+    correct_T = torch.zeros(length, dtype=torch.bool)
+    end = 0
+    for start, stop, skill, correct in sorted(spans):
+        if not end <= start < stop <= length:
+            raise RLError(
+                f"a span of tokens {start} to {stop}, the one before ends at {end} and the "
+                f"completion at {length}; spans may be neither empty nor overlap"
+            )
+        skill_T[start:stop], correct_T[start:stop] = skill, bool(correct)
+        end = stop
+    return skill_T, correct_T
 
 
 def hit_sums(

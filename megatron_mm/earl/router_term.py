@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_mm.earl.spans import Span, label_positions
+from megatron_mm.earl.router_reward import label_positions
+from megatron_mm.earl.spans import Span
 from megatron_mm.parallel.sequence import take
 
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError, RLError
 from megatron_mm.evaluation.scoring import score
@@ -178,27 +176,3 @@ def _spans(row: Row, where: str) -> list[Mapping[str, str]]:
                     'object such as {"text": "cell 5 is 6", "skill": "ocr"}'
                 )
     return spans
-
-
-def label_positions(length: int, spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns `skill_T` (int64) and `correct_T` (bool) of one completion of `length` tokens,
-    T = length.
-
-    The position that sampled token i stands one before it in the stream and is number i here, so
-    a span keeps its numbers.
-
-    Raises:
-        RLError: for spans that are empty, overlap or leave the completion.
-    """
-    skill_T = torch.full((length,), -1)
-    correct_T = torch.zeros(length, dtype=torch.bool)
-    end = 0
-    for start, stop, skill, correct in sorted(spans):
-        if not end <= start < stop <= length:
-            raise RLError(
-                f"a span of tokens {start} to {stop}, the one before ends at {end} and the "
-                f"completion at {length}; spans may be neither empty nor overlap"
-            )
-        skill_T[start:stop], correct_T[start:stop] = skill, bool(correct)
-        end = stop
-    return skill_T, correct_T

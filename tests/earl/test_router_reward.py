@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from megatron_mm.earl.router_reward import hit_rates, hit_sums, router_reward
+from megatron_mm.earl.router_reward import hit_rates, hit_sums, label_positions, router_reward
 from megatron_mm.earl.router_term import (
     cluster_log_mass,
     drawn_log_probability,
@@ -15,7 +15,6 @@ from megatron_mm.earl.router_term import (
     router_loss,
     router_weights,
 )
-from megatron_mm.earl.spans import label_positions
 from megatron_mm.errors import RLError
 
 T, L, K, E, S, N = 40, 3, 2, 8, 3, 4

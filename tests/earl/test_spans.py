@@ -6,7 +6,8 @@ import pytest
 
 from examples.digits.scenes import DEFAULT_WEIGHTS, PHRASES, ask
 from megatron_mm.data.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_mm.earl.spans import Label, label_positions, load_labeller, token_labels, token_pieces
+from megatron_mm.earl.router_reward import label_positions
+from megatron_mm.earl.spans import Label, load_labeller, token_labels, token_pieces
 from megatron_mm.errors import DataError, RLError
 from support.hf_tokenizers import byte_level_tokenizer
 

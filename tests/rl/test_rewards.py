@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,17 @@ def one(spec, completion, truth=None, ids=(1,), **columns):
     columns = {"ground_truth": [truth]} | {key: [value] for key, value in columns.items()}
     (reward,) = function(["q"], [completion], [list(ids)], columns, None, lambda *metric: None)
     return reward
+
+
+def test_a_worker_imports_no_torch():
+    """It would cost seconds each time that a worker is started again."""
+    code = (
+        "import sys, megatron_mm.rl.rewards.worker, megatron_mm.earl.spans;"
+        "print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_exact():
