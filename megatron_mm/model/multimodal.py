@@ -160,10 +160,11 @@ class MultimodalModel(MegatronModule):
             if kind.reads_memory
         ]
         self.reads = [memory for name, memory in self.memories.items() if name in here]
-        # Moe indices of this stage's layers of experts, and experts that they leave out for now.
+        # Numbers of this stage's expert layers, counted over the whole model.
         layers = zip(stage.layers, kinds, strict=True)
         self.moe_layers = [layer.known_number for layer, kind in layers if kind.routed]
-        self.forbidden: Routes = {}
+        # By that number a bool mask [experts]: True for an expert that no token may be sent to.
+        self.forbidden: dict[int, torch.Tensor] = {}
         self.letters = "".join(layer.kind for layer in stage.layers)
         self.received: torch.Tensor | None = None
         self.watch: Callable | None = None  # diagnostics: (layer, hidden) as each layer ends
