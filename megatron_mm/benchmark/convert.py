@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from megatron_mm.benchmark.measure import Peak, interleave
 from megatron_mm.config import ModelConfig, RunConfig, to_transformers_dict
-from megatron_mm.convert import export, to_hf, to_megatron
+from megatron_mm.convert import to_hf, to_megatron
+from megatron_mm.convert.export_inputs import as_json
 from megatron_mm.convert.folder import CONFIG, check_folder, open_folder
 from megatron_mm.convert.hf_writer import TensorWriter, create_files, lay_out, write_index
 from megatron_mm.convert.mapping import write_links
@@ -58,7 +59,7 @@ def make_folder(folder: Path, model: ModelConfig) -> None:
             writer.write(name, noise[:count].roll(number % 997).view(shape))
         writer.finish()
     words = to_transformers_dict(model)
-    (folder / CONFIG).write_bytes(export._json(words))
+    (folder / CONFIG).write_bytes(as_json(words))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -54,8 +54,9 @@ def our_tokenizer(run: RunConfig) -> Tokenizer:
         image_end_id=NEVER,
         image_context_id=image_token(run),
         special_tokens={},
+        end_ids=(NEVER,),
         encode=lambda text: [int(word) for word in text.split()],
-        decode_plain=lambda ids: " ".join(map(str, ids)),
+        decode_known=lambda ids: " ".join(map(str, ids)),
         path="",
     )
 

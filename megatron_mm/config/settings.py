@@ -134,6 +134,12 @@ class DataConfig:
     """Rows that are answered and scored by skill; JSONL or parquet."""
     tokenizer_model: str = ""
     """A SentencePiece .model file or a Hugging Face folder."""
+    end_tokens: list[str] = field(default_factory=list)
+    """Tokens that end an answer, besides <|im_end|>, the tokenizer's end of text, and eos_token_id
+    of a generation_config.json beside the tokenizer."""
+    extra_columns: list[str] = field(default_factory=list)
+    """Keys of rows that are meant for no one here, or for another run; * is any. Reinforcement
+    learning hands them to the reward functions without being told."""
     seq_length: PositiveInt = 4096
     """Tokens of the longest sample; a longer one is an error and is never cut."""
     packing: bool = False

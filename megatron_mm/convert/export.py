@@ -1,10 +1,10 @@
-"""Small files of an exported folder: config, tokenizer, remote code."""
+"""Small files of an exported folder: config.json and the code of a model with looks, beside those
+of export_inputs.py."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +13,50 @@ import torch
 from megatron_mm.config import (
     ConfigError,
     ModelConfig,
-    RunConfig,
     look_memories,
     memories,
-    read_memories,
     to_dict,
     to_transformers_dict,
     without_clvr,
 )
 from megatron_mm.config.families import language_family, vision_family
+from megatron_mm.convert.export_inputs import CODE as PROCESSING
+from megatron_mm.convert.export_inputs import OURS, REMOTE, as_json, has_clvr, input_files
 from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
-from megatron_mm.data.tiles import image_settings
 from megatron_mm.errors import ConvertError
 
-REMOTE = Path(__file__).parent / "remote"
-CODE = ("configuration_clvr.py", "modeling_clvr.py", "processing_clvr.py")
-TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
-
-
-def has_clvr(model: ModelConfig) -> bool:
-    """Whether the model computes looks: the pattern has one and there is a memory."""
-    return bool(read_memories(model))
+CODE = ("configuration_clvr.py", "modeling_clvr.py")
 
 
 def small_files(
     checkpoint: Any,
-    assets: Iterable[Path],
+    assets: Sequence[Path],
     tied: bool,
-    dtypes: set[torch.dtype],
+    dtypes: Mapping[torch.dtype, int],
     lines: list[str],
 ) -> dict[str, bytes]:
     """Returns name -> content of every file beside the tensors. Appends notes to `lines`.
 
+    Args:
+        dtypes: the number of elements of each dtype.
+
     Raises:
         ConvertError: transformers cannot compute the model, or the image token is unknown.
     """
-    files = {path.name: path.read_bytes() for path in assets}
+    files = input_files(checkpoint, assets, lines)
     config = model_config(checkpoint, assets, tied)
-    config["dtype"] = str(max(dtypes, key=lambda d: d.itemsize)).removeprefix("torch.")
+    config["dtype"] = config_dtype(dtypes)
     if has_clvr(checkpoint.model):
         files |= {name: (REMOTE / name).read_bytes() for name in CODE}
-        if not any(name.startswith("chat_template") for name in files):
-            files[TEMPLATE] = (REMOTE / TEMPLATE).read_bytes()
-        files[PROCESSOR] = _json(processor_config(checkpoint.run))
         config |= clvr_config(checkpoint.model)
-    if not any(name.startswith("tokenizer") for name in files):
-        lines.append("no tokenizer travelled along: name its folder with --assets")
-    files[CONFIG] = _json(config)
-    return files
+    return files | {CONFIG: as_json(config)}
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+def config_dtype(dtypes: Mapping[torch.dtype, int]) -> str:
+    """Returns the dtype that config.json gives, in which transformers loads the whole model: that
+    of most elements."""
+    most = max(dtypes, key=lambda dtype: (dtypes[dtype], dtype.itemsize))
+    return str(most).removeprefix("torch.")
 
 
 def clvr_config(model: ModelConfig) -> dict[str, Any]:
@@ -75,7 +67,7 @@ def clvr_config(model: ModelConfig) -> dict[str, Any]:
         "auto_map": {
             "AutoConfig": "configuration_clvr.CLVRConfig",
             "AutoModelForImageTextToText": "modeling_clvr.CLVRForConditionalGeneration",
-            "AutoProcessor": "processing_clvr.CLVRProcessor",
+            "AutoProcessor": f"{PROCESSING.removesuffix('.py')}.{OURS}",
         },
         CLVR_KEY: {
             "hybrid_layer_pattern": model.hybrid_layer_pattern,
@@ -86,17 +78,6 @@ def clvr_config(model: ModelConfig) -> dict[str, Any]:
             ],
             "look_memories": [memory.name for memory in look_memories(model)],
         },
-    }
-
-
-def processor_config(run: RunConfig) -> dict[str, Any]:
-    """Returns processor_config.json: how images were tiled in training."""
-    settings = image_settings(run)
-    assert settings is not None  # a model with looks has a vision encoder
-    return {
-        "processor_class": "CLVRProcessor",
-        "auto_map": {"AutoProcessor": "processing_clvr.CLVRProcessor"},
-        "tiles": asdict(settings) | {"tokens_per_tile": settings.tokens_per_tile},
     }
 
 

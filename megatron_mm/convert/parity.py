@@ -12,7 +12,7 @@ import torch
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_model
 from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import DataConfig, RunConfig, effective_pattern, num_layers, to_dict
-from megatron_mm.convert.export import has_clvr
+from megatron_mm.convert.export_inputs import has_clvr
 from megatron_mm.convert.folder import HFFolder, equal_bits
 from megatron_mm.convert.live import fill
 from megatron_mm.convert.mapping import StateMapping

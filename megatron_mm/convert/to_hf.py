@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
 from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import ModelConfig, RunConfig, run_of_checkpoint
 from megatron_mm.convert import export
+from megatron_mm.convert.export_inputs import has_clvr
 from megatron_mm.convert.folder import NOTES, equal_bits, travelling
 from megatron_mm.convert.hf_writer import (
     SHARD_BYTES,
@@ -179,7 +182,12 @@ def convert(
         written = outputs(checkpoint, links, dtype)
         places, heads, sizes = lay_out(written, shard_bytes)
         if leader:
-            _prepare(checkpoint, target, partial, assets, tied, places, heads, sizes, lines)
+            dtypes: Counter[torch.dtype] = Counter()
+            for _, shape, kind in written:
+                dtypes[kind] += math.prod(shape)
+            assets = checkpoint.assets if assets is None else assets
+            files = export.small_files(checkpoint, assets, tied, dtypes, lines)
+            _prepare(target, partial, files, places, heads, sizes)
     try:
         _write(checkpoint, links, partial, places, group, doing, quiet)
         with raising_together(group, doing):
@@ -199,25 +207,20 @@ def _spelling(checkpoint: Checkpoint, stacked: bool) -> str:
     if checkpoint.model.vision is None:
         return "text-stacked" if stacked else "text"
     # transformers converts names on loading only for its own models, not for remote code.
-    return "stacked" if stacked or export.has_clvr(checkpoint.model) else "transformers"
+    return "stacked" if stacked or has_clvr(checkpoint.model) else "transformers"
 
 
 def _prepare(
-    checkpoint: Checkpoint,
     target: Path,
     partial: Path,
-    assets: list[Path] | None,
-    tied: bool,
+    files: dict[str, bytes],
     places: dict[str, Place],
     heads: dict[str, bytes],
     sizes: dict[str, int],
-    lines: list[str],
 ) -> None:
     """Checks everything that can be checked before writing, then writes the small files."""
     if target.exists():
         raise ConvertError(f"{target} exists: nothing is overwritten")
-    assets = checkpoint.assets if assets is None else assets
-    files = export.small_files(checkpoint, assets, tied, {p.dtype for p in places.values()}, lines)
     target.parent.mkdir(parents=True, exist_ok=True)
     if partial.exists():
         shutil.rmtree(partial)  # left by a killed run

@@ -1,22 +1,53 @@
 """Encodes the messages of a row as token ids: the ChatML template and the loss mask.
 
-A message is `<|im_start|>role\\ncontent<|im_end|>`, with a newline between two messages. A
-training sample ends at its last `<|im_end|>`, exactly where generation stops, so a sample is a
-prompt plus a completion and nothing else. Each piece of text between two control tokens is encoded
-by itself, so a prompt has the same ids with and without its answer.
+A message is `<|im_start|>role\\ncontent<|im_end|>`, with a newline between two messages. Reasoning,
+tools, tool calls and their results are written as Qwen3 reads them. A training sample ends at its
+last `<|im_end|>`, exactly where generation stops, so a sample is a prompt plus a completion and
+nothing else. `convert/remote/chat_template.jinja` writes the same text for an export.
+
+Text between two control tokens is encoded as one piece, as every tokenizer encodes the whole
+prompt. Answers are the exception: what stands before one, `assistant\\n`, is encoded by itself,
+because generation starts behind it. Line breaks that begin an answer are dropped: a tokenizer
+would merge them with the template's, and no prompt could lead to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_mm.data.messages import IMAGE_MARK, Message, ToolCall, check_messages
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 
-IMAGE_MARK = "<image>"
-ROLES = ("system", "user", "assistant")
+# The words that Qwen3's models were trained to read tools by.
+TOOLS_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+TOOLS_AFTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+    'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, '
+    '"arguments": <args-json-object>}\n</tool_call>'
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the template.
+
+    Attributes:
+        texts: between each two of them stands an image.
+        learnt: whether its text and `<|im_end|>` are supervised.
+        source: names the part of the row that it was written from, for messages.
+    """
+
+    role: str
+    texts: tuple[str, ...]
+    learnt: bool
+    source: str
 
 
 @dataclass
@@ -44,8 +75,8 @@ def encode_row(
     image_token_counts: Sequence[int],
     seq_length: int,
 ) -> Encoded:
-    """Encodes a whole conversation for training. The content of every assistant turn and its
-    `<|im_end|>` are supervised.
+    """Encodes a whole conversation for training. Every assistant turn and its `<|im_end|>` are
+    supervised, unless its `weight` is 0 or its `loss` false.
 
     Args:
         where: "file:row", for messages.
@@ -53,16 +84,22 @@ def encode_row(
 
     Raises:
         DataError: the conversation is malformed, `<image>` marks do not match the images, text
-            spells a special token, or the sample has more than `seq_length` tokens.
+            spells a control token, nothing is learnt, or the sample has more than `seq_length`
+            tokens.
     """
     messages = check_messages(row, where)
-    if not any(message["role"] == "assistant" for message in messages):
+    answers = sum(message.role == "assistant" for message in messages)
+    if not answers:
         raise DataError(
             f"{where}: 0 assistant turns among {len(messages)} messages; "
             "training needs at least 1 answer (in verl's form: as the last message of 'prompt', "
             "or as 'response')"
         )
-    encoded = _encode_messages(messages, where, tokenizer, image_token_counts)
+    if not any(message.learnt for message in messages):
+        raise DataError(
+            f"{where}: 0 of {answers} assistant turns are learnt; set the weight or loss of one"
+        )
+    encoded = _encode(turns(messages, tools_of(row, where)), where, tokenizer, image_token_counts)
     return _check_length(encoded, where, seq_length)
 
 
@@ -76,10 +113,11 @@ def encode_prompt(
     """Encodes everything before the last answer, up to and including
     `<|im_start|>assistant\\n`, without supervision. Raises like `encode_row`."""
     messages = check_messages(row, where)
-    if messages[-1]["role"] == "assistant":
+    if messages[-1].role == "assistant":
         messages = messages[:-1]
-    encoded = _encode_messages(messages, where, tokenizer, image_token_counts)
-    if messages:
+    before = turns(messages, tools_of(row, where))
+    encoded = _encode(before, where, tokenizer, image_token_counts)
+    if before:
         encoded.add(tokenizer.encode("\n"))
     encoded.add([tokenizer.message_start_id])
     encoded.add(tokenizer.encode("assistant\n"))
@@ -87,79 +125,108 @@ def encode_prompt(
     return _check_length(encoded, where, seq_length)
 
 
-def check_messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
-    """Returns the messages of a row.
+def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Returns the tools that a row offers: a list of objects, or its JSON.
 
     Raises:
-        DataError: names the first malformed message.
+        DataError: it is neither.
     """
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: 'messages' must be a list of at least 1 message")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(f"{where}: 'tools' is not JSON ({error})") from None
+    if tools is None:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where}: 'tools' must be a list of objects, or such a list as JSON text")
+    return tools
+
+
+def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[Turn]:
+    """Returns the turns that the template writes: tools as a part of the system's turn, the
+    results of tools as a turn of the user's."""
+    found: list[Turn] = []
+    after_tool = False
+    if tools:
+        listed = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+        text = "\n".join([TOOLS_BEFORE, *listed]) + TOOLS_AFTER
+        if messages and messages[0].role == "system":
+            text = messages[0].text + "\n\n" + text
+        found.append(Turn("system", (text,), False, "the tools"))
     for number, message in enumerate(messages, start=1):
-        at = f"{where}: message {number} of {len(messages)}"
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError(f"{at} must be an object with a text 'content'")
-        if not _is_unicode(message["content"]):
-            raise DataError(f"{at} holds half a surrogate pair (\\ud800 to \\udfff); remove it")
-        role = message.get("role")
-        if role not in ROLES:
-            raise DataError(f"{at} has role {role!r}; use one of {', '.join(ROLES)}")
-        if role == "assistant" and not message["content"].strip():
-            raise DataError(f"{at} is an empty answer; write the answer or drop the row")
-    return messages
+        source = f"message {number}"
+        if message.role == "tool":
+            text = f"<tool_response>\n{message.text}\n</tool_response>"
+            if after_tool:
+                text = found.pop().texts[0] + "\n" + text
+            found.append(Turn("user", (text,), False, source))
+        elif message.role == "assistant":
+            found.append(Turn("assistant", (answer_text(message),), message.learnt, source))
+        elif not (tools and number == 1 and message.role == "system"):
+            found.append(Turn(message.role, message.texts, False, source))
+        after_tool = message.role == "tool"
+    return found
 
 
-def _encode_messages(
-    messages: list[dict[str, str]],
-    where: str,
-    tokenizer: Tokenizer,
-    image_token_counts: Sequence[int],
+def answer_text(message: Message) -> str:
+    """Returns the text of an assistant's turn: reasoning, content, tool calls."""
+    text = _without_leading_breaks(message.text)
+    if message.reasoning is not None:
+        reasoning = message.reasoning.strip("\n")
+        text = f"<think>\n{reasoning}\n</think>\n\n" + message.text.lstrip("\n")
+    calls = [_call(call) for call in message.tool_calls]
+    return "\n".join([text, *calls] if text else calls)
+
+
+def _call(call: ToolCall) -> str:
+    name = json.dumps(call.name, ensure_ascii=False)
+    return f'<tool_call>\n{{"name": {name}, "arguments": {call.arguments}}}\n</tool_call>'
+
+
+def _without_leading_breaks(text: str) -> str:
+    """Drops the whitespace that begins a text, up to its last line break."""
+    rest = text.lstrip()
+    return text[: len(text) - len(rest)].split("\n")[-1] + rest
+
+
+def _encode(
+    written: Sequence[Turn], where: str, tokenizer: Tokenizer, image_token_counts: Sequence[int]
 ) -> Encoded:
-    for message in messages:
-        if message["role"] != "user" and IMAGE_MARK in message["content"]:
-            raise DataError(
-                f"{where}: a {message['role']} turn holds {IMAGE_MARK}; only user turns may"
-            )
-    marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
+    marks = sum(len(turn.texts) - 1 for turn in written)
     if marks != len(image_token_counts):
         raise DataError(
             f"{where}: {marks} {IMAGE_MARK} marks but {len(image_token_counts)} images; "
             "write one mark for each image"
         )
     encoded = Encoded()
-    for turn, message in enumerate(messages):
-        answer = message["role"] == "assistant"
-        if turn:
+    for number, turn in enumerate(written):
+        if number:
             encoded.add(tokenizer.encode("\n"))
         encoded.add([tokenizer.message_start_id])
-        encoded.add(tokenizer.encode(message["role"] + "\n"))
-        for piece, text in enumerate(message["content"].split(IMAGE_MARK)):
+        before = turn.role + "\n"
+        if turn.role == "assistant":
+            encoded.add(tokenizer.encode(before))
+            before = ""
+        for piece, text in enumerate(turn.texts):
+            control = tokenizer.find_control(text)
+            if control is not None:
+                raise DataError(
+                    f"{where}: {turn.source} spells the special token {control}; "
+                    "remove it, the template writes these tokens"
+                )
             if piece:
                 count = image_token_counts[len(encoded.image_starts)]
                 encoded.image_starts.append(len(encoded.tokens) + 1)
                 encoded.add([tokenizer.image_start_id])
                 encoded.add([tokenizer.image_context_id] * count)
                 encoded.add([tokenizer.image_end_id])
-            special = tokenizer.find_special(text)
-            if special is not None:
-                raise DataError(
-                    f"{where}: message {turn + 1} spells the special token {special}; "
-                    "remove it, the template writes these tokens"
-                )
+            text = text if piece else before + text
             if text:
-                encoded.add(tokenizer.encode(text), supervised=answer)
-        encoded.add([tokenizer.message_end_id], supervised=answer)
+                encoded.add(tokenizer.encode(text), supervised=turn.learnt)
+        encoded.add([tokenizer.message_end_id], supervised=turn.learnt)
     return encoded
-
-
-def _is_unicode(text: str) -> bool:
-    # JSON can spell half a character, which no tokenizer can encode.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_length(encoded: Encoded, where: str, seq_length: int) -> Encoded:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from megatron_mm.errors import DataError
 
@@ -96,25 +96,65 @@ def find_image(image: str | bytes, number: int, folder: Path, where: str) -> Ima
 
 
 def load_image(image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an image as 8-bit RGB. CMYK and palettes are converted, transparency is dropped.
+    """Decodes an image as 8-bit RGB, as a viewer shows it: turned as its EXIF orientation says,
+    transparency over white. CMYK and palettes are converted.
 
     Raises:
         DataError: the image cannot be used; names `where`.
     """
     with _opened(image, where, max_pixels) as opened:
-        return opened.convert("RGB")
+        return shown(opened)
 
 
 def image_size(
     image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """Returns (width, height) in pixels from the header, without decoding.
+    """Returns (width, height) in pixels as `load_image` would, without decoding.
 
     Raises:
         DataError: as `load_image`, for everything that the header shows.
     """
     with _opened(image, where, max_pixels) as opened:
-        return opened.size
+        turned = orientation(opened) in (5, 6, 7, 8)
+        return opened.size[::-1] if turned else opened.size
+
+
+def shown(image: Image.Image) -> Image.Image:
+    """Returns an image as a viewer shows it, in RGB: turned as its EXIF orientation says,
+    transparency over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation, 1 to 8, by which `shown` will turn an opened image. Pixels are
+    decoded only for a PNG whose EXIF stands behind them."""
+    if image.format == "TIFF":
+        return 1  # it is opened with the size of the turned image
+    late = image.format == "PNG" and "exif" not in image.info and _has_late_exif(image)
+    exif = image.getexif() if late else Image.Image.getexif(image)
+    return exif.get(ExifTags.Base.Orientation, 1)
+
+
+def _has_late_exif(image: Image.Image) -> bool:
+    """Whether a chunk behind a PNG's first pixels may hold EXIF or XMP."""
+    file = image.fp
+    begin = file.tell()
+    try:
+        file.seek(len(b"\x89PNG\r\n\x1a\n"))
+        behind = False
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            if behind and head[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            behind |= head[4:] == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)  # the chunk, its checksum
+        return False
+    finally:
+        file.seek(begin)
 
 
 @contextmanager

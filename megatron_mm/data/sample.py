@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from megatron_mm.config.memories import IMAGES, Memory
+from megatron_mm.config.objectives import declaration
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.chat import Encoded, encode_prompt, encode_row
+from megatron_mm.data.files.keys import check_keys
 from megatron_mm.data.images import (
     ImageFile,
     TileGrid,
@@ -121,6 +123,9 @@ class SampleBuilder:
         self.settings = image_settings(run)
         self.tokenizer = tokenizer
         self.seq_length = run.data.seq_length
+        self._extra_columns = run.data.extra_columns
+        # Rollouts hand a row's other keys to the reward functions.
+        self._columns = declaration(run).generates
         self._cache: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._cache_bytes, self._held_bytes = cache_bytes, 0
         self._sizes: dict[Path | None, tuple[int, int]] = {}
@@ -148,6 +153,14 @@ class SampleBuilder:
         return self.settings
 
     def _draft(self, encode: Any, row: dict[str, Any], where: str, folder: Path) -> _Draft:
+        memories = self.settings.memories if self.settings else ()
+        check_keys(
+            row,
+            where,
+            more=[memory.images for memory in memories],
+            extra=self._extra_columns,
+            columns=self._columns,
+        )
         own = self._files(IMAGES, row, where, folder)
         if own and self.settings is None:
             raise DataError(
@@ -156,7 +169,7 @@ class SampleBuilder:
             )
         grids = choose_grids([self._size(f, where) for f in own], self.settings, where)
         files = {IMAGES: own}
-        for memory in self.settings.memories if self.settings else ():
+        for memory in memories:
             if memory.images not in files:
                 files[memory.images] = self._others(memory, grids, row, where, folder)
         stream = [select_tiles(grid, self._vision.image_stream) for grid in grids]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_mm.errors import DataError
 
@@ -20,12 +22,19 @@ SPECIAL_TOKENS = {
 }
 
 
+GENERATION_CONFIG = "generation_config.json"
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """Encoding of plain text, and the ids of control tokens that the chat template inserts.
 
-    Callers reject text in which `find_special` finds a control token, so data cannot forge a turn
-    or an image.
+    Attributes:
+        special_tokens: every token that is no plain text, by its spelling.
+        end_ids: tokens that end an answer: `<|im_end|>` first, then the tokenizer's end of text,
+            those of generation_config.json beside it, and those of the settings.
+        path: file or folder that it was loaded from.
+        end_tokens: the settings' part of `end_ids`.
     """
 
     vocab_size: int
@@ -36,49 +45,58 @@ class Tokenizer:
     image_end_id: int
     image_context_id: int
     special_tokens: dict[str, int]
+    end_ids: tuple[int, ...]
     encode: Callable[[str], list[int]]
-    decode_plain: Callable[[list[int]], str]
-    path: str  # of the file or folder it was loaded from
+    decode_known: Callable[[list[int]], str]
+    path: str
+    end_tokens: tuple[str, ...] = ()
 
     def __reduce__(self):
         # Its functions cannot be pickled, so another process loads it again.
-        return load_tokenizer, (self.path,)
+        return load_tokenizer, (self.path, self.end_tokens)
 
     def padded_vocab_size(self, multiple: int = 64) -> int:
         """Smallest multiple of `multiple` that holds all ids: the `vocab_size` to set."""
         return -(-self.vocab_size // multiple) * multiple
 
-    def find_special(self, text: str) -> str | None:
-        """Returns a special token that occurs in `text`, or None."""
-        return next((token for token in self.special_tokens if token in text), None)
+    def find_control(self, text: str) -> str | None:
+        """Returns a control token that `text` spells, or None. With one, data could forge an
+        image, a turn or its end. Other special tokens, such as `<box>`, are vocabulary."""
+        forging = {getattr(self, name) for name in SPECIAL_TOKENS} | {*self.end_ids}
+        return next((t for t, i in self.special_tokens.items() if i in forging and t in text), None)
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Converts token ids to text. Ids beyond the vocabulary (of a padded model) are left out,
-        and special tokens too if `skip_special`."""
-        names = {index: token for token, index in self.special_tokens.items()}
-        pieces: list[str] = []
-        plain: list[int] = []
-        for index in [int(i) for i in ids]:
-            if index in names:
-                pieces += [self.decode_plain(plain), "" if skip_special else names[index]]
-                plain = []
-            elif 0 <= index < self.vocab_size:
-                plain.append(index)
-        return "".join([*pieces, self.decode_plain(plain)])
+    def decode(self, ids: Sequence[int]) -> str:
+        """Converts token ids to text, special tokens to their spelling. Ids beyond the vocabulary
+        (of a padded model) are left out."""
+        return self.decode_known([i for i in map(int, ids) if 0 <= i < self.vocab_size])
+
+    def answer_ids(self, ids: Sequence[int]) -> list[int]:
+        """Returns the tokens of a completion before its first end."""
+        ids = [int(i) for i in ids]
+        end = next((place for place, i in enumerate(ids) if i in self.end_ids), len(ids))
+        return ids[:end]
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """Returns the text of a completion before its first end. A special token within it is
+        spelled out, so that the texts around it do not read as one word."""
+        return self.decode(self.answer_ids(ids))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, end_tokens: Sequence[str] = ()) -> Tokenizer:
     """Loads a SentencePiece `.model` file or a Hugging Face tokenizer folder, never from the
     network.
+
+    Args:
+        end_tokens: further tokens that end an answer, spelled.
 
     Raises:
         DataError: it is missing, unreadable or lacks a special token.
     """
     path = Path(path)
     if path.is_dir():
-        return _from_huggingface(path)
+        return _from_huggingface(path, tuple(end_tokens))
     if path.is_file():
-        return _from_sentencepiece(path)
+        return _from_sentencepiece(path, tuple(end_tokens))
     raise DataError(
         f"tokenizer_model {str(path)!r} is neither a SentencePiece file nor a folder; "
         "set tokenizer_model"
@@ -122,46 +140,109 @@ def train_sentencepiece(
     return load_tokenizer(out)
 
 
-def _from_sentencepiece(path: Path) -> Tokenizer:
+def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     import sentencepiece
 
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise DataError(f"{path}: not a SentencePiece model; set tokenizer_model") from error
-    found = {token: model.piece_to_id(token) for token in SPECIAL_TOKENS.values()}
-    special = {t: i for t, i in found.items() if model.id_to_piece(i) == t}
+    size = model.get_piece_size()
+    vocabulary = {model.id_to_piece(i): i for i in range(size)}
+    controls = {t for t, i in vocabulary.items() if model.is_control(i)}
+    names = controls | ({*SPECIAL_TOKENS.values(), *end_tokens} & vocabulary.keys())
+    special = {token: vocabulary[token] for token in sorted(names)}
+    spelled = {index: token for token, index in special.items()}
+
+    def decode(ids: list[int]) -> str:
+        # The library decodes a control token to nothing.
+        pieces: list[str] = []
+        plain: list[int] = []
+        for index in ids:
+            if index in spelled:
+                pieces += [model.decode(plain), spelled[index]]
+                plain = []
+            else:
+                plain.append(index)
+        return "".join([*pieces, model.decode(plain)])
+
+    required = _required_ids(special, path)
+    end = model.eos_id()
+    ends = ([required["message_end_id"]], [] if end < 0 else [end], _ids(end_tokens, special, path))
     return Tokenizer(
-        vocab_size=model.get_piece_size(),
-        **_required_ids(special, path),
+        vocab_size=size,
+        **required,
         special_tokens=special,
+        end_ids=tuple(dict.fromkeys(index for some in ends for index in some)),
         encode=model.encode,
-        decode_plain=model.decode,
+        decode_known=decode,
         path=str(path),
+        end_tokens=end_tokens,
     )
 
 
-def _from_huggingface(path: Path) -> Tokenizer:
+def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
-        model = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # A question whether to run a folder's code would leave every rank waiting.
+        model = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises plain ones for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: no tokenizer can be loaded from this folder: {reason}") from error
     vocabulary = model.get_vocab()
+    size = max(vocabulary.values()) + 1  # ids may have gaps
     marked = {str(t) for t in model.all_special_tokens}
     marked |= {str(t) for t in model.added_tokens_decoder.values() if t.special}
-    names = marked | (set(SPECIAL_TOKENS.values()) & set(vocabulary))
+    names = marked | ({*SPECIAL_TOKENS.values(), *end_tokens} & vocabulary.keys())
+    configured = _configured_ends(path / GENERATION_CONFIG, size)
+    names |= {str(model.convert_ids_to_tokens(index)) for index in configured}
     special = {token: vocabulary[token] for token in sorted(names) if token in vocabulary}
+    required = _required_ids(special, path)
+    own = [] if model.eos_token_id is None else [model.eos_token_id]
+    ends = ([required["message_end_id"]], own, configured, _ids(end_tokens, special, path))
     return Tokenizer(
-        vocab_size=max(vocabulary.values()) + 1,  # ids may have gaps
-        **_required_ids(special, path),
+        vocab_size=size,
+        **required,
         special_tokens=special,
+        end_ids=tuple(dict.fromkeys(index for some in ends for index in some)),
         encode=lambda text: model.encode(text, add_special_tokens=False),
-        decode_plain=lambda ids: model.decode(ids, clean_up_tokenization_spaces=False),
+        decode_known=lambda ids: model.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        ),
         path=str(path),
+        end_tokens=end_tokens,
     )
+
+
+def _configured_ends(path: Path, vocab_size: int) -> list[int]:
+    """Returns the `eos_token_id` of a generation_config.json; none without the file.
+
+    Raises:
+        DataError: the file is no JSON object, or an id is out of range.
+    """
+    if not path.is_file():
+        return []
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
+    found = found.get("eos_token_id") if isinstance(found, dict) else None
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    for end in ends:
+        if not isinstance(end, int) or not 0 <= end < vocab_size:
+            raise DataError(f"{path}: eos_token_id {end!r}; the tokenizer has {vocab_size} ids")
+    return ends
+
+
+def _ids(tokens: Sequence[str], special: dict[str, int], path: Path) -> list[int]:
+    missing = [token for token in tokens if token not in special]
+    if missing:
+        raise DataError(
+            f"{path}: the tokenizer has no token {missing[0]!r}; correct end_tokens ("
+            f"{len(missing)} of {len(tokens)} are unknown)"
+        )
+    return [special[token] for token in tokens]
 
 
 def _required_ids(special: dict[str, int], path: Path) -> dict[str, int]:

@@ -158,7 +158,7 @@ def main(argv: list[str]) -> int:
         except CheckpointError as error:
             raise CheckpointError(f"cannot load {args.checkpoint}: {error}") from None
         run = probed_run(stored["config"], args, rest, cli.world_size())
-        tokenizer = load_tokenizer(run.data.tokenizer_model)
+        tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
         groups.start(run.parallel)
         started = True
         engine = Engine.create(run, groups.build(run.parallel))

@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.chat import check_messages
+from megatron_mm.data.chat import answer_text
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
+from megatron_mm.data.messages import check_messages
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.make_map import Tally, on_layers
@@ -89,12 +90,12 @@ class ProbeRows:
         file, index = self._rows.locate(index)
         row, where = file[index], file.where(index)
         last = check_messages(row, where)[-1]
-        if last["role"] != "assistant":
+        if last.role != "assistant":
             raise DataError(
-                f"{where}: the last of {len(row['messages'])} messages is a {last['role']} turn; "
+                f"{where}: the last of {len(row['messages'])} messages is a {last.role} turn; "
                 "a probe follows the row's own answer, end with an assistant turn"
             )
-        ids = self._tokenizer.encode(last["content"])
+        ids = self._tokenizer.encode(answer_text(last))
         labels = token_labels(row, ids, self._tokenizer, self._labeller, where)
         return len(ids) + 1, labels
 

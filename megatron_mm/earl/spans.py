@@ -108,9 +108,7 @@ def token_labels(
         DataError: from the labeller, for the row.
         RLError: for labels that overlap or leave the text.
     """
-    ids = list(ids)
-    if tokenizer.message_end_id in ids:
-        ids = ids[: ids.index(tokenizer.message_end_id)]
+    ids = tokenizer.answer_ids(ids)
     text = tokenizer.decode(ids)
     parts = sorted(labeller(row, text, where))
     end = 0

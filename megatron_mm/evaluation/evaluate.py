@@ -19,7 +19,6 @@ from megatron_mm.errors import DataError
 from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.evaluation.scoring import chance, score
 from megatron_mm.generation.generate import Prompts, generate
-from megatron_mm.generation.lanes import Completion
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.param_layout import layouts
@@ -71,20 +70,15 @@ def _answers(
     found = generate(
         engine,
         Prompts(read, asked),
-        Sampling((tokenizer.message_end_id,), settings.max_new_tokens, temperature=0.0),
+        Sampling(tokenizer.end_ids, settings.max_new_tokens, temperature=0.0),
         max_num_seqs=settings.eval_batch_size,
         pad_id=tokenizer.pad_id,
         stop=stop,
     )
     if found is None:
         return None
-    texts = [tokenizer.decode(_text_ids(completion)) for (completion,) in found]
+    texts = [tokenizer.decode_answer(completion.tokens_G.tolist()) for (completion,) in found]
     return list(zip(asked, items, texts, strict=True)) if engine.groups.is_reader else []
-
-
-def _text_ids(completion: Completion) -> list[int]:
-    ids = completion.tokens_G.tolist()
-    return ids[:-1] if completion.finished else ids
 
 
 def ask(

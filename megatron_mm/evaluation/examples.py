@@ -12,6 +12,7 @@ import torch
 
 from megatron_mm.config import memories_of_pairs, parse_pattern, token_multiple
 from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.data.messages import IMAGE_MARK
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches, receive
@@ -115,7 +116,7 @@ def _example(record: dict, item: EvalItem, folder: Path) -> dict:
     return {
         "key": record["key"],
         "image": os.path.relpath(image, folder.resolve()) if image else None,
-        "question": item.question.replace("<image>", "").strip(),
+        "question": item.question.replace(IMAGE_MARK, "").strip(),
         "prediction": record["prediction"],
         "truth": record["truth"],
         "score": record["score"],
@@ -145,7 +146,7 @@ def _looks(
                 "pair": pair,
                 "layer": before[-1] if before else 0,
                 "memory": reads[pair].name,
-                "tokens": [tokenizer.decode([t], skip_special=False) for t in answer],
+                "tokens": [tokenizer.decode([t]) for t in answer],
                 "grid": [rows, columns],
                 "weights": [[round(float(w), 5) for w in row] for row in weights],
             }

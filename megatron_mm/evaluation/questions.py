@@ -7,10 +7,10 @@ from pathlib import Path
 
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.chat import check_messages
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
+from megatron_mm.data.messages import IMAGE_MARK, check_messages
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
@@ -22,7 +22,7 @@ class EvalItem:
     """Question of an evaluation. `sample` ends where the answer begins."""
 
     sample: Sample
-    question: str  # the last user turn, as written in the row
+    question: str  # the last user turn, its images marked
     ground_truth: str
     skill: str
     form: str
@@ -73,18 +73,23 @@ class EvalSet:
         row, where = file[index], file.where(index)
         messages = check_messages(row, where)
         truth, scorer = row.get("ground_truth"), row.get("scorer") or "exact"
-        if truth is None and messages[-1]["role"] == "assistant":
-            truth = messages[-1]["content"]
-        if not isinstance(truth, str):
+        if truth is None and messages[-1].role == "assistant":
+            truth = messages[-1].text
+        if truth is None:
             raise DataError(
                 f"{where}: no answer to compare with; add a text 'ground_truth' or end with an "
                 "assistant turn"
+            )
+        if not isinstance(truth, str):
+            raise DataError(
+                f"{where}: ground_truth is a {type(truth).__name__}; an answer is compared with "
+                "text or a number"
             )
         if not isinstance(scorer, str) or scorer not in SCORERS:
             raise DataError(
                 f"{where}: scorer {scorer!r} is unknown; use one of {', '.join(SCORERS)}"
             )
-        questions = [m["content"] for m in messages if m["role"] == "user"]
+        questions = [IMAGE_MARK.join(m.texts) for m in messages if m.role == "user"]
         return EvalItem(
             sample=self._builder.prompt(row, where, file.folder),
             question=questions[-1] if questions else "",

@@ -80,7 +80,7 @@ def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, Loader]:
     try:
         if not run.data.tokenizer_model:
             raise DataError("tokenizer_model is not set: name a .model file or a folder")
-        tokenizer = load_tokenizer(run.data.tokenizer_model)
+        tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
         loader = part_of(run, "loader")(run, tokenizer, **ranks)
     except (ConfigError, DataError) as problem:
         error = str(problem)

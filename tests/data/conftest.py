@@ -26,6 +26,7 @@ def run(digits_folder) -> RunConfig:
     run.model.vision.image_size, run.model.vision.patch_size = 8, 2
     run.data.max_num_tiles = 4
     run.data.seq_length = 128
+    run.data.extra_columns = ["scene", "other_images"]
     run.data.train_data = [DataPhase(str(digits_folder / "mix.jsonl"))]
     run.training.micro_batch_size, run.training.global_batch_size = 2, 8
     return run

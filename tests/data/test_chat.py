@@ -20,7 +20,7 @@ def encode(row, tokenizer, counts=(), seq_length=128):
 
 def test_template_and_mask(tokenizer):
     encoded = encode({"messages": DIALOGUE}, tokenizer, [2, 3])
-    text = tokenizer.decode(encoded.tokens, skip_special=False)
+    text = tokenizer.decode(encoded.tokens)
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>and "
@@ -30,7 +30,7 @@ def test_template_and_mask(tokenizer):
         "<|im_start|>assistant\nyes<|im_end|>"
     )
     pairs = list(zip(encoded.tokens, encoded.supervised, strict=True))
-    learned = tokenizer.decode([t for t, s in pairs if s], skip_special=False)
+    learned = tokenizer.decode([t for t, s in pairs if s])
     assert learned == "no\nnot at all<|im_end|>yes<|im_end|>"
     context = [i for i, t in enumerate(encoded.tokens) if t == tokenizer.image_context_id]
     first, second = encoded.image_starts
@@ -47,7 +47,7 @@ def test_a_sample_is_its_prompt_and_the_completion(tokenizer):
     answer = [*tokenizer.encode("yes"), tokenizer.message_end_id]
     assert whole.tokens == prompt.tokens + answer
     assert prompt.image_starts == whole.image_starts and not any(prompt.supervised)
-    text = tokenizer.decode(prompt.tokens, skip_special=False)
+    text = tokenizer.decode(prompt.tokens)
     assert text.endswith("Sure?<|im_end|>\n<|im_start|>assistant\n")
     # A row that ends with the question is a prompt already.
     asked = {"messages": DIALOGUE[:-1]}
@@ -62,7 +62,7 @@ def test_a_sample_is_its_prompt_and_the_completion(tokenizer):
         (["hello"], [], "message 1 of 1 must be an object"),
         ([{"role": "user", "content": 3}], [], "message 1 of 1 .* text 'content'"),
         ([{"role": "user", "content": "a\ud800"}], [], "message 1 of 1 holds half a surrogate"),
-        ([{"role": "tool", "content": "x"}], [], "role 'tool'; use one of system, user"),
+        ([{"role": "human", "content": "x"}], [], "role 'human'; use one of system, user"),
         (DIALOGUE[:2], [1, 1], "0 assistant turns among 2 messages"),
         ([{"role": "assistant", "content": " \n"}], [], "message 1 of 1 is an empty answer"),
         (DIALOGUE, [1], "2 <image> marks but 1 images"),

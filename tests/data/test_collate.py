@@ -55,7 +55,7 @@ def test_tokens_labels_and_boundaries(run, tokenizer, three):
         assert torch.equal(made.position_ids_T[start:end], torch.arange(end - start))
         assert made.loss_mask_T[end - 1] == 0
     learned = made.labels_T[made.loss_mask_T.bool()].tolist()
-    assert tokenizer.decode(learned, skip_special=False) == "1 2<|im_end|>3<|im_end|>4<|im_end|>"
+    assert tokenizer.decode(learned) == "1 2<|im_end|>3<|im_end|>4<|im_end|>"
     assert (made.tokens_T[total:] == tokenizer.pad_id).all()
     assert made.loss_mask_T[total:].sum() == 0 and made.position_ids_T[total] == 0
 
@@ -108,6 +108,7 @@ def test_looks_may_be_given_other_images(run, tokenizer, write_rows, make_row):
     run.model.fusion.image_stream, run.model.fusion.vision_memory = "thumbnail", "tiles"
     one = make_row("so <image>?", "4", ["wide.png"])
     rows = [one | {"others": [name]} for name in ("small.png", "wide.png", "other.png")]
+    run.data.extra_columns = ["others"]
     path = write_rows(*rows)
     pixels = np.random.default_rng(9).integers(0, 256, (8, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path.parent / "other.png")
@@ -167,6 +168,7 @@ def test_memories_of_several_resolutions_and_images(run, tokenizer, write_rows, 
     assert made.memories["detail"].coordinates_M2[0].tolist() == [0.125, 0.0625]
     assert builder.measure(row, "rows", path.parent).tiles == 5
     run.model.fusion.memories["other"].images = "absent"
+    run.data.extra_columns = ["others"]
     needs = "memories.other.images needs as many, of the same grids"
     with pytest.raises(DataError, match=f"0 images in 'absent' for 1 in 'images'; {needs}"):
         build(run, tokenizer, path)

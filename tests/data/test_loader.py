@@ -189,6 +189,14 @@ def test_evalset(run, tokenizer, digits_folder, write_rows, make_row):
     plain = EvalSet(write_rows(make_row("q?", "42")), run, tokenizer)[0]
     assert (plain.ground_truth, plain.scorer, plain.key) == ("42", "exact", "all")
     assert plain.question == "q?"
-    for more, what in (({"scorer": "f1"}, "'f1' is unknown"), ({"ground_truth": 3}, "no answer")):
+    assert (
+        EvalSet(write_rows(make_row("q?", ground_truth=3)), run, tokenizer)[0].ground_truth == "3"
+    )
+    bad = (
+        ({"scorer": "f1"}, "'f1' is unknown"),
+        ({"ground_truth": [3]}, "ground_truth is a list"),
+        ({"answer": "3"}, "nothing uses 1 of the row's 4 keys"),
+    )
+    for more, what in bad:
         with pytest.raises(DataError, match=f"rows.jsonl:1: .*{what}"):
             EvalSet(write_rows(make_row("q?", **more)), run, tokenizer)[0]

@@ -47,12 +47,12 @@ def test_special_tokens(either):
     assert len(set(ids)) == len(SPECIAL_TOKENS) and all(0 <= i < either.vocab_size for i in ids)
     text = either.encode("7\n")
     around = [either.message_start_id, *text, either.message_end_id, either.pad_id]
-    assert either.decode(around) == "7\n"
-    assert either.decode(around, skip_special=False) == "<|im_start|>7\n<|im_end|><|endoftext|>"
+    assert either.decode(around) == "<|im_start|>7\n<|im_end|><|endoftext|>"
+    assert either.decode_answer(around[1:]) == "7\n"
     assert either.decode([*text, either.vocab_size + 5]) == "7\n"  # an id of a padded model
     for token in SPECIAL_TOKENS.values():
-        assert either.find_special(f"a{token}b") == token
-    assert either.find_special("a < b, [c], <think>") is None
+        assert either.find_control(f"a{token}b") == token
+    assert either.find_control("a < b, [c], <think>") is None
     assert either.padded_vocab_size() % 64 == 0
     assert 0 <= either.padded_vocab_size() - either.vocab_size < 64
 
@@ -60,7 +60,7 @@ def test_special_tokens(either):
 def test_either_tokenizer_serves_the_template(either, make_row):
     row = make_row("<image>What?", "7\n8", images=["x"])
     encoded = encode_row(row, "r:1", either, [2], 999)
-    assert either.decode(encoded.tokens, skip_special=False) == (
+    assert either.decode(encoded.tokens) == (
         "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>What?<|im_end|>\n"
         "<|im_start|>assistant\n7\n8<|im_end|>"
     )

@@ -73,10 +73,14 @@ def save_fused(
 
 
 def save_text(
-    folder: Path, *, mtp: bool = True, family: str = "qwen3_next"
+    folder: Path,
+    *,
+    mtp: bool = True,
+    family: str = "qwen3_next",
+    model: ModelConfig | None = None,
 ) -> dict[str, torch.Tensor]:
     """Saves a text-only model as released, with per-expert tensors and multi-token prediction."""
-    model = replace(base_model(family=family), vision=None)
+    model = replace(model or base_model(family=family), vision=None)
     config_class, model_class = (getattr(transformers, n) for n in TEXT_CLASSES[family])
     hf = model_class._from_config(config_class(**to_transformers_dict(model)))
     randomise(hf, 1)

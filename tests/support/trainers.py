@@ -60,6 +60,7 @@ def digits_run(scenes: Path, rows: Path | None = None, **settings) -> RunConfig:
     run.data.train_data = [DataPhase(str(rows or scenes / "mix.jsonl"))]
     run.data.valid_data = str(scenes / "valid.jsonl")
     run.data.tokenizer_model = str(scenes / "tokenizer.model")
+    run.data.extra_columns = ["scene", "other_images"]
     run.data.seq_length, run.data.max_num_tiles = 128, 9
     run.optimizer.lr = 1e-3
     run.training.seed = 1

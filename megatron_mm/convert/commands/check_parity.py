@@ -4,11 +4,13 @@
     python tools/check_parity.py --hf DIR --checkpoint DIR --image FILE --prompt TEXT
 
 First every tensor of the folder is compared bit for bit with the one exported from the
-checkpoint. Then, in fp32, every layer's output and the logits are compared between transformers
-and megatron_mm, on built-in random prompts with images of several tile counts or on the given
-ones. Prints the first layer that differs, with the relative difference. `--tensors-only` skips
-the second part. transformers cannot load InternVL's original release; its weights reach the
-transformers model by way of this package's table of names.
+checkpoint. Then conversations with and without images go through the folder's own template,
+tokenizer and processor: token ids and pixel values must be bitwise those of training, as must end
+tokens and dtype. Then, in fp32, every layer's output and the logits are compared between
+transformers and megatron_mm, on built-in random prompts with images of several tile counts or on
+the given ones. Prints the first layer that differs, with the relative difference.
+`--tensors-only` stops after the first part. transformers cannot load InternVL's original release;
+its weights reach the transformers model by way of this package's table of names.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm.convert import hf_model, parity, to_hf
     from megatron_mm.convert.commands.job import run_job
     from megatron_mm.convert.folder import check_folder, open_folder
+    from megatron_mm.convert.parity_inputs import compare_inputs
     from megatron_mm.data.tokenizer import load_tokenizer
     from megatron_mm.errors import ConvertError, DataError
     from megatron_mm.model.blueprint import blueprint
@@ -65,6 +68,7 @@ def main(argv: list[str]) -> int:
             hf = hf_model.released_in_transformers(source, mapping)
         else:
             hf = hf_model.load_transformers(args.hf, args.trust_remote_code)
+        lines += compare_inputs(source, checkpoint, args.trust_remote_code)
         run = RunConfig(model=checkpoint.model)
         try:
             if args.prompt is None:

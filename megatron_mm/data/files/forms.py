@@ -1,7 +1,7 @@
 """Converts the forms of a row to one.
 
-The rest of the package knows one form: `messages`, `images` (each a path or the bytes of a file),
-and for evaluation `ground_truth`, `skill`, `form`, `scorer`. Rows in verl's form (`prompt`,
+The rest of the package knows one form: `messages`, `tools`, `images` (each a path or the bytes of a
+file), and for evaluation `ground_truth`, `skill`, `form`, `scorer`. Rows in verl's form (`prompt`,
 `images`, `data_source`, `reward_model`, `extra_info`) are converted here.
 """
 
@@ -30,16 +30,31 @@ def check_columns(columns: Iterable[str], where: str) -> None:
 
 
 def normalise_row(row: Row, where: str) -> Row:
-    """Returns `row` in our form; other keys are kept. `chat.py` checks the messages later.
+    """Returns `row` in our form; other keys are kept. `messages.py` checks the messages later.
+
+    A number as `ground_truth` becomes text, because answers are text.
 
     Raises:
-        DataError: an image is neither a path nor bytes.
+        DataError: an image is neither a path nor bytes, or a row has both `image` and `images`.
     """
-    if row.get("messages") is None and row.get("prompt") is not None:
-        row = _from_verl(row, where)
+    verl = row.get("messages") is None and row.get("prompt") is not None
+    row = _from_verl(row, where) if verl else dict(row)
+    reward = row.get("reward_model")
+    if row.get("ground_truth") is None and isinstance(reward, dict):
+        row["ground_truth"] = reward.get("ground_truth")
+    truth = row.get("ground_truth")
+    if isinstance(truth, (int, float)) and not isinstance(truth, bool):
+        row["ground_truth"] = str(truth)
+    image = row.pop("image", None)
+    if image is not None:
+        if row.get("images"):
+            raise DataError(
+                f"{where}: {len(row['images'])} 'images' and an 'image'; list all under 'images'"
+            )
+        row["images"] = image if isinstance(image, list) else [image]
     images = row.get("images")
     if isinstance(images, list) and any(not isinstance(image, str) for image in images):
-        row = row | {"images": [_image(i, n, where) for n, i in enumerate(images, start=1)]}
+        row["images"] = [_image(i, n, where) for n, i in enumerate(images, start=1)]
     return row
 
 
@@ -58,12 +73,6 @@ def _from_verl(row: Row, where: str) -> Row:
     row["messages"] = messages
     if row.get("skill") is None and row.get("data_source") is not None:
         row["skill"] = row["data_source"]
-    reward = row.get("reward_model")
-    if row.get("ground_truth") is None and isinstance(reward, dict):
-        truth = reward.get("ground_truth")
-        # verl may store numbers; answers here are text.
-        number = isinstance(truth, (int, float)) and not isinstance(truth, bool)
-        row["ground_truth"] = str(truth) if number else truth
     return row
 
 

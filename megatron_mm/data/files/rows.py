@@ -6,6 +6,7 @@ import json
 import os
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from glob import glob
 from itertools import accumulate
@@ -139,7 +140,7 @@ class Rows:
         # pread has no file position, so threads and forked workers may share the file.
         try:
             line = os.pread(self._file.fileno(), self._lengths[index], self._starts[index])
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except OSError as error:
             raise DataError(f"{self.where(index)}: cannot be read ({error})") from error
         except (ValueError, RecursionError) as error:
@@ -150,3 +151,12 @@ class Rows:
                 f"{self.where(index)}: a row must be a JSON object, this is a {type(row).__name__}"
             )
         return normalise_row(row, self.where(index))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of JSON's keys and values. Of equal keys JSON would keep the last alone."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} is given twice")
+    return made

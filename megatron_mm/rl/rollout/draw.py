@@ -75,7 +75,7 @@ def draw_rollout(
         engine,
         Prompts(lambda index: prompts[index].sample, kept),
         Sampling(
-            (tokenizer.message_end_id,),
+            tokenizer.end_ids,
             rl.max_completion_length,
             rl.temperature,
             rl.top_p,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mm.data.messages import IMAGE_MARK, check_messages
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Maps
 from megatron_mm.earl.metrics import (
@@ -100,8 +101,8 @@ def completions_table(credited: Credited, tokenizer: Tokenizer) -> list[dict[str
     """Returns the completions of a few groups with what they earned; on a reader."""
     rows = []
     for p, group in enumerate(credited.scored.groups[:SHOWN_GROUPS]):
-        messages = group.asked.row["messages"]
-        asked = [m["content"] for m in messages if m["role"] == "user"]
+        messages = check_messages(group.asked.row, group.asked.where)
+        asked = [IMAGE_MARK.join(m.texts) for m in messages if m.role == "user"]
         for g, completion in enumerate(group.completions):
             ids = completion.tokens_G.tolist()
             pieces, marks = token_pieces(ids, tokenizer), credited.scored.spans[p][g]
@@ -112,7 +113,7 @@ def completions_table(credited: Credited, tokenizer: Tokenizer) -> list[dict[str
                     "question": asked[-1] if asked else "",
                     "key": result_key(group.asked.row),
                     "truth": group.asked.row.get("ground_truth"),
-                    "completion": tokenizer.decode(ids[:-1] if completion.finished else ids),
+                    "completion": tokenizer.decode_answer(ids),
                     "finished": completion.finished,
                     "rewards": {
                         name: r if r == r else None

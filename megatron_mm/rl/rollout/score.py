@@ -183,10 +183,7 @@ class Scorer:
         """Calls the reward functions and the labeller; on the reader, which has the prompts."""
         asked = [group.asked for group in groups for _ in group.completions]
         ids = [completion.tokens_G.tolist() for completion in completions]
-        said = [
-            self._tokenizer.decode(i[:-1] if c.finished else i)
-            for i, c in zip(ids, completions, strict=True)
-        ]
+        said = [self._tokenizer.decode_answer(i) for i in ids]
         keys = sorted({key for group in groups for key in group.asked.row} - {*NOT_COLUMNS})
         columns: dict[str, list[Any]] = {key: [p.row.get(key) for p in asked] for key in keys}
         messages = [_messages(prompt) for prompt in asked]

@@ -5,13 +5,18 @@ and joined by a thumbnail of the whole. `image_stream` says which tiles stand in
 stream, `memories` which of them each memory holds for the looks that read it.
 """
 
+import os
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
 
-IMAGE_MARK = "<image>"
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+# Generation starts behind this text, so that it was encoded by itself in training.
+BEFORE_ANSWER = "<|im_start|>assistant\n"
 
 
 def grid_of(width: int, height: int, size: int, most: int) -> tuple[int, int]:
@@ -27,7 +32,30 @@ def grid_of(width: int, height: int, size: int, most: int) -> tuple[int, int]:
     return best
 
 
-class CLVRProcessor(ProcessorMixin):
+def shown(image) -> Image.Image:
+    """An image (of PIL, an array, a tensor, a path or an address) as a viewer shows it: turned as
+    its EXIF orientation says, transparency over white."""
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3:
+            raise ValueError(f"an image of {array.dtype} {array.shape}; give uint8 [H, W, 3]")
+        image = Image.fromarray(array if array.shape[-1] in (3, 4) else array.transpose(1, 2, 0))
+    elif not isinstance(image, Image.Image):
+        image = Image.open(image) if hasattr(image, "__fspath__") else _opened(image)
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _opened(image) -> Image.Image:
+    """An image by its path, address or base64; a file is opened here, since `load_image` would drop
+    its transparency."""
+    return Image.open(image) if os.path.isfile(image) else load_image(image)
+
+
+class MegatronMMProcessor(ProcessorMixin):
     attributes = ["tokenizer"]
     tokenizer_class = "AutoTokenizer"
 
@@ -46,6 +74,8 @@ class CLVRProcessor(ProcessorMixin):
         thumbnail = s["use_thumbnail"] and grid > 1
 
         def choose(what: str) -> list[int]:
+            if what == "none":
+                return []
             if what == "all":
                 return list(range(grid + thumbnail))
             return list(range(grid)) if what == "tiles" or grid == 1 else [grid]
@@ -53,7 +83,6 @@ class CLVRProcessor(ProcessorMixin):
         stream = choose(s["image_stream"])
         memories = [choose(memory["tiles"]) for memory in s["memories"]]
         used = sorted({*stream, *(tile for memory in memories for tile in memory)})
-        image = image.convert("RGB")
 
         def resized(w: int, h: int) -> np.ndarray:
             small = image if image.size == (w, h) else image.resize((w, h), Image.BICUBIC)
@@ -85,7 +114,7 @@ class CLVRProcessor(ProcessorMixin):
 
     def _cut(self, images):
         """All images of a prompt, with fewer tiles each if they would be too many tokens."""
-        s = self.tiles
+        s, cost = self.tiles, 0
         for most in range(s["max_num_tiles"], 0, -1):
             found = [self._tiles(image, most) for image in images]
             cost = s["tokens_per_tile"] * sum(len(tiles) for tiles, *_ in found)
@@ -93,27 +122,49 @@ class CLVRProcessor(ProcessorMixin):
                 return found
         raise ValueError(f"{len(images)} images need {cost} tokens at one tile each")
 
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a text without images."""
+        ids: list[int] = []
+        pieces = text.split(BEFORE_ANSWER)
+        for number, piece in enumerate(pieces):
+            piece += BEFORE_ANSWER if number < len(pieces) - 1 else ""
+            ids += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+        return ids
+
+    def _check(self, kwargs: dict, return_tensors) -> None:
+        """Rejects what would be ignored."""
+        allowed = {"padding": (True, False, "longest"), "padding_side": ("left",)}
+        allowed |= {"add_special_tokens": (True, False), "truncation": (False,)}
+        allowed |= {"return_attention_mask": (True,), "return_dict": (True,)}
+        groups = [kwargs.pop(name, {}) for name in ("text_kwargs", "images_kwargs")]
+        for name, value in {**kwargs, **groups[0], **groups[1]}.items():
+            if value is not None and value not in allowed.get(name, ()):
+                raise ValueError(f"{name}={value!r} is not supported by this processor")
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors is {return_tensors!r}; this processor gives 'pt'")
+
     def __call__(self, images=None, text=None, return_tensors="pt", **kwargs) -> BatchFeature:
         """
         Args:
-            images: of all prompts, in the order of their `<image>` marks.
+            images: of all prompts, in the order of their marks `<IMG_CONTEXT>`: one image, a list,
+                or a list for each prompt. The chat template writes a mark for an image.
             text: a prompt or a list of them.
         """
+        self._check(kwargs, return_tensors)
         texts = [text] if isinstance(text, str) else list(text)
-        images = list(images or [])
-        if images and isinstance(images[0], (list, tuple)):
-            images = [image for some in images for image in some]
-        marks = sum(t.count(IMAGE_MARK) for t in texts)
-        if marks != len(images):
-            raise ValueError(f"{marks} {IMAGE_MARK} marks but {len(images)} images")
-        encode, of = self.tokenizer.encode, self.tokenizer.convert_tokens_to_ids
+        given = _flat(images)
+        marks = sum(t.count(CONTEXT) for t in texts)
+        if marks != len(given):
+            raise ValueError(f"{marks} marks {CONTEXT} but {len(given)} images")
+        pictures = [shown(image) for image in given]
+        of = self.tokenizer.convert_tokens_to_ids
         per_tile = self.tiles["tokens_per_tile"]
         rows, pixels, stream, tiles = [], [], [], 0
         # Of every memory: tiles, centres, prompts and first positions of its patches.
         memories: list[tuple[list, ...]] = [([], [], [], []) for _ in self.tiles["memories"]]
         for number, prompt in enumerate(texts):
-            pieces = prompt.split(IMAGE_MARK)
-            mine, images = images[: len(pieces) - 1], images[len(pieces) - 1 :]
+            pieces = prompt.split(CONTEXT)
+            mine, pictures = pictures[: len(pieces) - 1], pictures[len(pieces) - 1 :]
             cut = self._cut(mine) if mine else []
             ids = []
             for piece, words in enumerate(pieces):
@@ -129,7 +180,7 @@ class CLVRProcessor(ProcessorMixin):
                         memory[3].extend([len(ids)] * len(places))
                     ids.append(of(END))
                     tiles += len(used)
-                ids += encode(words, add_special_tokens=False) if words else []
+                ids += self._encode(words)
             rows.append(ids)
         longest = max(len(ids) for ids in rows)
         before = torch.tensor([longest - len(ids) for ids in rows])
@@ -144,13 +195,14 @@ class CLVRProcessor(ProcessorMixin):
                 for name in ("mean", "std")
             )
             scaled = torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).float() / 255.0
+            data["pixel_values"] = ((scaled - mean) / std).contiguous()
+        if pixels and memories:
             counts = torch.tensor([len(memory[0]) for memory in memories])
             owner, visible = (
                 torch.tensor(sum((memory[n] for memory in memories), []), dtype=torch.int64)
                 for n in (2, 3)
             )
             data |= {
-                "pixel_values": ((scaled - mean) / std).contiguous(),
                 "stream_tiles": torch.tensor(stream, dtype=torch.int64),
                 "memory_tiles": torch.tensor(sum((memory[0] for memory in memories), [])),
                 "memory_number": torch.arange(len(memories)).repeat_interleave(counts),
@@ -159,3 +211,12 @@ class CLVRProcessor(ProcessorMixin):
                 "memory_visible_from": visible + before[owner],
             }
         return BatchFeature(data)
+
+
+def _flat(images) -> list:
+    """The images of one, a list, or a list for each prompt."""
+    if images is None:
+        return []
+    if not isinstance(images, Sequence) or isinstance(images, str):
+        return [images]
+    return [image for some in images for image in _flat(some)]

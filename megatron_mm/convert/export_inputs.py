@@ -1,0 +1,171 @@
+"""Files by which an exported folder reads text and images as training did: chat template,
+processor, generation config.
+
+A folder that was converted and never trained keeps the files it came with, as far as they serve
+its model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.config import ModelConfig, RunConfig, read_memories
+from megatron_mm.data.tiles import ImageSettings, image_settings
+from megatron_mm.data.tokenizer import GENERATION_CONFIG, Tokenizer, load_tokenizer
+from megatron_mm.errors import DataError
+
+REMOTE = Path(__file__).parent / "remote"
+TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
+IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
+CODE = "processing_megatron_mm.py"
+OURS = "MegatronMMProcessor"
+# What InternVLProcessor asks its tokenizer for.
+NAMED_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+
+
+def has_clvr(model: ModelConfig) -> bool:
+    """Whether the model computes looks: the pattern has one and there is a memory."""
+    return bool(read_memories(model))
+
+
+def input_files(checkpoint: Any, assets: Sequence[Path], lines: list[str]) -> dict[str, bytes]:
+    """Returns name -> content of the tokenizer's files, the template, the processor and the
+    generation config of an export.
+
+    Args:
+        checkpoint: a `to_hf.Checkpoint`.
+        assets: files that travel with the weights; all lie in one folder.
+        lines: notes for the user, to which what is missing is added.
+    """
+    model, run = checkpoint.model, checkpoint.run
+    files = {path.name: path.read_bytes() for path in assets}
+    tokenizer = tokenizer_of(assets, run, lines)
+    # Only then has nothing but the origin's own files said how it reads.
+    untouched = checkpoint.iteration == 0 and not has_clvr(model)
+    if not (untouched and _template_serves(files, model)):
+        files = _without_templates(files) | {TEMPLATE: (REMOTE / TEMPLATE).read_bytes()}
+    processors = [name for name in files if name.endswith("processor_config.json")]
+    if model.vision is not None and not (untouched and processors):
+        kept = {name: content for name, content in files.items() if name not in processors}
+        files = kept | _processor_files(run, files)
+    if tokenizer is not None and not (untouched and GENERATION_CONFIG in files):
+        files[GENERATION_CONFIG] = _generation_config(tokenizer, files.get(GENERATION_CONFIG))
+    return files
+
+
+def tokenizer_of(assets: Sequence[Path], run: RunConfig, lines: list[str]) -> Tokenizer | None:
+    """Returns the tokenizer among the files that travel along; None without one, which `lines`
+    then say."""
+    if not any(path.name.startswith(("tokenizer", "vocab")) for path in assets):
+        lines.append("no tokenizer travelled along: name its folder with --assets")
+        return None
+    folder = assets[0].parent
+    try:
+        return load_tokenizer(folder, run.data.end_tokens)
+    except DataError as error:
+        lines.append(
+            f"end tokens and processor are not checked: {error}; name a folder with --assets"
+        )
+        return None
+
+
+def end_token_ids(content: bytes) -> set[int]:
+    """Returns the ids of the tokens that end an answer by a generation_config.json."""
+    found = json.loads(content).get("eos_token_id")
+    return set(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def _generation_config(tokenizer: Tokenizer, origin: bytes | None) -> bytes:
+    config = {} if origin is None else json.loads(origin)
+    config |= {"eos_token_id": [*tokenizer.end_ids], "pad_token_id": tokenizer.pad_id}
+    return as_json(config)
+
+
+def _without_templates(files: dict[str, bytes]) -> dict[str, bytes]:
+    kept = {n: content for n, content in files.items() if not n.startswith("chat_template")}
+    name = "tokenizer_config.json"
+    if name in kept and "chat_template" in (config := json.loads(kept[name])):
+        del config["chat_template"]
+        kept[name] = as_json(config)
+    return kept
+
+
+def _template_serves(files: dict[str, bytes], model: ModelConfig) -> bool:
+    """Whether the template that came along can write the model's prompts: there is one, and if the
+    model sees images, an image changes what it writes."""
+    template = _template_in(files)
+    if model.vision is None or template is None:
+        return template is not None or model.vision is None
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def written(*parts: dict[str, str]) -> str:
+        chat = [{"role": "user", "content": [*parts, {"type": "text", "text": "what?"}]}]
+        return render_jinja_template([chat], chat_template=template)[0][0]
+
+    try:
+        return written({"type": "image"}) != written()
+    except Exception:  # it cannot read such a message, whatever the reason
+        return False
+
+
+def _template_in(files: dict[str, bytes]) -> str | None:
+    if TEMPLATE in files:
+        return files[TEMPLATE].decode()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = json.loads(files[name]).get("chat_template") if name in files else None
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _processor_files(run: RunConfig, files: dict[str, bytes]) -> dict[str, bytes]:
+    settings = image_settings(run)
+    assert settings is not None  # the model has a vision encoder
+    config: dict[str, Any] = {
+        "processor_class": OURS,
+        "auto_map": {"AutoProcessor": f"{CODE.removesuffix('.py')}.{OURS}"},
+        "tiles": asdict(settings) | {"tokens_per_tile": settings.tokens_per_tile},
+    }
+    made = {CODE: (REMOTE / CODE).read_bytes()}
+    if _as_internvl(settings, files):
+        # transformers' own class then reads images alike, for those who run no code of a folder.
+        config["processor_class"] = "InternVLProcessor"
+        config["image_seq_length"] = settings.tokens_per_tile
+        made[IMAGES] = as_json(_internvl_images(settings))
+        made |= {VIDEOS: files[VIDEOS]} if VIDEOS in files else {}
+    return made | {PROCESSOR: as_json(config)}
+
+
+def _as_internvl(settings: ImageSettings, files: dict[str, bytes]) -> bool:
+    """Whether transformers' InternVLProcessor can make what training saw."""
+    standard = settings.image_stream == "all" and not settings.memories
+    standard &= settings.use_thumbnail and settings.max_image_tokens is None
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    named = config.get("extra_special_tokens") or {}
+    return standard and all(name in config or name in named for name in NAMED_TOKENS)
+
+
+def _internvl_images(settings: ImageSettings) -> dict[str, Any]:
+    return {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "crop_to_patches": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+        "max_patches": settings.max_num_tiles,
+        "min_patches": 1,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": settings.image_size, "width": settings.image_size},
+    }
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

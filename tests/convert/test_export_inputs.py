@@ -1,0 +1,323 @@
+"""An export reads text and images as training did, and check_parity proves it or names the
+difference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+
+from megatron_mm.config import ParallelConfig
+from megatron_mm.convert import to_hf
+from megatron_mm.convert.export_inputs import TEMPLATE
+from megatron_mm.data.sample import SampleBuilder
+from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.parallel import groups
+from support.exports import converted, exported, save_origin, trained
+from support.tools import load_tool
+
+SETTINGS = {"max_num_tiles": 3, "image_mean": [0.5, 0.4, 0.3], "max_image_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """`made(fused, looks, run)` -> (checkpoint, export, lines of the export), each made once."""
+    root, cache = tmp_path_factory.mktemp("exports"), {}
+    groups.start(ParallelConfig())
+
+    def make(fused: bool, looks: bool, run: bool) -> tuple[Path, Path, list[str]]:
+        key = f"{fused:d}{looks:d}{run:d}"
+        if key in cache:
+            return cache[key]
+        origin = root / f"origin{fused:d}"
+        folders = [origin / "language"] if fused else [origin / "language", origin / "vision"]
+        if not origin.exists():
+            save_origin(origin, fused=fused)
+        base = root / f"base{fused:d}{looks:d}"
+        if not base.exists():
+            converted(folders, base, looks=looks)
+        checkpoint = base
+        if run:
+            checkpoint = trained(base, root / key, folders[0], **SETTINGS)
+        lines = exported(checkpoint, root / f"export{key}")
+        cache[key] = checkpoint, root / f"export{key}", lines
+        return cache[key]
+
+    yield make
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def parity(capsys):
+    """`parity(folder, checkpoint)` -> (exit status, what the command says)."""
+
+    def run(folder: Path, checkpoint: Path) -> tuple[int, str]:
+        capsys.readouterr()
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        args = ["--hf", folder, "--checkpoint", checkpoint, "--trust-remote-code"]
+        status = load_tool("check_parity").main([str(arg) for arg in args])
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        return status, "".join(capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("run", [True, False], ids=["trained", "converted"])
+@pytest.mark.parametrize("looks", [True, False], ids=["looks", "plain"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "two folders"])
+def test_an_export_of_each_origin_reads_as_training_did(made, parity, fused, looks, run):
+    checkpoint, folder, lines = made(fused, looks, run)
+    assert lines == []
+    status, said = parity(folder, checkpoint)
+    assert status == 0, said
+    assert "token ids and pixel values are bitwise identical, 14 conversations" in said
+    assert "every layer and the logits agree" in said
+
+
+def change(folder: Path, name: str, **keys) -> None:
+    path = folder / name
+    content = json.loads(path.read_text())
+    for dotted, value in keys.items():
+        *inner, last = dotted.split("__")
+        part = content
+        for key in inner:
+            part = part[key]
+        part[last] = value
+    path.write_text(json.dumps(content))
+
+
+def replace_in(folder: Path, name: str, old: str, new: str) -> None:
+    path = folder / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def tiling(**keys):
+    return lambda folder: change(
+        folder, "processor_config.json", **{f"tiles__{key}": value for key, value in keys.items()}
+    )
+
+
+# What is changed by hand, and what the one line names.
+SPOILT = {
+    "an image's place": (
+        lambda f: replace_in(f, TEMPLATE, "'<IMG_CONTEXT>' if part", "' <IMG_CONTEXT>' if part"),
+        "pixels: token",
+    ),
+    "a line break between turns": (
+        lambda f: replace_in(f, TEMPLATE, "not tools else '\\n'", "not tools else ''"),
+        "line breaks: token",
+    ),
+    "the words before tools": (
+        lambda f: replace_in(f, TEMPLATE, "signatures", "descriptions"),
+        "tools: token",
+    ),
+    "an end token": (
+        lambda f: change(f, "generation_config.json", eos_token_id=[1]),
+        "eos_token_id",
+    ),
+    "no generation config": (lambda f: (f / "generation_config.json").unlink(), "eos_token_id"),
+    "a token": (lambda f: replace_in(f, "tokenizer.json", '"<|im_end|>"', '"<|im_ed|>"'), "error"),
+    "a higher tiling limit": (tiling(max_num_tiles=4), "pixels: token"),
+    "a lower tiling limit": (tiling(max_num_tiles=2), "pixels: token"),
+    "no budget": (tiling(max_image_tokens=None), "2 images: token"),
+    "no thumbnail": (tiling(use_thumbnail=False), "pixels: "),
+    "a mean": (tiling(mean=[0.5, 0.4, 0.31]), "pixel_values"),
+    "the dtype": (
+        lambda f: change(f, "config.json", dtype="bfloat16"),
+        "dtype is 'bfloat16', most elements are float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["looks", "plain"])
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_change_by_hand_is_found(made, parity, tmp_path, what, looks):
+    checkpoint, folder, _ = made(True, looks, True)
+    shutil.copytree(folder, tmp_path / "hf")
+    spoil, message = SPOILT[what]
+    before = {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    spoil(tmp_path / "hf")
+    assert before != {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    status, said = parity(tmp_path / "hf", checkpoint)
+    assert status == 1 and message in said, said
+    assert len([line for line in said.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_files_that_came_along_stay_where_they_serve(made, parity, tmp_path):
+    """A fused folder with a template for images and a processor comes back as it was."""
+    origin = tmp_path / "origin"
+    (main,) = save_origin(origin, fused=True)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    kept = {"chat_template.jinja": template, "preprocessor_config.json": '{"max_patches": 7}'}
+    for name, content in kept.items():
+        (main / name).write_text(content)
+    made(True, False, False)  # has started the groups
+    checkpoint = converted([main], tmp_path / "mega", looks=False)
+    assert exported(checkpoint, tmp_path / "hf") == []
+    for name in (*kept, "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (main / name).read_bytes()
+    status, said = parity(tmp_path / "hf", checkpoint)
+    assert status == 0 and "template and processor are those it came with" in said
+    (tmp_path / "hf" / "preprocessor_config.json").write_text('{"max_patches": 6}')
+    status, said = parity(tmp_path / "hf", checkpoint)
+    assert status == 1 and "preprocessor_config.json: differs from the checkpoint's" in said
+
+
+def test_internvl_reads_a_plain_export_alike(made, tmp_path, monkeypatch):
+    """Where no setting is ours alone, transformers' own processor is named and gives the same."""
+    # It wants a video processor, which needs torchvision.
+    monkeypatch.setattr(InternVLProcessor, "check_argument_for_proper_class", lambda *a: None)
+    made(True, False, False)
+    origin = save_origin(tmp_path / "origin", fused=True)
+    base = converted(origin, tmp_path / "base", looks=False)
+    data = {"max_num_tiles": 5, "image_std": [0.3, 0.2, 0.1]}
+    checkpoint = trained(base, tmp_path / "run", origin[0], **data)
+    folder = tmp_path / "hf"
+    exported(checkpoint, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs = InternVLProcessor(
+        AutoImageProcessor.from_pretrained(folder),
+        tokenizer,
+        image_seq_length=json.loads((folder / "processor_config.json").read_text())[
+            "image_seq_length"
+        ],
+        chat_template=tokenizer.chat_template,
+    )
+    assert (
+        type(theirs).__name__
+        == json.loads((folder / "processor_config.json").read_text())["processor_class"]
+    )
+    run = to_hf.open_checkpoint(checkpoint).run
+    builder = SampleBuilder(run, load_tokenizer(origin[0]))
+    for number, (width, height) in enumerate([(16, 16), (90, 16), (40, 33)]):
+        noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+        row = {
+            "messages": [{"role": "user", "content": "\n<image>what?"}],
+            "images": [f"{number}.png"],
+        }
+        sample = builder.prompt(row, "row", tmp_path)
+        text = theirs.apply_chat_template(row["messages"], add_generation_prompt=True)
+        found = theirs(
+            images=[Image.open(tmp_path / f"{number}.png")], text=text, return_tensors="pt"
+        )
+        assert found["input_ids"][0].tolist() == sample.tokens_T.tolist()
+        ours = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        again = ours(images=Image.open(tmp_path / f"{number}.png"), text=text)
+        assert torch.equal(found["pixel_values"], again["pixel_values"])
+        model = AutoModelForImageTextToText.from_pretrained(folder)  # no code is needed for it
+        assert torch.equal(model(**found).logits, model(**again).logits)
+
+
+def test_the_processor_takes_images_as_users_give_them(made, tmp_path):
+    """One bare image, a path in the message, a file object's image, an array: the same pixels."""
+    _, folder, _ = made(True, True, True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 40, 3), dtype=np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(noise).save(path)
+    chat = [{"role": "user", "content": "<image>what?"}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    expected = processor(images=[Image.open(path)], text=[text])
+    assert expected["input_ids"].shape[1] > 10
+    for given in (Image.open(path), str(path), path, noise, torch.from_numpy(noise), [[path]]):
+        found = processor(images=given, text=text)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), given
+    for part in ({"path": str(path)}, {"image": Image.open(path)}, {"image": str(path)}):
+        content = [{"type": "image"} | part, {"type": "text", "text": "what?"}]
+        found = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+        assert all(torch.equal(found[key], expected[key]) for key in expected), part
+    for wrong in ({"truncation": True}, {"videos": [noise]}, {"max_length": 5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            processor(images=[path], text=text, **wrong)
+    with pytest.raises(ValueError, match="0 marks <IMG_CONTEXT> but 1 images"):
+        processor(images=[path], text="what?")
+
+
+def test_what_a_viewer_shows_is_read_by_the_processor(made, tmp_path):
+    """A turned photo and a transparent drawing, by our loader and by the export's processor."""
+    checkpoint, folder, _ = made(True, True, True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    run = to_hf.open_checkpoint(checkpoint).run
+    builder = SampleBuilder(run, load_tokenizer(run.data.tokenizer_model))
+    noise = np.random.default_rng(0).integers(0, 256, (16, 48, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise[..., :3]).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(noise).save(tmp_path / "clear.png")
+    for name in ("turned.png", "clear.png"):
+        row = {"messages": [{"role": "user", "content": "<image>what?"}], "images": [name]}
+        sample = builder.prompt(row, "row", tmp_path)
+        text = processor.apply_chat_template(row["messages"], add_generation_prompt=True)
+        for given in (Image.open(tmp_path / name), str(tmp_path / name)):
+            found = processor(images=given, text=text)
+            assert found["input_ids"][0].tolist() == sample.tokens_T.tolist()
+            (image,) = sample.images
+            tiles = torch.from_numpy(image.tiles).permute(0, 3, 1, 2) / 255.0
+            mean, std = (
+                torch.tensor(values).view(3, 1, 1)
+                for values in (run.data.image_mean, run.data.image_std)
+            )
+            assert torch.equal(found["pixel_values"], (tiles - mean) / std)
+    assert sample.images[0].grid.rows == 1
+
+
+def test_end_tokens_are_those_of_training(made, tmp_path):
+    """generate() stops where our answers end: the template's end, the origin's, the setting's."""
+    made(True, False, False)
+    origin = save_origin(tmp_path / "origin", fused=True)
+    base = converted(origin, tmp_path / "base", looks=False)
+    checkpoint = trained(base, tmp_path / "run", origin[0], end_tokens=["</box>"])
+    exported(checkpoint, tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    config = GenerationConfig.from_pretrained(tmp_path / "hf")
+    spelled = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    assert sorted(spelled) == sorted(["<|im_end|>", "<|endoftext|>", "</box>"])
+    assert config.pad_token_id == tokenizer.pad_token_id and config.top_k == 20
+
+
+def test_the_dtype_is_that_of_most_elements(made, tmp_path):
+    made(True, False, False)
+    origin = save_origin(tmp_path / "origin", fused=True)
+    base = converted(origin, tmp_path / "base", looks=False)
+    checkpoint = trained(base, tmp_path / "run", origin[0], bf16=True)
+    exported(checkpoint, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_without_a_tokenizer_the_export_says_so(made, tmp_path):
+    made(True, True, False)
+    origin = save_origin(tmp_path / "origin", fused=True)
+    for path in origin[0].glob("token*"):
+        path.unlink()
+    base = converted(origin, tmp_path / "base", looks=True)
+    lines = exported(base, tmp_path / "hf")
+    assert lines == ["no tokenizer travelled along: name its folder with --assets"]

@@ -1,0 +1,174 @@
+"""Every key of a row and of a message is used, or rejected in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_mm.data.chat import encode_row
+from megatron_mm.data.files.forms import normalise_row
+from megatron_mm.data.files.keys import check_keys
+from megatron_mm.data.files.rows import open_row_files
+from megatron_mm.data.loading.shuffle import RowGroupCache
+from megatron_mm.data.messages import check_messages
+from megatron_mm.data.sample import SampleBuilder
+from megatron_mm.errors import DataError
+
+ASK = {"role": "user", "content": "q"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}
+
+
+def answer(**more) -> dict:
+    return {"role": "assistant", "content": "yes", **more}
+
+
+def learnt(tokenizer, *messages) -> str:
+    encoded = encode_row({"messages": [*messages]}, "r:1", tokenizer, [], 999)
+    pairs = zip(encoded.tokens, encoded.supervised, strict=True)
+    return tokenizer.decode([token for token, on in pairs if on])
+
+
+@pytest.mark.parametrize(
+    "off", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"weight": 1, "loss": False}]
+)
+def test_a_turn_without_weight_is_read_and_not_learnt(tokenizer, off):
+    first, second = answer() | off, answer(content="no")
+    assert learnt(tokenizer, ASK, first, ASK, second) == "no<|im_end|>"
+    on = {"weight": 1} if "weight" in off else {"loss": True}
+    assert learnt(tokenizer, ASK, answer(**on), ASK, second) == "yes<|im_end|>no<|im_end|>"
+    whole = encode_row({"messages": [ASK, first, ASK, second]}, "r:1", tokenizer, [], 999)
+    plain = encode_row({"messages": [ASK, answer(), ASK, second]}, "r:1", tokenizer, [], 999)
+    assert whole.tokens == plain.tokens
+
+
+def test_reasoning_and_calls_are_learnt_before_the_end(tokenizer):
+    message = answer(reasoning_content="because", tool_calls=[CALL])
+    assert learnt(tokenizer, ASK, message) == (
+        "<think>\nbecause\n</think>\n\nyes\n"
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        (answer(reasoning="r"), "key 'reasoning', which nothing here uses; .*'reasoning_content'"),
+        (answer(thinking="r"), "key 'thinking'.*'reasoning_content'"),
+        (answer(function_call={}), "key 'function_call'.*'tool_calls'"),
+        (answer(loss_scale=0.5), "key 'loss_scale'.*'weight'"),
+        (answer(name="bot"), "key 'name'.* a assistant message may have role, content"),
+        (answer(images=["x"]), "key 'images'.*the row's key 'images'"),
+        (answer(weight=0.5), "has weight 0.5; allowed: 0 and 1"),
+        (answer(loss="no"), "has loss 'no'; allowed: true and false"),
+        (answer(reasoning_content=3), "'reasoning_content' is a int"),
+        (answer(tool_calls={"name": "f"}), "'tool_calls' is a dict"),
+        (answer(tool_calls="[{"), "'tool_calls' is not JSON"),
+        (answer(tool_calls=[{"function": {"name": "f"}, "extra": 1}]), "tool call 1 must be"),
+        (answer(tool_calls=[{"type": "code", "function": {"name": "f"}}]), "of type 'code'"),
+        (answer(tool_calls=[{"name": "f", "arguments": 3}]), "'arguments' is a int"),
+        (ASK | {"weight": 0}, "key 'weight'"),
+        (ASK | {"loss": True}, "a user turn with loss true; only answers are learnt"),
+        (ASK | {"image": "x.png"}, "key 'image'.*the row's key 'images'"),
+        (ASK | {"content": [{"type": "video"}]}, "part 1 of its content is none of"),
+        (ASK | {"content": [{"type": "text", "text": "a", "weight": 0}]}, "part 1 of its content"),
+        (ASK | {"content": [{"type": "image", "image": "x.png"}]}, "part 1 names its image"),
+        (answer(content=[{"type": "image"}]), "part 1 of its content is none of"),
+        ({"role": "system", "content": "<image>"}, "a system turn holds <image>"),
+        ({"role": "tool", "content": "<image>"}, "a tool turn holds <image>"),
+        ({"role": "tool", "content": "x", "tool_call_id": "c9"}, "answers the tool call 'c9'"),
+        (
+            {"role": "tool", "content": "x", "tool_call_id": "c1", "name": "g"},
+            "of the tool 'g', its call 'c1' of 'f'",
+        ),
+    ],
+)
+def test_what_nothing_uses_is_rejected(message, what):
+    messages = [ASK, answer(tool_calls=[CALL]), message]
+    with pytest.raises(DataError, match=f"^f:3: message 3 of 3.*{what}") as caught:
+        check_messages({"messages": messages}, "f:3")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_without_a_value_is_not_there(tokenizer):
+    """In parquet every message has the keys of all."""
+    nothing = dict.fromkeys(("weight", "loss", "tool_calls", "reasoning_content", "other"))
+    messages = [{**nothing, **ASK}, {**nothing, **answer()}]
+    assert check_messages({"messages": messages}, "f:3") == check_messages(
+        {"messages": [ASK, answer()]}, "f:3"
+    )
+
+
+def test_a_row_that_teaches_nothing_is_rejected(tokenizer):
+    with pytest.raises(DataError, match="0 of 1 assistant turns are learnt; set the weight or"):
+        learnt(tokenizer, ASK, answer(weight=0))
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "what"),
+    [
+        ({"id": 3, "source": "x"}, {}, r"2 of the row's 3 keys \('id', 'source'\); remove them"),
+        ({"imagse": []}, {}, "did you mean 'images'"),
+        ({"videos": ["v.mp4"]}, {"columns": True}, "'videos'"),
+        ({"weight": 0}, {"columns": True}, "'weight'"),
+        ({"rejected": "no"}, {"columns": True}, "'rejected'"),
+        ({"system": "Be brief"}, {"columns": True}, "'system'"),
+        ({"ability": "math"}, {}, "'ability'"),
+        ({"scene": "1", "id": 1}, {"extra": ["scene"]}, r"\('id'\)"),
+    ],
+)
+def test_keys_that_nothing_uses(row, options, what):
+    with pytest.raises(DataError, match=f"^f:3: nothing uses .*{what}") as caught:
+        check_keys({"messages": []} | row, "f:3", **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"tools": [], "images": [], "skill": "a", "spans": [], "ground_truth": "1"}, {}),
+        ({"id": None, "videos": None}, {}),
+        ({"id": 1}, {"extra": ["id"]}),
+        ({"id": 1, "videos": []}, {"extra": ["*"]}),
+        ({"solution": "1", "level": 3}, {"columns": True}),
+        ({"others": []}, {"more": ["others"]}),
+        ({"data_source": "a", "ability": "b", "extra_info": {}, "reward_model": {}}, {}),
+    ],
+)
+def test_keys_that_are_used(row, options):
+    check_keys({"messages": []} | row, "f:3", **options)
+
+
+def test_a_run_checks_its_rows(run, tokenizer, write_rows, make_row):
+    path = write_rows(make_row(), make_row(id=3))
+    rows, _ = open_row_files(path, RowGroupCache()).locate(0)
+    builder = SampleBuilder(run, tokenizer)
+    builder.training(rows[0], rows.where(0), rows.folder)
+    for build in (builder.training, builder.prompt, builder.measure):
+        with pytest.raises(DataError, match="rows.jsonl:2: nothing uses 1 of the row's 3 keys"):
+            build(rows[1], rows.where(1), rows.folder)
+    run.training.objective = "grpo"  # a reward may read it
+    SampleBuilder(run, tokenizer).prompt(rows[1], rows.where(1), rows.folder)
+
+
+def test_forms(tmp_path: Path):
+    """A number is an answer in every form, one `image` is an image, and none is lost."""
+    row = normalise_row({"messages": [], "ground_truth": 7, "image": "x.png"}, "f:1")
+    assert row == {"messages": [], "ground_truth": "7", "images": ["x.png"]}
+    assert normalise_row({"messages": [], "image": b"1"}, "f:1")["images"] == [b"1"]
+    held = {"messages": [], "reward_model": {"ground_truth": 0.5}}
+    assert normalise_row(held, "f:1")["ground_truth"] == "0.5"
+    assert normalise_row({"messages": [], "ground_truth": True}, "f:1")["ground_truth"] is True
+    with pytest.raises(DataError, match="f:1: 1 'images' and an 'image'; list all"):
+        normalise_row({"messages": [], "image": "x", "images": ["y"]}, "f:1")
+
+
+def test_a_key_that_is_given_twice(tmp_path: Path):
+    """JSON would keep the last: images or messages vanish."""
+    path = tmp_path / "rows.jsonl"
+    row = json.dumps({"messages": [ASK], "images": ["x.png"]})
+    path.write_text(row[:-1] + ', "images": []}\n')
+    rows, _ = open_row_files(path, RowGroupCache()).locate(0)
+    with pytest.raises(DataError, match="rows.jsonl:1: .*'images' is given twice"):
+        rows[0]
