@@ -27,8 +27,10 @@ from megatron_mm.convert import to_hf
 from megatron_mm.convert.export_inputs import TEMPLATE
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.generation.generate import Prompts, generate
+from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
-from support.exports import converted, exported, save_origin, trained
+from support.exports import converted, exported, loaded, save_origin, trained
 from support.tools import load_tool
 
 SETTINGS = {"max_num_tiles": 3, "image_mean": [0.5, 0.4, 0.3], "max_image_tokens": 24}
@@ -300,6 +302,47 @@ def test_end_tokens_are_those_of_training(made, tmp_path):
     spelled = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     assert sorted(spelled) == sorted(["<|im_end|>", "<|endoftext|>", "</box>"])
     assert config.pad_token_id == tokenizer.pad_token_id and config.top_k == 20
+
+
+def test_generate_ends_where_our_decoder_ends(made, tmp_path):
+    """A token of the greedy answer is made an end: both stop behind it."""
+    made(True, True, False)
+    origin = save_origin(tmp_path / "origin", fused=True)
+    base = converted(origin, tmp_path / "base", looks=True)
+    chat = [{"role": "user", "content": "what stands in cell 3?"}]
+
+    def answer(name: str, end_tokens: list[str]) -> tuple[list[int], list[int]]:
+        """Our greedy answer of at most 12 tokens, and that of transformers' generate."""
+        checkpoint = trained(base, tmp_path / name, origin[0], end_tokens=end_tokens)
+        exported(checkpoint, tmp_path / f"hf{name}")
+        run = to_hf.open_checkpoint(checkpoint).run
+        tokenizer = load_tokenizer(origin[0], run.data.end_tokens)
+        sample = SampleBuilder(run, tokenizer).prompt({"messages": chat}, "row", tmp_path)
+        engine = loaded(checkpoint)
+        engine.training(False)
+        ((completion,),) = generate(
+            engine,
+            Prompts(lambda index: sample, [0]),
+            Sampling(tokenizer.end_ids, 12, temperature=0.0),
+            max_num_seqs=1,
+            pad_id=tokenizer.pad_id,
+        )
+        folder = tmp_path / f"hf{name}"
+        hf = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+        inputs = AutoProcessor.from_pretrained(folder, trust_remote_code=True).apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        found = hf.generate(**inputs, max_new_tokens=12, do_sample=False)
+        return completion.tokens_G.tolist(), found[0, inputs["input_ids"].shape[1] :].tolist()
+
+    ours, theirs = answer("free", [])
+    assert ours == theirs and len(ours) == 12
+    end = next(i for i in ours[3:] if i not in ours[:3] and i < 256)
+    tokenizer = AutoTokenizer.from_pretrained(origin[0])
+    cut, theirs = answer("cut", [tokenizer.convert_ids_to_tokens(end)])
+    assert cut == theirs == ours[: ours.index(end) + 1] and len(cut) < 12
+    said = load_tokenizer(origin[0], [tokenizer.convert_ids_to_tokens(end)]).decode_answer(cut)
+    assert said == tokenizer.decode(cut[:-1])
 
 
 def test_the_dtype_is_that_of_most_elements(made, tmp_path):

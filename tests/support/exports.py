@@ -16,6 +16,7 @@ from megatron_mm.config import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
+    RunConfig,
     TrainingConfig,
     run_of_checkpoint,
 )
@@ -107,19 +108,25 @@ def trained(checkpoint: Path, out: Path, tokenizer: Path, *, bf16: bool = False,
     """Loads a converted checkpoint into an engine and saves it, as a run with these data settings
     would after three steps."""
     _, stored = folders.resolve(checkpoint)
-    run = run_of_checkpoint(stored["config"])
     run = replace(
-        run,
+        run_of_checkpoint(stored["config"]),
         data=DataConfig(tokenizer_model=str(tokenizer), **data),
         training=TrainingConfig(bf16=bf16),
         parallel=ParallelConfig(),
     )
+    engine = loaded(checkpoint, run)
+    sharded.save(engine, {}, out, 3, {NOTES: stored["extra"][NOTES]})
+    return out
+
+
+def loaded(checkpoint: Path, run: RunConfig | None = None) -> Engine:
+    """Returns an engine of one rank with a checkpoint's weights."""
+    run = run or run_of_checkpoint(folders.resolve(checkpoint)[1]["config"])
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     engine = Engine.create(run, groups.build(run.parallel))
-    state = sharded.load(engine, checkpoint, finetune=True)
-    sharded.save(engine, {}, out, 3, {NOTES: state["extra"][NOTES]})
-    return out
+    sharded.load(engine, checkpoint, finetune=True)
+    return engine
 
 
 def exported(checkpoint: Path, out: Path, **how) -> list[str]:
