@@ -194,9 +194,7 @@ class _Generation:
     def _forward(self, batches: list[Microbatch], positions: Callable) -> list[torch.Tensor]:
         """Returns each lane's logits, fp32 [positions, V], on the last stage."""
         size = self.engine.run.model.language.vocab_size
-        finish = partial(
-            whole_logits, wanted=positions, groups=self.engine.groups, vocab_size=size
-        )
+        finish = partial(whole_logits, wanted=positions, groups=self.engine.groups, vocab_size=size)
         caches = [lane.cache for lane in self.lanes]
         routes: list[Routes] | None = [{} for _ in self.lanes] if self.record_routes else None
         logits = self.engine.forward(batches, positions, finish, caches=caches, routes=routes)

@@ -174,7 +174,8 @@ def on_rank_save(run: RunConfig, folder) -> tuple[dict, list[float]]:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_checkpoints_reshard_with_optimizer_state(ranks, tmp_path, bf16):
-    """TP3 -> one rank -> TP2 -> TP2 with replicas -> TP2 with stages, bitwise, and each goes on alike."""
+    """From TP3 to one rank and to TP2, plain, with replicas and with stages: bitwise, and each goes
+    on alike."""
     way = ("one", "TP2", "TP2xDP2", "TP2xPP2")
     expected, losses = ranks(3, on_rank_save, of_layout("TP3", bf16=bf16), tmp_path / "0")[0]
     assert expected["exp_avg.output_layer.weight"].shape == (VOCABULARY, 48)

@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_mm.parallel.param_layout import Initializer, constant, place
 
-# Its exponential is exactly 0 in every precision. Finite, because 0 times infinity, which an entropy
-# would contain, is not a number.
+# Its exponential is exactly 0 in every precision. Finite, because an entropy multiplies the two,
+# and 0 times infinity is not a number.
 PADDED_LOGIT = -1e30
 
 
@@ -110,7 +110,9 @@ def vocab_embedding(
 ) -> nn.Module:
     """Tokens to vectors. Rows past the vocabulary are padding, which no token reaches."""
     padded = padded_vocab_size(vocab_size, tp)
-    layer = VocabParallelEmbedding(padded, hidden_size, init_method=None, config=config, tp_group=tp)
+    layer = VocabParallelEmbedding(
+        padded, hidden_size, init_method=None, config=config, tp_group=tp
+    )
     place(layer.weight, init, split={0: tp}, whole={0: vocab_size})
     return layer
 
