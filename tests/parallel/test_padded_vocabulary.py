@@ -8,20 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint import folders, sharded, storage
 from megatron_mm.checkpoint.optimizer_state import collect
 from megatron_mm.config import RunConfig, validate
 from megatron_mm.model.layers.linear import PADDED_LOGIT
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 from megatron_mm.rl.logprobs import sampled_logprobs
-from support.checkpoint_runs import (
-    assert_same,
-    create,
-    tiny_run,
-    train,
-    whole,
-)
+from support.checkpoint_runs import assert_same, create, tiny_run, train, whole
 from support.invariance import compare
 from support.layouts import parallel_config, step_gradients
 
@@ -137,8 +131,7 @@ def on_rank_start(run: RunConfig, folder) -> dict[str, torch.Tensor]:
 
 
 def files(folder) -> dict[str, tuple[int, ...]]:
-    from megatron_mm.checkpoint import folders, storage
-
+    """Names and whole shapes of the tensors on disk."""
     path, run = folders.resolve(folder)
     stored, _ = storage.read_index(path, run["checksums"])
     return {key: tuple(shape) for key, shape in stored.items()}
@@ -224,7 +217,8 @@ def test_log_probabilities_and_entropies_are_those_of_the_vocabulary(
     found = ranks(world, on_rank_logprobs, size, temperature)
     gradient = torch.cat([answer[2] for answer in found], 1)
     assert not gradient[:, size:].any()
-    # fp32's rounding of logits, which are as large as 4 / temperature.
+    # fp32 rounds at 6e-8: the logits are as large as 15 / temperature, and a probability's relative
+    # error, like a gradient's (1 / temperature large), is the logit's absolute one.
     close = dict(rtol=1e-5, atol=1e-6 * max(1.0, 4 / temperature))
     torch.testing.assert_close(
         gradient[:, :size].double(), logits.grad, rtol=1e-4, atol=1e-4 / temperature
