@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mm.config.megatron import ALWAYS, REFUSED
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FOLDERS = ("megatron_mm", "tools", "examples")
@@ -22,6 +24,7 @@ FOREIGN = {
     "torchrun": {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"},
     "pip install": {"--no-build-isolation"},
     "apex": {"--cpp_ext", "--cuda_ext"},
+    "Megatron's flags that are no settings": {*ALWAYS, *REFUSED, "--freeze-"},  # --freeze-LM
 }
 SOURCES = ("py", "sh", "yaml", "sbatch", "j2", "jinja", "toml", "txt", "json")
 

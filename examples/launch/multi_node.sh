@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains on several machines that are reachable by ssh and share this folder:
+# Trains on several machines that are reachable by ssh and share this repository's folder and the
+# folder in which it is started, where relative paths begin:
 #   NODES="a b c d" examples/launch/multi_node.sh examples/mm-80b.yaml [trainer flags]
 # With a scheduler, use slurm.sbatch or jobset.yaml instead. A failed node rejoins if node.sh is
 # started there by hand with the same variables.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 read -ra nodes <<<"${NODES:?the hosts, separated by spaces; the first holds the rendezvous}"
 
-words=$(printf ' %q' "$PWD/examples/launch/node.sh" "$@")
+words=$(printf ' %q' "$launch/node.sh" "$@")
 variables="NNODES=${#nodes[@]} RDZV_ENDPOINT=${nodes[0]}:${PORT:-29500} RDZV_ID=mm-$$"
 for name in NPROC_PER_NODE RDZV_TIMEOUT MAX_RESTARTS SKIP_DOCTOR PYTHON OMP_NUM_THREADS; do
     if [ -n "${!name:-}" ]; then variables+=$(printf ' %s=%q' "$name" "${!name}"); fi

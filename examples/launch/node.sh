@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs one node's part of a job: checks all nodes together, then trains. Start it on every node:
 #   examples/launch/node.sh CONFIG [trainer flags]
+# Relative paths, in CONFIG and in flags too, begin at the folder in which it is started.
 #
 # NNODES          number of nodes (1)
 # NPROC_PER_NODE  ranks per node (8)
@@ -12,13 +13,14 @@
 # NODE_ADDR       address of this node for the others (its host name)
 # SKIP_DOCTOR     if set, skips the checks
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 config=${1:?usage: node.sh CONFIG [trainer flags]}
 shift
 python=${PYTHON:-python}
-if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+# Plug-ins may lie in the folder of the start; a second checkout there must not replace this one.
+export PYTHONPATH="$root:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # megatron-core: comm order
 
@@ -30,13 +32,13 @@ if [ -n "${NODE_ADDR:-}" ]; then # torchrun cannot tell the host by name then
     if [ "$NODE_ADDR" = "${endpoint%:*}" ]; then conf+=",is_host=1"; else conf+=",is_host=0"; fi
 fi
 launch=(
-    "$python" tools/launch.py --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-8}"
+    "$python" "$root/tools/launch.py" --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-8}"
     --rdzv-backend c10d --rdzv-endpoint "$endpoint" ${NODE_ADDR:+--local-addr "$NODE_ADDR"}
     --rdzv-conf "$conf"
 )
 id=${RDZV_ID:-mm}
 if [ -z "${SKIP_DOCTOR:-}" ]; then
-    "${launch[@]}" --rdzv-id "$id-doctor" tools/doctor.py --config "$config" "$@"
+    "${launch[@]}" --rdzv-id "$id-doctor" "$root/tools/doctor.py" --config "$config" "$@"
 fi
 # exec, so that signals reach the agent, which forwards them to the ranks.
 exec "${launch[@]}" --rdzv-id "$id" --max-restarts "${MAX_RESTARTS:-3}" \

@@ -67,7 +67,6 @@ def _check_bounds(run: RunConfig) -> None:
 def _check_language(model: ModelConfig, parallel: ParallelConfig) -> None:
     lm, tp = model.language, parallel.tensor_model_parallel_size
     by_tp = ("tensor_model_parallel_size", tp)
-    divides("vocab_size", lm.vocab_size, *by_tp)
     divides("hidden_size", lm.hidden_size, *by_tp)
     divides("num_attention_heads", lm.num_attention_heads, *head_ranks(parallel))
     require(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NoReturn, get_args, get_origin
 
+from megatron_mm.config import megatron
 from megatron_mm.config.settings import DataPhase, RunConfig
 from megatron_mm.config.tree import Leaf, coerce, expected, leaves, optional
 from megatron_mm.errors import ConfigError
@@ -20,11 +21,13 @@ from megatron_mm.errors import ConfigError
 
 @dataclass
 class Flags:
-    """The flags of a command line. `values` holds only the leaves that were given, by path."""
+    """The flags of a command line. `values` holds only the leaves that were given, by path;
+    `accepted` a line for each flag of Megatron's that always holds."""
 
     config: str | None = None
     preset: str | None = None
     values: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    accepted: list[str] = field(default_factory=list)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,11 +118,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
-    """Reads a command line. Raises ConfigError for an unknown flag or an unreadable value."""
+    """Reads a command line. Raises ConfigError for an unknown flag, an unreadable value, or a flag
+    of Megatron's that means something else here."""
     given, rest = make_parser().parse_known_args(list(argv))
+    rest, accepted = megatron.take(rest)
     by_name = {leaf.name: leaf for leaf in leaves(RunConfig)}
     if rest and rest[0].startswith("-"):
-        names = ["--config", "--preset"]
+        names = ["--config", "--preset", *megatron.ALWAYS]
         for leaf in by_name.values():
             names.append(flag_name(leaf))
             if leaf.hint is bool:
@@ -131,7 +136,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
             f"and none behind --flag or --no-flag"
         )
     values = vars(given)
-    flags = Flags(values.pop("config", None), values.pop("preset", None))
+    flags = Flags(values.pop("config", None), values.pop("preset", None), accepted=accepted)
     for name, text in values.items():
         leaf = by_name[name]
         flags.values[leaf.path] = _read(leaf.hint, text, flag_name(leaf))

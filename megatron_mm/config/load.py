@@ -9,6 +9,7 @@ checks names and types; `checks.py` checks the sizes.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from megatron_mm.config.presets import preset, vision_preset
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.config.tree import coerce, from_dict, merge, to_dict
 from megatron_mm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["dump_yaml", "from_dict", "load", "read_yaml", "run_of_checkpoint", "to_dict"]
 
@@ -83,7 +86,8 @@ def _with_bases(path: str) -> dict[str, Any]:
 
 
 def load(path: str | None = None, argv: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file (or `--config`, which wins over `path`) and flags describe.
+    """The run that a YAML file (or `--config`, which wins over `path`) and flags describe. Flags of
+    Megatron's that always hold are said.
 
     Raises ConfigError with one line for the first name, type or preset that is wrong.
     """
@@ -93,6 +97,8 @@ def load(path: str | None = None, argv: Sequence[str] = ()) -> RunConfig:
     import_plugins(tree.get("plugins", []) if early.plugins is None else early.plugins)
     make_known(early.objective or _objective(tree))
     flags = parse_flags(argv)
+    for line in flags.accepted:
+        logger.info("%s", line)
     if flags.preset is not None or "model" in tree:
         tree["model"] = _over_presets(tree.get("model", {}), flags.preset)
     for leaf, value in flags.values.items():

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from megatron_mm.config.flags import default_text, flag_name, names_text
+from megatron_mm.config.megatron import ALWAYS, REFUSED
 from megatron_mm.config.settings import DataPhase, DataSource, RunConfig
 from megatron_mm.config.settings_model import MemoryConfig
 from megatron_mm.config.tree import Leaf, expected, leaves
@@ -22,8 +23,9 @@ This room holds every setting of a run and what can be said from settings alone:
 model has, which stage holds them, what they cost. It imports no torch.
 
 A run is a preset, a YAML file and flags, laid on each other in this order (`load.py`). Every row
-below is a key of its section in YAML and, except in the last three tables, a flag in Megatron's
-spelling. A bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`.
+below is a key of its section in YAML and, except where it says so, a flag in Megatron's spelling.
+A bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`. What happens
+to [the other flags of Megatron's](#megatrons-flags-that-are-no-settings) stands at the end.
 `base:` in a YAML file names a file that it overrides, `model: preset:` a model to start from. A
 wrong key, type or size is rejected in one line before anything starts.
 
@@ -52,6 +54,22 @@ class Smoothing:
 This page is generated: `python -m megatron_mm.config.reference > megatron_mm/config/README.md`.
 """
 
+MEGATRON = """\
+## Megatron's flags that are no settings
+
+A launch script of Megatron's may keep the flags of the first table: what they say always holds, and
+the log says so. Those of the second mean something else here, and are refused with what is said
+beside them.
+
+| accepted | because |
+|---|---|
+{always}
+
+| refused | because |
+|---|---|
+{refused}
+"""
+
 # Sections in lists and under names of the user's own: keys of files without flags of their own.
 IN_FILES = {
     "model.fusion.memories.NAME": MemoryConfig,
@@ -71,7 +89,18 @@ def page() -> str:
         table = "| key, in files | allowed | default | |\n|---|---|---|---|"
         rows = "\n".join(_row(leaf, leaf.name) for leaf in leaves(section))
         parts.append(f"## {name}\n\n{table}\n{rows}\n")
+    parts.append(MEGATRON.format(always="\n".join(_always()), refused="\n".join(_refused())))
     return "\n".join(parts)
+
+
+def _always() -> Iterator[str]:
+    for flag, always in ALWAYS.items():
+        yield f"| `{' '.join((flag, ' or '.join(always.values))).strip()}` | {always.why} |"
+
+
+def _refused() -> Iterator[str]:
+    for flag, why in REFUSED.items():
+        yield f"| `{flag}` | {why} |"
 
 
 def _row(leaf: Leaf, name: str | None = None) -> str:

@@ -34,7 +34,8 @@ class LanguageConfig:
     """Family of the language model: a folder of model/families, or the dotted path of a
     declaration."""
     vocab_size: PositiveInt
-    """Tokens in the vocabulary: rows of the embedding and of the output layer."""
+    """Tokens in the vocabulary: rows of the embedding and of the output layer. A vocabulary that
+    tensor-parallel ranks do not divide is padded."""
     hidden_size: PositiveInt
     """Features of the hidden state."""
     layernorm_epsilon: PositiveFloat

@@ -41,7 +41,8 @@ class Objective[B: Microbatch](Protocol):
 
         Args:
             logits_K1V: at `positions_K` of the stream, this tensor-parallel rank's slice of the
-                vocabulary, [K, 1, V / TP].
+                vocabulary, [K, 1, V / TP]. Where TP does not divide V, the last ones are padding at
+                `linear.PADDED_LOGIT`, whose probability is 0.
             positions_K: on the CPU; those of `positions` that this context-parallel rank holds,
                 or, if it holds none, any one that is not of them.
             metrics: takes whatever is worth a number. A number that is not finite ends the run.

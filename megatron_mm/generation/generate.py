@@ -193,7 +193,8 @@ class _Generation:
 
     def _forward(self, batches: list[Microbatch], positions: Callable) -> list[torch.Tensor]:
         """Returns each lane's logits, fp32 [positions, V], on the last stage."""
-        finish = partial(whole_logits, wanted=positions, groups=self.engine.groups)
+        size = self.engine.run.model.language.vocab_size
+        finish = partial(whole_logits, wanted=positions, groups=self.engine.groups, vocab_size=size)
         caches = [lane.cache for lane in self.lanes]
         routes: list[Routes] | None = [{} for _ in self.lanes] if self.record_routes else None
         logits = self.engine.forward(batches, positions, finish, caches=caches, routes=routes)
@@ -263,6 +264,7 @@ def whole_logits(
     positions: torch.Tensor,
     wanted: Callable[[Microbatch], torch.Tensor],
     groups: Groups,
+    vocab_size: int,
 ) -> torch.Tensor:
     """Gathers logits, fp32 [wanted positions, V], on every tensor- and context-parallel rank.
 
@@ -276,7 +278,7 @@ def whole_logits(
     if tp.size() > 1:
         slices = [torch.empty_like(logits) for _ in range(tp.size())]
         dist.all_gather(slices, logits, group=tp)
-        logits = torch.cat(slices, 1)
+        logits = torch.cat(slices, 1)[:, :vocab_size]  # without padding
     if cp.size() > 1:
         everywhere = wanted(batch)
         whole = logits.new_zeros(len(everywhere), logits.shape[1])

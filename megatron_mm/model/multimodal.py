@@ -38,7 +38,12 @@ from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.layers.linear import ReplicatedLinear, column, vocab_embedding
+from megatron_mm.model.layers.linear import (
+    ReplicatedLinear,
+    hide_padding,
+    output_layer,
+    vocab_embedding,
+)
 from megatron_mm.model.layers.lora import add_lora
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.layers.projector import Projector
@@ -187,13 +192,8 @@ class MultimodalModel(MegatronModule):
                 partial_gradient=config.sequence_parallel,
                 dtype=dtype,
             )
-            self.output_layer = column(
-                language.hidden_size,
-                language.vocab_size,
-                config=config,
-                init=init,
-                tp=pg.tp,
-                gathered_input=True,
+            self.output_layer = output_layer(
+                language.hidden_size, language.vocab_size, config=config, init=init, tp=pg.tp
             )
 
     def set_input_tensor(self, tensor) -> None:
@@ -260,7 +260,7 @@ class MultimodalModel(MegatronModule):
             rows = (positions - first).to(hidden_t1H.device, non_blocking=True)
             hidden_t1H = hidden_t1H.index_select(0, rows)
         assert self.output_layer is not None  # this is the last stage
-        return self.output_layer(hidden_t1H)[0]
+        return hide_padding(self.output_layer(hidden_t1H)[0], self.output_layer)
 
     def forward(
         self,
@@ -285,7 +285,8 @@ class MultimodalModel(MegatronModule):
             metrics: takes what layers add to the metrics of this microbatch.
 
         Returns:
-            logits [K, 1, V / TP] on the last stage, else the wire's tensor.
+            logits [K, 1, V / TP] on the last stage, else the wire's tensor. Where TP does not
+            divide V they are padded (`hide_padding`).
         """
         prompts = cache is None or not cache.stepping  # in a step no row has an image
         reads = self.reads if prompts else ()

@@ -24,7 +24,7 @@ from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
 from support.batches import microbatch, small_model
 from support.slow_generate import generate as slow_generate
-from support.trainers import LAYOUTS, digits_run, with_two_memories
+from support.trainers import LAYOUTS, PRIME, TP3, digits_run, with_two_memories
 from support.weights import random_engine
 
 NEVER = -1
@@ -58,7 +58,12 @@ def trainer_logprobs(engine, samples, found, temperature: float) -> list[list[to
             tokens = completion.tokens_G
             batch = with_answers(prompt, tokens.unsqueeze(0), pad, token_multiple(run))
             wanted = torch.arange(len(tokens)) + len(sample.tokens_T) - 1
-            finish = partial(whole_logits, wanted=lambda _, w=wanted: w, groups=engine.groups)
+            finish = partial(
+                whole_logits,
+                wanted=lambda _, w=wanted: w,
+                groups=engine.groups,
+                vocab_size=run.model.language.vocab_size,
+            )
             logits = engine.forward([batch], lambda _, w=wanted: w, finish)
             if logits:
                 scaled = (logits[0] / temperature).log_softmax(-1)
@@ -184,6 +189,41 @@ def test_completions_do_not_depend_on_the_layout(ranks, scenes, one_rank, name, 
         for ours, theirs in zip(group, logprobs[number], strict=True):
             assert (ours - theirs).abs().max() <= 1e-5
     assert max(answer["worst"] for answer in answers) <= 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_padding_of_a_vocabulary_is_never_drawn(ranks, scenes, temperature):
+    """The same tokens and log-probabilities as of one rank, which has no padding."""
+    expected = ranks(1, on_rank_sample, digits_run(scenes, **PRIME), temperature, 2, 6)[0]
+    run = digits_run(scenes, **TP3, **PRIME)
+    answers = ranks(3, on_rank_sample, run, temperature, 2, 6)
+    assert merged(answers, "tokens") == expected["tokens"]
+    logprobs = merged(answers, "logprobs")
+    for number, group in expected["logprobs"].items():
+        for ours, theirs in zip(group, logprobs[number], strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5
+    assert max(answer["worst"] for answer in answers) <= 1e-5
+
+
+def test_padding_is_cut_off_what_is_drawn_from(ranks, scenes):
+    run = digits_run(scenes, **TP3, **PRIME)
+    assert set(ranks(3, on_rank_widths, run)) == {(389, True)}
+
+
+def on_rank_widths(run: RunConfig) -> tuple[int, bool]:
+    """Width of the gathered logits, and whether all of them are of real tokens."""
+    engine = random_engine(run)
+    tokenizer = load_tokenizer(run.data.tokenizer_model)
+    questions = EvalSet(run.data.valid_data, run, tokenizer)
+    batch = questions.collate([questions[0]])
+    finish = partial(
+        whole_logits,
+        wanted=lambda batch: torch.arange(len(batch.tokens_T)),
+        groups=engine.groups,
+        vocab_size=run.model.language.vocab_size,
+    )
+    (logits,) = engine.forward([batch], lambda batch: torch.arange(len(batch.tokens_T)), finish)
+    return logits.shape[1], bool((logits.abs() < 1e3).all())
 
 
 @pytest.mark.parametrize("name", ["one rank", "PP2xVPP2", "CP2"])

@@ -16,6 +16,7 @@ LAYOUTS = {
     "DP2": ({}, 2),
     "DP2, bf16, whole optimizer": ({"use_distributed_optimizer": False, "bf16": True}, 2),
     "TP2": ({"tp": 2}, 1),
+    "TP2 DP2, padded vocabulary": ({"tp": 2, "etp": 1, "vocab_size": 331}, 2),
     "TP2, selective": (
         {
             "tp": 2,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from support.grpo_runs import ARMS, TOKENS, arm, assert_same_steps, grpo_run, on_rank_steps
-from support.trainers import LAYOUTS
+from support.trainers import LAYOUTS, PRIME, TP3
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,12 @@ def test_steps_do_not_depend_on_the_layout(ranks, scenes, skill_map, one_rank, n
     for rank in ranks(size, on_rank_steps, arm(scenes, skill_map, name, **sizes), 4):
         assert_same_steps(one_rank[name], rank, 2e-3)
         assert_same_steps(one_rank[name][:1], rank[:1], 2e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "earl"])
+def test_steps_do_not_depend_on_the_padding_of_a_vocabulary(ranks, scenes, skill_map, name):
+    """Rewards, entropies, log-probabilities, losses and gradient norms; 389 tokens on 3 ranks."""
+    (expected,) = ranks(1, on_rank_steps, arm(scenes, skill_map, name, **PRIME), 2)
+    for rank in ranks(3, on_rank_steps, arm(scenes, skill_map, name, **PRIME, **TP3), 2):
+        assert_same_steps(expected[:1], rank[:1], 2e-5)  # as on the layouts above
+        assert_same_steps(expected, rank, 2e-3)

@@ -45,11 +45,13 @@ SIX_B = dict(vision_normalization="RMSNorm", vision_add_qkv_bias=False, vision_q
 def base_model(
     tp: int = 1, *, tied: bool = False, family: str = "qwen3_next", **vision
 ) -> ModelConfig:
-    """Returns a family's small model without CLVR; for tp 3, with sizes that 3 ranks divide."""
+    """Returns a family's small model without CLVR; for tp 3, with sizes that 3 ranks divide and a
+    vocabulary that they do not."""
     model = SMALL_MODELS[family](PATTERN, image_stream="all", vision_memory="none")
     language = model.language
     language.untie_embeddings_and_output_weights = not tied
     if tp == 3:
+        language.vocab_size = 97
         language.num_attention_heads, language.num_query_groups = 6, 2
         language.linear_num_key_heads, language.linear_num_value_heads = 3, 6
         language.hidden_size = language.moe_shared_expert_intermediate_size = 48

@@ -31,7 +31,7 @@ def layout_run(sizes: dict, replicas: int) -> RunConfig:
     run.data.seq_length, run.data.max_num_tiles = 96, 3
     for name, value in sizes.items():
         name = SIZES.get(name, name)
-        for section in (run.parallel, run.training, run.data, run.model.fusion):
+        for section in (run.parallel, run.training, run.data, run.model.fusion, run.model.language):
             if hasattr(section, name):
                 setattr(section, name, value)
     # The second shows what the first leaves behind; a pipeline has several in flight.

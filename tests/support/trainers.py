@@ -21,6 +21,7 @@ from support.batches import values_of
 from support.weights import move_looks_off_zero
 
 TP2 = dict(tensor_model_parallel_size=2)
+TP3 = dict(tensor_model_parallel_size=3)
 PP2 = dict(pipeline_model_parallel_size=2)
 CP2 = dict(context_parallel_size=2)
 VPP2 = dict(virtual_pipeline_model_parallel_size=2)
@@ -39,6 +40,18 @@ LAYOUTS = {
     "TP2xPP2": (4, TP2 | PP2),
     "PP2xVPP2xCP2": (4, PP2 | VPP2 | CP2),
 }
+# Sizes that 3 ranks divide, and a prime vocabulary, which no number of ranks does.
+PRIME = dict(
+    vocab_size=389,
+    num_attention_heads=6,
+    num_query_groups=3,
+    linear_num_key_heads=3,
+    linear_num_value_heads=6,
+    moe_ffn_hidden_size=48,
+    moe_shared_expert_intermediate_size=48,
+    vision_ffn_hidden_size=96,
+    clvr_num_attention_heads=6,
+)
 # Relative, over four steps with three updates in between. Adam turns a gradient into a step
 # of about lr whatever its size, so rounding in tiny gradients moves parameters by up to lr
 # and losses drift apart: 4e-7 was measured at this lr. A layout that forgets to update one module

@@ -268,6 +268,81 @@ def test_two_hosts_of_a_network(network, config, tmp_path):
     assert not Nodes(tmp_path, config).left()
 
 
+@pytest.fixture
+def elsewhere(tmp_path, scenes, config) -> Path:
+    """A user's folder with a config whose paths are all relative to it."""
+    folder = tmp_path / "user's folder"
+    folder.mkdir()
+    tree = yaml.safe_load(config.read_text())
+    tree["data"]["train_data"][0]["path"] = "scenes/mix.jsonl"
+    tree["checkpoint"]["save"], tree["logging"]["output_dir"] = "saved", "out"
+    (folder / "mine.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "scenes").symlink_to(scenes)
+    # Another checkout, whose code must not run.
+    (folder / "megatron_mm").mkdir()
+    (folder / "megatron_mm/__init__.py").write_text("raise SystemExit('the wrong checkout')")
+    (folder / "my_plugin.py").write_text("")
+    return folder
+
+
+RELATIVE = ("mine.yaml", "--tokenizer-model", "scenes/tokenizer.model", "--train-iters", "2")
+
+
+def environment_of(**variables: object) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PYTHONPATH")}
+    words = {"NPROC_PER_NODE": 1, "PYTHON": sys.executable, "OMP_NUM_THREADS": 1} | variables
+    return kept | {k: str(v) for k, v in words.items()}
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])
+def test_relative_paths_are_those_of_the_users_folder(script, elsewhere, tmp_path):
+    """Of the config, of flags, in the config and of plug-ins; for the doctor and the trainer."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/usr/bin/env bash\ncd /\nexec bash -c "$2"\n')  # as at a fresh login
+    ssh.chmod(0o755)
+    variables = {"NODES": "127.0.0.1", "PORT": free_port(), "SSH": str(ssh)}
+    if script == "single_node.sh":
+        variables = {}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / script), *RELATIVE, "--plugins", "my_plugin"],
+        cwd=elsewhere, env=environment_of(**variables),
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "same everywhere" in done.stdout
+    assert saved(elsewhere) == 2 and (elsewhere / "out" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["its own", "a copy"])
+def test_slurm_starts_the_nodes_in_the_folder_of_the_call(copied, tmp_path):
+    """Slurm runs a copy of the script in its spool, with its own variables."""
+    (tmp_path / "bin").mkdir()
+    original = "/home/me/mine.sbatch" if copied else LAUNCH / "slurm.sbatch"
+    job = f"   Command={original} a.yaml"
+    for name, text in {
+        "scontrol": f'[ "$1 $2" = "show hostnames" ] && echo n1 || echo "{job}"',
+        "srun": 'echo "$RDZV_ENDPOINT $PWD $*"',
+    }.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    spool = tmp_path / "spool"
+    spool.write_text((LAUNCH / "slurm.sbatch").read_text())
+    folder = ROOT if copied else tmp_path
+    slurm = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(spool), "a.yaml", "--lr", "1"],
+        cwd="/", env=os.environ | slurm, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    node = "examples/launch/node.sh" if copied else LAUNCH / "node.sh"
+    said = f"n1:20007 {folder} --kill-on-bad-exit=0 {node} a.yaml --lr 1\n"
+    assert done.stdout == said
+
+
 def test_what_differs_between_ranks_is_named():
     doctor = importlib.import_module("megatron_mm.doctor.ranks")
     notes = [

@@ -59,8 +59,9 @@ def check_results(folder: Path, pipeline: int) -> None:
 
 
 def test_torchrun_trains_evaluates_and_reports(config, tmp_path):
-    done = launch(TORCHRUN, "--config", config, *PIPELINE)
+    done = launch(TORCHRUN, "--config", config, *PIPELINE, "--sequence-parallel")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--sequence-parallel: always so here: ") == 1  # by one rank
     check_results(tmp_path / "out", pipeline=2)
     assert f"report: {tmp_path}/out/report.html" in done.stdout
 

@@ -14,6 +14,7 @@ recorded. A dry run writes nothing and needs no weights: config.json is enough.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from megatron_mm.config import (
 from megatron_mm.config.flags import parse_flags
 from megatron_mm.config.tree import merge
 
+logger = logging.getLogger(__name__)
+
 
 def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
     """Returns the folder's model with what the flags add, on the layout of the flags.
@@ -41,7 +44,10 @@ def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
         ConfigError: a flag sets something else, or the sizes do not fit.
     """
     tree = to_dict(RunConfig(model=model))
-    for path, value in parse_flags(argv).values.items():
+    flags = parse_flags(argv)
+    for line in flags.accepted:
+        logger.info("%s", line)
+    for path, value in flags.values.items():
         known = path[:2] == ("model", "fusion") or path[-1] in ("hybrid_layer_pattern", "seed")
         if path[0] != "parallel" and not known:
             raise ConfigError(
