@@ -73,36 +73,16 @@ def stored_run(path: Path, stored: dict, given: RunConfig, world_size: int) -> R
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if a checkpoint cannot be read or written; 2 for wrong
     settings."""
-    cli.setup_logging(cli.rank())
-    from megatron_mm import platform
-
-    platform.quiet()
-    platform.install()
-
-    from megatron_mm.checkpoint import folders
+    from megatron_mm.checkpoint.command import CheckpointCommand
     from megatron_mm.checkpoint.merge import merge_adapters
-    from megatron_mm.engine.engine import Engine
-    from megatron_mm.errors import CheckpointError
-    from megatron_mm.parallel import groups
 
-    started, status = False, 0
-    try:
+    with CheckpointCommand() as command:
         given = settings(argv)
         source, target = given.checkpoint.load, given.checkpoint.save
         assert source is not None and target is not None  # `settings` has refused a run without
-        try:
-            path, stored = folders.resolve(Path(source))
-        except CheckpointError as error:
-            raise CheckpointError(f"cannot load {source}: {error}") from None
-        run = stored_run(path, stored["config"], given, cli.world_size())
-        groups.start(run.parallel)
-        started = True
-        engine = Engine.create(run, groups.build(run.parallel))
+        path, stored = command.resolve(source)
+        engine = command.engine(stored_run(path, stored["config"], given, cli.world_size()))
         merged = merge_adapters(engine, path, Path(target))
         if cli.rank() == 0:
             print(f"merged: {merged}")
-    except (CheckpointError, ConfigError) as error:
-        status = cli.fail(error)
-    if started:
-        groups.stop()
-    return status
+    return command.status

@@ -135,33 +135,19 @@ def table(found, causal: dict | None) -> list[str]:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if checkpoint, data or routes cannot be used; 2 for wrong
     settings."""
-    cli.setup_logging(cli.rank())
-    from megatron_mm import platform
-
-    platform.quiet()
-    platform.install()
-
-    from megatron_mm.checkpoint import folders, sharded
+    from megatron_mm.checkpoint import sharded
+    from megatron_mm.checkpoint.command import CheckpointCommand
     from megatron_mm.data.tokenizer import load_tokenizer
     from megatron_mm.earl.discovery import probe_and_discover
     from megatron_mm.earl.probe import Probe
     from megatron_mm.earl.skill_map import load_skill_map
-    from megatron_mm.engine.engine import Engine
-    from megatron_mm.errors import CheckpointError, DataError, RLError
-    from megatron_mm.parallel import groups
 
-    started, status = False, 0
-    try:
+    with CheckpointCommand() as command:
         args, rest = settings(argv)
-        try:
-            path, stored = folders.resolve(args.checkpoint)
-        except CheckpointError as error:
-            raise CheckpointError(f"cannot load {args.checkpoint}: {error}") from None
+        path, stored = command.resolve(args.checkpoint)
         run = probed_run(stored["config"], args, rest, cli.world_size())
         tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
-        groups.start(run.parallel)
-        started = True
-        engine = Engine.create(run, groups.build(run.parallel))
+        engine = command.engine(run)
         sharded.load(engine, path, finetune=True)
         given = None
         if args.skill_map is not None:
@@ -187,8 +173,4 @@ def main(argv: list[str]) -> int:
             for skill in found.skill_map.info["without_cluster"]:
                 print(f"left out: {skill} has no expert of lift {args.min_lift:g}")
             print(f"written: {args.out}, {args.out.with_suffix('.png')}")
-    except (CheckpointError, ConfigError, DataError, RLError) as error:
-        status = cli.fail(error)
-    if started:
-        groups.stop()
-    return status
+    return command.status

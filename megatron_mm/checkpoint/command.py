@@ -1,0 +1,67 @@
+"""The frame of a command that works on a checkpoint's model: its job of ranks, its exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_mm import cli, platform
+from megatron_mm.config import RunConfig
+from megatron_mm.errors import CheckpointError, ConfigError, DataError, RLError
+
+
+class CheckpointCommand:
+    """Use it in a `with` statement. Errors that users see end the block with one line on rank 0;
+    `status` is then the exit code: 0; 2 for wrong settings; 1 for anything else.
+
+    Attributes:
+        status: the exit code, once the block has ended.
+    """
+
+    def __init__(self) -> None:
+        cli.setup_logging(cli.rank())
+        platform.quiet()
+        platform.install()
+        self.status, self._started = 0, False
+
+    def resolve(self, folder: str | Path) -> tuple[Path, dict[str, Any]]:
+        """Returns the folder of the newest checkpoint in `folder` and what its run.json holds.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        from megatron_mm.checkpoint import folders
+
+        try:
+            return folders.resolve(Path(folder))
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot load {folder}: {error}") from None
+
+    def engine(self, run: RunConfig) -> Any:
+        """Starts the job of ranks and returns its `engine.Engine`, with new weights."""
+        from megatron_mm.engine.engine import Engine
+        from megatron_mm.parallel import groups
+
+        groups.start(run.parallel)
+        self._started = True
+        return Engine.create(run, groups.build(run.parallel))
+
+    def __enter__(self) -> CheckpointCommand:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        shown = isinstance(error, (CheckpointError, ConfigError, DataError, RLError))
+        if shown:
+            assert isinstance(error, Exception)
+            self.status = cli.fail(error)
+        if self._started and (shown or error is None):
+            from megatron_mm.parallel import groups
+
+            groups.stop()
+        return shown
