@@ -23,6 +23,7 @@ from megatron_mm.parallel.param_layout import layouts
 from support.folders import (
     SHARD,
     SIX_B,
+    TEXT_CLASSES,
     assert_same,
     base_model,
     planned,
@@ -122,8 +123,9 @@ def job():
     dist.destroy_process_group()
 
 
-def test_transformers_loads_what_is_written(job, tmp_path):
-    hf = save_fused(tmp_path / "in")
+@pytest.mark.parametrize("family", TEXT_CLASSES)
+def test_transformers_loads_what_is_written(job, tmp_path, family):
+    hf = save_fused(tmp_path / "in", base_model(family=family))
     to_checkpoint(tmp_path / "in", tmp_path / "mega")
     for stacked in (False, True):
         out = tmp_path / f"out{stacked}"
@@ -132,6 +134,7 @@ def test_transformers_loads_what_is_written(job, tmp_path):
         assert not info["missing_keys"] and not info["unexpected_keys"], info
         assert_same(loaded.state_dict(), hf.state_dict())
         assert settings(loaded.config.to_dict()) == settings(hf.config.to_dict())
+        assert type(loaded.model.language_model) is type(hf.model.language_model)
 
 
 def settings(config: dict) -> dict:

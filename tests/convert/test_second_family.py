@@ -12,7 +12,6 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForConditionalGeneration,
 )
@@ -69,18 +68,6 @@ def test_through_training_on(ranks, tmp_path, name):
             text = json.loads((out / "config.json").read_text())["text_config"]
             assert text["model_type"] == "qwen3_5_moe_text"
             assert text["rope_parameters"]["mrope_section"] == [3, 1, 2]
-
-
-def test_transformers_loads_what_is_written(job, tmp_path):
-    hf = save_fused(tmp_path / "in", base_model(family=FAMILY))
-    to_checkpoint(tmp_path / "in", tmp_path / "mega")
-    for stacked in (False, True):
-        out = tmp_path / f"out{stacked}"
-        to_folder(tmp_path / "mega", out, stacked=stacked)
-        loaded, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"], info
-        assert_same(loaded.state_dict(), hf.state_dict())
-        assert type(loaded.model.language_model).__name__ == "Qwen3_5MoeTextModel"
 
 
 def test_text_only_with_what_is_carried(job, tmp_path):

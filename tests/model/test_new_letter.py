@@ -51,6 +51,7 @@ from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import small_model, small_run
 from support.checkpoint_runs import create, tiny_run, train, whole
 from support.folders import assert_same, read_all, save_fused, to_checkpoint, to_folder
+from support.invariance import invariance_run
 from support.layouts import parallel_config, step_gradients
 from support.planned_layouts import layout_run, measure, planned, the_batch
 from support.slow_generate import generate as slow_generate
@@ -272,11 +273,7 @@ def test_it_trains_on_a_pipeline_and_resumes_on_tensor_parallel_ranks(ranks, tmp
 
 
 def gradient_run(**training) -> RunConfig:
-    run = with_mlp(small_run())
-    run.model.language.init_method_std = run.model.vision.vision_init_method_std = 0.02
-    for name, value in training.items():
-        setattr(run.training, name, value)
-    return run
+    return invariance_run(with_mlp(small_run()), **training)
 
 
 @pytest.fixture(scope="module")

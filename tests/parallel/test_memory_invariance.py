@@ -10,7 +10,7 @@ import torch
 
 from megatron_mm.config import MemoryConfig, RunConfig
 from support.batches import small_run, two_memories
-from support.invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, worst
+from support.invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, invariance_run, worst
 from support.layouts import (
     detach_memory_on_the_wire,
     parallel_config,
@@ -27,12 +27,8 @@ ALIKE = {"overview": MemoryConfig("thumbnail", 32), "detail": MemoryConfig("tile
 
 
 def memories_run(fusion: dict | None = None, **training) -> RunConfig:
-    """See `invariance_run`."""
     run = small_run(PATTERN, **(two_memories(*READS) | (fusion or {})))
-    run.model.language.init_method_std = run.model.vision.vision_init_method_std = 0.02
-    for name, value in training.items():
-        setattr(run.training, name, value)
-    return run
+    return invariance_run(run, **training)
 
 
 @pytest.fixture(scope="module")

@@ -48,12 +48,13 @@ RECOMPUTE = {
 }
 
 
-def invariance_run(**training) -> RunConfig:
-    """Returns the small model's run with the standard deviation that real models start from.
+def invariance_run(run: RunConfig | None = None, **training) -> RunConfig:
+    """Returns a run, default the small model's, with the standard deviation that real models start
+    from.
 
     At five times that value, layers amplify rounding until fp32 itself is off by 4e-5.
     """
-    run = small_run()
+    run = run or small_run()
     run.model.language.init_method_std = run.model.vision.vision_init_method_std = 0.02
     for name, value in training.items():
         setattr(run.training, name, value)
