@@ -18,7 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_mm.data.messages import IMAGE_MARK, Message, ToolCall, check_messages
+from megatron_mm.data.messages import (
+    IMAGE_MARK,
+    Message,
+    ToolCall,
+    check_messages,
+    is_unicode,
+)
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 
@@ -141,6 +147,8 @@ def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: 'tools' must be a list of objects, or such a list as JSON text")
+    if not is_unicode(json.dumps(tools, ensure_ascii=False)):
+        raise DataError(f"{where}: 'tools' holds half a surrogate pair (\\ud800 to \\udfff)")
     return tools
 
 
@@ -210,12 +218,6 @@ def _encode(
             encoded.add(tokenizer.encode(before))
             before = ""
         for piece, text in enumerate(turn.texts):
-            control = tokenizer.find_control(text)
-            if control is not None:
-                raise DataError(
-                    f"{where}: {turn.source} spells the special token {control}; "
-                    "remove it, the template writes these tokens"
-                )
             if piece:
                 count = image_token_counts[len(encoded.image_starts)]
                 encoded.image_starts.append(len(encoded.tokens) + 1)
@@ -223,8 +225,14 @@ def _encode(
                 encoded.add([tokenizer.image_context_id] * count)
                 encoded.add([tokenizer.image_end_id])
             text = text if piece else before + text
-            if text:
-                encoded.add(tokenizer.encode(text), supervised=turn.learnt)
+            ids = tokenizer.encode(text) if text else []
+            forged = tokenizer.find_forged(ids, answer=turn.role == "assistant")
+            if forged is not None:
+                raise DataError(
+                    f"{where}: {turn.source} spells the special token {forged}; "
+                    "remove it, the template writes these tokens"
+                )
+            encoded.add(ids, supervised=turn.learnt)
         encoded.add([tokenizer.message_end_id], supervised=turn.learnt)
     return encoded
 

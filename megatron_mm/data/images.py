@@ -27,7 +27,7 @@ MAX_PIXELS = 2**26
 
 @dataclass(frozen=True)
 class TileGrid:
-    """PatchGrid of `rows` x `cols` tiles, followed by the thumbnail if there is one."""
+    """Grid of `rows` x `cols` tiles, followed by the thumbnail if there is one."""
 
     rows: int
     cols: int

@@ -98,21 +98,23 @@ def _message(message: Any, at: str) -> Message:
         raise DataError(f"{at} has role {role!r}; use one of {', '.join(ROLES)}")
     for key in message:
         if key not in KEYS[role]:
-            instead = INSTEAD.get(key, f"a {role} message may have {', '.join(KEYS[role])}")
+            instead = INSTEAD.get(
+                key, f"a message of the role {role} may have {', '.join(KEYS[role])}"
+            )
             raise DataError(f"{at} has the key {key!r}, which nothing here uses; {instead}")
     calls = _tool_calls(message.get("tool_calls"), at)
     content = message.get("content", "" if calls else None)
     texts = _texts(content, role == "user", at)
     if len(texts) > 1 and role != "user":
         raise DataError(
-            f"{at}: a {role} turn holds {IMAGE_MARK}; only user turns may, the text is written "
+            f"{at}: the {role} turn holds {IMAGE_MARK}; only user turns may, the text is written "
             f"{ESCAPED_MARK}"
         )
     reasoning = message.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
         raise DataError(f"{at}: 'reasoning_content' is a {type(reasoning).__name__}; write text")
     for text in (*texts, reasoning or "", *(call.name + call.arguments for call in calls)):
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise DataError(f"{at} holds half a surrogate pair (\\ud800 to \\udfff); remove it")
     if role == "assistant" and not ("".join(texts).strip() or (reasoning or "").strip() or calls):
         raise DataError(f"{at} is an empty answer; write the answer or drop the row")
@@ -174,16 +176,23 @@ def _tool_call(call: Any, at: str) -> ToolCall:
         )
     if outer.get("type", "function") != "function":
         raise DataError(f"{at} is of type {outer['type']!r}; allowed: 'function'")
-    if not isinstance(arguments, (str, dict)):
-        raise DataError(f"{at}: 'arguments' is a {type(arguments).__name__}; write an object")
-    if isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(name, arguments, outer.get("id"))
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    try:
+        held = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{at}: 'arguments' is not JSON ({error})") from None
+    if not isinstance(held, dict):
+        raise DataError(f"{at}: 'arguments' is a {type(held).__name__}; write an object")
+    if not isinstance(outer.get("id", ""), str):
+        raise DataError(f"{at}: 'id' is a {type(outer['id']).__name__}; write text")
+    return ToolCall(name, text, outer.get("id"))
 
 
 def _check_answered(message: Mapping[str, Any], called: Mapping[str, str], at: str) -> None:
     """Checks that a tool's answer belongs to a call before it."""
     key, name = message.get("tool_call_id"), message.get("name")
+    if not isinstance(key, (str, type(None))):
+        raise DataError(f"{at}: 'tool_call_id' is a {type(key).__name__}; write text")
     if key is not None and called and key not in called:
         raise DataError(f"{at} answers the tool call {key!r}; calls before it: {', '.join(called)}")
     expected = name if key is None else called.get(key, name)
@@ -200,11 +209,12 @@ def _learnt(message: Mapping[str, Any], role: str, at: str) -> bool:
     if loss not in (0, 1):
         raise DataError(f"{at} has loss {loss!r}; allowed: true and false")
     if loss and role != "assistant":
-        raise DataError(f"{at} is a {role} turn with loss true; only answers are learnt")
+        raise DataError(f"{at} has the role {role} and loss true; only answers are learnt")
     return bool(weight and loss)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded."""
     # JSON can spell half a character, which no tokenizer can encode.
     try:
         text.encode()

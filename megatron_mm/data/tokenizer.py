@@ -32,7 +32,8 @@ class Tokenizer:
     Attributes:
         special_tokens: every token that is no plain text, by its spelling.
         end_ids: tokens that end an answer: `<|im_end|>` first, then the tokenizer's end of text,
-            those of generation_config.json beside it, and those of the settings.
+            those of generation_config.json beside it (without that file, of config.json, as
+            transformers does), and those of the settings.
         path: file or folder that it was loaded from.
         end_tokens: the settings' part of `end_ids`.
     """
@@ -59,11 +60,16 @@ class Tokenizer:
         """Smallest multiple of `multiple` that holds all ids: the `vocab_size` to set."""
         return -(-self.vocab_size // multiple) * multiple
 
-    def find_control(self, text: str) -> str | None:
-        """Returns a control token that `text` spells, or None. With one, data could forge an
-        image, a turn or its end. Other special tokens, such as `<box>`, are vocabulary."""
-        forging = {getattr(self, name) for name in SPECIAL_TOKENS} | {*self.end_ids}
-        return next((t for t, i in self.special_tokens.items() if i in forging and t in text), None)
+    def find_forged(self, ids: Sequence[int], *, answer: bool) -> str | None:
+        """Returns the spelling of a token among `ids`, the encoding of a row's text, that the text
+        may not write; None without one. Control tokens forge an image or a turn; in an answer an
+        end would end it for generation and not for training. Other special tokens, such as
+        `<box>`, are vocabulary. It looks at ids because a tokenizer may normalise text, such as
+        full-width brackets, to a control token."""
+        names = {getattr(self, name): token for name, token in SPECIAL_TOKENS.items()}
+        ends = set(self.end_ids) if answer else set()
+        found = next((index for index in ids if index in names or index in ends), None)
+        return None if found is None else names.get(found) or self.decode([found])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Converts token ids to text, special tokens to their spelling. Ids beyond the vocabulary
@@ -150,7 +156,7 @@ def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     size = model.get_piece_size()
     vocabulary = {model.id_to_piece(i): i for i in range(size)}
     controls = {t for t, i in vocabulary.items() if model.is_control(i)}
-    names = controls | ({*SPECIAL_TOKENS.values(), *end_tokens} & vocabulary.keys())
+    names = controls | ({*SPECIAL_TOKENS.values()} & vocabulary.keys())
     special = {token: vocabulary[token] for token in sorted(names)}
     spelled = {index: token for token, index in special.items()}
 
@@ -168,12 +174,14 @@ def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
 
     required = _required_ids(special, path)
     end = model.eos_id()
-    ends = ([required["message_end_id"]], [] if end < 0 else [end], _ids(end_tokens, special, path))
+    ends = [required["message_end_id"], *([] if end < 0 else [end])]
+    ends += _configured_ends(path.parent, size)
+    ends += _ids(end_tokens, special, model.encode, path)
     return Tokenizer(
         vocab_size=size,
         **required,
         special_tokens=special,
-        end_ids=tuple(dict.fromkeys(index for some in ends for index in some)),
+        end_ids=tuple(dict.fromkeys(ends)),
         encode=model.encode,
         decode_known=decode,
         path=str(path),
@@ -194,19 +202,30 @@ def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     size = max(vocabulary.values()) + 1  # ids may have gaps
     marked = {str(t) for t in model.all_special_tokens}
     marked |= {str(t) for t in model.added_tokens_decoder.values() if t.special}
-    names = marked | ({*SPECIAL_TOKENS.values(), *end_tokens} & vocabulary.keys())
-    configured = _configured_ends(path / GENERATION_CONFIG, size)
-    names |= {str(model.convert_ids_to_tokens(index)) for index in configured}
+    names = marked | ({*SPECIAL_TOKENS.values()} & vocabulary.keys())
     special = {token: vocabulary[token] for token in sorted(names) if token in vocabulary}
     required = _required_ids(special, path)
-    own = [] if model.eos_token_id is None else [model.eos_token_id]
-    ends = ([required["message_end_id"]], own, configured, _ids(end_tokens, special, path))
+    added = model.added_tokens_decoder
+    for token in SPECIAL_TOKENS.values():
+        known = added.get(special[token])
+        if known is not None and (known.lstrip or known.rstrip):
+            raise DataError(
+                f"{path}: the token {token} takes the spaces beside it (lstrip or rstrip), which "
+                "no text of the template could then have; save the tokenizer without"
+            )
+
+    def encode(text: str) -> list[int]:
+        return model.encode(text, add_special_tokens=False)
+
+    ends = [required["message_end_id"]]
+    ends += [] if model.eos_token_id is None else [model.eos_token_id]
+    ends += [*_configured_ends(path, size), *_ids(end_tokens, special, encode, path)]
     return Tokenizer(
         vocab_size=size,
         **required,
         special_tokens=special,
-        end_ids=tuple(dict.fromkeys(index for some in ends for index in some)),
-        encode=lambda text: model.encode(text, add_special_tokens=False),
+        end_ids=tuple(dict.fromkeys(ends)),
+        encode=encode,
         decode_known=lambda ids: model.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         ),
@@ -215,34 +234,48 @@ def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     )
 
 
-def _configured_ends(path: Path, vocab_size: int) -> list[int]:
-    """Returns the `eos_token_id` of a generation_config.json; none without the file.
+def _configured_ends(folder: Path, vocab_size: int) -> list[int]:
+    """Returns the `eos_token_id` of a folder's generation_config.json or, without that file, of its
+    config.json.
 
     Raises:
         DataError: the file is no JSON object, or an id is out of range.
     """
-    if not path.is_file():
+    path = next(
+        (p for n in (GENERATION_CONFIG, "config.json") if (p := folder / n).is_file()), None
+    )
+    if path is None:
         return []
     try:
-        found: Any = json.loads(path.read_bytes())
+        config: Any = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error})") from None
-    found = found.get("eos_token_id") if isinstance(found, dict) else None
+    if not isinstance(config, dict):
+        raise DataError(f"{path} holds a {type(config).__name__}, not an object")
+    found = config.get("eos_token_id")
+    if found is None and isinstance(config.get("text_config"), dict):
+        found = config["text_config"].get("eos_token_id")
     ends = found if isinstance(found, list) else [] if found is None else [found]
     for end in ends:
-        if not isinstance(end, int) or not 0 <= end < vocab_size:
+        if type(end) is not int or not 0 <= end < vocab_size:
             raise DataError(f"{path}: eos_token_id {end!r}; the tokenizer has {vocab_size} ids")
     return ends
 
 
-def _ids(tokens: Sequence[str], special: dict[str, int], path: Path) -> list[int]:
-    missing = [token for token in tokens if token not in special]
-    if missing:
-        raise DataError(
-            f"{path}: the tokenizer has no token {missing[0]!r}; correct end_tokens ("
-            f"{len(missing)} of {len(tokens)} are unknown)"
-        )
-    return [special[token] for token in tokens]
+def _ids(
+    tokens: Sequence[str],
+    special: dict[str, int],
+    encode: Callable[[str], list[int]],
+    path: Path,
+) -> list[int]:
+    """Returns the ids of tokens by their spelling."""
+    found = [[special[token]] if token in special else encode(token) for token in tokens]
+    for token, ids in zip(tokens, found, strict=True):
+        if len(ids) != 1:
+            raise DataError(
+                f"{path}: end_tokens has {token!r}, which is {len(ids)} tokens; allowed: 1"
+            )
+    return [index for ids in found for index in ids]
 
 
 def _required_ids(special: dict[str, int], path: Path) -> dict[str, int]:

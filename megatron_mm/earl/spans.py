@@ -62,7 +62,7 @@ def clauses(row: Row, text: str, where: str) -> list[Label]:
     compared with as many clauses together. A text of one word is the direct answer, if the last
     span has a `value`: it exercises that span's skill, and is right if it is that value."""
     spans = _spans(row, where)
-    if spans and "value" in spans[-1] and len(text.split()) == 1:
+    if spans and spans[-1].get("value") is not None and len(text.split()) == 1:
         return [Label(0, len(text), spans[-1]["skill"], text.strip() == spans[-1]["value"])]
     labels, start = [], 0
     for span in spans:
@@ -136,8 +136,8 @@ def _owner(parts: Sequence[Label], start: int, stop: int) -> int:
 
 def token_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """Returns for each token the characters [start, stop) of `tokenizer.decode(ids)` that it
-    writes. Tokens that only together make a character all write it. A token that writes nothing (a
-    special token) is taken with the next character.
+    writes. Tokens that only together make a character all write it. A token that writes nothing (an
+    id beyond the vocabulary) is taken with the next character.
 
     The text of a token depends on a few before it (spaces at the beginning, bytes of a character).
     A piece is the difference of two short texts: decoding every prefix would take quadratic time.

@@ -112,7 +112,7 @@ def _probe_records(
 
 
 def _example(record: dict, item: EvalItem, folder: Path) -> dict:
-    image = item.images[0].resolve() if item.images else None
+    image = item.images[0].resolve() if item.images and item.images[0] else None
     return {
         "key": record["key"],
         "image": os.path.relpath(image, folder.resolve()) if image else None,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.chat import answer_text
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
@@ -28,7 +29,7 @@ class EvalItem:
     form: str
     scorer: str
     key: str  # under which its result is reported
-    images: list[Path]  # image files; images inside the row have no path
+    images: list[Path | None]  # image files; None for one inside the row
 
 
 class EvalSet:
@@ -74,8 +75,9 @@ class EvalSet:
         messages = check_messages(row, where)
         truth, scorer = row.get("ground_truth"), row.get("scorer") or "exact"
         if truth is None and messages[-1].role == "assistant":
-            truth = messages[-1].text
-        if truth is None:
+            last = messages[-1]
+            truth = answer_text(replace(last, reasoning=None))
+        if truth in (None, ""):
             raise DataError(
                 f"{where}: no answer to compare with; add a text 'ground_truth' or end with an "
                 "assistant turn"
@@ -98,7 +100,10 @@ class EvalSet:
             form=row.get("form") or "direct",
             scorer=scorer,
             key=result_key(row),
-            images=[file.folder / i for i in row.get("images") or [] if isinstance(i, str)],
+            images=[
+                file.folder / image if isinstance(image, str) else None
+                for image in row.get("images") or []
+            ],
         )
 
     def collate(self, items: list[EvalItem], pad_multiple: int = 1) -> Microbatch:

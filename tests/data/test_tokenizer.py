@@ -51,8 +51,8 @@ def test_special_tokens(either):
     assert either.decode_answer(around[1:]) == "7\n"
     assert either.decode([*text, either.vocab_size + 5]) == "7\n"  # an id of a padded model
     for token in SPECIAL_TOKENS.values():
-        assert either.find_control(f"a{token}b") == token
-    assert either.find_control("a < b, [c], <think>") is None
+        assert either.find_forged(either.encode(f"a{token}b"), answer=False) == token
+    assert either.find_forged(either.encode("a < b, [c], <think>"), answer=True) is None
     assert either.padded_vocab_size() % 64 == 0
     assert 0 <= either.padded_vocab_size() - either.vocab_size < 64
 

@@ -7,6 +7,8 @@ file), and for evaluation `ground_truth`, `skill`, `form`, `scorer`. Rows in ver
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,16 +37,20 @@ def normalise_row(row: Row, where: str) -> Row:
     A number as `ground_truth` becomes text, because answers are text.
 
     Raises:
-        DataError: an image is neither a path nor bytes, or a row has both `image` and `images`.
+        DataError: an image is neither a path nor bytes, a row has both `image` and `images`, or
+            two truths that differ.
     """
     verl = row.get("messages") is None and row.get("prompt") is not None
     row = _from_verl(row, where) if verl else dict(row)
-    reward = row.get("reward_model")
-    if row.get("ground_truth") is None and isinstance(reward, dict):
-        row["ground_truth"] = reward.get("ground_truth")
-    truth = row.get("ground_truth")
-    if isinstance(truth, (int, float)) and not isinstance(truth, bool):
-        row["ground_truth"] = str(truth)
+    truths = [row.get("ground_truth"), _truth_of_verl(row.get("reward_model"), where)]
+    known = [_as_text(truth, where) for truth in truths if truth is not None]
+    if known[1:] and known[0] != known[1]:
+        raise DataError(
+            f"{where}: ground_truth is {known[0]!r}, reward_model.ground_truth {known[1]!r}; "
+            "keep the right one"
+        )
+    if known:
+        row["ground_truth"] = known[0]
     image = row.pop("image", None)
     if image is not None:
         if row.get("images"):
@@ -76,12 +82,33 @@ def _from_verl(row: Row, where: str) -> Row:
     return row
 
 
+def _truth_of_verl(reward: Any, where: str) -> Any:
+    """Returns the truth of verl's `reward_model`: an object, or its JSON; None without one."""
+    if isinstance(reward, str):
+        try:
+            reward = json.loads(reward)
+        except ValueError as error:
+            raise DataError(f"{where}: 'reward_model' is not JSON ({error})") from None
+    return reward.get("ground_truth") if isinstance(reward, dict) else None
+
+
+def _as_text(truth: Any, where: str) -> Any:
+    """Returns a number as text, 7.0 as "7": a column of integers with gaps holds it so."""
+    if isinstance(truth, bool) or not isinstance(truth, (int, float)):
+        return truth
+    if not math.isfinite(truth):
+        raise DataError(f"{where}: ground_truth is {truth}; write the answer or leave it out")
+    return str(int(truth)) if truth == int(truth) else str(truth)
+
+
 def _image(image: Any, number: int, where: str) -> str | bytes:
     """Returns an image's path or bytes, given as such or in a struct of both as Hugging Face's
     `datasets` writes it. Bytes win."""
     held = image
     if isinstance(held, dict):
+        more = [k for k, v in held.items() if v is not None and k not in ("bytes", "path")]
         held = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+        held = None if more else held
     if isinstance(held, (str, bytes)):
         return held
     keys = f" with the keys {', '.join(map(str, image))}" if isinstance(image, dict) else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,8 +16,9 @@ USED = (
 VERL = ("data_source", "ability", "reward_model", "extra_info")
 # Keys by which other formats say what a model sees or learns. They are columns of no reward.
 MEANT = (
-    *("conversations", "conversation", "system", "instruction", "history"),
-    *("video", "videos", "audio", "audios", "image_url"),
+    *("conversations", "conversation", "prompt", "system", "system_prompt", "instruction"),
+    *("history", "video", "videos", "audio", "audios"),
+    *("image_url", "image_path", "image_paths", "imgs"),
     *("weight", "loss", "loss_mask", "labels", "chosen", "rejected", "functions"),
 )
 ANY = "*"
@@ -27,16 +28,17 @@ def check_keys(
     row: Mapping[str, Any],
     where: str,
     *,
-    more: Iterable[str] = (),
+    more: Sequence[str] = (),
     extra: Iterable[str] = (),
     columns: bool = False,
 ) -> None:
-    """Checks the keys of a row in our form. A key without a value is not there.
+    """Checks the keys of a row in our form. A key with an empty value is not there.
 
     Args:
         more: keys that the run uses besides USED, such as those of a memory's images.
         extra: names of `extra_columns`; "*" allows any.
-        columns: whether other keys are used too, as columns of reward functions.
+        columns: whether other keys are used too, as columns of reward functions; not those that
+            say what a model sees or learns, or are nearly one of ours.
 
     Raises:
         DataError: names the keys that nothing uses.
@@ -46,13 +48,14 @@ def check_keys(
         allowed |= {*VERL}
     if ANY in allowed:
         return
-    unused = [key for key, value in row.items() if value is not None and key not in allowed]
+    unused = [k for k, v in row.items() if v not in (None, [], {}, "") and k not in allowed]
+    near = {key: get_close_matches(key.lower(), (*USED, *more), 1, 0.8) for key in unused}
     if columns:
-        unused = [key for key in unused if key in MEANT]
+        unused = [key for key in unused if key in MEANT or near[key]]
     if not unused:
         return
-    near = get_close_matches(unused[0], (*USED, *more), 1, 0.8)
-    instead = f"did you mean {near[0]!r}? " if near else ""
+    hint = near[unused[0]]
+    instead = f"did you mean {hint[0]!r}? " if hint else ""
     raise DataError(
         f"{where}: nothing uses {len(unused)} of the row's {len(row)} keys "
         f"({', '.join(map(repr, unused[:8]))}); {instead}remove them, or name them in extra_columns"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ import pyarrow.parquet as pq
 from megatron_mm.data.files.forms import check_columns, normalise_row
 from megatron_mm.data.loading.shuffle import RowGroup, RowGroupCache
 from megatron_mm.errors import DataError
+
+# Columns of objects. Parquet gives each object the keys of all, null where it had none.
+NESTED = ("messages", "prompt", "tools", "spans")
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 class ParquetRows:
@@ -44,6 +54,9 @@ class ParquetRows:
         if not len(self):
             raise DataError(f"{path}: 0 rows; a dataset needs at least 1")
         check_columns(names, str(path))
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
 
     @property
     def folder(self) -> Path:
@@ -66,6 +79,9 @@ class ParquetRows:
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{where}: row group {number + 1} is damaged ({reason})") from error
+        for key in NESTED:
+            if key in row:
+                row[key] = _without_nulls(row[key])
         return normalise_row(row, where)
 
     def _group(self, number: int) -> pa.Table:
