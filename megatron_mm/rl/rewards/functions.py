@@ -18,8 +18,8 @@ REWARDS: Registry[Callable[..., Any]] = Registry(
     {
         "exact": f"{_HERE}.text.exact",
         "scorer": f"{_HERE}.text.scorer",
-        "multiple_choice": f"{_HERE}.text.multiple_choice",
-        "numeric": f"{_HERE}.structured.numeric",
+        "multiple_choice": f"{_HERE}.choices.multiple_choice",
+        "numeric": f"{_HERE}.numeric.numeric",
         "math": f"{_HERE}.mathematics.math_equal",
         "box_iou": f"{_HERE}.structured.box_iou",
         "anls": f"{_HERE}.text.anls",
