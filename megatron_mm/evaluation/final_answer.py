@@ -12,6 +12,7 @@ import unicodedata
 from typing import NamedTuple
 
 MAX_CLAIM = 2000  # characters of a claim that are read
+MAX_CORRECTIONS = 20  # that are read, the last ones
 
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox)\b[ \t]*")
@@ -38,6 +39,11 @@ _MYSELF = re.compile(
     re.IGNORECASE,
 )
 _REASON = re.compile(r"\b(?:because|since|as|given that|although|whereas|if)\b", re.IGNORECASE)
+_REPEATED = re.compile(
+    r"\s*(?P<it>[^\s.;,]{1,20})[.;,!]?\s*(?:(?:and|or)\s+)?(?:the\s+|my\s+)?"
+    r"(?:correct\s+|right\s+|final\s+)?",
+    re.IGNORECASE,
+)
 _CORRECTION = re.compile(
     r"\b(?:wait|no|actually|sorry|correction|scratch that|i mean|or rather|on second thoughts?)\b"
     r"(?:[ \t]*[,.:;!\u2014\u2026-]+[ \t\n]*|[ \t]+)"
@@ -64,10 +70,10 @@ class Final(NamedTuple):
 def final_answer(text: str) -> Final:
     """Returns the final answer: the last mark, else the last claim, else the whole text.
 
-    Marks that only "or", "and" or a comma separates are one answer, joined by commas: two boxes
-    are no way to give two answers. A claim inside a mark is read. A claim that repeats others
-    ("some say the answer is A"), that denies ("is not A"), or that stands in the reason of another
-    ("B, because option: A is too small") is none.
+    Marks that only "or", "and" or a comma separates are one answer of several parts, and so are
+    claims one after the other ("The answer is A. The answer is B."). A claim inside a mark is read.
+    No claim is one that repeats others ("some say the answer is A"), that denies ("is not A"), or
+    that stands in the reason of another ("B, because option: A is too small").
     """
     text = after_thinking(text)
     inner = marked(text)
@@ -134,16 +140,17 @@ def _boxes(text: str) -> list[tuple[int, int, int, int]]:
 
 
 def _tags(text: str) -> list[tuple[int, int, int, int]]:
-    """Returns the same of every `<answer>`; one that never closes reaches to the end."""
+    """Returns the same of every `<answer>`. One that never closes reaches to the end, one that
+    never opens (the prompt did it) begins with the text."""
     found: list[tuple[int, int, int, int]] = []
-    opened: tuple[int, int] | None = None
+    opened: tuple[int, int] | None = (0, 0)
     for tag in _TAG.finditer(text):
         if tag[0][1] != "/":
             opened = tag.span()
         elif opened is not None:
             found.append((opened[0], tag.end(), opened[1], tag.start()))
             opened = None
-    if opened is not None and text[opened[1] :].strip():
+    if opened is not None and opened != (0, 0) and text[opened[1] :].strip():
         found.append((opened[0], len(text), opened[1], len(text)))
     return found
 
@@ -151,6 +158,7 @@ def _tags(text: str) -> list[tuple[int, int, int, int]]:
 def claim(text: str) -> Final | None:
     """Returns the last claim of a text; None without one."""
     text = without_emphasis(text)
+    before_last: re.Match[str] | None = None
     last: re.Match[str] | None = None
     for found in _CLAIM.finditer(text):
         before = text[max(0, found.start() - 120) : found.start()]
@@ -159,14 +167,19 @@ def claim(text: str) -> Final | None:
         stop = 0 if last is None else min(found.start(), last.end() + MAX_CLAIM)
         reason = last is not None and _gives_a_reason(text[last.end() : stop])
         if not (others or denied or reason):
-            last = found
+            before_last, last = last, found
     if last is None:
         return None
     content = text[last.end() : last.end() + MAX_CLAIM].split("\n", 1)[0].strip()
     if turned := re.match(r"(?:not|never)\b[^.\n]{0,40}?\bbut\b\s*", content):
         content = content[turned.end() :]
+    if before_last is not None and last.start() - before_last.end() < 60:
+        repeated = _REPEATED.fullmatch(text, before_last.end(), last.start())
+        own = normal_text(re.split(r"[\s.;,]", content, maxsplit=1)[0])
+        if repeated and normal_text(repeated["it"]) != own:
+            content = f"{repeated['it']} or {content}"
     then = [c["then"].strip() for c in _CORRECTION.finditer(text, last.end())]
-    return Final(content, "claimed", tuple(then[::-1]))
+    return Final(content, "claimed", tuple(then[: -MAX_CORRECTIONS - 1 : -1]))
 
 
 def _gives_a_reason(text: str) -> bool:
@@ -208,7 +221,7 @@ def plain(text: str) -> str:
     text = re.sub(r"(?<!\\)\$([^$\n]*)(?<!\\)\$", r"\1", text)
     for _ in range(3):  # as deep as people nest them
         text = _WORDED.sub(r"\1", text)
-    text = re.sub(r"\\[dt]frac\b", r"\\frac", _SPACES.sub(" ", text))
+    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", _SPACES.sub(" ", text))
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree\b|\\circ\b", "\u00b0", text)
     return re.sub(r"\\([%$#&_])", r"\1", text).strip()
 

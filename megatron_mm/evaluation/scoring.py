@@ -100,10 +100,17 @@ def _last_word(prediction: str, truth: str) -> float:
 
 def _per_clause(prediction: str, truth: str) -> float:
     words = [_last(word) or word for word in _composed(truth).split()]
+    signs = not all(map(_last, words))
     # A comma inside a number cuts nothing where the truth writes its numbers so.
     comma = _CLAUSE if any("," in word for word in words) else ","
-    clauses = re.split(comma, _answer(prediction))
-    return _share(["" if _hedged(c) else _last(c) or c.strip() for c in clauses], words)
+
+    def said(clause: str) -> str:
+        last = (clause.split() or [""])[-1]
+        if _hedged(clause):
+            return ""
+        return last if signs and not _last(last) else _last(clause)
+
+    return _share([said(clause) for clause in re.split(comma, _answer(prediction))], words)
 
 
 _CLAUSE = r",(?!\d{3}(?!\d))|(?<!\d),"

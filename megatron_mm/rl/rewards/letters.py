@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from megatron_mm.evaluation.final_answer import final_answer, normal_text, plain
 
+MAX_PICKS = 50  # "I choose", "so": those that are read, the last ones
 # After A or I as a letter; before any other word they are an English article or pronoun.
 _GOES_ON = (
     r"(?:because|since|as|and|or|but|not|is|are|was|which|for|due|given|rather|instead|with|where|"
@@ -51,6 +52,12 @@ _NUMBERED = re.compile(
 )
 
 
+_DOUBTED = re.compile(r"\b(?:if|not|whether|think|say)\s*$", re.IGNORECASE)
+_OPENING = re.compile(
+    r"[\s\"'\u201c*]*[(\[]?[A-Za-z][\"'\u201d*]*"
+    r"(?:[)\]]|[.:](?:\s|$)|\s*$|\s*[!,;/&\u2014-]|\s+(?:because|since|and|or|as)\b)"
+    r"|\s*[A-H]{2,6}\b"
+)
 _SAYING = re.compile(
     r"\A\s*(?:(?:i think|i believe|i'd say|so|therefore|thus),?\s+)?(?:(?:it|that)(?:'s| is)\s+)?",
     re.IGNORECASE,
@@ -163,12 +170,12 @@ def _concluded(text: str) -> Choice:
     called = [
         found["letter"]
         for found in _CALLED.finditer(text)
-        if not re.search(r"\b(?:if|not|whether|think|say)\s*$", text[: found.start()][-12:])
+        if not _DOUBTED.search(text[max(0, found.start() - 12) : found.start()])
     ]
-    if called:
-        return Choice(frozenset({called[-1]}))
+    if called:  # all of them: "A is correct. B is correct." is no choice of B
+        return Choice(frozenset(called))
     picked = None
-    for found in _PICKED.finditer(text):
+    for found in [*_PICKED.finditer(text)][-MAX_PICKS:]:
         choice = read_choice(text[found.end() : found.end() + 200])
         picked = choice if choice.letters else picked
     if picked is not None:
@@ -180,7 +187,8 @@ def _concluded(text: str) -> Choice:
             return alone
     sentence = re.split(r"[.!?]\s+(?=[A-Z(])", last)[-1]
     left = {*_BRACKETED.findall(_EXCLUDED.sub("", sentence))}
-    if len(left) == 1:
+    hedged = LISTED.match(last) or re.search(r"\bor\s*[(\[][A-Z]", sentence)
+    if len(left) == 1 and not hedged:
         return Choice(frozenset(left))
     return Choice(text=_own_text(_SAYING.sub("", text))) if len(text) < 500 else NOTHING
 
@@ -191,9 +199,4 @@ def _opens(text: str, choice: Choice) -> bool:
         return True
     if not choice.letters:
         return False
-    opening = re.match(
-        r"[\s\"'\u201c*]*[(\[]?[A-Za-z][\"'\u201d*]*(?:[)\]]|[.:](?:\s|$)|\s*$|\s*[!,;/&\u2014-]|\s+(?:because|since|and|or|as)\b)"
-        r"|\s*[A-H]{2,6}\b",
-        text,
-    )
-    return opening is not None
+    return _OPENING.match(text) is not None

@@ -20,6 +20,8 @@ from megatron_mm.rl.rewards.text import Values, each, truth_text
 MAX_ANSWER = 1000  # characters; a longer one is no answer
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _WORD = re.compile(r"(?<!\\)\b(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi|frac|inf)\b)[A-Za-z]{2,}")
+# A truth of words, or of one letter in brackets.
+_WORDS = re.compile(r"\W*[A-Za-z]\W*|[^\d=<>+^/\\]*[A-Za-z]{2}[^\d=<>+^/\\]*")
 _NAME = re.compile(r"\s*\\?[A-Za-z]\w{0,8}(?:_\{?\w\}?)?(?:\(\w\))?\s*")
 _END = re.compile(r"[.;](?=\s|$)|,\s*(?:and|so|since|because|which|not)\b|\bbecause\b|\bsince\b|\n")
 _EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)")
@@ -61,7 +63,7 @@ def _answers(text: str, truth: str) -> list[str]:
     whole = final.text.strip()
     if len(whole) < 200 and "\n" not in whole and normal_text(whole) == normal_text(truth):
         return [whole]
-    formulas = [m for m in _FORMULA.finditer(whole)]
+    formulas = [*_FORMULA.finditer(whole[-2 * MAX_ANSWER :])]
     if formulas:
         return [next(part for part in formulas[-1].groups() if part is not None)]
     if len(whole) < 200 and "\n" not in whole and not re.search(r"[A-Za-z]{2,} ", plain(whole)):
@@ -72,7 +74,7 @@ def _answers(text: str, truth: str) -> list[str]:
 
 def _formula(claim: str) -> str | None:
     """Returns the formula that a claim begins with, if no other follows it ("$7$ or $8$")."""
-    found = _FORMULA.match(claim)
+    found = _FORMULA.match(claim[:MAX_ANSWER])
     if found is None:
         return None
     rest = claim[found.end() :]
@@ -86,7 +88,8 @@ def _formula(claim: str) -> str | None:
 def _same(answer: str, truth: str) -> bool:
     if not answer.strip() or len(answer) > MAX_ANSWER:
         return False
-    if _text(answer) == _text(truth):
+    spelled = normal_text if _WORDS.fullmatch(plain(truth)) else _squeezed
+    if spelled(answer) == spelled(truth):
         return True
     true = parse_value(truth)
     if true is not None:
@@ -98,6 +101,8 @@ def _same(answer: str, truth: str) -> bool:
         return False  # words, which were compared as text
     if re.search(r"\bor\b|\bnot\b|%", one) or "%" in other:
         return False
+    if "," in one and "," not in other:
+        return False  # several answers
     sides = [side.strip() for side in _EQUALS.split(_undressed(answer))]
     if len(sides) > 1 and not _EQUALS.search(truth):
         named = [side for side in sides if not _NAME.fullmatch(side)]
@@ -105,10 +110,7 @@ def _same(answer: str, truth: str) -> bool:
     return _verified(_undressed(answer), _undressed(truth))
 
 
-def _text(text: str) -> str:
-    """Returns a text as it is compared: words without what surrounds them, formulas as written."""
-    if re.fullmatch(r"\W*[A-Za-z]\W*|[^\d=<>+^/\\]*[A-Za-z]{2}[^\d=<>+^/\\]*", plain(text)):
-        return normal_text(text)
+def _squeezed(text: str) -> str:
     return "".join(plain(text).split()).rstrip(".,;")
 
 

@@ -125,7 +125,7 @@ def parse_value(text: str) -> Value | None:
     """Returns the value that a text is as a whole, with a name before = and unknown words after it
     left aside ("x = 7", "7 apples"); None if it is none. Where = joins several numbers, as in
     "8 = 7", they have to be the same."""
-    text = plain(text[:1000]).lstrip("\"' ").rstrip(".;\"' ")
+    text = plain(text[:1000]).lstrip("\"' ").rstrip(".,;\"' ")
     if "=" in text:
         sides = [side for side in text.split("=") if side.strip()]
         values = [parse_value(side) for side in sides]

@@ -29,7 +29,8 @@ _NEXT = re.compile(
 )
 _SIGN_AFTER = re.compile(r"\s*[-+*\u00d7/^\u00b7]\s*\(?\d")
 _DENIED = re.compile(
-    r"(?:\b(?:not|never|than|least|most|over|under|above|below|between|nor|neither|either)|n't)\s+"
+    r"(?:\b(?:not|never|than|least|most|over|under|above|below|between|nor|neither|either|"
+    r"(?:one|out|any|each|half)\s+of)|n't)\s+"
     r"(?:be\s+|equal\s+to\s+|exactly\s+)?[$(]?$",
     re.IGNORECASE,
 )
@@ -37,6 +38,7 @@ _LISTED = re.compile(
     r"\d\s?[%A-Za-z\u00b0]{0,12}\s?(?:,?\s?\b(?:or|and|to|through)|[;/&]|-)\s?[$(]?$", re.IGNORECASE
 )
 _COMMAS = re.compile(r"(?:^|\n)[^A-Za-z=\n]*\d\s?,\s?$|\d\s?,\s?-?[\d.]+\s?,\s?$")
+_SAID = re.compile(r"[A-Za-z=:]")
 _OPERATED = re.compile(r"[\d)]\s?[-+*/\u00d7\u00b7^]\s?\(?$")
 
 
@@ -85,6 +87,10 @@ def last_value(text: str) -> Value | None:
         return None
     if after[:1] and _AFTER.match(after) and after[0] != "(":
         return None
+    if any(c.isdigit() for c in text[: start + last.start()]) and not _SAID.search(
+        text, 0, start + last.start()
+    ):
+        return None  # nothing but numbers
     checks = (_DENIED, _LISTED, _COMMAS, _OPERATED)
     if last["sign"] and re.search(r"[\d)]\s$", before):
         return None  # an operand: 5 -3
