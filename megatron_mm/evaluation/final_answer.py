@@ -40,12 +40,14 @@ _MYSELF = re.compile(
 )
 _REASON = re.compile(r"\b(?:because|since|as|given that|although|whereas|if)\b", re.IGNORECASE)
 _REPEATED = re.compile(
-    r"\s*(?P<it>[^\s.;,]{1,20})[.;,!]?\s*(?:(?:and|or)\s+)?(?:the\s+|my\s+)?"
+    r"\s*(?P<it>(?!(?:the|my|so|and|final|correct)\b)[^\s.;,]{1,20})[.;,!]?\s*"
+    r"(?:(?:and|or)\s+)?(?:the\s+|my\s+)?"
     r"(?:correct\s+|right\s+|final\s+)?",
     re.IGNORECASE,
 )
 _CORRECTION = re.compile(
-    r"\b(?:wait|no|actually|sorry|correction|scratch that|i mean|or rather|on second thoughts?)\b"
+    r"\b(?:wait|no(?=[ \t]*[,.:;!\u2014\u2026-])|actually|sorry|correction|scratch that"
+    r"|i mean|or rather|on second thoughts?)\b"
     r"(?:[ \t]*[,.:;!\u2014\u2026-]+[ \t\n]*|[ \t]+)"
     r"(?=(?P<then>[^\n]{1,200}))",
     re.IGNORECASE,
@@ -59,7 +61,8 @@ class Final(NamedTuple):
         text: the content of the mark or what follows the claim, to the end of its line; without
             either, the text itself.
         kind: "marked", "claimed" or "none".
-        corrections: what follows "no,", "wait," and the like after a claim, the last one first.
+        corrections: what follows "no,", "wait," and the like after a claim, or anywhere in a text
+            without one; the last one first.
     """
 
     text: str
@@ -84,7 +87,9 @@ def final_answer(text: str) -> Final:
     found = claim(text if inner is None else inner)
     if found is not None:
         return found
-    return Final(text, "none") if inner is None else Final(inner, "marked")
+    if inner is not None:
+        return Final(inner, "marked")
+    return Final(text, "none", _corrections(text, 0))
 
 
 def after_thinking(text: str) -> str:
@@ -178,8 +183,12 @@ def claim(text: str) -> Final | None:
         own = normal_text(re.split(r"[\s.;,]", content, maxsplit=1)[0])
         if repeated and normal_text(repeated["it"]) != own:
             content = f"{repeated['it']} or {content}"
-    then = [c["then"].strip() for c in _CORRECTION.finditer(text, last.end())]
-    return Final(content, "claimed", tuple(then[: -MAX_CORRECTIONS - 1 : -1]))
+    return Final(content, "claimed", _corrections(text, last.end()))
+
+
+def _corrections(text: str, start: int) -> tuple[str, ...]:
+    then = [found["then"].strip() for found in _CORRECTION.finditer(text, start)]
+    return tuple(then[: -MAX_CORRECTIONS - 1 : -1])
 
 
 def _gives_a_reason(text: str) -> bool:

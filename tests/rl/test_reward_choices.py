@@ -96,6 +96,27 @@ CHOSEN = [
             "B \u2014 Paris",
         ],
     ),
+    ("B", ["Final Answer: The final answer is $\\boxed{B}$. I hope it is correct.", "A? No. B."]),
+    ("B", ["Looking at them:\nA. 1\nB. 2\nC. 3\n\nThe right answer is B. 2", "the letter is B"]),
+    (
+        "B",
+        [
+            "A and C are wrong, so B is the answer",
+            "Not A. It's B.",
+            "Let's go with B.",
+            "B - Paris",
+        ],
+    ),
+    ("B", ["The answer is 'B'.", "**B**\n\nBecause A is small", "The answer is B rather than A."]),
+    (
+        "B",
+        [
+            "Between A and B, the answer is B.",
+            "### Answer\nB",
+            "Hmm, A... no wait, B",
+            r"\boxed{B.}",
+        ],
+    ),
     ("A", ["A", "A.", "(A)", "The answer is A.", "A because B is wrong", "Answer: A", "answer: a"]),
     ("I", ["(I)", "The answer is I.", r"\boxed{I}"]),
     (

@@ -87,6 +87,52 @@ TABLE = [
         0,
         ["The answer is 10:07", "The answer is 6 because it is not 7", "7 dozen", "I see 7, 8"],
     ),
+    ("42", 1, ["She has 6 x 7 = <<6*7=42>>42 apples\n#### 42", "the answer is 42 since 6*7 = 42"]),
+    (
+        "42",
+        1,
+        [r"The answer is $6 \cdot 7 = 42$.", r"\boxed{42 \, \text{m}^2}", r"\boxed{\$42}", "= 42"],
+    ),
+    (
+        "42",
+        1,
+        [
+            "The final answer is $\\boxed{42}$. I hope it is correct.",
+            "The answer is 42 \u2014 not 43",
+        ],
+    ),
+    (
+        "42",
+        1,
+        [
+            "Forty-two",
+            "4.2e1",
+            "4.2 \u00d7 10^1",
+            "Answer: 42 (forty-two)",
+            "84/2",
+            r"\boxed{n = 42}",
+        ],
+    ),
+    (
+        "42",
+        1,
+        [r"\boxed{a + b = 42}", "Answer: 42,", "The answer is 42...", "\u2248 42", "42\u00b0"],
+    ),
+    (
+        "42",
+        0,
+        [r"\boxed{2x = 42}", r"\boxed{x^2 = 42}", r"\boxed{42 \text{ or } 43}", "42nd", "2042"],
+    ),
+    (
+        "42",
+        0,
+        ["The answer is anything but 42", "The answer is between 41 and 42", "$0.42", "40-42"],
+    ),
+    (
+        "42",
+        0,
+        ["The answer is less than 42", "The answer is > 42", "at most 42", "4 2", "42 million"],
+    ),
     ("1/2", 1, ["0.5", "1/2", "2/4", ".5", "50%", r"\frac{1}{2}", r"\boxed{\dfrac12}", "\u00bd"]),
     ("1/2", 0, ["2", "1", "12", "1 2", "1/3", "1:2", "-1/2", "1,2"]),
     ("1 234", 1, ["1234", "1,234", "1 234", "1,234.0", "1.234e3", r"1{,}234", "1_234"]),

@@ -14,8 +14,8 @@ _GOES_ON = (
     r"while|if|would|seems|fits|matches|by)\b"
 )
 _ITEM = re.compile(
-    r"[(\[{]{0,2}\s?(?:(?P<upper>[A-Z])|(?P<lower>[a-z]))(?:[)\]}]|(?=[.:,;!?)\]}/&\s\u2014]|$))"
-    r"(?!\.[A-Za-z])(?![A-Za-z])"
+    r"[(\[{\"'\u201c\u2018]{0,2}\s?(?:(?P<upper>[A-Z])|(?P<lower>[a-z]))(?:[)\]}]|(?=[.:,;!?)\]}/&\s\u2014\"'\u201d\u2019]|$))"
+    r"(?!\.[A-Za-z])(?!['\u2019]?[A-Za-z])"
 )
 _RUN = re.compile(r"(?P<run>[A-H]{2,6})(?![\w'-])")
 _JOIN = re.compile(r"\s?(?:,\s?(?:and|or)\b|[,;/&+]|\b(?:and|or|und)\b)\s?(?:option\s|choice\s)?")
@@ -29,10 +29,11 @@ _FILLER = re.compile(
     re.IGNORECASE,
 )
 _PICKED = re.compile(
-    r"\b(?:i(?:'d| would|'ll| will| am|'m)?|my|we)\s+(?:(?:final|best)\s+)?"
+    r"\b(?:let's|let us|i(?:'d| would|'ll| will| am|'m)?|my|we)\s+(?:(?:final|best)\s+)?"
     r"(?:choose|pick|select|go(?:ing)? with|chose|vote for|guess|choice|pick)\b(?:\s+is\b)?\s*:?"
     r"|\b(?:so|therefore|thus|hence)\b,?(?:\s+it(?:'s| is| must be)|\s+the answer)?"
-    r"|\bit(?:'s| is| must be| has to be)\b|\A\s*(?:answer|option|choice)\b(?!\s+I\b)|\A\s*both\b",
+    r"|\b(?:it(?:'s| is| must be| has to be)|letter is)\b"
+    r"|\A\s*(?:answer|option|choice)\b(?!\s+I\b)|\A\s*both\b",
     re.IGNORECASE,
 )
 _CALLED = re.compile(
@@ -40,6 +41,15 @@ _CALLED = re.compile(
     r"(?:(?:clearly|definitely|probably|obviously|therefore|thus)\s+)?(?:the\s+)?(?:only\s+|most\s+)?"
     r"(?:correct|right|best|answer|true|one)\b",
     re.MULTILINE,
+)
+# "A and C are wrong", "Option B is too small": said of options, not a choice of them.
+_DISMISSED = re.compile(
+    r"\s*(?:(?:both|options?|choices?|answers?)\s+)*[(\[]?[A-Z][)\]]?"
+    r"(?:\s*(?:,|\band\b|&)+\s*[(\[]?[A-Z][)\]]?)*\s+"
+    r"(?:is|are|was|were|isn't|aren't|seems?|looks?|can|cannot|can't|does|doesn't|has|have)\b"
+    r"(?!\s+(?:\w+ly\s+)?(?:the\s+)?(?:\w+ly\s+|only\s+|most\s+|both\s+)?"
+    r"(?:correct|right|best|answers?|true|ones?)\b)",
+    re.IGNORECASE,
 )
 _EXCLUDED = re.compile(
     r"\b(?:neither|nor|not|isn't|than|rules? out|ruled out|eliminated?|excluded?|if)\s+"
@@ -86,12 +96,12 @@ NOTHING = Choice()
 def chosen(text: str) -> Choice:
     """Returns what a completion chooses, see `multiple_choice`."""
     final = final_answer(text)
-    if final.kind == "none":
-        return _concluded(plain(final.text))
     for corrected in final.corrections:
         choice = read_choice(plain(corrected), strict=True)
-        if choice.letters or choice.number is not None:
+        if (choice.letters or choice.number is not None) and not _DISMISSED.match(corrected):
             return choice
+    if final.kind == "none":
+        return _concluded(plain(final.text))
     choice = read_choice(plain(final.text[:500]))
     return choice
 
@@ -164,8 +174,9 @@ def _letters(text: str, start: int) -> tuple[frozenset[str], int, bool]:
 def _concluded(text: str) -> Choice:
     """Returns the choice of a text without a mark or a claim."""
     if len({letter for letter, _ in LISTED.findall(text)}) < 2:
-        opening = read_choice(text.split("\n", 1)[0][:500]) if text else NOTHING
-        if _opens(text, opening):
+        line = text.split("\n", 1)[0][:500]
+        opening = read_choice(line)
+        if _opens(line, opening) and not _DISMISSED.match(line):
             return opening
     called = [
         found["letter"]
@@ -177,7 +188,8 @@ def _concluded(text: str) -> Choice:
     picked = None
     for found in [*_PICKED.finditer(text)][-MAX_PICKS:]:
         choice = read_choice(text[found.end() : found.end() + 200])
-        picked = choice if choice.letters else picked
+        if choice.letters and not _DISMISSED.match(text, found.end()):
+            picked = choice
     if picked is not None:
         return picked
     last = text.rstrip().rpartition("\n")[2][-500:]

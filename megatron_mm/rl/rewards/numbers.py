@@ -106,6 +106,9 @@ _WORDS_AFTER = re.compile(
     r"\s+[A-Za-z\u00b0\u00b5][A-Za-z\u00b5/. -]{1,60}(?:\^\{?[23]\}?)?",
     re.IGNORECASE,
 )
+_VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+_DIGIT = re.compile(r"\d")
+_INDEXED = re.compile(r"\s*[A-Za-z](?:_?\{?\d\}?|\(\d+\))\s*")
 LEAD = re.compile(
     r"\s*(?:(?:approximately|approx\.?|about|around|roughly|exactly|only|just|precisely|simply|"
     r"clearly|therefore|thus|then|now|equal to|a total of|the number|[\u2248~=:])\s*)*",
@@ -125,13 +128,16 @@ def parse_value(text: str) -> Value | None:
     """Returns the value that a text is as a whole, with a name before = and unknown words after it
     left aside ("x = 7", "7 apples"); None if it is none. Where = joins several numbers, as in
     "8 = 7", they have to be the same."""
-    text = plain(text[:1000]).lstrip("\"' ").rstrip(".,;\"' ")
+    text = " ".join(plain(text[:1000]).split()).lstrip("\"' ").rstrip(".,;\"' ")
     if "=" in text:
         sides = [side for side in text.split("=") if side.strip()]
         values = [parse_value(side) for side in sides]
         last = values[-1] if values else None
         same = all(v is None or last is None or close(v, last) for v in values)
-        return last if same else None
+        # x = 7, a + b = 7 and 3 + 4 = 7 say 7; 2x = 7 and x^2 = 7 say it of something else.
+        scaled = any(_VARIABLE.search(side) and _DIGIT.search(side) for side in sides[:-1])
+        named = any(_INDEXED.fullmatch(side) for side in sides[:-1])
+        return last if same and (named or not scaled) else None
     text = text[LEAD.match(text).end() :]  # type: ignore[union-attr]
     if text.startswith("(") and text.endswith(")"):
         text = text[1:-1].strip()
