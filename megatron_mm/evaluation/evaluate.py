@@ -98,6 +98,9 @@ def ask(
     Returns:
         A record for each chosen question, by index, the same on every rank; None if `stop`
         returned true on any rank.
+
+    Raises:
+        DataError: on every rank, if a row is bad or a scorer fails on any of them.
     """
     groups = engine.groups
     # Questions of one key are asked together, since their answers have similar lengths.
@@ -106,12 +109,16 @@ def ask(
     found = _answers(engine, tokenizer, questions, asked, stop)
     if found is None:
         return None
-    records = []
-    for index, item, text in found:
-        record = {"index": index, "key": item.key, "prediction": text}
-        record |= {"truth": item.ground_truth, "scorer": item.scorer}
-        record["score"] = score(item.scorer, text, item.ground_truth)
-        records.append(record)
+    records, error = [], None
+    try:
+        for index, item, text in found:
+            record = {"index": index, "key": item.key, "prediction": text}
+            record |= {"truth": item.ground_truth, "scorer": item.scorer}
+            record["score"] = score(item.scorer, text, item.ground_truth)
+            records.append(record)
+    except DataError as problem:
+        error = problem
+    raise_together(groups, error)
     parts: list = [None] * groups.world.size()
     dist.all_gather_object(parts, records, group=groups.world)
     return sorted((r for part in parts for r in part), key=lambda r: r["index"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.batch import Microbatch
@@ -11,11 +13,35 @@ from megatron_mm.data.chat import answer_text
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
-from megatron_mm.data.messages import IMAGE_MARK, check_messages
+from megatron_mm.data.messages import IMAGE_MARK, Message, check_messages
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.scoring import SCORERS, result_key
+
+
+def judged_by(row: Mapping[str, Any], messages: Sequence[Message], where: str) -> tuple[str, str]:
+    """Returns a row's truth and scorer.
+
+    Raises:
+        DataError: it has no text to compare with, or its scorer is unknown.
+    """
+    truth, scorer = row.get("ground_truth"), row.get("scorer") or "exact"
+    if truth is None and messages[-1].role == "assistant":
+        truth = answer_text(replace(messages[-1], reasoning=None))
+    if truth in (None, ""):
+        raise DataError(
+            f"{where}: no answer to compare with; add a text 'ground_truth' or end with an "
+            "assistant turn"
+        )
+    if not isinstance(truth, str):
+        raise DataError(
+            f"{where}: ground_truth is a {type(truth).__name__}; an answer is compared with "
+            "text or a number"
+        )
+    if not isinstance(scorer, str) or scorer not in SCORERS:
+        raise DataError(f"{where}: scorer {scorer!r} is unknown; use one of {', '.join(SCORERS)}")
+    return truth, scorer
 
 
 @dataclass
@@ -58,14 +84,15 @@ class EvalSet:
         """Returns the result key of a row without building its sample.
 
         Raises:
-            DataError: the row is bad.
+            DataError: the row is bad, or has no truth or scorer to be judged by.
         """
         file, index = self._rows.locate(index)
-        row = file[index]
+        row, where = file[index], file.where(index)
+        judged_by(row, check_messages(row, where), where)
         try:
             return result_key(row)
         except DataError as error:
-            raise DataError(f"{file.where(index)}: {error}") from None
+            raise DataError(f"{where}: {error}") from None
 
     def __getitem__(self, index: int) -> EvalItem:
         if not 0 <= index < self._length:
@@ -73,24 +100,7 @@ class EvalSet:
         file, index = self._rows.locate(index)
         row, where = file[index], file.where(index)
         messages = check_messages(row, where)
-        truth, scorer = row.get("ground_truth"), row.get("scorer") or "exact"
-        if truth is None and messages[-1].role == "assistant":
-            last = messages[-1]
-            truth = answer_text(replace(last, reasoning=None))
-        if truth in (None, ""):
-            raise DataError(
-                f"{where}: no answer to compare with; add a text 'ground_truth' or end with an "
-                "assistant turn"
-            )
-        if not isinstance(truth, str):
-            raise DataError(
-                f"{where}: ground_truth is a {type(truth).__name__}; an answer is compared with "
-                "text or a number"
-            )
-        if not isinstance(scorer, str) or scorer not in SCORERS:
-            raise DataError(
-                f"{where}: scorer {scorer!r} is unknown; use one of {', '.join(SCORERS)}"
-            )
+        truth, scorer = judged_by(row, messages, where)
         questions = [IMAGE_MARK.join(m.texts) for m in messages if m.role == "user"]
         return EvalItem(
             sample=self._builder.prompt(row, where, file.folder),

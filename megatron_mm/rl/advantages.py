@@ -120,12 +120,8 @@ def compute_advantages(
             f"{len(weights)} reward_weights but {rewards_PGC.shape[2]} rewards; give one for each"
         )
     weights_C = torch.tensor(weights, dtype=rewards_PGC.dtype, device=rewards_PGC.device)
-    counts_C = weights_C != 0
-    usable_PGC = _valid(rewards_PGC) & ~failed_PGC & counts_C
-    kept_PG = usable_PGC.any(2) & ~(failed_PGC & counts_C).any(2)
-    # A completion that is left out is left out of every component's statistics too.
-    rewards_PGC = rewards_PGC.masked_fill(~(usable_PGC & kept_PG.unsqueeze(2)), torch.nan)
-    total_PG = (rewards_PGC * weights_C).nansum(2).masked_fill(~kept_PG, torch.nan)
+    rewards_PGC, total_PG = weighted(rewards_PGC, failed_PGC, weights_C)
+    kept_PG = _valid(total_PG)
     estimate = ESTIMATORS[estimator]
     if aggregation == "sum_then_normalize":
         advantages_PG = estimate(total_PG, std_floor)
@@ -133,6 +129,20 @@ def compute_advantages(
         each = [estimate(rewards_PGC[..., c], std_floor) for c in range(len(weights))]
         advantages_PG = torch.stack(each, 2) @ weights_C
     return Advantages(advantages_PG, total_PG, kept_PG, _group_sums(total_PG, kept_PG))
+
+
+def weighted(
+    rewards_PGC: torch.Tensor, failed_PGC: torch.Tensor, weights_C: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the rewards that count, [P, G, C], and their weighted sum, [P, G]. NaN marks what is
+    left out: a completion to which no reward of weight applies, or of which one failed, is left out
+    of every component too."""
+    counts_C = weights_C != 0
+    usable_PGC = _valid(rewards_PGC) & ~failed_PGC & counts_C
+    kept_PG = usable_PGC.any(2) & ~(failed_PGC & counts_C).any(2)
+    rewards_PGC = rewards_PGC.masked_fill(~(usable_PGC & kept_PG.unsqueeze(2)), torch.nan)
+    total_PG = (rewards_PGC * weights_C).nansum(2).masked_fill(~kept_PG, torch.nan)
+    return rewards_PGC, total_PG
 
 
 def component_sums(

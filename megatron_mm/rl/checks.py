@@ -47,6 +47,9 @@ def check_rl(run: RunConfig) -> None:
     _require(functions > 0 or not rl.filter_groups, "filter_groups", rl.filter_groups, allowed)
     rewarded = functions + (rl.router_reward_weight > 0)
     _require(rewarded > 0, "reward_funcs", rl.reward_funcs, "at least 1 reward")
+    idle = functions > 0 and rl.reward_weights and not any(rl.reward_weights)
+    allowed = "none, or at least 1 weight that is not 0: nothing else is learnt from"
+    _require(not idle or rl.router_reward_weight > 0, "reward_weights", rl.reward_weights, allowed)
     _require(
         rl.beta > 0 or not rl.use_kl_in_reward,
         "use_kl_in_reward",

@@ -111,7 +111,14 @@ class RLConfig(EARLConfig):
     reward_timeout: PositiveFloat = 10.0
     """Seconds that one call of a reward function may take."""
     reward_batch_size: PositiveInt = 1
-    """Completions in one call of a reward function. A call that fails costs all of them."""
+    """Completions in one call of a reward function. A call of your own function that fails costs
+    all of them."""
+    reward_lost_value: Annotated[float | None, Bounds(ge=-1e30, le=1e30)] = None
+    """Reward of a completion whose call ran out of time or ended its worker. Default: 0 for
+    built-in rewards, a failure for your own."""
+    max_reward_failures: Annotated[float, Bounds(gt=0, le=1)] = 1.0
+    """Share of a step's completions that are left out because a reward failed, at which the run
+    stops with that reward's error. 1: all of them."""
 
 
 class ResolvedRL(RLConfig):

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mm.config import RunConfig
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.errors import DataError
 from megatron_mm.evaluation.evaluate import evaluate
-from megatron_mm.evaluation.scoring import score
+from megatron_mm.evaluation.scoring import SCORERS, score
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
 from support.fingerprints import parameter_hash
@@ -91,6 +94,70 @@ def test_chance_is_the_best_constant_answer(ranks, scenes, tmp_path):
         "ocr": (0.75, 4),
         "count": (1.0, 2),
     }
+
+
+def on_rank_error(run: RunConfig, fail_on: int) -> str:
+    """Evaluates with a scorer that fails on one rank only; returns the error."""
+
+    def mine(prediction, truth):
+        return 1 / abs(torch.distributed.get_rank() - fail_on)
+
+    SCORERS["mine"] = mine if fail_on >= 0 else lambda prediction, truth: 1
+    try:
+        evaluate(random_engine(run), load_tokenizer(run.data.tokenizer_model))
+    except DataError as error:
+        return str(error)
+    finally:
+        del SCORERS["mine"]
+    return "nothing"
+
+
+def questions_with(scenes, folder, change: dict) -> str:
+    """Writes four questions, the last of them changed; returns the path."""
+    (folder / "images").symlink_to(scenes / "images")
+    rows = [json.loads(line) for line in (scenes / "valid.jsonl").read_text().splitlines()[:4]]
+    rows[-1] |= change
+    (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "valid.jsonl")
+
+
+def test_a_scorer_that_fails_on_one_rank_is_the_error_of_all(ranks, scenes, tmp_path):
+    path = questions_with(scenes, tmp_path, {})
+    rows = [json.loads(line) | {"scorer": "mine"} for line in Path(path).read_text().splitlines()]
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = evaluation_run(scenes, valid_data=path)
+    assert ranks(2, on_rank_error, run, -1) == ["nothing"] * 2
+    for error in ranks(2, on_rank_error, run, 1):
+        assert error == "scorer 'mine' failed: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ground_truth": 7}, "valid.jsonl:4: no answer to compare with"),
+        ({"scorer": "nobody"}, "valid.jsonl:4: scorer 'nobody' is unknown"),
+        (
+            {"messages": [{"role": "user", "content": "<image>?"}], "ground_truth": None},
+            ":4: no answer",
+        ),
+        ({"messages": []}, "valid.jsonl:4: 'messages' must be a list"),
+    ],
+)
+def test_a_question_that_cannot_be_judged_is_known_before_training(
+    ranks, scenes, tmp_path, change, message
+):
+    """The last rows of the file are asked hours later."""
+    run = evaluation_run(scenes, valid_data=questions_with(scenes, tmp_path, change))
+    for error in ranks(2, on_rank_open, run):
+        assert message in error
+
+
+def on_rank_open(run: RunConfig) -> str:
+    try:
+        Trainer(run, groups.build(run.parallel))
+    except DataError as error:
+        return str(error)
+    return "nothing"
 
 
 def on_rank_evaluate_between(run: RunConfig, between: bool) -> tuple[list, list | None, str]:

@@ -113,6 +113,38 @@ def test_all_samples_may_fail(by_word):
     assert flat(found) == [None] * 5 and len(found.failures) == 5
 
 
+TOWER = r"\boxed{9^{9^{9^{9}}}}"  # no computer writes this number down
+
+
+def test_a_completion_that_is_too_much_for_a_built_in_reward_is_wrong():
+    """It is no failure: it would be left out, and be spared its negative advantage."""
+    with RewardRunner(["math"], num_workers=2, timeout=3.0) as runner:
+        found = score(runner, [r"\boxed{4}", TOWER, r"\boxed{5}"], ground_truth=["4"] * 3)
+    assert found.values == [[1.0], [0.0], [0.0]] and not any(map(any, found.failed))
+    assert [row[0] for row in found.lost] == [False, True, False]
+    assert [(f.sample, f.reason) for f in found.failures] == [(1, "took longer than 3 s")]
+    assert found.logged == [("rewards/math/frac_lost", share) for share in (0.0, 1.0, 0.0)]
+
+
+def test_others_of_its_call_are_judged_by_themselves():
+    """Of a built-in reward: a completion, or a truth, costs nobody else the reward."""
+    truths = ["4", "4", {"no": "text"}, "4"]
+    said = [r"\boxed{4}", TOWER, r"\boxed{4}", r"\boxed{5}"]
+    with RewardRunner(["math"], num_workers=1, timeout=3.0, batch_size=4) as runner:
+        found = score(runner, said, ground_truth=truths)
+    assert flat(found) == [1.0, 0.0, None, 0.0]
+    assert [row[0] for row in found.failed] == [False, False, True, False]
+
+
+def test_a_lost_value_may_be_set_for_all(by_word):
+    spec = ["support.misbehaving.by_word"]
+    with RewardRunner(spec, 1, timeout=2.0, batch_size=2, lost_value=-1.0) as runner:
+        found = score(runner, ["a", "die", "sleep", "b", "raise"])
+    assert flat(found) == [1.0, -1.0, -1.0, 1.0, None]  # an exception is a failure all the same
+    assert [row[0] for row in found.lost] == [False, True, True, False, False]
+    assert flat(score(by_word, ["a", "die"])) == [1.0, None]
+
+
 def test_a_reward_that_always_hangs_does_not_hold_up_the_step():
     with RewardRunner(
         ["support.misbehaving.by_word", "exact"], num_workers=2, timeout=1.0

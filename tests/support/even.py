@@ -49,3 +49,33 @@ def sometimes(prompts, completions, completion_ids, scene, **columns):
     """
     values = even(prompts, completions, completion_ids)
     return [1.0 if int(s[0]) % 2 else v for s, v in zip(scene, values, strict=True)]
+
+
+_calls = 0  # of this worker
+
+
+def fails_after(prompts, completions, completion_ids, calls=0, **columns):
+    """Returns `even`'s values for the first calls of a worker, then raises."""
+    global _calls
+    _calls += 1
+    if _calls > calls:
+        raise ValueError("the judge is down")
+    return even(prompts, completions, completion_ids)
+
+
+def none_at_all(prompts, completions, completion_ids, **columns):
+    """Forgets to compare: no reward applies."""
+    return [None for _ in completion_ids]
+
+
+def conversational(completions, completion_ids, **columns):
+    """Reads completions in TRL's conversational form; differs as `even` does."""
+    assert all(completion[0]["content"] is not None for completion in completions)
+    return even(None, completions, completion_ids)
+
+
+def fails_on_even_end(prompts, completions, completion_ids, **columns):
+    """Raises for completions whose last token is even, else returns 1."""
+    if any(ids[-1] % 2 == 0 for ids in completion_ids):
+        raise ValueError("even end")
+    return [1.0 for _ in completion_ids]

@@ -1,4 +1,4 @@
-"""Reward functions by built-in name or dotted path, in TRL's form or verl's."""
+"""Reward functions by built-in name or dotted path, in TRL's forms or verl's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_mm.errors import RLError
 from megatron_mm.plugins import Registry, Spec
+from megatron_mm.rl.rewards.forms import Reading, as_messages, as_texts
 from megatron_mm.rl.rewards.text import text_of
 
 _HERE = "megatron_mm.rl.rewards"
@@ -18,8 +19,8 @@ REWARDS: Registry[Callable[..., Any]] = Registry(
     {
         "exact": f"{_HERE}.text.exact",
         "scorer": f"{_HERE}.text.scorer",
-        "multiple_choice": f"{_HERE}.text.multiple_choice",
-        "numeric": f"{_HERE}.structured.numeric",
+        "multiple_choice": f"{_HERE}.choices.multiple_choice",
+        "numeric": f"{_HERE}.numeric.numeric",
         "math": f"{_HERE}.mathematics.math_equal",
         "box_iou": f"{_HERE}.structured.box_iou",
         "anls": f"{_HERE}.text.anls",
@@ -39,12 +40,15 @@ class RewardFunction:
     Attributes:
         wants: the columns it takes by name; None if it takes whatever there is (`**columns`).
         wants_routes: it names the argument `routed_experts`.
+        built_in: it is one of this package's, which read texts and conversations alike.
     """
 
     def __init__(self, spec: Spec) -> None:
         function = load_function(spec.path)
         parameters = inspect.signature(function).parameters
         self._function, self._options = function, spec.options
+        self.built_in = getattr(function, "__module__", "").startswith(f"{_HERE}.")
+        self._reads_messages = {"prompts": False, "completions": False}
         self._verl = {"solution_str", "ground_truth"} <= parameters.keys()
         keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         unknown = [key for key in spec.options if key not in parameters]
@@ -81,13 +85,55 @@ class RewardFunction:
         given |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         if self.wants_routes:
             given["routed_experts"] = routed_experts
-        if self._logs:
-            given["log_metric"] = log_metric
         if self._verl:
             return [self._score_verl(i, given) for i in range(len(completions))]
+        logged: list[tuple[str, float]] = []
+        call = self._call if self.built_in else self._in_its_form
+        result = call(given, logged)
+        for name, value in logged:
+            log_metric(name, value)
+        return result
+
+    def _in_its_form(self, given: Mapping[str, Any], logged: list[tuple[str, float]]) -> Any:
+        """Calls the function with texts, and once more with messages where it reads texts so; see
+        `forms`. What the first call logged is thrown away."""
+        result, error, reading = self._try(given, logged)
+        if isinstance(error, IndexError) and any(r.at_nothing for r in reading.values()):
+            # An empty completion has no first character and no first message: ask with another.
+            *_, reading = self._try(given, logged, empty=" ")
+        while any(r.as_messages for r in reading.values()):
+            # As in TRL, who reads completions as messages gets prompts as messages too.
+            self._reads_messages["prompts"] = True
+            self._reads_messages["completions"] |= reading["completions"].as_messages
+            result, error, reading = self._try(given, logged)
+        if error is not None:
+            raise error
+        return result
+
+    def _try(
+        self, given: Mapping[str, Any], logged: list[tuple[str, float]], empty: str = ""
+    ) -> tuple[Any, BaseException | None, dict[str, Reading]]:
+        """Returns the result or the exception of a call, and how texts were read in it."""
+        reading = {key: Reading() for key in self._reads_messages}
+        roles = {"prompts": "user", "completions": "assistant"}
+        formed = {
+            key: as_messages(given[key], roles[key])
+            if messages
+            else as_texts(given[key], reading[key], empty)
+            for key, messages in self._reads_messages.items()
+        }
+        logged.clear()
+        try:
+            return self._call({**given, **formed}, logged), None, reading
+        except BaseException as error:
+            return None, error, reading
+
+    def _call(self, given: Mapping[str, Any], logged: list[tuple[str, float]]) -> Any:
+        if self._logs:
+            given = {**given, "log_metric": lambda name, value: logged.append((name, value))}
         if self.wants is not None:
             given = {key: value for key, value in given.items() if key in self.wants}
-        return _finish(self._function(**given | self._options))
+        return _finish(self._function(**{**given, **self._options}))
 
     def _score_verl(self, i: int, given: Mapping[str, Sequence[Any]]) -> Any:
         """Calls verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` on one
@@ -102,7 +148,12 @@ class RewardFunction:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             values = {key: value for key, value in values.items() if key in parameters}
         result = _finish(self._function(**values | self._options))
-        return result["score"] if isinstance(result, Mapping) else result
+        if not isinstance(result, Mapping):
+            return result
+        if "score" not in result:
+            keys = ", ".join(map(str, result)) or "no key"
+            raise RLError(f"returned a dict without 'score'; it has {keys}")
+        return result["score"]
 
 
 def _finish(result: Any) -> Any:

@@ -8,19 +8,12 @@ import signal
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_mm.plugins import Spec
-from megatron_mm.rl.rewards.worker import work
+from megatron_mm.rl.rewards.worker import Lost, work
 
 START_SECONDS = 120.0  # for a worker to import the functions' modules; sympy alone takes 2 s
-
-
-class Lost(NamedTuple):
-    """The loss of a worker, in place of its answer; it has to be replaced."""
-
-    reason: str
-    timed_out: bool = False
 
 
 class RewardProcess:

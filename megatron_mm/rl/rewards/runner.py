@@ -1,8 +1,9 @@
 """Rewards in worker processes: whatever a reward function does, the run goes on.
 
-A call that hangs is killed at its time limit, and a worker that dies is replaced. The samples of
-such a call get a recorded failure, not a zero, and no exception is raised. There are no threads:
-`score` waits for all workers at once.
+A call that hangs is killed at its time limit, and a worker that dies is replaced. No exception is
+raised; the samples of such a call get a recorded failure. Under a built-in reward they get 0 as
+well: there it was the completion that was too much, and a failure would spare it its advantage.
+There are no threads: `score` waits for all workers at once.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any
 from megatron_mm.errors import RLError
 from megatron_mm.plugins import parse_specs
 from megatron_mm.rl.rewards.functions import REWARDS
-from megatron_mm.rl.rewards.process import Lost, RewardProcess, answers
+from megatron_mm.rl.rewards.process import RewardProcess, answers
 from megatron_mm.rl.rewards.result import Rewards, Task
-from megatron_mm.rl.rewards.worker import Call, Ready, one_line
+from megatron_mm.rl.rewards.worker import Answer, Call, Lost, Ready, one_line
 
 # Calls of one reward that may run out of time within one `score`. Other ranks wait meanwhile, and
 # give up after `distributed_timeout_minutes`.
@@ -43,15 +44,19 @@ class RewardRunner:
         num_workers: int = 2,
         timeout: float = 10.0,
         batch_size: int = 1,
+        lost_value: float | None = None,
     ) -> None:
         """
         Args:
             timeout: of each call of a function, in seconds.
-            batch_size: samples in a call; all of them fail if the call fails.
+            batch_size: samples in a call; all of them fail if the call of a user's function fails.
+                Those of a built-in one are then called one by one.
+            lost_value: reward of a sample whose call ran out of time or ended its worker. None: 0
+                for built-in functions, a failure for others.
         """
         self._specs = parse_specs(reward_funcs, REWARDS)
         self.names = [spec.name for spec in self._specs]
-        self._timeout, self._batch_size = timeout, batch_size
+        self._timeout, self._batch_size, self._lost_value = timeout, batch_size, lost_value
         self._num_workers = num_workers if self._specs else 0
         # A fresh interpreter: a fork would copy the trainer's threads' locks and its CUDA state.
         self._context = multiprocessing.get_context("spawn")
@@ -138,7 +143,12 @@ class RewardRunner:
                     self._give_up(pending, rewards)
                     if pending:
                         self._send(worker, pending.popleft(), given, rewards)
-            self._take_in(rewards)
+            self._take_in(pending, rewards)
+        for c, name in enumerate(self.names):
+            if self._value_if_lost(c) is not None:
+                rewards.logged += [
+                    (f"rewards/{name}/frac_lost", float(row[c])) for row in rewards.lost
+                ]
         rewards.failures.sort(key=lambda f: (f.sample, self.names.index(f.name)))
         return rewards
 
@@ -207,7 +217,27 @@ class RewardRunner:
             worker.task = None
         worker.set_limit(self._timeout)
 
-    def _take_in(self, rewards: Rewards) -> None:
+    def _value_if_lost(self, function: int) -> float | None:
+        if self._lost_value is None and self._signature.built_in[function]:
+            return 0.0
+        return self._lost_value
+
+    def _enter(self, task: Task, answer: Any, pending: deque[Task], rewards: Rewards) -> None:
+        """Enters the outcome of a task. Samples of a failed call are tried one by one, where one of
+        them has to answer for it alone."""
+        if isinstance(answer, Answer):
+            rewards.record(task, answer)
+            return
+        value, lost = self._value_if_lost(task.function), isinstance(answer, Lost)
+        alone = self._signature.built_in[task.function] or (lost and value is not None)
+        if alone and task.stop - task.start > 1:
+            pending.extendleft(Task(task.function, i, i + 1) for i in range(task.start, task.stop))
+        elif lost and value is not None:
+            rewards.record_lost(task, answer.reason, value)
+        else:
+            rewards.record(task, answer.reason if lost else answer)
+
+    def _take_in(self, pending: deque[Task], rewards: Rewards) -> None:
         """Waits until a worker answers, dies or runs out of time, and enters the outcome."""
         waiting = [w for w in self._workers if w.task is not None or not w.ready]
         for worker, answer in answers(waiting):
@@ -218,7 +248,7 @@ class RewardRunner:
                 rewards.seconds[self.names[worker.task.function]] += time.monotonic() - worker.since
                 lost = isinstance(answer, Lost)
                 self._timeouts[worker.task.function] += lost and answer.timed_out
-                rewards.record(worker.task, answer.reason if lost else answer)
+                self._enter(worker.task, answer, pending, rewards)
                 worker.task = None
             if isinstance(answer, Lost) or not worker.ready:
                 self._lose(worker)

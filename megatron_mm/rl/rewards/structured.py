@@ -1,63 +1,48 @@
-"""Rewards that read the completion as a number, as boxes or as JSON."""
+"""Rewards that read the completion as boxes or as JSON."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_mm.rl.rewards.text import Values, each
+from megatron_mm.rl.rewards.text import Values, answer_part, text_of
 
-# A sign belongs to a number unless a word or a bracket stands right before it: 5-3 ends in 3.
-_NUMBER = (
-    r"(?:(?<![\w)])[-+\u2212])?"
-    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+_SIDE = r"([-\u2212]?(?:\d{1,9}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE][-+]?\d{1,2})?)"
+_COMMA = r"\s*(?:,|\s)\s*"
+_BOX = re.compile(
+    rf"[\[(]\s*{_SIDE}{_COMMA}{_SIDE}(?:{_COMMA}|\s*[)\]]\s*,?\s*[(\[]\s*)"
+    rf"{_SIDE}{_COMMA}{_SIDE}\s*[\])]"
 )
-_BOX = re.compile(r"[\[(]\s*" + r"[,\s)\](]+".join([r"(-?\d+(?:\.\d+)?)"] * 4) + r"\s*[\])]")
-
-
-def numeric(
-    completions, ground_truth, tolerance: float = 1e-6, relative_tolerance: float = 0.0, **columns
-) -> Values:
-    """Returns 1 if the completion's last number (in a \\boxed{} if there is one) is within
-    tolerance + relative_tolerance * |truth| of the truth, else 0."""
-
-    def near(text: str, truth: Any) -> bool:
-        boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-        found, true = last_number(boxed[-1] if boxed else text), last_number(str(truth))
-        if true is None:
-            raise ValueError(f"ground_truth {truth!r} holds no number")
-        return found is not None and abs(found - true) <= tolerance + relative_tolerance * abs(true)
-
-    return each(completions, ground_truth, near)
-
-
-def last_number(text: str) -> float | None:
-    """Returns the last number of a text; forms such as 1,234.5 and -1e-3 count. None if there is
-    none."""
-    found = re.findall(_NUMBER, text)
-    if not found:
-        return None
-    value = float(found[-1].replace(",", "").replace("\u2212", "-"))
-    return value if math.isfinite(value) else None
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+MAX_TRIES = 50  # brackets that open nothing, before JSON is given up
 
 
 def box_iou(completions, ground_truth, threshold: float | None = None, **columns) -> Values:
     """Returns the intersection over union of boxes [x1, y1, x2, y2], read from the text wherever
-    four numbers stand in brackets. Several boxes are paired for the highest sum, which is divided
-    by the larger number of boxes. With a threshold, returns 1 where that mean reaches it, else
-    0."""
+    four numbers stand in brackets; only in the last <answer> or \\boxed{}, where there is one, and
+    after </think>. Several boxes are paired for the highest sum, which is divided by the larger
+    number of boxes, so that further guesses cost. With a threshold, returns 1 where that mean
+    reaches it, else 0. Numbers are compared as they are: answer and truth use one scale.
 
-    def overlap(text: str, truth: Any) -> float:
+    Raises:
+        ValueError: the truth holds no box, or one without area.
+    """
+    rewards: Values = []
+    for completion, truth in zip(completions, ground_truth, strict=True):
+        if truth is None:
+            rewards.append(None)
+            continue
         true = boxes_in(truth if isinstance(truth, str) else json.dumps(truth))
         if not true:
             raise ValueError(f"ground_truth {truth!r} holds no box [x1, y1, x2, y2]")
-        share = _matched_iou(boxes_in(text), true)
-        return share if threshold is None else float(share >= threshold)
-
-    return each(completions, ground_truth, overlap)
+        if any(box[0] == box[2] or box[1] == box[3] for box in true):
+            raise ValueError(f"ground_truth {truth!r} holds a box without area")
+        share = _matched_iou(boxes_in(answer_part(text_of(completion))), true)
+        rewards.append(share if threshold is None else float(share >= threshold))
+    return rewards
 
 
 Box = tuple[float, float, float, float]
@@ -65,7 +50,7 @@ Box = tuple[float, float, float, float]
 
 def boxes_in(text: str) -> list[Box]:
     """Returns the boxes in a text: [x1, y1, x2, y2] or (x1,y1),(x2,y2), corners in any order."""
-    found = [tuple(float(v) for v in match) for match in _BOX.findall(text)]
+    found = [tuple(float(v.replace("\u2212", "-")) for v in match) for match in _BOX.findall(text)]
     return [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in found]
 
 
@@ -92,31 +77,67 @@ def _matched_iou(found: Sequence[Box], true: Sequence[Box]) -> float:
 
 def json_match(completions, ground_truth, **columns) -> Values:
     """Returns the share of values that equal the truth's at the same place; places that only one
-    side has count as wrong. JSON may stand in a code block or after some text."""
+    side has count as wrong. The JSON is the whole text (of the last <answer>, where there is one),
+    else the last code block, else the last object or list in the text. A key that stands twice in
+    an object, NaN and Infinity make it none.
 
-    def share(text: str, truth: Any) -> float:
-        true = json.loads(truth) if isinstance(truth, str) else truth
-        try:
-            found = dict(_leaves(_find_json(text)))
-        except (ValueError, RecursionError):  # no JSON, or nested too deep to be meant
-            return 0.0
-        expected = dict(_leaves(true))
-        right = sum(path in found and _same(found[path], v) for path, v in expected.items())
-        return right / len(found.keys() | expected.keys())
+    Raises:
+        ValueError: the truth is no JSON.
+    """
+    rewards: Values = []
+    for completion, truth in zip(completions, ground_truth, strict=True):
+        text = answer_part(text_of(completion))
+        rewards.append(None if truth is None else _json_share(text, truth))
+    return rewards
 
-    return each(completions, ground_truth, share)
+
+def _json_share(text: str, truth: Any) -> float:
+    try:
+        expected = dict(_leaves(_strict(truth) if isinstance(truth, str) else truth))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"ground_truth {truth!r:.100} is no JSON: {error}") from None
+    try:
+        found = dict(_leaves(_find_json(text)))
+    except (ValueError, RecursionError):  # no JSON, or nested too deep to be meant
+        return 0.0
+    right = sum(path in found and _same(found[path], v) for path, v in expected.items())
+    return right / len(found.keys() | expected.keys())
 
 
 def _find_json(text: str) -> Any:
-    """Reads the text as JSON, else the first object or list in it; raises ValueError without
-    one."""
+    """Reads the JSON of an answer; raises ValueError without one."""
     try:
-        return json.loads(text)
+        return _strict(text)
     except ValueError:
-        start = re.search(r"[{\[]", text)
-        if start is None:
-            raise
-        return json.JSONDecoder().raw_decode(text, start.start())[0]
+        blocks = _FENCE.findall(text)
+        if blocks:
+            return _strict(blocks[-1])
+    found: list[Any] = []
+    at, tries = 0, 0
+    while (start := _OPENS.search(text, at)) and tries < MAX_TRIES:
+        try:
+            value, at = _DECODER.raw_decode(text, start.start())
+            found.append(value)
+        except (ValueError, RecursionError):
+            at, tries = start.end(), tries + 1
+    if not found:
+        raise ValueError("no JSON")
+    return found[-1]
+
+
+def _no_twin(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return dict(pairs)
+
+
+def _not_a_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+_OPENS = re.compile(r"[{\[]")
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_twin, parse_constant=_not_a_number)
+_strict = _DECODER.decode
 
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -132,5 +153,7 @@ def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 
 
 def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, str) and isinstance(other, str):
+        return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
     # In Python true is 1; in JSON it is not.
     return one == other and isinstance(one, bool) == isinstance(other, bool)

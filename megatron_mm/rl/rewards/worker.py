@@ -7,13 +7,14 @@ import math
 import os
 import select
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from megatron_mm.plugins import Spec
 from megatron_mm.rl.rewards.functions import RewardFunction
 
+LARGEST = 1e30  # a reward; sums of squares of larger ones are not finite
 MAX_REASON = 300  # characters of a failure's reason that are kept
 
 
@@ -48,11 +49,19 @@ class Answer(NamedTuple):
     logged: list[tuple[str, float]]
 
 
+class Lost(NamedTuple):
+    """The loss of a worker, in place of its answer; it has to be replaced."""
+
+    reason: str
+    timed_out: bool = False
+
+
 class Ready(NamedTuple):
-    """A worker's first answer: the columns that each function takes (see RewardFunction)."""
+    """A worker's first answer: what it has to know of each function (see RewardFunction)."""
 
     wants: list[frozenset[str] | None]
     wants_routes: list[bool]
+    built_in: list[bool]
 
 
 def work(pipe: Connection, lifeline: Connection, specs: Sequence[Spec]) -> None:
@@ -66,7 +75,13 @@ def work(pipe: Connection, lifeline: Connection, specs: Sequence[Spec]) -> None:
     except BaseException as error:
         pipe.send(one_line(error))
         return
-    pipe.send(Ready([f.wants for f in functions], [f.wants_routes for f in functions]))
+    pipe.send(
+        Ready(
+            [f.wants for f in functions],
+            [f.wants_routes for f in functions],
+            [f.built_in for f in functions],
+        )
+    )
     while True:
         try:
             call: Call = pipe.recv()
@@ -75,8 +90,9 @@ def work(pipe: Connection, lifeline: Connection, specs: Sequence[Spec]) -> None:
         pipe.send(scores_of(functions[call.function], call))
 
 
-def scores_of(function: RewardFunction, call: Call) -> Answer | str:
-    """Returns one score for each sample, or the reason why the call has none."""
+def scores_of(function: RewardFunction, call: Call) -> Answer | str | Lost:
+    """Returns one score for each sample, or the reason why the call has none; a Lost where a
+    completion was too much for a built-in function."""
     count = len(call.completions)
     logged: list[tuple[str, float]] = []
 
@@ -93,10 +109,16 @@ def scores_of(function: RewardFunction, call: Call) -> Answer | str:
             log_metric,
         )
         # Tensors and arrays have tolist.
-        values = result.tolist() if hasattr(result, "tolist") else list(result)
+        values = result.tolist() if hasattr(result, "tolist") else result
+        # Their elements are no rewards, or come in no order.
+        if isinstance(values, (str, bytes, Mapping, Set)):
+            return f"returned a {type(values).__name__}, not a list of rewards"
+        values = list(values)
         if len(values) != count:
             return f"returned {len(values)} rewards for {count} completions"
         return Answer([_score(value) for value in values], logged)
+    except (MemoryError, RecursionError, OverflowError) as error:
+        return Lost(one_line(error)) if function.built_in else one_line(error)
     except BaseException as error:  # SystemExit too
         return one_line(error)
 
@@ -105,10 +127,15 @@ def _score(value: Any) -> Score:
     if value is None:
         return Score(None)
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         return Score(None, f"returned a {type(value).__name__}, not a number")
-    return Score(number) if math.isfinite(number) else Score(None, f"returned {number}")
+    except OverflowError:
+        number = math.inf
+    # Rewards are added in fp32.
+    return Score(number) if abs(number) <= LARGEST else Score(None, f"returned {number}")
 
 
 def one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.errors import DataError
 from megatron_mm.rl.rollout.draw import draw_rollout
+from megatron_mm.rl.rollout.failures import check_rewards
 from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.rollout.score import Scored, Scorer, informative, join
 from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
@@ -59,8 +60,8 @@ class Collector:
         """Returns this replica's groups of a rollout. Every rank of the job calls it.
 
         Raises:
-            DataError: on every rank, for a row that cannot be read or labelled; or if nothing at
-                all is left to train on.
+            DataError: on every rank, for a row that cannot be read or labelled; if the rewards of a
+                step failed (`check_rewards`); or if nothing at all is left to train on.
         """
         rounds: list[Scored] = []
         kept, most = 0, self.rl.max_generation_rounds if self.rl.filter_groups else 1
@@ -79,7 +80,14 @@ class Collector:
         chosen, steps = assign_steps(
             mine, self._over_all(mine), self.plan.prompts, self.plan.prompts_per_step
         )
-        return found.only(chosen), steps
+        found = found.only(chosen)
+        self._check(found, steps.of_group, steps.count)
+        return found, steps
+
+    def _check(self, scored: Scored, of_group: Sequence[int], steps: int) -> None:
+        # The router's reward applies to every completion.
+        others, most = self.rl.router_reward_weight > 0, self.rl.max_reward_failures
+        check_rewards(self.engine, scored, self.scorer.weights, of_group, steps, most, others)
 
     def _round(self) -> Scored:
         rollout = draw_rollout(
@@ -88,6 +96,8 @@ class Collector:
         scored = self.scorer.score(rollout)
         if not self.rl.filter_groups:
             return scored
+        # Groups that are dropped reach no step.
+        self._check(scored, [0] * len(scored.groups), 1)
         return scored.only(informative(scored, self.scorer.weights))
 
     def _over_replicas(self, count: int) -> int:

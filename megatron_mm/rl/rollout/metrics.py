@@ -23,7 +23,7 @@ from megatron_mm.earl.spans import token_pieces
 from megatron_mm.evaluation.scoring import result_key
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.parallel.groups import Groups
-from megatron_mm.rl.advantages import component_sums
+from megatron_mm.rl.advantages import component_sums, weighted
 from megatron_mm.rl.credit import Credited
 
 SHOWN_GROUPS = 4  # in the table of completions
@@ -154,9 +154,9 @@ def _by_skill(credited: Credited, weights: Sequence[float]) -> Pairs:
     """Returns the weighted sum of the reward functions alone, over all rows and by the rows'
     skill."""
     count = len(weights)
-    usable = ~(credited.failed_PGC | credited.rewards_PGC.isnan())[..., :count]
-    values = torch.where(usable, credited.rewards_PGC[..., :count], 0.0) * torch.tensor(weights)
-    total_PG, seen_PG = values.sum(2), usable.any(2)
+    rewards_PGC, failed_PGC = credited.rewards_PGC[..., :count], credited.failed_PGC[..., :count]
+    total_PG = weighted(rewards_PGC, failed_PGC, torch.tensor(weights))[1]
+    seen_PG, total_PG = ~total_PG.isnan(), total_PG.nan_to_num(nan=0.0)
     pairs: Pairs = {"reward/task": [float(total_PG.sum()), float(seen_PG.sum())]}
     for p, group in enumerate(credited.scored.groups):
         pair = pairs.setdefault(f"reward/task/{result_key(group.asked.row)}", [0.0, 0.0])

@@ -17,7 +17,7 @@ from megatron_mm.earl.spans import Span
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.generation.lanes import Completion
-from megatron_mm.rl.advantages import keep_groups
+from megatron_mm.rl.advantages import keep_groups, weighted
 from megatron_mm.rl.rewards.runner import RewardRunner
 from megatron_mm.rl.rollout.draw import Group, Rollout, moe_layers
 from megatron_mm.rl.settings import RLConfig
@@ -40,7 +40,7 @@ class Scored:
         generated: completions that were drawn, those that are not trained on too.
         missing: spans whose skill has no cluster.
         skipped: the rows that could not be read, with the reason.
-        failures: the reasons why rewards failed, with the row.
+        failures: the reasons why rewards failed or were lost, with the row.
         seconds: by phase.
         logged: numbers that reward functions logged, by the metric's name; a metric is their mean.
     """
@@ -101,19 +101,16 @@ def join(rounds: Sequence[Scored]) -> Scored:
     )
 
 
+def totals(scored: Scored, weights: Sequence[float]) -> torch.Tensor:
+    """Returns the weighted sum of the functions' rewards, [P, G]; NaN where a completion is left
+    out (`weighted`)."""
+    return weighted(scored.rewards_PGC, scored.failed_PGC, torch.tensor(weights))[1]
+
+
 def informative(scored: Scored, weights: Sequence[float]) -> list[int]:
     """Returns the places of the groups whose completions differ in their reward, those that DAPO's
-    dynamic sampling keeps (`keep_groups`)."""
-    places = []
-    for p, (rewards_GC, failed_GC) in enumerate(
-        zip(scored.rewards_PGC, scored.failed_PGC, strict=True)
-    ):
-        usable_GC = torch.where(failed_GC, torch.nan, rewards_GC)
-        total_G = (usable_GC * torch.tensor(weights)).nansum(1)
-        total_G[usable_GC.isnan().all(1)] = torch.nan
-        if bool(keep_groups(total_G.unsqueeze(0))[0]):
-            places.append(p)
-    return places
+    dynamic sampling keeps (`keep_groups`). A completion that is left out makes no difference."""
+    return keep_groups(totals(scored, weights)).nonzero().flatten().tolist()
 
 
 class Scorer:
@@ -134,7 +131,11 @@ class Scorer:
 
         def start() -> tuple[list[str], bool]:
             self._runner = RewardRunner(
-                rl.reward_funcs, rl.reward_num_workers, rl.reward_timeout, rl.reward_batch_size
+                rl.reward_funcs,
+                rl.reward_num_workers,
+                rl.reward_timeout,
+                rl.reward_batch_size,
+                rl.reward_lost_value,
             )
             return self._runner.names, self._runner.wants_routes
 
@@ -189,7 +190,13 @@ class Scorer:
         messages = [_messages(prompt) for prompt in asked]
         assert self._runner is not None  # the reader has started it
         rewards = self._runner.score(messages, said, ids, columns, routes)
-        failures = [f"{asked[f.sample].where}: {f.name}: {f.reason}" for f in rewards.failures]
+        # Those that leave a completion out come first: the run may stop with the first of them.
+        weight = dict(zip(self.names, self.weights, strict=True))
+        lost = {n: dict(zip(self.names, row, strict=True)) for n, row in enumerate(rewards.lost)}
+        counted = sorted(
+            rewards.failures, key=lambda f: (lost[f.sample][f.name], weight[f.name] == 0)
+        )
+        failures = [f"{asked[f.sample].where}: {f.name}: {f.reason}" for f in counted]
         labelled: list[tuple[list[Span], int]] = [([], 0)] * len(completions)
         if self._alignment is not None:
             labelled = [
