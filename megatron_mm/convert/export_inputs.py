@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.config import ModelConfig, RunConfig, read_memories
+from megatron_mm.convert.folder import IMAGE_CONTEXT
 from megatron_mm.data.tiles import ImageSettings, image_settings
 from megatron_mm.data.tokenizer import GENERATION_CONFIG, Tokenizer, load_tokenizer
 from megatron_mm.errors import DataError
@@ -23,6 +24,7 @@ TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
 CODE = "processing_megatron_mm.py"
 OURS = "MegatronMMProcessor"
+TILES = "tiles"  # key of our processor's settings
 # What InternVLProcessor asks its tokenizer for.
 NAMED_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
 
@@ -44,17 +46,42 @@ def input_files(checkpoint: Any, assets: Sequence[Path], lines: list[str]) -> di
     model, run = checkpoint.model, checkpoint.run
     files = {path.name: path.read_bytes() for path in assets}
     tokenizer = tokenizer_of(assets, run, lines)
-    # Only then has nothing but the origin's own files said how it reads.
-    untouched = checkpoint.iteration == 0 and not has_clvr(model)
-    if not (untouched and _template_serves(files, model)):
+    kept = is_untouched(checkpoint)
+    if not (kept and _template_serves(files, model)):
         files = _without_templates(files) | {TEMPLATE: (REMOTE / TEMPLATE).read_bytes()}
     processors = [name for name in files if name.endswith("processor_config.json")]
-    if model.vision is not None and not (untouched and processors):
-        kept = {name: content for name, content in files.items() if name not in processors}
-        files = kept | _processor_files(run, files)
-    if tokenizer is not None and not (untouched and GENERATION_CONFIG in files):
-        files[GENERATION_CONFIG] = _generation_config(tokenizer, files.get(GENERATION_CONFIG))
+    foreign = processors and TILES not in json.loads(files.get(PROCESSOR, b"{}"))
+    if model.vision is not None and not (kept and foreign):
+        others = {name: content for name, content in files.items() if name not in processors}
+        files = others | _processor_files(run, files)
+    if tokenizer is not None and not (kept and GENERATION_CONFIG in files):
+        ends = [*tokenizer.end_ids, *_ends_of_training(run, tokenizer, lines)]
+        files[GENERATION_CONFIG] = _generation_config(
+            list(dict.fromkeys(ends)), tokenizer.pad_id, files.get(GENERATION_CONFIG)
+        )
     return files
+
+
+def is_untouched(checkpoint: Any) -> bool:
+    """Whether nothing but the origin's own files has said how the model reads: it was converted,
+    not trained here, and has no looks."""
+    return checkpoint.iteration == 0 and not has_clvr(checkpoint.model)
+
+
+def _ends_of_training(run: RunConfig, travelling: Tokenizer, lines: list[str]) -> tuple[int, ...]:
+    """Returns the end tokens of the tokenizer that training read, if it is not the one that travels
+    along."""
+    path = run.data.tokenizer_model
+    if not path or Path(path).resolve() == Path(travelling.path).resolve():
+        return ()
+    try:
+        return load_tokenizer(path, run.data.end_tokens).end_ids
+    except DataError:
+        lines.append(
+            f"end tokens are those of {travelling.path}: the tokenizer of the run, {path}, cannot "
+            "be read"
+        )
+        return ()
 
 
 def tokenizer_of(assets: Sequence[Path], run: RunConfig, lines: list[str]) -> Tokenizer | None:
@@ -79,10 +106,9 @@ def end_token_ids(content: bytes) -> set[int]:
     return set(found if isinstance(found, list) else [] if found is None else [found])
 
 
-def _generation_config(tokenizer: Tokenizer, origin: bytes | None) -> bytes:
+def _generation_config(ends: list[int], pad_id: int, origin: bytes | None) -> bytes:
     config = {} if origin is None else json.loads(origin)
-    config |= {"eos_token_id": [*tokenizer.end_ids], "pad_token_id": tokenizer.pad_id}
-    return as_json(config)
+    return as_json(config | {"eos_token_id": ends, "pad_token_id": pad_id})
 
 
 def _without_templates(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -95,11 +121,12 @@ def _without_templates(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def _template_serves(files: dict[str, bytes], model: ModelConfig) -> bool:
-    """Whether the template that came along can write the model's prompts: there is one, and if the
-    model sees images, an image changes what it writes."""
+    """Whether the template that came along can write the model's prompts. A model without vision
+    may have none. Any other needs one that writes an image as one image token, which processors
+    multiply, and nothing else of it."""
     template = _template_in(files)
     if model.vision is None or template is None:
-        return template is not None or model.vision is None
+        return model.vision is None
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def written(*parts: dict[str, str]) -> str:
@@ -107,9 +134,11 @@ def _template_serves(files: dict[str, bytes], model: ModelConfig) -> bool:
         return render_jinja_template([chat], chat_template=template)[0][0]
 
     try:
-        return written({"type": "image"}) != written()
+        image, none = written({"type": "image"}), written()
     except Exception:  # it cannot read such a message, whatever the reason
         return False
+    # A list that is printed as it is names its parts' types.
+    return image.count(IMAGE_CONTEXT) == none.count(IMAGE_CONTEXT) + 1 and "type" not in image
 
 
 def _template_in(files: dict[str, bytes]) -> str | None:
@@ -128,7 +157,7 @@ def _processor_files(run: RunConfig, files: dict[str, bytes]) -> dict[str, bytes
     config: dict[str, Any] = {
         "processor_class": OURS,
         "auto_map": {"AutoProcessor": f"{CODE.removesuffix('.py')}.{OURS}"},
-        "tiles": asdict(settings) | {"tokens_per_tile": settings.tokens_per_tile},
+        TILES: asdict(settings) | {"tokens_per_tile": settings.tokens_per_tile},
     }
     made = {CODE: (REMOTE / CODE).read_bytes()}
     if _as_internvl(settings, files):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from megatron_mm.config import (
     ConfigError,
+    DataConfig,
     FusionConfig,
     ModelConfig,
     from_dict,
@@ -59,6 +60,7 @@ class HFFolder:
         tensors: stored tensors of all folders, by name.
         new: groups of mcore parameters that the folder may lack.
         assets: files that are copied along.
+        data: how the folder reads images, if it is an export of ours.
     """
 
     folder: Path
@@ -68,6 +70,7 @@ class HFFolder:
     tensors: dict[str, Stored] = field(default_factory=dict)
     new: tuple[tuple[str, ...], ...] = (LOOKS,)
     assets: list[Path] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
 
     def mapping(self, parameters: Mapping[str, ParamLayout]) -> StateMapping:
         """Maps the stored tensors to the parameters of the model."""
@@ -130,7 +133,20 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
     image = _image_token(hf, config, model)
     folders = [hf] if hf_vision is None else [hf_vision, hf]  # of equal names, the language model's
     assets = {path.name: path for folder in folders for path in travelling(folder)}
-    return HFFolder(hf, model, tied, image, tensors, new, list(assets.values()))
+    made = [*assets.values()]
+    return HFFolder(hf, model, tied, image, tensors, new, made, _reading(assets))
+
+
+def _reading(assets: Mapping[str, Path]) -> DataConfig:
+    """Returns the settings of images that the processor of an export holds, else the defaults."""
+    path = assets.get("processor_config.json")
+    tiles = read_json(path).get("tiles") if path is not None else None
+    if not isinstance(tiles, dict):
+        return DataConfig()
+    names = {"mean": "image_mean", "std": "image_std"}
+    held = {names.get(key, key): value for key, value in tiles.items()}
+    known = {f.name for f in fields(DataConfig)}
+    return from_dict(DataConfig, {k: v for k, v in held.items() if k in known}, str(path))
 
 
 def travelling(folder: Path) -> list[Path]:

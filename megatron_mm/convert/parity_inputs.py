@@ -24,21 +24,14 @@ from megatron_mm.convert.parity import clvr_inputs
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
 from megatron_mm.data.images import TileGrid, choose_grid
-from megatron_mm.data.messages import ESCAPED_MARK, IMAGE_MARK
+from megatron_mm.data.messages import ESCAPED_MARK, IMAGE_MARK, check_messages
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tiles import ImageSettings, choose_grids, image_settings, tiles_seen
-from megatron_mm.data.tokenizer import GENERATION_CONFIG, Tokenizer
+from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import ConvertError, DataError
 
 ROOMY = 10**9  # tokens: no case is too long
-# Files by which an export reads its inputs.
-READING = (
-    export_inputs.TEMPLATE,
-    export_inputs.PROCESSOR,
-    export_inputs.IMAGES,
-    export_inputs.CODE,
-    GENERATION_CONFIG,
-)
+TEMPLATES = "additional_chat_templates"  # a folder of which transformers offers the templates
 
 
 def compare_inputs(source: HFFolder, checkpoint: Checkpoint, trust_remote_code: bool) -> list[str]:
@@ -50,70 +43,88 @@ def compare_inputs(source: HFFolder, checkpoint: Checkpoint, trust_remote_code: 
     Raises:
         ConvertError: names the first difference.
     """
-    folder, lines = source.folder, []
-    _check_dtype(source)
+    folder, run = source.folder, checkpoint.run
+    untouched = export_inputs.is_untouched(checkpoint)
+    files = {path.name: path.read_bytes() for path in travelling(folder)}
+    kept = {p.name: p.read_bytes() for p in checkpoint.assets} if untouched else None
+    ours = (folder / export_inputs.CODE).is_file()
+    _check_dtype(source, needed=files != kept)
+    if files == kept and not ours:
+        return ["template, processor and end tokens are those that it was converted with"]
     assets = checkpoint.assets or travelling(folder)
     notes: list[str] = []
     expected = export_inputs.input_files(checkpoint, assets, notes)
-    tokenizer = export_inputs.tokenizer_of(assets, checkpoint.run, [])
+    for name in sorted(expected.keys() | files):
+        if kept is None or files.get(name) != kept.get(name):
+            _check_same(folder, name, expected.get(name))
+    if (folder / TEMPLATES).exists():
+        raise ConvertError(f"{folder / TEMPLATES}: further templates; training has one")
+    tokenizer = export_inputs.tokenizer_of(assets, run, [])
     if tokenizer is None:
         return [f"its inputs were not compared: {note}" for note in notes]
     if not checkpoint.assets:
-        lines.append(
-            "end tokens are those of the folder itself: the checkpoint's tokenizer, "
-            f"{checkpoint.run.data.tokenizer_model or 'which it does not name'}, is not here"
+        notes.append(
+            "tokenizer and end tokens are those of the folder itself: the checkpoint's, "
+            f"{run.data.tokenizer_model or 'which it does not name'}, is not here"
         )
-    _check_ends(folder, expected)
-    ours = (export_inputs.REMOTE / export_inputs.TEMPLATE).read_bytes()
-    if expected.get(export_inputs.TEMPLATE) != ours or (
+    template = (export_inputs.REMOTE / export_inputs.TEMPLATE).read_bytes()
+    if expected.get(export_inputs.TEMPLATE) != template or (
         checkpoint.model.vision is not None and export_inputs.CODE not in expected
     ):
-        for name in READING:
-            _check_same(folder, name, expected.get(name))
-        return [*lines, "template and processor are those it came with; training has its own"]
+        return [*notes, "template and processor are those it came with; training has its own"]
     processor = _processor(folder, checkpoint, trust_remote_code)
     count = 0
-    for chat in conversations(checkpoint.run):
-        _compare(processor, checkpoint.run, tokenizer, chat, folder)
+    for chat in conversations(run):
+        try:
+            _compare(processor, run, tokenizer, chat, folder)
+        except (ConvertError, DataError, MemoryError):
+            raise
+        except Exception as error:  # of transformers or the folder's code, of any kind
+            reason = " ".join(str(error).split())[:300]
+            raise ConvertError(
+                f"{folder}: {chat.name}: {type(error).__name__}: {reason}"
+            ) from error
         count += 1
-    return [*lines, f"token ids and pixel values are bitwise identical, {count} conversations"]
+    return [*notes, f"token ids and pixel values are bitwise identical, {count} conversations"]
 
 
-def _check_dtype(source: HFFolder) -> None:
+def _check_dtype(source: HFFolder, needed: bool) -> None:
     config = read_json(source.folder / CONFIG)
     said = config.get("dtype", config.get("torch_dtype"))
     elements: Counter[torch.dtype] = Counter()
     for tensor in source.tensors.values():
         elements[tensor.dtype] += torch.Size(tensor.shape).numel()
     held = config_dtype(elements)
-    if said is not None and said != held:
+    if said != held and (needed or said is not None):
         raise ConvertError(
             f"{source.folder / CONFIG}: dtype is {said!r}, most elements are {held}; transformers "
             f"would load all of them as {said}"
         )
 
 
-def _check_ends(folder: Path, expected: dict[str, bytes]) -> None:
-    path = folder / GENERATION_CONFIG
-    if GENERATION_CONFIG not in expected:
-        return
-    ends = export_inputs.end_token_ids(expected[GENERATION_CONFIG])
-    found = export_inputs.end_token_ids(path.read_bytes()) if path.is_file() else set()
-    if found != ends:
-        raise ConvertError(
-            f"{path}: eos_token_id is {sorted(found)}, training's answers end at {sorted(ends)}"
-        )
-
-
 def _check_same(folder: Path, name: str, expected: bytes | None) -> None:
+    """Checks one of the folder's files against what an export has, JSON by its values."""
     path = folder / name
     found = path.read_bytes() if path.is_file() else None
     if found == expected:
         return
     if found is None or expected is None:
-        raise ConvertError(f"{path}: is {'not' if found is None else 'only'} in the folder")
-    if not name.endswith(".json") or json.loads(found) != json.loads(expected):
-        raise ConvertError(f"{path}: differs from the checkpoint's")
+        what = "is missing" if found is None else "is in the folder and in no export"
+        raise ConvertError(f"{path} {what}: text and images may be read otherwise")
+    if not name.endswith(".json"):
+        raise ConvertError(f"{path} is not that of an export of the checkpoint")
+    theirs, ours = json.loads(found), json.loads(expected)
+    differing = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+    if differing:
+        key = differing[0]
+        raise ConvertError(
+            f"{path}: {key} is {_short(theirs.get(key))}, of an export {_short(ours.get(key))}"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _processor(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -154,10 +165,12 @@ def conversations(run: RunConfig) -> Iterator[Chat]:
     yield Chat("text", [_user("What is 2 + 2?")])
     yield Chat("line breaks", [_said("system", "\nBe brief.\n"), _user("\n\n  1\n\nwhy?\n")])
     yield Chat("spaces", [_user("   three,  two "), _said("assistant", " \n yes "), _user(" ")])
+    yield Chat("an answer behind spaces", [_user("a"), _said("assistant", "  yes"), _user("b")])
     yield Chat("an escaped mark", [_user(f"what does {ESCAPED_MARK} mean?")])
     thought = _said("assistant", "\n5") | {"reasoning_content": "\n2 and 3\n"}
     yield Chat("reasoning", [_user("2 + 3?"), thought, _user("sure?")])
-    used = [_user("add"), _said("assistant", "") | {"tool_calls": [call, call]}]
+    text = {"type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
+    used = [_user("add"), _said("assistant", "") | {"tool_calls": [call, text]}]
     used += [_said("tool", "3"), _said("tool", "\n4"), _said("assistant", "done"), _user("so?")]
     yield Chat("tools", [_said("system", "Use tools."), *used], tools=(tool, tool))
     yield Chat("tools alone", used, tools=(tool,))
@@ -196,14 +209,15 @@ def _compare(
     # Another row's images, as a control may show them to looks, come with their row.
     row |= {m.images: row["images"] for m in memories(run.model, run.data.memory_images)}
     sample = SampleBuilder(roomy, tokenizer).prompt(row, chat.name, folder)
+    how = {"tools": list(chat.tools) or None, "add_generation_prompt": True}
     found = processor.apply_chat_template(
-        _in_parts(chat) if chat.images else chat.messages,
-        tools=list(chat.tools) or None,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+        _in_parts(chat), tokenize=True, return_dict=True, return_tensors="pt", **how
     )
+    # Marks in text write what parts write.
+    spelled = (chat.messages, _in_parts(chat))
+    texts = [processor.apply_chat_template(m, tokenize=False, **how) for m in spelled]
+    if texts[0] != texts[1]:
+        raise ConvertError(f"{folder}: {chat.name}: its template reads texts and parts differently")
     theirs, mine = found["input_ids"][0].tolist(), sample.tokens_T.tolist()
     if theirs != mine:
         pairs = zip_longest(theirs, mine)
@@ -228,9 +242,10 @@ def _compare(
 def _in_parts(chat: Chat) -> list[dict[str, Any]]:
     """The messages as lists of parts, which hold the images."""
     images, found = iter(chat.images), []
-    for message in chat.messages:
+    checked = check_messages({"messages": chat.messages}, chat.name)
+    for message, read in zip(chat.messages, checked, strict=True):
         parts: list[dict[str, Any]] = []
-        for number, text in enumerate(message["content"].split(IMAGE_MARK)):
+        for number, text in enumerate(read.texts):
             parts += [{"type": "image", "image": next(images)}] if number else []
             parts += [{"type": "text", "text": text}] if text else []
         found.append(message | {"content": parts})

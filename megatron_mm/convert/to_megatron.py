@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -199,6 +199,7 @@ def _finish(source: HFFolder, chunks: list[Chunk], run: RunConfig, partial: Path
     for path in source.assets:
         sealed.write_bytes(partial / ASSETS / path.name, path.read_bytes())
     sealed.sync_folder(partial / ASSETS)
+    run = replace(run, data=source.data)  # an export of this checkpoint reads images so
     parallel = run.parallel
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     end = model.eos_id()
     ends = [required["message_end_id"], *([] if end < 0 else [end])]
     ends += _configured_ends(path.parent, size)
-    ends += _ids(end_tokens, special, model.encode, path)
+    ends += _ids(end_tokens, vocabulary, model.encode, path)
     return Tokenizer(
         vocab_size=size,
         **required,
@@ -219,7 +219,7 @@ def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
 
     ends = [required["message_end_id"]]
     ends += [] if model.eos_token_id is None else [model.eos_token_id]
-    ends += [*_configured_ends(path, size), *_ids(end_tokens, special, encode, path)]
+    ends += [*_configured_ends(path, size), *_ids(end_tokens, vocabulary, encode, path)]
     return Tokenizer(
         vocab_size=size,
         **required,
@@ -264,12 +264,12 @@ def _configured_ends(folder: Path, vocab_size: int) -> list[int]:
 
 def _ids(
     tokens: Sequence[str],
-    special: dict[str, int],
+    vocabulary: Mapping[str, int],
     encode: Callable[[str], list[int]],
     path: Path,
 ) -> list[int]:
     """Returns the ids of tokens by their spelling."""
-    found = [[special[token]] if token in special else encode(token) for token in tokens]
+    found = [[vocabulary[t]] if t in vocabulary else encode(t) for t in tokens]
     for token, ids in zip(tokens, found, strict=True):
         if len(ids) != 1:
             raise DataError(

@@ -30,6 +30,7 @@ def run(scenes) -> RunConfig:
     run.model.hybrid_layer_pattern = "GE L *E J"
     run.data.train_data = [DataPhase(str(scenes / "mix.jsonl"))]
     run.data.tokenizer_model = str(scenes / "tokenizer.model")
+    run.data.extra_columns = ["scene", "other_images"]
     run.data.seq_length, run.data.max_num_tiles = 128, 9
     run.training.micro_batch_size, run.training.global_batch_size = 2, 8
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,23 @@ from transformers import (
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 from megatron_mm.config import ParallelConfig
-from megatron_mm.convert import to_hf
-from megatron_mm.convert.export_inputs import TEMPLATE
+from megatron_mm.convert import parity_inputs, to_hf
+from megatron_mm.convert.export_inputs import TEMPLATE, _template_serves
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
-from support.exports import converted, exported, loaded, save_origin, trained
+from support.exports import TEXT_TEMPLATE, converted, exported, loaded, save_origin, trained
+from support.folders import base_model
 from support.tools import load_tool
 
+# InternVL's way: an image is one token, which the processor multiplies.
+IMAGE_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ '<IMG_CONTEXT>' if p.type == 'image' else p.text }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
 SETTINGS = {"max_num_tiles": 3, "image_mean": [0.5, 0.4, 0.3], "max_image_tokens": 24}
 
 
@@ -91,7 +99,7 @@ def test_an_export_of_each_origin_reads_as_training_did(made, parity, fused, loo
     assert lines == []
     status, said = parity(folder, checkpoint)
     assert status == 0, said
-    assert "token ids and pixel values are bitwise identical, 14 conversations" in said
+    assert "token ids and pixel values are bitwise identical, 15 conversations" in said
     assert "every layer and the logits agree" in said
 
 
@@ -119,58 +127,164 @@ def tiling(**keys):
     )
 
 
-# What is changed by hand, and what the one line names.
+# What is changed by hand, which file the one line names, and what reading alone would find.
 SPOILT = {
     "an image's place": (
-        lambda f: replace_in(f, TEMPLATE, "'<IMG_CONTEXT>' if part", "' <IMG_CONTEXT>' if part"),
-        "pixels: token",
+        lambda f: replace_in(f, TEMPLATE, "{{- '<IMG_CONTEXT>' -}}", "{{- ' <IMG_CONTEXT>' -}}"),
+        TEMPLATE,
+        "reads texts and parts differently",
+    ),
+    "marks in text": (
+        lambda f: replace_in(f, TEMPLATE, "'<image>', '<IMG_CONTEXT>'", "'<image>', '<image>'"),
+        TEMPLATE,
+        "reads texts and parts differently",
     ),
     "a line break between turns": (
         lambda f: replace_in(f, TEMPLATE, "not tools else '\\n'", "not tools else ''"),
+        TEMPLATE,
         "line breaks: token",
     ),
     "the words before tools": (
         lambda f: replace_in(f, TEMPLATE, "signatures", "descriptions"),
+        TEMPLATE,
         "tools: token",
+    ),
+    "arguments of tools": (
+        lambda f: replace_in(
+            f, TEMPLATE, "{{- call.arguments -}}", "{{- call.arguments|tojson -}}"
+        ),
+        TEMPLATE,
+        "tools: token",
+    ),
+    "no template": (lambda f: (f / TEMPLATE).unlink(), TEMPLATE, "text: ValueError"),
+    "an older template beside it": (
+        lambda f: (f / "chat_template.json").write_text("{}"),
+        "chat_template.json is in the folder and in no export",
+        None,
     ),
     "an end token": (
         lambda f: change(f, "generation_config.json", eos_token_id=[1]),
-        "eos_token_id",
+        "generation_config.json: eos_token_id is [1], of an export",
+        None,
     ),
-    "no generation config": (lambda f: (f / "generation_config.json").unlink(), "eos_token_id"),
-    "a token": (lambda f: replace_in(f, "tokenizer.json", '"<|im_end|>"', '"<|im_ed|>"'), "error"),
-    "a higher tiling limit": (tiling(max_num_tiles=4), "pixels: token"),
-    "a lower tiling limit": (tiling(max_num_tiles=2), "pixels: token"),
-    "no budget": (tiling(max_image_tokens=None), "2 images: token"),
-    "no thumbnail": (tiling(use_thumbnail=False), "pixels: "),
-    "a mean": (tiling(mean=[0.5, 0.4, 0.31]), "pixel_values"),
+    "a generation setting": (
+        lambda f: change(f, "generation_config.json", max_length=3),
+        "generation_config.json: max_length is 3, of an export null",
+        None,
+    ),
+    "no generation config": (
+        lambda f: (f / "generation_config.json").unlink(),
+        "generation_config.json is missing",
+        None,
+    ),
+    "a token": (
+        lambda f: replace_in(f, "tokenizer.json", '"<|im_end|>"', '"<|im_ed|>"'),
+        "tokenizer.json",
+        "text: token",
+    ),
+    "a higher tiling limit": (tiling(max_num_tiles=4), "processor_config.json", "pixels: token"),
+    "a lower tiling limit": (tiling(max_num_tiles=2), "processor_config.json", "pixels: token"),
+    "no budget": (tiling(max_image_tokens=None), "processor_config.json", "2 images: token"),
+    "no thumbnail": (tiling(use_thumbnail=False), "processor_config.json", "pixels: "),
+    "a mean": (tiling(mean=[0.5, 0.4, 0.31]), "processor_config.json", "pixel_values"),
+    "no code": (
+        lambda f: change(f, "processor_config.json", auto_map={}),
+        "processor_config.json: auto_map is {}",
+        None,
+    ),
     "the dtype": (
         lambda f: change(f, "config.json", dtype="bfloat16"),
         "dtype is 'bfloat16', most elements are float32",
+        None,
     ),
+    "no dtype": (lambda f: change(f, "config.json", dtype=None), "dtype is None, most", None),
 }
+
+
+def spoiled(made, tmp_path: Path, looks: bool, spoil) -> tuple[Path, Path]:
+    """A changed copy of a trained run's export, and its checkpoint."""
+    checkpoint, folder, _ = made(True, looks, True)
+    shutil.copytree(folder, tmp_path / "hf")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    spoil(tmp_path / "hf")
+    assert before != {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    return tmp_path / "hf", checkpoint
+
+
+def one_error(said: str) -> str:
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    return line
 
 
 @pytest.mark.parametrize("looks", [True, False], ids=["looks", "plain"])
 @pytest.mark.parametrize("what", SPOILT)
 def test_a_change_by_hand_is_found(made, parity, tmp_path, what, looks):
-    checkpoint, folder, _ = made(True, looks, True)
-    shutil.copytree(folder, tmp_path / "hf")
-    spoil, message = SPOILT[what]
-    before = {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
-    spoil(tmp_path / "hf")
-    assert before != {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    spoil, named, _ = SPOILT[what]
+    status, said = parity(*spoiled(made, tmp_path, looks, spoil))
+    assert status == 1 and named in one_error(said), said
+
+
+@pytest.mark.parametrize("what", [name for name, (_, _, read) in SPOILT.items() if read])
+def test_reading_alone_would_find_it(made, parity, tmp_path, monkeypatch, what):
+    """So the conversations are no second look at the same files."""
+    monkeypatch.setattr(parity_inputs, "_check_same", lambda *args: None)
+    spoil, _, read = SPOILT[what]
+    status, said = parity(*spoiled(made, tmp_path, False, spoil))
+    assert status == 1 and read in one_error(said), said
+
+
+def test_an_origin_is_compared_with_what_it_was_converted_from(made, parity, tmp_path):
+    """The README's command on a fused folder, which may have no processor."""
+    checkpoint, _, _ = made(True, False, False)
+    origin = checkpoint.parent / "origin1" / "language"
+    status, said = parity(origin, checkpoint)
+    assert status == 0 and "are those that it was converted with" in said, said
+    shutil.copytree(origin, tmp_path / "hf")
+    change(tmp_path / "hf", "generation_config.json", eos_token_id=[1])
     status, said = parity(tmp_path / "hf", checkpoint)
-    assert status == 1 and message in said, said
-    assert len([line for line in said.splitlines() if line.startswith("error:")]) == 1
+    assert status == 1 and "generation_config.json: eos_token_id is [1]" in one_error(said)
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["looks", "plain"])
+def test_an_export_comes_back_as_it_was(made, parity, tmp_path, looks):
+    """In and out again: the same files, tiling above all."""
+    _, folder, _ = made(True, looks, True)
+    checkpoint = converted([folder], tmp_path / "mega", looks=False)
+    assert exported(checkpoint, tmp_path / "hf") == []
+    for path in folder.iterdir():
+        if path.suffix in (".py", ".jinja"):
+            assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
+        elif path.suffix == ".json" and path.name != "model.safetensors.index.json":
+            again = json.loads((tmp_path / "hf" / path.name).read_text())
+            assert again == json.loads(path.read_text()), path.name
+    status, said = parity(tmp_path / "hf", checkpoint)
+    assert status == 0 and "15 conversations" in said, said
+
+
+TEMPLATES = {
+    "{% for m in messages %}{{ m.content | trim }}{% endfor %}": False,
+    "{% for m in messages %}{{ m.content }}{% endfor %}": False,
+    "{% for p in messages[0].content %}image{{ p.text }}{% endfor %}": False,
+    TEXT_TEMPLATE: False,
+    IMAGE_TEMPLATE: True,
+    IMAGE_TEMPLATE.replace("<IMG_CONTEXT>", "<|vision_start|><|image_pad|>"): False,
+    IMAGE_TEMPLATE.replace("<IMG_CONTEXT>", "<IMG_CONTEXT><IMG_CONTEXT>"): False,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_serves_if_an_image_is_one_token(template):
+    files = {TEMPLATE: template.encode()}
+    assert _template_serves(files, base_model()) == TEMPLATES[template]
+    assert _template_serves({}, replace(base_model(), vision=None))
+    assert not _template_serves({}, base_model())
 
 
 def test_files_that_came_along_stay_where_they_serve(made, parity, tmp_path):
     """A fused folder with a template for images and a processor comes back as it was."""
     origin = tmp_path / "origin"
     (main,) = save_origin(origin, fused=True)
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
-    kept = {"chat_template.jinja": template, "preprocessor_config.json": '{"max_patches": 7}'}
+    kept = {"chat_template.jinja": IMAGE_TEMPLATE, "preprocessor_config.json": '{"max_patches": 7}'}
     for name, content in kept.items():
         (main / name).write_text(content)
     made(True, False, False)  # has started the groups
@@ -179,10 +293,13 @@ def test_files_that_came_along_stay_where_they_serve(made, parity, tmp_path):
     for name in (*kept, "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (main / name).read_bytes()
     status, said = parity(tmp_path / "hf", checkpoint)
-    assert status == 0 and "template and processor are those it came with" in said
+    assert status == 0 and "are those that it was converted with" in said
     (tmp_path / "hf" / "preprocessor_config.json").write_text('{"max_patches": 6}')
     status, said = parity(tmp_path / "hf", checkpoint)
-    assert status == 1 and "preprocessor_config.json: differs from the checkpoint's" in said
+    assert (
+        status == 1
+        and "preprocessor_config.json: max_patches is 6, of an export 7" in one_error(said)
+    )
 
 
 def test_internvl_reads_a_plain_export_alike(made, tmp_path, monkeypatch):

@@ -84,7 +84,8 @@ def folder(tmp_path_factory):
 def test_there_and_back_by_two_ranks(folder, tmp_path, call, done):
     token = {"id": 95, "content": "<IMG_CONTEXT>", "special": True}
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [token]}))
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    template = "{% for p in messages[0].content %}{{ p.text or '<IMG_CONTEXT>' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
     (folder / "evil.py").write_text("raise SystemExit")
     said = torchrun(
         "hf_to_megatron.py",

@@ -195,7 +195,7 @@ def test_evalset(run, tokenizer, digits_folder, write_rows, make_row):
     bad = (
         ({"scorer": "f1"}, "'f1' is unknown"),
         ({"ground_truth": [3]}, "ground_truth is a list"),
-        ({"answer": "3"}, "nothing uses 1 of the row's 4 keys"),
+        ({"id": 3}, "nothing uses 1 of the row's 3 keys"),
     )
     for more, what in bad:
         with pytest.raises(DataError, match=f"rows.jsonl:1: .*{what}"):

@@ -114,8 +114,11 @@ def test_a_row_that_teaches_nothing_is_rejected(tokenizer):
     ("row", "options", "what"),
     [
         ({"id": 3, "source": "x"}, {}, r"2 of the row's 3 keys \('id', 'source'\); remove them"),
-        ({"imagse": []}, {}, "did you mean 'images'"),
+        ({"imagse": ["x"]}, {}, "did you mean 'images'"),
         ({"videos": ["v.mp4"]}, {"columns": True}, "'videos'"),
+        ({"Images": ["x"]}, {"columns": True}, "did you mean 'images'"),
+        ({"tool": [{}]}, {"columns": True}, "did you mean 'tools'"),
+        ({"prompt": "x"}, {"columns": True}, "'prompt'"),
         ({"weight": 0}, {"columns": True}, "'weight'"),
         ({"rejected": "no"}, {"columns": True}, "'rejected'"),
         ({"system": "Be brief"}, {"columns": True}, "'system'"),
@@ -133,7 +136,7 @@ def test_keys_that_nothing_uses(row, options, what):
     ("row", "options"),
     [
         ({"tools": [], "images": [], "skill": "a", "spans": [], "ground_truth": "1"}, {}),
-        ({"id": None, "videos": None}, {}),
+        ({"id": None, "videos": None, "audios": []}, {}),
         ({"id": 1}, {"extra": ["id"]}),
         ({"id": 1, "videos": []}, {"extra": ["*"]}),
         ({"solution": "1", "level": 3}, {"columns": True}),

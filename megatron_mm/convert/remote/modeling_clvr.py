@@ -24,6 +24,16 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from .configuration_clvr import CLVRConfig
 
+# What a prompt's images are to the model; see CLVRForConditionalGeneration.forward.
+IMAGE_INPUTS = (
+    "pixel_values",
+    "stream_tiles",
+    "memory_tiles",
+    "memory_number",
+    "memory_coordinates",
+    "memory_sample",
+    "memory_visible_from",
+)
 FREQUENCIES = 6  # of the coordinates: 2^0 .. 2^5 half periods over the image
 
 
@@ -258,6 +268,48 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
             about = coordinates[here], sample[here], visible_from[here]
             found[name] = Memory(project(rows), *about, batch)
         return found
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
+    ):
+        """Repeats every prompt for several sequences or beams. They share the tiles of their
+        prompt, so that only what points to tiles is repeated, prompt by prompt."""
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+        before = input_ids
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        if expand_size > 1 and images.get("stream_tiles") is not None:
+            images |= self._repeated(images, before, expand_size)
+        return input_ids, kwargs | images
+
+    def _repeated(self, images, input_ids, times: int) -> dict[str, torch.Tensor]:
+        """What `_expand_inputs_for_generation` makes of the tiles' places."""
+        stream, tiles = images["stream_tiles"], images["memory_tiles"]
+        sample, number = images["memory_sample"], images.get("memory_number")
+        number = torch.zeros_like(tiles) if number is None else number
+        of_prompt = (input_ids == self.config.image_token_id).sum(1)
+        of_prompt = of_prompt * len(stream) // of_prompt.sum().clamp(min=1)  # tokens to tiles
+        parts = stream.split(of_prompt.tolist())
+        patches = len(sample) // max(1, len(tiles))  # of one tile
+        prompt_of_tile = sample[::patches] if patches else sample
+        order, owner = [], []
+        for memory in number.unique().tolist():
+            for prompt in range(len(input_ids)):
+                here = ((number == memory) & (prompt_of_tile == prompt)).nonzero().flatten()
+                for copy in range(times):
+                    order.append(here)
+                    owner.append(torch.full_like(here, prompt * times + copy))
+        picked = torch.cat(order)
+        rows = (picked[:, None] * patches + torch.arange(patches, device=picked.device)).flatten()
+        return {
+            "stream_tiles": torch.cat([part for part in parts for _ in range(times)]),
+            "memory_tiles": tiles[picked],
+            "memory_number": number[picked],
+            "memory_coordinates": images["memory_coordinates"][rows],
+            "memory_sample": torch.cat(owner).repeat_interleave(patches),
+            "memory_visible_from": images["memory_visible_from"][rows],
+        }
 
     def forward(
         self,

@@ -5,8 +5,10 @@ and joined by a thumbnail of the whole. `image_stream` says which tiles stand in
 stream, `memories` which of them each memory holds for the looks that read it.
 """
 
+import base64
 import os
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -33,15 +35,35 @@ def grid_of(width: int, height: int, size: int, most: int) -> tuple[int, int]:
 
 
 def shown(image) -> Image.Image:
-    """An image (of PIL, an array, a tensor, a path or an address) as a viewer shows it: turned as
-    its EXIF orientation says, transparency over white."""
+    """An image as a viewer shows it: turned as its EXIF orientation says, transparency over white.
+    It may be PIL's, an array or tensor uint8 [H, W, 3 or 4], the bytes of a file, a path, base64 or
+    an address (whose transparency transformers drops)."""
     if isinstance(image, (np.ndarray, torch.Tensor)):
         array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3:
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (3, 4):
             raise ValueError(f"an image of {array.dtype} {array.shape}; give uint8 [H, W, 3]")
-        image = Image.fromarray(array if array.shape[-1] in (3, 4) else array.transpose(1, 2, 0))
-    elif not isinstance(image, Image.Image):
-        image = Image.open(image) if hasattr(image, "__fspath__") else _opened(image)
+        return _shown(Image.fromarray(array))
+    if isinstance(image, Image.Image):
+        # PIL does not turn a TIFF that it maps into memory from its path.
+        path = getattr(image, "filename", "")
+        if image.format != "TIFF" or not path or getattr(image, "fp", None) is None:
+            return _shown(image)
+        image = path
+    if isinstance(image, str) and not os.path.isfile(image):
+        if image.startswith(("http://", "https://")):
+            return load_image(image)
+        image = base64.b64decode(image.split("base64,")[-1], validate=True)
+    with BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as file:
+        return _shown(Image.open(file))
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    # The header of a file, which training would have refused too.
+    deep = any(str(p.args).endswith((";16B", ";16L", ";16N")) for p in getattr(image, "tile", []))
+    if image.mode[0] in "IF" or deep:
+        raise ValueError(f"an image of mode {image.mode} (more than 8 bits a channel)")
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise ValueError(f"an image of {image.n_frames} frames; give the one you mean")
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -49,10 +71,15 @@ def shown(image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _opened(image) -> Image.Image:
-    """An image by its path, address or base64; a file is opened here, since `load_image` would drop
-    its transparency."""
-    return Image.open(image) if os.path.isfile(image) else load_image(image)
+class Inputs(BatchFeature):
+    """What the processor returns. Coordinates keep their precision in `.to(device, dtype)`."""
+
+    def to(self, *args, **kwargs) -> "Inputs":
+        kept = self.get("memory_coordinates")
+        super().to(*args, **kwargs)
+        if kept is not None:
+            self["memory_coordinates"] = kept.to(self["input_ids"].device)
+        return self
 
 
 class MegatronMMProcessor(ProcessorMixin):
@@ -153,9 +180,13 @@ class MegatronMMProcessor(ProcessorMixin):
         self._check(kwargs, return_tensors)
         texts = [text] if isinstance(text, str) else list(text)
         given = _flat(images)
-        marks = sum(t.count(CONTEXT) for t in texts)
-        if marks != len(given):
-            raise ValueError(f"{marks} marks {CONTEXT} but {len(given)} images")
+        marks = [t.count(CONTEXT) for t in texts]
+        if sum(marks) != len(given):
+            raise ValueError(f"{sum(marks)} marks {CONTEXT} but {len(given)} images")
+        if isinstance(images, (list, tuple)) and any(i is None or _is_list(i) for i in images):
+            found = [len(_flat(one)) for one in images]
+            if len(found) > 1 and found != marks:
+                raise ValueError(f"{found} images for the prompts' {marks} marks {CONTEXT}")
         pictures = [shown(image) for image in given]
         of = self.tokenizer.convert_tokens_to_ids
         per_tile = self.tiles["tokens_per_tile"]
@@ -210,13 +241,15 @@ class MegatronMMProcessor(ProcessorMixin):
                 "memory_sample": owner,
                 "memory_visible_from": visible + before[owner],
             }
-        return BatchFeature(data)
+        return Inputs(data)
+
+
+def _is_list(images) -> bool:
+    return isinstance(images, Sequence) and not isinstance(images, (str, bytes))
 
 
 def _flat(images) -> list:
     """The images of one, a list, or a list for each prompt."""
     if images is None:
         return []
-    if not isinstance(images, Sequence) or isinstance(images, str):
-        return [images]
-    return [image for some in images for image in _flat(some)]
+    return [image for some in images for image in _flat(some)] if _is_list(images) else [images]
