@@ -65,6 +65,9 @@ ALWAYS: dict[str, Always] = {
     "--moe-router-score-function": Always("weights of experts are a softmax", ("softmax",)),
     # Kernels
     "--use-flash-attn": Always("attention is torch's fused kernel, or Transformer Engine's"),
+    "--attention-backend": Always(
+        "attention is torch's fused kernel, or Transformer Engine's", ("auto", "flash")
+    ),
     "--attention-softmax-in-fp32": Always("the fused kernel of attention sums in fp32"),
     "--no-masked-softmax-fusion": Always("attention has no softmax of its own to fuse"),
     "--no-rope-fusion": Always("the rotation is not fused"),
@@ -81,6 +84,11 @@ ALWAYS: dict[str, Always] = {
     "--override-opt_param-scheduler": Always("the schedule is this run's, not the checkpoint's"),
     "--override-opt-param-scheduler": Always("the schedule is this run's, not the checkpoint's"),
     "--use-cpu-initialization": Always("weights are drawn on the CPU, alike on every layout"),
+    "--no-async-tensor-model-parallel-allreduce": Always(
+        "sequence parallelism gathers and scatters in its place"
+    ),
+    "--check-for-nan-in-loss-and-grad": Always("a number that is not finite ends the run"),
+    "--is-hybrid-model": Always("the layer pattern names every layer"),
     "--exit-signal-handler": Always("SIGTERM saves and ends the run"),
     "--reset-position-ids": Always("positions begin anew in every packed sample"),
     "--reset-attention-mask": Always("a packed sample sees only itself"),
@@ -181,7 +189,6 @@ REFUSED: dict[str, str] = {
     "--use-megatron-fsdp": "parameters are not sharded: use --use-distributed-optimizer",
     "--num-distributed-optimizer-instances": "there is one: leave it out",
     # Kernels
-    "--attention-backend": "the backend and torch choose the kernel: use --transformer-impl",
     "--cross-entropy-loss-fusion": _NOT_FUSED,
     "--cross-entropy-fusion-impl": _NOT_FUSED,
     "--enable-cuda-graph": "graphs are not captured: leave it out",
@@ -208,6 +215,13 @@ REFUSED: dict[str, str] = {
     "--rampup-batch-size": "the batch does not grow: use --global-batch-size",
     "--no-check-for-nan-in-loss-and-grad": "a number that is not finite ends the run",
     "--rerun-mode": "a number that is not finite ends the run: leave it out",
+    "--skip-train": "a run that has ended only evaluates: use --resume --save",
+    "--optimizer-cpu-offload": "the optimizer's state stays on the device: leave it out",
+    "--moe-input-jitter-eps": _NOT_ROUTED_SO,
+    "--moe-router-bias-update-rate": _NOT_ROUTED_SO,
+    "--distribute-saved-activations": "tensor parallelism splits the sequence: leave it out",
+    "--profile": "wrap the launch in a profiler: leave it out",
+    "--log-progress": "every step is in metrics.jsonl: leave it out",
     "--exit-interval": "use --train-iters or --exit-duration-in-mins",
     "--apply-wd-to-qk-layernorm": "norms never decay: leave it out",
     "--data-parallel-random-init": "replicas begin alike: leave it out",
@@ -283,9 +297,11 @@ def take(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if flag in REFUSED:
             raise ConfigError(f"{flag} is Megatron's, but no setting here: {REFUSED[flag]}")
         always = ALWAYS.get(flag)
-        if always is None or (equals and not always.values):
+        if always is None:
             left.append(word)
             continue
+        if equals and not always.values:
+            raise ConfigError(f"{flag} is {value!r}; allowed: the flag without a value")
         if always.values:
             if not equals:
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else ""

@@ -200,7 +200,7 @@ def _data_uri(image: Any) -> str:
 def _scene(run: Path, example: dict) -> dict[str, Any]:
     """Prepares an evaluated question. Its image path may be relative to the run or to the working
     directory."""
-    from megatron_mm.data.images import load_image  # torch is slow to import
+    from PIL import Image, ImageOps
 
     scene = {key: example.get(key) for key in ("key", "question", "prediction", "truth")}
     score = float(example.get("score") or 0)
@@ -211,7 +211,8 @@ def _scene(run: Path, example: dict) -> dict[str, Any]:
     path = next((p for p in (run / example["image"], Path(example["image"])) if p.exists()), None)
     if path is None:
         return scene | {"missing": example["image"]}
-    image = load_image(path, str(run))  # as the model saw it
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file).convert("RGB")  # turned as the model saw it
     image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     scene |= {"image": _data_uri(image), "aspect": f"{image.width} / {image.height}"}
     scene["looks"] = [shown for look in example.get("looks") or [] if (shown := _look(look))]

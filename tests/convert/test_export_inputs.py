@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from base64 import b64encode
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from PIL import Image
 from transformers import (
@@ -23,16 +24,15 @@ from transformers import (
 )
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
-from megatron_mm.config import ParallelConfig
 from megatron_mm.convert import parity_inputs, to_hf
 from megatron_mm.convert.export_inputs import TEMPLATE, _template_serves
+from megatron_mm.data.images import load_image
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
-from megatron_mm.parallel import groups
 from support.exports import TEXT_TEMPLATE, converted, exported, loaded, save_origin, trained
-from support.folders import base_model
+from support.folders import base_model, one_rank_job
 from support.tools import load_tool
 
 # InternVL's way: an image is one token, which the processor multiplies.
@@ -48,7 +48,6 @@ SETTINGS = {"max_num_tiles": 3, "image_mean": [0.5, 0.4, 0.3], "max_image_tokens
 def made(tmp_path_factory):
     """`made(fused, looks, run)` -> (checkpoint, export, lines of the export), each made once."""
     root, cache = tmp_path_factory.mktemp("exports"), {}
-    groups.start(ParallelConfig())
 
     def make(fused: bool, looks: bool, run: bool) -> tuple[Path, Path, list[str]]:
         key = f"{fused:d}{looks:d}{run:d}"
@@ -68,10 +67,8 @@ def made(tmp_path_factory):
         cache[key] = checkpoint, root / f"export{key}", lines
         return cache[key]
 
-    yield make
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    with one_rank_job():
+        yield make
 
 
 @pytest.fixture
@@ -405,6 +402,62 @@ def test_what_a_viewer_shows_is_read_by_the_processor(made, tmp_path):
             )
             assert torch.equal(found["pixel_values"], (tiles - mean) / std)
     assert sample.images[0].grid.rows == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK"])
+def test_a_turned_tiff_by_path_and_opened(made, tmp_path, mode):
+    """PIL does not turn what it maps into memory from a path."""
+    _, folder, _ = made(True, True, True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 48, len(mode)), dtype=np.uint8)
+    image = Image.fromarray(noise.squeeze(-1) if mode == "L" else noise, mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.tiff"
+    image.save(path, exif=exif)
+    expected = load_image(path, "row")
+    assert expected.size == (16, 48)
+    text = processor.apply_chat_template([{"role": "user", "content": "<image>?"}])
+    right = processor(images=expected, text=text)
+    for given in (path, str(path), Image.open(path), path.read_bytes()):
+        found = processor(images=given, text=text)
+        assert torch.equal(found["pixel_values"], right["pixel_values"])
+
+
+def test_base64_keeps_its_transparency(made):
+    _, folder, _ = made(True, True, True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    coded = b64encode(buffer.getvalue()).decode()
+    text = processor.apply_chat_template([{"role": "user", "content": "<image>?"}])
+    right = processor(images=Image.open(buffer), text=text)
+    for given in (coded, f"data:image/png;base64,{coded}"):
+        found = processor(images=given, text=text)
+        assert torch.equal(found["pixel_values"], right["pixel_values"])
+
+
+def test_the_processor_rejects_what_training_rejects(made, tmp_path):
+    _, folder, _ = made(True, True, True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    text = processor.apply_chat_template([{"role": "user", "content": "<image>?"}])
+    deep, frames = tmp_path / "deep.png", tmp_path / "frames.gif"
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16)).save(deep)
+    images = [Image.new("L", (8, 8), value) for value in (0, 99)]
+    images[0].save(frames, save_all=True, append_images=images[1:])
+    for path, what in ((deep, "more than 8 bits"), (frames, "2 frames")):
+        for given in (path, Image.open(path)):
+            with pytest.raises(ValueError, match=what):
+                processor(images=given, text=text)
+    pair = [Image.new("RGB", (16, 16))] * 2
+    with pytest.raises(ValueError, match=r"\[1, 1\] images for the prompts' \[2, 0\] marks"):
+        processor(images=[[pair[0]], [pair[1]]], text=["<IMG_CONTEXT><IMG_CONTEXT>", "x"])
+    processor(images=[pair, []], text=["<IMG_CONTEXT><IMG_CONTEXT>", "x"])
+    for content, what in (([{"type": "video"}], "part of the type video"), ("x", "role developer")):
+        role = "user" if isinstance(content, list) else "developer"
+        with pytest.raises(Exception, match=what):
+            processor.apply_chat_template([{"role": role, "content": content}])
 
 
 def test_end_tokens_are_those_of_training(made, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -26,6 +26,7 @@ from support.folders import (
     TEXT_CLASSES,
     assert_same,
     base_model,
+    one_rank_job,
     planned,
     read_all,
     save_fused,
@@ -116,11 +117,8 @@ def test_every_tensor_was_off_its_default(source):
 
 @pytest.fixture
 def job():
-    groups.start(ParallelConfig())
-    yield
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    with one_rank_job():
+        yield
 
 
 @pytest.mark.parametrize("family", TEXT_CLASSES)

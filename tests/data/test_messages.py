@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_mm.data.chat import encode_row
@@ -15,6 +17,8 @@ from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.messages import check_messages
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.errors import DataError
+from megatron_mm.evaluation.questions import EvalSet
+from megatron_mm.evaluation.scoring import score
 
 ASK = {"role": "user", "content": "q"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -160,16 +164,105 @@ def test_a_run_checks_its_rows(run, tokenizer, write_rows, make_row):
     SampleBuilder(run, tokenizer).prompt(rows[1], rows.where(1), rows.folder)
 
 
-def test_forms(tmp_path: Path):
-    """A number is an answer in every form, one `image` is an image, and none is lost."""
-    row = normalise_row({"messages": [], "ground_truth": 7, "image": "x.png"}, "f:1")
-    assert row == {"messages": [], "ground_truth": "7", "images": ["x.png"]}
+def test_one_image_is_an_image():
+    assert normalise_row({"messages": [], "image": "x.png"}, "f:1")["images"] == ["x.png"]
     assert normalise_row({"messages": [], "image": b"1"}, "f:1")["images"] == [b"1"]
-    held = {"messages": [], "reward_model": {"ground_truth": 0.5}}
-    assert normalise_row(held, "f:1")["ground_truth"] == "0.5"
-    assert normalise_row({"messages": [], "ground_truth": True}, "f:1")["ground_truth"] is True
     with pytest.raises(DataError, match="f:1: 1 'images' and an 'image'; list all"):
         normalise_row({"messages": [], "image": "x", "images": ["y"]}, "f:1")
+    struct = {"path": "x.png", "bytes": None, "resized_height": None}
+    assert normalise_row({"messages": [], "images": [struct]}, "f:1")["images"] == ["x.png"]
+    with pytest.raises(
+        DataError, match="f:1: image 1 is of type dict with the keys path, .*height"
+    ):
+        normalise_row({"messages": [], "images": [struct | {"resized_height": 100}]}, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "truth"),
+    [
+        ({"ground_truth": 7}, "7"),
+        ({"ground_truth": 7.0}, "7"),  # a column of integers with gaps
+        ({"ground_truth": 0.5}, "0.5"),
+        ({"ground_truth": True}, True),
+        ({"ground_truth": ["7", "seven"]}, ["7", "seven"]),
+        ({"reward_model": {"ground_truth": 7}}, "7"),
+        ({"reward_model": '{"ground_truth": 7}'}, "7"),
+        ({"reward_model": {"style": "rule"}}, None),
+        ({"ground_truth": "7", "reward_model": {"ground_truth": 7}}, "7"),
+    ],
+)
+@pytest.mark.parametrize("conversation", ["messages", "prompt"])
+def test_truths_of_every_form(row, truth, conversation):
+    assert normalise_row({conversation: [ASK]} | row, "f:1").get("ground_truth") == truth
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"ground_truth": "8", "reward_model": {"ground_truth": 7}}, "is '8', reward_model.*'7'"),
+        ({"ground_truth": float("nan")}, "ground_truth is nan"),
+        ({"reward_model": "{"}, "'reward_model' is not JSON"),
+    ],
+)
+def test_truths_that_are_none(row, what):
+    with pytest.raises(DataError, match=f"^f:1: .*{what}"):
+        normalise_row({"messages": [ASK]} | row, "f:1")
+
+
+def test_parquet_pads_objects_and_trains_on_none_of_it(tmp_path, tokenizer):
+    """An object of a column has the keys of all others of it, null where it had none."""
+    calls = [{"function": {"name": "f", "arguments": '{"a": 1}'}}, {"name": "g"}]
+    rows = [
+        {
+            "messages": [ASK, answer(tool_calls=[call])],
+            "tools": [{"name": "f", "parameters": {key: {"type": "integer"}}}],
+            "spans": [{"text": "yes", "skill": "a"} | ({"value": "yes"} if n else {})],
+        }
+        for n, (call, key) in enumerate(zip(calls, "ab", strict=True))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = {}
+    for kind in ("jsonl", "parquet"):
+        held, _ = open_row_files(tmp_path / f"rows.{kind}", RowGroupCache()).locate(0)
+        read[kind] = [held[n] for n in range(2)]
+    for one, other in zip(read["jsonl"], read["parquet"], strict=True):
+        assert other["spans"] == one["spans"] and other["tools"] == one["tools"]
+        encoded = [encode_row(row, "r:1", tokenizer, [], 999) for row in (one, other)]
+        assert encoded[0] == encoded[1]
+
+
+def test_a_parquet_column_that_is_there_twice(tmp_path):
+    table = pa.Table.from_arrays(
+        [pa.array([[ASK]]), pa.array([["x"]]), pa.array([["y"]])], ["messages", "images", "images"]
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="rows.parquet: the column 'images' is there twice"):
+        open_row_files(tmp_path / "rows.parquet", RowGroupCache())
+
+
+@pytest.mark.parametrize(
+    ("last", "truth"),
+    [
+        (answer(reasoning_content="because"), "yes"),
+        (
+            answer(content="", tool_calls=[CALL]),
+            '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        ),
+    ],
+)
+def test_a_question_is_compared_with_what_was_learnt(run, tokenizer, write_rows, last, truth):
+    item = EvalSet(write_rows({"messages": [ASK, last]}), run, tokenizer)[0]
+    assert item.ground_truth == truth
+    whole = learnt(tokenizer, ASK, last).removesuffix("<|im_end|>")
+    assert score("exact", whole, truth) == score("exact", truth, truth) == 1
+    assert score("exact", "", truth) == score("exact", "<think>\nyes", truth) == 0
+
+
+def test_a_question_without_an_answer_is_rejected(run, tokenizer, write_rows):
+    thought = answer(content="", reasoning_content="because")
+    with pytest.raises(DataError, match="rows.jsonl:1: no answer to compare with"):
+        EvalSet(write_rows({"messages": [ASK, thought]}), run, tokenizer)[0]
 
 
 def test_a_key_that_is_given_twice(tmp_path: Path):

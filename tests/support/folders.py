@@ -11,12 +11,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
+from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -40,6 +42,18 @@ TEXT_CLASSES = {
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM"),
 }
 SIX_B = dict(vision_normalization="RMSNorm", vision_add_qkv_bias=False, vision_qk_layernorm=True)
+
+
+@contextmanager
+def one_rank_job():
+    """A job of this process alone, for conversions outside a pool of ranks."""
+    groups.start(ParallelConfig())
+    try:
+        yield
+    finally:
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def base_model(
