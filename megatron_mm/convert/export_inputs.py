@@ -100,12 +100,6 @@ def tokenizer_of(assets: Sequence[Path], run: RunConfig, lines: list[str]) -> To
         return None
 
 
-def end_token_ids(content: bytes) -> set[int]:
-    """Returns the ids of the tokens that end an answer by a generation_config.json."""
-    found = json.loads(content).get("eos_token_id")
-    return set(found if isinstance(found, list) else [] if found is None else [found])
-
-
 def _generation_config(ends: list[int], pad_id: int, origin: bytes | None) -> bytes:
     config = {} if origin is None else json.loads(origin)
     return as_json(config | {"eos_token_id": ends, "pad_token_id": pad_id})
