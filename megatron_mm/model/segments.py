@@ -65,6 +65,8 @@ class Segments:
     def from_cu_seqlens(
         cls, cu_seqlens: torch.Tensor, device: torch.device | str = "cpu"
     ) -> Segments:
+        """Samples between the boundaries, int64 [samples + 1], on the CPU as all lengths here;
+        `device` is that of the tensors to be rearranged."""
         lengths = cu_seqlens.diff()
         width = max(1, int(lengths.max()))
         return cls(cu_seqlens[:-1], lengths, width, int(cu_seqlens[-1]), device)

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.launches
 
 ROOT = Path(__file__).parents[2]
 DOCTOR = ROOT / "tools" / "doctor.py"
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU is told")
 
 
 def package(folder: Path, name: str, code: str, distribution: str, version: str) -> None:
@@ -51,7 +50,6 @@ def test_a_run_can_start_here(here):
     assert names | {"-> gated delta rule"} < set(said)
 
 
-@without_cuda
 def test_what_is_missing_comes_with_its_remedy(here):
     _, said = here
     assert "none; runs use the CPU" in said["gpu"]
@@ -62,7 +60,6 @@ def test_what_is_missing_comes_with_its_remedy(here):
     assert said["-> optimizer"].endswith("torch's Adam")
 
 
-@without_cuda
 def test_a_half_installed_transformer_engine(tmp_path):
     """It stops `import megatron.core` with FileNotFoundError, which upstream does not catch."""
     spoilt = "raise FileNotFoundError('no libtransformer_engine.so')"
@@ -75,7 +72,6 @@ def test_a_half_installed_transformer_engine(tmp_path):
     assert said["a run"].startswith("MISSING  cannot start: FileNotFoundError")
 
 
-@without_cuda
 def test_flash_linear_attention_without_a_gpu_is_to_be_removed(tmp_path):
     package(tmp_path, "fla", "", "flash-linear-attention", "0.6.0")
     code, said = doctor(tmp_path)
@@ -83,7 +79,6 @@ def test_flash_linear_attention_without_a_gpu_is_to_be_removed(tmp_path):
     assert code == 0 and said["-> gated delta rule"].endswith("ours in torch")
 
 
-@without_cuda
 def test_another_megatron_core(tmp_path):
     info = tmp_path / "megatron_core-0.13.1.dist-info"
     info.mkdir()
