@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,9 @@ from support.ranks import RankPool
 
 def pytest_configure(config):
     """Hides the machine's GPUs from every test, worker, rank and launched program, unless `-m`
-    chooses the tests marked gpu: all others compute on the CPU, with its redirects. Nothing that
-    was imported so far has looked for a GPU, and torch looks once."""
+    chooses the tests marked gpu: all others compute on the CPU, with its redirects."""
     if not chooses(config.option.markexpr, "gpu"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        platform.hide_gpus()
     platform.install()
 
 

@@ -61,6 +61,21 @@ def test_installing_twice_is_harmless():
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
 
 
+STARTED = """
+import os, torch
+torch.cuda.is_available = lambda: True  # as after CUDA has started
+from megatron_mm import platform
+try:
+    platform.hide_gpus()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_cuda_that_has_started_cannot_be_hidden():
+    assert "in a process of its own" in in_new_process(STARTED)
+
+
 ONE_RANK = """
 import warnings; warnings.simplefilter("ignore")
 from pathlib import Path

@@ -176,8 +176,11 @@ def _run(args: argparse.Namespace, flags: list[str]) -> None:
     from megatron_mm import platform
 
     platform.quiet()
+    measured = args.command in ("train", "rl") and args.against is None
+    if not measured:
+        platform.hide_gpus()  # comparisons are of CPUs: the other side is never moved to a GPU
     platform.install()
-    if args.command in ("train", "rl") and args.against is None:
+    if measured:
         from megatron_mm.benchmark import table
 
         result = _throughput(args, flags)

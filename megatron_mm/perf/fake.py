@@ -33,7 +33,7 @@ def fake_job(run: RunConfig, rank: int, world_size: int) -> Iterator[Groups]:
     """Inside, this process is `rank` of a job of `world_size`, and tensors are on "meta".
 
     Raises:
-        RuntimeError: this process is in a job already, or has a GPU.
+        RuntimeError: this process is in a job already, or has a GPU (see `platform.hide_gpus`).
     """
     if dist.is_initialized():
         raise RuntimeError("a fake job cannot start inside a job; plan in a process of its own")
