@@ -128,8 +128,10 @@ def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     from megatron_mm.benchmark.measure import environment, revision
     from megatron_mm.benchmark.throughput import measure
+    from megatron_mm.engine.kernels import choose_kernels
     from megatron_mm.parallel import groups
 
+    choose_kernels(run)
     groups.start(run.parallel)
     built = groups.build(run.parallel)
     found = measure(

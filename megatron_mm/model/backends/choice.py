@@ -40,7 +40,10 @@ def choose(settings: BackendConfig) -> Backend:
     Raises:
         ConfigError: if this machine lacks it.
     """
-    mix, mix_and_keep = _gdn_kernels(settings.gdn_kernel)
+    # With deterministic_mode flash-linear-attention is refused (config/precision.py).
+    mix, mix_and_keep = _gdn_kernels(
+        "torch" if settings.deterministic_mode else settings.gdn_kernel
+    )
     if settings.transformer_impl == "local":
         return Backend(
             column=column,
