@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 
 from megatron_mm.config import ConfigError, RunConfig
+from megatron_mm.model.backends.choice import slow_delta_rule
+
+logger = logging.getLogger(__name__)
 
 # NCCL's that add in one order every time, as Megatron-LM names them (arguments.py).
 REPEATABLE = ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS")
@@ -20,6 +24,9 @@ def choose_kernels(run: RunConfig) -> None:
     """
     # cuDNN would make a plan for every new length, and microbatches have lengths of their own.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    slow = slow_delta_rule(run.backend)
+    if slow is not None:
+        logger.warning("%s", slow)
     if not run.backend.deterministic_mode:
         return
     asked = os.environ.setdefault("NCCL_ALGO", REPEATABLE[0])

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.doctor.machine import Finding, used
+
 pytestmark = pytest.mark.launches
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +79,21 @@ def test_flash_linear_attention_without_a_gpu_is_to_be_removed(tmp_path):
     code, said = doctor(tmp_path)
     assert said["fla"] == "-        0.6.0 without a GPU: remove it"
     assert code == 0 and said["-> gated delta rule"].endswith("ours in torch")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fla", "ok", "text"),
+    [
+        (True, True, True, "FLA's Triton kernel"),
+        (True, False, False, "ours in torch, the slower one: install fla"),
+        (False, False, True, "ours in torch"),
+    ],
+)
+def test_the_delta_rule_of_a_gpu_without_its_kernel_is_not_fine(gpu, fla, ok, text):
+    names = ("transformer-engine", "fla", "apex")
+    found = used({name: Finding(name, "", name == "fla" and fla) for name in names}, gpu)
+    (line,) = [finding for finding in found if finding.name == "-> gated delta rule"]
+    assert line.ok is ok and line.text.startswith(text) and not line.needed
 
 
 def test_another_megatron_core(tmp_path):

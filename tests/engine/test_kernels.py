@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 
 import pytest
@@ -78,6 +80,36 @@ def test_the_delta_rule_is_torchs(monkeypatch):
     assert choice.choose(settings).mix is convolve_and_scan
     settings.deterministic_mode = False
     assert choice.choose(settings).mix is not convolve_and_scan
+
+
+@pytest.mark.parametrize(
+    ("kernel", "deterministic", "gpu", "installed", "warned"),
+    [
+        ("auto", False, True, False, True),
+        ("auto", False, True, True, False),
+        ("auto", False, False, False, False),
+        ("torch", False, True, False, False),
+        ("auto", True, True, False, False),
+    ],
+)
+def test_a_gpu_without_flash_linear_attention_is_a_warning_with_its_price(
+    monkeypatch, caplog, kernel, deterministic, gpu, installed, warned
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if installed and name == "fla" else None
+    )
+    monkeypatch.setattr(logging.getLogger("megatron_mm"), "propagate", True)
+    run = small_run()
+    run.backend.gdn_kernel, run.backend.deterministic_mode = kernel, deterministic
+    with caplog.at_level(logging.WARNING):
+        choose_kernels(run)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warned
+    if warned:
+        assert "flash-linear-attention is not installed: pip install" in said[0]
+        assert "1.12 times as long" in said[0] and "tools/plan.py predicts" in said[0]
+        assert "\n" not in said[0]
 
 
 def on_rank_gradients(deterministic: bool) -> dict[str, torch.Tensor]:
