@@ -320,6 +320,17 @@ def _absent(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
+def hide_gpus() -> None:
+    """Makes this process, and those it starts, ones of a machine without CUDA. Before `install`.
+
+    Raises:
+        RuntimeError: CUDA was started here and cannot be hidden any more.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA starts, not when torch is imported
+    if torch.cuda.is_available():
+        raise RuntimeError("this process has started CUDA; do it in a process of its own")
+
+
 def install() -> bool:
     """Makes megatron-core run on this machine. Returns whether anything was redirected.
 

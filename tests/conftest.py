@@ -8,9 +8,16 @@ import torch
 
 from examples.digits.make_digits import main as make_digits
 from megatron_mm import platform
+from support.markers import chooses
 from support.ranks import RankPool
 
-platform.install()
+
+def pytest_configure(config):
+    """Hides the machine's GPUs from every test, worker, rank and launched program, unless `-m`
+    chooses the tests marked gpu: all others compute on the CPU, with its redirects."""
+    if not chooses(config.option.markexpr, "gpu"):
+        platform.hide_gpus()
+    platform.install()
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +77,7 @@ def pytest_collection_modifyitems(items):
         if "ranks" in item.fixturenames:
             item.add_marker("ranks")
     if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
+        skip = pytest.mark.skip(reason="needs a CUDA device, which only `-m gpu` shows to tests")
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(skip)

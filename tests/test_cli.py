@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mm import cli
+from megatron_mm import cli, platform
 from megatron_mm.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +76,46 @@ def test_it_imports_no_torch():
     code = "import sys, megatron_mm.cli; print([m for m in sys.modules if m.startswith('torch')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+class Hidden(Exception):
+    """Raised in the place of hiding GPUs."""
+
+
+class Installed(Exception):
+    """Raised in the place of the redirects."""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "first"),
+    [
+        ("megatron_mm.perf.command", ["--world-size", "1"], Hidden),
+        ("megatron_mm.perf.command", ["search", "--world-size", "1"], Hidden),
+        ("megatron_mm.convert.commands.hf_to_megatron", [], Hidden),
+        ("megatron_mm.convert.commands.megatron_to_hf", [], Hidden),
+        ("megatron_mm.convert.commands.check_parity", [], Hidden),
+        ("megatron_mm.benchmark.command", ["train", "--against", "transformers"], Hidden),
+        ("megatron_mm.benchmark.command", ["rl", "--against", "transformers"], Hidden),
+        *(
+            ("megatron_mm.benchmark.command", [name], Hidden)
+            for name in ("gdn", "clvr", "convert", "scaling")
+        ),
+        ("megatron_mm.benchmark.command", ["train", "--config", "x"], Installed),
+        ("megatron_mm.benchmark.command", ["rl", "--config", "x"], Installed),
+        ("megatron_mm.earl.command", ["--checkpoint", "x"], Installed),
+        ("megatron_mm.checkpoint.merge_command", ["--checkpoint", "x"], Installed),
+    ],
+)
+def test_commands_that_work_on_the_cpu_hide_gpus_first(monkeypatch, module, arguments, first):
+    """Those that never move what they compare or plan to a GPU, and no others."""
+
+    def raising(kind):
+        def instead():
+            raise kind
+
+        return instead
+
+    monkeypatch.setattr(platform, "hide_gpus", raising(Hidden))
+    monkeypatch.setattr(platform, "install", raising(Installed))
+    with pytest.raises(first):
+        importlib.import_module(module).main(arguments)

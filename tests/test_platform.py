@@ -44,10 +44,6 @@ def test_with_cuda_nothing_is_touched():
     assert in_new_process(AS_IF_CUDA) == f"{count} untouched"
 
 
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="redirects are for the CPU")
-
-
-@without_cuda
 def test_without_cuda_every_redirect_is_in_place_and_says_why():
     tables = [*platform.TORCH_REDIRECTS, *platform.MEGATRON_REDIRECTS]
     assert len({(r.owner, r.name) for r in tables}) == len(tables)
@@ -57,13 +53,27 @@ def test_without_cuda_every_redirect_is_in_place_and_says_why():
     assert (platform.device(), platform.backend()) == (torch.device("cpu"), "gloo")
 
 
-@without_cuda
 def test_installing_twice_is_harmless():
     """A second layer over `Tensor.type` would say torch.cuda.cuda.FloatTensor."""
     before = {r: getattr(platform._owner(r.owner), r.name) for r in platform.TORCH_REDIRECTS}
     assert platform.install() is True
     assert all(getattr(platform._owner(r.owner), r.name) is f for r, f in before.items())
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+
+
+STARTED = """
+import os, torch
+torch.cuda.is_available = lambda: True  # as after CUDA has started
+from megatron_mm import platform
+try:
+    platform.hide_gpus()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_cuda_that_has_started_cannot_be_hidden():
+    assert "in a process of its own" in in_new_process(STARTED)
 
 
 ONE_RANK = """
@@ -90,7 +100,6 @@ print(*counts, looking())
 
 # 6 s of CPU time: a process with its imports.
 @pytest.mark.slow
-@without_cuda
 def test_groups_of_one_rank_do_not_have_a_looking_thread_each():
     """Four more were measured: theirs, the replica's and the world's among them. There are 25
     groups. When they are gone, so is what they shared."""
@@ -112,7 +121,6 @@ assert torch.cuda.current_device is original, "half installed"
 """
 
 
-@without_cuda
 def test_another_megatron_core_is_refused_with_both_versions():
     (line,) = in_new_process(OTHER_VERSION).splitlines()
     assert platform.MEGATRON_CORE_VERSION in line and "0.13.1" in line
@@ -122,7 +130,6 @@ def test_the_version_here_is_the_one_the_redirects_were_written_for():
     assert importlib.metadata.version("megatron-core") == platform.MEGATRON_CORE_VERSION
 
 
-@without_cuda
 def test_what_asks_for_cuda_gets_the_cpu():
     made = [
         torch.zeros(2, device="cuda"),

@@ -14,6 +14,11 @@ import logging
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_mm.parallel.descriptors import raise_limit  # noqa: E402
 
 CPP_LOG = "TORCH_CPP_LOG_LEVEL"  # read when torch is loaded
 
@@ -58,6 +63,7 @@ def main(argv: list[str]) -> int:
         del os.environ[CPP_LOG]
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     args = get_args_parser().parse_args(argv)
+    raise_limit()  # an agent holds a connection to every rank of the job
     try:
         run(args)
     except Exception as error:  # of any kind: it ends the job on this node

@@ -1,10 +1,8 @@
 """Plan memory, FLOPs and speed of a run without a GPU; see megatron_mm/perf/command.py."""
 
-import os
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: planned on the CPU
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mm.perf.command import main  # noqa: E402

@@ -10,7 +10,8 @@ read -ra nodes <<<"${NODES:?the hosts, separated by spaces; the first holds the 
 
 words=$(printf ' %q' "$launch/node.sh" "$@")
 variables="NNODES=${#nodes[@]} RDZV_ENDPOINT=${nodes[0]}:${PORT:-29500} RDZV_ID=mm-$$"
-for name in NPROC_PER_NODE RDZV_TIMEOUT MAX_RESTARTS SKIP_DOCTOR PYTHON OMP_NUM_THREADS; do
+for name in NPROC_PER_NODE RDZV_TIMEOUT MAX_RESTARTS SKIP_DOCTOR PYTHON OMP_NUM_THREADS \
+    PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR; do
     if [ -n "${!name:-}" ]; then variables+=$(printf ' %s=%q' "$name" "${!name}"); fi
 done
 children=()

@@ -12,6 +12,9 @@
 #                 must run this script again within RDZV_TIMEOUT
 # NODE_ADDR       address of this node for the others (its host name)
 # SKIP_DOCTOR     if set, skips the checks
+#
+# PYTORCH_ALLOC_CONF (expandable_segments:True), TRITON_CACHE_DIR (a folder in TMPDIR),
+# OMP_NUM_THREADS (8) and CUDA_DEVICE_MAX_CONNECTIONS (1) are kept where they are set.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
@@ -23,6 +26,12 @@ if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.v
 export PYTHONPATH="$root:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # megatron-core: comm order
+# Microbatches have lengths of their own: fixed segments of GPU memory would fall to pieces.
+if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+    export PYTORCH_ALLOC_CONF=expandable_segments:True
+fi
+# On a disk of the node: in a shared home all ranks of a job would compile into one folder.
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -u)}"
 
 nodes=${NNODES:-1}
 endpoint=${RDZV_ENDPOINT:-localhost:0}

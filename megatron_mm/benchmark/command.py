@@ -128,8 +128,10 @@ def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     from megatron_mm.benchmark.measure import environment, revision
     from megatron_mm.benchmark.throughput import measure
+    from megatron_mm.engine.kernels import choose_kernels
     from megatron_mm.parallel import groups
 
+    choose_kernels(run)
     groups.start(run.parallel)
     built = groups.build(run.parallel)
     found = measure(
@@ -176,8 +178,11 @@ def _run(args: argparse.Namespace, flags: list[str]) -> None:
     from megatron_mm import platform
 
     platform.quiet()
+    measured = args.command in ("train", "rl") and args.against is None
+    if not measured:
+        platform.hide_gpus()  # comparisons are of CPUs: the other side is never moved to a GPU
     platform.install()
-    if args.command in ("train", "rl") and args.against is None:
+    if measured:
         from megatron_mm.benchmark import table
 
         result = _throughput(args, flags)

@@ -41,8 +41,10 @@ class CheckpointCommand:
     def engine(self, run: RunConfig) -> Any:
         """Starts the job of ranks and returns its `engine.Engine`, with new weights."""
         from megatron_mm.engine.engine import Engine
+        from megatron_mm.engine.kernels import choose_kernels
         from megatron_mm.parallel import groups
 
+        choose_kernels(run)
         groups.start(run.parallel)
         self._started = True
         return Engine.create(run, groups.build(run.parallel))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron_mm.config.families import language_family, vision_family
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import check_memories, memories
-from megatron_mm.config.objectives import check_objective
+from megatron_mm.config.objectives import check_objective, declaration
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
 from megatron_mm.config.rules import divides, expert_tensor_parallel_size, head_ranks, require
@@ -255,6 +255,9 @@ def _check_world(run: RunConfig, world_size: int) -> None:
     micro = train.micro_batch_size
     by_key = f"micro_batch_size * data_parallel_size ({micro} * {dp} =)"
     divides("global_batch_size", train.global_batch_size, by_key, micro * dp)
+    check_replicas = declaration(run).check_replicas
+    if check_replicas is not None:
+        check_replicas(run, dp)
     if (par.virtual_pipeline_model_parallel_size or 1) > 1:
         microbatches = train.global_batch_size // (micro * dp)
         key = f"the number of microbatches (global_batch_size / ({micro} * {dp}) =)"

@@ -195,7 +195,6 @@ REFUSED: dict[str, str] = {
     "--cuda-graph-impl": "graphs are not captured: leave it out",
     "--fp8-param-gather": "parameters are gathered in bf16: use --fp8-format",
     "--use-te": "use --transformer-impl transformer_engine",
-    "--deterministic-mode": "kernels on GPUs are not held to it: leave it out",
     # Training
     "--fp16": _FP16,
     "--loss-scale": _FP16,

@@ -43,6 +43,7 @@ class Declaration:
         settings: the dataclass of its settings; None if it has none.
         section: the key of `settings` in files.
         check: raises ConfigError for settings that do not fit the run.
+        check_replicas: (run, replicas), raises ConfigError for settings that do not fit them.
         console: metrics shown on the console before the common ones.
         before: (engine, tokenizer, output_dir, stop), called before the first step of a run that
             writes a report: it records what the report compares the trained model with.
@@ -56,6 +57,7 @@ class Declaration:
     settings: type | None = None
     section: str | None = None
     check: Callable[[RunConfig], None] | None = None
+    check_replicas: Callable[[RunConfig, int], None] | None = None
     console: tuple[str, ...] = ("train/lm_loss",)
     before: Part | None = None
     moe_aux_loss_coeff: Callable[[RunConfig], float] = balance_of_model

@@ -1,4 +1,4 @@
-"""Checks for FP8: sizes that its matrix products can take, and settings that fit together.
+"""Checks of the backend: what FP8's matrix products can take, and settings that fit together.
 
 A product in FP8 has rows of 16 bytes: every dimension it sums over is a multiple of 16 (32 for
 mxfp8, whose scaling blocks are that long). Forward that is the inputs, for the input's gradient
@@ -45,6 +45,8 @@ def check_backend(run: RunConfig) -> None:
         raise ConfigError(
             "transformer_impl is 'transformer_engine'; allowed: 'local', or bf16 true"
         )
+    if backend.deterministic_mode:
+        _check_deterministic(run)
     if fp8 is None:
         if backend.first_last_layers_bf16:
             raise ConfigError(
@@ -67,6 +69,30 @@ def check_backend(run: RunConfig) -> None:
         _check_delayed(run)
     if backend.first_last_layers_bf16:
         _check_first_last(run)
+
+
+def _check_deterministic(run: RunConfig) -> None:
+    """Rejects what does not compute the same again in another process."""
+    for key, value, allowed, why in (
+        # Which of them is fastest is measured anew in every process, and each rounds otherwise.
+        ("gdn_kernel", run.backend.gdn_kernel, ("auto", "torch"), "fla picks tiles by its clock"),
+        (
+            "moe_token_dispatcher_type",
+            run.parallel.moe_token_dispatcher_type,
+            ("alltoall",),
+            "DeepEP does not promise an order",
+        ),
+        (
+            "fp8_recipe",
+            run.backend.fp8_recipe,
+            ("tensorwise", "blockwise", "mxfp8"),
+            "checkpoints do not hold its history",
+        ),
+    ):
+        if value not in allowed:
+            raise ConfigError(
+                f"{key} is {value!r}; allowed with deterministic_mode: {', '.join(allowed)} ({why})"
+            )
 
 
 def _check_delayed(run: RunConfig) -> None:

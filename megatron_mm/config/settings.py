@@ -82,6 +82,9 @@ class BackendConfig:
     gdn_kernel: Literal["auto", "torch", "fla"] = "auto"
     """Kernel of the gated delta rule; auto: flash-linear-attention on a GPU that has it, else
     torch."""
+    deterministic_mode: bool = False
+    """Only algorithms that repeat a run on GPUs bit for bit, and with it resume bitwise; slower.
+    The delta rule is then torch's."""
     fp8_format: Literal["hybrid", "e4m3"] | None = None
     """Switches FP8 on. hybrid: gradients in e5m2, everything else in e4m3."""
     # Megatron's default is delayed. It keeps a history of maxima that checkpoints do not hold, so

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from megatron_mm import platform
 from megatron_mm.config import ConfigError, ParallelConfig, RunConfig, load, to_dict, validate
+from megatron_mm.parallel import descriptors
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -92,7 +93,14 @@ def note(run: RunConfig | None, problem: str) -> dict[str, Any]:
             for key, value in pairs:
                 name = section if key is None else f"{section}.{key}"
                 settings[name] = json.dumps(value)
-    return {"host": socket.gethostname(), "same": same, "settings": settings, "problem": problem}
+    limit = descriptors.raise_limit()
+    return {
+        "host": socket.gethostname(),
+        "same": same,
+        "settings": settings,
+        "problem": problem,
+        "descriptors": limit,
+    }
 
 
 def difference(notes: list[dict[str, Any]]) -> str | None:
@@ -199,6 +207,12 @@ def examine(argv: list[str]) -> tuple[list[tuple[str, str, bool]], str | None]:
     same = notes[0]["same"]
     names = ("revision", "code", "config")
     lines.append(("same everywhere", ", ".join(f"{n} {same[n]}" for n in names), True))
+    rank = min(range(len(notes)), key=lambda r: notes[r]["descriptors"])
+    limit, needed = notes[rank]["descriptors"], descriptors.needed(len(notes))
+    few = descriptors.problem(limit, len(notes))
+    lines.append(("descriptors", f"{limit:,}, {needed:,} are needed", few is None))
+    if few is not None:
+        return lines, f"rank {rank} on {notes[rank]['host']}: {few}"
     skew = clock_skew()
     rank = max(range(len(skew)), key=lambda r: abs(skew[r]))
     lines.append(("clocks", f"at most {abs(skew[rank]):.3f} s from rank 0's", True))

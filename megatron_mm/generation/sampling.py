@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_mm.model.running_sum import running_sum
+
 # Constants of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
 # generators", OOPSLA), as signed 64-bit integers, whose products wrap around.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -106,7 +108,7 @@ def _narrowed(logits_NV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.top_p < 1:
         ordered_NV, order_NV = logits_NV.sort(dim=1, descending=True, stable=True)
         probs_NV = ordered_NV.softmax(1)
-        before_NV = probs_NV.cumsum(1) - probs_NV  # probability of likelier tokens
+        before_NV = running_sum(probs_NV) - probs_NV  # probability of likelier tokens
         out_NV = (before_NV >= sampling.top_p).scatter(1, order_NV, before_NV >= sampling.top_p)
         logits_NV = logits_NV.masked_fill(out_NV, -torch.inf)
     return logits_NV
@@ -114,7 +116,7 @@ def _narrowed(logits_NV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def _inverse_cdf(probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
     """Returns the first token at which the cumulative probability exceeds u."""
-    total_NV = probs_NV.double().cumsum(1)  # fp32 would lose the tail of a large vocabulary
+    total_NV = running_sum(probs_NV.double())  # fp32 would lose the tail of a large vocabulary
     whole_N1 = total_NV[:, -1:]
     target_N1 = uniform_N.to(total_NV.device)[:, None] * whole_N1
     # Rounding may reach the total, which no cumulative sum exceeds.

@@ -62,6 +62,7 @@ def language_config(run: RunConfig) -> TransformerConfig:
         perform_initialization=False,  # parallel/param_layout.py does it, whatever the layout
         gradient_accumulation_fusion=False,
         transformer_impl=backend.transformer_impl,
+        deterministic_mode=backend.deterministic_mode,
         fp8=backend.fp8_format,
         fp8_recipe=backend.fp8_recipe,
         fp8_amax_history_len=backend.fp8_amax_history_len,

@@ -65,6 +65,8 @@ class Segments:
     def from_cu_seqlens(
         cls, cu_seqlens: torch.Tensor, device: torch.device | str = "cpu"
     ) -> Segments:
+        """Samples between the boundaries, int64 [samples + 1], on the CPU as all lengths here;
+        `device` is that of the tensors to be rearranged."""
         lengths = cu_seqlens.diff()
         width = max(1, int(lengths.max()))
         return cls(cu_seqlens[:-1], lengths, width, int(cu_seqlens[-1]), device)
@@ -112,12 +114,16 @@ class Segments:
         return self.cells == self.total == int(self.lengths.sum())
 
     @cached_property
-    def cu_seqlens(self) -> torch.Tensor:
-        """int64 [samples that are not empty + 1]: where each begins, then the total. For kernels
-        that take the packed stream; some refuse an empty sample."""
+    def cu_seqlens_cpu(self) -> torch.Tensor:
+        """int64 [samples that are not empty + 1], on the CPU: where each begins, then the total.
+        For kernels that take the packed stream; some refuse an empty sample."""
         starts = self.starts[self.lengths > 0]
-        whole = torch.cat((starts, starts.new_tensor([self.total])))
-        return whole.to(self.device, non_blocking=True)
+        return torch.cat((starts, starts.new_tensor([self.total])))
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """`cu_seqlens_cpu` on the device."""
+        return self.cu_seqlens_cpu.to(self.device, non_blocking=True)
 
     @cached_property
     def valid(self) -> torch.Tensor:

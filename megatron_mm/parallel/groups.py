@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm import platform
 from megatron_mm.config import ParallelConfig
+from megatron_mm.parallel import descriptors
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ def start(parallel: ParallelConfig) -> None:
 
     A collective that waits longer than `distributed_timeout_minutes` raises on every rank.
     """
+    descriptors.raise_limit()
+    # Otherwise every gloo group connects each of its ranks with all others at once.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -64,12 +68,8 @@ def start(parallel: ParallelConfig) -> None:
     )
 
 
-def lay_out(parallel: ParallelConfig, gloo: bool = True) -> ProcessGroupCollection:
-    """Makes megatron-core's groups over the running job (rank order: tp, cp, ep, dp, pp).
-
-    Args:
-        gloo: whether to make gloo groups too, which building the optimizer needs.
-    """
+def lay_out(parallel: ParallelConfig) -> ProcessGroupCollection:
+    """Makes megatron-core's groups over the running job (rank order: tp, cp, ep, dp, pp)."""
     with platform.groups_of_one_share():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -77,7 +77,8 @@ def lay_out(parallel: ParallelConfig, gloo: bool = True) -> ProcessGroupCollecti
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-            create_gloo_process_groups=gloo,
+            # Twins of data-parallel groups, for optimizer checkpoints of another format than ours.
+            create_gloo_process_groups=False,
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
     return ProcessGroupCollection.use_mpu_process_groups()

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm import platform
 
     platform.quiet()
+    platform.hide_gpus()  # a plan's tensors have no memory, and NCCL no ranks that do not run
     platform.install()
     try:
         run = _with_defaults(load(None, rest), rest, args.world_size)

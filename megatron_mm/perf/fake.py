@@ -33,7 +33,7 @@ def fake_job(run: RunConfig, rank: int, world_size: int) -> Iterator[Groups]:
     """Inside, this process is `rank` of a job of `world_size`, and tensors are on "meta".
 
     Raises:
-        RuntimeError: this process is in a job already, or has a GPU.
+        RuntimeError: this process is in a job already, or has a GPU (see `platform.hide_gpus`).
     """
     if dist.is_initialized():
         raise RuntimeError("a fake job cannot start inside a job; plan in a process of its own")
@@ -42,7 +42,7 @@ def fake_job(run: RunConfig, rank: int, world_size: int) -> Iterator[Groups]:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # of the process, set by schedules
         try:
-            pg = lay_out(run.parallel, gloo=False)
+            pg = lay_out(run.parallel)
             # The two groups of ours decide things together and carry no tensors of the model.
             yield Groups(pg, replica=pg.pp, world=dist.group.WORLD)
         finally:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mm.errors import RLError
+from megatron_mm.model.running_sum import running_sum
 from megatron_mm.rl.algorithms import ESTIMATORS
 
 EPSILON = 1e-4
@@ -176,7 +177,7 @@ def kl_in_reward(rewards_PG: torch.Tensor, kl_PG: torch.Tensor, beta: float) -> 
 def returns_to_go(reward: float, kl_T: torch.Tensor, beta: float) -> torch.Tensor:
     """Returns [T]: REINFORCE++'s advantage of each token of one completion before whitening,
     A_t = r - beta * sum of the KL from t to the end (arXiv 2501.03262)."""
-    return reward - beta * kl_T.flip(0).cumsum(0).flip(0)
+    return reward - beta * running_sum(kl_T.flip(0)).flip(0)
 
 
 def span_advantages(

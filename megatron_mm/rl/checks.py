@@ -71,6 +71,22 @@ def check_rl(run: RunConfig) -> None:
     _require(not (drawn and late), "router_temperature", drawn, allowed)
 
 
+def check_replicas(run: RunConfig, replicas: int) -> None:
+    """Raises ConfigError unless every replica gets as many prompts of a step as the others: a group
+    is drawn and trained on by one replica, and the others would wait for the busiest."""
+    group, batch = run.section(RLConfig).num_generations, run.training.global_batch_size
+    prompts = rollout_plan(run).prompts_per_step
+    if prompts % replicas:
+        most = -(-prompts // replicas)
+        idle = 1 - prompts / (most * replicas)
+        raise ConfigError(
+            f"global_batch_size {batch} / num_generations {group} is {prompts} prompts a step on "
+            f"{replicas} replicas, of which {idle:.0%} would be idle, since a group stays on one; "
+            f"allowed: a multiple of {replicas} prompts, such as global_batch_size "
+            f"{most * replicas * group}"
+        )
+
+
 def _check_algorithm(name: str) -> None:
     """Rejects an algorithm that leaves open what the built-in ones decide."""
     given, needed = ALGORITHMS[name], ALGORITHMS["grpo"]

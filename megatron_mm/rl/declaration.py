@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_mm.config.objectives import Declaration
 from megatron_mm.config.settings import RunConfig
-from megatron_mm.rl.checks import check_rl
+from megatron_mm.rl.checks import check_replicas, check_rl
 from megatron_mm.rl.settings import RLConfig
 
 
@@ -18,6 +18,7 @@ GRPO = Declaration(
     settings=RLConfig,
     section="rl",
     check=check_rl,
+    check_replicas=check_replicas,
     console=(
         "reward",
         "reward_std",

@@ -29,11 +29,16 @@ def main(argv: list[str]) -> int:
         logging.getLogger(__name__).error("%s", error)  # perhaps on this node alone
         return 1
 
+    from megatron_mm.engine.kernels import choose_kernels
     from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
     from megatron_mm.parallel import groups
     from megatron_mm.train.loop import train
 
     status = 0
+    try:
+        choose_kernels(run)
+    except ConfigError as error:
+        return cli.fail(error)
     groups.start(run.parallel)
     try:
         train(run, groups.build(run.parallel))

@@ -116,3 +116,22 @@ def test_the_80b_model_takes_fp8_up_to_tensor_parallel_two():
     run.parallel.tensor_model_parallel_size = 8
     with pytest.raises(ConfigError, match="rows of in_proj 1544 .* divide by 16"):
         validate(run)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gdn-kernel fla", "gdn_kernel is 'fla'; allowed with deterministic_mode: auto, torch ("),
+        (
+            "--moe-token-dispatcher-type flex --expert-model-parallel-size 2 --bf16",
+            "moe_token_dispatcher_type is 'flex'; allowed with deterministic_mode: alltoall (",
+        ),
+        (f"{FP8} --fp8-recipe delayed", "fp8_recipe is 'delayed'; allowed with deterministic_mode"),
+    ],
+)
+def test_what_does_not_repeat_is_refused_in_deterministic_mode(flags, message):
+    validate(run_with("--deterministic-mode"))
+    validate(run_with(f"{FP8} --deterministic-mode"))
+    with pytest.raises(ConfigError) as caught:
+        validate(run_with(f"{flags} --deterministic-mode"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """RL settings: each algorithm is complete, and what does not fit is refused in one line."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +101,38 @@ def test_what_does_not_fit_is_refused(rl, message):
     with pytest.raises(ConfigError) as caught:
         validate(run_with(**rl))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "batch", "problem"),
+    [
+        # Groups of 4. Of 10 replicas with 15 prompts 5 have two and 5 one: 15 of 20 turns.
+        (8, 32, None),
+        (4, 32, None),
+        (16, 32, "8 prompts a step on 16 replicas, of which 50% would be idle, since a group stays "
+         "on one; allowed: a multiple of 16 prompts, such as global_batch_size 64"),
+        (5, 40, None),
+        (10, 80, None),
+        (5, 60, None),
+        (10, 60, "15 prompts a step on 10 replicas, of which 25% would be idle, since a group "
+         "stays on one; allowed: a multiple of 10 prompts, such as global_batch_size 80"),
+    ],
+)  # fmt: skip
+def test_every_replica_gets_as_many_prompts(replicas, batch, problem):
+    run = run_with(num_generations=4, max_completion_length=8)
+    run.training.global_batch_size = batch
+    if problem is None:
+        return validate(run, replicas)
+    with pytest.raises(ConfigError) as caught:
+        validate(run, replicas)
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "objective"), [("mm-80b", "sft"), ("mm-80b-earl", "grpo")])
+def test_the_examples_fit_the_gpus_that_they_name(name, objective):
+    run = load(Path(__file__).parents[2] / "examples" / f"{name}.yaml")
+    validate(run, 256)
+    assert run.training.objective == objective
 
 
 def test_rl_settings_of_a_run_without_rl_are_refused():

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mm.doctor.machine import Finding, used
+
 pytestmark = pytest.mark.launches
 
 ROOT = Path(__file__).parents[2]
 DOCTOR = ROOT / "tools" / "doctor.py"
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU is told")
 
 
 def package(folder: Path, name: str, code: str, distribution: str, version: str) -> None:
@@ -51,7 +52,6 @@ def test_a_run_can_start_here(here):
     assert names | {"-> gated delta rule"} < set(said)
 
 
-@without_cuda
 def test_what_is_missing_comes_with_its_remedy(here):
     _, said = here
     assert "none; runs use the CPU" in said["gpu"]
@@ -62,7 +62,6 @@ def test_what_is_missing_comes_with_its_remedy(here):
     assert said["-> optimizer"].endswith("torch's Adam")
 
 
-@without_cuda
 def test_a_half_installed_transformer_engine(tmp_path):
     """It stops `import megatron.core` with FileNotFoundError, which upstream does not catch."""
     spoilt = "raise FileNotFoundError('no libtransformer_engine.so')"
@@ -75,7 +74,6 @@ def test_a_half_installed_transformer_engine(tmp_path):
     assert said["a run"].startswith("MISSING  cannot start: FileNotFoundError")
 
 
-@without_cuda
 def test_flash_linear_attention_without_a_gpu_is_to_be_removed(tmp_path):
     package(tmp_path, "fla", "", "flash-linear-attention", "0.6.0")
     code, said = doctor(tmp_path)
@@ -83,7 +81,21 @@ def test_flash_linear_attention_without_a_gpu_is_to_be_removed(tmp_path):
     assert code == 0 and said["-> gated delta rule"].endswith("ours in torch")
 
 
-@without_cuda
+@pytest.mark.parametrize(
+    ("gpu", "fla", "ok", "text"),
+    [
+        (True, True, True, "FLA's Triton kernel"),
+        (True, False, False, "ours in torch, the slower one: install fla"),
+        (False, False, True, "ours in torch"),
+    ],
+)
+def test_the_delta_rule_of_a_gpu_without_its_kernel_is_not_fine(gpu, fla, ok, text):
+    names = ("transformer-engine", "fla", "apex")
+    found = used({name: Finding(name, "", name == "fla" and fla) for name in names}, gpu)
+    (line,) = [finding for finding in found if finding.name == "-> gated delta rule"]
+    assert line.ok is ok and line.text.startswith(text) and not line.needed
+
+
 def test_another_megatron_core(tmp_path):
     info = tmp_path / "megatron_core-0.13.1.dist-info"
     info.mkdir()

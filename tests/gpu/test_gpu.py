@@ -26,7 +26,7 @@ def test_the_delta_rule_equals_itself_on_the_cpu(job):
     inputs[3], inputs[4] = -inputs[3].abs(), inputs[4].sigmoid()
     outs = {}
     for device in ("cpu", "cuda"):
-        leaves = [x.to(device).requires_grad_() for x in inputs]
+        leaves = [x.detach().to(device, copy=True).requires_grad_() for x in inputs]
         out = gated_delta_rule(*leaves)
         out.square().sum().backward()
         outs[device] = [out.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)]

@@ -6,10 +6,6 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_mm import platform
-
-platform.install()
-
 
 @pytest.fixture(scope="module")
 def one_rank():

@@ -25,8 +25,6 @@ from megatron_mm.model.segments import Segments
 from support.batches import aligned_run, microbatch, small_run
 
 RECIPES = ["tensorwise", "delayed", "blockwise", "mxfp8"]
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the refusals of a CPU")
-
 
 # ---- settings to TransformerConfig ----
 
@@ -75,7 +73,6 @@ def test_local_is_torch():
     assert chosen.experts.__module__ == "megatron_mm.model.layers.experts"
 
 
-@without_cuda
 def test_a_cpu_gets_the_torch_kernel_and_refuses_the_others():
     settings = small_run().backend
     assert backend.choose(settings).mix is convolve_and_scan
@@ -86,7 +83,6 @@ def test_a_cpu_gets_the_torch_kernel_and_refuses_the_others():
         backend.choose(aligned_run().backend)
 
 
-@without_cuda
 def test_a_model_asking_for_it_is_refused_before_anything_is_built(pg):
     with pytest.raises(ConfigError, match="no CUDA device; allowed here: local"):
         multimodal.build(aligned_run("tensorwise"), pg)
@@ -117,7 +113,6 @@ def missing_transformer_engine(*folders) -> str:
 
 # 5 s of CPU time: a process with its imports.
 @pytest.mark.slow
-@without_cuda
 def test_missing_transformer_engine_says_how_to_install_it():
     line = missing_transformer_engine()
     assert "not installed" in line and "pip install" in line
@@ -125,7 +120,6 @@ def test_missing_transformer_engine_says_how_to_install_it():
 
 # 5 s of CPU time: a process with its imports.
 @pytest.mark.slow
-@without_cuda
 def test_half_of_transformer_engine_is_told_from_none(tmp_path):
     """Its wheel without the CUDA part: the import raises FileNotFoundError."""
     package = tmp_path / "transformer_engine"

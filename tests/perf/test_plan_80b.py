@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -133,6 +134,29 @@ def test_the_command_writes_table_json_and_chart(tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(plan["ranks"]) == 2 and plan["fits"] and plan["predicted"]["mfu"] > 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+# With a GPU, as torch sees it: there until the variable hides it.
+WITH_GPU = """
+import os, runpy, sys
+import torch
+torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("search", [[], ["search", "--top", "1"]])
+def test_a_machine_with_a_gpu_plans_too(search):
+    variables = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    command = [sys.executable, "-c", WITH_GPU, str(ROOT / "tools/plan.py"), *search]
+    done = subprocess.run(
+        [*command, "--preset", "tiny", "--seq-length", "512", "--world-size", "1"],
+        cwd=ROOT, env=variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "unvalidated until a GPU run" in done.stdout
 
 
 @pytest.mark.launches

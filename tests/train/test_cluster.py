@@ -398,3 +398,30 @@ def test_the_manifest_names_what_there_is():
     asked = set(env)
     script = (LAUNCH / "node.sh").read_text()
     assert all(word in script for word in asked)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ["expandable_segments:True", "", f"/scratch/triton-{os.getuid()}"]),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512", "TRITON_CACHE_DIR": "/mine"},
+            ["", "max_split_size_mb:512", "/mine"],
+        ),
+        ({"PYTORCH_ALLOC_CONF": "a:1"}, ["a:1", "", f"/scratch/triton-{os.getuid()}"]),
+    ],
+)
+def test_memory_and_kernels_of_a_gpu_are_looked_after(tmp_path, given, expected):
+    """By node.sh, unless the user did it."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR")
+    python = tmp_path / "python"
+    lines = "\n".join(f'echo "${{{name}:-}}"' for name in names)
+    python.write_text(f"#!/usr/bin/env bash\n{lines}\n")
+    python.chmod(0o755)
+    kept = {k: v for k, v in os.environ.items() if k not in names}
+    words = {"PYTHON": str(python), "SKIP_DOCTOR": "1", "TMPDIR": "/scratch"}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "node.sh"), "a.yaml"],
+        env=kept | words | given, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split("\n")[:3] == expected, done.stderr

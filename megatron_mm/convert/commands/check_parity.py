@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm import platform
 
     platform.quiet()
+    platform.hide_gpus()  # transformers computes on the CPU, to whose rounding the bound belongs
     platform.install()
 
     from megatron_mm.config import ParallelConfig, RunConfig

@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm import platform
 
     platform.quiet()
+    platform.hide_gpus()  # it computes nothing, and may have more ranks than GPUs
     platform.install()
 
     from megatron_mm.checkpoint.collective import raising_together

@@ -34,6 +34,7 @@ from megatron_mm.model.layers.gdn.chunks import (
     to_cells,
     to_stream,
 )
+from megatron_mm.model.running_sum import running_sum
 
 EPS = 1e-6  # of the l2 norms, as in FLA and transformers
 
@@ -152,7 +153,7 @@ def _forward(query, key, value, log_decay, beta, plan: ChunkPlan) -> tuple[torch
     q_scale = inverse_norm(query).mul_(query.shape[-1] ** -0.5)
     k_scale = inverse_norm(key)
     q, k = query * q_scale, key * k_scale
-    total = log_decay.cumsum(-1)
+    total = running_sum(log_decay)
     # Above the diagonal D is 0 (exp would overflow there), on it 1.
     decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_(max=0.0).exp_().tril_()
     k_t = k.transpose(-1, -2)
@@ -238,7 +239,7 @@ class _DeltaRule(torch.autograd.Function):
         # those pairs. Through G, whose gradient is row sums less column sums, everything
         # else would have to cancel, the diagonal included; A_log's gradient shows it.
         moved = scores.addcmul_(linked, strength).tril_(-1)
-        before = moved.cumsum(-1).tril_(-1).sum(-2)  # at t - 1 for step t
+        before = running_sum(moved).tril_(-1).sum(-2)  # at t - 1 for step t
         d_scores.mul_(decay)
         d_linked.mul_(decay).mul_(strength).tril_(-1)
         d_scores, d_linked = d_scores.sum(2), d_linked.sum(2)
@@ -256,8 +257,8 @@ class _DeltaRule(torch.autograd.Function):
             d_beta[first:] -= against
             d_total[first:] -= against * beta[first:]
         d_value = d_right * strength
-        d_log_decay = d_total.flip(-1).cumsum(-1).flip(-1)
-        d_log_decay[..., 1:] += (before + d_until.cumsum(-1))[..., :-1]
+        d_log_decay = running_sum(d_total.flip(-1)).flip(-1)
+        d_log_decay[..., 1:] += (before + running_sum(d_until))[..., :-1]
         d_query = _norm_backward(d_q, query, q_scale, query.shape[-1])
         d_key = _norm_backward(d_k, key, k_scale, 1)
         return d_query, d_key, d_value, d_log_decay, d_beta, None

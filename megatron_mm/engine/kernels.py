@@ -1,0 +1,48 @@
+"""Process-wide choices of torch's, cuBLAS's and NCCL's algorithms, before any of them has begun."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from megatron_mm.config import ConfigError, RunConfig
+from megatron_mm.model.backends.choice import slow_delta_rule
+
+logger = logging.getLogger(__name__)
+
+# NCCL's that add in one order every time, as Megatron-LM names them (arguments.py).
+REPEATABLE = ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS")
+
+
+def choose_kernels(run: RunConfig) -> None:
+    """Settles how this process computes. A command calls it before it joins the job.
+
+    Raises:
+        ConfigError: `deterministic_mode`, and the environment asks for what cannot be repeated.
+    """
+    # cuDNN would make a plan for every new length, and microbatches have lengths of their own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    slow = slow_delta_rule(run.backend)
+    if slow is not None:
+        logger.warning("%s", slow)
+    if not run.backend.deterministic_mode:
+        return
+    asked = os.environ.setdefault("NCCL_ALGO", REPEATABLE[0])
+    if asked not in REPEATABLE:
+        raise ConfigError(
+            f"NCCL_ALGO is {asked!r} in the environment; allowed with deterministic_mode: "
+            f"{', '.join(REPEATABLE)}, or unset"
+        )
+    for name, value, others in (
+        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8", (":16:8",)),
+        ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0", ()),  # Transformer Engine's attention
+    ):
+        asked = os.environ.setdefault(name, value)
+        if asked not in (value, *others):
+            raise ConfigError(
+                f"{name} is {asked!r} in the environment; allowed with deterministic_mode: "
+                f"{', '.join((value, *others))}, or unset"
+            )
+    torch.use_deterministic_algorithms(True)
