@@ -15,7 +15,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_with_interleaving,
@@ -41,6 +40,7 @@ from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.model.routing import Routes, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import held_positions
+from megatron_mm.parallel.stage_exchange import Rows, StageExchange
 from megatron_mm.report.metrics import DIVISOR, MUTED, Metrics
 
 
@@ -250,7 +250,7 @@ class Engine:
             "data_iterator": [feed(chunk) for chunk in self.chunks],
             "model": self.models,
             "num_microbatches": len(batches),
-            "seq_length": self.run.data.seq_length,  # ignored: stages exchange shapes
+            "seq_length": self.run.data.seq_length,  # ignored: `StageExchange` knows shapes
             "micro_batch_size": self.run.training.micro_batch_size,
             "forward_only": forward_only,
             "collect_non_loss_data": forward_only,
@@ -258,7 +258,24 @@ class Engine:
         }
         if pg.pp.size() == 1:
             return forward_backward_no_pipelining(**common)
-        common["p2p_communicator"] = P2PCommunicator(pp_group=pg.pp, config=self.config)
+
+        def rows(manifest: str) -> Rows:
+            def of(chunk: int, number: int) -> int:
+                cache = of_each[number].get("cache") if number < len(of_each) else None
+                stage = self.chunks[chunk]
+                return stage.wire_rows(batches[number], getattr(stage, manifest), cache)
+
+            return of
+
+        common["p2p_communicator"] = StageExchange(
+            pg.pp,
+            self.config,
+            microbatches=len(batches),
+            chunks=len(self.models),
+            hidden_size=self.config.hidden_size,
+            arriving=rows("arrives"),
+            leaving=rows("leaves"),
+        )
         if len(self.models) > 1:
             return forward_backward_pipelining_with_interleaving(**common)[:wanted]
         return forward_backward_pipelining_without_interleaving(**common)

@@ -52,7 +52,7 @@ def language_config(run: RunConfig) -> TransformerConfig:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or tp,
         sequence_parallel=tp > 1,  # never without: docs/design.md 4.3
-        # The stream's length differs between microbatches; the schedule exchanges shapes.
+        # The stream's length differs between microbatches (parallel/stage_exchange.py).
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
         # The interleaved schedule is silently wrong with batched exchanges, and 1F1B does not
         # know overlapped ones (docs/design.md 4.4).

@@ -207,9 +207,15 @@ class MultimodalModel(MegatronModule):
         tokens = len(batch.tokens_T) // self.pg.tp_cp.size()
         return WireShape(tokens, tuple(shapes), manifest.refinements)
 
-    def wire_rows(self, batch: Microbatch, manifest: Manifest) -> int:
-        """Returns the rows of the packed tensor [rows, 1, H] with these contents on this rank."""
-        shape = self._wire_shape(batch, manifest, True)
+    def wire_rows(
+        self, batch: Microbatch, manifest: Manifest, cache: DecodeCache | None = None
+    ) -> int:
+        """Returns the rows of the packed tensor [rows, 1, H] with these contents on this rank.
+
+        Args:
+            cache: as in `forward`.
+        """
+        shape = self._wire_shape(batch, manifest, _has_prompts(cache))
         return sum(shape.sizes(self.model_config.language.hidden_size))
 
     def _embed(self, batch: Microbatch, images: bool) -> Payload:
@@ -288,7 +294,7 @@ class MultimodalModel(MegatronModule):
             logits [K, 1, V / TP] on the last stage, else the wire's tensor. Where TP does not
             divide V they are padded (`hide_padding`).
         """
-        prompts = cache is None or not cache.stepping  # in a step no row has an image
+        prompts = _has_prompts(cache)
         reads = self.reads if prompts else ()
         context = StreamContext.build(batch, self.model_config, self.pg, reads)
         context.looks, context.watch, context.cache = looks, self.watch, cache
@@ -304,6 +310,11 @@ class MultimodalModel(MegatronModule):
         first = part(len(batch.tokens_T), self.pg.cp).start
         assert self.final_norm is not None  # this is the last stage
         return self._logits(self.final_norm(payload.hidden_T1H), positions, first)
+
+
+def _has_prompts(cache: DecodeCache | None) -> bool:
+    """Whether rows may have images: none has in a step of decoding."""
+    return cache is None or not cache.stepping
 
 
 def build(

@@ -14,8 +14,6 @@ from megatron_mm.perf.schedule import activation_peak, events
 from megatron_mm.perf.standins import planned_backend
 from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_sync
 
-SHAPE_BYTES = 3 * 8  # the shape that announces a tensor between stages, as int64
-
 
 @dataclass(frozen=True)
 class RankPlan:
@@ -57,8 +55,7 @@ class RankPlan:
         return work
 
     def _to_neighbours(self) -> int:
-        sizes = [size for trace in self.traces for size in (trace.leaves, trace.arrives) if size]
-        return sum(sizes) + SHAPE_BYTES * len(sizes)
+        return sum(trace.leaves + trace.arrives for trace in self.traces)
 
 
 def plan_rank(
