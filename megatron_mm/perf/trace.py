@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import backward_step
 from megatron.core.pipeline_parallel.schedules import forward_step as schedule_forward
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
@@ -50,7 +53,7 @@ def trace_chunk(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatc
     if wrapped.ddp_config.overlap_param_gather:
         wrapped.disable_forward_pre_hook(param_sync=False)  # once a step: see trace_sync
     before = recorder.live
-    with fused_attention(), recorder, wrapped.no_sync():
+    with _scale_of_its_own(), fused_attention(), recorder, wrapped.no_sync():
         found = _once(engine, recorder, chunk, batch)
     model.received = None
     stays = recorder.live - before
@@ -61,6 +64,18 @@ def trace_chunk(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatc
         held=found.held - stays,
         backward_peak=found.backward_peak - stays,
     )
+
+
+@contextmanager
+def _scale_of_its_own() -> Iterator[None]:
+    """Sets aside the scale of the balancing loss, which megatron-core keeps in a class: a tensor of
+    the last step of this process, which may have data, while a trace has none."""
+    kept = MoEAuxLossAutoScaler.main_loss_backward_scale
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    try:
+        yield
+    finally:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = kept
 
 
 def _once(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> ChunkTrace:

@@ -134,7 +134,7 @@ def test_a_scorer_that_fails_on_one_rank_is_the_error_of_all(ranks, scenes, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ground_truth": 7}, "valid.jsonl:4: no answer to compare with"),
+        ({"ground_truth": [7]}, "valid.jsonl:4: ground_truth is a list"),
         ({"scorer": "nobody"}, "valid.jsonl:4: scorer 'nobody' is unknown"),
         (
             {"messages": [{"role": "user", "content": "<image>?"}], "ground_truth": None},

@@ -45,14 +45,14 @@ def one_step(settings: dict) -> dict:
 
 
 def wire_bytes(engine: Engine, batch: Microbatch) -> int:
-    """Bytes of the packed tensor that leaves this stage, and of its three sizes, int64 each."""
+    """Bytes of the packed tensor that leaves this stage."""
     (stage,), width = engine.chunks, engine.config.hidden_size
     if stage.leaves is None:
         return 0
     shape = stage._wire_shape(batch, stage.leaves, images=True)
     rows = shape.hidden_rows * (1 + len(shape.refinements))
     (memory,) = shape.memories
-    return 4 * (rows * width + memory.rows * memory.width) + 3 * 8
+    return 4 * (rows * width + memory.rows * memory.width)
 
 
 def of_kind(split: dict, start: str) -> dict:

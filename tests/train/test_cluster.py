@@ -32,6 +32,7 @@ def config(tmp_path, scenes) -> Path:
     run.model.hybrid_layer_pattern = "GE L *E J"
     run.data.train_data = [DataPhase(str(scenes / "mix.jsonl"))]
     run.data.tokenizer_model = str(scenes / "tokenizer.model")
+    run.data.extra_columns = ["scene", "other_images"]
     run.data.seq_length, run.data.max_num_tiles = 128, 9
     run.training.train_iters = STEPS
     run.training.micro_batch_size, run.training.global_batch_size = 2, 4
