@@ -20,8 +20,13 @@ from megatron_mm.config import (
     without_clvr,
 )
 from megatron_mm.config.families import language_family, vision_family
-from megatron_mm.convert.export_inputs import CODE as PROCESSING
-from megatron_mm.convert.export_inputs import OURS, REMOTE, as_json, has_clvr, input_files
+from megatron_mm.convert.export_inputs import (
+    AUTO_PROCESSOR,
+    REMOTE,
+    as_json,
+    has_clvr,
+    input_files,
+)
 from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
 from megatron_mm.errors import ConvertError
 
@@ -67,7 +72,7 @@ def clvr_config(model: ModelConfig) -> dict[str, Any]:
         "auto_map": {
             "AutoConfig": "configuration_clvr.CLVRConfig",
             "AutoModelForImageTextToText": "modeling_clvr.CLVRForConditionalGeneration",
-            "AutoProcessor": f"{PROCESSING.removesuffix('.py')}.{OURS}",
+            "AutoProcessor": AUTO_PROCESSOR,
         },
         CLVR_KEY: {
             "hybrid_layer_pattern": model.hybrid_layer_pattern,

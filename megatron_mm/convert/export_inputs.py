@@ -24,6 +24,7 @@ TEMPLATE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
 CODE = "processing_megatron_mm.py"
 OURS = "MegatronMMProcessor"
+AUTO_PROCESSOR = f"{CODE.removesuffix('.py')}.{OURS}"  # its entry in an auto_map
 TILES = "tiles"  # key of our processor's settings
 # What InternVLProcessor asks its tokenizer for.
 NAMED_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
@@ -150,7 +151,7 @@ def _processor_files(run: RunConfig, files: dict[str, bytes]) -> dict[str, bytes
     assert settings is not None  # the model has a vision encoder
     config: dict[str, Any] = {
         "processor_class": OURS,
-        "auto_map": {"AutoProcessor": f"{CODE.removesuffix('.py')}.{OURS}"},
+        "auto_map": {"AutoProcessor": AUTO_PROCESSOR},
         TILES: asdict(settings) | {"tokens_per_tile": settings.tokens_per_tile},
     }
     made = {CODE: (REMOTE / CODE).read_bytes()}

@@ -23,11 +23,9 @@ from megatron_mm.convert.folder import CONFIG, HFFolder, read_json, travelling
 from megatron_mm.convert.parity import clvr_inputs
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
-from megatron_mm.data.images import TileGrid, choose_grid
 from megatron_mm.data.messages import ESCAPED_MARK, IMAGE_MARK, check_messages
 from megatron_mm.data.sample import SampleBuilder
-from megatron_mm.data.tiles import ImageSettings, choose_grids, image_settings, tiles_seen
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.tiles import choose_grids, image_settings, tiles_seen
 from megatron_mm.errors import ConvertError, DataError
 
 ROOMY = 10**9  # tokens: no case is too long
@@ -73,10 +71,11 @@ def compare_inputs(source: HFFolder, checkpoint: Checkpoint, trust_remote_code: 
     ):
         return [*notes, "template and processor are those it came with; training has its own"]
     processor = _processor(folder, checkpoint, trust_remote_code)
+    builder = SampleBuilder(replace(run, data=replace(run.data, seq_length=ROOMY)), tokenizer)
     count = 0
     for chat in conversations(run):
         try:
-            _compare(processor, run, tokenizer, chat, folder)
+            _compare(processor, run, builder, chat, folder)
         except (ConvertError, DataError, MemoryError):
             raise
         except Exception as error:  # of transformers or the folder's code, of any kind
@@ -185,7 +184,8 @@ def conversations(run: RunConfig) -> Iterator[Chat]:
         name = "an image of {}x{} pixels".format(*picture.size)
         yield Chat(name, [_user(f"{IMAGE_MARK}\nwhat is it?")], (picture,))
     widest = pictures[2]
-    cost = settings.tokens_per_tile * tiles_seen(_grid(settings, widest, most), settings)
+    (grid,) = choose_grids([widest.size], replace(settings, max_image_tokens=None), "a row")
+    cost = settings.tokens_per_tile * tiles_seen(grid, settings)
     count = 2 if settings.max_image_tokens is None else settings.max_image_tokens // cost + 1
     try:
         choose_grids([widest.size] * count, settings, "a row")
@@ -195,26 +195,20 @@ def conversations(run: RunConfig) -> Iterator[Chat]:
     yield Chat(f"{count} images", [*asked, _user("why?")], (widest,) * count)
 
 
-def _grid(settings: ImageSettings, picture: Image.Image, most: int) -> TileGrid:
-    size, thumbnail = settings.image_size, settings.use_thumbnail
-    return choose_grid(*picture.size, image_size=size, max_num_tiles=most, use_thumbnail=thumbnail)
-
-
 def _compare(
-    processor: Any, run: RunConfig, tokenizer: Tokenizer, chat: Chat, folder: Path
+    processor: Any, run: RunConfig, builder: SampleBuilder, chat: Chat, folder: Path
 ) -> None:
-    roomy = replace(run, data=replace(run.data, seq_length=ROOMY))
     row = {"messages": chat.messages, "images": [_png(i) for i in chat.images]}
     row |= {"tools": list(chat.tools)} if chat.tools else {}
     # Another row's images, as a control may show them to looks, come with their row.
     row |= {m.images: row["images"] for m in memories(run.model, run.data.memory_images)}
-    sample = SampleBuilder(roomy, tokenizer).prompt(row, chat.name, folder)
+    sample, parts = builder.prompt(row, chat.name, folder), _in_parts(chat)
     how = {"tools": list(chat.tools) or None, "add_generation_prompt": True}
     found = processor.apply_chat_template(
-        _in_parts(chat), tokenize=True, return_dict=True, return_tensors="pt", **how
+        parts, tokenize=True, return_dict=True, return_tensors="pt", **how
     )
     # Marks in text write what parts write.
-    spelled = (chat.messages, _in_parts(chat))
+    spelled = (chat.messages, parts)
     texts = [processor.apply_chat_template(m, tokenize=False, **how) for m in spelled]
     if texts[0] != texts[1]:
         raise ConvertError(f"{folder}: {chat.name}: its template reads texts and parts differently")
@@ -228,7 +222,7 @@ def _compare(
         )
     if not chat.images:
         return
-    batch = collate([sample], settings=image_settings(run), pad_id=tokenizer.pad_id)
+    batch = collate([sample], settings=builder.settings, pad_id=builder.tokenizer.pad_id)
     expected = {"pixel_values": batch.pixels_NCHW}
     expected |= clvr_inputs(batch) if export_inputs.has_clvr(run.model) else {}
     for name, tensor in expected.items():

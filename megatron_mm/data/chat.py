@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_mm.data.files.forms import from_json
 from megatron_mm.data.messages import (
     IMAGE_MARK,
     Message,
@@ -137,12 +138,7 @@ def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     Raises:
         DataError: it is neither.
     """
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise DataError(f"{where}: 'tools' is not JSON ({error})") from None
+    tools = from_json(row.get("tools"), "tools", where)
     if tools is None:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mm.data.files.forms import from_json
 from megatron_mm.errors import DataError
 
 IMAGE_MARK = "<image>"
@@ -92,7 +93,7 @@ def _message(message: Any, at: str) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"{at} must be an object with a text 'content'")
     # In parquet every message has the keys of all.
-    message = {key: value for key, value in message.items() if value is not None}
+    message = _object(message)
     role = message.get("role")
     if role not in ROLES:
         raise DataError(f"{at} has role {role!r}; use one of {', '.join(ROLES)}")
@@ -121,6 +122,11 @@ def _message(message: Any, at: str) -> Message:
     return Message(role, texts, _learnt(message, role, at), reasoning, calls)
 
 
+def _object(value: Any) -> dict[str, Any]:
+    """Returns an object's keys that have a value; none of anything else."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else {}
+
+
 def _texts(content: Any, user: bool, at: str) -> tuple[str, ...]:
     """Returns the texts around the images of a message's content: text with marks, or a list of
     parts of the types `text` and `image`."""
@@ -135,7 +141,7 @@ def _texts(content: Any, user: bool, at: str) -> tuple[str, ...]:
         raise DataError(f"{at} must be an object with a text 'content'")
     texts = [""]
     for number, part in enumerate(content, start=1):
-        part = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+        part = _object(part)
         if part.get("type") == "text" and isinstance(part.get("text"), str) and len(part) == 2:
             texts[-1] += part["text"]
         elif part == {"type": "image"} and user:
@@ -152,11 +158,7 @@ def _texts(content: Any, user: bool, at: str) -> tuple[str, ...]:
 
 
 def _tool_calls(calls: Any, at: str) -> tuple[ToolCall, ...]:
-    if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except ValueError as error:
-            raise DataError(f"{at}: 'tool_calls' is not JSON ({error})") from None
+    calls = from_json(calls, "tool_calls", at)
     if calls is None:
         return ()
     if not isinstance(calls, list):
@@ -165,9 +167,8 @@ def _tool_calls(calls: Any, at: str) -> tuple[ToolCall, ...]:
 
 
 def _tool_call(call: Any, at: str) -> ToolCall:
-    outer = {k: v for k, v in call.items() if v is not None} if isinstance(call, dict) else {}
-    inner = outer.get("function", outer)
-    inner = {k: v for k, v in inner.items() if v is not None} if isinstance(inner, dict) else {}
+    outer = _object(call)
+    inner = _object(outer.get("function", outer))
     known = {"id", "type", "index", "function"} if "function" in outer else {"name", "arguments"}
     name, arguments = inner.get("name"), inner.get("arguments", {})
     if not isinstance(name, str) or {*outer} - known or {*inner} - {"name", "arguments"}:

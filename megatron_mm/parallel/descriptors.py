@@ -29,7 +29,7 @@ def needed(world_size: int) -> int:
 
 
 def problem(limit: int, world_size: int) -> str | None:
-    """What is wrong with a limit, and what to change; None if it is enough."""
+    """Says what is wrong with a limit and what to change; None if it is enough."""
     if limit >= needed(world_size):
         return None
     return (

@@ -50,7 +50,7 @@ def of(data: bytes) -> ImageFile:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_turned_photo(tmp_path, kind, orientation):
-    """As transformers' own loader shows it; its size is known before it is decoded."""
+    """It is shown as by transformers' own loader; its size is known before it is decoded."""
     data = encoded(Image.fromarray(noise(64, 32)), kind, orientation)
     (tmp_path / "image").write_bytes(data)
     expected = transformers_load(str(tmp_path / "image"))
@@ -97,7 +97,7 @@ def test_a_turned_photo_is_tiled_as_it_is_seen(run, tokenizer, write_rows, make_
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "tRNS", "palette"])
 def test_transparency_is_shown_over_white(mode):
-    """What is drawn in black on nothing stays readable."""
+    """Black drawings on nothing stay readable."""
     alpha = np.tile(np.array([0, 255], dtype=np.uint8), (4, 2))
     if mode in ("RGBA", "LA", "PA"):
         image = Image.fromarray(np.zeros((4, 4, 4 if mode == "RGBA" else 2), np.uint8), mode)

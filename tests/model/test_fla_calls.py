@@ -1,4 +1,4 @@
-"""What flash-linear-attention's kernels are given, with kernels that only look at it."""
+"""Arguments of flash-linear-attention's kernels, seen by kernels that only look at it."""
 
 from __future__ import annotations
 

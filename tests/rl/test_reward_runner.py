@@ -127,7 +127,7 @@ def test_a_completion_that_is_too_much_for_a_built_in_reward_is_wrong():
 
 
 def test_others_of_its_call_are_judged_by_themselves():
-    """Of a built-in reward: a completion, or a truth, costs nobody else the reward."""
+    """One completion or truth costs nobody else a built-in reward."""
     truths = ["4", "4", {"no": "text"}, "4"]
     said = [r"\boxed{4}", TOWER, r"\boxed{4}", r"\boxed{5}"]
     with RewardRunner(["math"], num_workers=1, timeout=3.0, batch_size=4) as runner:

@@ -298,7 +298,7 @@ def environment_of(**variables: object) -> dict[str, str]:
 @pytest.mark.launches
 @pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])
 def test_relative_paths_are_those_of_the_users_folder(script, elsewhere, tmp_path):
-    """Of the config, of flags, in the config and of plug-ins; for the doctor and the trainer."""
+    """Config, flags, paths in the config, plug-ins; for the doctor and the trainer."""
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/usr/bin/env bash\ncd /\nexec bash -c "$2"\n')  # as at a fresh login
     ssh.chmod(0o755)

@@ -284,7 +284,7 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         return input_ids, kwargs | images
 
     def _repeated(self, images, input_ids, times: int) -> dict[str, torch.Tensor]:
-        """What `_expand_inputs_for_generation` makes of the tiles' places."""
+        """Repeats the tiles' places for `_expand_inputs_for_generation`."""
         stream, tiles = images["stream_tiles"], images["memory_tiles"]
         sample, number = images["memory_sample"], images.get("memory_number")
         number = torch.zeros_like(tiles) if number is None else number

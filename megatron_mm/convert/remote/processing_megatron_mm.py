@@ -72,7 +72,7 @@ def _shown(image: Image.Image) -> Image.Image:
 
 
 class Inputs(BatchFeature):
-    """What the processor returns. Coordinates keep their precision in `.to(device, dtype)`."""
+    """The processor's result. Coordinates keep their precision in `.to(device, dtype)`."""
 
     def to(self, *args, **kwargs) -> "Inputs":
         kept = self.get("memory_coordinates")

@@ -31,6 +31,20 @@ def check_columns(columns: Iterable[str], where: str) -> None:
         )
 
 
+def from_json(value: Any, key: str, where: str) -> Any:
+    """Returns the value of a key that may be given as JSON text, as columns of parquet often are.
+
+    Raises:
+        DataError: the text is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise DataError(f"{where}: {key!r} is not JSON ({error})") from None
+
+
 def normalise_row(row: Row, where: str) -> Row:
     """Returns `row` in our form; other keys are kept. `messages.py` checks the messages later.
 
@@ -84,11 +98,7 @@ def _from_verl(row: Row, where: str) -> Row:
 
 def _truth_of_verl(reward: Any, where: str) -> Any:
     """Returns the truth of verl's `reward_model`: an object, or its JSON; None without one."""
-    if isinstance(reward, str):
-        try:
-            reward = json.loads(reward)
-        except ValueError as error:
-            raise DataError(f"{where}: 'reward_model' is not JSON ({error})") from None
+    reward = from_json(reward, "reward_model", where)
     return reward.get("ground_truth") if isinstance(reward, dict) else None
 
 

@@ -121,8 +121,8 @@ def missing_transformer_engine() -> str | None:
 
 
 def slow_delta_rule(settings: BackendConfig) -> str | None:
-    """What a run on a GPU loses because flash-linear-attention is missing, in one line with the
-    remedy; None if nothing, or if the settings ask for torch's kernel."""
+    """The loss of a run on a GPU that lacks flash-linear-attention, in one line with the remedy;
+    None if nothing, or if the settings ask for torch's kernel."""
     asked = settings.gdn_kernel != "auto" or settings.deterministic_mode
     problem = missing_fla()
     if asked or problem is None or not torch.cuda.is_available():

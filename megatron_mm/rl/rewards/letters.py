@@ -75,7 +75,7 @@ _SAYING = re.compile(
 
 
 class Choice(NamedTuple):
-    """What a text chooses.
+    """A choice that a text makes.
 
     Attributes:
         letters: empty if it names none, or several that "or" joins.
@@ -102,8 +102,7 @@ def chosen(text: str) -> Choice:
             return choice
     if final.kind == "none":
         return _concluded(plain(final.text))
-    choice = read_choice(plain(final.text[:500]))
-    return choice
+    return read_choice(plain(final.text[:500]))
 
 
 def read_choice(text: str, strict: bool = False) -> Choice:
