@@ -39,14 +39,20 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE), os.environ["TORCH_GLOO_LAZY_I
 """
 
 
+def run_with_few(code: str) -> tuple[subprocess.CompletedProcess, int]:
+    """Runs Python code in a process of a low limit; returns it and the hard limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FEW, hard)),
+    )  # fmt: skip
+    return done, hard
+
+
 # 6 s of CPU time: a process with its imports.
 @pytest.mark.slow
 def test_a_rank_raises_its_limit_as_it_starts():
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    done = subprocess.run(
-        [sys.executable, "-c", RAISED], capture_output=True, text=True, env=environment(), cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FEW, hard)),
-    )  # fmt: skip
+    done, hard = run_with_few(RAISED)
     assert done.stdout.split() == [str(hard), str(hard), "1"], done.stderr
 
 
@@ -59,11 +65,7 @@ runpy.run_path("tools/launch.py", run_name="__main__")
 
 @pytest.mark.launches
 def test_an_agent_and_its_ranks_have_the_raised_limit():
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    done = subprocess.run(
-        [sys.executable, "-c", AGENT], capture_output=True, text=True, env=environment(), cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FEW, hard)),
-    )  # fmt: skip
+    done, hard = run_with_few(AGENT)
     assert done.stdout.split() == [str(hard)], done.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from megatron_mm.errors import DataError
@@ -22,6 +23,12 @@ MEANT = (
     *("weight", "loss", "loss_mask", "labels", "chosen", "rejected", "functions"),
 )
 ANY = "*"
+
+
+@lru_cache(maxsize=1024)
+def _like(key: str, known: tuple[str, ...]) -> list[str]:
+    """The known key that one resembles, in a list, or none. Rows repeat their keys."""
+    return get_close_matches(key.lower(), known, 1, 0.8)
 
 
 def check_keys(
@@ -49,7 +56,7 @@ def check_keys(
     if ANY in allowed:
         return
     unused = [k for k, v in row.items() if v not in (None, [], {}, "") and k not in allowed]
-    near = {key: get_close_matches(key.lower(), (*USED, *more), 1, 0.8) for key in unused}
+    near = {key: _like(key, (*USED, *more)) for key in unused}
     if columns:
         unused = [key for key in unused if key in MEANT or near[key]]
     if not unused:
