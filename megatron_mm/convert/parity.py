@@ -127,7 +127,7 @@ def _sample(tokens: list[int], images: list[SampleImage]) -> Sample:
 def mcore_model(checkpoint: Checkpoint, groups: Groups) -> MultimodalModel:
     """Builds the checkpoint's model on one rank, in fp32."""
     run = RunConfig(model=checkpoint.model, data=DataConfig())
-    model = build(run, groups.pg)[0].eval()
+    model = build(run, groups.pg, drawn=False)[0].eval()
     read = checkpoint.reader.read
     for name, param, layout in layouts(model):
         fill(param, layout, partial(read, weight_key(name)))

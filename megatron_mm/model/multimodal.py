@@ -51,7 +51,7 @@ from megatron_mm.model.layers.projector import Projector
 from megatron_mm.model.recompute import Recompute
 from megatron_mm.model.routing import RouterTerm, Routes, Routing
 from megatron_mm.model.stack import Stack
-from megatron_mm.parallel.param_layout import initialize, normal
+from megatron_mm.parallel.param_layout import initialize, leave_open, normal
 from megatron_mm.parallel.sequence import part, take
 from megatron_mm.parallel.wire import MemoryShape, Payload, WireShape, pack, unpack
 from megatron_mm.report.metrics import MUTED, Metrics
@@ -323,12 +323,17 @@ def _has_prompts(cache: DecodeCache | None) -> bool:
 
 
 def build(
-    run: RunConfig, pg: ProcessGroupCollection, backend: Backend | None = None
+    run: RunConfig,
+    pg: ProcessGroupCollection,
+    backend: Backend | None = None,
+    *,
+    drawn: bool = True,
 ) -> list[MultimodalModel]:
     """This rank's stages, initialised from the seed alone, on this rank's device.
 
     Args:
         backend: instead of the one that the settings choose.
+        drawn: False if weights are loaded next: parameters are NaN until then.
     """
     backend = backend or choose(run.backend)
     check_dispatcher(run.parallel)
@@ -339,7 +344,9 @@ def build(
     ]
     for model in chunks:
         add_lora(model, run.lora, pg.tp)
-        if platform.device().type != "meta":  # else there is nothing to fill
+        if not drawn:
+            leave_open(model, platform.device())
+        elif platform.device().type != "meta":  # else there is nothing to fill
             initialize(model, run.training.seed)
         model.to(platform.device())
     return chunks

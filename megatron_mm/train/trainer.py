@@ -25,7 +25,7 @@ from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics import Metrics, NotFinite, Total, own_totals, reduced
 from megatron_mm.train.router_norms import RouterNorms
 from megatron_mm.train.source import Loader, StepSource, open_data, open_step_source
-from megatron_mm.train.start import resumed, start
+from megatron_mm.train.start import loads_weights, resumed, start
 from megatron_mm.train.totals import KnownTotals
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Trainer:
         self.run, self.groups = run, groups
         self.tokenizer, loader = open_data(run, groups)
         torch.manual_seed(run.training.seed)
-        self.engine = Engine.create(run, groups)
+        self.engine = Engine.create(run, groups, drawn=not loads_weights(run.checkpoint))
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
             open_questions(self.engine, self.tokenizer)
         self.source: StepSource = open_step_source(run, self.engine, self.tokenizer, loader)

@@ -84,9 +84,7 @@ def test_tiles_of_stream_and_memory(
     builder, samples = build(run, tokenizer, three)
     made = batch(builder, samples)
     assert made.pixels_NCHW.shape == (tiles, 3, 8, 8)
-    pixels = [
-        torch.from_numpy(i.tiles).permute(0, 3, 1, 2) for s in samples for i in s.images
-    ]
+    pixels = [torch.from_numpy(i.tiles).permute(0, 3, 1, 2) for s in samples for i in s.images]
     assert torch.equal(made.pixels_NCHW, torch.cat(pixels))
     assert made.stream_tiles.tolist() == stream_tiles
     assert list(made.memories) == ([] if memory == "none" else ["vision"])
