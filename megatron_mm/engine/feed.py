@@ -116,7 +116,7 @@ def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
         except Exception as problem:  # of any kind: other ranks wait
             error = f"{type(problem).__name__}: {problem}"
     raise_together(groups, error)
-    return _from_reader(groups, made)
+    return from_reader(groups, made)
 
 
 def broadcast_batches[B: Microbatch](groups: Groups, batches: Sequence[B]) -> list[B]:
@@ -125,7 +125,7 @@ def broadcast_batches[B: Microbatch](groups: Groups, batches: Sequence[B]) -> li
         return list(batches)
     envelope = [replace(b, pixels_NCHW=b.pixels_NCHW.new_empty(0)) for b in batches]
     shapes = [tuple(b.pixels_NCHW.shape) for b in batches]
-    received, shapes = _from_reader(groups, (envelope, shapes))
+    received, shapes = from_reader(groups, (envelope, shapes))
     if not groups.is_first_stage:
         return received
     whole, device = [], platform.device()
@@ -141,7 +141,7 @@ def broadcast_batches[B: Microbatch](groups: Groups, batches: Sequence[B]) -> li
     return whole
 
 
-def _from_reader[T](groups: Groups, value: T) -> T:
+def from_reader[T](groups: Groups, value: T) -> T:
     """Returns the reader's value on all ranks of the replica: its length is sent, then its bytes.
     On the CPU, where lengths and positions are read."""
     if groups.replica.size() == 1:

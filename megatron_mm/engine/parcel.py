@@ -2,8 +2,8 @@
 
     [bytes of the outline: int64] [outline] [tensor] [tensor] ...
 
-The outline is the value with a place, a dtype and a shape for each tensor. Tensors begin at multiples
-of `ALIGNED` and are views of the block when they are taken out, so nothing is copied twice.
+The outline is the value with a place, a dtype and a shape for each tensor. Tensors begin at
+multiples of `ALIGNED` and are views of the block when they are taken out: nothing is copied twice.
 """
 
 from __future__ import annotations

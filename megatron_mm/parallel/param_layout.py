@@ -1,8 +1,9 @@
 """Place of each parameter's local block in the whole tensor.
 
-Initialisation draws the whole tensor and keeps the local block (a run that loads its weights draws
-only what they lack), checkpoints save the block at its offset, and tests and tools gather blocks into the whole. All use the same `ParamLayout`, so a
-parameter that is split wrongly fails the layout-invariance test.
+Initialisation draws the whole tensor and keeps the local block, checkpoints save the block at its
+offset, and tests and tools gather blocks into the whole. All use the same `ParamLayout`, so a
+parameter that is split wrongly fails the layout-invariance test. A run that loads its weights draws
+only what they lack.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from megatron_mm.convert.folder import NOTES
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
+from megatron_mm.engine.totals import KnownTotals
 from megatron_mm.errors import DataError, NonFiniteError
 from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.parallel.groups import Groups
@@ -26,7 +27,6 @@ from megatron_mm.report.metrics import Metrics, NotFinite, Total, own_totals, re
 from megatron_mm.train.router_norms import RouterNorms
 from megatron_mm.train.source import Loader, StepSource, open_data, open_step_source
 from megatron_mm.train.start import loads_weights, resumed, start
-from megatron_mm.train.totals import KnownTotals
 
 logger = logging.getLogger(__name__)
 

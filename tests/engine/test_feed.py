@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,12 @@ import pytest
 import torch
 
 from megatron_mm.data.batch import BatchMemory
-from megatron_mm.engine import feed, parcel
+from megatron_mm.engine import parcel
 from megatron_mm.engine.feed import receive
 from megatron_mm.errors import DataError
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
+from support.collectives import counting, on_rank_collectives
 from support.trainers import LAYOUTS, PP2, batch_hash, digits_run, parameters
 
 SEED = 1
@@ -308,60 +308,18 @@ def on_rank_message_size(run) -> tuple[int, int]:
     made = groups.build(run.parallel)
     trainer = Trainer(run, made)
     sent = []
-    broadcast = torch.distributed.broadcast
-
-    def measured(tensor, *arguments, **keywords):
-        sent.append(tensor.nbytes)
-        return broadcast(tensor, *arguments, **keywords)
-
-    torch.distributed.broadcast = measured
-    try:
+    with counting(torch.distributed, "broadcast", lambda tensor, *_: sent.append(tensor.nbytes)):
         batches, _ = receive(made, trainer.loader.next_batch)
-    finally:
-        torch.distributed.broadcast = broadcast
     return sum(sent), sum(b.pixels_NCHW.untyped_storage().nbytes() for b in batches)
 
 
 def test_pixels_are_not_in_the_message_to_later_stages(ranks, scenes):
     (sent, pixels), _ = ranks(2, on_rank_message_size, digits_run(scenes, **PP2))
     assert pixels == 4 * 10 * 3 * 16 * 16  # four samples of ten tiles, a byte a value
-    # Tokens, labels, masks, positions, and a memory of 360 patches at 24 bytes, twice shared.
-    assert 4 * 128 * 28 < sent < 4 * 128 * 28 + 4 * 9 * 16 * 40
+    assert 0 < sent < pixels / 2
 
 
 # ---- numbers of fixed size, and objects only when something is wrong ----
-
-OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
-
-
-def on_rank_collectives(run, steps: int) -> list[dict[str, int]]:
-    """How often each step calls the collectives that send objects, and that feed itself calls."""
-    trainer = Trainer(run, groups.build(run.parallel))
-    counts: Counter[str] = Counter()
-
-    def counted(name, original):
-        def call(*arguments, **keywords):
-            counts[name] += 1
-            return original(*arguments, **keywords)
-
-        return call
-
-    kept = {name: getattr(torch.distributed, name) for name in OBJECTS}
-    agreed = feed.largest
-    for name, original in kept.items():
-        setattr(torch.distributed, name, counted(name, original))
-    feed.largest = counted("agreements", agreed)
-    found = []
-    try:
-        for _ in range(steps):
-            counts.clear()
-            trainer.step()
-            found.append(dict(counts))
-    finally:
-        feed.largest = agreed
-        for name, original in kept.items():
-            setattr(torch.distributed, name, original)
-    return found
 
 
 @pytest.mark.parametrize("name", ["one rank", "TP2", "PP2", "DP2", "EP2"])

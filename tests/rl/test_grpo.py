@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import pytest
 
-from support.grpo_runs import ARMS, TOKENS, arm, assert_same_steps, grpo_run, on_rank_steps
+from support.collectives import on_rank_collectives
+from support.grpo_runs import (
+    ARMS,
+    TOKENS,
+    arm,
+    assert_same_steps,
+    grpo_run,
+    on_rank_steps,
+    trainer_of,
+)
 from support.trainers import LAYOUTS, PRIME, TP3
 
 
@@ -95,3 +104,15 @@ def test_steps_do_not_depend_on_the_padding_of_a_vocabulary(ranks, scenes, skill
     for rank in ranks(3, on_rank_steps, arm(scenes, skill_map, name, **PRIME, **TP3), 2):
         assert_same_steps(expected[:1], rank[:1], 2e-5)  # as on the layouts above
         assert_same_steps(expected, rank, 2e-3)
+
+
+@pytest.mark.parametrize("name", ["DP2", "PP2"])
+def test_steps_send_objects_only_for_new_names(ranks, scenes, name):
+    """A rollout serves two steps; the first of each sends the rollout's metrics, too."""
+    size, sizes = LAYOUTS[name]
+    run = grpo_run(scenes, **sizes)
+    for steps in ranks(size, on_rank_collectives, run, 8, trainer_of):
+        told = [sum(count for n, count in step.items() if n != "agreements") for step in steps]
+        assert told[0] == 2  # names of the rollout's and of the step's metrics
+        assert max(told[2::2]) <= 1  # rows of a skill that no rollout had yet
+        assert told[1::2] == [0] * 4 and told[6] == 0

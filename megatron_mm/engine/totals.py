@@ -1,7 +1,7 @@
 """The metrics' totals of all ranks, each step in one gather of fixed size.
 
-Which names there are and of what kind is told as objects: by the first step, and by a later one that
-brings a new name. From then on a step sends three numbers for each name.
+Which names there are and of what kind is told as objects: by the first step, and by a later one
+that brings a new name. From then on a step sends three numbers for each name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from megatron_mm.parallel.agreement import everyone
 from megatron_mm.report.metrics import Kind, Total
+
+type Ranks = list[dict[str, Total]]
 
 ABSENT = (0.0, 0.0, 0.0)  # a name that this rank added nothing to
 
@@ -20,7 +22,7 @@ class KnownTotals:
     def __init__(self) -> None:
         self.kinds: dict[str, Kind] = {}
 
-    def gather(self, mine: Mapping[str, Total], wrong: bool) -> list[dict[str, Total]] | None:
+    def gather(self, mine: Mapping[str, Total], wrong: bool = False) -> Ranks | None:
         """Returns the totals of every rank; None on every rank if any has something `wrong` or a
         total that is not known yet: then objects tell. Every rank calls it."""
         new = any(self.kinds.get(name) != total.kind for name, total in mine.items())
@@ -37,7 +39,7 @@ class KnownTotals:
             found.append({n: Total(kind, *pair) for (n, kind), (held, *pair) in named if held})
         return found
 
-    def learn(self, ranks: list[dict[str, Total]]) -> None:
+    def learn(self, ranks: Ranks) -> None:
         """Takes in the names of totals that every rank has."""
         for totals in ranks:
             self.kinds |= {name: total.kind for name, total in totals.items()}
