@@ -5,8 +5,11 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from megatron_mm.config.settings import DataPhase
 from support.collectives import on_rank_collectives
 from support.grpo_runs import (
     ARMS,
@@ -107,12 +110,14 @@ def test_steps_do_not_depend_on_the_padding_of_a_vocabulary(ranks, scenes, skill
 
 
 @pytest.mark.parametrize("name", ["DP2", "PP2"])
-def test_steps_send_objects_only_for_new_names(ranks, scenes, name):
-    """A rollout serves two steps; the first of each sends the rollout's metrics, too."""
+def test_only_the_first_rollout_and_step_send_objects(ranks, scenes, tmp_path, name):
+    """A rollout serves two steps. All rows have one skill: another's rewards would be new names."""
+    lines = (scenes / "mix.jsonl").read_text().splitlines()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(x for x in lines if json.loads(x)["skill"] == "multihop"))
+    (tmp_path / "images").symlink_to(scenes / "images")
     size, sizes = LAYOUTS[name]
-    run = grpo_run(scenes, **sizes)
-    for steps in ranks(size, on_rank_collectives, run, 8, trainer_of):
-        told = [sum(count for n, count in step.items() if n != "agreements") for step in steps]
-        assert told[0] == 2  # names of the rollout's and of the step's metrics
-        assert max(told[2::2]) <= 1  # rows of a skill that no rollout had yet
-        assert told[1::2] == [0] * 4 and told[6] == 0
+    run = grpo_run(scenes, train_data=[DataPhase(str(rows))], **sizes)
+    for steps in ranks(size, on_rank_collectives, run, 4, trainer_of):
+        told = [{n: count for n, count in step.items() if n != "agreements"} for step in steps]
+        assert told == [{"all_gather_object": 2}, {}, {}, {}]
