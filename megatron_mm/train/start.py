@@ -68,9 +68,8 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
         found = load_hf(engine, Path(checkpoint.load_hf), image_token)
         _tell(found.initialized, found.ignored)
         return Start(notes=found.notes)
-    if not loads_weights(checkpoint):
+    if not checkpoint.load:
         return Start()
-    assert checkpoint.load is not None
     state = sharded.load(engine, Path(checkpoint.load), finetune=checkpoint.finetune)
     extra = state["extra"]
     notes = extra.get(NOTES, {})
