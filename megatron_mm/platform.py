@@ -369,6 +369,14 @@ def device() -> torch.device:
     return _STAND_IN.get()
 
 
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Returns `tensor` on `device`. On the way to a GPU it passes through pinned memory: from any
+    other the host would wait until the GPU has done all its work."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @contextlib.contextmanager
 def standing_in(device: torch.device) -> Iterator[None]:
     """Computes on `device` in place of the CPU inside the context, such as "meta", whose tensors

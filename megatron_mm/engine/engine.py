@@ -69,13 +69,21 @@ class Engine:
         return self.chunks[0].config
 
     @classmethod
-    def create(cls, run: RunConfig, groups: Groups, backend: Backend | None = None) -> Engine:
+    def create(
+        cls,
+        run: RunConfig,
+        groups: Groups,
+        backend: Backend | None = None,
+        *,
+        drawn: bool = True,
+    ) -> Engine:
         """Builds the engine of this rank. Every rank calls it.
 
         Args:
             backend: replaces the backend that the settings choose.
+            drawn: False if weights are loaded next: parameters are NaN until then.
         """
-        chunks = build(run, groups.pg, backend)
+        chunks = build(run, groups.pg, backend, drawn=drawn)
         config = chunks[0].config
         reduce, gather = overlaps(run, groups.pg)
         ddp = DistributedDataParallelConfig(

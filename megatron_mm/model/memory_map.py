@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from megatron_mm import platform
 from megatron_mm.model.segments import Buckets, Segments, similar
 
 
@@ -105,5 +106,5 @@ def _view(
     visible_from = torch.where(patches.valid, visible_from, never)
     position = origin + stream.starts[:, None] + torch.arange(stream.width)
     position = position.clamp(max=never - 1)  # padding of the rectangle sees what the last sees
-    moved = (x.to(stream.device, non_blocking=True) for x in (position, visible_from))
+    moved = (platform.moved(x, stream.device) for x in (position, visible_from))
     return View(stream, patches, *moved)

@@ -33,6 +33,7 @@ from megatron_mm.config.families import vision_family, vision_settings
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import VISION
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.images import normalise
 from megatron_mm.model.backends.choice import check_dispatcher, choose
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
@@ -50,7 +51,7 @@ from megatron_mm.model.layers.projector import Projector
 from megatron_mm.model.recompute import Recompute
 from megatron_mm.model.routing import RouterTerm, Routes, Routing
 from megatron_mm.model.stack import Stack
-from megatron_mm.parallel.param_layout import initialize, normal
+from megatron_mm.parallel.param_layout import initialize, leave_open, normal
 from megatron_mm.parallel.sequence import part, take
 from megatron_mm.parallel.wire import MemoryShape, Payload, WireShape, pack, unpack
 from megatron_mm.report.metrics import MUTED, Metrics
@@ -72,6 +73,7 @@ class VisionTower(nn.Module):
         self.grid = family.grid(vision, None)
         encoder, recompute = family.module(), Recompute.of(run.training).vision
         self.vit = encoder(vision, inner, pg.tp, recompute)
+        self.scale = torch.tensor(run.data.image_mean), torch.tensor(run.data.image_std)
         self.projector = Projector(model, self.grid, inner, pg.tp)
         self.memories = read_memories(model)
         self.memory_proj: ReplicatedLinear | None = None
@@ -89,14 +91,17 @@ class VisionTower(nn.Module):
             else:
                 self.memory_projs[memory.name] = linear
 
+    def _normalised(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        return normalise(pixels_NCHW, *(platform.moved(x, pixels_NCHW.device) for x in self.scale))
+
     def _features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """[N, patches of a tile, V]"""
         if self.cp.size() == 1:
-            return self.vit(pixels_NCHW)
+            return self.vit(self._normalised(pixels_NCHW))
         tiles = len(pixels_NCHW)
         padding = pixels_NCHW.new_zeros(-tiles % self.cp.size(), *pixels_NCHW.shape[1:])
         padded = torch.cat((pixels_NCHW, padding))
-        mine = self.vit(take(padded, part(len(padded), self.cp)))
+        mine = self.vit(self._normalised(take(padded, part(len(padded), self.cp))))
         # Backward it sums what every rank's tokens and looks ask of the features.
         return gather_from_sequence_parallel_region(mine, group=self.cp)[:tiles]
 
@@ -253,7 +258,7 @@ class MultimodalModel(MegatronModule):
         if first == last:
             # Nothing to fill in, but the ViT's collectives run backward on every rank.
             return hidden_TH + 0.0 * stream_kH.sum()
-        places = (positions[first:last] - mine.start).to(hidden_TH.device, non_blocking=True)
+        places = platform.moved(positions[first:last] - mine.start, hidden_TH.device)
         return hidden_TH.index_copy(0, places, stream_kH[first:last])
 
     def _logits(
@@ -263,7 +268,7 @@ class MultimodalModel(MegatronModule):
             # Backward, the parts of the gradient from every slice of the vocabulary are summed.
             hidden_t1H = gather_from_sequence_parallel_region(hidden_t1H, group=self.pg.tp)
         if positions is not None:
-            rows = (positions - first).to(hidden_t1H.device, non_blocking=True)
+            rows = platform.moved(positions - first, hidden_t1H.device)
             hidden_t1H = hidden_t1H.index_select(0, rows)
         assert self.output_layer is not None  # this is the last stage
         return hide_padding(self.output_layer(hidden_t1H)[0], self.output_layer)
@@ -318,12 +323,17 @@ def _has_prompts(cache: DecodeCache | None) -> bool:
 
 
 def build(
-    run: RunConfig, pg: ProcessGroupCollection, backend: Backend | None = None
+    run: RunConfig,
+    pg: ProcessGroupCollection,
+    backend: Backend | None = None,
+    *,
+    drawn: bool = True,
 ) -> list[MultimodalModel]:
     """This rank's stages, initialised from the seed alone, on this rank's device.
 
     Args:
         backend: instead of the one that the settings choose.
+        drawn: False if weights are loaded next: parameters are NaN until then.
     """
     backend = backend or choose(run.backend)
     check_dispatcher(run.parallel)
@@ -334,7 +344,9 @@ def build(
     ]
     for model in chunks:
         add_lora(model, run.lora, pg.tp)
-        if platform.device().type != "meta":  # else there is nothing to fill
+        if not drawn:
+            leave_open(model, platform.device())
+        elif platform.device().type != "meta":  # else there is nothing to fill
             initialize(model, run.training.seed)
         model.to(platform.device())
     return chunks

@@ -17,6 +17,8 @@ from functools import cached_property
 
 import torch
 
+from megatron_mm import platform
+
 # Padding of a rectangle: at most WASTE times the pairs (query, key) of its samples, or FREE_PAIRS
 # pairs, which cost no more than another call of the kernel.
 WASTE, FREE_PAIRS = 0.5, 1 << 14
@@ -123,7 +125,7 @@ class Segments:
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """`cu_seqlens_cpu` on the device."""
-        return self.cu_seqlens_cpu.to(self.device, non_blocking=True)
+        return platform.moved(self.cu_seqlens_cpu, self.device)
 
     @cached_property
     def valid(self) -> torch.Tensor:
@@ -135,7 +137,7 @@ class Segments:
         """int64 [samples * width]: the stream position of each cell; padding repeats one."""
         last = (self.lengths - 1).clamp(min=0)[:, None]
         index = self.starts[:, None] + torch.minimum(torch.arange(self.width), last)
-        return index.clamp(max=self.total - 1).flatten().to(self.device, non_blocking=True)
+        return platform.moved(index.clamp(max=self.total - 1).flatten(), self.device)
 
     def to_rectangle(self, x: torch.Tensor) -> torch.Tensor:
         """[total, ...] -> [samples, width, ...]"""
@@ -161,7 +163,7 @@ class Buckets:
             before += part.cells
         (positions,) = (cell >= 0).nonzero(as_tuple=True)
         device = self.parts[0].device
-        return tuple(x.to(device, non_blocking=True) for x in (positions, cell[positions]))
+        return tuple(platform.moved(x, device) for x in (positions, cell[positions]))
 
     def join(self, rectangles: Sequence[torch.Tensor]) -> torch.Tensor:
         """[samples, width, ...] of each part to the stream [total, ...]; zero where no part has

@@ -34,8 +34,7 @@ class RouterNorms:
             if mine.main.grad is not None:
                 sums[0, layer] += mine.main.grad.double().square().sum()
                 sums[1, layer] += mine.stop - mine.start
-        sums = sums.cpu()  # as `world` is
-        dist.all_reduce(sums, group=self.engine.groups.world)
+        dist.all_reduce(sums)
         language = self.engine.run.model.language
         whole = language.num_experts * language.hidden_size
         return {

@@ -17,6 +17,7 @@ from megatron_mm.perf.rank import RankPlan, plan_rank
 from megatron_mm.perf.recorder import ATTENTION_FLOPS, Recorder
 from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import SIZES, small_run
+from support.samples import random_pixels
 
 
 def layout_run(sizes: dict, replicas: int) -> RunConfig:
@@ -74,7 +75,9 @@ def measure(run: RunConfig, microbatches: int):
     made = groups.build(run.parallel)
     engine = Engine.create(run, made)
     batch = the_batch(run)
-    batch = replace(batch, pixels_NCHW=torch.randn(batch.pixels_NCHW.shape))
+    generator = torch.Generator().manual_seed(0)
+    tiles, _, side, _ = batch.pixels_NCHW.shape
+    batch = replace(batch, pixels_NCHW=random_pixels(tiles, side, generator))
     recorder = Recorder(made.pg)
     with recorder:
         engine.forward_backward([batch] * microbatches, SupervisedFineTuning())

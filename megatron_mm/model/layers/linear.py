@@ -152,3 +152,6 @@ class ReplicatedLinear(nn.Linear):
         place(self.weight, init)
         if bias:
             place(self.bias, constant(0.0))
+
+    def reset_parameters(self) -> None:
+        """Draws nothing, as nn.Linear would; `param_layout.initialize` or a checkpoint fills it."""
