@@ -25,7 +25,7 @@ def run_with(*targets: str, bf16: bool = False):
 
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
-    return model(microbatch(model.model_config, 5))
+    return model(microbatch(model.model_config, 5)).logits()
 
 
 def move_b(model) -> None:
