@@ -79,10 +79,9 @@ def measured(way, language, pg) -> dict[str, float]:
 
 @pytest.mark.parametrize("way", ["logprobs", "logprobs_and_entropy"])
 def test_the_peak_is_a_quarter_at_most(peaks, way):
-    """It is a sixth for supervised tuning and a fourteenth for reinforcement learning, and hardly
-    anything stays until the backward pass."""
+    """Measured: 3.73 to 0.71 GB for supervised tuning, 11.20 to 0.71 GB for reinforcement learning,
+    of which 0.31 GB are the weight's gradient. Hardly anything stays until the backward pass."""
     plain, fused = peaks[f"plain_{way}"], peaks[f"fused_{way}"]
-    print(way, plain, fused)
     assert plain["peak"] > 4 * K * 151_936 / TP / 1e9  # it sees the logits
     assert fused["peak"] <= plain["peak"] / 4
     assert fused["held"] <= plain["held"] / 100

@@ -9,7 +9,7 @@ With hidden states h and the output layer's weight W, of a row of logits z = h W
 
 Logits exist for a block of the vocabulary at a time. The forward pass keeps h and two numbers a
 row, the backward pass computes each block again (Wijmans et al. 2024, "Cut Your Losses in
-Large-Vocabulary Language Models", arXiv 2411.09009, sections 4.1 and 4.3). A block is all positions
+Large-Vocabulary Language Models", arXiv 2411.09009, section 4). A block is all positions
 at some tokens, not some positions at all tokens (as in Liger's kernels, arXiv 2410.10989): so each
 row of W's gradient is the result of one product over all positions, as without blocks, and nothing
 of W's size is summed up. Only the gradient of h is a sum over blocks.
@@ -59,7 +59,8 @@ class Softmax:
         logits_Kv = logits_Kv.to(_wide(logits_Kv))
         if self.temperature != 1.0:
             logits_Kv /= self.temperature
-        logits_Kv[:, max(self.held - at.start, 0) :] = PADDED_LOGIT
+        if self.held < at.stop:
+            logits_Kv[:, max(self.held - at.start, 0) :] = PADDED_LOGIT
         return logits_Kv
 
     def place(self, labels_K: torch.Tensor, size: int, at: range) -> tuple[torch.Tensor, ...]:
