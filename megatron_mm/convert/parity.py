@@ -150,7 +150,7 @@ def mcore_outputs(
 
     model.watch = watch
     try:
-        logits = model(batch)[:, 0]
+        logits = model(batch).logits()
     finally:
         model.watch = None
     return [(f"layer {n}", found[n]) for n in sorted(found)] + [("logits", logits)]

@@ -253,7 +253,7 @@ def _count(
     sizes = language.num_experts, len(plan.skills), language.vocab_size
     records: list[dict] = [{} for _ in batches]
     nowhere = torch.zeros(0, dtype=torch.int64)
-    engine.forward(batches, lambda batch: nowhere, lambda logits, **_: None, routes=records)
+    engine.forward(batches, lambda batch: nowhere, lambda *_, **__: None, routes=records)
     counts: list[list[RouteCounts]] = []
     for batch, skill_JT, record in zip(batches, labels, records, strict=True):
         here, mine = sorted(record), shard(len(batch.tokens_T), engine.groups.pg)

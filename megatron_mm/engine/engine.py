@@ -36,6 +36,7 @@ from megatron_mm.engine.optimizer import (
 )
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.decode import DecodeCache
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.model.routing import Routes, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
@@ -135,7 +136,7 @@ class Engine:
         found = [Metrics() for _ in batches]
         counts = pg.tp.rank() == 0  # tensor-parallel ranks have the same loss
 
-        def finish(output: torch.Tensor, batch: B, positions: torch.Tensor, metrics: Metrics):
+        def finish(output: Predictions, batch: B, positions: torch.Tensor, metrics: Metrics):
             metrics = metrics.for_objective() if counts else MUTED
             total, divisor = objective.loss(output, batch, positions, pg, metrics)
             metrics.sum(DIVISOR, divisor)
@@ -182,7 +183,7 @@ class Engine:
 
         Args:
             positions: as in `Objective`.
-            finish: (logits, batch, positions) -> result, called on the last stage, as
+            finish: (predictions, batch, positions) -> result, called on the last stage, as
                 `Objective.loss`.
             looks: if given, filled with the attention weights of this stage's looks.
             caches: if given, the decoding cache of each microbatch. With virtual stages the number
@@ -199,7 +200,7 @@ class Engine:
             for n in range(len(batches))
         ]
 
-        def collect(output: torch.Tensor, metrics: Metrics, non_loss_data: bool = True, **which):
+        def collect(output: Predictions, metrics: Metrics, non_loss_data: bool = True, **which):
             return finish(output, **which)
 
         with torch.no_grad():

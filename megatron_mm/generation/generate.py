@@ -29,6 +29,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import receive
 from megatron_mm.generation.lanes import Completion, Lane
 from megatron_mm.generation.sampling import Sampling, draw, gumbels, uniforms
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.groups import Groups
@@ -259,7 +260,7 @@ def _everywhere(batch: Microbatch) -> torch.Tensor:
 
 
 def whole_logits(
-    logits_K1V: torch.Tensor,
+    predictions: Predictions,
     batch: Microbatch,
     positions: torch.Tensor,
     wanted: Callable[[Microbatch], torch.Tensor],
@@ -269,12 +270,11 @@ def whole_logits(
     """Gathers logits, fp32 [wanted positions, V], on every tensor- and context-parallel rank.
 
     Args:
-        logits_K1V: this rank's slice of the vocabulary at `positions`.
-        positions: the wanted positions that this context-parallel rank holds.
+        predictions: at `positions`, the wanted ones that this context-parallel rank holds.
         wanted: batch -> all wanted positions.
     """
     tp, cp = groups.pg.tp, groups.pg.cp
-    logits = logits_K1V[:, 0].float().contiguous()
+    logits = predictions.logits().float()
     if tp.size() > 1:
         slices = [torch.empty_like(logits) for _ in range(tp.size())]
         dist.all_gather(slices, logits, group=tp)

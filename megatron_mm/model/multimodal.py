@@ -39,14 +39,10 @@ from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.layers.linear import (
-    ReplicatedLinear,
-    hide_padding,
-    output_layer,
-    vocab_embedding,
-)
+from megatron_mm.model.layers.linear import ReplicatedLinear, vocab_embedding
 from megatron_mm.model.layers.lora import add_lora
 from megatron_mm.model.layers.norms import RMSNorm
+from megatron_mm.model.layers.output import OutputLayer, Predictions
 from megatron_mm.model.layers.projector import Projector
 from megatron_mm.model.recompute import Recompute
 from megatron_mm.model.routing import RouterTerm, Routes, Routing
@@ -136,7 +132,7 @@ class VisionTower(nn.Module):
 class MultimodalModel(MegatronModule):
     """One stage of the model, the `chunk`-th of this pipeline rank.
 
-    forward(batch) returns logits on the last stage, else the packed tensor for the next one.
+    forward(batch) returns predictions on the last stage, else the packed tensor for the next one.
     """
 
     def __init__(
@@ -182,7 +178,7 @@ class MultimodalModel(MegatronModule):
         self.vision: VisionTower | None = None
         self.embedding: nn.Module | None = None
         self.final_norm: nn.Module | None = None
-        self.output_layer: nn.Module | None = None
+        self.output_layer: OutputLayer | None = None
         if self.pre_process:
             if run.model.vision is not None:
                 self.vision = VisionTower(run, config, pg)
@@ -197,8 +193,8 @@ class MultimodalModel(MegatronModule):
                 partial_gradient=config.sequence_parallel,
                 dtype=dtype,
             )
-            self.output_layer = output_layer(
-                language.hidden_size, language.vocab_size, config=config, init=init, tp=pg.tp
+            self.output_layer = OutputLayer(
+                language.hidden_size, language.vocab_size, init=init, tp=pg.tp, dtype=dtype
             )
 
     def set_input_tensor(self, tensor) -> None:
@@ -261,9 +257,9 @@ class MultimodalModel(MegatronModule):
         places = platform.moved(positions[first:last] - mine.start, hidden_TH.device)
         return hidden_TH.index_copy(0, places, stream_kH[first:last])
 
-    def _logits(
+    def _predictions(
         self, hidden_t1H: torch.Tensor, positions: torch.Tensor | None, first: int
-    ) -> torch.Tensor:
+    ) -> Predictions:
         if self.config.sequence_parallel:
             # Backward, the parts of the gradient from every slice of the vocabulary are summed.
             hidden_t1H = gather_from_sequence_parallel_region(hidden_t1H, group=self.pg.tp)
@@ -271,7 +267,7 @@ class MultimodalModel(MegatronModule):
             rows = platform.moved(positions - first, hidden_t1H.device)
             hidden_t1H = hidden_t1H.index_select(0, rows)
         assert self.output_layer is not None  # this is the last stage
-        return hide_padding(self.output_layer(hidden_t1H)[0], self.output_layer)
+        return self.output_layer(hidden_t1H)
 
     def forward(
         self,
@@ -282,12 +278,11 @@ class MultimodalModel(MegatronModule):
         routes: Routes | None = None,
         router_term: RouterTerm | None = None,
         metrics: Metrics = MUTED,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Predictions:
         """
         Args:
-            positions: int64 [K] on the CPU, where in the stream logits are wanted; all of them in
-                this context-parallel rank's part of it. None: everywhere there. The output layer
-                computes no others.
+            positions: int64 [K] on the CPU, where in the stream predictions are wanted; all of them
+                in this context-parallel rank's part of it. None: everywhere there.
             looks: if given, filled with the attention weights of this stage's looks, by pair.
             cache: of the rows being decoded; a prefill fills rows of it, a step reads it: then the
                 batch is one token of every row, each a sample of its own.
@@ -296,8 +291,7 @@ class MultimodalModel(MegatronModule):
             metrics: takes what layers add to the metrics of this microbatch.
 
         Returns:
-            logits [K, 1, V / TP] on the last stage, else the wire's tensor. Where TP does not
-            divide V they are padded (`hide_padding`).
+            the predictions at these positions on the last stage, else the wire's tensor.
         """
         prompts = _has_prompts(cache)
         reads = self.reads if prompts else ()
@@ -314,7 +308,7 @@ class MultimodalModel(MegatronModule):
             return pack(payload, self._wire_shape(batch, self.leaves, prompts))
         first = part(len(batch.tokens_T), self.pg.cp).start
         assert self.final_norm is not None  # this is the last stage
-        return self._logits(self.final_norm(payload.hidden_T1H), positions, first)
+        return self._predictions(self.final_norm(payload.hidden_T1H), positions, first)
 
 
 def _has_prompts(cache: DecodeCache | None) -> bool:

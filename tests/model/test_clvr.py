@@ -36,13 +36,14 @@ def test_a_new_model_is_the_base_model_to_the_bit(pg):
     batch = microbatch(small_run().model, seed=1)
     model = build(small_run(), pg)[0]
     assert len(model.language.looks) == 2
-    logits = model(batch)
+    logits = model(batch).logits()
     base = build(small_run(vision_memory="none"), pg)[0]
     assert not len(base.language.looks) and base.vision.memory_proj is None
-    assert torch.equal(logits, base(batch))
-    assert torch.equal(logits, build(small_run("GE *E GE *E"), pg)[0](batch))
+    assert torch.equal(logits, base(batch).logits())
+    unread = build(small_run("GE *E GE *E"), pg)[0]
+    assert torch.equal(logits, unread(batch).logits())
     # It is the zero out-projection that does it, not a look that is never run.
-    assert relative(looks_off_zero(model)(batch), logits) > 1e-2
+    assert relative(looks_off_zero(model)(batch).logits(), logits) > 1e-2
 
 
 # --- one look -----------------------------------------------------------------------------
@@ -199,8 +200,8 @@ def test_recorded_weights_of_the_whole_model(pg):
     model = looks_off_zero(build(run, pg)[0]).eval()
     batch = pack(run.model, mixed(run.model))
     looks = {}
-    logits = model(batch, looks=looks)
-    assert torch.equal(logits, model(batch)), "recording changes nothing"
+    logits = model(batch, looks=looks).logits()
+    assert torch.equal(logits, model(batch).logits()), "recording changes nothing"
     assert sorted(looks) == [0, 1]
     starts, (first, last) = batch.cu_seqlens.tolist(), batch.memories["vision"].visible_M2.unbind(1)
     for pair in looks.values():
@@ -246,7 +247,7 @@ def test_what_a_look_found_is_added_where_it_is_injected(pg, pattern):
 def changed_positions(model, before, after) -> torch.Tensor:
     """bool [T]: where the logits moved by more than rounding, fp64."""
     with torch.no_grad():
-        a, b = model(before)[:, 0], model(after)[:, 0]
+        a, b = model(before).logits(), model(after).logits()
     return (a - b).norm(dim=1) > DOUBLE_TOLERANCE * a.norm(dim=1)
 
 

@@ -54,7 +54,7 @@ def ours_on(model, batch):
 
     model.watch = watch
     try:
-        logits = model(batch)[:, 0]
+        logits = model(batch).logits()
     finally:
         model.watch = None
     return logits, [hidden[number] for number in sorted(hidden)]

@@ -23,10 +23,10 @@ def on_rank_both_ways(run: RunConfig, images: tuple[int, ...]) -> dict:
             dispatched.append(1) or send(*a)
         )
     batch = microbatch(run.model, 1, images)
-    long = model(batch).detach()
+    long = model(batch).logits().detach()
     counted = len(dispatched)
     with torch.no_grad():
-        short = model(batch)
+        short = model(batch).logits()
     return {
         "layers": len(layers),
         "dispatched": (counted, len(dispatched) - counted),

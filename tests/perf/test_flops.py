@@ -13,6 +13,7 @@ from megatron_mm.config.settings import ParallelConfig
 from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
+from megatron_mm.model.layers import cross_entropy
 from megatron_mm.parallel import groups
 from megatron_mm.perf.flops import executed_flops, model_flops, total
 from megatron_mm.perf.work import executed, needed
@@ -108,6 +109,18 @@ def test_the_executed_count_is_that_of_torch(built, case):
     assert batches[1].cu_seqlens[-1] > 32
     counted = sum(total(executed_flops(run, batch, logits(batch))) for batch in batches)
     assert counted == step(run, batches, built)
+
+
+def test_logits_in_blocks_are_computed_again(built, monkeypatch):
+    run = run_with()
+    batch = microbatch(run.model, 1, (2, 0, 1))
+    whole = executed_flops(run, batch, logits(batch))["output"]
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(cross_entropy, "WIDTH_MULTIPLE", 16)
+    cut = executed_flops(run, batch, logits(batch))
+    assert whole.again == 0 and cut["output"].again == whole.forward > 0
+    assert total(cut) == step(run, [batch], built)
+    assert model_flops(run, batch, logits(batch))["output"].again == 0
 
 
 def test_the_models_count_is_the_executed_one_without_its_overhead(built):
