@@ -70,7 +70,12 @@ class Assumptions:
         compute: of the tensor cores, in matrix products and attention.
         bandwidth: of the memory, by everything else, no two operations fused.
         links: of NVLink and network.
-        launch: seconds from one kernel to the next where the host is the slower one.
+        launch: seconds of the host for one kernel. NVIDIA measured 3.8 us between launches in a row
+            (developer.nvidia.com/blog/cuda-graphs); an operator of eager torch is said to take 5
+            to 25.
+        wait: seconds from the end of a kernel that the host waits for to its next launch. In the
+            same measurement a synchronisation after each kernel costs 6 us more than none; Python
+            and torch come on top.
         reserved: share of the memory that activations and state may not have: CUDA, NCCL's
             buffers, fragmentation.
     """
@@ -79,6 +84,7 @@ class Assumptions:
     bandwidth: float = 0.8
     links: float = 0.75
     launch: float = 5e-6
+    wait: float = 10e-6
     reserved: float = 0.1
 
 

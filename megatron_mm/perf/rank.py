@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mm.config import RunConfig, data_parallel_size
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.perf import memory
 from megatron_mm.perf.fake import fake_engine, fake_job
-from megatron_mm.perf.recorder import Link, Recorder, Work
+from megatron_mm.perf.kernels import Kernel, Link, Work
+from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.schedule import activation_peak, events
 from megatron_mm.perf.standins import planned_backend
-from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_sync
+from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_once
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class RankPlan:
         layers: the letters of each of its stages.
         elements: parameters held here, and how many of them are of routed experts.
         traces: of its stages.
-        once: its work once a step, after the last microbatch.
+        once: its kernels once a step, beside the microbatches.
         groups: the ranks of its groups, by role.
     """
 
@@ -32,7 +34,7 @@ class RankPlan:
     elements: tuple[int, int]
     state: memory.State
     traces: tuple[ChunkTrace, ...]
-    once: Work
+    once: Sequence[Kernel]
     microbatches: int
     groups: dict[str, tuple[int, ...]]
 
@@ -48,9 +50,9 @@ class RankPlan:
 
     @property
     def step(self) -> Work:
-        """Everything that the rank does in a step but the optimizer's arithmetic."""
+        """Everything that the rank does in a step."""
         both = sum((trace.forward + trace.backward for trace in self.traces), Work())
-        work = both.times(self.microbatches) + self.once
+        work = both.times(self.microbatches) + Work.of(self.once)
         work.sent += Counter({Link("send", "pp"): self.microbatches * self._to_neighbours()})
         return work
 
@@ -72,10 +74,12 @@ def plan_rank(
     replicas = data_parallel_size(run, world_size) * run.training.micro_batch_size
     with fake_job(run, rank, world_size) as groups:
         recorder = Recorder(groups.pg)
-        engine = fake_engine(run, groups, planned_backend(run, kernels, recorder.add_flops))
+        engine = fake_engine(run, groups, planned_backend(run, kernels, recorder.add))
         state = memory.planned(engine)
         chunks = range(len(engine.chunks))
-        traces = tuple(trace_chunk(engine, recorder, chunk, batch) for chunk in chunks)
+        traces = tuple(
+            trace_chunk(engine, recorder, chunk, batch, kernels == "cuda") for chunk in chunks
+        )
         params = [param for chunk in engine.chunks for param in chunk.parameters()]
         experts = sum(param.numel() for param in params if param.param_layout.expert)
         return RankPlan(
@@ -84,7 +88,7 @@ def plan_rank(
             elements=(sum(param.numel() for param in params), experts),
             state=state,
             traces=traces,
-            once=trace_sync(engine, recorder),
+            once=trace_once(engine, recorder),
             microbatches=run.training.global_batch_size // replicas,
             groups=recorder.groups(),
         )
