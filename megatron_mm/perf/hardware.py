@@ -6,9 +6,10 @@ direction: half of what data sheets give for both. GB are 10^9 bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from megatron_mm.errors import unknown
+from megatron_mm.errors import ConfigError, unknown
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,28 @@ class Assumptions:
     launch: float = 5e-6
     wait: float = 10e-6
     reserved: float = 0.1
+
+    @classmethod
+    def given(cls, words: Sequence[str]) -> Assumptions:
+        """The assumptions with some of them replaced, each as NAME=NUMBER; raises ConfigError."""
+        made = cls()
+        for word in words:
+            name, _, number = word.partition("=")
+            if name not in vars(made):
+                raise unknown("assumption", name, vars(made))
+            try:
+                made = replace(made, **{name: float(number)})
+            except ValueError:
+                raise ConfigError(f"assumption {word!r}; allowed: {name}=NUMBER") from None
+        for name in ("compute", "bandwidth", "links"):
+            if not 0 < getattr(made, name) <= 1:
+                value = getattr(made, name)
+                raise ConfigError(f"assumption {name} is {value:g}; allowed: above 0, at most 1")
+        for name in ("launch", "wait", "reserved"):
+            if not 0 <= getattr(made, name) < 1:
+                value = getattr(made, name)
+                raise ConfigError(f"assumption {name} is {value:g}; allowed: 0 or more, below 1")
+        return made
 
 
 def gpu(name: str) -> GPU:

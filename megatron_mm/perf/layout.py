@@ -84,14 +84,30 @@ def too_large(plan: LayoutPlan) -> ConfigError:
     worst = max(range(len(plan.ranks)), key=lambda place: plan.ranks[place].total)
     rank, gb = plan.ranks[worst], 1e9
     held, able = rank.total / gb, room(plan.gpu, plan.assumed) / gb
-    if rank.state.total > rank.activations:
+    parts = f"{rank.state.total / gb:.1f} state, {rank.activations / gb:.1f} activations"
+    if rank.rollout is not None:
+        parts += f" or {rank.rollout.peak / gb:.1f} rollout"
+    if rank.state.total > rank.beside_state:
         advice = "more tensor, pipeline or expert parallel ranks"
-    else:
+    elif rank.beside_state == rank.activations:
         advice = "--recompute-granularity full, or more tensor or context parallel ranks"
+    elif most := most_sequences(plan):
+        advice = f"--max-num-seqs {most} or fewer"
+    else:
+        advice = "fewer num_generations, a shorter seq_length, or more tensor parallel ranks"
     return ConfigError(
-        f"pipeline rank {worst} of {len(plan.ranks)} needs {held:.1f} GB "
-        f"({rank.state.total / gb:.1f} state, {rank.activations / gb:.1f} activations), a "
+        f"pipeline rank {worst} of {len(plan.ranks)} needs {held:.1f} GB ({parts}), a "
         f"{plan.gpu.name} has {able:.1f}; allowed: {advice}"
+    )
+
+
+def most_sequences(plan: LayoutPlan) -> int:
+    """The largest max_num_seqs whose rollout fits on every rank; 0 if none does."""
+    able = room(plan.gpu, plan.assumed)
+    return min(
+        rank.rollout.most_rows(able - rank.state.total)
+        for rank in plan.ranks
+        if rank.rollout is not None
     )
 
 

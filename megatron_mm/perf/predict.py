@@ -85,7 +85,7 @@ class Prediction:
         busiest = max(self.terms, key=lambda terms: terms.seconds)
         return {
             **{field.name: getattr(busiest, field.name) for field in fields(busiest)},
-            "bubble": self.schedule.seconds - busiest.seconds,
+            "bubble": max(0.0, self.schedule.seconds - busiest.seconds),  # rounding
             "gradients": self.gradients,
             "parameters": self.parameters,
             "optimizer": self.update.seconds,

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 
 from megatron_mm.config import RunConfig, data_parallel_size
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.objective import Objective
 from megatron_mm.perf import memory
 from megatron_mm.perf.fake import fake_engine, fake_job
 from megatron_mm.perf.kernels import Kernel, Link, Work
 from megatron_mm.perf.recorder import Recorder
+from megatron_mm.perf.rollout import (
+    RolloutTrace,
+    policy_batch,
+    policy_objective,
+    reinforced,
+    trace_rollout,
+)
 from megatron_mm.perf.schedule import activation_peak, events
 from megatron_mm.perf.standins import planned_backend
 from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_once
+from megatron_mm.train.sft import SupervisedFineTuning
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class RankPlan:
         traces: of its stages.
         once: its kernels once a step, beside the microbatches.
         groups: the ranks of its groups, by role.
+        rollout: its memory in one, with reinforcement learning.
     """
 
     pipeline: tuple[int, int]
@@ -37,6 +47,7 @@ class RankPlan:
     once: Sequence[Kernel]
     microbatches: int
     groups: dict[str, tuple[int, ...]]
+    rollout: RolloutTrace | None = None
 
     @property
     def activations(self) -> int:
@@ -46,7 +57,12 @@ class RankPlan:
 
     @property
     def total(self) -> int:
-        return self.state.total + self.activations
+        return self.state.total + self.beside_state
+
+    @property
+    def beside_state(self) -> int:
+        """Bytes at the peak of a step, of training or of the rollout before it."""
+        return max(self.activations, self.rollout.peak if self.rollout else 0)
 
     @property
     def step(self) -> Work:
@@ -66,7 +82,8 @@ def plan_rank(
     """Builds rank `rank`'s part of the model without memory and runs `batch` through it.
 
     Args:
-        batch: every microbatch of the step is like it; on the CPU.
+        batch: every microbatch of the step is like it, and every microbatch of prompts; on the
+            CPU.
         kernels: `cuda` as on a GPU, `torch` as on the CPU.
     Raises:
         ConfigError: the planner cannot plan these settings.
@@ -77,9 +94,15 @@ def plan_rank(
         engine = fake_engine(run, groups, planned_backend(run, kernels, recorder.add))
         state = memory.planned(engine)
         chunks = range(len(engine.chunks))
+        rl, fused = reinforced(run), kernels == "cuda"
+        objective: Objective = SupervisedFineTuning()
+        given = batch
+        if rl is not None:
+            objective, given = policy_objective(rl), policy_batch(run, rl, batch)
         traces = tuple(
-            trace_chunk(engine, recorder, chunk, batch, kernels == "cuda") for chunk in chunks
+            trace_chunk(engine, recorder, chunk, given, objective, fused) for chunk in chunks
         )
+        rollout = None if rl is None else trace_rollout(engine, recorder, batch, fused)
         params = [param for chunk in engine.chunks for param in chunk.parameters()]
         experts = sum(param.numel() for param in params if param.param_layout.expert)
         return RankPlan(
@@ -91,4 +114,5 @@ def plan_rank(
             once=trace_once(engine, recorder),
             microbatches=run.training.global_batch_size // replicas,
             groups=recorder.groups(),
+            rollout=rollout,
         )

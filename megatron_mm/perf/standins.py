@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron_mm.config import ConfigError, RunConfig
 from megatron_mm.model.backends.choice import choose
 from megatron_mm.model.backends.interface import Backend
+from megatron_mm.model.layers.gdn.convolution import last_inputs
 from megatron_mm.model.layers.gdn.mix import split_heads
 from megatron_mm.model.layers.moe import MixtureOfExperts
 from megatron_mm.perf.assumed import expert_counts
@@ -45,6 +46,8 @@ def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
         )
     local = replace(run.backend, transformer_impl="local", gdn_kernel="torch")
     backend = choose(local)
+    # Of a prompt torch's kernel asks which samples have more than one chunk.
+    backend = replace(backend, mix_and_keep=partial(_fused_mix_and_keep, count))
     if kernels == "cuda" and run.backend.gdn_kernel != "torch":
         backend = replace(backend, mix=partial(_fused_mix, count))
     return backend
@@ -202,6 +205,17 @@ def _fused_mix(count: Count, qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segm
     query, key, value = (x.contiguous() for x in split_heads(mixed, widths))
     del mixed
     return _FusedDeltaRule.apply(query, key, value, log_decay_Th.float(), beta_Th, count)
+
+
+def _fused_mix_and_keep(count: Count, qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, *cut):
+    """Arguments and result of `gdn.mix.convolve_scan_and_keep`."""
+    segments, widths = cut
+    mixed = _fused_mix(count, qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, *cut)
+    heads = log_decay_Th.shape[1] // widths.values, widths.values
+    state = log_decay_Th.new_zeros(
+        len(segments.sizes), *heads, widths.key, widths.value, dtype=torch.float32
+    )
+    return mixed, last_inputs(qkv_TC, conv_weight_CW.shape[1], segments), state
 
 
 class _FusedConvolution(torch.autograd.Function):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_mm.config import RunConfig, dump_yaml
-from megatron_mm.perf.layout import LayoutPlan
+from megatron_mm.perf.layout import LayoutPlan, most_sequences
 from megatron_mm.perf.predict import model_flops, room
 from megatron_mm.perf.size import model_size
 
@@ -72,6 +72,7 @@ def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
             "parameter_exchange_seconds": made.parameters,
             "optimizer_seconds": made.update.seconds,
             "step_seconds_by_term": made.by_term,
+            "max_num_seqs": most_sequences(plan) if plan.ranks[0].rollout else None,
             "tokens_per_second_per_gpu": made.tokens_per_second_per_gpu,
             "mfu": made.mfu,
         },
@@ -85,6 +86,7 @@ def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
                 "gradient_bytes": rank.state.gradients,
                 "optimizer_bytes": rank.state.optimizer,
                 "activation_bytes": rank.activations,
+                "rollout": None if rank.rollout is None else asdict(rank.rollout),
                 "model_flops": model_flops(rank) * rank.microbatches,
                 "flops": rank.step.flops,
                 "seconds_by_term": asdict(made.terms[place]),
@@ -145,12 +147,30 @@ def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
         f"predicted: step {made.seconds:.2f} s, {made.tokens_per_second_per_gpu:.0f} tokens/s/GPU, "
         f"MFU {made.mfu:.1%}; bubble {made.schedule.bubble:.1%}, busiest rank "
         f"{imbalance(plan):.2f} of the mean",
+        *_rollout(plan),
         "of the step: " + ", ".join(f"{NAMES[n]} {s:.3g} s" for n, s in made.by_term.items()),
         f"the host's part: {counted.launches:,} launches, {counted.waits:,} waits a step",
         "assumed:",
         *(f"- {note}" for note in notes),
     ]
     return "\n".join(lines)
+
+
+def _rollout(plan: LayoutPlan) -> list[str]:
+    """A line on the rollouts of reinforcement learning; none without."""
+    found = [rank.rollout for rank in plan.ranks if rank.rollout is not None]
+    if not found:
+        return []
+    worst = max(found, key=lambda rollout: rollout.peak)
+    line = (
+        f"rollout, most of any rank: {worst.rows} sequences at a time, caches "
+        f"{worst.cache / GB:.1f} GB ({worst.cache / worst.rows / 1e6:.1f} MB each), a prefill "
+        f"{worst.prefill / GB:.1f} GB, drawing {worst.drawing / GB:.1f} GB; up to "
+        f"{most_sequences(plan)} sequences (max_num_seqs) fit; its time is not predicted"
+    )
+    if worst.host:
+        line += f"; reference: {worst.host / GB:.1f} GB of host memory a rank"
+    return [line]
 
 
 def ranking(plans: Sequence[LayoutPlan], considered: int, fitting: int) -> str:

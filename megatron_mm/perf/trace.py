@@ -15,12 +15,12 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine, forward_step
+from megatron_mm.engine.objective import Objective
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.perf.fake import META
 from megatron_mm.perf.kernels import Kernel, Work
 from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.standins import balance, fused_kernels, updating
-from megatron_mm.train.sft import SupervisedFineTuning
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,17 @@ class ChunkTrace:
 
 
 def trace_chunk(
-    engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch, fused_norms: bool
+    engine: Engine,
+    recorder: Recorder,
+    chunk: int,
+    batch: Microbatch,
+    objective: Objective,
+    fused_norms: bool,
 ) -> ChunkTrace:
     """Runs stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step.
 
     Args:
+        batch: of the objective.
         fused_norms: whether a norm is one kernel, as on a GPU.
     """
     wrapped, model = engine.models[chunk], engine.chunks[chunk]
@@ -63,7 +69,7 @@ def trace_chunk(
         wrapped.disable_forward_pre_hook(param_sync=False)  # once a step: see trace_once
     before, norms = recorder.live, recorder.add if fused_norms else None
     with _scale_of_its_own(), fused_kernels(norms), recorder, wrapped.no_sync():
-        found = _once(engine, recorder, chunk, batch)
+        found = _once(engine, recorder, chunk, batch, objective)
     model.received = None
     stays = recorder.live - before
     return replace(
@@ -87,9 +93,11 @@ def _scale_of_its_own() -> Iterator[None]:
         MoEAuxLossAutoScaler.main_loss_backward_scale = kept
 
 
-def _once(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> ChunkTrace:
+def _once(
+    engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch, objective: Objective
+) -> ChunkTrace:
     wrapped, model, config = engine.models[chunk], engine.chunks[chunk], engine.config
-    objective, pg = SupervisedFineTuning(), engine.groups.pg
+    pg, kwargs = engine.groups.pg, {"router_term": objective.router_term}
     held_at = held_positions(objective.positions(batch), len(batch.tokens_T), pg.cp)
 
     def finish(output, batch, positions, metrics):
@@ -105,7 +113,7 @@ def _once(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> 
         shape = rows, 1, config.hidden_size
         arrived = torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
     output, _ = schedule_forward(
-        forward_step(finish),
+        forward_step(finish, **kwargs),
         feed(),
         wrapped,
         1,
