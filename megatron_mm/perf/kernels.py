@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.attention.varlen  # registers its operators
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
@@ -124,12 +125,30 @@ def _grouped(first, second, *args, out_val=None, **kwargs) -> int:
     return 2 * first.shape[1] * first.shape[2] * second.shape[1]
 
 
-# Kernels that torch's table lacks: the CPU's attention, by the formulas of the GPU's, and grouped
-# products; in its wrapped form.
+def _packed(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *args, **kwargs) -> int:
+    """As if every sample had as many keys as the longest: lengths are on the device."""
+    return sdpa_flop_count(*_shapes(query, max_k))
+
+
+def _packed_backward(grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, *a, **k) -> int:
+    shapes = _shapes(query, max_k)
+    return sdpa_backward_flop_count(shapes[0], *shapes)
+
+
+def _shapes(query_ThD: torch.Tensor, keys: int) -> tuple[tuple[int, ...], ...]:
+    tokens, heads, width = query_ThD.shape
+    held = (1, heads, keys, width)
+    return (1, heads, tokens, width), held, held
+
+
+# Kernels that torch's table lacks, in its wrapped form: the CPU's attention, by the formulas of the
+# GPU's, that of packed streams, and grouped products.
 MORE_FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten._grouped_mm: _grouped,
+    torch.ops.torch_attn._varlen_attn: _packed,
+    torch.ops.torch_attn._varlen_attn_backward: _packed_backward,
 }
 for _formula in MORE_FLOPS.values():
     _formula._get_raw = True  # type: ignore[attr-defined]  # torch's mark of a wrapped formula

@@ -25,6 +25,9 @@ from megatron_mm.perf.standins import planned_backend
 from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_once
 from megatron_mm.train.sft import SupervisedFineTuning
 
+# Blackwell has its kernels too, as far as they are chosen by it.
+HOPPER = (9, 0)
+
 
 @dataclass(frozen=True)
 class RankPlan:
@@ -89,20 +92,18 @@ def plan_rank(
         ConfigError: the planner cannot plan these settings.
     """
     replicas = data_parallel_size(run, world_size) * run.training.micro_batch_size
-    with fake_job(run, rank, world_size) as groups:
+    with fake_job(run, rank, world_size, HOPPER if kernels == "cuda" else None) as groups:
         recorder = Recorder(groups.pg)
         engine = fake_engine(run, groups, planned_backend(run, kernels, recorder.add))
         state = memory.planned(engine)
         chunks = range(len(engine.chunks))
-        rl, fused = reinforced(run), kernels == "cuda"
+        rl = reinforced(run)
         objective: Objective = SupervisedFineTuning()
         given = batch
         if rl is not None:
             objective, given = policy_objective(rl), policy_batch(run, rl, batch)
-        traces = tuple(
-            trace_chunk(engine, recorder, chunk, given, objective, fused) for chunk in chunks
-        )
-        rollout = None if rl is None else trace_rollout(engine, recorder, batch, fused)
+        traces = tuple(trace_chunk(engine, recorder, chunk, given, objective) for chunk in chunks)
+        rollout = None if rl is None else trace_rollout(engine, recorder, batch)
         params = [param for chunk in engine.chunks for param in chunk.parameters()]
         experts = sum(param.numel() for param in params if param.param_layout.expert)
         return RankPlan(

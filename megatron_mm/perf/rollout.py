@@ -105,15 +105,12 @@ class RolloutTrace:
         return most if most >= self.least else 0
 
 
-def trace_rollout(
-    engine: Engine, recorder: Recorder, batch: Microbatch, fused_norms: bool
-) -> RolloutTrace:
+def trace_rollout(engine: Engine, recorder: Recorder, batch: Microbatch) -> RolloutTrace:
     """Prefills the rows of a lane on a fake rank and draws for them, as `generate` does.
 
     Args:
         batch: samples as long as a prompt and its completion may be together, `micro_batch_size`
             of them; `balance` was called for it.
-        fused_norms: as for `trace_chunk`.
     """
     run, pg = engine.run, engine.groups.pg
     rl, lanes = resolve_algorithm(run.section(RLConfig)), pg.pp.size()
@@ -127,9 +124,8 @@ def trace_rollout(
         if isinstance(layer, MixtureOfExperts):
             layer.alone = False  # its short way asks the router where each row goes
     engine.training(False)
-    norms = recorder.add if fused_norms else None
     begin = recorder.live
-    with torch.no_grad(), fused_kernels(norms), recorder:
+    with torch.no_grad(), fused_kernels(recorder.add), recorder:
         _prefill(engine, cache, batch, records)
         held = recorder.rebase() - begin
         # Again, beside the tensors of all rows, which the first one made.

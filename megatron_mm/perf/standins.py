@@ -1,7 +1,7 @@
 """Stand-ins, in a plan, for parts that cannot run on tensors without memory.
 
 Routing is balanced, since no logits are computed. Attention is the fused kernel that keeps
-query, key, value, result and the logarithms of its sums. With `cuda` a root-mean-square norm is the
+query, key, value, result and the logarithms of its sums. On a GPU a root-mean-square norm is the
 one kernel that torch has there (`_fused_rms_norm`), and the gated delta rule is
 flash-linear-attention's: its source (0.6, `chunk_gated_delta_rule` and `causal_conv1d`) shows which
 tensors it keeps and the sizes it works with; no GPU run has confirmed them yet.
@@ -21,6 +21,7 @@ import torch.optim.adam as adam
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from megatron_mm import platform
 from megatron_mm.config import ConfigError, RunConfig
 from megatron_mm.model.backends.choice import choose
 from megatron_mm.model.backends.interface import Backend
@@ -54,21 +55,22 @@ def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
 
 
 @contextmanager
-def fused_kernels(norms: Count | None) -> Iterator[None]:
+def fused_kernels(count: Count) -> Iterator[None]:
     """Inside, `scaled_dot_product_attention` of tensors without memory is one kernel, and so is
-    its backward pass; torch would choose the way of many products for them. With `norms` so is
-    `rms_norm`. Set in their module, as a mode would not reach what the backward pass computes
-    again."""
+    its backward pass; torch would choose the way of many products for them. So is `rms_norm`
+    where they stand for a GPU's. Set in their module, as a mode would not reach what the backward
+    pass computes again."""
     torchs, torchs_norm = F.scaled_dot_product_attention, F.rms_norm
 
     def chosen(query, *args, **kwargs):
         return (_attention if query.is_meta else torchs)(query, *args, **kwargs)
 
     def chosen_norm(x, normalized_shape, weight=None, eps=None):
-        # As torch decides on a GPU: a weight of another type is multiplied on its own.
-        if norms is None or not x.is_meta or (weight is not None and weight.dtype != x.dtype):
+        on_gpu = x.is_meta and platform.compute_capability(x.device) is not None
+        # As torch decides there: a weight of another type is multiplied on its own.
+        if not on_gpu or (weight is not None and weight.dtype != x.dtype):
             return torchs_norm(x, normalized_shape, weight, eps)
-        return _FusedRMSNorm.apply(x, weight, len(normalized_shape), norms)
+        return _FusedRMSNorm.apply(x, weight, len(normalized_shape), count)
 
     F.scaled_dot_product_attention, F.rms_norm = chosen, chosen_norm
     try:

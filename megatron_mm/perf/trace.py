@@ -55,20 +55,18 @@ def trace_chunk(
     chunk: int,
     batch: Microbatch,
     objective: Objective,
-    fused_norms: bool,
 ) -> ChunkTrace:
     """Runs stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step.
 
     Args:
         batch: of the objective.
-        fused_norms: whether a norm is one kernel, as on a GPU.
     """
     wrapped, model = engine.models[chunk], engine.chunks[chunk]
     balance(model, len(batch.tokens_T), recorder.wait)
     if wrapped.ddp_config.overlap_param_gather:
         wrapped.disable_forward_pre_hook(param_sync=False)  # once a step: see trace_once
-    before, norms = recorder.live, recorder.add if fused_norms else None
-    with _scale_of_its_own(), fused_kernels(norms), recorder, wrapped.no_sync():
+    before = recorder.live
+    with _scale_of_its_own(), fused_kernels(recorder.add), recorder, wrapped.no_sync():
         found = _once(engine, recorder, chunk, batch, objective)
     model.received = None
     stays = recorder.live - before

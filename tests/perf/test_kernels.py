@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from megatron_mm import platform
 from megatron_mm.config import ConfigError
@@ -27,7 +28,7 @@ def tensor(*shape: int, dtype=torch.float32, grad: bool = False) -> torch.Tensor
 
 @pytest.fixture
 def recorder():
-    with platform.standing_in(META):
+    with platform.standing_in(META, (9, 0)):
         yield Recorder(SimpleNamespace())
 
 
@@ -107,8 +108,21 @@ def test_grouped_products_count_every_row_once(recorder):
     assert (weight.flops, weight.launches) == (2 * 64 * 16 * 32, 1)
 
 
+def test_attention_of_packed_streams_is_one_kernel(recorder):
+    ends = torch.empty(3, dtype=torch.int32, device=META)
+    packed = [tensor(64, 4, 16, dtype=torch.bfloat16, grad=True) for _ in range(3)]
+    sizes = ends, ends, 32, 32
+    forward = recorded(recorder, lambda: varlen_attn(*packed, *sizes))
+    assert (forward.flops, forward.launches) == (2 * 2 * 4 * 64 * 32 * 16, 1)
+    with recorder:
+        out = varlen_attn(*packed, *sizes)
+    backward = recorded(recorder, lambda: out.backward(tensor(64, 4, 16, dtype=torch.bfloat16)))
+    assert backward.flops == 5 * 2 * 4 * 64 * 32 * 16  # the scores again, then four products
+
+
 def test_a_norm_is_the_one_kernel_of_a_gpu(recorder):
-    """torch's own of tensors without memory is a row of kernels, as on the CPU."""
+    """torch's own of tensors without memory is a row of kernels, as on the CPU, for which they may
+    stand too."""
     x = tensor(8, 256, grad=True)
 
     def run():
@@ -123,6 +137,8 @@ def test_a_norm_is_the_one_kernel_of_a_gpu(recorder):
     with fused_kernels(recorder.add):  # a weight of another type: not fused on a GPU either
         mixed = recorded(recorder, lambda: F.rms_norm(x, (256,), tensor(256, dtype=torch.bfloat16)))
     assert mixed.launches > 2
+    with platform.standing_in(META), fused_kernels(recorder.add):
+        assert recorded(recorder, lambda: F.rms_norm(x, (256,))).launches > 3
     with fused_kernels(recorder.add), META:
         norm = RMSNorm(256, 1e-6, partial_gradient=False, dtype=torch.bfloat16)
         y = norm(tensor(8, 256, dtype=torch.bfloat16))
