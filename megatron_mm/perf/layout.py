@@ -104,11 +104,12 @@ def too_large(plan: LayoutPlan) -> ConfigError:
 def most_sequences(plan: LayoutPlan) -> int:
     """The largest max_num_seqs whose rollout fits on every rank; 0 if none does."""
     able = room(plan.gpu, plan.assumed)
-    return min(
+    found = (
         rank.rollout.most_rows(able - rank.state.total)
         for rank in plan.ranks
         if rank.rollout is not None
     )
+    return int(min(found))  # the last stage draws for all rows, so there is a limit
 
 
 def _what_it_holds(run: RunConfig, place: int) -> tuple:

@@ -3,6 +3,7 @@ policy's microbatch, the reference in host memory."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,13 +97,16 @@ class RolloutTrace:
     def peak(self) -> int:
         return self.cache + max(self.prefill, self.drawing)
 
-    def most_rows(self, room: float) -> int:
-        """The most rows that there can be, whose rollout fits into `room` bytes; 0 if none fit.
-        Caches and drawing grow with the rows, a prefill does not."""
-        cache, drawing = self.cache / self.rows, self.drawing / self.rows
-        limits = [room / (cache + drawing), (room - self.prefill) / cache]
-        most = int(min(limits) // self.multiple) * self.multiple
-        return most if most >= self.least else 0
+    def most_rows(self, room: float) -> float:
+        """The most rows that there can be whose rollout fits into `room` bytes; 0 if none fit,
+        infinity where a stage holds nothing of them. Caches and drawing grow with the rows, a
+        prefill does not."""
+        limits = (room, self.cache + self.drawing), (room - self.prefill, self.cache)
+        found = [free * self.rows / held for free, held in limits if held]
+        if not found:
+            return math.inf if room >= self.prefill else 0
+        most = min(found) // self.multiple * self.multiple
+        return int(most) if most >= self.least else 0
 
 
 def trace_rollout(engine: Engine, recorder: Recorder, batch: Microbatch) -> RolloutTrace:

@@ -121,5 +121,7 @@ def test_the_most_rows_that_fit():
     assert rollout.peak == 2100
     assert rollout.most_rows(2100) == 16 and rollout.most_rows(2099) == 12
     assert rollout.most_rows(1300) == 8 and rollout.most_rows(1299) == 0  # less than a group's room
+    nothing = RolloutTrace(16, 4, 8, cache=0, prefill=500, drawing=0, host=0)  # the ViT's stage
+    assert nothing.most_rows(500) == float("inf") and nothing.most_rows(499) == 0
     wide = RolloutTrace(16, 4, 8, cache=1600, prefill=0, drawing=3200, host=0)
     assert wide.most_rows(4800) == 16 and wide.most_rows(4799) == 12
