@@ -371,14 +371,6 @@ def device() -> torch.device:
     return _STAND_IN.get()
 
 
-def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of the GPU that a tensor's device is, or stands for; None for what is
-    no GPU. Whoever has a faster way on a GPU asks here: a plan then follows it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)
-    return _CAPABILITY.get() if device.type == _STAND_IN.get().type else None
-
-
 @contextlib.contextmanager
 def standing_in(device: torch.device, capability: tuple[int, int] | None = None) -> Iterator[None]:
     """Computes on `device` in place of the CPU inside the context, such as "meta", whose tensors
@@ -397,6 +389,14 @@ def standing_in(device: torch.device, capability: tuple[int, int] | None = None)
     finally:
         _STAND_IN.reset(before)
         _CAPABILITY.reset(capable)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of the GPU that a tensor's device is, or stands for; None for what is
+    no GPU. Whoever has a faster way on a GPU asks here: a plan then follows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return _CAPABILITY.get() if device.type == _STAND_IN.get().type else None
 
 
 @contextlib.contextmanager
