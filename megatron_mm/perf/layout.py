@@ -87,12 +87,13 @@ def too_large(plan: LayoutPlan) -> ConfigError:
     parts = f"{rank.state.total / gb:.1f} state, {rank.activations / gb:.1f} activations"
     if rank.rollout is not None:
         parts += f" or {rank.rollout.peak / gb:.1f} rollout"
-    if rank.state.total > rank.beside_state:
+    most = most_sequences(plan) if rank.rollout is not None else 0
+    if most and rank.state.total + rank.activations <= room(plan.gpu, plan.assumed):
+        advice = f"--max-num-seqs {most} or fewer"
+    elif rank.state.total > rank.beside_state:
         advice = "more tensor, pipeline or expert parallel ranks"
     elif rank.beside_state == rank.activations:
         advice = "--recompute-granularity full, or more tensor or context parallel ranks"
-    elif most := most_sequences(plan):
-        advice = f"--max-num-seqs {most} or fewer"
     else:
         advice = "fewer num_generations, a shorter seq_length, or more tensor parallel ranks"
     return ConfigError(
