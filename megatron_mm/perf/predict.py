@@ -85,7 +85,9 @@ class Prediction:
         busiest = max(self.terms, key=lambda terms: terms.seconds)
         return {
             **{field.name: getattr(busiest, field.name) for field in fields(busiest)},
-            "bubble": max(0.0, self.schedule.seconds - busiest.seconds),  # rounding
+            "bubble": round(
+                max(0.0, self.schedule.seconds - busiest.seconds), 9
+            ),  # no rounding errors
             "gradients": self.gradients,
             "parameters": self.parameters,
             "optimizer": self.update.seconds,
