@@ -18,9 +18,10 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm import platform
-from megatron_mm.config import token_multiple
+from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample
@@ -115,9 +116,7 @@ class _Generation:
         self.multiple, self.settings = token_multiple(run), image_settings(run)
         self.budget = run.training.micro_batch_size * run.data.seq_length
         stages = engine.groups.pg.pp.size()
-        self.row_multiple = math.lcm(self.multiple, KERNEL_ROWS * engine.groups.pg.cp.size())
-        rows_each = max(group, -(-rows // stages))
-        rows_each = -(-rows_each // self.row_multiple) * self.row_multiple
+        rows_each, self.row_multiple = rows_of_a_lane(run, engine.groups.pg, group, rows)
         self.lanes = [Lane(rows_each, sampling.max_tokens) for _ in range(stages)]
         self.next_prompt, self.stopped = 0, False
         self.waiting: Sample | None = None  # on the reader: already read, but it did not fit
@@ -247,6 +246,20 @@ class _Generation:
         noise = gumbels(sampling.seed, number_R, count_R, place_LE.flatten())
         noise_RLE = sampling.router_temperature * noise.view(len(number_R), len(layers), experts)
         return dict(zip(layers, noise_RLE.unbind(1), strict=True))
+
+
+def rows_of_a_lane(
+    run: RunConfig, pg: ProcessGroupCollection, group: int, rows: int
+) -> tuple[int, int]:
+    """Returns how many rows a lane has, and the number of which that is a multiple.
+
+    Args:
+        group: completions of a prompt, which a lane has room for.
+        rows: that a replica asks for.
+    """
+    multiple = math.lcm(token_multiple(run), KERNEL_ROWS * pg.cp.size())
+    wanted = max(group, -(-rows // pg.pp.size()))
+    return -(-wanted // multiple) * multiple, multiple
 
 
 def last_positions(batch: Microbatch) -> torch.Tensor:
