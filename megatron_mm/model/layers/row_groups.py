@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from megatron_mm import platform
+
 ALIGNMENT = 16  # bytes, of the start of every row and matrix that the kernel reads
 CAPABILITIES = (9, 10)  # Hopper; Blackwell of data centres
 MOST_GROUPS = 1023
@@ -48,7 +50,8 @@ def fits_one_kernel(
 
 def major_capability(device: torch.device) -> int | None:
     """The first number of a GPU's compute capability; None for what is no GPU."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    capability = platform.compute_capability(device)
+    return None if capability is None else capability[0]
 
 
 class InOneKernel:
