@@ -183,9 +183,7 @@ def _check_order(owner_M: torch.Tensor, visible_from_M: torch.Tensor) -> None:
         )
 
 
-def _stairs(
-    local: Segments, owner_M: torch.Tensor, visible_from_M: torch.Tensor
-) -> list[Stairs]:
+def _stairs(local: Segments, owner_M: torch.Tensor, visible_from_M: torch.Tensor) -> list[Stairs]:
     """The steps of every sample of `local`; `owner_M` counts in the whole stream."""
     pairs = torch.stack((owner_M, visible_from_M), 1)
     images, count = torch.unique_consecutive(pairs, dim=0, return_counts=True)
@@ -207,9 +205,7 @@ def _stairs(
     return found
 
 
-def _bounds(
-    steps: Sequence[tuple[int, Step]], rows: int, device: torch.device | str
-) -> Bounds:
+def _bounds(steps: Sequence[tuple[int, Step]], rows: int, device: torch.device | str) -> Bounds:
     """Of one round: (first patch of the sample, its step), in the order of the memory. Patches
     between those that are seen are segments without queries, so that no patch is copied."""
     queries, keys = [0], [0]

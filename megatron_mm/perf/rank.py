@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from megatron_mm.config import RunConfig, data_parallel_size
@@ -11,7 +12,7 @@ from megatron_mm.perf import memory
 from megatron_mm.perf.fake import fake_engine, fake_job
 from megatron_mm.perf.recorder import Link, Recorder, Work
 from megatron_mm.perf.schedule import activation_peak, events
-from megatron_mm.perf.standins import planned_backend
+from megatron_mm.perf.standins import fused_norm, planned_backend
 from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_sync
 
 
@@ -75,7 +76,8 @@ def plan_rank(
         engine = fake_engine(run, groups, planned_backend(run, kernels, recorder.add_flops))
         state = memory.planned(engine)
         chunks = range(len(engine.chunks))
-        traces = tuple(trace_chunk(engine, recorder, chunk, batch) for chunk in chunks)
+        with fused_norm() if kernels == "cuda" else nullcontext():
+            traces = tuple(trace_chunk(engine, recorder, chunk, batch) for chunk in chunks)
         params = [param for chunk in engine.chunks for param in chunk.parameters()]
         experts = sum(param.numel() for param in params if param.param_layout.expert)
         return RankPlan(

@@ -306,7 +306,10 @@ def test_memory_map_by_hand():
     (group,) = map_.groups
     memory = torch.tensor([10.0, 20.0, 0.0, 0.0])
     assert group.patches.to_rectangle(memory).tolist() == [[10.0, 20.0]]
-    assert [(part.rows, part.patches, part.mask) for part in group.rounds] == [(1, 1, None), (1, 2, None)]
+    assert [(part.rows, part.patches, part.mask) for part in group.rounds] == [
+        (1, 1, None),
+        (1, 2, None),
+    ]
     assert torch.equal(map_.coordinates_M2[:2], coordinates)
     assert map_.coordinates_M2.shape == (4, 2)
     packed = map_.packed
@@ -326,14 +329,18 @@ def test_rounds_are_as_many_as_images_and_not_as_samples():
         for image in range(count):
             visible += [[start + 5 + 6 * image, start + length]] * (8 + image)
     stream = Segments.from_cu_seqlens(starts)
-    map_ = MemoryMap.build(stream, stream, torch.tensor(visible), torch.rand(len(visible), 2), len(visible))
+    map_ = MemoryMap.build(
+        stream, stream, torch.tensor(visible), torch.rand(len(visible), 2), len(visible)
+    )
     assert len(map_.packed.bounds) == 3
     assert len(map_.buckets.parts) <= 4
-    assert sum(part.mask is not None for group in map_.groups for part in group.rounds) <= 1
+    assert sum(step.mask is not None for group in map_.groups for step in group.rounds) <= 1
 
 
 def test_patches_out_of_order_are_refused():
     stream = Segments.from_cu_seqlens(torch.tensor([0, 7]))
     visible = torch.tensor([[4, 7], [2, 7]])
-    with pytest.raises(ValueError, match="patch 1 of a memory is visible from position 2, .* 4; order"):
+    with pytest.raises(
+        ValueError, match="patch 1 of a memory is visible from position 2, .* 4; order"
+    ):
         MemoryMap.build(stream, stream, visible, torch.rand(2, 2), rows=2)

@@ -223,10 +223,12 @@ def _in_rectangles(
     found = []
     for group in memory.groups:
         keys, values = (group.patches.to_rectangle(x) for x in (key_MhD, value_MhD))
-        for part in group.rounds:
-            query = part.queries.to_rectangle(query_ThD).transpose(1, 2)
-            key, value = (_first(x, part.rows, part.patches).transpose(1, 2) for x in (keys, values))
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=part.mask)
+        for step in group.rounds:
+            seen = [_first(x, step.rows, step.patches) for x in (keys, values)]
+            query, key, value = (
+                x.transpose(1, 2) for x in (step.queries.to_rectangle(query_ThD), *seen)
+            )
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=step.mask)
             found.append(mixed.transpose(1, 2))
     return memory.buckets.join(found)
 
