@@ -98,8 +98,8 @@ class MemoryMap:
         """
         Args:
             stream, local: all samples, and the pieces of them that look here.
-            visible_M2: [from, to) of the whole stream for each patch, patches ordered by sample
-                and inside it by `from`; on the CPU.
+            visible_M2: [from, to) of the whole stream for each patch, ordered by sample and inside
+                it by `from`; on the CPU.
             rows: length of the padded memory; the rows past M belong to no sample.
 
         Raises:
@@ -107,7 +107,7 @@ class MemoryMap:
         """
         ends = stream.starts + stream.lengths
         owner = torch.searchsorted(ends, visible_M2[:, 1].contiguous())
-        _check_order(owner, visible_M2[:, 0])
+        _check_order(owner, visible_M2)
         lengths = torch.bincount(owner, minlength=stream.count)
         starts, width = lengths.cumsum(0) - lengths, max(1, int(lengths.max()))
         padded = coordinates_M2.new_zeros(rows, 2)
@@ -165,21 +165,26 @@ class MemoryMap:
             for _, step in steps
         ]
         device = self.local.device
-        return Packed(
-            torch.cat(positions).to(device, non_blocking=True),
-            [sum(step.queries for _, step in steps) for steps in rounds],
-            [_bounds(steps, self.patches.total, device) for steps in rounds],
-        )
+        ends = [_ends(steps, self.patches.total) for steps in rounds]
+        there = torch.cat(ends, 1).to(device, non_blocking=True)  # one copy for all
+        bounds = [
+            Bounds(*both.unbind(), *here.diff().amax(1).tolist())
+            for both, here in zip(there.split([x.shape[1] for x in ends], 1), ends, strict=True)
+        ]
+        counts = [sum(step.queries for _, step in steps) for steps in rounds]
+        return Packed(torch.cat(positions).to(device, non_blocking=True), counts, bounds)
 
 
-def _check_order(owner_M: torch.Tensor, visible_from_M: torch.Tensor) -> None:
-    falls = (owner_M.diff() == 0) & (visible_from_M.diff() < 0)
-    if falls.any():
-        patch = int(falls.nonzero()[0]) + 1
+def _check_order(owner_M: torch.Tensor, visible_M2: torch.Tensor) -> None:
+    later = owner_M.diff()
+    wrong = (later < 0) | ((later == 0) & (visible_M2[:, 0].diff() < 0))
+    if wrong.any():
+        patch = int(wrong.nonzero()[0]) + 1
+        before, this = visible_M2[patch - 1 : patch + 1].tolist()
         raise ValueError(
-            f"patch {patch} of a memory is visible from position {int(visible_from_M[patch])}, the "
-            f"one before it from {int(visible_from_M[patch - 1])}; order the patches of a sample "
-            "as its images stand in it"
+            f"patch {patch} of a memory is seen from position {this[0]} to {this[1]}, the one "
+            f"before it from {before[0]} to {before[1]}; order patches by sample, and inside a "
+            "sample as its images stand in it"
         )
 
 
@@ -197,27 +202,30 @@ def _stairs(local: Segments, owner_M: torch.Tensor, visible_from_M: torch.Tensor
         of_sample, patches = list(group), 0
         end = starts[n] + lengths[n]
         since = [start - local.origin for _, start, _ in of_sample]
-        for (_, _, count_), start, until in zip(of_sample, since, [*since[1:], end], strict=True):
-            patches += count_
+        for (_, _, more), start, until in zip(of_sample, since, [*since[1:], end], strict=True):
+            patches += more
             start, until = max(start, starts[n]), min(until, end)
             if start < until:
                 found[n].append(Step(start, until - start, patches))
     return found
 
 
-def _bounds(steps: Sequence[tuple[int, Step]], rows: int, device: torch.device | str) -> Bounds:
-    """Of one round: (first patch of the sample, its step), in the order of the memory. Patches
-    between those that are seen are segments without queries, so that no patch is copied."""
-    queries, keys = [0], [0]
+def _ends(steps: Sequence[tuple[int, Step]], rows: int) -> torch.Tensor:
+    """int32 [2, segments + 1], on the CPU: where the queries and the patches of each segment of a
+    round end. Patches that nobody sees in it are segments without queries, so that none is copied.
+
+    Args:
+        steps: (first patch of the sample, its step), in the order of the memory.
+        rows: of the memory.
+    """
+    queries, patches = [0], [0]
     for first, step in steps:
-        if first > keys[-1]:
+        if first > patches[-1]:
             queries.append(queries[-1])
-            keys.append(first)
+            patches.append(first)
         queries.append(queries[-1] + step.queries)
-        keys.append(first + step.patches)
-    if rows > keys[-1]:
+        patches.append(first + step.patches)
+    if rows > patches[-1]:
         queries.append(queries[-1])
-        keys.append(rows)
-    both = torch.tensor([queries, keys], dtype=torch.int32)
-    most = both.diff().amax(1).tolist()
-    return Bounds(*both.to(device, non_blocking=True).unbind(), *most)
+        patches.append(rows)
+    return torch.tensor([queries, patches], dtype=torch.int32)

@@ -40,7 +40,7 @@ def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
         raise ConfigError(
             f"fp8_format is {run.backend.fp8_format!r}; allowed in a plan: none, it knows no FP8"
         )
-    local = replace(run.backend, transformer_impl="local", gdn_kernel="torch")
+    local = replace(run.backend, transformer_impl="local", gdn_kernel="torch", compile_vision=False)
     backend = choose(local)
     if kernels == "cuda" and run.backend.gdn_kernel != "torch":
         backend = replace(backend, mix=partial(_fused_mix, count))

@@ -337,10 +337,11 @@ def test_rounds_are_as_many_as_images_and_not_as_samples():
     assert sum(step.mask is not None for group in map_.groups for step in group.rounds) <= 1
 
 
-def test_patches_out_of_order_are_refused():
-    stream = Segments.from_cu_seqlens(torch.tensor([0, 7]))
-    visible = torch.tensor([[4, 7], [2, 7]])
-    with pytest.raises(
-        ValueError, match="patch 1 of a memory is visible from position 2, .* 4; order"
-    ):
-        MemoryMap.build(stream, stream, visible, torch.rand(2, 2), rows=2)
+@pytest.mark.parametrize("visible", [[[2, 4], [1, 4]], [[5, 7], [2, 4]]])
+def test_patches_out_of_order_are_refused(visible):
+    """Inside a sample, and samples."""
+    stream = Segments.from_cu_seqlens(torch.tensor([0, 4, 7]))
+    (a, b), (c, d) = visible
+    words = f"patch 1 of a memory is seen from position {c} to {d}, .* from {a} to {b}; order"
+    with pytest.raises(ValueError, match=words):
+        MemoryMap.build(stream, stream, torch.tensor(visible), torch.rand(2, 2), rows=2)

@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from torch._dynamo import optimize, reset
+from torch._dynamo.utils import counters
 
-from megatron_mm.config import RunConfig
+from megatron_mm.config import ParallelConfig, RunConfig
 from megatron_mm.engine.engine import Engine
 from support.invariance import compare, invariance_run
 from support.layouts import parallel_config, step_gradients
@@ -26,10 +28,19 @@ def six_b_run(**settings) -> RunConfig:
 
 
 def compiled(engine: Engine) -> None:
-    """As `compile_vision`, with a compiler that takes seconds and rounds alike."""
+    """What `layer.compile()` does, which is without effect on a machine without CUDA, by a compiler
+    that takes seconds."""
     for chunk in engine.chunks:
         for layer in chunk.vision.vit.layers if chunk.vision is not None else ():
-            layer.compile(backend="aot_eager")
+            layer._compiled_call_impl = optimize("aot_eager")(layer._call_impl)
+
+
+def counted(run: RunConfig, parallel: ParallelConfig) -> tuple[tuple, int]:
+    """`step_gradients` with compiled layers, and the number of graphs that were compiled."""
+    reset()
+    counters.clear()
+    found = step_gradients(run, parallel, compiled)
+    return found, counters["stats"]["unique_graphs"]
 
 
 @pytest.fixture(scope="module")
@@ -52,5 +63,6 @@ def test_compiled_layers_compute_the_same(ranks, reference, size, recompute):
     """Four microbatches of different numbers of tiles, one of them without any, through DDP's
     hooks."""
     run = six_b_run(recompute_granularity=recompute)
-    found = ranks(size, step_gradients, run, parallel_config(tp=size), compiled)[0]
+    found, graphs = ranks(size, counted, run, parallel_config(tp=size))[0]
     compare(found, reference[size])
+    assert graphs > 3
