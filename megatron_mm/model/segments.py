@@ -184,10 +184,11 @@ class Segments:
 
     def to_rectangle(self, x: torch.Tensor) -> torch.Tensor:
         """[total, ...] -> [samples, width, ...]; of one sample it is a view."""
-        if self.count == 1 and self.sizes[0] == self.width:
-            x = x.narrow(0, int(self.starts[0]), self.width)
-        elif not self.is_rectangle:
-            x = x.index_select(0, self.gather_index)
+        if not self.is_rectangle:
+            if self.sizes == (self.width,):
+                x = x.narrow(0, int(self.starts[0]), self.width)
+            else:
+                x = x.index_select(0, self.gather_index)
         return x.reshape(self.count, self.width, *x.shape[1:])
 
 
