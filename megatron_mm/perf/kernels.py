@@ -17,17 +17,23 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten = torch.ops.aten
 
-_ALLOCATE = {aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided}
-_ALLOCATE |= {aten.new_empty_strided}
-_CHANGE_SHAPES = {aten.set_, aten.resize_, aten.as_strided_, aten.record_stream}
+_ALLOCATE: tuple[Any, ...] = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided)
+_ALLOCATE += (aten.new_empty_strided,)
+_CHANGE_SHAPES = (aten.set_, aten.resize_, aten.as_strided_, aten.record_stream)
 # They write over their first argument without reading it.
 _OVERWRITE = (aten.copy_, aten.fill_, aten.zero_)
 # Of their first argument they read rows, as many as they return; or write as many as are given.
 _PICK = (aten.embedding, aten.index_select, aten.index, aten._unsafe_index, aten.gather)
 _PUT = (aten.index_put_, aten.index_copy_, aten.index_add_, aten.scatter_, aten.scatter_add_)
 # Their result, or its shape, is read by the host.
-_WAIT = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select}
-_WAIT |= {aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount}
+_WAIT: tuple[Any, ...] = (
+    aten._local_scalar_dense,
+    aten.is_nonzero,
+    aten.equal,
+    aten.nonzero,
+    aten.masked_select,
+)
+_WAIT += (aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount)
 _INDEX = (aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 
@@ -85,8 +91,13 @@ class Work:
 
     def times(self, count: int) -> Work:
         sent = Counter({link: count * size for link, size in self.sent.items()})
-        flops, moved = count * self.flops, count * self.moved
-        return Work(flops, moved, count * self.launches, count * self.waits, sent)
+        return Work(
+            count * self.flops,
+            count * self.moved,
+            count * self.launches,
+            count * self.waits,
+            sent,
+        )
 
     @classmethod
     def of(cls, kernels: Iterable[Kernel]) -> Work:
@@ -173,7 +184,7 @@ def kernel_of(
         flops = flop_registry[packet](*args, **kwargs, out_val=out)
     elif packet in MORE_FLOPS:
         flops = MORE_FLOPS[packet](*args, **kwargs, out_val=out)
-    elif packet in _ALLOCATE | _CHANGE_SHAPES or not (made or func._schema.is_mutable or waits):
+    elif packet in (*_ALLOCATE, *_CHANGE_SHAPES) or not (made or func._schema.is_mutable or waits):
         return None
     return Kernel(flops, _traffic(func, args, kwargs, made), waits=waits)
 

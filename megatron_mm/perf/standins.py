@@ -45,7 +45,7 @@ def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
         raise ConfigError(
             f"fp8_format is {run.backend.fp8_format!r}; allowed in a plan: none, it knows no FP8"
         )
-    local = replace(run.backend, transformer_impl="local", gdn_kernel="torch")
+    local = replace(run.backend, transformer_impl="local", gdn_kernel="torch", compile_vision=False)
     backend = choose(local)
     # Of a prompt torch's kernel asks which samples have more than one chunk.
     backend = replace(backend, mix_and_keep=partial(_fused_mix_and_keep, count))

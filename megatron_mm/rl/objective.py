@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import RouterTerm
@@ -36,7 +37,7 @@ class PolicyObjective:
         pg: ProcessGroupCollection,
         metrics: Metrics,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = positions_K.to(predictions.device, non_blocking=True)
+        rows = platform.moved(positions_K, predictions.device)
         logprobs_K, entropy_K = predictions.logprobs_and_entropy(
             batch.labels_T[rows], self.rl.temperature
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_mm import platform
 from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.config.objectives import part_of
 from megatron_mm.data.batch import Microbatch
@@ -40,7 +41,7 @@ class SupervisedFineTuning:
         pg: ProcessGroupCollection,
         metrics: Metrics,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = positions_K.to(predictions.device, non_blocking=True)
+        rows = platform.moved(positions_K, predictions.device)
         mask_K = batch.loss_mask_T[rows]
         losses_K = -predictions.logprobs(batch.labels_T[rows])
         total, count = (losses_K * mask_K).sum(), mask_K.sum()

@@ -139,16 +139,15 @@ def test_the_models_count_is_the_executed_one_without_its_overhead(built):
     again = layers * 2 * heads * tokens**2
     wasted = layers * 8 * heads * future + again
     assert spent["attention"].backward - parts["attention"].backward == wasted
-    # A look: patches that a position may not see yet.
+    # A look multiplies what it sees, and padding rows of the memory.
     width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
     visible = batch.memories["vision"].visible_M2
     seen = int((visible[:, 1] - visible[:, 0]).sum())
-    hidden = tokens * len(visible) - seen
     mine, ours = asked.memories["vision"], done.memories["vision"]
-    assert mine.pairs == seen < ours.pairs == seen + hidden
+    assert mine.pairs == ours.pairs == seen < tokens * len(visible)
     padding = ours.rows - mine.rows
     rows = 2 * padding * width * (2 * fusion.memory_hidden_size + 24)
-    assert spent["looks"].forward - parts["looks"].forward == 2 * (4 * width * hidden + rows)
+    assert spent["looks"].forward - parts["looks"].forward == 2 * rows
     # The delta rule: three products with the state, forward, against chunks.
     state = lm.linear_num_value_heads * lm.linear_key_head_dim * lm.linear_value_head_dim
     assert asked.mixing == {"G": (6 * tokens * state, 12 * tokens * state)}

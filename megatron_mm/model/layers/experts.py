@@ -14,12 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from megatron_mm import platform
 from megatron_mm.model.layers.row_groups import (
     InOneKernel,
     OneByOne,
     RowGroups,
     fits_one_kernel,
-    major_capability,
 )
 from megatron_mm.parallel.param_layout import normal, place
 
@@ -64,7 +64,7 @@ class GroupedExperts(nn.Module):
     def groups(self, tokens_per_expert: torch.Tensor, tokens_RH: torch.Tensor) -> RowGroups:
         """The rows of each expert, for the fastest products that there are."""
         experts, hidden, ffn = self.down.shape
-        capability = major_capability(tokens_RH.device)
+        capability = platform.compute_capability(tokens_RH.device)
         if fits_one_kernel(capability, tokens_RH.dtype, experts, (hidden, ffn)):
             return InOneKernel(tokens_per_expert, tokens_RH.device)
         return OneByOne(tokens_per_expert.tolist())
