@@ -73,8 +73,9 @@ class VisionTower(nn.Module):
         encoder, recompute = family.module(), Recompute.of(run.training).vision
         self.vit = encoder(vision, inner, pg.tp, recompute)
         if run.backend.compile_vision:
-            for layer in self.vit.layers:
-                layer.compile()  # in place: parameters keep their names
+            from megatron_mm.model.compiled import compile_layers  # imports the compiler
+
+            compile_layers(self.vit.layers)
         self.projector = Projector(model, self.grid, inner, pg.tp)
         self.memories = read_memories(model)
         self.memory_proj: ReplicatedLinear | None = None
