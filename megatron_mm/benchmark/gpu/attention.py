@@ -85,7 +85,7 @@ def check(visit: Visit, row: Row) -> None:
                 results[used] = calls[-1]()
             name = f"{kind}, cuDNN {'on' if used else 'off'}"
             found = statistics.median(first), statistics.median(again)
-            row.note(**{f"{name}: first_ms": found[0], f"{name}: again_ms": found[1]})
+            row.note({f"{name}: first_ms": found[0], f"{name}: again_ms": found[1]})
             row.text.append(f"{name}: {found[0]:.2f} ms, then {found[1]:.2f}")
         pairs = zip(results[True], results[False], strict=True)
         row.at_most(f"{kind}: difference", max(difference(a, b) for a, b in pairs), BF16)

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from megatron_mm.benchmark.gpu.visit import Row
+
+# Errors of two runs that round alike are random: of one parameter, reached by some ten independent
+# roundings, one pair in 14,000 is four times apart (F distribution), all of them together are not.
+ONE, TOGETHER = 4.0, 1.5
+
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Norm of the difference over the norm of `wanted`, in fp64 on the CPU."""
-    found, wanted = (x.detach().cpu().double() for x in (found, wanted))
-    norm = wanted.norm()
-    return float((found - wanted).norm() / norm) if norm else float(found.norm())
+    """Norm of the difference over the norm of `wanted`; of the difference alone, if that is 0. In
+    fp64, for tensors on the GPU in fp32 there."""
+    exact = torch.float64 if wanted.device.type == "cpu" else torch.float32
+    found, wanted = (x.detach().to(wanted.device, exact) for x in (found, wanted))
+    norm, apart = float(wanted.norm()), float((found - wanted).norm())
+    return apart / norm if norm else apart
+
+
+def check_errors(
+    row: Row, what: str, found: Mapping[str, float], allowed: Mapping[str, float]
+) -> None:
+    """Compares the errors of tensors with those of another run that rounds alike: the ratio of
+    each, and of all together. 0.1 % is always allowed.
+
+    Args:
+        found, allowed: relative errors by name.
+    """
+    ratios = {name: error / (allowed[name] + 1e-3) for name, error in found.items()}
+    worst = max(ratios, key=ratios.__getitem__)
+    row.note({f"{what}: worst": f"{worst}, {found[worst]:.2g}"})
+    row.at_most(f"{what}: worst ratio", ratios[worst], ONE)
+    squares = [sum(errors[name] ** 2 for name in found) for errors in (found, allowed)]
+    together = (squares[0] / (squares[1] + len(found) * 1e-6)) ** 0.5
+    row.at_most(f"{what}: ratio of all", together, TOGETHER)
 
 
 def both_ways(

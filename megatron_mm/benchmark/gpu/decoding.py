@@ -56,7 +56,7 @@ def check(visit: Visit, row: Row) -> None:
     row.note(sublayers=layers, prompt=prompt)
     for rows in ROWS:
         found = _step(visit, Rollout(engine, rows, prompt))
-        row.note(**{f"{rows} rows": found})
+        row.note({f"{rows} rows": found})
         row.text.append(
             f"{rows} rows {found['ms']:.2f} ms a step ({found['busy_ms']:.2f} busy, "
             f"{found['launches']:.0f} launches, {found['waits']:.1f} waits, {layers} sub-layers)"
@@ -65,7 +65,7 @@ def check(visit: Visit, row: Row) -> None:
 
 def _step(visit: Visit, rollout: Rollout) -> dict[str, Any]:
     """Costs of one step of a rollout: the difference of two lengths."""
-    few, many = lengths = visit.size((16, 80), (2, 4))
+    few, many = lengths = visit.size((16, 48), (2, 4))
     calls = {n: partial(rollout, n) for n in lengths}
     times = medians(calls, visit.size(3, 1), warmup=visit.size(1, 0))
     waited = {n: waits(call, visit.pretended) for n, call in calls.items()}

@@ -144,7 +144,7 @@ def _against_loop(visit: Visit, row: Row, count: int, rows: int) -> None:
     whole = medians({name: both(side) for name, side in sides.items()}, rounds)
     flops = 6 * rows * experts.shapes[3][2] * experts.hidden
     for name in sides:
-        row.note(**{f"{case}: {name}_ms": [round(ways[name], 3), round(whole[name], 3)]})
+        row.note({f"{case}: {name}_ms": [round(ways[name], 3), round(whole[name], 3)]})
     if ways["grouped"]:
-        row.note(**{f"{case}: tflops": round(flops / ways["grouped"] / 1e9, 1)})
+        row.note({f"{case}: tflops": round(flops / ways["grouped"] / 1e9, 1)})
     row.text.append(f"{case} {ways['grouped']:.2f} ms, one by one {ways['loop']:.2f}")

@@ -43,14 +43,15 @@ class Row:
         """`ok`, `failed` or `skipped`."""
         return "failed" if self.problems else "skipped" if self.skipped else "ok"
 
-    def note(self, **figures: Any) -> None:
-        """Adds figures."""
-        self.figures |= figures
+    def note(self, figures: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        """Adds figures, by any names and by Python's."""
+        self.figures |= {**(figures or {}), **more}
 
     def at_most(self, name: str, found: float, allowed: float) -> None:
         """Adds a figure, and a problem if it exceeds `allowed` or is no number."""
-        self.figures[name] = float(f"{found:.4g}")
-        if not (math.isfinite(found) and found <= allowed):
+        finite = math.isfinite(found)
+        self.figures[name] = float(f"{found:.4g}") if finite else str(found)
+        if not (finite and found <= allowed):
             self.problems.append(f"{name} is {found:.3g}, allowed {allowed:.3g}")
 
     def line(self) -> str:
