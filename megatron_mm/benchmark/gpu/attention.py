@@ -38,7 +38,8 @@ def text(visit: Visit, length: int) -> Callable[[], list[torch.Tensor]]:
     segments = Segments.from_cu_seqlens(torch.tensor([0, length]), visit.device)
     heads, groups, width = visit.size((16, 2, 256), (4, 2, 16))
     leaves = _leaves(visit, [(length, heads, width), *[(length, groups, width)] * 2])
-    return lambda: _both(causal_attention(*leaves, segments), leaves)
+    query, key, value = leaves
+    return lambda: _both(causal_attention(query, key, value, segments), leaves)
 
 
 def tiles(visit: Visit, count: int) -> Callable[[], list[torch.Tensor]]:

@@ -73,7 +73,7 @@ def _visit(args: argparse.Namespace, checks: list[Check], begin: float, pretend:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder, _Output(args.out) as output:
         gpu = _GPU(Visit(Path(folder), args.dry), pretend)
-        cpu = _on_cpu(checks, gpu.visit)
+        cpu = _on_cpu(checks if args.minutes > 0 else [], gpu.visit)
         try:
             for check in checks:
                 left = deadline - time.monotonic()

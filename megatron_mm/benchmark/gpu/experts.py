@@ -45,27 +45,26 @@ class Experts:
     """A rank's module with weights of its own, as a function of rows, probabilities, weights."""
 
     def __init__(self, visit: Visit, count: int, rows: int):
-        language = preset("mm-80b").language if not visit.dry else preset("tiny").language
-        run = RunConfig(model=preset("mm-80b" if not visit.dry else "tiny"))
+        run = RunConfig(model=preset(visit.size("mm-80b", "tiny")))
         run.training.bf16 = True
-        self.hidden, ffn = language.hidden_size, language.moe_ffn_hidden_size
-        self.count, self.rows, config = count, rows, language_config(run)
+        language = run.model.language
+        self.count, self.rows = count, rows
+        self.hidden, self.ffn = language.hidden_size, language.moe_ffn_hidden_size
         with torch.device("meta"):  # it computes with the weights that it is given
             self.module = GroupedExperts(
-                count, config, pg_collection=visit.groups.pg, std=0.02, out_std=0.02
+                count, language_config(run), pg_collection=visit.groups.pg, std=0.02, out_std=0.02
             )
-        self.shapes = ((rows, self.hidden), (rows,), (count, 2, ffn, self.hidden))
-        self.shapes += ((count, self.hidden, ffn),)
 
     def inputs(self, device: torch.device | str) -> list[torch.Tensor]:
         """Rows, probabilities (fp32), gate and up, down; in bf16, drawn on the device."""
         torch.manual_seed(0)
-        scales = (1.0, 1.0, self.hidden**-0.5, self.shapes[3][2] ** -0.5)
-        made = [
-            scale * torch.randn(shape, device=device)
-            for shape, scale in zip(self.shapes, scales, strict=True)
-        ]
-        return [x.sigmoid() if n == 1 else x.bfloat16() for n, x in enumerate(made)]
+        rows = torch.randn(self.rows, self.hidden, device=device)
+        probs = torch.rand(self.rows, device=device)
+        gate_up = torch.randn(self.count, 2, self.ffn, self.hidden, device=device).bfloat16()
+        down = torch.randn(self.count, self.hidden, self.ffn, device=device).bfloat16()
+        gate_up *= self.hidden**-0.5
+        down *= self.ffn**-0.5
+        return [rows.bfloat16(), probs, gate_up, down]
 
     def sizes(self) -> torch.Tensor:
         """int64 [experts]: uneven numbers of rows; every third expert has none."""
@@ -97,7 +96,7 @@ def _against_cpu(visit: Visit, row: Row) -> None:
     """Compares the module in bf16 on both devices with plain products in fp32."""
     experts = Experts(visit, visit.size(32, 6), visit.size(2048, 50))
     inputs, sizes = experts.inputs("cpu"), experts.sizes()
-    direction = torch.randn(experts.shapes[0], generator=torch.Generator().manual_seed(2))
+    direction = torch.randn(experts.rows, experts.hidden)
     plain = partial(one_by_one, sizes=sizes.tolist())
     exact = both_ways(plain, inputs, direction, "cpu", torch.float32)
     cpu, found = (
@@ -115,15 +114,15 @@ def _against_loop(visit: Visit, row: Row, count: int, rows: int) -> None:
     experts = Experts(visit, count, rows)
     sizes = experts.sizes()
     leaves = [x.requires_grad_() for x in experts.inputs(visit.device)]
-    direction = torch.ones(experts.shapes[0], device=visit.device, dtype=torch.bfloat16)
-    sides = {
+    direction = torch.randn_like(leaves[0])
+    sides: dict[str, Callable[..., torch.Tensor]] = {
         "grouped": experts.grouped(sizes.to(visit.device)),
         "loop": partial(one_by_one, sizes=sizes.tolist()),
     }
-    results = {
-        name: [out := side(*leaves), *torch.autograd.grad(out, leaves, direction)]
-        for name, side in sides.items()
-    }
+    results = {}
+    for name, side in sides.items():
+        out = side(*leaves)
+        results[name] = [out.detach(), *torch.autograd.grad(out, leaves, direction)]
     case = f"{count} experts, {rows} rows"
     for name, a, b in zip(NAMES, results["grouped"], results["loop"], strict=True):
         row.at_most(f"{case}: {name}", difference(a, b), BF16)
@@ -142,7 +141,7 @@ def _against_loop(visit: Visit, row: Row, count: int, rows: int) -> None:
     rounds = visit.size(7, 1)
     ways = medians({name: forward(side) for name, side in sides.items()}, rounds)
     whole = medians({name: both(side) for name, side in sides.items()}, rounds)
-    flops = 6 * rows * experts.shapes[3][2] * experts.hidden
+    flops = 6 * rows * experts.ffn * experts.hidden
     for name in sides:
         row.note({f"{case}: {name}_ms": [round(ways[name], 3), round(whole[name], 3)]})
     if ways["grouped"]:

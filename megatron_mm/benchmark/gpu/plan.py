@@ -9,9 +9,10 @@ import importlib.util
 from typing import Any
 
 from megatron_mm.config import RunConfig, preset, validate
+from megatron_mm.config.families import vision_settings
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.hardware import GPUS, Assumptions
-from megatron_mm.perf.pieces import FIRST, LAST, trace_pieces
+from megatron_mm.perf.pieces import trace_pieces
 from megatron_mm.perf.predict import computing, predict
 from megatron_mm.perf.rank import plan_rank
 
@@ -29,7 +30,7 @@ def slice_run(dry: bool) -> RunConfig:
     run.data.seq_length, run.data.max_num_tiles = (64, 4) if dry else (8192, 12)
     if not dry:
         run.model.language.num_experts = 32
-        run.model.vision.vision_num_layers = 4
+        vision_settings(run.model).vision_num_layers = 4
     validate(run, 1)
     return run
 
@@ -52,6 +53,3 @@ def predicted(dry: bool) -> dict[str, Any]:
         whole = predict(run, 1, [plan], gpu, assumed)
         found[gpu.name] = {"whole": whole.stages[0], "update": whole.update, "parts": parts}
     return found
-
-
-__all__ = ["FIRST", "LAST", "PATTERN", "predicted", "slice_run"]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from megatron_mm.benchmark.gpu.environment import planned_gpu
-from megatron_mm.benchmark.gpu.plan import FIRST, LAST, slice_run
-from megatron_mm.benchmark.gpu.timing import kernels, milliseconds, waits
+from megatron_mm.benchmark.gpu.plan import slice_run
+from megatron_mm.benchmark.gpu.timing import kernels, medians, waits
 from megatron_mm.benchmark.gpu.visit import Row, Skip, Visit
 from megatron_mm.benchmark.mock import balanced, mock_like
 from megatron_mm.config.layers.kinds import LAYERS
@@ -21,6 +20,7 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.hardware import Assumptions
+from megatron_mm.perf.pieces import FIRST, LAST
 from megatron_mm.train.sft import SupervisedFineTuning
 
 WORDS = {FIRST: "ViT, projector, embedding", LAST: "output layer and loss"}
@@ -45,6 +45,10 @@ class Slice:
     def step(self) -> None:
         """A whole step."""
         self.passes()
+        self.update()
+
+    def update(self) -> None:
+        """Its second half."""
         self.engine.update(self.engine.gradient_norm())
 
 
@@ -84,7 +88,7 @@ class Timeline:
     def gaps(self) -> dict[str, list[float]]:
         """Milliseconds between each mark and the next, by the name of the first."""
         torch.cuda.synchronize()
-        found = defaultdict(list)
+        found: dict[str, list[float]] = defaultdict(list)
         for (name, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             found[name].append(begin.elapsed_time(end))
         return dict(found)
@@ -143,7 +147,7 @@ def _marking(engine: Engine, timeline: Timeline) -> Iterator[None]:
 def by_kind(visit: Visit, found: Slice) -> dict[str, float]:
     """Median milliseconds of one layer of each kind, forward and backward, and of what stands
     before and after the layers."""
-    every = defaultdict(list)
+    every: dict[str, list[float]] = defaultdict(list)
     for _ in range(visit.size(5, 1)):
         timeline = Timeline()
         with _marking(found.engine, timeline):
@@ -159,23 +163,21 @@ def check(visit: Visit, row: Row) -> None:
     """Times passes, update and kinds of layers; counts waits and kernels; compares with the
     plan."""
     found = built(visit)
-    rounds = visit.size(5, 1)
-
-    def median(function: Callable[[], Any]) -> float:
-        return statistics.median(milliseconds(function) for _ in range(rounds))
-
-    passes = median(found.passes)
-    update = median(lambda: found.engine.update(found.engine.gradient_norm()))
-    row.note(passes_ms=round(passes, 2), update_ms=round(update, 2))
-    kinds = by_kind(visit, found)
-    plan = visit.from_cpu("plan.predicted")
+    sides = {"passes": found.passes, "update": found.update}
+    times = medians(sides, visit.size(5, 1), warmup=visit.size(1, 0))
     gpu = planned_gpu(torch.cuda.get_device_name(0))
-    expected = plan[gpu.name]
-    row.note(kinds=_beside(kinds, expected["parts"]), planned_for=gpu.name)
-    planned = 1e3 * sum(expected["whole"])
-    row.note(planned_passes_ms=round(planned, 2))
-    row.note(planned_update_ms=round(1e3 * expected["update"], 2))
-    row.text.append(f"passes {passes:.1f} ms, planned {planned:.1f}; update {update:.1f} ms")
+    plan = visit.from_cpu("plan.predicted")[gpu.name]
+    passes, planned = times["passes"], 1e3 * sum(plan["whole"])
+    row.note(
+        passes_ms=round(passes, 2),
+        planned_passes_ms=round(planned, 2),
+        update_ms=round(times["update"], 2),
+        planned_update_ms=round(1e3 * plan["update"], 2),
+        planned_for=gpu.name,
+        kinds=_beside(by_kind(visit, found), plan["parts"]),
+    )
+    row.text.append(f"passes {passes:.1f} ms, planned {planned:.1f}")
+    row.text.append(f"update {times['update']:.1f} ms")
     where = waits(found.passes, visit.pretended)
     row.note(waits=sum(where.values()), waits_at=dict(where.most_common(20)))
     seen = kernels(found.passes, visit.pretended)
@@ -188,7 +190,7 @@ def _beside(
 ) -> dict[str, dict[str, list[float]]]:
     """By kind and direction: milliseconds found, milliseconds planned."""
     planned = {name.split()[0]: seconds for name, seconds in parts.items()}
-    table = {}
+    table: dict[str, dict[str, list[float]]] = {}
     for letter in (FIRST, *LAYERS, LAST):
         title = WORDS.get(letter) or LAYERS[letter].title
         for place, direction in enumerate(("forward", "backward")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +21,9 @@ FP8_STEPS = 16
 BF16_LOSS, FP8_LOSS = 5e-3, 0.05
 
 
-def aligned_run(impl: str, bf16: bool = True, fp8: bool = False) -> RunConfig:
+def aligned_run(
+    impl: Literal["local", "transformer_engine"], bf16: bool = True, fp8: bool = False
+) -> RunConfig:
     """A run of sizes that FP8 takes. A token goes to all experts: if it went to some, rounding
     would change which."""
     run = make_run("tiny")

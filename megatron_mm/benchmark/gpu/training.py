@@ -32,7 +32,7 @@ LOGPROBS = 1e-4
 def write_data(folder: Path) -> None:
     """Writes rows about small random images, and a tokenizer."""
     random, pixels = Random(0), np.random.default_rng(0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     (folder / "images").mkdir(parents=True)
     for number in range(24):
         sides = random.choice([(16, 16), (32, 16), (32, 32)])

@@ -79,7 +79,7 @@ class Visit:
     Attributes:
         folder: for files of the visit.
         dry: whether the GPU is a pretended one; sizes are then tiny.
-        deadline: of the running check, as `time.monotonic` counts.
+        deadline: of the running check's waits, as `time.monotonic` counts.
         kept: things made by one check for later ones, by name.
         pretended: the GPU that counts in place of a real one.
     """
@@ -129,9 +129,10 @@ class Visit:
         result, problem = cpu_files(self.folder, part)
         while not result.exists():
             if problem.exists():
-                raise RuntimeError(f"on the CPU: {problem.read_text(encoding='utf-8')}")
+                text = problem.read_text(encoding="utf-8").strip()
+                raise RuntimeError(f"on the CPU: {text.splitlines()[-1]}\n{text}")
             if time.monotonic() > self.deadline:
-                raise RuntimeError(f"{part} did not end on the CPU within the check's time")
+                raise RuntimeError(f"{part} on the CPU did not end within the check's time")
             time.sleep(0.1)
         # A file of our own, a moment old.
         return torch.load(result, weights_only=False)

@@ -49,7 +49,8 @@ def serve(pipe: Connection, log: Path, visit: Visit, pretend: Pretend) -> None:
     pipe.send(None)
     while (task := pipe.recv()) is not None:
         check, seconds = task
-        visit.deadline = time.monotonic() + seconds
+        # Before the command takes it for hung, so that a check can say what it waits for.
+        visit.deadline = time.monotonic() + 0.9 * seconds
         row = run(check, visit)
         usable = _usable(row)
         pipe.send((row, usable))
@@ -66,7 +67,7 @@ def run(check: Check, visit: Visit) -> Row:
         row.skipped = str(why)
     # A check may fail in any way, and the next ones run all the same.
     except Exception as error:
-        row.problems.append(f"{type(error).__name__}: {str(error).strip()[:300]}")
+        row.problems.append(f"{type(error).__name__}: {_first_line(error)}")
         row.error = traceback.format_exc()
     row.seconds = time.monotonic() - begin
     return row
@@ -81,9 +82,13 @@ def _usable(row: Row) -> bool:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except RuntimeError as error:  # torch.AcceleratorError is one
-        row.problems.append(f"CUDA is unusable after it: {str(error).strip()[:200]}")
+        row.problems.append(f"CUDA is unusable after it: {_first_line(error)}")
         return False
     return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def compute_on_cpu(parts: list[str], log: Path, visit: Visit) -> None:
