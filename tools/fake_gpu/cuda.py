@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import checkpoint
 
 from tools.fake_gpu.functions import Functions
+from tools.fake_gpu.graphs import CUDAGraph, graph
 from tools.fake_gpu.process import DEVICES, GPU, MEMORY, NAME
 from tools.fake_gpu.tensor import GpuTensor
 
@@ -201,7 +202,10 @@ REPLACEMENTS = [
         "get_device_name": _always(NAME),
         "get_device_properties": _always(Properties()),
         "is_bf16_supported": _always(True),
-        "is_current_stream_capturing": _always(False),
+        "is_current_stream_capturing": lambda: GPU.capture is not None,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "graph_pool_handle": _always((0, 0)),
     }.items()
 ] + [
     Replacement(torch.cuda.random, "current_device", lambda: GPU.index),
