@@ -16,14 +16,13 @@ from megatron_mm.data.collate import collate
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.model.backends.choice import missing_transformer_engine
 
+Impl = Literal["local", "transformer_engine"]
 # e4m3 keeps 4 bits of bf16's 8: its steps are 16 times as long.
 FP8_STEPS = 16
 BF16_LOSS, FP8_LOSS = 5e-3, 0.05
 
 
-def aligned_run(
-    impl: Literal["local", "transformer_engine"], bf16: bool = True, fp8: bool = False
-) -> RunConfig:
+def aligned_run(impl: Impl, bf16: bool = True, fp8: bool = False) -> RunConfig:
     """A run of sizes that FP8 takes. A token goes to all experts: if it went to some, rounding
     would change which."""
     run = make_run("tiny")
