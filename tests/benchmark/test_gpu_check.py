@@ -10,7 +10,9 @@ import pytest
 
 from megatron_mm.benchmark.gpu.checks import CHECKS
 from megatron_mm.benchmark.gpu.command import main
+from megatron_mm.benchmark.gpu.te import aligned_run
 from megatron_mm.benchmark.gpu.visit import Row
+from megatron_mm.config import validate
 from support import gpu_checks
 from support.launches import ROOT, environment
 
@@ -78,6 +80,20 @@ def test_a_wrong_delta_rule_fails(tmp_path, capfd):
     assert rows["delta_rule"]["problems"][0].startswith("fp32 output is ")
     assert rows["delta_rule"]["figures"]["fp32 output"] > 1e-4
     assert "failed  delta_rule" in capfd.readouterr().out
+
+
+@pytest.mark.launches
+def test_packages_that_are_not_here(tmp_path):
+    """Whose checks are not skipped where they are installed: others of their names answer."""
+    code, rows = visit(tmp_path, "--only", "fla", "te", pretend=gpu_checks.with_stand_ins)
+    assert code == 0, rows
+    figures = rows["fla"]["figures"]
+    assert rows["fla"]["status"] == rows["te"]["status"] == "ok"
+    assert figures["fp32 output"] == figures["fp32 state kept"] == 0.0 < figures["bf16 output"]
+    assert {"ours_ms", "fla_ms"} < figures.keys()
+    assert rows["te"]["figures"]["bf16 gradients: worst ratio"] < 1.0
+    for fp8 in (False, True):
+        validate(aligned_run("transformer_engine", fp8=fp8), 1)
 
 
 @pytest.mark.launches

@@ -80,6 +80,7 @@ def _step(visit: Visit, rollout: Rollout) -> dict[str, Any]:
         "launches": a_step(lambda n: seen[n].launches),
         "kernels": a_step(lambda n: seen[n].count),
         "waits": a_step(lambda n: waited[n].total()),
+        "waits_profiled": a_step(lambda n: seen[n].waits),
         "waits_at": dict((waited[many] - waited[few]).most_common(12)),
         "top": seen[many].top,
     }

@@ -181,7 +181,13 @@ def check(visit: Visit, row: Row) -> None:
     where = waits(found.passes, visit.pretended)
     row.note(waits=sum(where.values()), waits_at=dict(where.most_common(20)))
     seen = kernels(found.passes, visit.pretended)
-    row.note(kernels=seen.count, launches=seen.launches, busy_ms=round(seen.busy, 2), top=seen.top)
+    row.note(
+        kernels=seen.count,
+        launches=seen.launches,
+        waits_profiled=seen.waits,
+        busy_ms=round(seen.busy, 2),
+        top=seen.top,
+    )
     row.text.append(f"{row.figures['waits']} waits, {seen.count} kernels, busy {seen.busy:.1f} ms")
 
 

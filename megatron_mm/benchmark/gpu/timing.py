@@ -14,9 +14,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# Calls of CUDA's that put work on a stream, as the profiler names them.
 SYNCHRONIZED = "called a synchronizing CUDA operation"  # torch's warning
+# Calls of CUDA's that put work on a stream, or wait for it, as the profiler names them.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
@@ -50,12 +51,14 @@ class Kernels:
     Attributes:
         count: kernels and copies that ran.
         launches: calls that sent them; a CUDA graph is one.
+        waits: calls in which the host waits for a stream or an event.
         busy: milliseconds that kernels took, one after the other.
         top: the longest by name: milliseconds and number of calls.
     """
 
     count: int
     launches: int
+    waits: int
     busy: float
     top: dict[str, tuple[float, int]]
 
@@ -70,25 +73,28 @@ def kernels(function: Callable[[], Any], pretended: Any = None, most: int = 15) 
     if pretended is not None:
         with pretended.counting() as counts:
             function()
-        total, by = counts.launches.total(), counts.launches.by("what").most_common(most)
-        return Kernels(total, total, 0.0, {name: (0.0, count) for name, count in by})
+        total, top = counts.launches.total(), counts.launches.by("what").most_common(most)
+        waited = counts.waits.total()
+        return Kernels(total, total, waited, 0.0, {name: (0.0, count) for name, count in top})
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         function()
         torch.cuda.synchronize()
     events = seen.key_averages()
     ran = [event for event in events if event.device_type == DeviceType.CUDA]
     ran.sort(key=lambda event: -event.self_device_time_total)
-    launches = sum(event.count for event in events if event.key.startswith(LAUNCHES))
+    calls = Counter({event.key: event.count for event in events})
     return Kernels(
         sum(event.count for event in ran),
-        launches,
+        sum(count for name, count in calls.items() if name.startswith(LAUNCHES)),
+        sum(calls[name] for name in WAITS),
         sum(event.self_device_time_total for event in ran) / 1e3,
         {e.key[:100]: (round(e.self_device_time_total / 1e3, 3), e.count) for e in ran[:most]},
     )
 
 
 def waits(function: Callable[[], Any], pretended: Any = None) -> Counter[str]:
-    """Times that the host waited for the device during a call, by line of Python.
+    """Times that the host waited for the device during a call, by line of Python. torch warns of
+    values that the host reads, not of events that it waits for: `Kernels.waits` has those too.
 
     Args:
         pretended: as for `kernels`.
