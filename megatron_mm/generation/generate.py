@@ -18,9 +18,10 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm import platform
-from megatron_mm.config import token_multiple
+from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample
@@ -29,6 +30,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import receive
 from megatron_mm.generation.lanes import Completion, Lane
 from megatron_mm.generation.sampling import Sampling, draw, gumbels, uniforms
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.groups import Groups
@@ -114,9 +116,7 @@ class _Generation:
         self.multiple, self.settings = token_multiple(run), image_settings(run)
         self.budget = run.training.micro_batch_size * run.data.seq_length
         stages = engine.groups.pg.pp.size()
-        self.row_multiple = math.lcm(self.multiple, KERNEL_ROWS * engine.groups.pg.cp.size())
-        rows_each = max(group, -(-rows // stages))
-        rows_each = -(-rows_each // self.row_multiple) * self.row_multiple
+        rows_each, self.row_multiple = rows_of_a_lane(run, engine.groups.pg, group, rows)
         self.lanes = [Lane(rows_each, sampling.max_tokens) for _ in range(stages)]
         self.next_prompt, self.stopped = 0, False
         self.waiting: Sample | None = None  # on the reader: already read, but it did not fit
@@ -248,6 +248,20 @@ class _Generation:
         return dict(zip(layers, noise_RLE.unbind(1), strict=True))
 
 
+def rows_of_a_lane(
+    run: RunConfig, pg: ProcessGroupCollection, group: int, rows: int
+) -> tuple[int, int]:
+    """Returns how many rows a lane has, and the number of which that is a multiple.
+
+    Args:
+        group: completions of a prompt, which a lane has room for.
+        rows: that a replica asks for.
+    """
+    multiple = math.lcm(token_multiple(run), KERNEL_ROWS * pg.cp.size())
+    wanted = max(group, -(-rows // pg.pp.size()))
+    return -(-wanted // multiple) * multiple, multiple
+
+
 def last_positions(batch: Microbatch) -> torch.Tensor:
     """Last position of each sample, where its next token is predicted; not of the padding tail."""
     ends = batch.cu_seqlens[1:]
@@ -259,7 +273,7 @@ def _everywhere(batch: Microbatch) -> torch.Tensor:
 
 
 def whole_logits(
-    logits_K1V: torch.Tensor,
+    predictions: Predictions,
     batch: Microbatch,
     positions: torch.Tensor,
     wanted: Callable[[Microbatch], torch.Tensor],
@@ -269,12 +283,11 @@ def whole_logits(
     """Gathers logits, fp32 [wanted positions, V], on every tensor- and context-parallel rank.
 
     Args:
-        logits_K1V: this rank's slice of the vocabulary at `positions`.
-        positions: the wanted positions that this context-parallel rank holds.
+        predictions: at `positions`, the wanted ones that this context-parallel rank holds.
         wanted: batch -> all wanted positions.
     """
     tp, cp = groups.pg.tp, groups.pg.cp
-    logits = logits_K1V[:, 0].float().contiguous()
+    logits = predictions.logits().float()
     if tp.size() > 1:
         slices = [torch.empty_like(logits) for _ in range(tp.size())]
         dist.all_gather(slices, logits, group=tp)

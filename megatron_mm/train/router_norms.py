@@ -27,15 +27,19 @@ class RouterNorms:
         nothing where routers are frozen. Every rank of the job calls it, after
         `Engine.gradient_norm`."""
         layers = self.engine.config.num_layers
+        learning = [(n, mine) for n, mine in self.routers if mine.main.grad is not None]
         # Squares, and how many of the router's elements they are of: all ranks of its stage have
         # the same gradient, whole or, with the distributed optimizer, in parts.
         sums = torch.zeros(2, layers, dtype=torch.float64, device=platform.device())
-        for layer, mine in self.routers:
-            if mine.main.grad is not None:
-                sums[0, layer] += mine.main.grad.double().square().sum()
-                sums[1, layer] += mine.stop - mine.start
-        sums = sums.cpu()  # as `world` is
-        dist.all_reduce(sums, group=self.engine.groups.world)
+        if learning:
+            gradients = [mine.main.grad for _, mine in learning]
+            norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64))
+            counts = [float(mine.stop - mine.start) for _, mine in learning]
+            counts_L = torch.tensor(counts, dtype=torch.float64)
+            at_L = torch.tensor([layer for layer, _ in learning])
+            here = torch.stack((norms.square(), platform.moved(counts_L, norms.device)))
+            sums.index_add_(1, platform.moved(at_L, norms.device), here)
+        dist.all_reduce(sums)
         language = self.engine.run.model.language
         whole = language.num_experts * language.hidden_size
         return {

@@ -35,6 +35,17 @@ def test_the_delta_rule_equals_itself_on_the_cpu(job):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
+def test_every_pixel_is_normalised_as_on_the_cpu(job):
+    """Bitwise, so that an export's processor and training go on to agree."""
+    from megatron_mm.data.images import normalise
+
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    scale = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    there = [platform.moved(x, "cuda") for x in (pixels, *scale)]
+    assert all(x.device.type == "cuda" for x in there)
+    assert torch.equal(normalise(*there).cpu(), normalise(pixels, *scale))
+
+
 def test_a_bf16_step_is_finite_and_close_to_fp32(job):
     from megatron_mm.engine.engine import Engine
     from megatron_mm.train.sft import SupervisedFineTuning
@@ -52,3 +63,33 @@ def test_a_bf16_step_is_finite_and_close_to_fp32(job):
         losses[bf16] = float(numerator / denominator)
     # bf16 keeps 8 bits of each activation: about 0.4 % each, averaged over tokens
     assert abs(losses[True] - losses[False]) <= 0.02 * losses[False]
+
+
+def test_experts_in_one_kernel_equal_the_loop(job):
+    """Two of the eight have no row, the last among them."""
+    from megatron_mm.model.layers.experts import _Experts
+    from megatron_mm.model.layers.row_groups import (
+        InOneKernel,
+        OneByOne,
+        fits_one_kernel,
+    )
+
+    device, counts = torch.device("cuda"), [3, 0, 130, 7, 1, 64, 200, 0]
+    if not fits_one_kernel(platform.compute_capability(device), torch.bfloat16, 8, (256, 128)):
+        pytest.skip("this GPU has no kernel for them")
+    torch.manual_seed(0)
+    rows = sum(counts)
+    shapes = [(rows, 256), (rows,), (8, 2, 128, 256), (8, 256, 128)]
+    inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    pushed = torch.randn(rows, 256, device=device, dtype=torch.bfloat16)
+    outs = []
+    for groups in (InOneKernel(torch.tensor(counts), device), OneByOne(counts)):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        out = _Experts.apply(*leaves, groups)
+        out.backward(pushed)
+        outs.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*outs, strict=True):
+        assert torch.isfinite(ours).all()
+        # Both sum in fp32; each of at most three products in a row rounds to 8 bits.
+        assert (ours - theirs).float().norm() <= 0.01 * theirs.float().norm()
+    assert not outs[0][3][[1, 7]].any() and not outs[0][4][[1, 7]].any()

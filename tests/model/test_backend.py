@@ -64,6 +64,35 @@ def test_without_fp8_there_is_none():
     assert config.fp8 is None and config.transformer_impl == "transformer_engine"
 
 
+KERNELS = ("fused_permute", "fused_permute_with_probs", "fused_unpermute")
+KERNELS += ("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs")
+
+
+@pytest.mark.parametrize(
+    "problem, missing, fused",
+    [
+        (None, None, True),
+        ("Transformer Engine does not load", None, False),
+        (None, "fused_sort_chunks_by_index", False),  # one of before 2.1
+    ],
+)
+def test_the_dispatcher_sorts_with_transformer_engine_where_it_is(
+    monkeypatch, problem, missing, fused
+):
+    """Whichever layers compute. Its choice of experts is never used: it would ask nobody for
+    given, drawn or forbidden ones."""
+    monkeypatch.setattr(backend, "missing_transformer_engine", lambda: problem)
+    for name in KERNELS:
+        kernel = None if name == missing else object()
+        monkeypatch.setattr(backend.moe_utils, name, kernel)
+    config = language_config(small_run())
+    assert config.moe_permute_fusion is fused and not config.moe_router_fusion
+
+
+def test_without_transformer_engine_the_dispatcher_sorts_in_torch():
+    assert not language_config(small_run()).moe_permute_fusion
+
+
 # ---- the choice ----
 
 
@@ -81,6 +110,20 @@ def test_a_cpu_gets_the_torch_kernel_and_refuses_the_others():
         backend.choose(settings)
     with pytest.raises(ConfigError, match="'transformer_engine', but there is no CUDA device"):
         backend.choose(aligned_run().backend)
+
+
+def test_compile_vision_compiles_every_layer_of_the_vit_and_nothing_else(pg, monkeypatch):
+    run = small_run()
+    run.backend.compile_vision = True
+    with pytest.raises(ConfigError, match="compile_vision is true, but there is no CUDA device"):
+        multimodal.build(run, pg)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    tower = multimodal.VisionTower(run, language_config(run), pg)
+    assert compiled == list(tower.vit.layers) and len(compiled) == 2
+    run.backend.compile_vision = False
+    multimodal.VisionTower(run, language_config(run), pg)
+    assert len(compiled) == 2
 
 
 def test_a_model_asking_for_it_is_refused_before_anything_is_built(pg):

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 
 import torch
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_mm.config import BackendConfig, ConfigError, ParallelConfig
 from megatron_mm.model.backends.interface import Backend
@@ -43,6 +44,11 @@ def choose(settings: BackendConfig) -> Backend:
     Raises:
         ConfigError: if this machine lacks it.
     """
+    if settings.compile_vision and not torch.cuda.is_available():
+        # platform.py makes torch.compile do nothing, for megatron-core's many small functions.
+        raise ConfigError(
+            "compile_vision is true, but there is no CUDA device; allowed here: false"
+        )
     # With deterministic_mode flash-linear-attention is refused (config/precision.py).
     mix, mix_and_keep = _gdn_kernels(
         "torch" if settings.deterministic_mode else settings.gdn_kernel
@@ -118,6 +124,20 @@ def missing_transformer_engine() -> str | None:
             f"{INSTALL_TE}"
         )
     return None
+
+
+def fuses_permutation() -> bool:
+    """Whether megatron-core's dispatcher can sort tokens by expert with Transformer Engine's
+    kernels, whichever layers compute: one each way in place of a sort, and no wait for the sizes
+    of the chunks."""
+    kernels = (
+        moe_utils.fused_permute,
+        moe_utils.fused_permute_with_probs,
+        moe_utils.fused_sort_chunks_by_index,
+        moe_utils.fused_sort_chunks_by_index_with_probs,
+        moe_utils.fused_unpermute,
+    )
+    return None not in kernels and missing_transformer_engine() is None
 
 
 def slow_delta_rule(settings: BackendConfig) -> str | None:
