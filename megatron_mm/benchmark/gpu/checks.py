@@ -37,6 +37,8 @@ CHECKS = (
           "delta_rule.check_fla", 60),
     Check("experts", "routed experts against one by one, empty ones too",
           "experts.check", 30),
+    Check("attention", "packed samples; what a new length costs, with cuDNN and without",
+          "attention.check", 30),
     Check("slice", "layers of mm-80b at their widths: milliseconds, waits, kernels; the plan's",
           "slice.check", 90, on_cpu="plan.predicted"),
     Check("memory", "peak of a step of that slice against the planner's",
@@ -46,6 +48,4 @@ CHECKS = (
     Check("training", "SFT with asynchronous saving, resumed bitwise; GRPO with replayed routes",
           "training.check", 60, alone=True),
     Check("te", "Transformer Engine's layers against ours", "te.check", 40),
-    Check("attention", "what a new length costs, with cuDNN's attention and without",
-          "attention.check", 30),
 )  # fmt: skip

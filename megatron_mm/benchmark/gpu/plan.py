@@ -6,6 +6,7 @@ Predictions need a process without GPU: the planner's tensors have no memory.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import asdict
 from typing import Any
 
 from megatron_mm.config import RunConfig, preset, validate
@@ -13,7 +14,7 @@ from megatron_mm.config.families import vision_settings
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.hardware import GPUS, Assumptions
 from megatron_mm.perf.pieces import trace_pieces
-from megatron_mm.perf.predict import computing, predict
+from megatron_mm.perf.predict import played, predict
 from megatron_mm.perf.rank import plan_rank
 
 # Every kind of layer once or more; two mixers of each kind and a look between them.
@@ -36,8 +37,8 @@ def slice_run(dry: bool) -> RunConfig:
 
 
 def predicted(dry: bool) -> dict[str, Any]:
-    """By GPU: seconds (forward, backward) of the whole and of each letter, FIRST and LAST; bytes at
-    the peak."""
+    """By GPU: seconds (forward, backward) of the whole and of each letter, FIRST and LAST; of the
+    update; of the passes by term. Beside them, bytes at the peak."""
     run = slice_run(dry)
     if importlib.util.find_spec("fla") is None:
         run.backend.gdn_kernel = "torch"
@@ -47,9 +48,15 @@ def predicted(dry: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"peak_bytes": plan.total, "state_bytes": plan.state.total}
     for gpu in GPUS.values():
         parts = {
-            name: [computing(work, gpu, assumed) for work in (of.forward, of.backward)]
-            for name, of in ((name, piece.traces[0]) for name, piece in pieces.plans.items())
+            name: [played(kernels, {}, gpu, assumed).seconds for kernels in of.traces[0].kernels]
+            for name, of in pieces.plans.items()
         }
         whole = predict(run, 1, [plan], gpu, assumed)
-        found[gpu.name] = {"whole": whole.stages[0], "update": whole.update, "parts": parts}
+        (terms,) = whole.terms
+        found[gpu.name] = {
+            "whole": whole.stages[0],
+            "update": whole.update.seconds,
+            "terms": asdict(terms),
+            "parts": parts,
+        }
     return found

@@ -173,6 +173,7 @@ def check(visit: Visit, row: Row) -> None:
         planned_passes_ms=round(planned, 2),
         update_ms=round(times["update"], 2),
         planned_update_ms=round(1e3 * plan["update"], 2),
+        planned_terms_ms={name: round(1e3 * t, 2) for name, t in plan["terms"].items()},
         planned_for=gpu.name,
         kinds=_beside(by_kind(visit, found), plan["parts"]),
     )
