@@ -8,8 +8,9 @@ import torch
 
 from megatron_mm.benchmark.gpu.visit import Row
 
-# Errors of two runs that round alike are random: of one parameter, reached by some ten independent
-# roundings, one pair in 14,000 is four times apart (F distribution), all of them together are not.
+# Errors of two runs that round alike are random (F distribution): of one parameter, reached by some
+# ten independent roundings, one pair in 14,000 is four times apart; of all together, which a few
+# dozen large ones decide, one in 600 twice.
 ONE, TOGETHER = 4.0, 2.0
 
 
