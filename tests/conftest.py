@@ -10,6 +10,7 @@ from examples.digits.make_digits import main as make_digits
 from megatron_mm import platform
 from support.markers import chooses
 from support.ranks import RankPool
+from tools.fake_gpu import install as pretend_gpu
 
 
 def pytest_configure(config):
@@ -24,6 +25,14 @@ def pytest_configure(config):
 def ranks():
     """`ranks(n, function, *args)`: run a module-level function on n real gloo ranks."""
     pool = RankPool()
+    yield pool.run
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def gpu_ranks():
+    """`ranks` on GPUs that are not there: tools/fake_gpu."""
+    pool = RankPool(prepare=pretend_gpu)
     yield pool.run
     pool.stop()
 
@@ -74,7 +83,7 @@ def job():
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "ranks" in item.fixturenames:
+        if {"ranks", "gpu_ranks"} & set(item.fixturenames):
             item.add_marker("ranks")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, which only `-m gpu` shows to tests")

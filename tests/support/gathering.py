@@ -15,7 +15,9 @@ def at_rank_0(mine: Blocks) -> list[Blocks]:
     They travel as arrays: a pickled tensor is a small file with headers of its own, and reading
     hundreds of them on every rank took longer than the training between.
     """
-    arrays = {name: (*where, block.detach().numpy()) for name, (*where, block) in mine.items()}
+    arrays = {
+        name: (*where, block.detach().cpu().numpy()) for name, (*where, block) in mine.items()
+    }
     parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(arrays, parts)
     return [

@@ -126,7 +126,7 @@ def step_gradients(
     loss = torch.zeros(2, dtype=torch.float64)
     for metrics in parts:
         loss += metrics.pair("train/lm_loss")
-    dist.all_reduce(loss)
+    dist.all_reduce(loss, group=made.world)
     blocks = {
         name: (layout.global_shape, layout.block, layout.held(param.main_grad).clone())
         for name, param, layout in layouts(*engine.chunks)

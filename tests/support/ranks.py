@@ -1,8 +1,8 @@
 """A pool of processes that stay alive for the whole test session and act as ranks.
 
 `RankPool.run(n, function, *args)` calls a module-level function on the first n of them inside a new
-gloo job of n ranks and returns what each rank returned. Processes start, and import torch and
-megatron-core, once for all tests.
+job of n ranks, gloo's on the CPU, and returns what each rank returned. Processes start, and import
+torch and megatron-core, once for all tests.
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ def _join(path: str, rank: int, size: int, timeout) -> None:
     """
     import torch.distributed as dist
 
+    from megatron_mm import platform
+
     words = dist.FileStore(path + "-joined", size)
     words.set_timeout(timeout)
     for number in range(JOIN_TRIES):
         problem = None
         try:
             dist.init_process_group(
-                "gloo",
+                platform.backend(),
                 store=dist.FileStore(f"{path}-{number}", size),
                 rank=rank,
                 world_size=size,
@@ -69,7 +71,7 @@ def _join(path: str, rank: int, size: int, timeout) -> None:
     raise RuntimeError(f"{JOIN_TRIES} tries to connect failed: {problems}")
 
 
-def _serve(rank: int, pipe) -> None:
+def _serve(rank: int, pipe, prepare: Callable[[], object] | None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # a job's 25 groups connect when they are used
     import datetime
@@ -79,6 +81,8 @@ def _serve(rank: int, pipe) -> None:
     import torch
     import torch.distributed as dist
 
+    if prepare is not None:
+        prepare()
     from megatron_mm import cli, platform
 
     cli.setup_logging(rank)
@@ -103,7 +107,13 @@ def _serve(rank: int, pipe) -> None:
 
 
 class RankPool:
-    def __init__(self):
+    """
+    Args:
+        prepare: a module-level function that every rank calls before it imports megatron-core.
+    """
+
+    def __init__(self, prepare: Callable[[], object] | None = None):
+        self._prepare = prepare
         self._context = multiprocessing.get_context("spawn")
         self._ranks: list = []
 
@@ -111,7 +121,7 @@ class RankPool:
         while len(self._ranks) < size:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(
-                target=_serve, args=(len(self._ranks), theirs), daemon=True
+                target=_serve, args=(len(self._ranks), theirs, self._prepare), daemon=True
             )
             process.start()
             theirs.close()

@@ -61,7 +61,8 @@ def chunk_plan(lengths: tuple[int, ...], size: int, device: torch.device) -> Chu
     cell = begin[sample, None] + torch.minimum(inside, length[sample, None] - 1)
     position = torch.empty(sum(lengths), dtype=torch.int64)
     position[cell[real]] = real.flatten().nonzero().flatten()
-    return ChunkPlan(size, tuple(active), cell.flatten().to(device), position.to(device))
+    cell, position = (x.to(device, non_blocking=True) for x in (cell.flatten(), position))
+    return ChunkPlan(size, tuple(active), cell, position)
 
 
 class _ToCells(torch.autograd.Function):

@@ -30,7 +30,8 @@ def stream_conv(
 def padded_index(lengths: tuple[int, ...], pad: int, device: torch.device) -> torch.Tensor:
     """int64 [T]: where each position goes when `pad` empty rows stand before every sample."""
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return (torch.arange(len(sample)) + pad * (sample + 1)).to(device)
+    index = torch.arange(len(sample)) + pad * (sample + 1)
+    return index.to(device, non_blocking=True)
 
 
 class _Convolution(torch.autograd.Function):
