@@ -79,7 +79,7 @@ def _delta_core(engine: Engine, rows: int, position: int) -> Callable[[], Any]:
     qkv = random(position, keys, sum(layer.widths[:3]))
     layer._mix(qkv, random(position, keys, sum(layer.widths[4:])), _segments(position), memory)
     cache.filling = None
-    x, taps = random(rows, keys * sum(layer.widths[:3])), layer._constants().taps_WC
+    x, taps = random(rows, keys * sum(layer.widths[:3])), layer._constants().taps
     log_decay, beta = -random(rows, heads).abs(), random(rows, heads).sigmoid()
     held = memory.tensors["inputs"], memory.tensors["state"]
     return lambda: layer.mix_step(x, taps, log_decay, beta, *held, layer.head_widths)

@@ -162,21 +162,30 @@ class Lane:
             held[rows.unsqueeze(1).expand_as(own_An)[own_An], place_An[own_An]] = drawn[own_An]
         self.count_R[rows] = known + taken_A
         ends = stopped_An.gather(1, taken_A.unsqueeze(1) - 1).squeeze(1)
-        for row, finished in zip(rows[ended_A].tolist(), ends[ended_A].tolist(), strict=True):
+        if not ended_A.any():
+            return
+        done = rows[ended_A]
+        routes = self._routes(done)
+        for n, (row, finished) in enumerate(
+            zip(done.tolist(), ends[ended_A].tolist(), strict=True)
+        ):
             count = int(self.count_R[row])
             tokens_G, logprobs_G = self.tokens_RG[row, :count], self.logprobs_RG[row, :count]
-            routes = self.cache.routes.tensors.get("experts")
-            if routes is not None:
-                seen = int(self.prompt_R[row]) + count - 1
-                routes = routes[row, :, :seen].transpose(0, 1)
-                # Copied even on the CPU, because the row will be refilled.
-                routes = routes.to("cpu", copy=True)
-            done = Completion(tokens_G.clone(), logprobs_G.clone(), finished, routes)
+            seen = int(self.prompt_R[row]) + count - 1
+            own = None if routes is None else routes[n, :, :seen].transpose(0, 1).clone()
             prompt, sample = self.owner_R2[row].tolist()
             self.owner_R2[row] = FREE
-            yield prompt, sample, done
-        if ended_A.any():
-            self._show_active()
+            yield prompt, sample, Completion(tokens_G.clone(), logprobs_G.clone(), finished, own)
+        self._show_active()
+
+    def _routes(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Reads the recorded routes of rows in one transfer, [rows, layers, positions, k]."""
+        held = self.cache.routes.tensors.get("experts")
+        if held is None:
+            return None
+        longest = int((self.prompt_R[rows] + self.count_R[rows]).max())
+        there = rows.to(held.device, non_blocking=True)
+        return held[:, :, :longest].index_select(0, there).cpu()
 
     def shrink(self, multiple: int) -> None:
         """Drops free rows once half of all are free, keeping a multiple of `multiple` rows."""

@@ -57,7 +57,7 @@ def on_rank_counted(name: str, routes: bool) -> tuple[dict[str, float], float]:
 
     def counted(self, count):
         turns.append(count)
-        if len(turns) != 2:  # the first one prepares what all steps share
+        if len(turns) != 2:  # the first prepares what all steps share, the last ends completions
             return steps(self, count)
         layers.clear()
         with seen:
@@ -70,7 +70,7 @@ def on_rank_counted(name: str, routes: bool) -> tuple[dict[str, float], float]:
         generation.generate(
             engine,
             Prompts(samples.__getitem__, range(PROMPTS)),
-            Sampling((NEVER,), 1 + 2 * TURN),
+            Sampling((NEVER,), 1 + 3 * TURN),
             num_generations=GROUP,
             max_num_seqs=PROMPTS * GROUP,
             pad_id=0,
@@ -80,7 +80,7 @@ def on_rank_counted(name: str, routes: bool) -> tuple[dict[str, float], float]:
     finally:
         SubLayer.forward, Look.step = old[SubLayer], old[Look]  # the rank lives on
         generation._Generation.steps = steps
-    assert turns == [TURN, TURN]
+    assert turns == [TURN] * 3
     each = {kind: count / layers.get(kind, TURN) for kind, count in seen.counts.items()}
     return each, seen.counts.total() / TURN
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_mm.config import RunConfig
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.engine.engine import Engine
 from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.generation import generate as generation
 from megatron_mm.generation.generate import Prompts
@@ -28,13 +29,13 @@ NEVER, MOST, GROUP = -1, 21, 2
 ASKED = (0, 12, 8, 5, 20, 3, 17)
 
 
-def complete(run: RunConfig, sampling: Sampling, rows: int, turn: int, routes: bool = False):
-    """The completions of this replica's questions, by question."""
-    engine = random_engine(run)
+def complete(engine: Engine, sampling: Sampling, rows: int, turn: int, routes: bool = False):
+    """The completions of this replica's questions."""
+    run = engine.run
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     questions, dp = EvalSet(run.data.valid_data, run, tokenizer), engine.groups.pg.dp
     asked = ASKED[dp.rank() :: dp.size()]
-    found = generation.generate(
+    return generation.generate(
         engine,
         Prompts(lambda i: questions[asked[i]].sample, asked),
         sampling,
@@ -44,21 +45,20 @@ def complete(run: RunConfig, sampling: Sampling, rows: int, turn: int, routes: b
         record_routes=routes,
         tokens_a_turn=turn,
     )
-    return dict(zip(asked, found, strict=True))
+
+
+def details(engine: Engine, rows: int, turn: int, stops: tuple[int, ...]) -> list[tuple]:
+    """(tokens, log-probabilities, finished, routes) of the completions."""
+    completions = complete(engine, Sampling(stops, MOST, 0.8, seed=3), rows, turn, routes=True)
+    return [
+        (c.tokens_G, c.logprobs_G, c.finished, c.routes_SLk) for group in completions for c in group
+    ]
 
 
 def on_rank_turns(run: RunConfig, rows: int, turns: tuple[int, ...], stops: tuple[int, ...]):
-    """By number of tokens a turn: (tokens, log-probabilities, finished, routes) of completions."""
-    found = {}
-    for turn in turns:
-        sampling = Sampling(stops, MOST, 0.8, seed=3)
-        completions = complete(run, sampling, rows, turn, routes=True)
-        found[turn] = [
-            (c.tokens_G, c.logprobs_G, c.finished, c.routes_SLk)
-            for group in completions.values()
-            for c in group
-        ]
-    return found
+    """`details` by the number of tokens a turn."""
+    engine = random_engine(run)
+    return {turn: details(engine, rows, turn, stops) for turn in turns}
 
 
 # Stop tokens enough that many rows end inside a turn, and rows too few for all completions.
@@ -91,6 +91,7 @@ def test_without_ends_and_refills_the_tokens_a_turn_change_no_bit(ranks, scenes)
 
 def on_rank_looks(run: RunConfig, turn: int) -> Counter:
     """How often the ranks agreed on a turn, and how often the host read drawn tokens."""
+    engine = random_engine(run)
     counts, agree, read = Counter(), dist.all_reduce, generation.on_the_host
 
     def agreed(tensor, *args, group=None, **kwargs):
@@ -103,7 +104,7 @@ def on_rank_looks(run: RunConfig, turn: int) -> Counter:
 
     dist.all_reduce, generation.on_the_host = agreed, looked
     try:
-        complete(run, Sampling((NEVER,), MOST, 0.8, seed=3), GROUP * len(ASKED), turn)
+        complete(engine, Sampling((NEVER,), MOST, 0.8, seed=3), GROUP * len(ASKED), turn)
     finally:
         dist.all_reduce, generation.on_the_host = agree, read  # the rank lives on
     return counts
@@ -159,6 +160,7 @@ class Stand:
 
 def on_rank_recorded(run: RunConfig, rows: int, stops: tuple[int, ...]) -> tuple:
     """Completions of plain steps and of recorded ones, and what was counted."""
+    engine = random_engine(run)
     made, init = [], generation._Generation.__init__
 
     def recording(self, *args):
@@ -167,10 +169,10 @@ def on_rank_recorded(run: RunConfig, rows: int, stops: tuple[int, ...]) -> tuple
         made.append(stand)
         self.replayed = Replayed(stand.record)
 
-    found = [on_rank_turns(run, rows, (8,), stops)[8]]
+    found = [details(engine, rows, 8, stops)]
     generation._Generation.__init__ = recording
     try:
-        found.append(on_rank_turns(run, rows, (8,), stops)[8])
+        found.append(details(engine, rows, 8, stops))
     finally:
         generation._Generation.__init__ = init  # the rank lives on
     return *found, made[0].counts

@@ -49,7 +49,7 @@ def test_steps_go_on_where_samples_ended(split):
     found = [state.fill(convolve_scan_and_keep, *arguments)]
     cache.filling = None
     order = by_part(KEY_HEADS, WIDTHS.rows)
-    taps, held = conv[order].t(), (state.tensors["inputs"], state.tensors["state"])
+    taps, held = conv[order].t().unbind(), (state.tensors["inputs"], state.tensors["state"])
     places = [x.data_ptr() for x in held]
     for back in range(split, 0, -1):
         at = ends[rows] - back

@@ -57,6 +57,20 @@ class GroupedExperts(nn.Module):
     def backward_dw(self) -> None:
         """Part of megatron-core's interface; weight gradients are never delayed here."""
 
+    def step(
+        self, tokens_RH: torch.Tensor, ends_E: torch.Tensor, probs_R: torch.Tensor
+    ) -> torch.Tensor:
+        """`forward` of a decoding step, [R, H]: no gradients and one operator for a product of all
+        experts.
+
+        Args:
+            ends_E: int32, where each expert's rows end.
+        """
+        inner = F.grouped_mm(tokens_RH, self.gate_up.flatten(1, 2).transpose(1, 2), offs=ends_E)
+        gate, up = inner.chunk(2, dim=-1)
+        hidden = F.silu(gate).mul_(up).mul_(probs_R.to(up.dtype).unsqueeze(-1))
+        return F.grouped_mm(hidden, self.down.transpose(1, 2), offs=ends_E)
+
 
 class _Experts(torch.autograd.Function):
     """The experts' products with a backward pass by hand, because autograd keeps four [R, F]

@@ -161,12 +161,12 @@ class MixtureOfExperts(MoELayer):
         sorted_K, place_K = experts_Rk.flatten().sort(stable=True)  # by expert, then by token
         token_K = place_K.div(experts_Rk.shape[1], rounding_mode="floor")
         count = self.router.num_experts
-        every_E1 = cache.kept(
-            ("experts", count), lambda: torch.arange(count, device=flat_RH.device).unsqueeze(1)
+        experts_E = cache.kept(
+            ("experts", count), lambda: torch.arange(1, count + 1, device=flat_RH.device)
         )
-        rows_KH, _ = self.experts(
+        rows_KH = self.experts.step(
             flat_RH.index_select(0, token_K),
-            (sorted_K == every_E1).sum(1),
+            torch.searchsorted(sorted_K, experts_E, out_int32=True),
             probs_Rk.flatten().index_select(0, place_K),
         )
         mixed_RH = torch.zeros_like(flat_RH).index_add_(0, token_K, rows_KH)

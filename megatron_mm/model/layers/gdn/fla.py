@@ -7,6 +7,8 @@ samples' boundaries and know grouped values. Written for flash-linear-attention 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_mm.model.layers.gdn.convolution import last_inputs
@@ -45,7 +47,7 @@ def convolve_scan_and_keep_fla(
 
 def convolve_and_step_fla(
     x_RC: torch.Tensor,
-    taps_WC: torch.Tensor,
+    taps: Sequence[torch.Tensor],
     log_decay_Rh: torch.Tensor,
     beta_Rh: torch.Tensor,
     inputs: torch.Tensor,
@@ -56,7 +58,7 @@ def convolve_and_step_fla(
     flash-linear-attention's keeps its inputs in another order."""
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
-    both, value = split_parts(convolution_step(x_RC, taps_WC, inputs), state.shape[1], widths)
+    both, value = split_parts(convolution_step(x_RC, taps, inputs), state.shape[1], widths)
     query, key = both.unbind(1)
     mixed, moved_on = fused_recurrent_gated_delta_rule(
         q=query.unsqueeze(1).contiguous(),

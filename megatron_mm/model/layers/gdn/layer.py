@@ -58,7 +58,7 @@ class StepConstants(NamedTuple):
 
     order: torch.Tensor  # int64, the features of the projection by part
     sizes: list[int]  # of the convolution's channels together and of the other parts
-    taps_WC: torch.Tensor
+    taps: tuple[torch.Tensor, ...]  # W times [C]
     rate: torch.Tensor  # fp32 [h], minus exp(A_log)
     dt_bias: torch.Tensor
 
@@ -199,7 +199,7 @@ class GatedDeltaNet(nn.Module):
         log_decay = F.softplus(a.float() + kept.dt_bias).mul_(kept.rate)
         mixed = self.mix_step(
             x,
-            kept.taps_WC,
+            kept.taps,
             log_decay,
             b.sigmoid(),
             *(state.tensors[name] for name in ("inputs", "state")),
@@ -217,7 +217,7 @@ class GatedDeltaNet(nn.Module):
         return StepConstants(
             by_part(keys, widths).to(conv.device),
             [keys * sum(widths[:3]), *(keys * width for width in widths[3:])],
-            conv.index_select(0, channels).t().contiguous(),
+            conv.index_select(0, channels).t().contiguous().unbind(),
             -A_log.float().exp(),
             dt_bias,
         )

@@ -34,7 +34,7 @@ def by_part(keys: int, widths: Sequence[int]) -> torch.Tensor:
 
 def convolve_and_step(
     x_RC: torch.Tensor,
-    taps_WC: torch.Tensor,
+    taps: Sequence[torch.Tensor],
     log_decay_Rh: torch.Tensor,
     beta_Rh: torch.Tensor,
     inputs: torch.Tensor,
@@ -44,13 +44,15 @@ def convolve_and_step(
     """`convolve_and_scan` of one position of each row, [R, h, V].
 
     Args:
-        x_RC, taps_WC: channels by part.
+        x_RC: channels by part.
+        taps: W times [C], the oldest input's first; channels by part.
         inputs: [R, W - 1, C], those of the convolution before this one, moved on in place.
+        log_decay_Rh: fp32.
         state: fp32 [R, k, r, K, V], updated in place.
     """
-    mixed = convolution_step(x_RC, taps_WC, inputs)
+    mixed = convolution_step(x_RC, taps, inputs).float()
     both, value = split_parts(mixed, state.shape[1], widths)
-    return delta_rule_step(both, value, log_decay_Rh, beta_Rh, state)
+    return delta_rule_step(both, value, log_decay_Rh, beta_Rh, state).to(x_RC.dtype)
 
 
 def split_parts(
@@ -63,13 +65,13 @@ def split_parts(
 
 
 def convolution_step(
-    x_RC: torch.Tensor, taps_WC: torch.Tensor, inputs_RWC: torch.Tensor
+    x_RC: torch.Tensor, taps: Sequence[torch.Tensor], inputs_RWC: torch.Tensor
 ) -> torch.Tensor:
     """[R, C] after silu; arguments of `convolve_and_step`."""
-    mixed = x_RC * taps_WC[-1]
-    for tap in range(len(taps_WC) - 1):
-        mixed.addcmul_(inputs_RWC[:, tap], taps_WC[tap])
-    inputs_RWC.copy_(torch.cat((inputs_RWC[:, 1:], x_RC.unsqueeze(1)), 1))
+    mixed, before = x_RC * taps[-1], inputs_RWC.unbind(1)
+    for old, tap in zip(before, taps, strict=False):
+        mixed.addcmul_(old, tap)
+    inputs_RWC.copy_(torch.stack((*before[1:], x_RC), 1))
     return F.silu(mixed, inplace=True)
 
 
@@ -80,21 +82,20 @@ def delta_rule_step(
     beta_Rh: torch.Tensor,
     state: torch.Tensor,
 ) -> torch.Tensor:
-    """[R, h, V] in the dtype of value; computed in fp32.
+    """[R, h, V]; all in fp32 but beta.
 
     Args:
         query_and_key: not yet normalised.
-        state: fp32 [R, k, r, K, V], updated in place.
+        state: [R, k, r, K, V], updated in place.
     """
     rows, heads, width = value_RhV.shape
-    both = query_and_key_R2kK.float()
-    scale = inverse_norm(both)
-    scale[:, 0].mul_(both.shape[-1] ** -0.5)
-    both = (both * scale).unsqueeze(3).expand(-1, -1, -1, state.shape[2], -1)
+    scale = inverse_norm(query_and_key_R2kK)
+    scale[:, 0].mul_(query_and_key_R2kK.shape[-1] ** -0.5)
+    both = (query_and_key_R2kK * scale).unsqueeze(3).expand(-1, -1, -1, state.shape[2], -1)
     q, k = both.transpose(0, 1).reshape(2, rows * heads, 1, -1).unbind()
     flat = state.view(rows * heads, *state.shape[3:])
-    flat.mul_(log_decay_Rh.float().exp().view(-1, 1, 1))
-    value = value_RhV.float().reshape(rows * heads, 1, width)
+    flat.mul_(log_decay_Rh.exp().view(-1, 1, 1))
+    value = value_RhV.reshape(rows * heads, 1, width)
     new = (value - torch.bmm(k, flat)).mul_(beta_Rh.float().reshape(-1, 1, 1))
     flat.baddbmm_(k.transpose(1, 2), new)
-    return torch.bmm(q, flat).view(rows, heads, width).to(value_RhV.dtype)
+    return torch.bmm(q, flat).view(rows, heads, width)
