@@ -32,6 +32,7 @@ from megatron_mm.engine.optimizer import (
     clip_and_step,
     distributes,
     freeze,
+    gradient_norm,
     overlaps,
 )
 from megatron_mm.model.backends.interface import Backend
@@ -146,7 +147,7 @@ class Engine:
     def gradient_norm(self) -> float:
         """L2 norm of all gradients of the model before clipping, the same on every rank."""
         self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+        return gradient_norm(self.optimizer)
 
     def update(self, gradient_norm: float) -> None:
         """Clips the gradients, updates the parameters and advances the schedule.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import chain
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -16,6 +18,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
 
 from megatron_mm import platform
 from megatron_mm.config import ParallelConfig, RunConfig
@@ -137,6 +140,29 @@ def build_optimizer(
             for group in inner.param_groups:
                 group["fused"] = True
     return optimizer
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """L2 norm of all gradients of the model, the same on every rank. Needs `prepare_grads`.
+
+    megatron-core's `get_grad_norm` without Transformer Engine and apex, to the bit on the CPU; but
+    that reads the norm of every parameter from the device, this one number for all.
+    """
+    by_group: dict[ProcessGroup, list[torch.Tensor]] = {}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        gradients = by_group.setdefault(part.get_grad_stats_parallel_group(), [])
+        gradients += part.get_grads_for_grad_norm()
+    squares = []
+    for group, gradients in by_group.items():
+        square = torch.zeros((), device=platform.device())
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients))
+            square = torch.linalg.vector_norm(norms).square()
+        dist.all_reduce(square, group=group)
+        squares.append(square)
+    norms = [square**0.5 for square in torch.stack(squares).tolist()]
+    return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
 
 
 def clip_and_step(optimizer: MegatronOptimizer, gradient_norm: float, clip_grad: float) -> None:

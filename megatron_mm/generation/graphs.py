@@ -59,8 +59,8 @@ class Replayed:
 
 def recorder(engine: Engine, sampling: Sampling) -> Record | None:
     """Returns how steps of this run are recorded; None where they cannot be: without a GPU, on a
-    pipeline, where experts are spread over ranks, whose dispatcher waits for the host, and where
-    routers draw."""
+    pipeline, where routers draw, and where experts wait for the host, because they are spread over
+    ranks or have no kernel for all of their products."""
     backend = engine.run.backend
     experts = [m for c in engine.chunks for m in c.modules() if isinstance(m, MixtureOfExperts)]
     possible = (
@@ -69,7 +69,9 @@ def recorder(engine: Engine, sampling: Sampling) -> Record | None:
         and backend.transformer_impl == "local"
         and engine.groups.pg.pp.size() == 1
         and not sampling.router_temperature
-        and all(layer.steps_alone for layer in experts)
+        and all(
+            m.steps_alone and m.experts.in_one_kernel(engine.config.params_dtype) for m in experts
+        )
     )
     return cuda_graph if possible else None
 

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm.config import RunConfig, effective_pattern, num_layers
 from megatron_mm.config.families import vision_family, vision_settings
 from megatron_mm.config.objectives import declaration
+from megatron_mm.model.backends.choice import fuses_permutation
 
 
 def language_config(run: RunConfig) -> TransformerConfig:
@@ -45,6 +46,9 @@ def language_config(run: RunConfig) -> TransformerConfig:
         moe_router_dtype=language.moe_router_dtype,
         moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
         moe_shared_expert_overlap=parallel.moe_shared_expert_overlap,
+        moe_permute_fusion=fuses_permutation(),
+        # Its kernel would choose the experts without asking for given, drawn or forbidden ones.
+        moe_router_fusion=False,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if interleaved else None,
@@ -60,6 +64,7 @@ def language_config(run: RunConfig) -> TransformerConfig:
         overlap_p2p_comm=interleaved,
         calculate_per_token_loss=True,
         perform_initialization=False,  # parallel/param_layout.py does it, whatever the layout
+        # The experts' stacks and the linears outside of the language stack cannot.
         gradient_accumulation_fusion=False,
         transformer_impl=backend.transformer_impl,
         deterministic_mode=backend.deterministic_mode,

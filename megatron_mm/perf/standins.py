@@ -77,7 +77,15 @@ def balance(model: torch.nn.Module, tokens: int) -> None:
     this many tokens."""
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
-            module.token_dispatcher = BalancedDispatcher.like(module.token_dispatcher, tokens)
+            dispatcher = BalancedDispatcher.like(module.token_dispatcher, tokens)
+            module.token_dispatcher = dispatcher
+            if module.alone:  # it asks its router for the counts
+                module.experts.groups = partial(_balanced, module.experts.groups, dispatcher)
+
+
+def _balanced(groups: Callable, dispatcher: BalancedDispatcher, tokens_per_expert, tokens_RH):
+    """Arguments and result of `GroupedExperts.groups`."""
+    return groups(dispatcher.counts_here(), tokens_RH)
 
 
 class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
@@ -116,6 +124,10 @@ class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
             self.num_global_tokens_per_local_expert = local.view(-1, self.num_local_experts)
             self._maybe_update_cuda_sync_point("before_permutation_2")
         return local.sum((0, 1))
+
+    def counts_here(self) -> torch.Tensor:
+        """int64 [E]: the rows that this rank's part of the stream sends to each expert."""
+        return self._counts([dist.get_rank()])[0]
 
     def _counts(self, ranks: list[int]) -> torch.Tensor:
         """int64 [ranks, E]: the rows that each rank's part of its stream sends to each expert."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_mm import platform
 from megatron_mm.checkpoint.optimizer_state import owned
 from megatron_mm.engine.engine import Engine
 from megatron_mm.report.metrics_log import ROUTER_NORM
@@ -27,14 +26,16 @@ class RouterNorms:
         nothing where routers are frozen. Every rank of the job calls it, after
         `Engine.gradient_norm`."""
         layers = self.engine.config.num_layers
+        learning = [(n, mine) for n, mine in self.routers if mine.main.grad is not None]
         # Squares, and how many of the router's elements they are of: all ranks of its stage have
         # the same gradient, whole or, with the distributed optimizer, in parts.
-        sums = torch.zeros(2, layers, dtype=torch.float64, device=platform.device())
-        for layer, mine in self.routers:
-            if mine.main.grad is not None:
-                sums[0, layer] += mine.main.grad.double().square().sum()
+        sums = torch.zeros(2, layers, dtype=torch.float64)  # on the CPU, as `world` is
+        if learning:
+            gradients = [mine.main.grad for _, mine in learning]
+            norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64))
+            for (layer, mine), square in zip(learning, norms.square().tolist(), strict=True):
+                sums[0, layer] += square
                 sums[1, layer] += mine.stop - mine.start
-        sums = sums.cpu()  # as `world` is
         dist.all_reduce(sums, group=self.engine.groups.world)
         language = self.engine.run.model.language
         whole = language.num_experts * language.hidden_size

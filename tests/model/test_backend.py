@@ -64,6 +64,35 @@ def test_without_fp8_there_is_none():
     assert config.fp8 is None and config.transformer_impl == "transformer_engine"
 
 
+KERNELS = ("fused_permute", "fused_permute_with_probs", "fused_unpermute")
+KERNELS += ("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs")
+
+
+@pytest.mark.parametrize(
+    "problem, missing, fused",
+    [
+        (None, None, True),
+        ("Transformer Engine does not load", None, False),
+        (None, "fused_sort_chunks_by_index", False),  # one of before 2.1
+    ],
+)
+def test_the_dispatcher_sorts_with_transformer_engine_where_it_is(
+    monkeypatch, problem, missing, fused
+):
+    """Whichever layers compute. Its choice of experts is never used: it would ask nobody for
+    given, drawn or forbidden ones."""
+    monkeypatch.setattr(backend, "missing_transformer_engine", lambda: problem)
+    for name in KERNELS:
+        kernel = None if name == missing else object()
+        monkeypatch.setattr(backend.moe_utils, name, kernel)
+    config = language_config(small_run())
+    assert config.moe_permute_fusion is fused and not config.moe_router_fusion
+
+
+def test_without_transformer_engine_the_dispatcher_sorts_in_torch():
+    assert not language_config(small_run()).moe_permute_fusion
+
+
 # ---- the choice ----
 
 

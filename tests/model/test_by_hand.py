@@ -10,6 +10,7 @@ from megatron_mm.model.layers.experts import _Experts
 from megatron_mm.model.layers.gdn import convolution as gdn_conv
 from megatron_mm.model.layers.gdn import delta_rule as gdn_kernels
 from megatron_mm.model.layers.gdn.chunks import chunk_plan, to_cells, to_stream
+from megatron_mm.model.layers.row_groups import OneByOne
 
 LENGTHS = (9, 1, 6, 3)  # in chunks of 4: three, one, two, one; every step but the first partial
 
@@ -41,7 +42,7 @@ def test_convolution(double):
 def test_experts():
     """One of the four has no row."""
     args = draw((7, 3), (7,), (4, 2, 5, 3), (4, 3, 5))
-    assert gradcheck(lambda *a: _Experts.apply(*a, [2, 0, 4, 1]), args)
+    assert gradcheck(lambda *a: _Experts.apply(*a, OneByOne([2, 0, 4, 1])), args)
 
 
 @pytest.mark.parametrize("size", [1, 4, 16])

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 
 import torch
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_mm.config import BackendConfig, ConfigError, ParallelConfig
 from megatron_mm.model.backends.interface import Backend
@@ -124,6 +125,20 @@ def missing_transformer_engine() -> str | None:
             f"{INSTALL_TE}"
         )
     return None
+
+
+def fuses_permutation() -> bool:
+    """Whether megatron-core's dispatcher can sort tokens by expert with Transformer Engine's
+    kernels, whichever layers compute: one each way in place of a sort, and no wait for the sizes
+    of the chunks."""
+    kernels = (
+        moe_utils.fused_permute,
+        moe_utils.fused_permute_with_probs,
+        moe_utils.fused_sort_chunks_by_index,
+        moe_utils.fused_sort_chunks_by_index_with_probs,
+        moe_utils.fused_unpermute,
+    )
+    return None not in kernels and missing_transformer_engine() is None
 
 
 def slow_delta_rule(settings: BackendConfig) -> str | None:

@@ -14,6 +14,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from megatron_mm.model.layers.row_groups import (
+    InOneKernel,
+    OneByOne,
+    RowGroups,
+    fits_one_kernel,
+    major_capability,
+)
 from megatron_mm.parallel.param_layout import normal, place
 
 
@@ -50,9 +57,21 @@ class GroupedExperts(nn.Module):
         probs_R: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
         """Rows R are sorted by local expert; returns [R, H] and no bias."""
-        sizes = tokens_per_expert.tolist()
+        groups = self.groups(tokens_per_expert, tokens_RH)
         probs_R = probs_R.to(tokens_RH.dtype)
-        return _Experts.apply(tokens_RH, probs_R, self.gate_up, self.down, sizes), None
+        return _Experts.apply(tokens_RH, probs_R, self.gate_up, self.down, groups), None
+
+    def groups(self, tokens_per_expert: torch.Tensor, tokens_RH: torch.Tensor) -> RowGroups:
+        """The rows of each expert, for the fastest products that there are."""
+        if self.in_one_kernel(tokens_RH.dtype):
+            return InOneKernel(tokens_per_expert, tokens_RH.device)
+        return OneByOne(tokens_per_expert.tolist())
+
+    def in_one_kernel(self, dtype: torch.dtype) -> bool:
+        """Whether products of rows of this type are one kernel, which waits for nothing."""
+        experts, hidden, ffn = self.down.shape
+        capability = major_capability(self.down.device)
+        return fits_one_kernel(capability, dtype, experts, (hidden, ffn))
 
     def backward_dw(self) -> None:
         """Part of megatron-core's interface; weight gradients are never delayed here."""
@@ -77,54 +96,38 @@ class _Experts(torch.autograd.Function):
     tensors where one [R, 2F] is enough, and collects the gradients of the experts' weights one by
     one before it stacks them.
 
-    Only the matrix products go expert by expert; the rest is done for all rows at once.
+    The matrix products are the groups' business; the rest is done for all rows at once.
     """
 
     @staticmethod
-    def forward(ctx, x_RH, probs_R, gate_up, down, sizes: list[int]):
-        inner = _products(x_RH, gate_up.flatten(1, 2).transpose(1, 2), sizes)
+    def forward(ctx, x_RH, probs_R, gate_up, down, groups: RowGroups):
+        inner = groups.products(x_RH, gate_up.flatten(1, 2).transpose(1, 2))
         gate, up = inner.chunk(2, dim=-1)
         hidden = F.silu(gate).mul_(up).mul_(probs_R.unsqueeze(-1))
-        ctx.sizes = sizes
+        ctx.groups = groups
         ctx.save_for_backward(x_RH, probs_R, gate_up, down, inner)
-        return _products(hidden, down.transpose(1, 2), sizes)
+        return groups.products(hidden, down.transpose(1, 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         x_RH, probs_R, gate_up, down, inner = ctx.saved_tensors
-        sizes, probs = ctx.sizes, probs_R.unsqueeze(-1)
+        groups, probs = ctx.groups, probs_R.unsqueeze(-1)
         d_out = d_out.contiguous()
         gate, up = inner.chunk(2, dim=-1)
         silu = F.silu(gate)
         hidden = silu * up
-        d_hidden = _products(d_out, down, sizes)
+        d_hidden = groups.products(d_out, down)
         d_probs = (d_hidden * hidden).sum(-1)
         d_hidden.mul_(probs)
         d_down = d_gate_up = None
         if ctx.needs_input_grad[3]:
-            d_down = _weight_gradients(d_out, hidden.mul_(probs), sizes)
+            d_down = groups.weight_gradients(d_out, hidden.mul_(probs))
         d_inner = torch.empty_like(inner)
         d_gate, d_up = d_inner.chunk(2, dim=-1)
         torch.mul(d_hidden, silu, out=d_up)
         d_gate.copy_(torch.ops.aten.silu_backward(d_hidden.mul_(up), gate))
         if ctx.needs_input_grad[2]:
-            d_gate_up = _weight_gradients(d_inner, x_RH, sizes).view_as(gate_up)
-        d_x = _products(d_inner, gate_up.flatten(1, 2), sizes)
+            d_gate_up = groups.weight_gradients(d_inner, x_RH).view_as(gate_up)
+        d_x = groups.products(d_inner, gate_up.flatten(1, 2))
         return d_x, d_probs, d_gate_up, d_down, None
-
-
-def _products(x_RI: torch.Tensor, weight_EIO: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Each expert's rows times its weight, [R, O]."""
-    out = x_RI.new_empty(len(x_RI), weight_EIO.shape[-1])
-    for x, weight, y in zip(x_RI.split(sizes), weight_EIO, out.split(sizes), strict=True):
-        torch.mm(x, weight, out=y)
-    return out
-
-
-def _weight_gradients(d_RO: torch.Tensor, x_RI: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Sum of the outer products of each expert's rows, [E, O, I]; zero without any row."""
-    out = x_RI.new_empty(len(sizes), d_RO.shape[-1], x_RI.shape[-1])
-    for d, x, grad in zip(d_RO.split(sizes), x_RI.split(sizes), out, strict=True):
-        torch.mm(d.t(), x, out=grad)
-    return out

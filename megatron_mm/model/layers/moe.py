@@ -118,7 +118,7 @@ class MixtureOfExperts(MoELayer):
         self.router.router_replay = routing and routing.of_layer(
             index, context.recomputing, context.metrics
         )
-        if self.alone and not torch.is_grad_enabled():
+        if self.alone:
             hidden_t1H = self._in_place(hidden_t1H, context.padding_1t)
         else:
             hidden_t1H = super().forward(hidden_t1H, padding_mask=context.padding_1t)[0]
@@ -130,17 +130,20 @@ class MixtureOfExperts(MoELayer):
         return hidden_t1H
 
     def _in_place(self, hidden_t1H: torch.Tensor, padding_1t: torch.Tensor | None) -> torch.Tensor:
-        """The layer where every expert is on this rank: sums in megatron-core's order, without
-        its dispatcher, whose steps outweigh the experts' products when a row is one token."""
+        """The layer where every expert is on this rank, without megatron-core's dispatcher: the
+        same sums in the same order, forward and backward, and on a GPU no wait for the sizes."""
         padding_t1 = None if padding_1t is None else padding_1t.t()
+        shared_t1H = self.shared_experts(hidden_t1H)
         probs_tE, chosen_tE = self.router(hidden_t1H, padding_t1)
-        flat_tH, chosen_Et = hidden_t1H.flatten(0, 1), chosen_tE.t()
-        (_, token_R) = chosen_Et.nonzero(as_tuple=True)  # sorted by expert
+        flat_tH = hidden_t1H.flatten(0, 1)
+        # Every position has k experts, so how many rows there are need not be counted.
+        rows = len(flat_tH) * self.config.moe_router_topk
+        expert_R, token_R = chosen_tE.t().nonzero_static(size=rows).unbind(1)  # sorted by expert
         rows_RH, _ = self.experts(
-            flat_tH.index_select(0, token_R), chosen_tE.sum(0), probs_tE.t()[chosen_Et]
+            flat_tH.index_select(0, token_R), chosen_tE.sum(0), probs_tE[token_R, expert_R]
         )
         mixed_tH = torch.zeros_like(flat_tH).index_add_(0, token_R, rows_RH)
-        return mixed_tH.view_as(hidden_t1H) + self.shared_experts(hidden_t1H)
+        return mixed_tH.view_as(hidden_t1H) + shared_t1H
 
     def step(
         self, hidden_r1H: torch.Tensor, context: StreamContext, cache: DecodeCache
@@ -149,10 +152,8 @@ class MixtureOfExperts(MoELayer):
         the same order, from the chosen experts alone and not from tables of all. Ranks that share
         every expert compute their part of it for the rows of all of them."""
         shared_r1H = self._shared(hidden_r1H)
-        flat_RH, (probs_Rk, experts_Rk) = (
-            hidden_r1H.flatten(0, 1),
-            self._choose(hidden_r1H, context),
-        )
+        flat_RH = hidden_r1H.flatten(0, 1)
+        probs_Rk, experts_Rk = self._choose(hidden_r1H, context)
         if self.expert_tp.size() > 1:
             flat_RH, probs_Rk, experts_Rk = (
                 gather_from_sequence_parallel_region(x, group=self.expert_tp)
