@@ -82,7 +82,8 @@ def run(func, args: tuple, kwargs: dict[str, Any], there: list[GpuTensor], here:
             GPU.wait("barrier")
     else:  # gloo's copies them to the CPU and back
         GPU.wait("gloo")
-    GPU.recorder.launch(f"c10d {name}")
+    GPU.launch(f"c10d {name}")
+    GPU.refuse_in_capture(f"c10d {name}")  # CUDA takes NCCL's; nothing here records them
     twin = _twin(group)
     if name in UNEVEN and (done := UNEVEN[name](twin, args)):
         return done

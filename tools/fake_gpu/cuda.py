@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
+from tools.fake_gpu.functions import Functions
+from tools.fake_gpu.graphs import CUDAGraph, graph
 from tools.fake_gpu.process import DEVICES, GPU, MEMORY, NAME
 from tools.fake_gpu.tensor import GpuTensor
+
+CHECKPOINT = checkpoint.checkpoint
 
 
 class Replacement(NamedTuple):
@@ -123,6 +128,19 @@ def _uncompiled(function=None, **kwargs: Any):
     return called
 
 
+def _checkpoint(function, *args: Any, **kwargs: Any):
+    """torch's `checkpoint`, whose function comes through `Functions` when it is repeated too:
+    inside autograd no such mode is on."""
+
+    def called(*args: Any, **kwargs: Any):
+        if torch._C._is_torch_function_mode_enabled():
+            return function(*args, **kwargs)
+        with Functions():
+            return function(*args, **kwargs)
+
+    return CHECKPOINT(called, *args, **kwargs)
+
+
 def _apply(self: nn.Module, function, recurse: bool = True) -> nn.Module:
     """`nn.Module._apply`. On CUDA a parameter that moves stays the same object and its data is
     exchanged; here it becomes another object, with the same attributes, the same for all modules
@@ -184,12 +202,18 @@ REPLACEMENTS = [
         "get_device_name": _always(NAME),
         "get_device_properties": _always(Properties()),
         "is_bf16_supported": _always(True),
-        "is_current_stream_capturing": _always(False),
+        "is_current_stream_capturing": lambda: GPU.capture is not None,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "graph_pool_handle": _always((0, 0)),
     }.items()
 ] + [
+    Replacement(torch.cuda.random, "current_device", lambda: GPU.index),
+    Replacement(torch.cuda.random, "device_count", _always(DEVICES)),
     Replacement(torch.cuda.nvtx, "range_push", _always(None)),
     Replacement(torch.cuda.nvtx, "range_pop", _always(None)),
     Replacement(torch, "compile", _uncompiled),
+    Replacement(checkpoint, "checkpoint", _checkpoint),
     Replacement(nn.Module, "_apply", _apply),
     Replacement(nn.Module, "cuda", lambda self, device=None: self.to(GPU.device)),
 ]

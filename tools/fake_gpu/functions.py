@@ -56,7 +56,7 @@ def _is_device(x: object) -> bool:
 
 
 def is_cuda(x: object) -> bool:
-    return _is_device(x) and torch.device(x).type == "cuda"  # type: ignore[arg-type]
+    return _is_device(x) and torch.device(x).type == "cuda"
 
 
 def _as_meta(x: object) -> object:
@@ -67,7 +67,7 @@ def _as_meta(x: object) -> object:
     """
     if not is_cuda(x):
         return x
-    index = torch.device(x).index  # type: ignore[arg-type]
+    index = torch.device(x).index
     if index not in (None, GPU.index):
         raise RuntimeError(f"cuda:{index} is named, but this rank's device is {GPU.device}")
     return META
@@ -90,7 +90,7 @@ def _from_data(func, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return made if device is None else made.to(device)
     _as_meta(device)
     GPU.wait(func.__name__)
-    GPU.recorder.launch("_to_copy")
+    GPU.launch("_to_copy")
     return GpuTensor(made.detach().clone()).requires_grad_(made.requires_grad)
 
 

@@ -6,7 +6,6 @@ for one, pass through.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +18,6 @@ from tools.fake_gpu.tensor import GpuTensor
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
-# Of those without alias annotations: no kernel either.
-NO_KERNEL = {
-    *(aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided),
-    *(aten._unsafe_view, aten.lift_fresh, aten.resize_, aten.set_),
-}
 
 
 class Operators(TorchDispatchMode):
@@ -62,10 +56,11 @@ def run(func, args: tuple, kwargs: dict[str, Any]) -> Any:
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     if device is not None:
         kwargs["device"] = CPU
-    out = func(*_hosts(args), **_hosts(kwargs))
+    out = GPU.compute(func, *_hosts(args), **_hosts(kwargs))
     if device is not None and not wanted:  # `zeros_like(x, device="cpu")`
         return out
-    _count(func)
+    if rules.computes(func):
+        GPU.launch(func._overloadpacket.__name__)
     return _wrapped(func, out, there)
 
 
@@ -88,20 +83,6 @@ def _wrapped(func, out: Any, there: list[GpuTensor]) -> Any:
     return pytree.tree_map_only(torch.Tensor, back, out)
 
 
-@cache
-def _launches(func) -> bool:
-    """Whether it is neither a view nor an allocation."""
-    if func._overloadpacket in NO_KERNEL:
-        return False
-    returned = [r.alias_info for r in func._schema.returns]
-    return not any(alias is not None and not alias.is_write for alias in returned)
-
-
-def _count(func) -> None:
-    if _launches(func):
-        GPU.recorder.launch(func._overloadpacket.__name__)
-
-
 # ---- copies between the two memories
 
 
@@ -111,18 +92,18 @@ def _moved(source: torch.Tensor, kwargs: dict[str, Any], to_gpu: bool) -> torch.
     was_there = isinstance(source, GpuTensor)
     host = source.host if isinstance(source, GpuTensor) else source
     kept = {k: v for k, v in kwargs.items() if k in ("dtype", "layout", "memory_format")}
-    out = aten._to_copy.default(host, **kept)
+    out = GPU.compute(aten._to_copy.default, host, **kept)
     if to_gpu:
         if not was_there:
             _arriving(source, leaves_host)
-        GPU.recorder.launch("_to_copy")
+        GPU.launch("_to_copy")
         return GpuTensor(out)
     if leaves_host:  # into pinned memory, as torch allocates it then
         GPU.pin(out)
         GPU.send(out, out)
     else:
         GPU.wait("copy to the CPU")
-    GPU.recorder.launch("_to_copy")
+    GPU.launch("_to_copy")
     return out
 
 
@@ -134,12 +115,12 @@ def _copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = Fal
         _arriving(source, non_blocking)
     elif isinstance(source, GpuTensor) and not isinstance(target, GpuTensor):
         if non_blocking and GPU.has_pinned(target):
-            GPU.recorder.launch("copy_")
+            GPU.launch("copy_")
             GPU.send(target, out_of.expand_as(target).to(target.dtype))
             return target
         GPU.wait("copy to the CPU")
-    GPU.recorder.launch("copy_")
-    into.copy_(out_of)
+    GPU.launch("copy_")
+    GPU.compute(aten.copy_.default, into, out_of)
     return target
 
 
@@ -148,4 +129,5 @@ def _arriving(source: torch.Tensor, leaves_host: bool) -> None:
     if not leaves_host:
         GPU.wait("copy from the CPU")
     elif not GPU.has_pinned(source):
+        GPU.refuse_in_capture("copy from memory that is not pinned")
         GPU.recorder.remark("copy from memory that is not pinned")

@@ -6,6 +6,7 @@ Each check raises the error that CUDA raises, in one line that names the operato
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,9 +33,23 @@ TAKES_CPU_SCALAR = {
     *(aten._foreach_mul.Tensor, aten._foreach_mul_.Tensor),
     *(aten._foreach_div.Tensor, aten._foreach_div_.Tensor),
 }
+# Of those that return no view: they compute nothing either.
+ALLOCATIONS = {
+    *(aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided),
+    *(aten._unsafe_view, aten.lift_fresh, aten.resize_, aten.set_),
+}
 # Operators whose result depends on values say so by these tags: the host waits for them.
 WAITING_TAGS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 REASONS = {"_local_scalar_dense": "item", "_unique2": "unique"}
+
+
+@cache
+def computes(func) -> bool:
+    """Whether an operator launches a kernel: it neither only allocates nor returns a part of an
+    argument."""
+    returned = [r.alias_info for r in func._schema.returns]
+    views = any(alias is not None and not alias.is_write for alias in returned)
+    return not views and func._overloadpacket not in ALLOCATIONS
 
 
 def gpu_and_cpu(flat: Sequence[Any]) -> tuple[list[GpuTensor], list[torch.Tensor]]:

@@ -33,7 +33,7 @@ class GpuTensor(torch.Tensor):
         return made
 
     # Functions arrive below autograd only, in `operators.run`.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -44,12 +44,12 @@ class GpuTensor(torch.Tensor):
     # ---- where it is
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return GPU.device
 
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
-    is_meta = property(lambda self: False)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+    is_meta = property(lambda self: False)
 
     def get_device(self) -> int:
         return GPU.index
@@ -113,7 +113,7 @@ class GpuTensor(torch.Tensor):
     def __array__(self, *args: Any, **kwargs: Any):
         return self.numpy()
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: Any) -> str:
         GPU.wait("repr")
         return f"GpuTensor({self.host!r})"
 
@@ -132,8 +132,7 @@ class GpuTensor(torch.Tensor):
             copy = torch.nn.Parameter(copy, self.requires_grad)
         else:
             copy.requires_grad_(self.requires_grad)
-        own = {name: value for name, value in vars(self).items() if name != "host"}
-        vars(copy).update(own)
+        copy.__dict__.update({name: value for name, value in vars(self).items() if name != "host"})
         memo[id(self)] = copy
         return copy
 
