@@ -152,15 +152,21 @@ class _Generation:
         """Returns the turn that all ranks of the job take next; None when they are done."""
         fill = self.left > 0 and any(lane.free >= self.group for lane in self.lanes)
         steps = min(self.every, max(lane.left for lane in self.lanes))
-        wishes = torch.tensor([stop, fill, steps], dtype=torch.int32)
+        rows = max(lane.needed(self.row_multiple) for lane in self.lanes)
+        wishes = torch.tensor([stop, fill, steps, self.left, rows], dtype=torch.int32)
         world = self.engine.groups.world
         if world.size() > 1:
             dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=world)
-        stop, fill, steps = wishes.tolist()
-        self.stopped = bool(stop)
+        stopped, fill, steps, left, rows = wishes.tolist()
+        self.stopped = bool(stopped)
         if self.stopped or not (fill or steps):
             return None
-        return self.prefill if fill else partial(self.steps, steps)
+        if fill:
+            return self.prefill
+        if not left:  # all lanes of the job stay of one size: ranks may share their rows' experts
+            for lane in self.lanes:
+                lane.shrink(rows)
+        return partial(self.steps, steps)
 
     def prefill(self) -> None:
         batches, _ = receive(self.engine.groups, self._admit)
@@ -186,9 +192,6 @@ class _Generation:
 
     def steps(self, count: int) -> None:
         """Draws `count` tokens for every row. The host learns of them when all are drawn."""
-        if not self.left:
-            for lane in self.lanes:
-                lane.shrink(self.row_multiple)
         every = [torch.arange(lane.cache.rows) for lane in self.lanes]
         longest = [lane.longest for lane in self.lanes]
         uniforms = self._uniforms(every, count)

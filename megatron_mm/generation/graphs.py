@@ -58,16 +58,16 @@ class Replayed:
 
 
 def recorder(engine: Engine, sampling: Sampling) -> Record | None:
-    """Returns how steps of this run are recorded; None where they cannot be: without a GPU, on a
-    pipeline, where routers draw, and where experts wait for the host, because they are spread over
-    ranks or have no kernel for all of their products."""
+    """Returns how steps of this run are recorded; None where they are not: without a GPU, on a
+    pipeline, with expert parallelism, where routers draw, and where experts have no kernel for all
+    of their products, so that a step waits for the host."""
     backend = engine.run.backend
     experts = [m for c in engine.chunks for m in c.modules() if isinstance(m, MixtureOfExperts)]
     possible = (
         backend.decoding_cuda_graph
         and platform.device().type == "cuda"
         and backend.transformer_impl == "local"
-        and engine.groups.pg.pp.size() == 1
+        and engine.groups.pg.pp.size() == engine.groups.pg.ep.size() == 1
         and not sampling.router_temperature
         and all(
             m.steps_alone and m.experts.in_one_kernel(engine.config.params_dtype) for m in experts

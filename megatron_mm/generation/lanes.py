@@ -187,12 +187,15 @@ class Lane:
         there = rows.to(held.device, non_blocking=True)
         return held[:, :, :longest].index_select(0, there).cpu()
 
-    def shrink(self, multiple: int) -> None:
-        """Drops free rows once half of all are free, keeping a multiple of `multiple` rows."""
-        busy = self.busy_rows
-        wanted = max(1, -(-len(busy) // multiple)) * multiple
+    def needed(self, multiple: int) -> int:
+        """The rows that are generating, and free ones up to a multiple of `multiple`."""
+        return max(1, -(-len(self.busy_rows) // multiple)) * multiple
+
+    def shrink(self, wanted: int) -> None:
+        """Drops free rows until `wanted` are left, once these are at most half of all."""
         if 2 * wanted > self.cache.rows:
             return
+        busy = self.busy_rows
         (free,) = (~self.active_R).nonzero(as_tuple=True)
         rows = torch.cat((busy, free[: wanted - len(busy)]))
         self.cache.keep(rows)

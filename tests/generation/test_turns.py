@@ -7,6 +7,7 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from functools import partial
 
@@ -95,7 +96,7 @@ def on_rank_looks(run: RunConfig, turn: int) -> Counter:
     counts, agree, read = Counter(), dist.all_reduce, generation.on_the_host
 
     def agreed(tensor, *args, group=None, **kwargs):
-        counts["agreed"] += dist.get_backend(group) == "gloo" and tensor.dtype == torch.int32
+        counts["agreed"] += sys._getframe(1).f_code.co_name == "next_turn"
         return agree(tensor, *args, group=group, **kwargs)
 
     def looked(drawn):

@@ -83,7 +83,7 @@ class GroupedExperts(nn.Module):
         experts.
 
         Args:
-            ends_E: int32, where each expert's rows end.
+            ends_E: int32, where each expert's rows end. Rows after the last are not computed.
         """
         inner = F.grouped_mm(tokens_RH, self.gate_up.flatten(1, 2).transpose(1, 2), offs=ends_E)
         gate, up = inner.chunk(2, dim=-1)

@@ -83,13 +83,9 @@ class MixtureOfExperts(MoELayer):
         self.set_layer_number(layer + 1)
         sizes = [group.size() for group in (pg.tp, pg.ep, pg.expt_tp)]
         self.alone = isinstance(self.experts, GroupedExperts) and max(sizes) == 1
-        # Every expert is on this rank, or a part of each on every tensor-parallel rank.
-        self.expert_tp = pg.expt_tp
-        self.steps_alone = (
-            isinstance(self.experts, GroupedExperts)
-            and pg.ep.size() == 1
-            and pg.expt_tp.size() in (1, pg.tp.size())
-        )
+        self.steps_alone = isinstance(self.experts, GroupedExperts)
+        # The ranks that share the experts; the first of them that is here.
+        self.sharers, self.first = pg.tp_ep, pg.ep.rank() * self.num_local_experts
         sequence_parallel = config.sequence_parallel
         place(self.router.weight, normal(std), partial_gradient=sequence_parallel)
         place(self.shared_experts.gate_weight, normal(std), partial_gradient=sequence_parallel)
@@ -149,30 +145,42 @@ class MixtureOfExperts(MoELayer):
         self, hidden_r1H: torch.Tensor, context: StreamContext, cache: DecodeCache
     ) -> torch.Tensor:
         """The layer for one token of every row, without a dispatcher: the sums of `_in_place` in
-        the same order, from the chosen experts alone and not from tables of all. Ranks that share
-        every expert compute their part of it for the rows of all of them."""
+        the same order, from the chosen experts alone and not from tables of all.
+
+        Ranks that share the experts compute their part for the rows of all of them, which are as
+        many on each. A step has few rows, so that costs less than to wait until it is known how
+        many go where.
+        """
         shared_r1H = self._shared(hidden_r1H)
-        flat_RH = hidden_r1H.flatten(0, 1)
+        flat_RH, sharers = hidden_r1H.flatten(0, 1), self.sharers
         probs_Rk, experts_Rk = self._choose(hidden_r1H, context)
-        if self.expert_tp.size() > 1:
-            flat_RH, probs_Rk, experts_Rk = (
-                gather_from_sequence_parallel_region(x, group=self.expert_tp)
-                for x in (flat_RH, probs_Rk, experts_Rk)
+        if sharers.size() > 1:
+            both = torch.cat((probs_Rk, experts_Rk.to(probs_Rk.dtype)), 1)
+            flat_RH, both = (
+                gather_from_sequence_parallel_region(x, group=sharers) for x in (flat_RH, both)
             )
+            probs_Rk, experts_Rk = both.chunk(2, dim=1)
+            experts_Rk = experts_Rk.long()
+        here, elsewhere = self.num_local_experts, self.num_local_experts < self.router.num_experts
+        if elsewhere:
+            experts_Rk = experts_Rk - self.first
+            there_Rk = (experts_Rk < 0) | (experts_Rk > here)
+            experts_Rk = experts_Rk.masked_fill_(there_Rk, here)  # behind all that are here
         sorted_K, place_K = experts_Rk.flatten().sort(stable=True)  # by expert, then by token
         token_K = place_K.div(experts_Rk.shape[1], rounding_mode="floor")
-        count = self.router.num_experts
-        experts_E = cache.kept(
-            ("experts", count), lambda: torch.arange(1, count + 1, device=flat_RH.device)
+        after_E = cache.kept(
+            ("experts", here), lambda: torch.arange(1, here + 1, device=flat_RH.device)
         )
         rows_KH = self.experts.step(
             flat_RH.index_select(0, token_K),
-            torch.searchsorted(sorted_K, experts_E, out_int32=True),
+            torch.searchsorted(sorted_K, after_E, out_int32=True),
             probs_Rk.flatten().index_select(0, place_K),
         )
+        if elsewhere:
+            rows_KH.masked_fill_((sorted_K == here).unsqueeze(1), 0.0)  # nobody computed them
         mixed_RH = torch.zeros_like(flat_RH).index_add_(0, token_K, rows_KH)
-        if self.expert_tp.size() > 1:
-            mixed_RH = reduce_scatter_to_sequence_parallel_region(mixed_RH, group=self.expert_tp)
+        if sharers.size() > 1:
+            mixed_RH = reduce_scatter_to_sequence_parallel_region(mixed_RH, group=sharers)
         return mixed_RH.view_as(hidden_r1H).add_(shared_r1H)
 
     def _choose(
