@@ -31,6 +31,8 @@ CPU = torch.device("cpu")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Device used in place of the GPU; `standing_in` changes it.
 _STAND_IN: ContextVar[torch.device] = ContextVar("stand_in", default=CPU)
+# The compute capability of the GPU that it stands for, if it stands for one.
+_CAPABILITY: ContextVar[tuple[int, int] | None] = ContextVar("capability", default=None)
 _SHARED_DEVICE: ContextVar[Any] = ContextVar("shared_device", default=None)
 
 
@@ -369,21 +371,40 @@ def device() -> torch.device:
     return _STAND_IN.get()
 
 
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Returns `tensor` on `device`. On the way to a GPU it passes through pinned memory: from any
+    other the host would wait until the GPU has done all its work."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @contextlib.contextmanager
-def standing_in(device: torch.device) -> Iterator[None]:
+def standing_in(device: torch.device, capability: tuple[int, int] | None = None) -> Iterator[None]:
     """Computes on `device` in place of the CPU inside the context, such as "meta", whose tensors
     have no memory. Needs `install`, and a machine without CUDA.
 
+    Args:
+        capability: of the GPU that it stands for; None: it stands for the CPU.
     Raises:
         RuntimeError: the redirects are not installed.
     """
     if getattr(torch.compile, "__module__", None) != __name__:
         raise RuntimeError("nothing stands in for a GPU before platform.install(), or beside one")
-    before = _STAND_IN.set(device)
+    before, capable = _STAND_IN.set(device), _CAPABILITY.set(capability)
     try:
         yield
     finally:
         _STAND_IN.reset(before)
+        _CAPABILITY.reset(capable)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of the GPU that a tensor's device is, or stands for; None for what is
+    no GPU. Whoever has a faster way on a GPU asks here: a plan then follows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return _CAPABILITY.get() if device.type == _STAND_IN.get().type else None
 
 
 @contextlib.contextmanager

@@ -62,12 +62,13 @@ def mock_like(batch: Microbatch, vocab_size: int, seed: int) -> Microbatch:
     words = torch.randint(0, vocab_size, batch.tokens_T.shape, generator=g)
     labels = torch.randint(0, vocab_size, batch.labels_T.shape, generator=g)
     words[batch.stream_positions] = batch.tokens_T[batch.stream_positions]
-    shape = batch.pixels_NCHW.shape
     return replace(
         batch,
         tokens_T=words,
         labels_T=labels,
-        pixels_NCHW=torch.randn(shape, generator=g) if len(shape) == 4 else batch.pixels_NCHW,
+        pixels_NCHW=torch.randint(
+            0, 256, batch.pixels_NCHW.shape, generator=g, dtype=batch.pixels_NCHW.dtype
+        ),
     )
 
 

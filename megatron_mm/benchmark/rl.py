@@ -14,6 +14,7 @@ from megatron_mm.benchmark.measure import Timed, interleave, ratios, timed
 from megatron_mm.benchmark.models import make_batch, make_run
 from megatron_mm.benchmark.sides import EXPERTS, Theirs, copy_weights, randomise, same_weights
 from megatron_mm.config import RunConfig, without_clvr
+from megatron_mm.data.images import normalise
 from megatron_mm.data.sample import Sample
 from megatron_mm.engine.engine import Engine
 from megatron_mm.generation.generate import Prompts as OurPrompts
@@ -95,14 +96,18 @@ class TheirGeneration:
             mask[row, width - len(sample.tokens_T) :] = 1
         # Rows are repeated here, because num_return_sequences repeats each tile by itself: a prompt
         # of two tiles would see the first one twice.
-        pixels = []
+        pixels, data = [], self.run.data
         for sample in samples:
             batch = make_batch(self.run, [sample])
             pixels += [batch.pixels_NCHW[batch.stream_tiles]] * group if sample.images else []
         drawn = self.model.generate(
             input_ids=ids.repeat_interleave(group, 0),
             attention_mask=mask.repeat_interleave(group, 0),
-            **({"pixel_values": torch.cat(pixels)} if pixels else {}),
+            **(
+                {"pixel_values": normalise(torch.cat(pixels), data.image_mean, data.image_std)}
+                if pixels
+                else {}
+            ),
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             do_sample=temperature > 0,

@@ -15,6 +15,7 @@ from megatron_mm.benchmark.measure import timed
 from megatron_mm.benchmark.models import image_token
 from megatron_mm.config import RunConfig, to_transformers_dict, without_clvr
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.images import normalise
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.optimizer import decays
 from megatron_mm.parallel.groups import Groups
@@ -51,6 +52,7 @@ class Theirs:
 
     def __init__(self, run: RunConfig):
         settings = run.optimizer
+        self.scale = run.data.image_mean, run.data.image_std
         base = replace(run.model, hybrid_layer_pattern=without_clvr(run.model.hybrid_layer_pattern))
         keywords = to_transformers_dict(base, image_token_id=image_token(run))
         keywords.pop("model_type")
@@ -116,7 +118,8 @@ class Theirs:
         positions = batch.stream_positions.view(len(batch.stream_tiles), -1)[:, 0]
         inside = (positions >= rows[0].start) & (positions < rows[-1].stop)
         if inside.any():
-            made["pixel_values"] = batch.pixels_NCHW[batch.stream_tiles[inside]]
+            shown = batch.pixels_NCHW[batch.stream_tiles[inside]]
+            made["pixel_values"] = normalise(shown, *self.scale)
         return made
 
     def _gradients(self, calls: list[dict[str, Any]]) -> float:

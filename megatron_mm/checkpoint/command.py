@@ -39,7 +39,8 @@ class CheckpointCommand:
             raise CheckpointError(f"cannot load {folder}: {error}") from None
 
     def engine(self, run: RunConfig) -> Any:
-        """Starts the job of ranks and returns its `engine.Engine`, with new weights."""
+        """Starts the job of ranks and returns its `engine.Engine`, into which weights are to be
+        loaded."""
         from megatron_mm.engine.engine import Engine
         from megatron_mm.engine.kernels import choose_kernels
         from megatron_mm.parallel import groups
@@ -47,7 +48,7 @@ class CheckpointCommand:
         choose_kernels(run)
         groups.start(run.parallel)
         self._started = True
-        return Engine.create(run, groups.build(run.parallel))
+        return Engine.create(run, groups.build(run.parallel), drawn=False)
 
     def __enter__(self) -> CheckpointCommand:
         return self

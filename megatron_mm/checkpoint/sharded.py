@@ -27,6 +27,7 @@ from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
 from megatron_mm.checkpoint.snapshot import layout_of, rng_name, take, write
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
+from megatron_mm.parallel.param_layout import initialize_one
 
 
 def save(
@@ -59,7 +60,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     Args:
         folder: a checkpoint, or the folder of checkpoints whose `latest` names one.
         finetune: loads only weights. Optimizer, schedule and generators stay as they are;
-            parameters of CLVR and of adapters that the checkpoint lacks stay as initialised.
+            parameters of CLVR and of adapters that the checkpoint lacks are drawn from the seed.
 
     Returns:
         "iteration", "loader" and "extra" as saved; "initialized": names of parameters of CLVR and
@@ -88,6 +89,8 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     same_layout = run["layout"] == layout_of(engine)
     with raising_together(groups.world, doing):
         wanted = shards.empty_shards(engine, set(stored), with_optimizer=not finetune)
+        shards.check_complete(engine, wanted.keys(), set(added))
+        storage.check_whole(wanted, index)
         storage.read_tensors(wanted, path, index)
         generators = None
         if same_layout and not finetune:
@@ -95,7 +98,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
             content = sealed.read_bytes(path / name, run["checksums"].get(name))
             generators = torch.load(io.BytesIO(content), weights_only=True)
     finish_param_gather(engine)  # a gather under way would overwrite loaded weights
-    _apply(engine, {key: entry.data for key, entry in wanted.items()}, run, finetune)
+    _apply(engine, {key: entry.data for key, entry in wanted.items()}, set(added), run, finetune)
     if generators is not None:
         rng.restore(generators)
     return {
@@ -116,14 +119,23 @@ def _check_precision(config: dict, engine: Engine, finetune: bool) -> None:
 
 
 @torch.no_grad()
-def _apply(engine: Engine, tensors: dict[str, torch.Tensor], run: dict, finetune: bool) -> None:
-    """Writes loaded tensors into the engine. Local: waits for no rank, reads no file."""
+def _apply(
+    engine: Engine,
+    tensors: dict[str, torch.Tensor],
+    added: set[str],
+    run: dict,
+    finetune: bool,
+) -> None:
+    """Writes loaded tensors into the engine and draws those that are new. Local: waits for no rank,
+    reads no file."""
     state: optimizer_state.State = {}
     mine = optimizer_state.owned(engine)
     for name, param, layout in parameters(engine):
         value = tensors.get(shards.weight_key(name))
         if value is not None:
             layout.held(param.data).copy_(value)
+        elif shards.weight_key(name) in added:
+            initialize_one(name, param, layout, engine.run.training.seed)
         if name in mine and not finetune:
             state[name] = {
                 kind: shards.from_shard(tensors.get(shards.state_key(kind, name)), layout, param)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -9,6 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_mm.checkpoint.optimizer_state import MOMENTS, owned, trainable
 from megatron_mm.checkpoint.parameters import parameters
 from megatron_mm.engine.engine import Engine
+from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel.param_layout import ParamLayout
 
 Shapes = dict[str, tuple[int, ...]]
@@ -121,3 +124,18 @@ def empty_shards(
             for kind in kinds_saved(param) if name in mine else ():
                 want(state_key(kind, name), layout, param, torch.float32)
     return wanted
+
+
+def check_complete(engine: Engine, wanted: Set[str], added: Set[str]) -> None:
+    """Checks that every parameter is either read or drawn anew.
+
+    Args:
+        wanted: keys of what is read; added: keys of what is drawn.
+
+    Raises:
+        CheckpointError: one would keep what it happens to hold.
+    """
+    for name, _, layout in parameters(engine):
+        key = weight_key(name)
+        if (key in wanted) + (key in added) != 1 and not is_padding(layout):
+            raise CheckpointError(f"nothing fills {name}: it is neither stored nor new")

@@ -10,6 +10,7 @@ wait in a barrier for ever. torch's writer, on which it builds, reports failures
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 import warnings
@@ -259,6 +260,25 @@ def check_files(folder: Path, index: Metadata, rank: int = 0, ranks: int = 1) ->
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CheckpointError(f"{folder}: of {len(needed)} shard files {wrong[0]}{more}")
+
+
+def check_whole(shards: dict[str, ShardedTensor], index: Metadata) -> None:
+    """Checks that the stored chunks cover every shard: torch reads those that there are, and would
+    leave the rest of a shard as it was.
+
+    Raises:
+        CheckpointError: names the first tensor of which numbers are missing.
+    """
+    for key, shard in shards.items():
+        begin, size = shard.global_offset, shard.local_shape
+        found = 0
+        for chunk in index.state_dict_metadata[key].chunks:
+            sides = zip(chunk.offsets, chunk.sizes, begin, size, strict=True)
+            found += math.prod(max(0, min(a + n, b + m) - max(a, b)) for a, n, b, m in sides)
+        if found < math.prod(size):
+            raise CheckpointError(
+                f"of {key}, {found} of the {math.prod(size)} numbers that a rank holds are stored"
+            )
 
 
 def read_tensors(shards: dict[str, ShardedTensor], folder: Path, index: Metadata) -> None:

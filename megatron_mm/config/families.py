@@ -123,7 +123,8 @@ class VisionFamily[S: VisionConfig]:
         title, settings, presets: as for a language family; a preset makes `model.vision` alone.
         build: dotted path of the encoder: a module made of (settings, TransformerConfig of its
             linears, tensor-parallel group, whether layers are recomputed), from pixels
-            [N, 3, height, width] to features [N, patches, vision_hidden_size] in reading order.
+            [N, 3, height, width] to features [N, patches, vision_hidden_size] in reading order;
+            `layers` are its layers, for `compile_vision`.
         rows: dotted path of its rows in the table of Hugging Face names.
         grid: the patches of a tile of (height, width) pixels; None: of the size that images are
             cut to. Tokens, the memory's rows and their coordinates follow from it.

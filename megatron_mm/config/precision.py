@@ -73,6 +73,11 @@ def check_backend(run: RunConfig) -> None:
 
 def _check_deterministic(run: RunConfig) -> None:
     """Rejects what does not compute the same again in another process."""
+    if run.backend.compile_vision:
+        raise ConfigError(
+            "compile_vision is true; allowed with deterministic_mode: false (torch.compile picks "
+            "kernels by its clock)"
+        )
     for key, value, allowed, why in (
         # Which of them is fastest is measured anew in every process, and each rounds otherwise.
         ("gdn_kernel", run.backend.gdn_kernel, ("auto", "torch"), "fla picks tiles by its clock"),

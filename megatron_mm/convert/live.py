@@ -21,7 +21,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.model.layers.lora import is_adapter
-from megatron_mm.parallel.param_layout import ParamLayout
+from megatron_mm.parallel.param_layout import ParamLayout, initialize_one
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Loaded:
     """Result of a load.
 
     Attributes:
-        initialized: parameters that the folder lacks and that keep their initial values.
+        initialized: parameters that the folder lacks, drawn from the seed.
         ignored: hf tensors that no parameter of the model holds.
         notes: `HFFolder.notes`, to be kept in checkpoints of the run.
     """
@@ -71,7 +71,9 @@ def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> 
             if name in links:
                 link = links[name]
                 fill(param, layout, lambda a, b, k=link: k.to_mcore(source.read, a, b))
-            elif not is_adapter(name) and name not in mapping.new:
+            elif is_adapter(name) or name in mapping.new:
+                initialize_one(name, param, layout, engine.run.training.seed)
+            else:
                 raise ConvertError(f"{name} has no tensor there")
     added = mapping.new + sorted(name for name, _, _ in parameters(engine) if is_adapter(name))
     engine.optimizer.reload_model_params()

@@ -18,6 +18,7 @@ from megatron_mm.convert.live import fill
 from megatron_mm.convert.mapping import StateMapping
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
+from megatron_mm.data.images import normalise
 from megatron_mm.data.sample import Sample, SampleBuilder, SampleImage
 from megatron_mm.data.tiles import choose_grids, image_settings, tiles_by_images
 from megatron_mm.data.tokenizer import Tokenizer
@@ -126,7 +127,7 @@ def _sample(tokens: list[int], images: list[SampleImage]) -> Sample:
 def mcore_model(checkpoint: Checkpoint, groups: Groups) -> MultimodalModel:
     """Builds the checkpoint's model on one rank, in fp32."""
     run = RunConfig(model=checkpoint.model, data=DataConfig())
-    model = build(run, groups.pg)[0].eval()
+    model = build(run, groups.pg, drawn=False)[0].eval()
     read = checkpoint.reader.read
     for name, param, layout in layouts(model):
         fill(param, layout, partial(read, weight_key(name)))
@@ -149,7 +150,7 @@ def mcore_outputs(
 
     model.watch = watch
     try:
-        logits = model(batch)[:, 0]
+        logits = model(batch).logits()
     finally:
         model.watch = None
     return [(f"layer {n}", found[n]) for n in sorted(found)] + [("logits", logits)]
@@ -158,14 +159,16 @@ def mcore_outputs(
 @torch.no_grad()
 def hf_outputs(hf, run: RunConfig, case: Case) -> list[tuple[str, torch.Tensor]]:
     """Returns what `mcore_outputs` does, from a transformers model."""
-    batch = collate([case.sample], settings=image_settings(run), pad_id=0)
+    settings = image_settings(run)
+    batch = collate([case.sample], settings=settings, pad_id=0)
     inputs = {"input_ids": batch.tokens_T.unsqueeze(0), "use_cache": False}
-    if len(batch.pixels_NCHW):
-        inputs["pixel_values"] = batch.pixels_NCHW
+    if settings is not None and len(batch.pixels_NCHW):
+        pixels = normalise(batch.pixels_NCHW, settings.mean, settings.std)
+        inputs["pixel_values"] = pixels
         if has_clvr(run.model):
             inputs |= clvr_inputs(batch)
         else:
-            inputs["pixel_values"] = batch.pixels_NCHW[batch.stream_tiles]
+            inputs["pixel_values"] = pixels[batch.stream_tiles]
     states: list[torch.Tensor] = []
     inner = hf.model.language_model if run.model.vision is not None else hf.model
     if hasattr(inner, "watch"):  # remote code of an export, whose layers are not modules

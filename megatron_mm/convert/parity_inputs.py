@@ -23,6 +23,7 @@ from megatron_mm.convert.folder import CONFIG, HFFolder, read_json, travelling
 from megatron_mm.convert.parity import clvr_inputs
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
+from megatron_mm.data.images import normalise
 from megatron_mm.data.messages import ESCAPED_MARK, IMAGE_MARK, check_messages
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tiles import choose_grids, image_settings, tiles_seen
@@ -223,7 +224,8 @@ def _compare(
     if not chat.images:
         return
     batch = collate([sample], settings=builder.settings, pad_id=builder.tokenizer.pad_id)
-    expected = {"pixel_values": batch.pixels_NCHW}
+    pixels = normalise(batch.pixels_NCHW, run.data.image_mean, run.data.image_std)
+    expected = {"pixel_values": pixels}
     expected |= clvr_inputs(batch) if export_inputs.has_clvr(run.model) else {}
     for name, tensor in expected.items():
         if not torch.equal(found[name], tensor):

@@ -14,6 +14,8 @@ from typing import Self
 
 import torch
 
+from megatron_mm import platform
+
 # Shapes follow from these: reading them from a GPU would stall it.
 ON_CPU = ("cu_seqlens", "stream_positions", "visible_M2")
 
@@ -59,7 +61,7 @@ class Microbatch:
     position_ids_T: torch.Tensor  # int64, 0 at the start of every sample
     cu_seqlens: torch.Tensor  # int64 [samples + 1], from 0 to T
     num_real_tokens: int  # tokens before the padding tail (a segment of its own)
-    pixels_NCHW: torch.Tensor  # float32, normalised
+    pixels_NCHW: torch.Tensor  # uint8; the model normalises them
     stream_tiles: torch.Tensor  # int64, the tiles whose shuffled features enter the stream
     stream_positions: torch.Tensor  # int64, where in T, tile by tile, row by row
     memories: dict[str, BatchMemory] = field(default_factory=dict)  # by name; none in a step
@@ -113,6 +115,7 @@ class Microbatch:
             position_ids_T = torch.cat([torch.zeros(0).long(), *map(torch.arange, lengths)])
         pad_T = torch.full((tail,), pad_id, dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int64)
+        no_pixels = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
         return cls(
             tokens_T=torch.cat([tokens_T, pad_T]),
             labels_T=torch.cat([labels_T, pad_T]),
@@ -120,7 +123,7 @@ class Microbatch:
             position_ids_T=torch.cat([position_ids_T, torch.arange(tail)]),
             cu_seqlens=torch.tensor([0, *accumulate(segments)], dtype=torch.int64),
             num_real_tokens=real,
-            pixels_NCHW=torch.zeros(0, 3, 1, 1) if pixels_NCHW is None else pixels_NCHW,
+            pixels_NCHW=no_pixels if pixels_NCHW is None else pixels_NCHW,
             stream_tiles=torch.tensor(stream_tiles, dtype=torch.int64),
             stream_positions=none if stream_positions is None else stream_positions,
             memories=dict(memories or {}),
@@ -134,16 +137,13 @@ class Microbatch:
         moved["memories"] = {name: held.to(device) for name, held in self.memories.items()}
         for name in ("routes", "route_noise"):
             if (by_layer := getattr(self, name)) is not None:
-                moved[name] = {
-                    index: values.to(device, non_blocking=True)
-                    for index, values in by_layer.items()
-                }
+                moved[name] = {i: platform.moved(values, device) for i, values in by_layer.items()}
         return replace(self, **moved)
 
 
 def _moved(value: Microbatch | BatchMemory, device: torch.device | str) -> dict[str, torch.Tensor]:
     return {
-        f.name: getattr(value, f.name).to(device, non_blocking=True)
+        f.name: platform.moved(getattr(value, f.name), device)
         for f in fields(value)
         if isinstance(getattr(value, f.name), torch.Tensor) and f.name not in ON_CPU
     }

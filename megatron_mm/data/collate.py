@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_mm.data.batch import BatchMemory, Microbatch
-from megatron_mm.data.images import normalise
+from megatron_mm.data.images import channels_first
 from megatron_mm.data.sample import Sample, SampleImage
 from megatron_mm.data.tiles import ImageSettings
 from megatron_mm.errors import DataError
@@ -76,12 +76,9 @@ def _images(
             stream_positions.append(torch.arange(start, after))
             shown.append((image, first, torch.tensor([[after, offset + length]])))
         offset += length
-    if tiles:
-        pixels = normalise(np.concatenate(tiles), settings.mean, settings.std)
-    else:
-        pixels = torch.zeros(0, 3, settings.image_size, settings.image_size)
+    none = np.zeros((0, settings.image_size, settings.image_size, 3), dtype=np.uint8)
     return {
-        "pixels_NCHW": pixels,
+        "pixels_NCHW": channels_first(np.concatenate([none, *tiles])),
         "stream_tiles": stream_tiles,
         "stream_positions": torch.cat(stream_positions),
         "memories": {memory.name: _memory(memory.name, shown) for memory in settings.memories},

@@ -250,12 +250,31 @@ def cut_tiles(image: Image.Image, grid: TileGrid, image_size: int) -> np.ndarray
     return np.ascontiguousarray(tiles)
 
 
-def normalise(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Converts uint8 [N, H, W, 3] to float32 [N, 3, H, W]: (value / 255 - mean) / std."""
-    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).to(torch.float32) / 255.0
-    mean_C11 = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-    std_C11 = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
-    return ((pixels - mean_C11) / std_C11).contiguous()
+def channels_first(tiles: np.ndarray) -> torch.Tensor:
+    """Converts tiles [N, H, W, 3], as `cut_tiles` gives them, to a tensor [N, 3, H, W]."""
+    return torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous()
+
+
+def normalise(
+    pixels_NCHW: torch.Tensor,
+    mean: Sequence[float] | torch.Tensor,
+    std: Sequence[float] | torch.Tensor,
+) -> torch.Tensor:
+    """Converts uint8 [N, 3, H, W] to float32, on the same device: (value / 255 - mean) / std.
+
+    Args:
+        mean, std: of each channel; tensors are float32 [3] on that device.
+
+    Raises:
+        ValueError: the pixels are not uint8.
+    """
+    if pixels_NCHW.dtype != torch.uint8:
+        raise ValueError(f"pixels are {pixels_NCHW.dtype}; give them as uint8, not yet normalised")
+    like = {"dtype": torch.float32, "device": pixels_NCHW.device}
+    mean_C11, std_C11 = (torch.as_tensor(x, **like).view(3, 1, 1) for x in (mean, std))
+    # A tensor, since CUDA multiplies by the reciprocal of a number: the last bit would differ.
+    whole = torch.full_like(mean_C11, 255.0)
+    return (pixels_NCHW.to(torch.float32) / whole - mean_C11) / std_C11
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -86,18 +86,15 @@ def information_pairs(
     return {"rollout/moe/mutual_information": [excess, float(layers)]}
 
 
-def load_violation(loads: Sequence[dict[int, torch.Tensor]]) -> dict[str, float]:
-    """Returns how far the busiest expert is above the mean, averaged over layers (MaxVio, arXiv
-    2408.15664).
+def load_violation(load_LE: torch.Tensor) -> dict[str, float]:
+    """Returns how far the busiest expert is above the mean, averaged over the layers that were used
+    (MaxVio, arXiv 2408.15664).
 
     Args:
-        loads: `expert_load` of every rank.
+        load_LE: int64, `expert_load` of every layer, summed over ranks.
     """
-    total: dict[int, torch.Tensor] = {}
-    for load in loads:
-        for layer, counts in load.items():
-            total[layer] = total[layer] + counts if layer in total else counts
-    if not total:
+    used = [counts for counts in load_LE if counts.any()]
+    if not used:
         return {}
-    worst = [float(counts.max() / counts.double().mean()) - 1 for counts in total.values()]
+    worst = [float(counts.max() / counts.double().mean()) - 1 for counts in used]
     return {"rollout/moe/max_violation": sum(worst) / len(worst)}

@@ -26,7 +26,7 @@ from megatron_mm.earl.make_map import Tally, on_layers
 from megatron_mm.earl.route_counts import RouteCounts, count_routes
 from megatron_mm.earl.spans import Label, load_labeller, token_labels
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import raise_together, receive
+from megatron_mm.engine.feed import from_reader, raise_together, receive
 from megatron_mm.errors import DataError, RLError
 from megatron_mm.parallel.sequence import shard, take
 
@@ -241,9 +241,7 @@ def _read(
         return batches
 
     batches, _ = receive(engine.groups, read)
-    message = [labels]
-    dist.broadcast_object_list(message, group=engine.groups.replica, group_src=0)
-    return batches, message[0]
+    return batches, from_reader(engine.groups, labels)
 
 
 def _count(
@@ -255,7 +253,7 @@ def _count(
     sizes = language.num_experts, len(plan.skills), language.vocab_size
     records: list[dict] = [{} for _ in batches]
     nowhere = torch.zeros(0, dtype=torch.int64)
-    engine.forward(batches, lambda batch: nowhere, lambda logits, **_: None, routes=records)
+    engine.forward(batches, lambda batch: nowhere, lambda *_, **__: None, routes=records)
     counts: list[list[RouteCounts]] = []
     for batch, skill_JT, record in zip(batches, labels, records, strict=True):
         here, mine = sorted(record), shard(len(batch.tokens_T), engine.groups.pg)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_mm import platform
 from megatron_mm.earl.router_reward import label_positions
 from megatron_mm.earl.spans import Span
 from megatron_mm.parallel.sequence import take
@@ -80,7 +81,7 @@ class RouterTargets:
 
     def to(self, device: torch.device | str) -> RouterTargets:
         names = ("skill_T", "weight_T", "member_SLE")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved = {name: platform.moved(getattr(self, name), device) for name in names}
         return replace(self, **moved)
 
     def term(

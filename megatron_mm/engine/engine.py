@@ -37,6 +37,7 @@ from megatron_mm.engine.optimizer import (
 )
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.decode import DecodeCache
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.multimodal import MultimodalModel, build
 from megatron_mm.model.routing import Routes, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
@@ -70,13 +71,21 @@ class Engine:
         return self.chunks[0].config
 
     @classmethod
-    def create(cls, run: RunConfig, groups: Groups, backend: Backend | None = None) -> Engine:
+    def create(
+        cls,
+        run: RunConfig,
+        groups: Groups,
+        backend: Backend | None = None,
+        *,
+        drawn: bool = True,
+    ) -> Engine:
         """Builds the engine of this rank. Every rank calls it.
 
         Args:
             backend: replaces the backend that the settings choose.
+            drawn: False if weights are loaded next: parameters are NaN until then.
         """
-        chunks = build(run, groups.pg, backend)
+        chunks = build(run, groups.pg, backend, drawn=drawn)
         config = chunks[0].config
         reduce, gather = overlaps(run, groups.pg)
         ddp = DistributedDataParallelConfig(
@@ -128,7 +137,7 @@ class Engine:
         found = [Metrics() for _ in batches]
         counts = pg.tp.rank() == 0  # tensor-parallel ranks have the same loss
 
-        def finish(output: torch.Tensor, batch: B, positions: torch.Tensor, metrics: Metrics):
+        def finish(output: Predictions, batch: B, positions: torch.Tensor, metrics: Metrics):
             metrics = metrics.for_objective() if counts else MUTED
             total, divisor = objective.loss(output, batch, positions, pg, metrics)
             metrics.sum(DIVISOR, divisor)
@@ -175,7 +184,7 @@ class Engine:
 
         Args:
             positions: as in `Objective`; None: everywhere, and `finish` is given None.
-            finish: (logits, batch, positions) -> result, called on the last stage, as
+            finish: (predictions, batch, positions) -> result, called on the last stage, as
                 `Objective.loss`.
             looks: if given, filled with the attention weights of this stage's looks.
             caches: if given, the decoding cache of each microbatch. With virtual stages the number
@@ -192,7 +201,7 @@ class Engine:
             for n in range(len(batches))
         ]
 
-        def collect(output: torch.Tensor, metrics: Metrics, non_loss_data: bool = True, **which):
+        def collect(output: Predictions, metrics: Metrics, non_loss_data: bool = True, **which):
             return finish(output, **which)
 
         with torch.no_grad():

@@ -1,22 +1,27 @@
 """Distributes microbatches to ranks, and raises errors on all ranks together.
 
 One rank of each data-parallel replica reads and broadcasts to the others, so a bad row is seen by
-one rank only. Before any schedule starts, all ranks of the job exchange errors: either every rank
-has its batches or every rank raises the same error.
+one rank only. Before any schedule starts, all ranks of the job exchange whether there is an error:
+either every rank has its batches or every rank raises the same error. Its text is sent only then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine import parcel
 from megatron_mm.errors import DataError, RLError
+from megatron_mm.parallel.agreement import largest
 from megatron_mm.parallel.groups import Groups
+
+NO_MARK = -(2**63)  # below every fingerprint
 
 
 def raise_together(
@@ -39,20 +44,26 @@ def raise_together(
         DataError: on every rank, the error of the first rank that has one, or if fingerprints of
             readers differ.
     """
+    marks = [NO_MARK, NO_MARK] if fingerprint is None else [fingerprint, -fingerprint]
+    wrong, stopping, most, least = largest([error is not None, stop, *marks])
+    if wrong or most > -least:
+        _raise(groups, error, fingerprint)
+    return bool(stopping)
+
+
+def _raise(groups: Groups, error: DataError | str | None, fingerprint: int | None) -> NoReturn:
     notes: list = [None] * groups.world.size()
-    dist.all_gather_object(notes, (error, stop, fingerprint), group=groups.world)
-    for note, _, _ in notes:
+    dist.all_gather_object(notes, (error, fingerprint), group=groups.world)
+    for note, _ in notes:
         if note is not None:
             raise note if isinstance(note, DataError) else DataError(note)
-    found = {mark: rank for rank, (_, _, mark) in enumerate(notes) if mark is not None}
-    if len(found) > 1:
-        one, other, *_ = sorted(found.values())
-        raise DataError(
-            f"ranks {one} and {other} chose different samples for a step: a data file differs "
-            "between their machines, or one of them could not read a row; make the files the same "
-            "and resume"
-        )
-    return any(wants for _, wants, _ in notes)
+    found = {mark: rank for rank, (_, mark) in enumerate(notes) if mark is not None}
+    one, other, *_ = sorted(found.values())
+    raise DataError(
+        f"ranks {one} and {other} chose different samples for a step: a data file differs "
+        "between their machines, or one of them could not read a row; make the files the same "
+        "and resume"
+    )
 
 
 def receive[B: Microbatch](
@@ -93,11 +104,11 @@ def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
     Raises:
         DataError: on every rank of the job, if it failed on any reader.
     """
-    made: list = [None]  # the reader's result, then that of every rank
+    made: Any = None
     error: DataError | str | None = None
     if groups.is_reader:
         try:
-            made[0] = make()
+            made = make()
         except DataError as problem:
             error = problem
         except RLError as problem:
@@ -105,28 +116,40 @@ def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
         except Exception as problem:  # of any kind: other ranks wait
             error = f"{type(problem).__name__}: {problem}"
     raise_together(groups, error)
-    if groups.replica.size() > 1:
-        dist.broadcast_object_list(made, group=groups.replica, group_src=0)
-    return made[0]
+    return from_reader(groups, made)
 
 
 def broadcast_batches[B: Microbatch](groups: Groups, batches: Sequence[B]) -> list[B]:
     """Broadcasts the reader's microbatches to its replica; pixels go to the first stage only."""
     if groups.replica.size() == 1:
         return list(batches)
-    # A new tensor, because pickling a slice would send the whole storage.
     envelope = [replace(b, pixels_NCHW=b.pixels_NCHW.new_empty(0)) for b in batches]
     shapes = [tuple(b.pixels_NCHW.shape) for b in batches]
-    message: list = [(envelope, shapes) if groups.is_reader else None]
-    dist.broadcast_object_list(message, group=groups.replica, group_src=0)
-    received, shapes = message[0]
+    received, shapes = from_reader(groups, (envelope, shapes))
     if not groups.is_first_stage:
         return received
-    whole = []
+    whole, device = [], platform.device()
     for index, (batch, shape) in enumerate(zip(received, shapes, strict=True)):
-        pixels = batches[index].pixels_NCHW if groups.is_reader else torch.empty(shape)
+        if groups.is_reader:
+            pixels = batches[index].pixels_NCHW
+        else:
+            pixels = torch.empty(shape, dtype=torch.uint8, device=device)
         if groups.pg.tp_cp.size() > 1 and pixels.numel():
-            pixels = pixels.to(platform.device()).contiguous()
+            pixels = platform.moved(pixels, device).contiguous()
             dist.broadcast(pixels, group=groups.pg.tp_cp, group_src=0)
         whole.append(replace(batch, pixels_NCHW=pixels))
     return whole
+
+
+def from_reader[T](groups: Groups, value: T) -> T:
+    """Returns the reader's value on all ranks of the replica: its length is sent, then its bytes.
+    On the CPU, where lengths and positions are read."""
+    if groups.replica.size() == 1:
+        return value
+    block = parcel.wrap(value) if groups.is_reader else torch.empty(0, dtype=torch.uint8)
+    length = torch.tensor(len(block))
+    dist.broadcast(length, group=groups.replica, group_src=0)
+    if not groups.is_reader:
+        block = block.new_empty(int(length))
+    dist.broadcast(block, group=groups.replica, group_src=0)
+    return value if groups.is_reader else parcel.unwrap(block)

@@ -9,6 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import RouterTerm
 from megatron_mm.report.metrics import Metrics
 
@@ -26,12 +27,13 @@ class Objective[B: Microbatch](Protocol):
     router_term: RouterTerm | None
 
     def positions(self, batch: B) -> torch.Tensor:
-        """int64, ascending, on the CPU: the positions of the stream whose logits `loss` needs."""
+        """int64, ascending, on the CPU: the positions of the stream where `loss` needs
+        predictions."""
         ...
 
     def loss(
         self,
-        logits_K1V: torch.Tensor,
+        predictions: Predictions,
         batch: B,
         positions_K: torch.Tensor,
         pg: ProcessGroupCollection,
@@ -40,9 +42,9 @@ class Objective[B: Microbatch](Protocol):
         """Computes the loss of one microbatch, on the last stage.
 
         Args:
-            logits_K1V: at `positions_K` of the stream, this tensor-parallel rank's slice of the
-                vocabulary, [K, 1, V / TP]. Where TP does not divide V, the last ones are padding at
-                `linear.PADDED_LOGIT`, whose probability is 0.
+            predictions: at `positions_K` of the stream. Its log-probabilities and entropies of the
+                whole vocabulary never need all logits at once; its `logits` are this
+                tensor-parallel rank's slice.
             positions_K: on the CPU; those of `positions` that this context-parallel rank holds,
                 or, if it holds none, any one that is not of them.
             metrics: takes whatever is worth a number. A number that is not finite ends the run.

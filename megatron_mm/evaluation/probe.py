@@ -43,7 +43,7 @@ def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple
     nowhere = torch.zeros(0, dtype=torch.int64)
     chosen: Routes = {}
     engine.forward(
-        [batch], lambda batch: nowhere, lambda logits, **_: None, looks=weights, routes=[chosen]
+        [batch], lambda batch: nowhere, lambda *_, **__: None, looks=weights, routes=[chosen]
     )
     groups = engine.groups
     mine = take(sample_of_T, shard(len(sample_of_T), groups.pg))

@@ -10,13 +10,14 @@ from torch.distributed import ProcessGroup
 
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.parallel.groups import Groups
 
 Drawn = tuple[torch.Tensor, torch.Tensor]  # tokens, int64 [N], and their log-probabilities, fp32
 
 
 def whole_logits(
-    logits_K1V: torch.Tensor,
+    predictions: Predictions,
     batch: Microbatch,
     positions: torch.Tensor,
     wanted: Callable[[Microbatch], torch.Tensor],
@@ -26,11 +27,10 @@ def whole_logits(
     """Gathers logits, fp32 [wanted positions, V], on every tensor- and context-parallel rank.
 
     Args:
-        logits_K1V: this rank's slice of the vocabulary at `positions`.
-        positions: the wanted positions that this context-parallel rank holds.
+        predictions: at `positions`, the wanted ones that this context-parallel rank holds.
         wanted: batch -> all wanted positions.
     """
-    cp, logits = groups.pg.cp, _whole_vocabulary(logits_K1V, groups, vocab_size)
+    cp, logits = groups.pg.cp, _whole_vocabulary(predictions, groups, vocab_size)
     if cp.size() > 1:
         everywhere = wanted(batch)
         whole = logits.new_zeros(len(everywhere), logits.shape[1])
@@ -41,21 +41,21 @@ def whole_logits(
 
 
 def row_logits(
-    logits_r1V: torch.Tensor, batch: Microbatch, positions: None, groups: Groups, vocab_size: int
+    predictions: Predictions, batch: Microbatch, positions: None, groups: Groups, vocab_size: int
 ) -> torch.Tensor:
     """Gathers a step's logits, fp32 [R, V], on every tensor- and context-parallel rank.
 
     Args:
-        logits_r1V: this rank's slice of the vocabulary for its part of the rows.
+        predictions: for this rank's part of the rows.
         batch, positions: not needed.
     """
     del batch, positions
-    logits = _whole_vocabulary(logits_r1V, groups, vocab_size)
+    logits = _whole_vocabulary(predictions, groups, vocab_size)
     return logits if groups.pg.cp.size() == 1 else torch.cat(_gathered(logits, groups.pg.cp))
 
 
-def _whole_vocabulary(logits_K1V: torch.Tensor, groups: Groups, vocab_size: int) -> torch.Tensor:
-    tp, logits = groups.pg.tp, logits_K1V[:, 0].float().contiguous()
+def _whole_vocabulary(predictions: Predictions, groups: Groups, vocab_size: int) -> torch.Tensor:
+    tp, logits = groups.pg.tp, predictions.logits().float()
     if tp.size() == 1:
         return logits
     return torch.cat(_gathered(logits, tp), 1)[:, :vocab_size]  # without padding

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm import platform
-from megatron_mm.config import token_multiple
+from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample
@@ -133,9 +134,7 @@ class _Generation:
         self.multiple, self.settings = token_multiple(run), image_settings(run)
         self.budget = run.training.micro_batch_size * run.data.seq_length
         stages = engine.groups.pg.pp.size()
-        self.row_multiple = math.lcm(self.multiple, KERNEL_ROWS * engine.groups.pg.cp.size())
-        rows_each = max(group, -(-rows // stages))
-        rows_each = -(-rows_each // self.row_multiple) * self.row_multiple
+        rows_each, self.row_multiple = rows_of_a_lane(run, engine.groups.pg, group, rows)
         self.lanes = [Lane(rows_each, sampling.max_tokens, pad_id, every) for _ in range(stages)]
         self.next_prompt, self.stopped = 0, False
         self.waiting: Sample | None = None  # on the reader: already read, but it did not fit
@@ -318,6 +317,20 @@ class _Generation:
             return dict(zip(layers, scaled.unbind(1), strict=True))
 
         return noise
+
+
+def rows_of_a_lane(
+    run: RunConfig, pg: ProcessGroupCollection, group: int, rows: int
+) -> tuple[int, int]:
+    """Returns how many rows a lane has, and the number of which that is a multiple.
+
+    Args:
+        group: completions of a prompt, which a lane has room for.
+        rows: that a replica asks for.
+    """
+    multiple = math.lcm(token_multiple(run), KERNEL_ROWS * pg.cp.size())
+    wanted = max(group, -(-rows // pg.pp.size()))
+    return -(-wanted // multiple) * multiple, multiple
 
 
 def last_positions(batch: Microbatch) -> torch.Tensor:

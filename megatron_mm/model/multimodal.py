@@ -33,24 +33,21 @@ from megatron_mm.config.families import vision_family, vision_settings
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import VISION
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.images import normalise
 from megatron_mm.model.backends.choice import check_dispatcher, choose
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config, vision_config
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.layers.linear import (
-    ReplicatedLinear,
-    hide_padding,
-    output_layer,
-    vocab_embedding,
-)
+from megatron_mm.model.layers.linear import ReplicatedLinear, vocab_embedding
 from megatron_mm.model.layers.lora import add_lora
 from megatron_mm.model.layers.norms import RMSNorm
+from megatron_mm.model.layers.output import OutputLayer, Predictions
 from megatron_mm.model.layers.projector import Projector
 from megatron_mm.model.recompute import Recompute
 from megatron_mm.model.routing import RouterTerm, Routes, Routing
 from megatron_mm.model.stack import Stack
-from megatron_mm.parallel.param_layout import initialize, normal
+from megatron_mm.parallel.param_layout import initialize, leave_open, normal
 from megatron_mm.parallel.sequence import part, take
 from megatron_mm.parallel.wire import MemoryShape, Payload, WireShape, pack, unpack
 from megatron_mm.report.metrics import MUTED, Metrics
@@ -72,6 +69,10 @@ class VisionTower(nn.Module):
         self.grid = family.grid(vision, None)
         encoder, recompute = family.module(), Recompute.of(run.training).vision
         self.vit = encoder(vision, inner, pg.tp, recompute)
+        self.scale = torch.tensor(run.data.image_mean), torch.tensor(run.data.image_std)
+        if run.backend.compile_vision:
+            for layer in self.vit.layers:
+                layer.compile()  # in place: parameters keep their names
         self.projector = Projector(model, self.grid, inner, pg.tp)
         self.memories = read_memories(model)
         self.memory_proj: ReplicatedLinear | None = None
@@ -89,14 +90,17 @@ class VisionTower(nn.Module):
             else:
                 self.memory_projs[memory.name] = linear
 
+    def _normalised(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        return normalise(pixels_NCHW, *(platform.moved(x, pixels_NCHW.device) for x in self.scale))
+
     def _features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """[N, patches of a tile, V]"""
         if self.cp.size() == 1:
-            return self.vit(pixels_NCHW)
+            return self.vit(self._normalised(pixels_NCHW))
         tiles = len(pixels_NCHW)
         padding = pixels_NCHW.new_zeros(-tiles % self.cp.size(), *pixels_NCHW.shape[1:])
         padded = torch.cat((pixels_NCHW, padding))
-        mine = self.vit(take(padded, part(len(padded), self.cp)))
+        mine = self.vit(self._normalised(take(padded, part(len(padded), self.cp))))
         # Backward it sums what every rank's tokens and looks ask of the features.
         return gather_from_sequence_parallel_region(mine, group=self.cp)[:tiles]
 
@@ -131,7 +135,7 @@ class VisionTower(nn.Module):
 class MultimodalModel(MegatronModule):
     """One stage of the model, the `chunk`-th of this pipeline rank.
 
-    forward(batch) returns logits on the last stage, else the packed tensor for the next one.
+    forward(batch) returns predictions on the last stage, else the packed tensor for the next one.
     """
 
     def __init__(
@@ -177,7 +181,7 @@ class MultimodalModel(MegatronModule):
         self.vision: VisionTower | None = None
         self.embedding: nn.Module | None = None
         self.final_norm: nn.Module | None = None
-        self.output_layer: nn.Module | None = None
+        self.output_layer: OutputLayer | None = None
         if self.pre_process:
             if run.model.vision is not None:
                 self.vision = VisionTower(run, config, pg)
@@ -192,8 +196,8 @@ class MultimodalModel(MegatronModule):
                 partial_gradient=config.sequence_parallel,
                 dtype=dtype,
             )
-            self.output_layer = output_layer(
-                language.hidden_size, language.vocab_size, config=config, init=init, tp=pg.tp
+            self.output_layer = OutputLayer(
+                language.hidden_size, language.vocab_size, init=init, tp=pg.tp, dtype=dtype
             )
 
     def set_input_tensor(self, tensor) -> None:
@@ -253,20 +257,20 @@ class MultimodalModel(MegatronModule):
         if first == last:
             # Nothing to fill in, but the ViT's collectives run backward on every rank.
             return hidden_TH + 0.0 * stream_kH.sum()
-        places = (positions[first:last] - mine.start).to(hidden_TH.device, non_blocking=True)
+        places = platform.moved(positions[first:last] - mine.start, hidden_TH.device)
         return hidden_TH.index_copy(0, places, stream_kH[first:last])
 
-    def _logits(
+    def _predictions(
         self, hidden_t1H: torch.Tensor, positions: torch.Tensor | None, first: int
-    ) -> torch.Tensor:
+    ) -> Predictions:
         if self.config.sequence_parallel:
             # Backward, the parts of the gradient from every slice of the vocabulary are summed.
             hidden_t1H = gather_from_sequence_parallel_region(hidden_t1H, group=self.pg.tp)
         if positions is not None:
-            rows = (positions - first).to(hidden_t1H.device, non_blocking=True)
+            rows = platform.moved(positions - first, hidden_t1H.device)
             hidden_t1H = hidden_t1H.index_select(0, rows)
         assert self.output_layer is not None  # this is the last stage
-        return hide_padding(self.output_layer(hidden_t1H)[0], self.output_layer)
+        return self.output_layer(hidden_t1H)
 
     def forward(
         self,
@@ -277,12 +281,11 @@ class MultimodalModel(MegatronModule):
         routes: Routes | None = None,
         router_term: RouterTerm | None = None,
         metrics: Metrics = MUTED,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Predictions:
         """
         Args:
-            positions: int64 [K] on the CPU, where in the stream logits are wanted; all of them in
-                this context-parallel rank's part of it. None: everywhere there. The output layer
-                computes no others.
+            positions: int64 [K] on the CPU, where in the stream predictions are wanted; all of them
+                in this context-parallel rank's part of it. None: everywhere there.
             looks: if given, filled with the attention weights of this stage's looks, by pair.
             cache: of the rows being decoded; a prefill fills rows of it, a step reads it: then the
                 batch is one token of every row, each a sample of its own.
@@ -291,8 +294,7 @@ class MultimodalModel(MegatronModule):
             metrics: takes what layers add to the metrics of this microbatch.
 
         Returns:
-            logits [K, 1, V / TP] on the last stage, else the wire's tensor. Where TP does not
-            divide V they are padded (`hide_padding`).
+            the predictions at these positions on the last stage, else the wire's tensor.
         """
         prompts = _has_prompts(cache)
         if cache is not None and not prompts:
@@ -313,7 +315,7 @@ class MultimodalModel(MegatronModule):
         first = part(len(batch.tokens_T), self.pg.cp).start
         assert self.final_norm is not None  # this is the last stage
         hidden = self.final_norm(payload.hidden_T1H, context.scale_of(self.final_norm))
-        return self._logits(hidden, positions, first)
+        return self._predictions(hidden, positions, first)
 
 
 def _has_prompts(cache: DecodeCache | None) -> bool:
@@ -322,12 +324,17 @@ def _has_prompts(cache: DecodeCache | None) -> bool:
 
 
 def build(
-    run: RunConfig, pg: ProcessGroupCollection, backend: Backend | None = None
+    run: RunConfig,
+    pg: ProcessGroupCollection,
+    backend: Backend | None = None,
+    *,
+    drawn: bool = True,
 ) -> list[MultimodalModel]:
     """This rank's stages, initialised from the seed alone, on this rank's device.
 
     Args:
         backend: instead of the one that the settings choose.
+        drawn: False if weights are loaded next: parameters are NaN until then.
     """
     backend = backend or choose(run.backend)
     check_dispatcher(run.parallel)
@@ -338,7 +345,9 @@ def build(
     ]
     for model in chunks:
         add_lora(model, run.lora, pg.tp)
-        if platform.device().type != "meta":  # else there is nothing to fill
+        if not drawn:
+            leave_open(model, platform.device())
+        elif platform.device().type != "meta":  # else there is nothing to fill
             initialize(model, run.training.seed)
         model.to(platform.device())
     return chunks

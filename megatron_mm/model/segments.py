@@ -12,36 +12,73 @@ waits for a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+
+from megatron_mm import platform
 
 # Padding of a rectangle: at most WASTE times the pairs (query, key) of its samples, or FREE_PAIRS
 # pairs, which cost no more than another call of the kernel.
 WASTE, FREE_PAIRS = 0.5, 1 << 14
 
 
-def similar(pairs_N2: torch.Tensor) -> list[torch.Tensor]:
-    """Groups samples, given as (queries, keys), that one rectangle may hold: int64 indices, each
-    group ascending. Samples without any query or key are in no group."""
+Box = tuple[int, int, int]  # rows, queries, keys of a rectangle
+
+
+def similar(samples: Sequence[Sequence[tuple[int, int]]]) -> list[torch.Tensor]:
+    """Groups samples whose attention is computed together: int64 indices, each group ascending.
+    Samples without any pair are in no group.
+
+    Args:
+        samples: for each its rounds of attention, (queries, keys). The n-th rounds of a group are
+            one rectangle, whose rows are the samples that have an n-th round.
+    """
     groups: list[list[int]] = []
-    order = sorted(range(len(pairs_N2)), key=lambda n: pairs_N2[n].flip(0).tolist(), reverse=True)
-    box, used = (0, 0), 0
-    for n in order:
-        queries, keys = pairs_N2[n].tolist()
-        if not queries * keys:
-            continue
-        grown = max(box[0], queries), max(box[1], keys)
-        held = used + queries * keys
-        count = len(groups[-1]) + 1 if groups else 1
-        if groups and count * grown[0] * grown[1] - held <= max(WASTE * held, FREE_PAIRS):
+    boxes: list[Box] = []  # of the last group, by round
+    held = 0  # pairs in it
+    pairs = [sum(q * k for q, k in rounds) for rounds in samples]
+
+    def size(n: int) -> tuple[int, int, int]:
+        queries, keys = zip(*samples[n], strict=True)
+        return max(keys), len(keys), sum(queries)
+
+    for n in sorted((n for n, count in enumerate(pairs) if count), key=size, reverse=True):
+        grown = _grown(boxes, samples[n])
+        padding = sum(rows * q * k for rows, q, k in grown) - held - pairs[n]
+        if groups and padding <= max(WASTE * (held + pairs[n]), FREE_PAIRS):
             groups[-1].append(n)
-            box, used = grown, held
+            boxes, held = grown, held + pairs[n]
         else:
             groups.append([n])
-            box, used = (queries, keys), queries * keys
+            boxes, held = _grown([], samples[n]), pairs[n]
     return [torch.tensor(sorted(group)) for group in groups]
+
+
+def _grown(boxes: Sequence[Box], rounds: Sequence[tuple[int, int]]) -> list[Box]:
+    """The rectangles of a group with one sample more."""
+    grown = [*boxes, *[(0, 0, 0)] * (len(rounds) - len(boxes))]
+    for place, (q, k) in enumerate(rounds):
+        rows, queries, keys = grown[place]
+        grown[place] = rows + 1, max(queries, q), max(keys, k)
+    return grown
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Segments of a packed stream of queries against those of a packed stream of keys, for kernels
+    that take streams as they are. The n-th queries attend to the n-th keys.
+
+    Attributes:
+        queries, keys: int32 [segments + 1], on the device: from 0 to the end of the stream.
+        most_queries, most_keys: of a segment.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    most_queries: int
+    most_keys: int
 
 
 @dataclass(frozen=True)
@@ -89,10 +126,14 @@ class Segments:
         width = max(1, int(lengths.max()))
         return Segments(self.starts[samples], lengths, width, self.total, self.device)
 
+    def shortened(self, lengths: torch.Tensor) -> Segments:
+        """The first positions of each segment."""
+        return replace(self, lengths=lengths, width=max(1, int(lengths.max())))
+
     @cached_property
     def buckets(self) -> Buckets:
         """The samples in groups of similar length, for attention inside each sample."""
-        groups = similar(torch.stack((self.lengths, self.lengths), 1))
+        groups = similar([[(length, length)] for length in self.sizes])
         return Buckets([self.pick(group) for group in groups])
 
     @property
@@ -123,7 +164,13 @@ class Segments:
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """`cu_seqlens_cpu` on the device."""
-        return self.cu_seqlens_cpu.to(self.device, non_blocking=True)
+        return platform.moved(self.cu_seqlens_cpu, self.device)
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """Of every sample against itself."""
+        boundaries = self.cu_seqlens.int()
+        return Bounds(boundaries, boundaries, self.width, self.width)
 
     @cached_property
     def valid(self) -> torch.Tensor:
@@ -135,12 +182,15 @@ class Segments:
         """int64 [samples * width]: the stream position of each cell; padding repeats one."""
         last = (self.lengths - 1).clamp(min=0)[:, None]
         index = self.starts[:, None] + torch.minimum(torch.arange(self.width), last)
-        return index.clamp(max=self.total - 1).flatten().to(self.device, non_blocking=True)
+        return platform.moved(index.clamp(max=self.total - 1).flatten(), self.device)
 
     def to_rectangle(self, x: torch.Tensor) -> torch.Tensor:
-        """[total, ...] -> [samples, width, ...]"""
+        """[total, ...] -> [samples, width, ...]; of one sample it is a view."""
         if not self.is_rectangle:
-            x = x.index_select(0, self.gather_index)
+            if self.sizes == (self.width,):
+                x = x.narrow(0, int(self.starts[0]), self.width)
+            else:
+                x = x.index_select(0, self.gather_index)
         return x.reshape(self.count, self.width, *x.shape[1:])
 
 
@@ -161,7 +211,7 @@ class Buckets:
             before += part.cells
         (positions,) = (cell >= 0).nonzero(as_tuple=True)
         device = self.parts[0].device
-        return tuple(x.to(device, non_blocking=True) for x in (positions, cell[positions]))
+        return tuple(platform.moved(x, device) for x in (positions, cell[positions]))
 
     def join(self, rectangles: Sequence[torch.Tensor]) -> torch.Tensor:
         """[samples, width, ...] of each part to the stream [total, ...]; zero where no part has

@@ -2,7 +2,8 @@
 
 Initialisation draws the whole tensor and keeps the local block, checkpoints save the block at its
 offset, and tests and tools gather blocks into the whole. All use the same `ParamLayout`, so a
-parameter that is split wrongly fails the layout-invariance test.
+parameter that is split wrongly fails the layout-invariance test. A run that loads its weights draws
+only what they lack.
 """
 
 from __future__ import annotations
@@ -141,19 +142,33 @@ def _generator(seed: int, name: str, row: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-@torch.no_grad()
 def initialize(model: torch.nn.Module, seed: int) -> None:
-    """Initialises every parameter from (seed, global name). Whole tensors are drawn in fp32 on the
-    CPU and then sliced, so a seed gives the same model on any layout."""
+    """Initialises every parameter; see `initialize_one`."""
     for name, param, layout in layouts(model):
-        param.data.zero_()
-        target = layout.held(param.data)
-        if layout.rows_drawn_alone:
-            for i in range(layout.held_shape[0]):
-                whole = draw(layout, name, seed, layout.offset[0] + i)
-                target[i].copy_(whole[layout.block[1:]])
-        else:
-            target.copy_(draw(layout, name, seed)[layout.block])
+        initialize_one(name, param, layout, seed)
+
+
+@torch.no_grad()
+def initialize_one(name: str, param: torch.Tensor, layout: ParamLayout, seed: int) -> None:
+    """Initialises a parameter from (seed, global name). The whole tensor is drawn in fp32 on the
+    CPU and then sliced, so a seed gives the same model on any layout."""
+    param.data.zero_()
+    target = layout.held(param.data)
+    if layout.rows_drawn_alone:
+        for i in range(layout.held_shape[0]):
+            whole = draw(layout, name, seed, layout.offset[0] + i)
+            target[i].copy_(whole[layout.block[1:]])
+    else:
+        target.copy_(draw(layout, name, seed)[layout.block])
+
+
+@torch.no_grad()
+def leave_open(model: torch.nn.Module, device: torch.device) -> None:
+    """Moves every parameter to the device and draws none: it is NaN until it is loaded, so that
+    nothing can be trained or answered with one that was forgotten. Padding is zero."""
+    for _, param, layout in layouts(model):
+        param.data = torch.zeros_like(param.data, device=device)
+        layout.held(param.data).fill_(math.nan)
 
 
 def draw(layout: ParamLayout, name: str, seed: int, row: int = 0) -> torch.Tensor:

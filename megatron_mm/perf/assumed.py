@@ -71,7 +71,9 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
         [length] * count,
         loss_mask_T=wanted.repeat(count),
         pad_multiple=multiple,
-        pixels_NCHW=torch.empty(count * images * pixels, 3, size, size, device="meta"),
+        pixels_NCHW=torch.empty(
+            count * images * pixels, 3, size, size, dtype=torch.uint8, device="meta"
+        ),
         stream_tiles=stream_tiles,
         stream_positions=torch.cat(positions),
         memories=memories,

@@ -33,6 +33,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--supervised", type=float, default=1.0, help="share of text in the loss (default: 1)"
     )
+    parser.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="in place of an assumption: compute, bandwidth, links, launch, wait or reserved",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the pipeline to FILE")
     parser.add_argument("--top", type=int, default=5, help="search: layouts shown (default: 5)")
@@ -52,7 +59,7 @@ def main(argv: list[str]) -> int:
     try:
         run = _with_defaults(load(None, rest), rest, args.world_size)
         act = _search if searching else _plan
-        return act(args, run, gpu(args.gpu), Assumptions())
+        return act(args, run, gpu(args.gpu), Assumptions.given(args.assume))
     except ConfigError as error:
         return cli.fail(error)
 

@@ -29,15 +29,19 @@ META = torch.device("meta")
 
 
 @contextmanager
-def fake_job(run: RunConfig, rank: int, world_size: int) -> Iterator[Groups]:
+def fake_job(
+    run: RunConfig, rank: int, world_size: int, capability: tuple[int, int] | None = None
+) -> Iterator[Groups]:
     """Inside, this process is `rank` of a job of `world_size`, and tensors are on "meta".
 
+    Args:
+        capability: compute capability of the GPUs that it plans for; None: CPUs.
     Raises:
         RuntimeError: this process is in a job already, or has a GPU (see `platform.hide_gpus`).
     """
     if dist.is_initialized():
         raise RuntimeError("a fake job cannot start inside a job; plan in a process of its own")
-    with platform.standing_in(META):
+    with platform.standing_in(META, capability):
         hook = sys.excepthook  # torch puts "[rank0]:" before what it prints, once for every job
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         scale = MoEAuxLossAutoScaler.main_loss_backward_scale  # of the process, set by schedules

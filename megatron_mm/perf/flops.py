@@ -13,6 +13,7 @@ from megatron_mm.config.families import vision_family
 from megatron_mm.config.layers.counting import Counter, Flops, Workload, products
 from megatron_mm.config.layers.kinds import LAYERS, LayerKind
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.layers.cross_entropy import blocks
 from megatron_mm.model.recompute import Recompute
 from megatron_mm.perf.work import executed, needed
 
@@ -44,7 +45,12 @@ def count(run: RunConfig, work: Workload) -> dict[str, Flops]:
         counter.reader = layer.reader
         _layer(counter, LAYERS[layer.kind], recompute, found)
     # The norm before the output layer belongs to the language model.
-    counter.linear("output", sizes.output(run.model.language), work.logits, flows=counter.normed())
+    output = sizes.output(run.model.language)
+    counter.flows = counter.linear(
+        "output", output, work.logits, flows=counter.normed(), spare="none"
+    )
+    if len(blocks(work.logits, output[1])) > 1:
+        counter.again("output", products([output], work.logits))
     return counter.parts
 
 

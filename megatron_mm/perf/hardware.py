@@ -6,9 +6,10 @@ direction: half of what data sheets give for both. GB are 10^9 bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from megatron_mm.errors import unknown
+from megatron_mm.errors import ConfigError, unknown
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ class Assumptions:
         compute: of the tensor cores, in matrix products and attention.
         bandwidth: of the memory, by everything else, no two operations fused.
         links: of NVLink and network.
-        launch: seconds from one kernel to the next where the host is the slower one.
+        launch: seconds of the host for one kernel. NVIDIA measured 3.8 us between launches in a row
+            (developer.nvidia.com/blog/cuda-graphs); an operator of eager torch is said to take 5
+            to 25.
+        wait: seconds from the end of a kernel that the host waits for to its next launch. In the
+            same measurement a synchronisation after each kernel costs 6 us more than none; Python
+            and torch come on top.
         reserved: share of the memory that activations and state may not have: CUDA, NCCL's
             buffers, fragmentation.
     """
@@ -79,7 +85,30 @@ class Assumptions:
     bandwidth: float = 0.8
     links: float = 0.75
     launch: float = 5e-6
+    wait: float = 10e-6
     reserved: float = 0.1
+
+    @classmethod
+    def given(cls, words: Sequence[str]) -> Assumptions:
+        """The assumptions with some of them replaced, each as NAME=NUMBER; raises ConfigError."""
+        made = cls()
+        for word in words:
+            name, _, number = word.partition("=")
+            if name not in vars(made):
+                raise unknown("assumption", name, vars(made))
+            try:
+                made = replace(made, **{name: float(number)})
+            except ValueError:
+                raise ConfigError(f"assumption {word!r}; allowed: {name}=NUMBER") from None
+        for name in ("compute", "bandwidth", "links"):
+            if not 0 < getattr(made, name) <= 1:
+                value = getattr(made, name)
+                raise ConfigError(f"assumption {name} is {value:g}; allowed: above 0, at most 1")
+        for name in ("launch", "wait", "reserved"):
+            if not 0 <= getattr(made, name) < 1:
+                value = getattr(made, name)
+                raise ConfigError(f"assumption {name} is {value:g}; allowed: 0 or more, below 1")
+        return made
 
 
 def gpu(name: str) -> GPU:

@@ -84,15 +84,33 @@ def too_large(plan: LayoutPlan) -> ConfigError:
     worst = max(range(len(plan.ranks)), key=lambda place: plan.ranks[place].total)
     rank, gb = plan.ranks[worst], 1e9
     held, able = rank.total / gb, room(plan.gpu, plan.assumed) / gb
-    if rank.state.total > rank.activations:
+    parts = f"{rank.state.total / gb:.1f} state, {rank.activations / gb:.1f} activations"
+    if rank.rollout is not None:
+        parts += f" or {rank.rollout.peak / gb:.1f} rollout"
+    most = most_sequences(plan) if rank.rollout is not None else 0
+    if most and rank.state.total + rank.activations <= room(plan.gpu, plan.assumed):
+        advice = f"--max-num-seqs {most} or fewer"
+    elif rank.state.total > rank.beside_state:
         advice = "more tensor, pipeline or expert parallel ranks"
-    else:
+    elif rank.beside_state == rank.activations:
         advice = "--recompute-granularity full, or more tensor or context parallel ranks"
+    else:
+        advice = "fewer num_generations, a shorter seq_length, or more tensor parallel ranks"
     return ConfigError(
-        f"pipeline rank {worst} of {len(plan.ranks)} needs {held:.1f} GB "
-        f"({rank.state.total / gb:.1f} state, {rank.activations / gb:.1f} activations), a "
+        f"pipeline rank {worst} of {len(plan.ranks)} needs {held:.1f} GB ({parts}), a "
         f"{plan.gpu.name} has {able:.1f}; allowed: {advice}"
     )
+
+
+def most_sequences(plan: LayoutPlan) -> int:
+    """The largest max_num_seqs whose rollout fits on every rank; 0 if none does."""
+    able = room(plan.gpu, plan.assumed)
+    found = (
+        rank.rollout.most_rows(able - rank.state.total)
+        for rank in plan.ranks
+        if rank.rollout is not None
+    )
+    return int(min(found))  # the last stage draws for all rows, so there is a limit
 
 
 def _what_it_holds(run: RunConfig, place: int) -> tuple:

@@ -9,7 +9,6 @@ in full.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -25,9 +24,9 @@ from megatron_mm.config import (
 )
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.perf.assumed import planned_batch
+from megatron_mm.perf.kernels import Kernel, Link, Work
 from megatron_mm.perf.memory import State
 from megatron_mm.perf.rank import RankPlan, plan_rank
-from megatron_mm.perf.recorder import Link, Work
 from megatron_mm.perf.trace import ChunkTrace
 
 FIRST, LAST = "first", "last"
@@ -132,21 +131,19 @@ def rough_rank(
         4 * (dense + expert),
         moments * (dense // shared + expert // expert_replicas),
     )
-    sent = Counter(
-        {
-            Link("reduce_scatter", "dp_cp"): 4 * dense,
-            Link("reduce_scatter", "expt_dp"): 4 * expert,
-            Link("all_gather", "dp_cp"): word * dense // shared,
-            Link("all_gather", "expt_dp"): word * expert // expert_replicas,
-        }
-    )
+    sent = {
+        Link("reduce_scatter", "dp_cp"): 4 * dense,
+        Link("reduce_scatter", "expt_dp"): 4 * expert,
+        Link("all_gather", "dp_cp"): word * dense // shared,
+        Link("all_gather", "expt_dp"): word * expert // expert_replicas,
+    }
     return RankPlan(
         (place, ranks),
         tuple("".join(layer.kind for layer in stage.layers) for stage in mine),
         (dense + expert, expert),
         state,
         tuple(traces),
-        Work(sent=sent),
+        [Kernel(moved=size, link=link) for link, size in sent.items()],
         train.global_batch_size // (replicas * train.micro_batch_size),
         _groups(run, world_size),
     )
@@ -172,7 +169,7 @@ def _together(traces: list[ChunkTrace], run: RunConfig) -> ChunkTrace:
 
 
 def _of_samples(work: Work, samples: int) -> Work:
-    return replace(work.times(samples), launches=work.launches)
+    return replace(work.times(samples), launches=work.launches, waits=work.waits)
 
 
 def _groups(run: RunConfig, world_size: int) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,9 @@
-"""From work to seconds on a named GPU: a prediction, with its assumptions beside it.
+"""From kernels to seconds on a named GPU: a prediction, with its assumptions beside it.
+
+The host launches one kernel after the other and runs ahead of the device; the device begins each
+when it is launched and the one before is done; where the host waits for a result, it launches the
+next only after the device is done. So launches cost where the device would be idle, and nowhere
+else: a row of small kernels behind a large one is hidden, the same row behind a wait is not.
 
 Collectives are rings: of n ranks each sends n - 1 of n parts. A group that leaves the NVLink
 domain is as fast as the network adapters of its ranks in one domain, taken together; in an
@@ -7,16 +12,44 @@ all-to-all each rank sends its own part through its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 from megatron_mm.config import RunConfig
 from megatron_mm.perf.hardware import GPU, Assumptions
+from megatron_mm.perf.kernels import Kernel, Work
 from megatron_mm.perf.rank import RankPlan
-from megatron_mm.perf.recorder import Work
 from megatron_mm.perf.schedule import Timeline, timeline
 
 DATA_PARALLEL = ("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp")
+Groups = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Seconds of a device, by what it does.
+
+    Attributes:
+        products: matrix products and attention.
+        elementwise: everything else on one GPU, whose time is that of its memory.
+        collectives: that nothing hides.
+        idle: it waits for the host to launch.
+    """
+
+    products: float = 0.0
+    elementwise: float = 0.0
+    collectives: float = 0.0
+    idle: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.products + self.elementwise + self.collectives + self.idle
+
+    def __add__(self, other: Terms) -> Terms:
+        return Terms(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def times(self, count: int) -> Terms:
+        return Terms(*(count * getattr(self, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -25,24 +58,40 @@ class Prediction:
 
     Attributes:
         schedule: of forward and backward passes through the pipeline.
+        terms: of those passes on each pipeline rank, in a step.
         gradients, parameters: exchange among replicas that nothing hides.
-        update: the optimizer's own.
+        update: everything else once a step: gradients cleared, their norm, the optimizer.
         stages: forward, backward of every stage for a microbatch.
         mfu: FLOPs of the model (three times those of its forward passes, or less where parts are
             frozen; nothing computed again) by the GPUs' peak.
     """
 
     schedule: Timeline
+    terms: tuple[Terms, ...]
     gradients: float
     parameters: float
-    update: float
+    update: Terms
     stages: tuple[tuple[float, float], ...]
     tokens_per_second_per_gpu: float
     mfu: float
 
     @property
     def seconds(self) -> float:
-        return self.schedule.seconds + self.gradients + self.parameters + self.update
+        return self.schedule.seconds + self.gradients + self.parameters + self.update.seconds
+
+    @property
+    def by_term(self) -> dict[str, float]:
+        """Seconds of the step on the busiest rank, by term; their sum is the step."""
+        busiest = max(self.terms, key=lambda terms: terms.seconds)
+        return {
+            **{field.name: getattr(busiest, field.name) for field in fields(busiest)},
+            "bubble": round(
+                max(0.0, self.schedule.seconds - busiest.seconds), 9
+            ),  # no rounding errors
+            "gradients": self.gradients,
+            "parameters": self.parameters,
+            "optimizer": self.update.seconds,
+        }
 
 
 def predict(
@@ -53,35 +102,38 @@ def predict(
         plans: of one rank of each pipeline rank, in order.
     """
     microbatches, ranks = plans[0].microbatches, len(plans)
-    stages, wires = {}, {}
+    stages, wires, terms = {}, {}, []
     for place, plan in enumerate(plans):
+        whole = Terms()
         for chunk, trace in enumerate(plan.traces):
-            passes = [
-                computing(work, gpu, assumed) + talking(work, plan.groups, gpu, assumed)
-                for work in (trace.forward, trace.backward)
-            ]
-            stages[chunk * ranks + place] = passes[0], passes[1]
+            passes = [played(kernels, plan.groups, gpu, assumed) for kernels in trace.kernels]
+            stages[chunk * ranks + place] = passes[0].seconds, passes[1].seconds
+            whole += (passes[0] + passes[1]).times(microbatches)
             apart = plan.groups.get("pp", ())[:2]
             wires[chunk * ranks + place] = collective("send", trace.leaves, apart, gpu, assumed)
+        terms.append(whole)
     order = sorted(stages)
     forward, backward = zip(*(stages[stage] for stage in order), strict=True)
     run_through = timeline(ranks, microbatches, forward, backward, [wires[s] for s in order])
-    gradients = parameters = update = 0.0
+    gradients = parameters = 0.0
+    updates = []
     for place, plan in enumerate(plans):
-        reduce, gather, rest = exchanged(plan, gpu, assumed)
+        reduce, gather = exchanged(plan, gpu, assumed)
         mine = range(place, len(order), ranks)
         if run.parallel.overlap_grad_reduce:  # behind the last microbatch
             reduce = max(0.0, reduce - sum(backward[stage] for stage in mine))
         if run.parallel.overlap_param_gather:  # behind the first
             gather = max(0.0, gather - sum(forward[stage] for stage in mine))
-        gradients, parameters = max(gradients, reduce + rest), max(parameters, gather)
-        touched = 2 * plan.state.optimizer + plan.state.gradients
-        update = max(update, touched / (gpu.bandwidth * assumed.bandwidth))
-    seconds = run_through.seconds + gradients + parameters + update
+        gradients, parameters = max(gradients, reduce), max(parameters, gather)
+        own = (kernel for kernel in plan.once if not _among_replicas(kernel))
+        updates.append(played(own, plan.groups, gpu, assumed))
+    update = max(updates, key=lambda terms: terms.seconds)
+    seconds = run_through.seconds + gradients + parameters + update.seconds
     tokens = run.training.global_batch_size * run.data.seq_length
     model = sum(model_flops(plan) for plan in plans) * microbatches * world_size / ranks
     return Prediction(
         run_through,
+        tuple(terms),
         gradients,
         parameters,
         update,
@@ -99,31 +151,57 @@ def model_flops(plan: RankPlan) -> int:
     )
 
 
-def computing(work: Work, gpu: GPU, assumed: Assumptions) -> float:
-    """Seconds without communication."""
+def played(kernels: Iterable[Kernel], groups: Groups, gpu: GPU, assumed: Assumptions) -> Terms:
+    """Plays kernels on a device that has nothing else to do when the first is launched. A product
+    takes the longer of computing and of reading its operands."""
+    peak, bandwidth = gpu.bf16_flops * assumed.compute, gpu.bandwidth * assumed.bandwidth
+    host = device = products = elementwise = collectives = 0.0
+    for kernel in kernels:
+        if kernel.launched:
+            host += assumed.launch
+        if kernel.link is not None:
+            ranks = groups.get(kernel.link.group, ())
+            took = collective(kernel.link.kind, kernel.moved, ranks, gpu, assumed)
+            collectives += took
+        elif kernel.flops:
+            took = max(kernel.flops / peak, kernel.moved / bandwidth)
+            products += took
+        else:
+            took = kernel.moved / bandwidth
+            elementwise += took
+        device = max(device, host) + took if kernel.launched else device
+        if kernel.waits:
+            host = max(host, device) + assumed.wait
+    return Terms(products, elementwise, collectives, device - products - elementwise - collectives)
+
+
+def roughly(work: Work, groups: Groups, gpu: GPU, assumed: Assumptions) -> float:
+    """Seconds of work whose order is not known: the host hides behind the device, or the device
+    behind the host."""
     products = work.flops / (gpu.bf16_flops * assumed.compute)
     others = work.moved / (gpu.bandwidth * assumed.bandwidth)
-    return max(products + others, work.launches * assumed.launch)
-
-
-def talking(
-    work: Work, groups: Mapping[str, Sequence[int]], gpu: GPU, assumed: Assumptions
-) -> float:
-    """Seconds of collectives, one after the other."""
-    return sum(
+    talking = sum(
         collective(link.kind, size, groups.get(link.group, ()), gpu, assumed)
         for link, size in work.sent.items()
     )
+    host = work.launches * assumed.launch
+    return max(products + others + talking, host) + work.waits * assumed.wait
 
 
-def exchanged(plan: RankPlan, gpu: GPU, assumed: Assumptions) -> tuple[float, float, float]:
-    """Seconds of (gradients among replicas, parameters among replicas, the rest) once a step."""
-    found = {"reduce": 0.0, "gather": 0.0, "rest": 0.0}
-    for link, size in plan.once.sent.items():
+def _among_replicas(kernel: Kernel) -> bool:
+    return kernel.link is not None and kernel.link.group in DATA_PARALLEL
+
+
+def exchanged(plan: RankPlan, gpu: GPU, assumed: Assumptions) -> tuple[float, float]:
+    """Seconds that gradients, and parameters, take among replicas once a step."""
+    reduce = gather = 0.0
+    for link, size in Work.of(filter(_among_replicas, plan.once)).sent.items():
         took = collective(link.kind, size, plan.groups.get(link.group, ()), gpu, assumed)
-        part = "gather" if link.kind == "all_gather" else "reduce"
-        found[part if link.group in DATA_PARALLEL else "rest"] += took
-    return found["reduce"], found["gather"], found["rest"]
+        if link.kind == "all_gather":
+            gather += took
+        else:
+            reduce += took
+    return reduce, gather
 
 
 def collective(kind: str, size: int, ranks: Sequence[int], gpu: GPU, assumed: Assumptions) -> float:

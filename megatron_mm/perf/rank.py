@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mm.config import RunConfig, data_parallel_size
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.objective import Objective
 from megatron_mm.perf import memory
 from megatron_mm.perf.fake import fake_engine, fake_job
-from megatron_mm.perf.recorder import Link, Recorder, Work
+from megatron_mm.perf.kernels import Kernel, Link, Work
+from megatron_mm.perf.recorder import Recorder
+from megatron_mm.perf.rollout import (
+    RolloutTrace,
+    policy_batch,
+    policy_objective,
+    reinforced,
+    trace_rollout,
+)
 from megatron_mm.perf.schedule import activation_peak, events
 from megatron_mm.perf.standins import planned_backend
-from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_sync
+from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_once
+from megatron_mm.train.sft import SupervisedFineTuning
+
+# Blackwell has its kernels too, as far as they are chosen by it.
+HOPPER = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -23,8 +37,9 @@ class RankPlan:
         layers: the letters of each of its stages.
         elements: parameters held here, and how many of them are of routed experts.
         traces: of its stages.
-        once: its work once a step, after the last microbatch.
+        once: its kernels once a step, beside the microbatches.
         groups: the ranks of its groups, by role.
+        rollout: its memory in one, with reinforcement learning.
     """
 
     pipeline: tuple[int, int]
@@ -32,9 +47,10 @@ class RankPlan:
     elements: tuple[int, int]
     state: memory.State
     traces: tuple[ChunkTrace, ...]
-    once: Work
+    once: Sequence[Kernel]
     microbatches: int
     groups: dict[str, tuple[int, ...]]
+    rollout: RolloutTrace | None = None
 
     @property
     def activations(self) -> int:
@@ -44,13 +60,18 @@ class RankPlan:
 
     @property
     def total(self) -> int:
-        return self.state.total + self.activations
+        return self.state.total + self.beside_state
+
+    @property
+    def beside_state(self) -> int:
+        """Bytes at the peak of a step, of training or of the rollout before it."""
+        return max(self.activations, self.rollout.peak if self.rollout else 0)
 
     @property
     def step(self) -> Work:
-        """Everything that the rank does in a step but the optimizer's arithmetic."""
+        """Everything that the rank does in a step."""
         both = sum((trace.forward + trace.backward for trace in self.traces), Work())
-        work = both.times(self.microbatches) + self.once
+        work = both.times(self.microbatches) + Work.of(self.once)
         work.sent += Counter({Link("send", "pp"): self.microbatches * self._to_neighbours()})
         return work
 
@@ -64,18 +85,25 @@ def plan_rank(
     """Builds rank `rank`'s part of the model without memory and runs `batch` through it.
 
     Args:
-        batch: every microbatch of the step is like it; on the CPU.
+        batch: every microbatch of the step is like it, and every microbatch of prompts; on the
+            CPU.
         kernels: `cuda` as on a GPU, `torch` as on the CPU.
     Raises:
         ConfigError: the planner cannot plan these settings.
     """
     replicas = data_parallel_size(run, world_size) * run.training.micro_batch_size
-    with fake_job(run, rank, world_size) as groups:
+    with fake_job(run, rank, world_size, HOPPER if kernels == "cuda" else None) as groups:
         recorder = Recorder(groups.pg)
-        engine = fake_engine(run, groups, planned_backend(run, kernels, recorder.add_flops))
+        engine = fake_engine(run, groups, planned_backend(run, kernels, recorder.add))
         state = memory.planned(engine)
         chunks = range(len(engine.chunks))
-        traces = tuple(trace_chunk(engine, recorder, chunk, batch) for chunk in chunks)
+        rl = reinforced(run)
+        objective: Objective = SupervisedFineTuning()
+        given = batch
+        if rl is not None:
+            objective, given = policy_objective(rl), policy_batch(run, rl, batch)
+        traces = tuple(trace_chunk(engine, recorder, chunk, given, objective) for chunk in chunks)
+        rollout = None if rl is None else trace_rollout(engine, recorder, batch)
         params = [param for chunk in engine.chunks for param in chunk.parameters()]
         experts = sum(param.numel() for param in params if param.param_layout.expert)
         return RankPlan(
@@ -84,7 +112,8 @@ def plan_rank(
             elements=(sum(param.numel() for param in params), experts),
             state=state,
             traces=traces,
-            once=trace_sync(engine, recorder),
+            once=trace_once(engine, recorder),
             microbatches=run.training.global_batch_size // replicas,
             groups=recorder.groups(),
+            rollout=rollout,
         )

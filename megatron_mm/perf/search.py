@@ -14,7 +14,7 @@ from megatron_mm.config.settings import RecomputeModule
 from megatron_mm.perf.hardware import GPU, Assumptions
 from megatron_mm.perf.layout import LayoutPlan, on_gpus, plan_layout
 from megatron_mm.perf.pieces import Pieces, rough_rank, trace_pieces
-from megatron_mm.perf.predict import computing, exchanged, room, talking
+from megatron_mm.perf.predict import exchanged, room, roughly
 from megatron_mm.perf.rank import RankPlan
 
 SECONDS = 240  # for the whole search; then the answer is what was traced in full so far
@@ -173,10 +173,8 @@ def _seconds(run: RunConfig, ranks: list[RankPlan], gpu: GPU, assumed: Assumptio
     busy, exchange = [], 0.0
     for rank in ranks:
         works = [work for trace in rank.traces for work in (trace.forward, trace.backward)]
-        busy.append(
-            sum(computing(w, gpu, assumed) + talking(w, rank.groups, gpu, assumed) for w in works)
-        )
-        reduce, gather, _ = exchanged(rank, gpu, assumed)
+        busy.append(sum(roughly(work, rank.groups, gpu, assumed) for work in works))
+        reduce, gather = exchanged(rank, gpu, assumed)
         if run.parallel.overlap_grad_reduce:
             reduce = max(0.0, reduce - busy[-1] * 2 / 3)
         if run.parallel.overlap_param_gather:

@@ -1,7 +1,8 @@
 """Stand-ins, in a plan, for parts that cannot run on tensors without memory.
 
 Routing is balanced, since no logits are computed. Attention is the fused kernel that keeps
-query, key, value, result and the logarithms of its sums. With `cuda` the gated delta rule is
+query, key, value, result and the logarithms of its sums. On a GPU a root-mean-square norm is the
+one kernel that torch has there (`_fused_rms_norm`), and the gated delta rule is
 flash-linear-attention's: its source (0.6, `chunk_gated_delta_rule` and `causal_conv1d`) shows which
 tensors it keeps and the sizes it works with; no GPU run has confirmed them yet.
 """
@@ -16,18 +17,22 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.optim.adam as adam
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from megatron_mm import platform
 from megatron_mm.config import ConfigError, RunConfig
 from megatron_mm.model.backends.choice import choose
 from megatron_mm.model.backends.interface import Backend
+from megatron_mm.model.layers.gdn.convolution import last_inputs
 from megatron_mm.model.layers.gdn.mix import split_heads
 from megatron_mm.model.layers.moe import MixtureOfExperts
 from megatron_mm.perf.assumed import expert_counts
+from megatron_mm.perf.recorder import Recorder
 
 CHUNK = 64  # positions; flash-linear-attention's own
-Count = Callable[[int], None]  # of floating point operations that no product shows
+Count = Callable[..., None]  # `Recorder.add`: FLOPs and bytes of a kernel that no operation shows
 
 
 def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
@@ -40,28 +45,38 @@ def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
         raise ConfigError(
             f"fp8_format is {run.backend.fp8_format!r}; allowed in a plan: none, it knows no FP8"
         )
-    local = replace(run.backend, transformer_impl="local", gdn_kernel="torch")
+    local = replace(run.backend, transformer_impl="local", gdn_kernel="torch", compile_vision=False)
     backend = choose(local)
+    # Of a prompt torch's kernel asks which samples have more than one chunk.
+    backend = replace(backend, mix_and_keep=partial(_fused_mix_and_keep, count))
     if kernels == "cuda" and run.backend.gdn_kernel != "torch":
         backend = replace(backend, mix=partial(_fused_mix, count))
     return backend
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
+def fused_kernels(count: Count) -> Iterator[None]:
     """Inside, `scaled_dot_product_attention` of tensors without memory is one kernel, and so is
-    its backward pass; torch would choose the way of many products for them. Set in its module, as
-    a mode would not reach what the backward pass computes again."""
-    torchs = F.scaled_dot_product_attention
+    its backward pass; torch would choose the way of many products for them. So is `rms_norm`
+    where they stand for a GPU's. Set in their module, as a mode would not reach what the backward
+    pass computes again."""
+    torchs, torchs_norm = F.scaled_dot_product_attention, F.rms_norm
 
     def chosen(query, *args, **kwargs):
         return (_attention if query.is_meta else torchs)(query, *args, **kwargs)
 
-    F.scaled_dot_product_attention = chosen
+    def chosen_norm(x, normalized_shape, weight=None, eps=None):
+        on_gpu = x.is_meta and platform.compute_capability(x.device) is not None
+        # As torch decides there: a weight of another type is multiplied on its own.
+        if not on_gpu or (weight is not None and weight.dtype != x.dtype):
+            return torchs_norm(x, normalized_shape, weight, eps)
+        return _FusedRMSNorm.apply(x, weight, len(normalized_shape), count)
+
+    F.scaled_dot_product_attention, F.rms_norm = chosen, chosen_norm
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = torchs
+        F.scaled_dot_product_attention, F.rms_norm = torchs, torchs_norm
 
 
 def _attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):
@@ -72,12 +87,62 @@ def _attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=Fa
     )[0]
 
 
-def balance(model: torch.nn.Module, tokens: int) -> None:
+class _FusedRMSNorm(torch.autograd.Function):
+    """Reads x and writes the result; keeps x and a scale a row. Backward it reads both once for
+    the gradient of x and once for that of the weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, dims: int, count: Count):
+        scale = x.new_empty(x.shape[:-dims], dtype=torch.float32)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.count = count
+        count(moved=2 * x.nbytes)
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x, weight, _ = ctx.saved_tensors
+        ctx.count(moved=3 * x.nbytes)
+        d_weight = None
+        if weight is not None:
+            ctx.count(moved=2 * x.nbytes)
+            d_weight = torch.empty_like(weight)
+        return torch.empty_like(d_out), d_weight, None, None
+
+
+@contextmanager
+def updating(recorder: Recorder, norm: float) -> Iterator[None]:
+    """Inside, an optimizer's step runs on tensors without memory: torch's fused Adam takes them, as
+    it takes a GPU's, and a number that the host reads from one is `norm`, with a wait."""
+    check, torchs = adam._device_dtype_check_for_fused, torch.tensor
+
+    def tensor(data, *args, **kwargs):
+        # It reads the numbers of a list of tensors one by one, where no mode sees it.
+        return torchs(read(data) if isinstance(data, (list, tuple)) else data, *args, **kwargs)
+
+    def read(data):
+        if isinstance(data, (list, tuple)):
+            return [read(one) for one in data]
+        return float(data) if isinstance(data, torch.Tensor) else data
+
+    adam._device_dtype_check_for_fused, torch.tensor = (lambda *args, **kwargs: None), tensor
+    try:
+        with recorder.answering(norm):
+            yield
+    finally:
+        adam._device_dtype_check_for_fused, torch.tensor = check, torchs
+
+
+def balance(model: torch.nn.Module, tokens: int, wait: Callable[[], None]) -> None:
     """Makes the layers of experts of a stage dispatch as `balanced_routes` would, for a stream of
-    this many tokens."""
+    this many tokens.
+
+    Args:
+        wait: called where the host waits for the numbers of rows, as on a GPU.
+    """
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
-            dispatcher = BalancedDispatcher.like(module.token_dispatcher, tokens)
+            dispatcher = BalancedDispatcher.like(module.token_dispatcher, tokens, wait)
             module.token_dispatcher = dispatcher
             if module.alone:  # it asks its router for the counts
                 module.experts.groups = partial(_balanced, module.experts.groups, dispatcher)
@@ -92,13 +157,21 @@ class BalancedDispatcher(MoEAlltoAllTokenDispatcher):
     """megatron-core's, where the counts follow from the positions and not from the router."""
 
     tokens = 0  # of the whole stream
+    wait: Callable[[], None]
 
     @classmethod
-    def like(cls, other: MoEAlltoAllTokenDispatcher, tokens: int) -> BalancedDispatcher:
+    def like(
+        cls, other: MoEAlltoAllTokenDispatcher, tokens: int, wait: Callable[[], None]
+    ) -> BalancedDispatcher:
         made = cls.__new__(cls)
         made.__dict__.update(vars(other))
-        made.tokens = tokens
+        made.tokens, made.wait = tokens, wait
         return made
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert=None):
+        if point == self.cuda_sync_point:
+            self.wait()
+        return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Sets what megatron-core's sets, from real numbers; int64 [local experts]."""
@@ -146,6 +219,17 @@ def _fused_mix(count: Count, qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segm
     query, key, value = (x.contiguous() for x in split_heads(mixed, widths))
     del mixed
     return _FusedDeltaRule.apply(query, key, value, log_decay_Th.float(), beta_Th, count)
+
+
+def _fused_mix_and_keep(count: Count, qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, *cut):
+    """Arguments and result of `gdn.mix.convolve_scan_and_keep`."""
+    segments, widths = cut
+    mixed = _fused_mix(count, qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, *cut)
+    heads = log_decay_Th.shape[1] // widths.values, widths.values
+    state = log_decay_Th.new_zeros(
+        len(segments.sizes), *heads, widths.key, widths.value, dtype=torch.float32
+    )
+    return mixed, last_inputs(qkv_TC, conv_weight_CW.shape[1], segments), state
 
 
 class _FusedConvolution(torch.autograd.Function):

@@ -8,11 +8,21 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_mm.config import RunConfig, dump_yaml
-from megatron_mm.perf.layout import LayoutPlan
+from megatron_mm.perf.layout import LayoutPlan, most_sequences
 from megatron_mm.perf.predict import model_flops, room
 from megatron_mm.perf.size import model_size
 
 GB = 1e9
+NAMES = {
+    "products": "products",
+    "elementwise": "elementwise",
+    "collectives": "exposed collectives",
+    "idle": "launches and waits",
+    "bubble": "bubble",
+    "gradients": "gradients' exchange",
+    "parameters": "parameters' exchange",
+    "optimizer": "optimizer",
+}
 
 
 def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
@@ -26,14 +36,16 @@ def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
     return [
         f"{step} samples a step, {precision}; microbatch: {batch}, {supervised:.0%} of the text "
         "supervised; routing balanced",
-        "activations, FLOPs and traffic: traced on the model itself; attention and delta rule as "
-        "fused kernels keep their inputs, unvalidated until a GPU run; no torch.compile",
+        "activations, FLOPs, bytes, launches and waits: traced on the model itself; attention "
+        "and delta rule as fused kernels keep their inputs, unvalidated until a GPU run; no "
+        "torch.compile",
         f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} dense bf16 TFLOP/s, {gpu.memory / GB:.0f} GB at "
         f"{gpu.bandwidth / 1e12:.2f} TB/s, NVLink {gpu.nvlink / GB:.0f} GB/s each way among "
         f"{gpu.domain}, network {gpu.network / GB:.0f} GB/s ({gpu.source})",
         f"reached of these peaks: products {assumed.compute:.0%}, memory {assumed.bandwidth:.0%}, "
-        f"links {assumed.links:.0%}; {assumed.launch * 1e6:.0f} us a kernel at least; "
-        f"{assumed.reserved:.0%} of the memory left to CUDA and NCCL",
+        f"links {assumed.links:.0%}; the host takes {assumed.launch * 1e6:g} us a launch, "
+        f"{assumed.wait * 1e6:g} us more after a wait; {assumed.reserved:.0%} of the memory left "
+        "to CUDA and NCCL",
         "seconds, tokens/s and MFU are predictions: none of them was measured",
     ]
 
@@ -58,7 +70,9 @@ def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
             "imbalance": imbalance(plan),
             "gradient_exchange_seconds": made.gradients,
             "parameter_exchange_seconds": made.parameters,
-            "optimizer_seconds": made.update,
+            "optimizer_seconds": made.update.seconds,
+            "step_seconds_by_term": made.by_term,
+            "max_num_seqs": most_sequences(plan) if plan.ranks[0].rollout else None,
             "tokens_per_second_per_gpu": made.tokens_per_second_per_gpu,
             "mfu": made.mfu,
         },
@@ -72,8 +86,13 @@ def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
                 "gradient_bytes": rank.state.gradients,
                 "optimizer_bytes": rank.state.optimizer,
                 "activation_bytes": rank.activations,
+                "rollout": None if rank.rollout is None else asdict(rank.rollout),
                 "model_flops": model_flops(rank) * rank.microbatches,
                 "flops": rank.step.flops,
+                "seconds_by_term": asdict(made.terms[place]),
+                "bytes_outside_products": rank.step.moved,
+                "launches": rank.step.launches,
+                "waits": rank.step.waits,
                 "sent_bytes": _sent(rank.step.sent),
             }
             for place, rank in enumerate(plan.ranks)
@@ -113,6 +132,7 @@ def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
     most = {link: max(rank.step.sent[link] for rank in plan.ranks) for link in sent}
     largest = sorted(most.items(), key=lambda item: -item[1])[:8]
     able = room(plan.gpu, plan.assumed)
+    counted = max((rank.step for rank in plan.ranks), key=lambda work: work.launches)
     lines = [
         f"{plan.world_size} {plan.gpu.name}: {describe(run, plan.world_size)}, "
         f"{plan.ranks[0].microbatches} microbatches",
@@ -126,12 +146,31 @@ def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
         + ("fits" if plan.fits else "DOES NOT FIT"),
         f"predicted: step {made.seconds:.2f} s, {made.tokens_per_second_per_gpu:.0f} tokens/s/GPU, "
         f"MFU {made.mfu:.1%}; bubble {made.schedule.bubble:.1%}, busiest rank "
-        f"{imbalance(plan):.2f} of the mean; gradients {made.gradients:.2f} s, parameters "
-        f"{made.parameters:.2f} s, optimizer {made.update:.2f} s",
+        f"{imbalance(plan):.2f} of the mean",
+        *_rollout(plan),
+        "of the step: " + ", ".join(f"{NAMES[n]} {s:.3g} s" for n, s in made.by_term.items()),
+        f"the host's part: {counted.launches:,} launches, {counted.waits:,} waits a step",
         "assumed:",
         *(f"- {note}" for note in notes),
     ]
     return "\n".join(lines)
+
+
+def _rollout(plan: LayoutPlan) -> list[str]:
+    """A line on the rollouts of reinforcement learning; none without."""
+    found = [rank.rollout for rank in plan.ranks if rank.rollout is not None]
+    if not found:
+        return []
+    worst = max(found, key=lambda rollout: rollout.peak)
+    line = (
+        f"rollout, most of any rank: {worst.rows} sequences at a time, caches "
+        f"{worst.cache / GB:.1f} GB ({worst.cache / worst.rows / 1e6:.1f} MB each), a prefill "
+        f"{worst.prefill / GB:.1f} GB, drawing {worst.drawing / GB:.1f} GB; up to "
+        f"{most_sequences(plan)} sequences (max_num_seqs) fit; its time is not predicted"
+    )
+    if worst.host:
+        line += f"; reference: {worst.host / GB:.1f} GB of host memory a rank"
+    return [line]
 
 
 def ranking(plans: Sequence[LayoutPlan], considered: int, fitting: int) -> str:

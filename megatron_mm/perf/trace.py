@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,11 +15,12 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine, forward_step
+from megatron_mm.engine.objective import Objective
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.perf.fake import META
-from megatron_mm.perf.recorder import Recorder, Work
-from megatron_mm.perf.standins import balance, fused_attention
-from megatron_mm.train.sft import SupervisedFineTuning
+from megatron_mm.perf.kernels import Kernel, Work
+from megatron_mm.perf.recorder import Recorder
+from megatron_mm.perf.standins import balance, fused_kernels, updating
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ChunkTrace:
         held: what stays until the backward pass.
         backward_peak: the most that the backward pass holds.
         forward, backward: work; a backward pass includes recomputation.
+        kernels: of the two passes, in the order of their launch; none in a rough plan.
         stays: bytes that the first microbatch leaves behind for good (megatron-core's buffer of
             gathered activations); in none of the above.
     """
@@ -43,18 +45,29 @@ class ChunkTrace:
     backward_peak: int
     forward: Work
     backward: Work
+    kernels: tuple[Sequence[Kernel], Sequence[Kernel]] = ((), ())
     stays: int = 0
 
 
-def trace_chunk(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> ChunkTrace:
-    """Runs stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step."""
+def trace_chunk(
+    engine: Engine,
+    recorder: Recorder,
+    chunk: int,
+    batch: Microbatch,
+    objective: Objective,
+) -> ChunkTrace:
+    """Runs stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step.
+
+    Args:
+        batch: of the objective.
+    """
     wrapped, model = engine.models[chunk], engine.chunks[chunk]
-    balance(model, len(batch.tokens_T))
+    balance(model, len(batch.tokens_T), recorder.wait)
     if wrapped.ddp_config.overlap_param_gather:
-        wrapped.disable_forward_pre_hook(param_sync=False)  # once a step: see trace_sync
+        wrapped.disable_forward_pre_hook(param_sync=False)  # once a step: see trace_once
     before = recorder.live
-    with _scale_of_its_own(), fused_attention(), recorder, wrapped.no_sync():
-        found = _once(engine, recorder, chunk, batch)
+    with _scale_of_its_own(), fused_kernels(recorder.add), recorder, wrapped.no_sync():
+        found = _once(engine, recorder, chunk, batch, objective)
     model.received = None
     stays = recorder.live - before
     return replace(
@@ -78,9 +91,11 @@ def _scale_of_its_own() -> Iterator[None]:
         MoEAuxLossAutoScaler.main_loss_backward_scale = kept
 
 
-def _once(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> ChunkTrace:
+def _once(
+    engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch, objective: Objective
+) -> ChunkTrace:
     wrapped, model, config = engine.models[chunk], engine.chunks[chunk], engine.config
-    objective, pg = SupervisedFineTuning(), engine.groups.pg
+    pg, kwargs = engine.groups.pg, {"router_term": objective.router_term}
     held_at = held_positions(objective.positions(batch), len(batch.tokens_T), pg.cp)
 
     def finish(output, batch, positions, metrics):
@@ -89,14 +104,14 @@ def _once(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> 
     def feed():
         yield batch.to(platform.device()), held_at, {}
 
-    start, begin = recorder.rebase(), recorder.copy()
+    start, begin = recorder.rebase(), len(recorder.kernels)
     arrived = None
     if model.arrives is not None:
         rows, dtype = model.wire_rows(batch, model.arrives), config.pipeline_dtype
         shape = rows, 1, config.hidden_size
         arrived = torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
     output, _ = schedule_forward(
-        forward_step(finish),
+        forward_step(finish, **kwargs),
         feed(),
         wrapped,
         1,
@@ -106,18 +121,21 @@ def _once(engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch) -> 
         pg.cp.size(),
         is_last_stage=model.post_process,
     )
-    forward_peak, held, middle = recorder.peak - start, recorder.live - start, recorder.copy()
+    forward_peak, held = recorder.peak - start, recorder.live - start
+    middle = len(recorder.kernels)
     d_output = None if model.post_process else torch.empty_like(output)
     recorder.rebase()
     backward_step(arrived, output, d_output, config)
+    passes = recorder.kernels[begin:middle], recorder.kernels[middle:]
     return ChunkTrace(
         arrives=0 if arrived is None else _bytes(arrived),
         leaves=0 if d_output is None else _bytes(d_output),
         forward_peak=forward_peak,
         held=held,
         backward_peak=recorder.peak - start,
-        forward=middle - begin,
-        backward=recorder.copy() - middle,
+        forward=Work.of(passes[0]),
+        backward=Work.of(passes[1]),
+        kernels=passes,
     )
 
 
@@ -125,21 +143,21 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def trace_sync(engine: Engine, recorder: Recorder) -> Work:
-    """The traffic of a step that does not depend on the number of microbatches: gradients, and
-    parameters after the update."""
-    with recorder:
-        begin = recorder.copy()
+def trace_once(engine: Engine, recorder: Recorder) -> list[Kernel]:
+    """Runs what a step does however many microbatches it has, and returns its kernels: gradients
+    cleared, and exchanged; their norm, clipping, the update; parameters gathered."""
+    begin = len(recorder.kernels)
+    clipped = (10 * max(1.0, engine.run.optimizer.clip_grad)) ** 2
+    with recorder, updating(recorder, clipped):
+        for model in engine.models:
+            model.zero_grad_buffer()
+        engine.optimizer.zero_grad()
         # A real number: it is divided by.
         finalize_model_grads(engine.models, torch.ones((), dtype=torch.int), engine.groups.pg)
-        # As forward passes do with overlap, and without each optimizer of the chain does at the
-        # end of its step: with routed experts there are two, and each gathers everything.
-        ddp, chain = (
-            engine.models[0].ddp_config,
-            getattr(engine.optimizer, "chained_optimizers", [0]),
-        )
-        if ddp.use_distributed_optimizer:
-            for _ in range(1 if ddp.overlap_param_gather else len(chain)):
-                for model in engine.models:
-                    model.start_param_sync(force_sync=True)
-        return recorder.copy() - begin
+        engine.update(engine.gradient_norm())
+        ddp = engine.models[0].ddp_config
+        # Without overlap each optimizer of the chain gathers at the end of its step.
+        if ddp.use_distributed_optimizer and ddp.overlap_param_gather:
+            for model in engine.models:
+                model.start_param_sync(force_sync=True)
+    return recorder.kernels[begin:]

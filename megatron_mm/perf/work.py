@@ -83,5 +83,5 @@ def _executed_mixing(run: RunConfig, segments: Segments) -> dict[str, tuple[floa
 
 def _look_pairs(held: BatchMemory, segments: Segments, rows: int) -> int:
     visible, coordinates = held.visible_M2, held.coordinates_M2
-    views = MemoryMap.build(segments, segments, visible, coordinates, rows).views
-    return sum(v.stream.count * v.stream.width * v.patches.width for v in views)
+    groups = MemoryMap.build(segments, segments, visible, coordinates, rows).groups
+    return sum(part.queries.cells * part.patches for group in groups for part in group.rounds)

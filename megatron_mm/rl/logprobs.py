@@ -1,6 +1,6 @@
-"""Log-probabilities of sampled tokens: in training with gradients, before it by forward passes.
+"""Log-probabilities of sampled tokens before the first update, by forward passes.
 
-Shapes: T stream, K positions that a rank computes, V vocabulary.
+Shapes: T stream, K positions that a rank computes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from torch.distributed import ProcessGroup
 
 from megatron_mm.engine.engine import Engine
 from megatron_mm.generation.lanes import Completion
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.reference import Reference
@@ -95,10 +94,10 @@ def trainer_logprobs(
     groups = engine.groups
 
     def finish(
-        logits: torch.Tensor, batch: CompletionBatch, positions: torch.Tensor
+        predictions: Predictions, batch: CompletionBatch, positions: torch.Tensor
     ) -> torch.Tensor:
-        rows = positions.to(logits.device)
-        logprobs_K, _ = sampled_logprobs(logits, batch.labels_T[rows], temperature, groups.pg.tp)
+        rows = positions.to(predictions.device)
+        logprobs_K = predictions.logprobs(batch.labels_T[rows], temperature)
         here_K = batch.completion_T[rows] >= 0
         whole_T = torch.zeros(len(batch.tokens_T))
         whole_T[positions] = torch.where(here_K, logprobs_K, 0.0).cpu()
@@ -112,33 +111,3 @@ def trainer_logprobs(
         total = torch.cat(found)
     dist.all_reduce(total, group=groups.replica)
     return list(total.split(lengths))
-
-
-def sampled_logprobs(
-    logits_K1V: torch.Tensor, labels_K: torch.Tensor, temperature: float, tp: ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns fp32 [K] each: log-probabilities of the labels at this temperature, differentiable,
-    and the entropy of the distributions in nats, without gradient.
-
-    Args:
-        logits_K1V: this tensor-parallel rank's slice of the vocabulary.
-    """
-    scaled_K1V = logits_K1V.float() / temperature
-    with torch.no_grad():
-        entropy_K = _entropy(scaled_K1V[:, 0], tp)
-    # The cross entropy may overwrite its argument, so the entropy comes first.
-    losses_K1 = vocab_parallel_cross_entropy(scaled_K1V, labels_K.unsqueeze(1), tp_group=tp)
-    return -losses_K1.squeeze(1), entropy_K
-
-
-def _entropy(logits_KV: torch.Tensor, tp: ProcessGroup) -> torch.Tensor:
-    """Returns log Z - E[logit] of each row."""
-    highest_K = logits_KV.amax(1)
-    if tp.size() > 1:
-        dist.all_reduce(highest_K, op=dist.ReduceOp.MAX, group=tp)
-    shifted_KV = logits_KV - highest_K.unsqueeze(1)
-    mass_KV = shifted_KV.exp()
-    sums_2K = torch.stack((mass_KV.sum(1), (mass_KV * shifted_KV).sum(1)))
-    if tp.size() > 1:
-        dist.all_reduce(sums_2K, group=tp)
-    return sums_2K[0].log() - sums_2K[1] / sums_2K[0]

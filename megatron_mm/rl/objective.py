@@ -8,10 +8,11 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import RouterTerm
 from megatron_mm.report.metrics import Metrics
-from megatron_mm.rl.logprobs import sampled_logprobs
 from megatron_mm.rl.policy_batch import PolicyBatch
 from megatron_mm.rl.policy_losses import Tokens, logprob_abs_diff, loss_denominator, policy_loss
 from megatron_mm.rl.settings import ResolvedRL
@@ -30,15 +31,15 @@ class PolicyObjective:
 
     def loss(
         self,
-        logits_K1V: torch.Tensor,
+        predictions: Predictions,
         batch: PolicyBatch,
         positions_K: torch.Tensor,
         pg: ProcessGroupCollection,
         metrics: Metrics,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = positions_K.to(logits_K1V.device, non_blocking=True)
-        logprobs_K, entropy_K = sampled_logprobs(
-            logits_K1V, batch.labels_T[rows], self.rl.temperature, pg.tp
+        rows = platform.moved(positions_K, predictions.device)
+        logprobs_K, entropy_K = predictions.logprobs_and_entropy(
+            batch.labels_T[rows], self.rl.temperature
         )
 
         def at(values_T: torch.Tensor | None) -> torch.Tensor | None:

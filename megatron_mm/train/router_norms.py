@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megatron_mm import platform
 from megatron_mm.checkpoint.optimizer_state import owned
 from megatron_mm.engine.engine import Engine
 from megatron_mm.report.metrics_log import ROUTER_NORM
@@ -29,14 +30,16 @@ class RouterNorms:
         learning = [(n, mine) for n, mine in self.routers if mine.main.grad is not None]
         # Squares, and how many of the router's elements they are of: all ranks of its stage have
         # the same gradient, whole or, with the distributed optimizer, in parts.
-        sums = torch.zeros(2, layers, dtype=torch.float64)  # on the CPU, as `world` is
+        sums = torch.zeros(2, layers, dtype=torch.float64, device=platform.device())
         if learning:
             gradients = [mine.main.grad for _, mine in learning]
             norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64))
-            for (layer, mine), square in zip(learning, norms.square().tolist(), strict=True):
-                sums[0, layer] += square
-                sums[1, layer] += mine.stop - mine.start
-        dist.all_reduce(sums, group=self.engine.groups.world)
+            counts = [float(mine.stop - mine.start) for _, mine in learning]
+            counts_L = torch.tensor(counts, dtype=torch.float64)
+            at_L = torch.tensor([layer for layer, _ in learning])
+            here = torch.stack((norms.square(), platform.moved(counts_L, norms.device)))
+            sums.index_add_(1, platform.moved(at_L, norms.device), here)
+        dist.all_reduce(sums)
         language = self.engine.run.model.language
         whole = language.num_experts * language.hidden_size
         return {

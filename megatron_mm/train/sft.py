@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from megatron_mm import platform
 from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.config.objectives import part_of
 from megatron_mm.data.batch import Microbatch
@@ -17,6 +17,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import receive
 from megatron_mm.engine.objective import Objective
 from megatron_mm.errors import DataError
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import RouterTerm
 from megatron_mm.report.metrics import Metrics
 
@@ -34,25 +35,18 @@ class SupervisedFineTuning:
 
     def loss(
         self,
-        logits_K1V: torch.Tensor,
+        predictions: Predictions,
         batch: Microbatch,
         positions_K: torch.Tensor,
         pg: ProcessGroupCollection,
         metrics: Metrics,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = positions_K.to(logits_K1V.device, non_blocking=True)
-        mask = batch.loss_mask_T[rows]
-        per_token = self.token_losses(logits_K1V, batch.labels_T[rows], pg)
-        total, count = (per_token * mask).sum(), mask.sum()
+        rows = platform.moved(positions_K, predictions.device)
+        mask_K = batch.loss_mask_T[rows]
+        losses_K = -predictions.logprobs(batch.labels_T[rows])
+        total, count = (losses_K * mask_K).sum(), mask_K.sum()
         metrics.ratio("train/lm_loss", total, count)
         return total, count.int()
-
-    def token_losses(
-        self, logits_K1V: torch.Tensor, labels_K: torch.Tensor, pg: ProcessGroupCollection
-    ) -> torch.Tensor:
-        """fp32 [K]: the loss of each label, supervised or not."""
-        logits, labels = logits_K1V.float(), labels_K.unsqueeze(1)
-        return vocab_parallel_cross_entropy(logits, labels, tp_group=pg.tp).squeeze(1)
 
 
 class Supervised:

@@ -53,6 +53,11 @@ def resumed(run: RunConfig, groups: Groups) -> RunConfig:
     return replace(run, checkpoint=own)
 
 
+def loads_weights(checkpoint: CheckpointConfig) -> bool:
+    """Whether `start` loads weights, of a run whose `resume` is carried out."""
+    return bool(checkpoint.load or checkpoint.load_hf)
+
+
 def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_token: int) -> Start:
     """Loads what the settings name into the engine and, to go on, the loader. Every rank calls it.
 
@@ -84,9 +89,9 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
 
 
 def _tell(initialized: list[str], ignored: list[str], most: int = 4) -> None:
-    """Names what a start from other weights left as it was, and what it left out."""
+    """Names what a start from other weights drew anew, and what it left out."""
     for names, what in (
-        (initialized, "new in this model, as initialised"),
+        (initialized, "new in this model, drawn from the seed"),
         (ignored, "not trained by this model, left out"),
     ):
         if names:

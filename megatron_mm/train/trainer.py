@@ -19,13 +19,14 @@ from megatron_mm.convert.folder import NOTES
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
+from megatron_mm.engine.totals import KnownTotals
 from megatron_mm.errors import DataError, NonFiniteError
 from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.parallel.groups import Groups
-from megatron_mm.report.metrics import Metrics, NotFinite, own_totals, reduced
+from megatron_mm.report.metrics import Metrics, NotFinite, Total, own_totals, reduced
 from megatron_mm.train.router_norms import RouterNorms
 from megatron_mm.train.source import Loader, StepSource, open_data, open_step_source
-from megatron_mm.train.start import resumed, start
+from megatron_mm.train.start import loads_weights, resumed, start
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Trainer:
         self.run, self.groups = run, groups
         self.tokenizer, loader = open_data(run, groups)
         torch.manual_seed(run.training.seed)
-        self.engine = Engine.create(run, groups)
+        self.engine = Engine.create(run, groups, drawn=not loads_weights(run.checkpoint))
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
             open_questions(self.engine, self.tokenizer)
         self.source: StepSource = open_step_source(run, self.engine, self.tokenizer, loader)
@@ -58,6 +59,7 @@ class Trainer:
             asynchronous=run.checkpoint.async_save,
             keep_last=run.checkpoint.keep_last_checkpoints,
         )
+        self.known = KnownTotals()
         self.stop_requested = False
 
     @property
@@ -112,10 +114,28 @@ class Trainer:
             DataError: on every rank, if every row of the step was left out.
         """
         totals, problem = own_totals([*parts, self._counts(batches)])
+        reasons: list[str] = []
         skipped = [why for batch in batches for why in batch.skipped][:3]
+        skipped = skipped if self.groups.is_reader else []
+        everywhere = self.known.gather(totals, wrong=problem is not None or bool(skipped))
+        if everywhere is None:
+            text = None if problem is None else self._text(problem, batches)
+            everywhere, reasons = self._told((totals, text, skipped))
+        metrics = reduced(everywhere)
+        if not metrics.pop(TRAINED):
+            raise DataError(f"every row of a step was left out, the first because: {reasons[0]}")
+        return metrics
+
+    def _told(
+        self, note: tuple[dict[str, Total], str | None, list[str]]
+    ) -> tuple[list[dict[str, Total]], list[str]]:
+        """Returns (the totals of every rank, the reasons for which rows were left out) from what
+        each rank says in words.
+
+        Raises:
+            NonFiniteError: on every rank, if any has such a problem.
+        """
         notes: list = [None] * self.groups.world.size()
-        text = None if problem is None else self._text(problem, batches)
-        note = (totals, text, skipped if self.groups.is_reader else [])
         dist.all_gather_object(notes, note, group=self.groups.world)
         problems = [problem for _, problem, _ in notes if problem]
         if problems:
@@ -123,10 +143,9 @@ class Trainer:
         reasons = [reason for _, _, some in notes for reason in some]
         if reasons:
             logger.info("left out: %s", "; ".join(reasons[:3]))
-        metrics = reduced([totals for totals, _, _ in notes])
-        if not metrics.pop(TRAINED):
-            raise DataError(f"every row of a step was left out, the first because: {reasons[0]}")
-        return metrics
+        everywhere = [totals for totals, _, _ in notes]
+        self.known.learn(everywhere)
+        return everywhere, reasons
 
     def _counts(self, batches: Sequence[Microbatch]) -> Metrics:
         """Counts what was read; only readers know."""

@@ -91,10 +91,10 @@ def test_resume_is_exact_to_the_bit(ranks, tmp_path, name):
 
 @torch.no_grad()
 def logits(engine) -> torch.Tensor:
-    """Logits of one rank, [T, 1, V]."""
+    """Logits of one rank, [T, V]."""
     batch = microbatch(engine.run.model, 77)
     everywhere = torch.arange(len(batch.tokens_T))
-    (found,) = engine.forward([batch], lambda batch: everywhere, lambda output, **_: output)
+    (found,) = engine.forward([batch], lambda batch: everywhere, lambda found, **_: found.logits())
     return found
 
 

@@ -121,6 +121,7 @@ def test_the_80b_model_takes_fp8_up_to_tensor_parallel_two():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--compile-vision", "compile_vision is true; allowed with deterministic_mode: false ("),
         ("--gdn-kernel fla", "gdn_kernel is 'fla'; allowed with deterministic_mode: auto, torch ("),
         (
             "--moe-token-dispatcher-type flex --expert-model-parallel-size 2 --bf16",

@@ -31,6 +31,7 @@ from megatron_mm.parallel import groups
 from support.batches import SMALL_MODELS, small_run
 from support.folders import assert_same, planned, read_all, to_checkpoint, to_folder
 from support.hf_tokenizers import byte_level_tokenizer
+from support.samples import normalised
 from support.slow_generate import generate
 
 # A look between a mixer and its experts, two in flight at once, one injected at once.
@@ -149,7 +150,7 @@ def test_greedy_tokens(exported):
         assert ids[mask.bool()].tolist() == sample.tokens_T.tolist()
     held = batch.memories.values()
     for mine, theirs in (
-        (batch.pixels_NCHW, "pixel_values"),
+        (normalised(batch.pixels_NCHW), "pixel_values"),
         (batch.stream_tiles, "stream_tiles"),
         (torch.cat([memory.tiles for memory in held]), "memory_tiles"),
         (torch.cat([memory.coordinates_M2 for memory in held]), "memory_coordinates"),

@@ -9,7 +9,6 @@ from megatron_mm.config import MemoryConfig
 from megatron_mm.data.batch import BatchMemory
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import Rows
-from megatron_mm.data.images import normalise
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.errors import DataError
 from support.batches import values_of
@@ -85,11 +84,7 @@ def test_tiles_of_stream_and_memory(
     builder, samples = build(run, tokenizer, three)
     made = batch(builder, samples)
     assert made.pixels_NCHW.shape == (tiles, 3, 8, 8)
-    pixels = [
-        normalise(i.tiles, run.data.image_mean, run.data.image_std)
-        for s in samples
-        for i in s.images
-    ]
+    pixels = [torch.from_numpy(i.tiles).permute(0, 3, 1, 2) for s in samples for i in s.images]
     assert torch.equal(made.pixels_NCHW, torch.cat(pixels))
     assert made.stream_tiles.tolist() == stream_tiles
     assert list(made.memories) == ([] if memory == "none" else ["vision"])
@@ -128,9 +123,7 @@ def test_looks_may_be_given_other_images(run, tokenizer, write_rows, make_row):
         tiles = [made.pixels_NCHW[values_of(made)[name]] for made in (same, own)]
         assert len(tiles[0]) and torch.equal(*tiles)
     made = batch(builder, [builder.training(rows[2], rows.where(2), rows.folder)])
-    halves = normalise(
-        np.stack((pixels[:, :8], pixels[:, 8:])), run.data.image_mean, run.data.image_std
-    )
+    halves = torch.from_numpy(np.stack((pixels[:, :8], pixels[:, 8:]))).permute(0, 3, 1, 2)
     assert torch.equal(made.pixels_NCHW[made.memories["vision"].tiles], halves)
     assert torch.equal(made.pixels_NCHW[made.stream_tiles], own.pixels_NCHW[own.stream_tiles])
     of_same, of_own = (made.memories["vision"].coordinates_M2 for made in (same, own))
@@ -158,9 +151,7 @@ def test_memories_of_several_resolutions_and_images(run, tokenizer, write_rows, 
     assert made.stream_tiles.tolist() == [2, 7]
     tiles = {name: held.tiles.tolist() for name, held in made.memories.items()}
     assert tiles == {"overview": [2, 7], "detail": [0, 1, 5, 6], "other": [3, 4, 8, 9]}
-    halves = normalise(
-        np.stack((pixels[:, :8], pixels[:, 8:])), run.data.image_mean, run.data.image_std
-    )
+    halves = torch.from_numpy(np.stack((pixels[:, :8], pixels[:, 8:]))).permute(0, 3, 1, 2)
     assert torch.equal(made.pixels_NCHW[made.memories["other"].tiles[:2]], halves)
     for held, count in zip(made.memories.values(), (1, 2, 2), strict=True):
         assert held.coordinates_M2.shape == held.visible_M2.shape == (2 * count * 16, 2)

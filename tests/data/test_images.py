@@ -10,6 +10,7 @@ from PIL import Image
 
 from megatron_mm.data.images import (
     TileGrid,
+    channels_first,
     choose_grid,
     cut_tiles,
     image_size,
@@ -71,10 +72,28 @@ def test_tiles_are_cut_row_by_row_and_the_thumbnail_is_last():
 def test_normalise():
     tiles = np.zeros((1, 2, 2, 3), dtype=np.uint8)
     tiles[0, 0, 1] = (255, 0, 51)
-    out = normalise(tiles, [0.5, 0.5, 0.2], [0.5, 0.25, 0.1])
+    out = normalise(channels_first(tiles), [0.5, 0.5, 0.2], [0.5, 0.25, 0.1])
     assert out.shape == (1, 3, 2, 2) and out.dtype == torch.float32
     torch.testing.assert_close(out[0, :, 0, 1], torch.tensor([1.0, -2.0, 0.0]), atol=1e-6, rtol=0)
     torch.testing.assert_close(out[0, :, 1, 0], torch.tensor([-1.0, -2.0, -2.0]))
+
+
+def test_every_value_of_a_pixel_is_normalised_in_fp32_in_this_order():
+    """As the processors of transformers do, whose pixels an export's are compared with bitwise."""
+    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    expected = (values.astype(np.float32) / np.float32(255) - mean) / std
+    pixels = channels_first(values)
+    assert pixels.is_contiguous()
+    for scale in ((mean.tolist(), std.tolist()), (torch.tensor(mean), torch.tensor(std))):
+        found = normalise(pixels, *scale).permute(0, 2, 3, 1).numpy()
+        assert found.dtype == np.float32 and np.array_equal(found, expected)
+
+
+def test_pixels_are_normalised_once():
+    pixels = normalise(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), [0.5] * 3, [0.5] * 3)
+    with pytest.raises(ValueError, match="torch.float32; give them as uint8, not yet normalised"):
+        normalise(pixels, [0.5] * 3, [0.5] * 3)
 
 
 def test_selection():

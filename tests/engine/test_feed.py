@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_mm.data.batch import BatchMemory
+from megatron_mm.engine import parcel
 from megatron_mm.engine.feed import receive
 from megatron_mm.errors import DataError
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
+from support.collectives import counting, on_rank_collectives
 from support.trainers import LAYOUTS, PP2, batch_hash, digits_run, parameters
 
 SEED = 1
@@ -302,26 +304,90 @@ def test_a_replica_shares_what_its_reader_read(ranks, scenes, name):
 
 
 def on_rank_message_size(run) -> tuple[int, int]:
-    """Bytes that the reader pickles for the other ranks of its replica, and of its pixels."""
+    """Bytes that the replica's reader sends over the CPU, and bytes of its pixels."""
     made = groups.build(run.parallel)
     trainer = Trainer(run, made)
     sent = []
-    broadcast = torch.distributed.broadcast_object_list
-
-    def measured(objects, **keywords):
-        sent.append(len(pickle.dumps(objects)))
-        return broadcast(objects, **keywords)
-
-    torch.distributed.broadcast_object_list = measured
-    try:
+    with counting(torch.distributed, "broadcast", lambda tensor, *_: sent.append(tensor.nbytes)):
         batches, _ = receive(made, trainer.loader.next_batch)
-    finally:
-        torch.distributed.broadcast_object_list = broadcast
-    return sent[0], sum(b.pixels_NCHW.untyped_storage().nbytes() for b in batches)
+    return sum(sent), sum(b.pixels_NCHW.untyped_storage().nbytes() for b in batches)
 
 
 def test_pixels_are_not_in_the_message_to_later_stages(ranks, scenes):
     (sent, pixels), _ = ranks(2, on_rank_message_size, digits_run(scenes, **PP2))
-    # Four samples of ten 16-pixel tiles: 123 kB of pixels; all the rest is about 25 kB.
-    assert pixels > 100_000
-    assert sent < 0.5 * pixels
+    assert pixels == 4 * 10 * 3 * 16 * 16  # four samples of ten tiles, a byte a value
+    assert 0 < sent < pixels / 2
+
+
+# ---- numbers of fixed size, and objects only when something is wrong ----
+
+
+@pytest.mark.parametrize("name", ["one rank", "TP2", "PP2", "DP2", "EP2"])
+def test_a_healthy_step_sends_no_objects_and_agrees_once(ranks, scenes, name):
+    size, sizes = LAYOUTS[name]
+    for first, *later in ranks(size, on_rank_collectives, digits_run(scenes, **sizes), 3):
+        # The first step tells which metrics there are.
+        assert first == {"agreements": 1, "all_gather_object": 1}
+        assert later == [{"agreements": 1}] * 2
+
+
+def test_a_step_that_leaves_rows_out_tells_why(ranks, scenes, data):
+    rows = [row(), row(), row(), bad_row("marks")]
+    run = digits_run(scenes, data(*rows), on_bad_sample="skip")
+    for _, *later in ranks(2, on_rank_collectives, run, 3):
+        assert later == [{"agreements": 1, "all_gather_object": 1}] * 2
+
+
+def on_rank_fingerprints(run, marks) -> list[str]:
+    made = groups.build(run.parallel)
+    found = []
+    for of_rank in marks:
+        mark = of_rank[made.world.rank()]
+        try:
+            receive(made, list, fingerprint=lambda mark=mark: mark)
+            found.append("")
+        except DataError as problem:
+            found.append(str(problem))
+    return found
+
+
+def test_readers_that_chose_different_samples_are_told(ranks, scenes):
+    """The largest and the smallest checksum, and whatever is between them."""
+    top = 2**32 - 1
+    marks = [(7, 7), (0, 0), (top, top), (7, 8), (0, top), (top, 0)]
+    for errors in ranks(2, on_rank_fingerprints, digits_run(scenes), marks):
+        assert errors[:3] == ["", "", ""]
+        for error in errors[3:]:
+            assert error.startswith("ranks 0 and 1 chose different samples for a step: a data file")
+
+
+# ---- parcels ----
+
+
+def test_a_parcel_gives_back_the_value():
+    base = torch.arange(24.0)
+    shared = torch.tensor([[1, 2, 3]])
+    value = {
+        "part of more": base[3:5],
+        "not contiguous": base.view(4, 6).t(),
+        "bool": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "none": torch.empty(0, 3, dtype=torch.uint8),
+        "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+        "twice": [shared, shared],
+        "words": ["a", None, 3],
+        "batch": BatchMemory.build([1, 2], [torch.ones(2, 2)], [torch.tensor([[0, 5], [1, 5]])]),
+    }
+    block = parcel.wrap(value)
+    assert block.dtype == torch.uint8 and block.dim() == 1
+    found = parcel.unwrap(block.clone())
+    assert list(found) == list(value) and found["words"] == value["words"]
+    for name in list(value)[:6]:
+        assert found[name].dtype == value[name].dtype and torch.equal(found[name], value[name])
+    assert all(torch.equal(one, shared) for one in found["twice"])
+    for name, held in vars(value["batch"]).items():
+        assert torch.equal(getattr(found["batch"], name), held)
+    # Without elements it keeps no block alive; a part of a tensor brings no more than the part.
+    assert found["none"].untyped_storage().nbytes() == 0
+    assert len(parcel.wrap(base[:1])) + 64 < len(parcel.wrap(base.clone().expand(9, 24).clone()))
+    assert len(parcel.wrap(base[:1])) == len(parcel.wrap(base[:1].clone()))

@@ -23,6 +23,7 @@ from megatron_mm.generation.generate import Prompts, generate, whole_logits
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
 from support.batches import microbatch, small_model
+from support.samples import normalised
 from support.slow_generate import generate as slow_generate
 from support.trainers import LAYOUTS, PRIME, TP2, TP3, digits_run, with_two_memories
 from support.weights import random_engine
@@ -122,7 +123,7 @@ def on_rank_against_transformers(run: RunConfig) -> list[tuple[list[int], list[i
         theirs = hf.generate(
             input_ids=tokens.unsqueeze(0),
             attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
-            **({"pixel_values": batch.pixels_NCHW[tiles]} if images else {}),
+            **({"pixel_values": normalised(batch.pixels_NCHW[tiles])} if images else {}),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             eos_token_id=None,

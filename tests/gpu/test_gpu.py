@@ -35,6 +35,17 @@ def test_the_delta_rule_equals_itself_on_the_cpu(job):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
+def test_every_pixel_is_normalised_as_on_the_cpu(job):
+    """Bitwise, so that an export's processor and training go on to agree."""
+    from megatron_mm.data.images import normalise
+
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    scale = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    there = [platform.moved(x, "cuda") for x in (pixels, *scale)]
+    assert all(x.device.type == "cuda" for x in there)
+    assert torch.equal(normalise(*there).cpu(), normalise(pixels, *scale))
+
+
 def test_a_bf16_step_is_finite_and_close_to_fp32(job):
     from megatron_mm.engine.engine import Engine
     from megatron_mm.train.sft import SupervisedFineTuning
@@ -61,11 +72,10 @@ def test_experts_in_one_kernel_equal_the_loop(job):
         InOneKernel,
         OneByOne,
         fits_one_kernel,
-        major_capability,
     )
 
     device, counts = torch.device("cuda"), [3, 0, 130, 7, 1, 64, 200, 0]
-    if not fits_one_kernel(major_capability(device), torch.bfloat16, 8, (256, 128)):
+    if not fits_one_kernel(platform.compute_capability(device), torch.bfloat16, 8, (256, 128)):
         pytest.skip("this GPU has no kernel for them")
     torch.manual_seed(0)
     rows = sum(counts)

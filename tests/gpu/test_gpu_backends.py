@@ -183,6 +183,86 @@ def test_packed_attention(job):
             assert difference(theirs, ours) < 0.02, (heads, groups, width)
 
 
+def both_ways(functions, inputs) -> list[list[torch.Tensor]]:
+    """Result and gradients of each function."""
+    found = []
+    for function in functions:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        out.float().square().sum().backward()
+        found.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    return found
+
+
+def test_attention_of_packed_streams(job):
+    """torch's kernel for packed streams against rectangles, in bf16."""
+    from megatron_mm.model.layers import varlen
+    from megatron_mm.model.layers.attention import causal_attention, rectangle_attention
+    from megatron_mm.model.segments import Segments
+
+    segments = Segments.from_cu_seqlens(torch.tensor([0, 70, 70, 75, 192]), "cuda")
+    for heads, groups, width in ((8, 2, 64), (8, 1, 256)):  # 256 is Qwen3-Next's
+        shapes = [(192, heads, width)] + [(192, groups, width)] * 2
+        inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
+        assert varlen.suits(inputs[0])
+        ways = [
+            lambda *x, way=way: way(*x, segments) for way in (rectangle_attention, causal_attention)
+        ]
+        for ours, theirs in zip(*both_ways(ways, inputs), strict=True):
+            assert difference(theirs, ours) < 0.02, (heads, groups, width)
+
+
+def test_looks_at_packed_memories(job):
+    """Three samples with three images, none and two, and padding rows in the memory: some patches
+    are seen by nobody in a round, and the last ones by nobody at all."""
+    from megatron_mm.model.layers.clvr import _in_rectangles, _packed
+    from megatron_mm.model.memory_map import MemoryMap
+    from megatron_mm.model.segments import Segments
+
+    images = [(3, 100, 70), (10, 100, 300), (60, 100, 33), (140, 200, 64), (200, 200, 17)]
+    visible = [[since, end] for since, end, patches in images for _ in range(patches)]
+    segments = Segments.from_cu_seqlens(torch.tensor([0, 100, 120, 200]), "cuda")
+    rows = len(visible) + 3
+    coordinates = torch.zeros(len(visible), 2, device="cuda")
+    map_ = MemoryMap.build(segments, segments, torch.tensor(visible), coordinates, rows)
+    shapes = [(200, 4, 64), (rows, 4, 64), (rows, 4, 64)]
+    inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
+    ways = [lambda *x, way=way: way(*x, map_) for way in (_in_rectangles, _packed)]
+    for ours, theirs in zip(*both_ways(ways, inputs), strict=True):
+        assert difference(theirs, ours) < 0.02
+        blind = (ours == 0).flatten(1).all(1)
+        assert torch.equal((theirs == 0).flatten(1).all(1), blind) and blind.any()
+
+
+def test_compiled_layers_of_the_vit(job):
+    """Two numbers of tiles, so that the second one's graph has a free dimension."""
+    from megatron_mm.model.core_config import language_config, vision_config
+    from megatron_mm.model.families.internvit.model import VisionLayer
+    from megatron_mm.parallel.param_layout import initialize
+
+    run = aligned_run()
+    run.backend.transformer_impl = "local"
+    layer = VisionLayer(run.model.vision, vision_config(run, language_config(run)), job.pg.tp)
+    initialize(layer, 1)
+    layer.cuda()
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            layer.compile()
+        for tiles in (3, 5):
+            g = torch.Generator().manual_seed(tiles)
+            x = torch.randn(tiles, 17, run.model.vision.vision_hidden_size, generator=g)
+            x = x.to("cuda", torch.bfloat16).requires_grad_()
+            layer.zero_grad()
+            out = layer(x)
+            out.float().square().sum().backward()
+            grads = [p.grad.clone() for p in layer.parameters()]
+            found.append([out.detach(), x.grad, *grads])
+    for eager, compiled in zip(found[:2], found[2:], strict=True):
+        for ours, theirs in zip(eager, compiled, strict=True):
+            assert difference(theirs, ours) < 0.02
+
+
 @needs("fla")
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 5e-3), (torch.bfloat16, 0.03)])
 def test_the_fused_delta_rule(job, dtype, allowed):

@@ -112,6 +112,20 @@ def test_a_cpu_gets_the_torch_kernel_and_refuses_the_others():
         backend.choose(aligned_run().backend)
 
 
+def test_compile_vision_compiles_every_layer_of_the_vit_and_nothing_else(pg, monkeypatch):
+    run = small_run()
+    run.backend.compile_vision = True
+    with pytest.raises(ConfigError, match="compile_vision is true, but there is no CUDA device"):
+        multimodal.build(run, pg)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    tower = multimodal.VisionTower(run, language_config(run), pg)
+    assert compiled == list(tower.vit.layers) and len(compiled) == 2
+    run.backend.compile_vision = False
+    multimodal.VisionTower(run, language_config(run), pg)
+    assert len(compiled) == 2
+
+
 def test_a_model_asking_for_it_is_refused_before_anything_is_built(pg):
     with pytest.raises(ConfigError, match="no CUDA device; allowed here: local"):
         multimodal.build(aligned_run("tensorwise"), pg)

@@ -36,13 +36,14 @@ def test_a_new_model_is_the_base_model_to_the_bit(pg):
     batch = microbatch(small_run().model, seed=1)
     model = build(small_run(), pg)[0]
     assert len(model.language.looks) == 2
-    logits = model(batch)
+    logits = model(batch).logits()
     base = build(small_run(vision_memory="none"), pg)[0]
     assert not len(base.language.looks) and base.vision.memory_proj is None
-    assert torch.equal(logits, base(batch))
-    assert torch.equal(logits, build(small_run("GE *E GE *E"), pg)[0](batch))
+    assert torch.equal(logits, base(batch).logits())
+    unread = build(small_run("GE *E GE *E"), pg)[0]
+    assert torch.equal(logits, unread(batch).logits())
     # It is the zero out-projection that does it, not a look that is never run.
-    assert relative(looks_off_zero(model)(batch), logits) > 1e-2
+    assert relative(looks_off_zero(model)(batch).logits(), logits) > 1e-2
 
 
 # --- one look -----------------------------------------------------------------------------
@@ -152,17 +153,17 @@ def test_order_of_patches_counts_only_through_coordinates(pg, double):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("views", [1, 2])
-def test_a_look_by_hand(pg, double, monkeypatch, views):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_look_by_hand(pg, double, monkeypatch, groups):
     """Attention written out for every position, patch and head, from the weights' layout; the
-    two samples with images in one rectangle or in two."""
-    if views == 2:
+    two samples with images in one group or in two."""
+    if groups == 2:
         monkeypatch.setattr(segments, "WASTE", 0)
         monkeypatch.setattr(segments, "FREE_PAIRS", 0)
     run = small_run()
     stage = Stage(pg, mixed(run.model), run)
     look, heads, width = stage.look, 4, 16
-    assert len(stage.map.views) == views
+    assert len(stage.map.groups) == groups
     patches = len(stage.held.visible_M2)
     query = look.linear_q(look.query_norm(stage.hidden))[0].view(-1, heads, width)
     memory = look.memory_norm(stage.memory[:patches, 0])
@@ -199,8 +200,8 @@ def test_recorded_weights_of_the_whole_model(pg):
     model = looks_off_zero(build(run, pg)[0]).eval()
     batch = pack(run.model, mixed(run.model))
     looks = {}
-    logits = model(batch, looks=looks)
-    assert torch.equal(logits, model(batch)), "recording changes nothing"
+    logits = model(batch, looks=looks).logits()
+    assert torch.equal(logits, model(batch).logits()), "recording changes nothing"
     assert sorted(looks) == [0, 1]
     starts, (first, last) = batch.cu_seqlens.tolist(), batch.memories["vision"].visible_M2.unbind(1)
     for pair in looks.values():
@@ -246,7 +247,7 @@ def test_what_a_look_found_is_added_where_it_is_injected(pg, pattern):
 def changed_positions(model, before, after) -> torch.Tensor:
     """bool [T]: where the logits moved by more than rounding, fp64."""
     with torch.no_grad():
-        a, b = model(before)[:, 0], model(after)[:, 0]
+        a, b = model(before).logits(), model(after).logits()
     return (a - b).norm(dim=1) > DOUBLE_TOLERANCE * a.norm(dim=1)
 
 
@@ -273,7 +274,7 @@ def test_who_sees_which_image(pg, double, image, part):
     model = looks_off_zero(build(run, pg)[0]).eval()
     s = sample(run.model, 4, (2, 2), text=5)
     pixels = s.pixels.clone()
-    pixels[3 * image + (1 if part == "tile" else 2)] += 1.0
+    pixels[3 * image + (1 if part == "tile" else 2)] ^= 64
     batches = (pack(run.model, [x]) for x in (s, replace(s, pixels=pixels)))
     moved = changed_positions(model, *batches)
     first = s.image_ends[image] - (0 if part == "tile" else 4)
@@ -296,19 +297,52 @@ def test_between_two_images_only_the_first_is_looked_at(pg):
     assert (second[:, two:] > 0).all()
 
 
-@torch.no_grad()
 def test_memory_map_by_hand():
     """Two samples, the first without an image. Four rows for two patches is exactly the size
     of the rectangle, and yet the memory is not the rectangle."""
     stream = Segments.from_cu_seqlens(torch.tensor([0, 3, 7]))
     visible, coordinates = torch.tensor([[4, 7], [5, 7]]), torch.rand(2, 2)
     map_ = MemoryMap.build(stream, stream, visible, coordinates, rows=4)
-    (view,) = map_.views
-    assert [samples.tolist() for samples in map_.samples] == [[1]]
+    assert map_.stairs == [[], [(4, 1, 1), (5, 2, 2)]]
+    (group,) = map_.groups
     memory = torch.tensor([10.0, 20.0, 0.0, 0.0])
-    assert view.patches.to_rectangle(memory).tolist() == [[10.0, 20.0]]
-    assert view.visible.tolist() == [
-        [[False, False], [True, False], [True, True], [True, True]],
+    assert group.patches.to_rectangle(memory).tolist() == [[10.0, 20.0]]
+    assert [(part.rows, part.patches, part.mask) for part in group.rounds] == [
+        (1, 1, None),
+        (1, 2, None),
     ]
     assert torch.equal(map_.coordinates_M2[:2], coordinates)
     assert map_.coordinates_M2.shape == (4, 2)
+    packed = map_.packed
+    assert packed.positions.tolist() == [4, 5, 6] and packed.counts == [1, 2]
+    # In the first round nobody sees the second patch; in both nobody sees the padding.
+    assert [bounds.queries.tolist() for bounds in packed.bounds] == [[0, 1, 1], [0, 2, 2]]
+    assert [bounds.keys.tolist() for bounds in packed.bounds] == [[0, 1, 4], [0, 2, 4]]
+    assert [(b.most_queries, b.most_keys) for b in packed.bounds] == [(1, 3), (2, 2)]
+
+
+def test_rounds_are_as_many_as_images_and_not_as_samples():
+    """200 short samples with one image each and one sample with three."""
+    lengths, images = [30] * 201, [1] * 200 + [3]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    visible = []
+    for start, length, count in zip(starts.tolist(), lengths, images, strict=False):
+        for image in range(count):
+            visible += [[start + 5 + 6 * image, start + length]] * (8 + image)
+    stream = Segments.from_cu_seqlens(starts)
+    map_ = MemoryMap.build(
+        stream, stream, torch.tensor(visible), torch.rand(len(visible), 2), len(visible)
+    )
+    assert len(map_.packed.bounds) == 3
+    assert len(map_.buckets.parts) <= 4
+    assert sum(step.mask is not None for group in map_.groups for step in group.rounds) <= 1
+
+
+@pytest.mark.parametrize("visible", [[[2, 4], [1, 4]], [[5, 7], [2, 4]]])
+def test_patches_out_of_order_are_refused(visible):
+    """Inside a sample, and samples."""
+    stream = Segments.from_cu_seqlens(torch.tensor([0, 4, 7]))
+    (a, b), (c, d) = visible
+    words = f"patch 1 of a memory is seen from position {c} to {d}, .* from {a} to {b}; order"
+    with pytest.raises(ValueError, match=words):
+        MemoryMap.build(stream, stream, torch.tensor(visible), torch.rand(2, 2), rows=2)

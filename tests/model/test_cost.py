@@ -25,9 +25,12 @@ def counted(pg) -> dict[str, int]:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention_of_all_pairs)
         with FlopCounterMode(display=False) as counter:
-            build(run, pg)[0](pack(run.model, [sample(run.model, 0, (2,), text=9)]))
-    counts = counter.get_flop_counts().items()
-    return {name.removeprefix("MultimodalModel."): sum(flops.values()) for name, flops in counts}
+            build(run, pg)[0](pack(run.model, [sample(run.model, 0, (2,), text=9)])).logits()
+    counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+    logits = counts["Global"] - counts["MultimodalModel"]  # outside of every module
+    return {name.removeprefix("MultimodalModel."): n for name, n in counts.items()} | {
+        "logits": logits
+    }
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def test_what_is_products_alone_is_exact(counted, run):
     look = counted["language.looks.0"] - counted["language.looks.0.linear_coordinates"]
     assert look == letters["L"]
     assert counted["vision.vit"] == cost.costs(run).first
-    assert counted["output_layer"] == cost.costs(run).last
+    assert counted["logits"] == cost.costs(run).last
 
 
 def test_the_delta_rule_is_near(counted, run):

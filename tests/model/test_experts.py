@@ -23,7 +23,6 @@ from megatron_mm.model.layers.row_groups import (
     OneByOne,
     RowGroups,
     fits_one_kernel,
-    major_capability,
 )
 from megatron_mm.report.metrics import MUTED
 from support.batches import small_run
@@ -80,31 +79,30 @@ def test_experts_without_rows_have_gradient_zero():
 @pytest.mark.parametrize(
     "capability, dtype, number, features, fits",
     [
-        (9, torch.bfloat16, 512, (2048, 512), True),
-        (10, torch.bfloat16, 1023, (2048, 512), True),
-        (9, torch.bfloat16, 1024, (2048, 512), False),  # groups a kernel takes
-        (8, torch.bfloat16, 512, (2048, 512), False),  # an A100 would wait and loop
-        (12, torch.bfloat16, 512, (2048, 512), False),  # nor Blackwell of desktops
+        ((9, 0), torch.bfloat16, 512, (2048, 512), True),
+        ((10, 0), torch.bfloat16, 1023, (2048, 512), True),
+        ((9, 0), torch.bfloat16, 1024, (2048, 512), False),  # groups a kernel takes
+        ((8, 0), torch.bfloat16, 512, (2048, 512), False),  # an A100 would wait and loop
+        ((12, 0), torch.bfloat16, 512, (2048, 512), False),  # nor Blackwell of desktops
         (None, torch.bfloat16, 512, (2048, 512), False),
-        (9, torch.float32, 512, (2048, 512), False),
-        (9, torch.bfloat16, 512, (2048, 28), False),  # rows of 56 bytes
-        (9, torch.bfloat16, 512, (2044, 512), False),
-        (9, torch.bfloat16, 512, (8, 8), True),
+        ((9, 0), torch.float32, 512, (2048, 512), False),
+        ((9, 0), torch.bfloat16, 512, (2048, 28), False),  # rows of 56 bytes
+        ((9, 0), torch.bfloat16, 512, (2044, 512), False),
+        ((9, 0), torch.bfloat16, 512, (8, 8), True),
     ],
 )
 def test_what_fits_one_kernel(capability, dtype, number, features, fits):
     assert fits_one_kernel(capability, dtype, number, features) is fits
 
 
-def test_the_cpu_has_no_capability_and_loops(pg):
-    assert major_capability(CPU) is None
+def test_the_cpu_loops(pg):
     rows = torch.zeros(3, 64, dtype=torch.bfloat16)
     assert isinstance(layer_of(6, pg).experts.groups(torch.tensor([3]), rows), OneByOne)
 
 
 @pytest.mark.parametrize("ffn, chosen", [(32, InOneKernel), (28, OneByOne)])
 def test_a_gpu_gets_one_kernel_where_the_widths_allow(monkeypatch, pg, ffn, chosen):
-    monkeypatch.setattr(experts, "major_capability", lambda device: 9)
+    monkeypatch.setattr(platform, "compute_capability", lambda device: (9, 0))
     rows = torch.zeros(3, 64, dtype=torch.bfloat16)
     made = layer_of(6, pg, ffn).experts.groups(torch.tensor([0, 1, 0, 2, 0, 0]), rows)
     assert isinstance(made, chosen)

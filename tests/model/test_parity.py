@@ -26,7 +26,7 @@ from megatron_mm.model.families.internvit.model import InternViT
 from megatron_mm.model.layers.projector import pixel_shuffle
 from megatron_mm.model.multimodal import build
 from support.batches import SMALL_MODELS, small_model
-from support.samples import Sample, pack, relative, sample
+from support.samples import Sample, normalised, pack, relative, sample
 
 # Both sides round in fp32 (2^-24 = 6e-8 each operation) in different orders; through ten
 # sub-layers the errors measured are 3e-7 to 1.5e-6. Exchanged heads or halves give more than
@@ -54,7 +54,7 @@ def ours_on(model, batch):
 
     model.watch = watch
     try:
-        logits = model(batch)[:, 0]
+        logits = model(batch).logits()
     finally:
         model.watch = None
     return logits, [hidden[number] for number in sorted(hidden)]
@@ -70,7 +70,7 @@ def theirs_on(hf, s: Sample):
     try:
         out = hf(
             input_ids=torch.tensor([s.tokens]),
-            pixel_values=s.pixels[s.stream_tiles] if s.stream_tiles else None,
+            pixel_values=normalised(s.pixels[s.stream_tiles]) if s.stream_tiles else None,
             use_cache=False,
         )
     finally:
@@ -146,8 +146,6 @@ def double_pair(pg, family="qwen3_next", **vision):
     model.language.moe_router_dtype = "fp64"
     hf, ours = pair(model, pg, torch.float64)
     samples = [sample(model, i, tiles, 6 + i) for i, tiles in enumerate([(2,), (), (1, 1)])]
-    for s in samples:
-        s.pixels = s.pixels.double()
     return hf, ours, model, samples
 
 

@@ -40,7 +40,7 @@ def test_rectangles_hold_what_is_similar():
     g = torch.Generator().manual_seed(0)
     pairs = torch.randint(0, 4000, (60, 2), generator=g)
     pairs[::7, 1] = 0
-    groups = similar(pairs)
+    groups = similar([[tuple(pair)] for pair in pairs.tolist()])
     members = torch.cat(groups)
     real = pairs.prod(1)
     assert sorted(members.tolist()) == real.nonzero().flatten().tolist()
@@ -49,7 +49,30 @@ def test_rectangles_hold_what_is_similar():
         limit = max(module.WASTE * real[group].sum(), module.FREE_PAIRS)
         assert box - real[group].sum() <= limit
     assert len(groups) > 4
-    assert len(similar(torch.tensor([[60, 60], [3, 3], [20, 20], [1, 1]]))) == 1
+    assert len(similar([[(60, 60)], [(3, 3)], [(20, 20)], [(1, 1)]])) == 1
+
+
+def test_rounds_of_a_group_waste_little_together():
+    """Samples of one to four rounds with growing keys: the padding of all rounds is bounded."""
+    g = torch.Generator().manual_seed(0)
+    samples = []
+    for n in range(50):
+        keys = torch.randint(1, 900, (n % 4 + 1,), generator=g).cumsum(0).tolist()
+        queries = torch.randint(1, 600, (n % 4 + 1,), generator=g).tolist()
+        samples.append(list(zip(queries, keys, strict=True)))
+    samples[7] = []
+    groups = similar(samples)
+    assert sorted(torch.cat(groups).tolist()) == [n for n in range(50) if n != 7]
+    assert 1 < len(groups) < 30
+    for group in groups:
+        mine = [samples[n] for n in group.tolist()]
+        cells = 0
+        for place in range(4):
+            there = [rounds[place] for rounds in mine if len(rounds) > place]
+            if there:
+                cells += len(there) * max(q for q, _ in there) * max(k for _, k in there)
+        real = sum(q * k for rounds in mine for q, k in rounds)
+        assert cells - real <= max(module.WASTE * real, module.FREE_PAIRS)
 
 
 def test_attention_over_a_long_sample_among_short_ones():

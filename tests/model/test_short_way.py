@@ -31,8 +31,8 @@ def on_rank_both_ways(run: RunConfig, images: tuple[int, ...]) -> dict:
         found = {name: p.main_grad for name, p in engine.chunks[0].named_parameters()}
         engine.training(False)
         with torch.no_grad():
-            found["logits"] = engine.chunks[0](batches[1])
-        found["logits with gradients"] = engine.chunks[0](batches[1]).detach()
+            found["logits"] = engine.chunks[0](batches[1]).logits()
+        found["logits with gradients"] = engine.chunks[0](batches[1]).logits().detach()
         ways.append((found, len(dispatched)))
         dispatched.clear()
     (short, few), (long, many) = ways

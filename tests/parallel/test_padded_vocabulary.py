@@ -11,10 +11,9 @@ import torch.distributed as dist
 from megatron_mm.checkpoint import folders, sharded, storage
 from megatron_mm.checkpoint.optimizer_state import collect
 from megatron_mm.config import RunConfig, validate
-from megatron_mm.model.layers.linear import PADDED_LOGIT
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
-from megatron_mm.rl.logprobs import sampled_logprobs
 from support.checkpoint_runs import assert_same, create, tiny_run, train, whole
 from support.invariance import compare
 from support.layouts import parallel_config, step_gradients
@@ -187,18 +186,21 @@ def test_checkpoints_reshard_with_optimizer_state(ranks, tmp_path, bf16):
 
 
 def on_rank_logprobs(size: int, temperature: float) -> tuple[torch.Tensor, ...]:
-    """Log-probabilities, entropies and this rank's gradient from fixed logits."""
+    """Log-probabilities, entropies and this rank's gradient from fixed logits, which stand in the
+    weight's columns."""
     pg = groups.build(parallel_config(tp=dist.get_world_size())).pg
     generator = torch.Generator().manual_seed(3)
     logits = 4 * torch.randn(7, size, generator=generator)
     labels = torch.randint(0, size, (7,), generator=generator)
     part = -(-size // pg.tp.size())
-    padded = torch.full((7, part * pg.tp.size()), PADDED_LOGIT)
+    padded = torch.full((7, part * pg.tp.size()), 100.0)  # would count most if it counted
     padded[:, :size] = logits
-    mine = padded.split(part, 1)[pg.tp.rank()].unsqueeze(1).clone().requires_grad_()
-    logprobs, entropies = sampled_logprobs(mine, labels, temperature, pg.tp)
+    first = part * pg.tp.rank()
+    mine = padded[:, first : first + part].t().contiguous().requires_grad_()
+    predictions = Predictions(torch.eye(7), mine, min(max(size - first, 0), part), pg.tp)
+    logprobs, entropies = predictions.logprobs_and_entropy(labels, temperature)
     logprobs.sum().backward()
-    return logprobs.detach(), entropies, mine.grad[:, 0]
+    return logprobs.detach(), entropies.detach(), mine.grad.t()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 1e-6])

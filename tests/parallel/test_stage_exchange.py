@@ -31,7 +31,7 @@ def on_rank_dtypes(run, forward_only: bool) -> tuple[set, int, set]:
     try:
         if forward_only:
             positions = SupervisedFineTuning().positions
-            engine.forward(batches, positions, lambda out, **_: out.clone())
+            engine.forward(batches, positions, lambda found, **_: found.logits())
         else:
             engine.forward_backward(batches, SupervisedFineTuning())
     finally:

@@ -13,6 +13,7 @@ from megatron_mm.config.settings import ParallelConfig
 from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
+from megatron_mm.model.layers import cross_entropy
 from megatron_mm.parallel import groups
 from megatron_mm.perf.flops import executed_flops, model_flops, total
 from megatron_mm.perf.work import executed, needed
@@ -110,6 +111,18 @@ def test_the_executed_count_is_that_of_torch(built, case):
     assert counted == step(run, batches, built)
 
 
+def test_logits_in_blocks_are_computed_again(built, monkeypatch):
+    run = run_with()
+    batch = microbatch(run.model, 1, (2, 0, 1))
+    whole = executed_flops(run, batch, logits(batch))["output"]
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(cross_entropy, "WIDTH_MULTIPLE", 16)
+    cut = executed_flops(run, batch, logits(batch))
+    assert whole.again == 0 and cut["output"].again == whole.forward > 0
+    assert total(cut) == step(run, [batch], built)
+    assert model_flops(run, batch, logits(batch))["output"].again == 0
+
+
 def test_the_models_count_is_the_executed_one_without_its_overhead(built):
     """One sample that fills its rectangle: what differs is named and computed here by hand."""
     run = run_with()
@@ -126,16 +139,15 @@ def test_the_models_count_is_the_executed_one_without_its_overhead(built):
     again = layers * 2 * heads * tokens**2
     wasted = layers * 8 * heads * future + again
     assert spent["attention"].backward - parts["attention"].backward == wasted
-    # A look: patches that a position may not see yet.
+    # A look multiplies what it sees, and padding rows of the memory.
     width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
     visible = batch.memories["vision"].visible_M2
     seen = int((visible[:, 1] - visible[:, 0]).sum())
-    hidden = tokens * len(visible) - seen
     mine, ours = asked.memories["vision"], done.memories["vision"]
-    assert mine.pairs == seen < ours.pairs == seen + hidden
+    assert mine.pairs == ours.pairs == seen < tokens * len(visible)
     padding = ours.rows - mine.rows
     rows = 2 * padding * width * (2 * fusion.memory_hidden_size + 24)
-    assert spent["looks"].forward - parts["looks"].forward == 2 * (4 * width * hidden + rows)
+    assert spent["looks"].forward - parts["looks"].forward == 2 * rows
     # The delta rule: three products with the state, forward, against chunks.
     state = lm.linear_num_value_heads * lm.linear_key_head_dim * lm.linear_value_head_dim
     assert asked.mixing == {"G": (6 * tokens * state, 12 * tokens * state)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -127,12 +128,16 @@ def test_the_command_writes_table_json_and_chart(tmp_path):
     flags = ["--preset", "small", "--seq-length", "512"]
     sizes = ["--pipeline-model-parallel-size", "2", "--world-size", "4", "--gpu", "H200"]
     files = ["--json", str(tmp_path / "plan.json"), "--chart", str(tmp_path / "plan.png")]
-    done = run_tool(*flags, *sizes, *files)
+    done = run_tool(*flags, *sizes, *files, "--assume", "launch=2e-6")
     assert done.returncode == 0, done.stderr
     assert "4 samples a step, bf16" in done.stdout  # a preset says nothing of it
     assert "predicted: step" in done.stdout and "unvalidated until a GPU run" in done.stdout
+    assert "of the step: products" in done.stdout and "the host's part: " in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(plan["ranks"]) == 2 and plan["fits"] and plan["predicted"]["mfu"] > 0
+    terms = plan["predicted"]["step_seconds_by_term"]
+    assert sum(terms.values()) == pytest.approx(plan["predicted"]["step_seconds"])
+    assert plan["assumed"]["launch"] == 2e-6 and all(rank["waits"] > 0 for rank in plan["ranks"])
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -160,12 +165,32 @@ def test_a_machine_with_a_gpu_plans_too(search):
 
 
 @pytest.mark.launches
+def test_the_command_says_whether_a_rollout_fits(tmp_path):
+    """And how many sequences do: a configuration that asks for more is refused with that number."""
+    flags = ["--preset", "small", "--seq-length", "4096", "--objective", "grpo"]
+    flags += ["--reward-funcs", "math", "--recompute-granularity", "full", "--train-iters", "1"]
+    flags += ["--max-completion-length", "64", "--world-size", "1", "--global-batch-size", "8"]
+    large = run_tool(*flags, "--max-num-seqs", "20000")
+    assert large.returncode == 2 and large.stderr.count("\n") == 1
+    found = re.search(
+        r"or (\S+) rollout\), .* allowed: --max-num-seqs (\d+) or fewer", large.stderr
+    )
+    assert found and float(found[1]) > 72
+    fits = run_tool(*flags, "--max-num-seqs", found[2], "--json", str(tmp_path / "plan.json"))
+    assert fits.returncode == 0, fits.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["predicted"]["max_num_seqs"] == int(found[2]) == plan["ranks"][0]["rollout"]["rows"]
+    assert f"up to {found[2]} sequences (max_num_seqs) fit" in fits.stdout
+
+
+@pytest.mark.launches
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--gpu", "H10"], ["unknown GPU H10", "H100"]),
         (["--pipeline-model-parallel-size", "3"], ["world_size 4", "multiple of 3"]),
         (["--seq-length", "8"], ["seq_length 8", "max_num_tiles"]),
+        (["--assume", "lunch=1"], ["unknown assumption lunch", "launch"]),
     ],
 )
 def test_bad_input_is_one_line(flags, words):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from megatron_mm.perf.recorder import Work
+from megatron_mm.perf.kernels import Work
 from megatron_mm.perf.schedule import Event, activation_peak, events, timeline
 from megatron_mm.perf.trace import ChunkTrace
 

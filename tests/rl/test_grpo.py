@@ -5,9 +5,21 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from support.grpo_runs import ARMS, TOKENS, arm, assert_same_steps, grpo_run, on_rank_steps
+from megatron_mm.config.settings import DataPhase
+from support.collectives import on_rank_collectives
+from support.grpo_runs import (
+    ARMS,
+    TOKENS,
+    arm,
+    assert_same_steps,
+    grpo_run,
+    on_rank_steps,
+    trainer_of,
+)
 from support.trainers import LAYOUTS, PRIME, TP3
 
 
@@ -95,3 +107,17 @@ def test_steps_do_not_depend_on_the_padding_of_a_vocabulary(ranks, scenes, skill
     for rank in ranks(3, on_rank_steps, arm(scenes, skill_map, name, **PRIME, **TP3), 2):
         assert_same_steps(expected[:1], rank[:1], 2e-5)  # as on the layouts above
         assert_same_steps(expected, rank, 2e-3)
+
+
+@pytest.mark.parametrize("name", ["DP2", "PP2"])
+def test_only_the_first_rollout_and_step_send_objects(ranks, scenes, tmp_path, name):
+    """A rollout serves two steps. All rows have one skill: another's rewards would be new names."""
+    lines = (scenes / "mix.jsonl").read_text().splitlines()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(x for x in lines if json.loads(x)["skill"] == "multihop"))
+    (tmp_path / "images").symlink_to(scenes / "images")
+    size, sizes = LAYOUTS[name]
+    run = grpo_run(scenes, train_data=[DataPhase(str(rows))], **sizes)
+    for steps in ranks(size, on_rank_collectives, run, 4, trainer_of):
+        told = [{n: count for n, count in step.items() if n != "agreements"} for step in steps]
+        assert told == [{"all_gather_object": 2}, {}, {}, {}]

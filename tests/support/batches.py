@@ -11,6 +11,7 @@ from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.model.families.internvit.settings import InternViTSettings
 from megatron_mm.model.families.qwen3_5_moe.settings import Qwen35MoeSettings
 from megatron_mm.model.families.qwen3_next.settings import Qwen3NextSettings
+from support.samples import random_pixels
 
 # Megatron's settings for the sizes of a layout, by their usual short names.
 SIZES = {
@@ -171,7 +172,7 @@ def microbatch(
         labels_T=torch.cat(labels),
         loss_mask_T=torch.cat(mask),
         pad_multiple=pad_multiple,
-        pixels_NCHW=torch.randn(tiles, 3, vision.image_size, vision.image_size, generator=g),
+        pixels_NCHW=random_pixels(tiles, vision.image_size, g),
         stream_tiles=stream_tiles,
         stream_positions=torch.tensor(stream_positions, dtype=torch.int64),
         memories={name: BatchMemory.build(*parts) for name, parts in held.items()},

@@ -41,9 +41,9 @@ def tiny_run(parallel: dict | None = None, pattern: str = PATTERN, **training) -
     return run
 
 
-def create(run: RunConfig, made: groups.Groups | None = None) -> Engine:
+def create(run: RunConfig, made: groups.Groups | None = None, drawn: bool = True) -> Engine:
     """Returns an engine of the run, in new process groups unless some are given."""
-    return Engine.create(run, made or groups.build(run.parallel))
+    return Engine.create(run, made or groups.build(run.parallel), drawn=drawn)
 
 
 def train(engine: Engine, steps, images_of=MICROBATCHES) -> list[float]:
@@ -114,9 +114,9 @@ def train_and_save(run: RunConfig, folder: Path, steps: int = 2) -> dict[str, to
 
 
 def load_whole(run: RunConfig, folder: Path, finetune: bool = False):
-    """Loads into a new engine with another seed; returns the loaded state and whole tensors."""
+    """Loads into a new engine without weights; returns the loaded state and whole tensors."""
     run.training.seed += 1
-    engine = create(run)
+    engine = create(run, drawn=False)
     return sharded.load(engine, folder, finetune=finetune), whole(engine)
 
 

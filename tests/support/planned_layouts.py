@@ -13,10 +13,12 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
 from megatron_mm.perf import memory
 from megatron_mm.perf.assumed import balanced_routes, planned_batch
+from megatron_mm.perf.kernels import MORE_FLOPS
 from megatron_mm.perf.rank import RankPlan, plan_rank
-from megatron_mm.perf.recorder import ATTENTION_FLOPS, Recorder
+from megatron_mm.perf.recorder import Recorder
 from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import SIZES, small_run
+from support.samples import random_pixels
 
 
 def layout_run(sizes: dict, replicas: int) -> RunConfig:
@@ -74,16 +76,17 @@ def measure(run: RunConfig, microbatches: int):
     made = groups.build(run.parallel)
     engine = Engine.create(run, made)
     batch = the_batch(run)
-    batch = replace(batch, pixels_NCHW=torch.randn(batch.pixels_NCHW.shape))
+    generator = torch.Generator().manual_seed(0)
+    tiles, _, side, _ = batch.pixels_NCHW.shape
+    batch = replace(batch, pixels_NCHW=random_pixels(tiles, side, generator))
     recorder = Recorder(made.pg)
     with recorder:
         engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
     peak = recorder.peak
     # In a step of its own: the counter's hooks on modules keep tensors alive.
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+    counter = FlopCounterMode(display=False, custom_mapping=MORE_FLOPS)
     with counter:
         engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
-    norm = engine.gradient_norm()
     with recorder:
-        engine.update(norm)
+        engine.update(engine.gradient_norm())
     return memory.measured(engine), peak, recorder.work, counter.get_total_flops()

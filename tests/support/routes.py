@@ -71,7 +71,7 @@ def record(engine: Engine, batches: list[Microbatch]) -> tuple[list[Routes], lis
     logits = engine.forward(
         batches,
         lambda batch: torch.arange(len(batch.tokens_T)),
-        lambda output, **_: output.clone(),
+        lambda predictions, **_: predictions.logits(),
         routes=records,
     )
     found = []

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_mm.benchmark.hf_weights import IMAGE_TOKEN
-from megatron_mm.config import ModelConfig, memories
+from megatron_mm.config import DataConfig, ModelConfig, memories
 from megatron_mm.data.batch import BatchMemory, Microbatch
+from megatron_mm.data.images import normalise
 
 
 @dataclass
@@ -30,7 +31,7 @@ class MemoryPart:
 @dataclass
 class Sample:
     tokens: list[int]
-    pixels: torch.Tensor  # [tiles, 3, side, side]
+    pixels: torch.Tensor  # uint8 [tiles, 3, side, side]
     stream_tiles: list[int] = field(default_factory=list)
     stream_positions: list[int] = field(default_factory=list)
     memories: dict[str, MemoryPart] = field(default_factory=dict)
@@ -69,7 +70,7 @@ def sample(
 
     tokens = words(text if first is None else first)
     count = sum(n + (n > 1) for n in images)
-    made = Sample(tokens, torch.randn(count, 3, vision.image_size, vision.image_size, generator=g))
+    made = Sample(tokens, random_pixels(count, vision.image_size, g))
     made.memories = {memory.name: MemoryPart() for memory in memories(model)}
     tile = 0
     for split in images:
@@ -121,12 +122,24 @@ def pack(model: ModelConfig, samples: list[Sample], pad_multiple: int = 1) -> Mi
         labels_T=torch.tensor(labels),
         loss_mask_T=torch.tensor(mask),
         pad_multiple=pad_multiple,
-        pixels_NCHW=torch.cat([s.pixels for s in samples] or [torch.zeros(0, 3, size, size)]),
+        pixels_NCHW=torch.cat([torch.zeros(0, 3, size, size).byte(), *(s.pixels for s in samples)]),
         stream_tiles=stream_tiles,
         stream_positions=torch.tensor(stream_positions, dtype=torch.int64),
         memories={name: BatchMemory.build(*parts) for name, parts in held.items()},
         samples=[f"synthetic:{i}" for i in range(len(samples))],
     )
+
+
+def random_pixels(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """uint8 [count, 3, size, size]."""
+    shape = (count, 3, size, size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """Returns pixels as transformers wants them, by the default mean and deviation."""
+    data = DataConfig()
+    return normalise(pixels, data.image_mean, data.image_std).to(torch.get_default_dtype())
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

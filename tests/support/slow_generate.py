@@ -16,20 +16,21 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.generation.answers import with_answers
 from megatron_mm.generation.generate import last_positions
+from megatron_mm.model.layers.output import Predictions
 from megatron_mm.parallel.groups import Groups
 
 
 def _greedy(
-    logits_K1V: torch.Tensor, batch: Microbatch, positions: torch.Tensor, groups: Groups
+    predictions: Predictions, batch: Microbatch, positions: torch.Tensor, groups: Groups
 ) -> torch.Tensor:
     """Returns the best next token of each sample, int64 [samples]; ties go to the lower id."""
-    pg, last = groups.pg, last_positions(batch)
-    values, ids = logits_K1V[:, 0].float().max(-1)
+    pg, last, logits_KV = groups.pg, last_positions(batch), predictions.logits().float()
+    values, ids = logits_KV.max(-1)
     best = values.new_full((len(last),), -torch.inf)
     index = torch.zeros_like(best, dtype=torch.int64)
     # Another context-parallel rank may hold the end of a sample; its token is unknown here.
     here, wanted = torch.isin(last, positions), torch.isin(positions, last)
-    best[here], index[here] = values[wanted], ids[wanted] + pg.tp.rank() * logits_K1V.shape[-1]
+    best[here], index[here] = values[wanted], ids[wanted] + pg.tp.rank() * logits_KV.shape[-1]
     if pg.tp_cp.size() == 1:
         return index
     bests, indices = ([torch.empty_like(x) for _ in range(pg.tp_cp.size())] for x in (best, index))

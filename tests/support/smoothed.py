@@ -21,10 +21,11 @@ class LabelSmoothing(SupervisedFineTuning):
     def __init__(self, run):
         self.share = run.section(Smoothing).label_smoothing
 
-    def loss(self, logits_K1V, batch, positions_K, pg, metrics):
+    def loss(self, predictions, batch, positions_K, pg, metrics):
         mask_K = batch.loss_mask_T[positions_K]
-        uniform = -(logits_K1V[:, 0].log_softmax(1).mean(1) * mask_K).sum()
-        total, count = super().loss(logits_K1V, batch, positions_K, pg, metrics)
+        logits_KV = predictions.logits()  # of the whole vocabulary, on one tensor-parallel rank
+        uniform = -(logits_KV.log_softmax(1).mean(1) * mask_K).sum()
+        total, count = super().loss(predictions, batch, positions_K, pg, metrics)
         metrics.ratio("train/uniform_loss", uniform, count)
         return (1 - self.share) * total + self.share * uniform, count
 

@@ -24,14 +24,14 @@ def poison_weight(trainer) -> None:
     trainer.engine.optimizer.reload_model_params()
 
 
-def poison_image(trainer) -> None:
+def poison_patch(trainer) -> None:
     """On the second of two replicas only, in its last microbatch."""
     read = trainer.loader.next_batch
 
     def poisoned():
         batches = read()
         if trainer.groups.pg.dp.rank() == 1:
-            batches[-1].pixels_NCHW[0, 0, 0, 0] = torch.nan
+            batches[-1].memories["vision"].coordinates_M2[0, 0] = torch.nan
         return batches
 
     trainer.loader.next_batch = poisoned
@@ -77,8 +77,8 @@ POISONS = {
     "a weight, one rank": (poison_weight, "one rank", "train/lm_loss nan"),
     "a weight, PP2": (poison_weight, "PP2", "train/lm_loss nan"),
     "a weight, TP2": (poison_weight, "TP2", "train/lm_loss nan"),
-    "an image of one replica": (poison_image, "DP2", "train/lm_loss nan"),
-    "an image of one replica, EP2": (poison_image, "EP2", "train/lm_loss nan"),
+    "a patch of one replica": (poison_patch, "DP2", "train/lm_loss nan"),
+    "a patch of one replica, EP2": (poison_patch, "EP2", "train/lm_loss nan"),
     "a gradient, one rank": (poison_gradient, "one rank", "gradient norm"),
     "a gradient of one replica": (poison_gradient, "DP2", "gradient norm"),
     "a gradient of one stage": (poison_gradient, "PP2", "gradient norm"),
@@ -113,7 +113,7 @@ def test_a_number_that_is_not_finite_stops_every_rank_before_the_update(
         named = rows_in(rank["error"])
         if message == "gradient norm":  # its sum has no microbatch: the whole step
             assert named == read and len(read) == 4
-        elif case == "an image of one replica":  # that microbatch and no other
+        elif case == "a patch of one replica":  # that microbatch and no other
             assert named == {found[1]["read"][-1]}
         else:  # experts shared by replicas hand a NaN on, so the other's loss may be named
             assert len(named) == 1 and named <= read

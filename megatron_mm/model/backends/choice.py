@@ -45,6 +45,11 @@ def choose(settings: BackendConfig) -> Backend:
     Raises:
         ConfigError: if this machine lacks it.
     """
+    if settings.compile_vision and not torch.cuda.is_available():
+        # platform.py makes torch.compile do nothing, for megatron-core's many small functions.
+        raise ConfigError(
+            "compile_vision is true, but there is no CUDA device; allowed here: false"
+        )
     # With deterministic_mode flash-linear-attention is refused (config/precision.py).
     mixing = _gdn_kernels("torch" if settings.deterministic_mode else settings.gdn_kernel)
     if settings.transformer_impl == "local":

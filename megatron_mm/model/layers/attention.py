@@ -21,6 +21,7 @@ from megatron_mm.config import LanguageConfig
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.decode import DecodeCache, LayerState
+from megatron_mm.model.layers import varlen
 from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.recompute import core
@@ -96,6 +97,15 @@ def causal_attention(
     query_ThD: torch.Tensor, key_ThD: torch.Tensor, value_ThD: torch.Tensor, segments: Segments
 ) -> torch.Tensor:
     """Softmax attention inside each sample, [T, h, D]; key and value may have fewer heads."""
+    if varlen.suits(query_ThD):
+        return varlen.attend(query_ThD, key_ThD, value_ThD, segments.bounds, causal=True)
+    return rectangle_attention(query_ThD, key_ThD, value_ThD, segments)
+
+
+def rectangle_attention(
+    query_ThD: torch.Tensor, key_ThD: torch.Tensor, value_ThD: torch.Tensor, segments: Segments
+) -> torch.Tensor:
+    """`causal_attention` on rectangles of similar samples, on any device and in any precision."""
     mixed = []
     for bucket in segments.buckets.parts:
         query, key, value = (

@@ -25,6 +25,7 @@ from megatron_mm.config import Memory, ModelConfig, look_memories
 from megatron_mm.config.layers.looks import COORDINATE_FREQUENCIES
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.decode import DecodeCache, LayerState
+from megatron_mm.model.layers import varlen
 from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.linear import column, row
 from megatron_mm.model.layers.norms import RMSNorm
@@ -209,15 +210,46 @@ def memory_attention(
     query_ThD: torch.Tensor, key_MhD: torch.Tensor, value_MhD: torch.Tensor, memory: MemoryMap
 ) -> torch.Tensor:
     """Attends from each position to the patches that it may see, [T, h, D]; exactly 0 if none."""
-    if not memory.views:  # the parameters still take part, with gradients of zero
+    if not any(memory.stairs):  # the parameters still take part, with gradients of zero
         return 0.0 * (query_ThD + key_MhD.sum() + value_MhD.sum())
+    attend = _packed if varlen.suits(query_ThD) else _in_rectangles
+    return attend(query_ThD, key_MhD, value_MhD, memory)
+
+
+def _packed(
+    query_ThD: torch.Tensor, key_MhD: torch.Tensor, value_MhD: torch.Tensor, memory: MemoryMap
+) -> torch.Tensor:
+    """A kernel for every round; nothing is copied but the queries."""
+    packed = memory.packed
+    rounds = query_ThD.index_select(0, packed.positions).split(packed.counts)
+    found = [
+        varlen.attend(query, key_MhD, value_MhD, bounds)
+        for query, bounds in zip(rounds, packed.bounds, strict=True)
+    ]
+    return torch.zeros_like(query_ThD).index_copy(0, packed.positions, torch.cat(found))
+
+
+def _in_rectangles(
+    query_ThD: torch.Tensor, key_MhD: torch.Tensor, value_MhD: torch.Tensor, memory: MemoryMap
+) -> torch.Tensor:
+    """A kernel for every round of every group. A group's patches are copied once, or not at all
+    if it is one sample; its rounds are views of them."""
     found = []
-    for view in memory.views:
-        query = view.stream.to_rectangle(query_ThD).transpose(1, 2)
-        key, value = (view.patches.to_rectangle(x).transpose(1, 2) for x in (key_MhD, value_MhD))
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=view.mask)
-        found.append(torch.where(view.sees, mixed, 0.0).transpose(1, 2))
+    for group in memory.groups:
+        keys, values = (group.patches.to_rectangle(x) for x in (key_MhD, value_MhD))
+        for step in group.rounds:
+            seen = [_first(x, step.rows, step.patches) for x in (keys, values)]
+            query, key, value = (
+                x.transpose(1, 2) for x in (step.queries.to_rectangle(query_ThD), *seen)
+            )
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=step.mask)
+            found.append(mixed.transpose(1, 2))
     return memory.buckets.join(found)
+
+
+def _first(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """x[:rows, :columns] without an operation where that is all of it."""
+    return x if x.shape[:2] == (rows, columns) else x[:rows, :columns]
 
 
 def attention_weights(
@@ -225,15 +257,19 @@ def attention_weights(
 ) -> list[torch.Tensor]:
     """Returns the weights of `memory_attention` for every sample, [h, its length, its patches],
     for reports."""
-    lengths = memory.local.lengths.tolist()
-    weights = [query_ThD.new_zeros(query_ThD.shape[1], length, 0) for length in lengths]
-    for samples, view in zip(memory.samples, memory.views, strict=True):
-        query = view.stream.to_rectangle(query_ThD).transpose(1, 2)
-        key = view.patches.to_rectangle(key_MhD).transpose(1, 2)
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        found = scores.masked_fill(~view.visible.unsqueeze(1), -torch.inf).softmax(-1)
-        found = torch.where(view.sees, found, 0.0).detach()
-        patches = view.patches.lengths.tolist()
-        for n, of_sample, count in zip(samples.tolist(), found, patches, strict=True):
-            weights[n] = of_sample[:, : lengths[n], :count]
+    local, patches = memory.local, memory.here
+    weights = []
+    for stairs, start, length, first, count in zip(
+        memory.stairs,
+        *(x.tolist() for x in (local.starts, local.lengths, patches.starts, patches.lengths)),
+        strict=True,
+    ):
+        of_sample = query_ThD.new_zeros(query_ThD.shape[1], length, count)
+        for step in stairs:
+            query = query_ThD[step.start : step.start + step.queries].transpose(0, 1)
+            key = key_MhD[first : first + step.patches].transpose(0, 1)
+            scores = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+            rows = slice(step.start - start, step.start - start + step.queries)
+            of_sample[:, rows, : step.patches] = scores.softmax(-1).detach()
+        weights.append(of_sample)
     return weights

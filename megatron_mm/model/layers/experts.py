@@ -14,12 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from megatron_mm import platform
 from megatron_mm.model.layers.row_groups import (
     InOneKernel,
     OneByOne,
     RowGroups,
     fits_one_kernel,
-    major_capability,
 )
 from megatron_mm.parallel.param_layout import normal, place
 
@@ -70,7 +70,7 @@ class GroupedExperts(nn.Module):
     def in_one_kernel(self, dtype: torch.dtype) -> bool:
         """Whether products of rows of this type are one kernel, which waits for nothing."""
         experts, hidden, ffn = self.down.shape
-        capability = major_capability(self.down.device)
+        capability = platform.compute_capability(self.down.device)
         return fits_one_kernel(capability, dtype, experts, (hidden, ffn))
 
     def backward_dw(self) -> None:

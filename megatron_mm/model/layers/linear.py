@@ -14,10 +14,6 @@ from torch.distributed import ProcessGroup
 
 from megatron_mm.parallel.param_layout import Initializer, constant, place
 
-# Its exponential is exactly 0 in every precision. Finite, because an entropy multiplies the two,
-# and 0 times infinity is not a number.
-PADDED_LOGIT = -1e30
-
 
 class Column(ColumnParallelLinear):
     """megatron-core's linear, whose overhead exceeds a small matmul. Where neither gradients nor
@@ -117,31 +113,9 @@ def vocab_embedding(
     return layer
 
 
-def output_layer(
-    hidden_size: int, vocab_size: int, *, config: ModelParallelConfig, init: Initializer, tp
-) -> nn.Module:
-    """Whole hidden states to this rank's slice of the logits; `hide_padding` is for its output."""
-    padded = padded_vocab_size(vocab_size, tp)
-    common = {"config": config, "init": init, "tp": tp}
-    return column(hidden_size, padded, gathered_input=True, whole_outputs=vocab_size, **common)
-
-
 def padded_vocab_size(vocab_size: int, tp: ProcessGroup) -> int:
     """The smallest multiple of the ranks that is no smaller than the vocabulary."""
     return -(-vocab_size // tp.size()) * tp.size()
-
-
-def hide_padding(logits: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """Sets the logits of padding to `PADDED_LOGIT`, in place, so that padding has probability 0 and
-    its rows of the weight get no gradient. Nothing is done without padding.
-
-    Args:
-        logits: [.., padded V / TP], the output of `layer`.
-    """
-    held = layer.weight.param_layout.held_shape[0]
-    if held < logits.shape[-1]:
-        logits[..., held:] = PADDED_LOGIT
-    return logits
 
 
 class ReplicatedLinear(nn.Linear):
@@ -152,3 +126,6 @@ class ReplicatedLinear(nn.Linear):
         place(self.weight, init)
         if bias:
             place(self.bias, constant(0.0))
+
+    def reset_parameters(self) -> None:
+        """Draws nothing, as nn.Linear would; `param_layout.initialize` or a checkpoint fills it."""

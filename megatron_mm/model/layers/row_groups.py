@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from megatron_mm import platform
+
 ALIGNMENT = 16  # bytes, of the start of every row and matrix that the kernel reads
-CAPABILITIES = (9, 10)  # Hopper; Blackwell of data centres
+CAPABILITIES = (9, 10)  # first numbers: Hopper; Blackwell of data centres
 MOST_GROUPS = 1023
 
 
@@ -29,7 +31,7 @@ class RowGroups(Protocol):
 
 
 def fits_one_kernel(
-    capability: int | None, dtype: torch.dtype, experts: int, features: Iterable[int]
+    capability: tuple[int, int] | None, dtype: torch.dtype, experts: int, features: Iterable[int]
 ) -> bool:
     """Whether `InOneKernel` multiplies these experts in one kernel and waits for nothing.
 
@@ -38,29 +40,26 @@ def fits_one_kernel(
     1,024 groups (torch 2.11, aten/src/ATen/native/cuda: GroupedBlas.cpp, GroupMM.cu).
 
     Args:
-        capability: of the device (`major_capability`).
+        capability: of the device (`platform.compute_capability`).
         features: inputs and outputs of the products.
     """
-    if capability not in CAPABILITIES or dtype is not torch.bfloat16 or experts > MOST_GROUPS:
+    if capability is None or capability[0] not in CAPABILITIES:
+        return False
+    if dtype is not torch.bfloat16 or experts > MOST_GROUPS:
         return False
     return all(size * dtype.itemsize % ALIGNMENT == 0 for size in features)
-
-
-def major_capability(device: torch.device) -> int | None:
-    """The first number of a GPU's compute capability; None for what is no GPU."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
 
 
 class InOneKernel:
     """Groups whose ends are known on the device of the rows alone.
 
     Args:
-        sizes_E: rows of each expert; integers on any device, pinned if on the CPU.
+        sizes_E: rows of each expert; integers on any device.
         device: of the rows.
     """
 
     def __init__(self, sizes_E: torch.Tensor, device: torch.device):
-        self.ends_E = sizes_E.to(device, non_blocking=True).cumsum(0, dtype=torch.int32)
+        self.ends_E = platform.moved(sizes_E, device).cumsum(0, dtype=torch.int32)
 
     def products(self, x_RI: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
         """See `RowGroups`."""

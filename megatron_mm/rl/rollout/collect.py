@@ -14,6 +14,7 @@ from megatron_mm.earl.alignment import Alignment
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.errors import DataError
+from megatron_mm.parallel.agreement import everyone, largest
 from megatron_mm.rl.rollout.draw import draw_rollout
 from megatron_mm.rl.rollout.failures import check_rewards
 from megatron_mm.rl.rollout.prompts import PromptSource
@@ -107,11 +108,11 @@ class Collector:
         return int(total)
 
     def _over_all(self, numbers: list[int]) -> list[int]:
-        """Returns the numbers of all replicas."""
-        groups = self.engine.groups
-        parts: list = [None] * groups.world.size()
-        dist.all_gather_object(parts, numbers if groups.is_reader else [], group=groups.world)
-        return [number for part in parts for number in part]
+        """Returns the numbers of all replicas, none below 0."""
+        mine = numbers if self.engine.groups.is_reader else []
+        (most,) = largest([len(mine)])
+        padded = [*mine, *[-1] * (most - len(mine))]
+        return [int(number) for row in everyone(padded) for number in row if number >= 0]
 
 
 def assign_steps(

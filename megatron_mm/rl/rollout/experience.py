@@ -26,6 +26,7 @@ from megatron_mm.earl.alignment import Alignment, count_hits
 from megatron_mm.earl.hacking import HackingWatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
+from megatron_mm.engine.totals import KnownTotals
 from megatron_mm.errors import RLError
 from megatron_mm.rl.completion_batch import CompletionBatch, pack_step
 from megatron_mm.rl.credit import Credited, completion_kl, credit
@@ -73,6 +74,7 @@ class Experience:
         self.reference = Reference(engine, self.rl.ref_load) if self.rl.ref_load else None
         self._ready: deque[list[PolicyBatch]] = deque()
         self.watch = HackingWatch()
+        self.known = KnownTotals()
         self.metrics: dict[str, float] = {}
         self.table: list[dict[str, Any]] = []
 
@@ -179,8 +181,9 @@ class Experience:
             self.collector.scorer.weights,
             self.maps,
             moe_layers(self.engine),
-            (language.num_experts, language.vocab_size),
+            (self.engine.config.num_layers, language.num_experts, language.vocab_size),
             seconds,
+            self.known,
         )
         more, warning = self.watch.observe(self.metrics)
         self.metrics |= more

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import DataError
+from megatron_mm.parallel.groups import Groups
 from megatron_mm.rl.rollout.score import Scored, totals
 
 
@@ -44,15 +45,11 @@ def check_rewards(
         size = scored.rewards_PGC.shape[1]
         mine_P3 = torch.stack((torch.full_like(failed_P, size), failed_P, kept_P), 1)
         sums_S3.index_add_(0, torch.tensor(of_group), mine_P3)
-    parts: list = [None] * groups.world.size()
-    mine = sums_S3.tolist(), scored.failures[:1] if groups.is_reader else ()
-    dist.all_gather_object(parts, mine, group=groups.world)
-    reasons = [reason for _, some in parts for reason in some]
-    for step in torch.tensor([sums for sums, _ in parts]).sum(0).tolist():
-        count, failed, kept = step
+    dist.all_reduce(sums_S3, group=groups.world)
+    for count, failed, kept in sums_S3.tolist():
         if count and failed >= most * count:
             said = "every reward" if failed == count else f"{failed} of {count} rewards"
-            first = reasons[0] if reasons else "no reason was given"
+            first = _first_reason(groups, scored)
             raise DataError(f"{said} of a step failed, the first because: {first}")
         if count and not kept and not others:
             names = ", ".join(n for n, w in zip(scored.names, weights, strict=True) if w)
@@ -60,3 +57,11 @@ def check_rewards(
                 f"no reward applied to any of the {count} completions of a step: {names} returned "
                 "None for each; is the column that it compares with (ground_truth) empty?"
             )
+
+
+def _first_reason(groups: Groups, scored: Scored) -> str:
+    """Why a reward failed on the first replica where one did."""
+    parts: list = [None] * groups.world.size()
+    mine = scored.failures[:1] if groups.is_reader else ()
+    dist.all_gather_object(parts, mine, group=groups.world)
+    return next((reason for some in parts for reason in some), "no reason was given")

@@ -20,9 +20,12 @@ from megatron_mm.earl.metrics import (
     load_violation,
 )
 from megatron_mm.earl.spans import token_pieces
+from megatron_mm.engine.totals import KnownTotals
 from megatron_mm.evaluation.scoring import result_key
 from megatron_mm.generation.lanes import Completion
+from megatron_mm.parallel.agreement import largest
 from megatron_mm.parallel.groups import Groups
+from megatron_mm.report.metrics import Total
 from megatron_mm.rl.advantages import component_sums, weighted
 from megatron_mm.rl.credit import Credited
 
@@ -35,8 +38,9 @@ def rollout_metrics(
     weights: Sequence[float],
     maps: Maps | None,
     layers: Sequence[int],
-    sizes: tuple[int, int],
+    sizes: tuple[int, int, int],
     seconds: Mapping[str, float],
+    known: KnownTotals,
 ) -> dict[str, float]:
     """Returns the metrics of the whole job's rollout, the same on every rank. Every rank of the job
     calls it.
@@ -44,11 +48,13 @@ def rollout_metrics(
     Args:
         weights: of the reward functions.
         layers: moe indices of this rank's routes.
-        sizes: experts of a layer, tokens of the vocabulary.
+        sizes: layers of experts in the model, experts of a layer, tokens of the vocabulary.
         seconds: by phase.
+        known: what earlier rollouts have told.
     """
     scored = credited.scored
-    completions, experts, vocabulary = scored.completions, *sizes
+    completions = scored.completions
+    num_layers, experts, vocabulary = sizes
     pairs: Pairs = {}
     if groups.is_reader:
         pairs |= {k: v.tolist() for k, v in credited.advantages.sums.items()}
@@ -64,21 +70,36 @@ def rollout_metrics(
         for name, value in scored.logged:
             total, count = pairs.get(name, [0.0, 0.0])
             pairs[name] = [total + value, count + 1]
-    load: dict[int, torch.Tensor] = {}
+    load_LE = torch.zeros(num_layers, experts, dtype=torch.int64)
     if groups.pg.tp_cp.rank() == 0 and layers:
         load = expert_load(completions, layers, experts)
+        for layer, counts in load.items():
+            load_LE[layer] = counts
         if load and maps is not None:
             table = experts, len(maps.found.names), vocabulary
             pairs |= information_pairs(completions, scored.spans_N, len(layers), table)
-    parts: list = [None] * groups.world.size()
-    dist.all_gather_object(parts, (pairs, load, _extremes(completions)), group=groups.world)
-    metrics = _ratios([pairs for pairs, _, _ in parts])
-    metrics["completions/min_length"] = min(low for _, _, (low, _) in parts)
-    metrics["completions/max_length"] = max(high for _, _, (_, high) in parts)
+    parts = _everywhere(pairs, groups, known)
+    low, high = _extremes(completions)
+    highest, lowest = largest([high, -low])
+    dist.all_reduce(load_LE, group=groups.world)
+    metrics = _ratios(parts)
+    metrics["completions/min_length"] = -lowest
+    metrics["completions/max_length"] = highest
     metrics["rollout/rounds"] = scored.rounds
-    metrics |= load_violation([load for _, load, _ in parts])
+    metrics |= load_violation(load_LE)
     metrics |= {f"timing_s/{name}": s for name, s in seconds.items()}
     return metrics
+
+
+def _everywhere(pairs: Pairs, groups: Groups, known: KnownTotals) -> list[Pairs]:
+    """The pairs of every rank."""
+    mine = {name: Total("mean", *pair) for name, pair in pairs.items()}
+    parts = known.gather(mine)
+    if parts is None:
+        parts = [{} for _ in range(groups.world.size())]
+        dist.all_gather_object(parts, mine, group=groups.world)
+        known.learn(parts)
+    return [{n: [total.value, total.weight] for n, total in part.items()} for part in parts]
 
 
 def _ratios(parts: Sequence[Pairs]) -> dict[str, float]:
@@ -144,10 +165,11 @@ def _lengths(completions: Sequence[Completion]) -> Pairs:
     }
 
 
-def _extremes(completions: Sequence[Completion]) -> tuple[float, float]:
-    """Returns the lengths of the shortest and the longest completion."""
+def _extremes(completions: Sequence[Completion]) -> tuple[int, int]:
+    """Returns the lengths of the shortest and the longest completion; of none, the largest number
+    and 0."""
     lengths = [len(c.tokens_G) for c in completions]
-    return (min(lengths), max(lengths)) if lengths else (float("inf"), 0.0)
+    return (min(lengths), max(lengths)) if lengths else (2**62, 0)
 
 
 def _by_skill(credited: Credited, weights: Sequence[float]) -> Pairs:

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from megatron_mm.model.families.internvit.settings import InternViTSettings
 from megatron_mm.model.layers.linear import column, row
 from megatron_mm.model.layers.norms import FullWidthRMSNorm, VisionLayerNorm, VisionRMSNorm
+from megatron_mm.model.layers.scaled_add import scaled_add
 from megatron_mm.model.recompute import recomputed
 from megatron_mm.parallel.param_layout import constant, normal, place
 
@@ -97,8 +98,7 @@ class VisionAttention(nn.Module):
         fused = fused.view(*fused.shape[:2], self.heads, 3 * self.head_dim)
         query, key, value = fused.chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            query = self.q_norm(query.flatten(2)).view_as(query)
-            key = self.k_norm(key.flatten(2)).view_as(key)
+            query, key = self.q_norm(query), self.k_norm(key)
         mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
         return self.linear_proj(mixed.transpose(1, 2).flatten(2))[0]
 
@@ -123,9 +123,10 @@ class VisionLayer(nn.Module):
         place(self.scale2, constant(vision.vision_layer_scale_init))
 
     def forward(self, hidden_NSV: torch.Tensor) -> torch.Tensor:
-        hidden_NSV = hidden_NSV + self.scale1 * self.attention(self.norm1(hidden_NSV))
+        mixed = self.attention(self.norm1(hidden_NSV))
+        hidden_NSV = scaled_add(hidden_NSV, mixed, self.scale1)
         inner = F.gelu(self.linear_fc1(self.norm2(hidden_NSV))[0])
-        return hidden_NSV + self.scale2 * self.linear_fc2(inner)[0]
+        return scaled_add(hidden_NSV, self.linear_fc2(inner)[0], self.scale2)
 
 
 class InternViT(nn.Module):

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.model.segments import Segments
 
@@ -61,7 +62,7 @@ def chunk_plan(lengths: tuple[int, ...], size: int, device: torch.device) -> Chu
     cell = begin[sample, None] + torch.minimum(inside, length[sample, None] - 1)
     position = torch.empty(sum(lengths), dtype=torch.int64)
     position[cell[real]] = real.flatten().nonzero().flatten()
-    cell, position = (x.to(device, non_blocking=True) for x in (cell.flatten(), position))
+    cell, position = (platform.moved(x, device) for x in (cell.flatten(), position))
     return ChunkPlan(size, tuple(active), cell, position)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from megatron_mm import platform
 from megatron_mm.model.segments import Segments
 
 
@@ -31,7 +32,7 @@ def padded_index(lengths: tuple[int, ...], pad: int, device: torch.device) -> to
     """int64 [T]: where each position goes when `pad` empty rows stand before every sample."""
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     index = torch.arange(len(sample)) + pad * (sample + 1)
-    return index.to(device, non_blocking=True)
+    return platform.moved(index, device)
 
 
 class _Convolution(torch.autograd.Function):
