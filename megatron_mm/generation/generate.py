@@ -203,7 +203,8 @@ class _Generation:
                 lane.cache.read(positions + step)
                 lane.uniform_R.copy_(uniform[step])
                 lane.batch.route_noise = noise and noise(step)
-            shape = tuple((lane.cache.rows, lane.cache.span) for lane in self.lanes)
+            caches = [lane.cache for lane in self.lanes]
+            shape = tuple((cache.rows, cache.span, cache.room) for cache in caches)
             drawn.append(self.replayed.run(self.step, shape, self._addresses))
         self._append(every, [lane.busy_rows for lane in self.lanes], drawn)
 

@@ -8,6 +8,7 @@ replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 
@@ -73,11 +74,15 @@ def recorder(engine: Engine, sampling: Sampling) -> Record | None:
             m.steps_alone and m.experts.in_one_kernel(engine.config.params_dtype) for m in experts
         )
     )
-    return cuda_graph if possible else None
+    # One pool of memory: no two graphs run at a time, and what they return is copied.
+    return partial(cuda_graph, pool=torch.cuda.graph_pool_handle()) if possible else None
 
 
-def cuda_graph(step: Step) -> Step:
+def cuda_graph(step: Step, pool: tuple[int, int]) -> Step:
     """Records a step as a CUDA graph.
+
+    Args:
+        pool: the memory of what it computes with, as torch numbers it.
 
     Raises:
         ConfigError: if something in it cannot be recorded.
@@ -85,7 +90,7 @@ def cuda_graph(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads (NCCL's, those that pin memory) may go on with calls of their own.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             recorded = step()
     except RuntimeError as error:
         raise ConfigError(

@@ -84,7 +84,7 @@ class DecodeCache:
     def read(self, positions: int) -> None:
         """Sets `span` for a step after which no row of interest holds more positions. Spans grow
         by an eighth, or a kernel would have a new shape every few steps."""
-        size = max(ROOM, 1 << (positions - 1).bit_length() - 3)
+        size = max(ROOM, 2 ** (positions - 1).bit_length() // 8)
         self.span = min(-(-positions // size) * size, self.room)
 
     def keep(self, rows_R: torch.Tensor) -> None:
@@ -149,6 +149,14 @@ class LayerState:
         """The rows of the prefill that is running."""
         assert self.cache.filling is not None
         return self.cache.filling
+
+    def hold(self, name: str, x_R: torch.Tensor) -> None:
+        """Keeps a value of every row, where the last one of its shape was."""
+        held = self.tensors.get(name)
+        if held is None or held.shape != x_R.shape:
+            self.tensors[name] = x_R
+        else:
+            held.copy_(x_R)
 
     def hand_out(self, name: str, of_prompt: torch.Tensor) -> None:
         """Copies the values [N, ...] of prompts to their rows."""

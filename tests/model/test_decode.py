@@ -77,3 +77,15 @@ def test_a_prompts_state_goes_to_every_row_that_wants_it_and_to_no_other():
         assert not held[[0, 3]].any()
     cache.keep(torch.tensor([2, 4]))
     assert torch.equal(state.tensors["state"], final) and cache.rows == 2
+
+
+def test_what_a_step_reads_grows_by_an_eighth_within_the_room():
+    cache, spans = DecodeCache(1), []
+    cache.reserve(5000)
+    for positions in range(1, 5001):
+        cache.read(positions)
+        assert positions <= cache.span <= max(positions + 63, positions * 9 / 8)
+        spans.append(cache.span)
+    assert cache.room == 5056 and spans[-1] <= cache.room
+    assert sorted(set(spans))[:10] == [64, 128, 192, 256, 320, 384, 448, 512, 640, 768]
+    assert len(set(spans)) < 32

@@ -70,8 +70,8 @@ class Patches(LayerState):
         # A row without any patch may look at all, which are zero; `blind` mends it after.
         absent_RP = (torch.arange(key.shape[2], device=key.device) >= count_R1) & (count_R1 > 0)
         mask = key.new_zeros(absent_RP.shape).masked_fill_(absent_RP, -torch.inf)
-        self.tensors["mask"] = mask[:, None, None]
-        self.tensors["blind"] = (count_R1 == 0).unsqueeze(2)
+        self.hold("mask", mask[:, None, None])
+        self.hold("blind", (count_R1 == 0).unsqueeze(2))
 
     def look(self, query_rhD: torch.Tensor, rows: range) -> torch.Tensor:
         """Attends from the tokens of these rows to all patches of their prompts, [r, h, D]; exactly
