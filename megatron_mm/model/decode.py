@@ -84,7 +84,7 @@ class DecodeCache:
     def read(self, positions: int) -> None:
         """Sets `span` for a step after which no row of interest holds more positions. Spans grow
         by an eighth, or a kernel would have a new shape every few steps."""
-        size = max(ROOM, 2 ** (positions - 1).bit_length() // 8)
+        size = max(ROOM, 2 ** (positions - 1).bit_length() // 16)
         self.span = min(-(-positions // size) * size, self.room)
 
     def keep(self, rows_R: torch.Tensor) -> None:
