@@ -24,7 +24,7 @@ from tools.fake_gpu.process import Gpu
 
 PATTERN = "GEGEGE*E L J"  # a block of Qwen3-Next, and a look
 PROMPTS, COMPLETIONS = 4, 2
-SHORT, LONG = 4, 8  # tokens of the two rollouts whose difference is four steps
+SHORT, LONG = 2, 4  # tokens of the two rollouts whose difference is two steps
 
 
 def measured_run(pattern: str = PATTERN, experts: int = 32, topk: int = 10) -> RunConfig:
@@ -44,12 +44,14 @@ class Measured:
 
     Attributes:
         layers: how many layers have each label.
+        parameters: tensors of the model.
         training: forward and backward pass of one microbatch.
         norm, update: of the gradients and the parameters, after it.
         decoding: one step of all rows.
     """
 
     layers: Counter[str]
+    parameters: int
     training: Counts
     norm: Counts
     update: Counts
@@ -72,7 +74,15 @@ def measure(gpu: Gpu, run: RunConfig, job: groups.Groups) -> Measured:
     steps = _decoding(gpu, engine)
     decoding = Counter({("launches", k): n for k, n in steps.launches.by("label").items()})
     decoding.update({("waits", k): n for k, n in steps.waits.by("label").items()})
-    return Measured(layers, training, norm, update, decoding, steps.waits.by("what", "site"))
+    return Measured(
+        layers=layers,
+        parameters=sum(len(list(chunk.parameters())) for chunk in engine.chunks),
+        training=training,
+        norm=norm,
+        update=update,
+        decoding=decoding,
+        decoding_sites=steps.waits.by("what", "site"),
+    )
 
 
 def _decoding(gpu: Gpu, engine: Engine) -> Counts:

@@ -1,0 +1,69 @@
+"""How much a layer may launch and how often the host may wait, on a GPU: the only place of these
+bounds. Lower them when the product needs less.
+
+They hold for runs of `SHALLOW` and `DEEP`: the preset `tiny` in bf16 on one rank. Launches do not
+depend on widths.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SHALLOW = {"pattern": "GE*E L J", "experts": 8, "topk": 2}
+DEEP = SHALLOW | {"pattern": "GE*EGE*E L J"}
+
+
+class Bound(NamedTuple):
+    """Of one layer of a kind, or of all that is no layer."""
+
+    forward: int  # launches
+    backward: int  # launches
+    waits: int  # of the host in a forward and backward pass
+    step: float  # launches in a step of decoding
+    step_waits: float
+
+
+BOUNDS = {
+    "GatedDeltaNet": Bound(117, 224, 0, 70, 0),
+    "GatedAttention": Bound(75, 97, 0, 75, 3),
+    "MixtureOfExperts": Bound(65, 96, 1, 57, 3),
+    "Look": Bound(93, 102, 0, 35, 0),
+    "VisionLayer": Bound(16, 25, 0, 0, 0),
+    "Projector": Bound(6, 8, 0, 0, 0),
+    "other": Bound(93, 50, 0, 50, 3),
+}
+# Of the host, after the passes of a step: megatron-core waits for the norm of each gradient.
+NORM_WAITS, NORM_WAITS_A_PARAMETER = 4, 1
+UPDATE_WAITS = 0
+
+
+def broken(found) -> list[str]:
+    """Returns a line for each bound that a `tools.fake_gpu.measure.Measured` breaks."""
+    launches = found.training.launches.by("label", "backward")
+    waits = found.training.waits.by("label")
+    lines = []
+    for label, most in BOUNDS.items():
+        layers = found.layers.get(label, 1)
+        counted = {
+            "launches forward": (launches[label, False], most.forward),
+            "launches backward": (launches[label, True], most.backward),
+            "training waits": (waits[label], most.waits),
+            "launches decoding": (found.decoding["launches", label], most.step),
+            "decoding waits": (found.decoding["waits", label], most.step_waits),
+        }
+        lines += [
+            f"{what} of {label}: {number / layers:g} a layer, bound {bound:g}"
+            for what, (number, bound) in counted.items()
+            if number > bound * layers
+        ]
+    for what, counts, bound in (
+        (
+            "gradient norm",
+            found.norm,
+            NORM_WAITS + NORM_WAITS_A_PARAMETER * found.parameters,
+        ),
+        ("update", found.update, UPDATE_WAITS),
+    ):
+        if counts.waits.total() > bound:
+            lines.append(f"waits of the {what}: {counts.waits.total()}, bound {bound}")
+    return lines
