@@ -98,7 +98,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def answering(self, number: float) -> Iterator[None]:
-        """Inside, a number that the host asks of a tensor without memory is this one."""
+        """Inside, every number that the host reads of a tensor without memory is this one."""
         before, self._answer = self._answer, number
         try:
             yield
@@ -109,8 +109,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return self._collective(func, args, kwargs)
-        reads = self._answer is not None and func is torch.ops.aten._local_scalar_dense.default
-        out = self._answer if reads and args[0].is_meta else func(*args, **kwargs)
+        out = self._answered(func, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
         known = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs.values()))}
         made = [t for t in tensors(out) if t.untyped_storage()._cdata not in known]
         for tensor in made:
@@ -119,6 +120,18 @@ class Recorder(TorchDispatchMode):
         if kernel is not None:
             self.kernels.append(kernel)
         return out
+
+    def _answered(self, func, args, kwargs) -> float | torch.Tensor | None:
+        """What the host reads of a tensor without memory; None if it reads nothing."""
+        asked = next(iter(args), None)
+        if self._answer is None or not isinstance(asked, torch.Tensor) or not asked.is_meta:
+            return None
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self._answer
+        target = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and target is not None and target.type == "cpu":
+            return torch.full(asked.shape, self._answer, dtype=asked.dtype, device="cpu")
+        return None
 
     def _keep(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -16,7 +16,6 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.generation.generate import last_positions, rows_of_a_lane
 from megatron_mm.generation.sampling import Sampling, draw
 from megatron_mm.model.decode import DecodeCache, Filling
-from megatron_mm.model.layers.moe import MixtureOfExperts
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import held_positions
@@ -123,10 +122,6 @@ def trace_rollout(engine: Engine, recorder: Recorder, batch: Microbatch) -> Roll
     prompts = torch.arange(filled) // rl.num_generations
     cache = DecodeCache(rows, Filling(torch.arange(filled), prompts))
     records = rl.routing_replay == "R3" or bool(rl.skill_map)
-    parts = [module for chunk in engine.chunks for module in chunk.modules()]
-    for layer in parts:
-        if isinstance(layer, MixtureOfExperts):
-            layer.alone = False  # its short way asks the router where each row goes
     engine.training(False)
     begin = recorder.live
     with torch.no_grad(), fused_kernels(recorder.add), recorder:

@@ -113,24 +113,14 @@ class _FusedRMSNorm(torch.autograd.Function):
 @contextmanager
 def updating(recorder: Recorder, norm: float) -> Iterator[None]:
     """Inside, an optimizer's step runs on tensors without memory: torch's fused Adam takes them, as
-    it takes a GPU's, and a number that the host reads from one is `norm`, with a wait."""
-    check, torchs = adam._device_dtype_check_for_fused, torch.tensor
-
-    def tensor(data, *args, **kwargs):
-        # It reads the numbers of a list of tensors one by one, where no mode sees it.
-        return torchs(read(data) if isinstance(data, (list, tuple)) else data, *args, **kwargs)
-
-    def read(data):
-        if isinstance(data, (list, tuple)):
-            return [read(one) for one in data]
-        return float(data) if isinstance(data, torch.Tensor) else data
-
-    adam._device_dtype_check_for_fused, torch.tensor = (lambda *args, **kwargs: None), tensor
+    it takes a GPU's, and a number that the host reads from one is `norm`."""
+    check = adam._device_dtype_check_for_fused
+    adam._device_dtype_check_for_fused = lambda *args, **kwargs: None
     try:
         with recorder.answering(norm):
             yield
     finally:
-        adam._device_dtype_check_for_fused, torch.tensor = check, torchs
+        adam._device_dtype_check_for_fused = check
 
 
 def balance(model: torch.nn.Module, tokens: int, wait: Callable[[], None]) -> None:
