@@ -82,6 +82,9 @@ class BackendConfig:
     gdn_kernel: Literal["auto", "torch", "fla"] = "auto"
     """Kernel of the gated delta rule; auto: flash-linear-attention on a GPU that has it, else
     torch."""
+    decoding_cuda_graph: bool = True
+    """Replay decoding steps as CUDA graphs on a GPU, but not with pipeline or expert parallelism
+    and not where a step waits for the host."""
     deterministic_mode: bool = False
     """Only algorithms that repeat a run on GPUs bit for bit, and with it resume bitwise; slower.
     The delta rule is then torch's."""

@@ -24,13 +24,13 @@ class Bound(NamedTuple):
 
 
 BOUNDS = {
-    "GatedDeltaNet": Bound(117, 224, 0, 70, 0),
-    "GatedAttention": Bound(75, 97, 0, 75, 3),
-    "MixtureOfExperts": Bound(65, 96, 1, 57, 3),
-    "Look": Bound(93, 102, 0, 35, 0),
+    "GatedDeltaNet": Bound(117, 224, 0, 53, 0),
+    "GatedAttention": Bound(75, 97, 0, 31, 0),
+    "MixtureOfExperts": Bound(65, 96, 1, 35, 0),
+    "Look": Bound(93, 102, 0, 20, 0),
     "VisionLayer": Bound(16, 25, 0, 0, 0),
     "Projector": Bound(6, 8, 0, 0, 0),
-    "other": Bound(93, 50, 0, 50, 3),
+    "other": Bound(93, 50, 0, 34, 0),
 }
 # Of the host, after the passes of a step: megatron-core waits for the norm of each gradient.
 NORM_WAITS, NORM_WAITS_A_PARAMETER = 4, 1
