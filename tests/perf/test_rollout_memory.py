@@ -43,7 +43,11 @@ def cached(run: RunConfig) -> tuple[int, int]:
     short = deepcopy(run)
     short.data.seq_length -= NEW
     prompt = planned_batch(short)
-    prompt = replace(prompt, pixels_NCHW=torch.randn(prompt.pixels_NCHW.shape), samples=["one"])
+    prompt = replace(
+        prompt,
+        pixels_NCHW=torch.zeros(prompt.pixels_NCHW.shape, dtype=torch.uint8),
+        samples=["one"],
+    )
     lanes = []
 
     class Lane(module.Lane):
