@@ -32,6 +32,9 @@ BOUNDS = {
     "Projector": Bound(6, 8, 0, 0, 0),
     "other": Bound(108, 61, 0, 34, 0),
 }
+# Of the host in a microbatch, in what is no layer: with 1F1B megatron-core synchronises after every
+# exchange between stages (`batch_p2p_sync`), with virtual stages and elsewhere never.
+EXCHANGE_WAITS = 2
 # Of the host, after the passes of a step.
 NORM_WAITS, UPDATE_WAITS = 1, 0
 
