@@ -22,7 +22,9 @@ FOLDERS = ("megatron_mm", "tools", "examples")
 # Flags of other people's commands, by what a section or command that shows them has in it.
 FOREIGN = {
     "torchrun": {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"},
-    "pip install": {"--no-build-isolation"},
+    "pip install": {"--no-build-isolation", "--no-index", "--find-links"},
+    "pip wheel": {"--no-build-isolation", "--no-deps"},
+    "pip download": {"--no-deps", "--only-binary", "--python-version", "--platform"},
     "apex": {"--cpp_ext", "--cuda_ext"},
     "Megatron's flags that are no settings": {*ALWAYS, *REFUSED, "--freeze-"},  # --freeze-LM
 }

@@ -71,8 +71,9 @@ class VisionTower(nn.Module):
         self.vit = encoder(vision, inner, pg.tp, recompute)
         self.scale = torch.tensor(run.data.image_mean), torch.tensor(run.data.image_std)
         if run.backend.compile_vision:
-            for layer in self.vit.layers:
-                layer.compile()  # in place: parameters keep their names
+            from megatron_mm.model.compiled import compile_layers  # imports the compiler
+
+            compile_layers(self.vit.layers)
         self.projector = Projector(model, self.grid, inner, pg.tp)
         self.memories = read_memories(model)
         self.memory_proj: ReplicatedLinear | None = None

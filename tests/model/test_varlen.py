@@ -11,7 +11,7 @@ from megatron_mm.model.layers.attention import causal_attention
 from megatron_mm.model.layers.clvr import memory_attention
 from megatron_mm.model.memory_map import MemoryMap
 from megatron_mm.model.segments import Segments
-from support import varlen as kernel
+from tools.fake_gpu import varlen as kernel
 
 # fp64 sums of up to 300 products of numbers of size 1.
 ROUNDING = 1e-12

@@ -15,7 +15,7 @@ from megatron_mm.model.memory_map import MemoryMap
 from megatron_mm.model.segments import Segments
 from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.standins import fused_kernels
-from support import varlen as kernel
+from tools.fake_gpu import varlen as kernel
 
 
 def stream_of(lengths: list[int], images: int, patches: int, device: str):

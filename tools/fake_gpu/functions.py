@@ -129,6 +129,19 @@ def _resize(tensor: torch.Tensor, *size: Any, **_: Any) -> torch.Tensor:
     return tensor.resize_(shape)
 
 
+def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """`tensor.data = value`. On CUDA a tensor of the CPU may take data on the GPU, and stays the
+    object that it was, with its attributes; so it does here."""
+    if isinstance(tensor, GpuTensor) or not isinstance(value, GpuTensor):
+        torch.Tensor.data.__set__(tensor, value)
+        return
+    new: torch.Tensor = GpuTensor(value.host)
+    if isinstance(tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, tensor.requires_grad)
+    vars(new).update(vars(tensor))
+    torch.utils.swap_tensors(tensor, new)
+
+
 def _may_share_data(one: torch.Tensor, other: torch.Tensor) -> bool:
     return isinstance(one, GpuTensor) == isinstance(other, GpuTensor)
 
@@ -166,6 +179,7 @@ def attention(
 SDPA = torch.nn.functional.scaled_dot_product_attention
 REPLACED: dict[Any, Any] = {
     torch.Tensor.new_tensor: _new_tensor,
+    torch.Tensor.data.__set__: _set_data,
     torch.Tensor.cuda: _cuda,
     torch.Tensor.pin_memory: _pin_memory,
     torch.Tensor.is_pinned: _is_pinned,

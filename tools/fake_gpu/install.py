@@ -7,6 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 
+from tools.fake_gpu import varlen
 from tools.fake_gpu.collectives import PretendedNCCL
 from tools.fake_gpu.cuda import REPLACEMENTS, Replacement
 from tools.fake_gpu.functions import Functions
@@ -38,6 +39,7 @@ def install() -> Gpu:
         raise RuntimeError("pretend a GPU before megatron is imported: it asks for CUDA then")
     for owner, name, value in (*REPLACEMENTS, *NCCL):
         setattr(owner, name, value)
+    varlen.install()
     Functions().__enter__()
     Operators().__enter__()
     return GPU

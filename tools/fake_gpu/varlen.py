@@ -1,7 +1,8 @@
 """The kernel behind torch's `varlen_attn`, written out for the CPU, where torch has none.
 
 It takes what FlashAttention takes and nothing else, reads what FlashAttention reads, and leaves NaN
-in every row that no segment covers, as an uninitialised buffer would hold anything.
+in every row that no segment covers, as an uninitialised buffer would hold anything. Like it, it
+computes with numbers of 16 bits in fp32.
 """
 
 from __future__ import annotations
@@ -54,21 +55,27 @@ def _causal(causal: bool, window: list[int] | None) -> bool:
 
 def _forward(query, key, value, bounds_q, bounds_k, most_q, most_k, causal=False, scale=None,
              window=None):  # fmt: skip
+    dtype = query.dtype
+    segments = list(_segments(query, key, value, bounds_q, bounds_k, most_q, most_k))
+    query, key, value = _wide(query, key, value)
     out = torch.full_like(query, torch.nan)
     sums = query.new_full((query.shape[1], len(query)), torch.nan)
-    for q, k in _segments(query, key, value, bounds_q, bounds_k, most_q, most_k):
+    for q, k in segments:
         scores = _scores(query[q], key[k], _causal(causal, window), scale)
         sums[:, q] = scores.logsumexp(-1)
         shared = value[k].repeat_interleave(query.shape[1] // value.shape[1], 1)
         out[q] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), shared)
-    return out, sums, torch.zeros(2, dtype=torch.uint64)
+    return out.to(dtype), sums, torch.zeros(2, dtype=torch.uint64)
 
 
 def _backward(d_out, query, key, value, out, sums, bounds_q, bounds_k, most_q, most_k, causal, rng,
               scale=None, window=None):  # fmt: skip
+    dtype = query.dtype
+    segments = list(_segments(query, key, value, bounds_q, bounds_k, most_q, most_k))
+    query, key, value, out, d_out = _wide(query, key, value, out, d_out)
     d_query, d_key, d_value = (torch.full_like(x, torch.nan) for x in (query, key, value))
     times, width = query.shape[1] // key.shape[1], query.shape[2]
-    for q, k in _segments(query, key, value, bounds_q, bounds_k, most_q, most_k):
+    for q, k in segments:
         scores = _scores(query[q], key[k], _causal(causal, window), scale)
         weights = (scores - sums[:, q, None]).exp()
         wide_key, wide_value = (x[k].repeat_interleave(times, 1) for x in (key, value))
@@ -81,4 +88,8 @@ def _backward(d_out, query, key, value, out, sums, bounds_q, bounds_k, most_q, m
             (d_value, torch.einsum("hqk,qhd->khd", weights, d_out[q])),
         ):
             gradient[k] = of_heads.unflatten(1, (-1, times)).sum(2)
-    return d_query, d_key, d_value
+    return d_query.to(dtype), d_key.to(dtype), d_value.to(dtype)
+
+
+def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.float() if x.dtype.itemsize == 2 else x for x in tensors]

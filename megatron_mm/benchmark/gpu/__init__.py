@@ -1,0 +1,1 @@
+"""Checks for a short visit to a GPU."""

@@ -1,0 +1,140 @@
+"""Attention over packed samples, and what a length costs that was never met before.
+
+cuDNN plans anew for every shape, and the lengths of microbatches change all the time. Runs switch
+it off (`engine/kernels.py`) and take packed streams to a kernel that plans nothing; this check says
+whether both are right on the card.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from megatron_mm.benchmark.gpu.comparing import both_ways, difference
+from megatron_mm.benchmark.gpu.visit import Row, Visit
+from megatron_mm.model.layers import varlen
+from megatron_mm.model.layers.attention import causal_attention, rectangle_attention
+from megatron_mm.model.segments import Segments
+
+NAMES = ("output", "d query", "d key", "d value")
+# Both in bf16: probabilities and results are rounded by 2^-9 on average, in other blocks.
+BF16 = 0.02
+Call = Callable[[], list[torch.Tensor]]
+
+
+@contextmanager
+def cudnn(used: bool) -> Iterator[None]:
+    """Lets torch choose cuDNN's attention, or not."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(used)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def check(visit: Visit, row: Row) -> None:
+    """Compares, and times the first and the second call of several shapes each way."""
+    _check_packed(visit, row)
+    lengths = visit.size([8192, 7936, 7424, 6912, 6400, 5888], [72, 64])
+    counts = visit.size([26, 25, 23, 21, 19, 17], [3, 2])
+    packed = _new_shapes(row, "packed text", _text(visit, causal_attention), lengths)
+    for kind, make, sizes in (
+        ("text", _text(visit, rectangle_attention), lengths),
+        ("tiles", _tiles(visit), counts),
+    ):
+        results = []
+        for used in (False, True):
+            with cudnn(used):
+                name = f"{kind}, cuDNN {'on' if used else 'off'}"
+                results.append(_new_shapes(row, name, make, sizes))
+        others = [results[1], packed] if kind == "text" else [results[1]]
+        apart = [
+            difference(a, b) for other in others for a, b in zip(other, results[0], strict=True)
+        ]
+        row.at_most(f"{kind}: ways apart", max(apart), BF16)
+
+
+def _sizes(visit: Visit) -> tuple[int, int, int]:
+    """Query heads, key heads, features of a head: mm-80b's."""
+    return visit.size((16, 2, 256), (4, 2, 16))
+
+
+def _check_packed(visit: Visit, row: Row) -> None:
+    """Compares `causal_attention` of packed samples with that of the CPU in fp32; it may err as
+    rectangles do in bf16 on the CPU, where the same tensors are rounded."""
+    cuts = torch.tensor(visit.size([0, 700, 701, 1500, 2048], [0, 30, 31, 70, 80]))
+    heads, groups, width = _sizes(visit)
+    g = torch.Generator().manual_seed(0)
+    shapes = [(int(cuts[-1]), n, width) for n in (heads, groups, groups)]
+    inputs = [torch.randn(shape, generator=g).bfloat16() for shape in shapes]
+    direction = torch.randn(shapes[0], generator=g)
+
+    def outcome(device: torch.device | str, dtype: torch.dtype) -> list[torch.Tensor]:
+        segments = Segments.from_cu_seqlens(cuts, device)
+        return both_ways(lambda q, k, v: causal_attention(q, k, v, segments), inputs, direction,
+                         device, dtype)  # fmt: skip
+
+    exact, cpu = (outcome("cpu", dtype) for dtype in (torch.float32, torch.bfloat16))
+    found = outcome(visit.device, torch.bfloat16)
+    row.note(packed_kernel=varlen.suits(inputs[0].to(visit.device)))
+    for name, a, b, c in zip(NAMES, found, cpu, exact, strict=True):
+        row.at_most(f"packed {name}", difference(a, c), 2 * difference(b, c) + 1e-3)
+
+
+def _text(visit: Visit, attention: Callable) -> Callable[[int], Call]:
+    """Forward and backward of a `*` layer's attention over one sample of a length."""
+
+    def of(length: int) -> Call:
+        segments = Segments.from_cu_seqlens(torch.tensor([0, length]), visit.device)
+        heads, groups, width = _sizes(visit)
+        leaves = _leaves(visit, [(length, n, width) for n in (heads, groups, groups)])
+        return lambda: _both(attention(*leaves, segments), leaves)
+
+    return of
+
+
+def _tiles(visit: Visit) -> Callable[[int], Call]:
+    """Forward and backward of a ViT layer's attention inside a number of tiles."""
+
+    def of(count: int) -> Call:
+        leaves = _leaves(visit, [(count, *visit.size((25, 1025, 128), (2, 17, 16)))] * 3)
+        return lambda: _both(F.scaled_dot_product_attention(*leaves), leaves)
+
+    return of
+
+
+def _leaves(visit: Visit, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    made = (torch.randn(shape, device=visit.device) for shape in shapes)
+    return [x.bfloat16().requires_grad_() for x in made]
+
+
+def _both(out: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def _new_shapes(
+    row: Row, name: str, make: Callable[[int], Call], sizes: Sequence[int]
+) -> list[torch.Tensor]:
+    """Notes medians of the first and the second call; returns the results of the last shape."""
+    make(sizes[0] + 1)()  # memory and the kernel's code are there when the first shape is met
+    calls = [make(size) for size in sizes]
+    first, again = (statistics.median(_host_ms(call) for call in calls) for _ in range(2))
+    row.note({f"{name}: first_ms": round(first, 3), f"{name}: again_ms": round(again, 3)})
+    row.text.append(f"{name}: {first:.2f} ms, then {again:.2f}")
+    return calls[-1]()
+
+
+def _host_ms(function: Callable[[], object]) -> float:
+    """A plan is made by the host, so its clock counts."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
