@@ -50,7 +50,7 @@ def hidden(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("job", "forward", "backward"), [(1, 38.1, 54.1), (2, 28.4, 56.0)], indirect=["job"]
+    ("job", "forward", "backward"), [(1, 38.1, 62.1), (2, 27.3, 58.9)], indirect=["job"]
 )
 def test_a_layer_of_the_vit(job, forward, backward):
     """With its norms in fp32 and the residual in two steps it was 94 and 166 (TP2: 67 and 113)."""
@@ -69,6 +69,6 @@ def test_norms_of_the_language_model(job):
         norm = RMSNorm(2048, 1e-6, partial_gradient=False, dtype=torch.bfloat16)
         gated = GatedRMSNorm(128, 1e-6, dtype=torch.bfloat16)
     found = passes(recorder, norm, hidden(65536, 2048))
-    assert found[0] <= 10.1 and found[1] <= 12.1
+    assert found[0] <= 10.1 and found[1] <= 16.1
     found = passes(recorder, gated, hidden(65536, 32, 128), hidden(65536, 32, 128))
     assert found[0] <= 19.1 and found[1] <= 35.1

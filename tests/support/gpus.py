@@ -6,9 +6,5 @@ from tools.fake_gpu import install
 
 
 def pretend() -> None:
-    """Makes this process one with a GPU, and gives it torch's kernel for packed attention, which
-    the CPU behind that GPU lacks."""
+    """Makes this process one with a GPU."""
     install()
-    from support import varlen
-
-    varlen.install()
