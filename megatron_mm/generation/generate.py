@@ -264,11 +264,14 @@ class _Generation:
 
     def _uniforms(self, rows: list[torch.Tensor], count: int) -> list[torch.Tensor]:
         """Returns the numbers that the next `count` draws of each lane's rows take, fp64
-        [count, rows], on the device."""
+        [count, rows], on the device; 0 for free rows, which then do the same in turns of any
+        size. What they do decides how many rows an expert has, and so its kernel."""
         found = []
         for lane, there in zip(self.lanes, rows, strict=True):
             step = lane.count_R[there] + torch.arange(count).unsqueeze(1)
-            found.append(uniforms(self.sampling.seed, lane.number_R[there], step))
+            free = ~lane.active_R[there]
+            numbers = uniforms(self.sampling.seed, lane.number_R[there], step)
+            found.append(numbers.masked_fill_(free, 0.0))
         return [x.to(platform.device(), non_blocking=True) for x in found]
 
     def _draw(self, logits: list[torch.Tensor], uniforms: list[torch.Tensor]) -> list[Drawn]:
