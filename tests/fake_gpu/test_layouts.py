@@ -14,6 +14,7 @@ import torch
 
 from megatron_mm import platform
 from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint.parameters import finish_param_gather
 from megatron_mm.config import RunConfig
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.evaluation.questions import EvalSet
@@ -43,6 +44,7 @@ def on_rank_everything(run: RunConfig, folder: Path) -> dict:
     engine = create(run)
     randomise_engine(engine)
     losses = train(engine, [0])
+    finish_param_gather(engine)  # which on a GPU overlaps with the next forward pass
     trained = whole(engine)
     sharded.save(engine, {"consumed_samples": 2}, folder, 1)
     run.training.seed += 1
@@ -98,6 +100,6 @@ def test_the_gpus_numbers_are_the_cpus(ranks, gpu_ranks, scenes, tmp_path, name)
     assert ours.keys() == theirs.keys()
     # A tenth of the first, clipped gradient.
     gradients = [name for name in theirs if name.startswith("exp_avg.")]
-    assert len(gradients) > 80
+    assert len(gradients) > 70
     far = {k: difference(ours[k], theirs[k]) for k in gradients}
     assert {k: d for k, d in far.items() if d > TOLERANCE} == {}
