@@ -89,7 +89,9 @@ def test_packages_that_are_not_here(tmp_path):
     assert code == 0, rows
     figures = rows["fla"]["figures"]
     assert rows["fla"]["status"] == rows["te"]["status"] == "ok"
-    assert figures["fp32 output"] == figures["fp32 state kept"] == 0.0 < figures["bf16 output"]
+    # The same kernels: in fp32 another order at most, in bf16 the rounding of the inputs' products.
+    worst = max(figures["fp32 output"], figures["fp32 state kept"])
+    assert worst < 1e-6 < figures["bf16 output"]
     assert {"ours_ms", "fla_ms"} < figures.keys()
     assert rows["te"]["figures"]["bf16 gradients: worst ratio"] < 1.0
     for fp8 in (False, True):
