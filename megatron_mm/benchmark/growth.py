@@ -56,28 +56,33 @@ def _at(rows: int, position: int) -> DecodeCache:
     """Returns a cache whose rows are about to hold a prompt of `position` tokens."""
     cache = DecodeCache(rows, Filling(torch.arange(rows), torch.zeros(rows, dtype=torch.int64)))
     cache.lengths_R[:] = position
+    cache.reserve(position + 1)
+    cache.read(position + 1)
     return cache
 
 
-def _segments(*lengths: int) -> Segments:
-    return Segments.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0), "cpu")
+def _segments(length: int) -> Segments:
+    return Segments.from_cu_seqlens(torch.tensor([0, length]), "cpu")
 
 
 def _delta_core(engine: Engine, rows: int, position: int) -> Callable[[], Any]:
     layers = engine.chunks[0].language.layers.values()
-    layer = next(p["mixer"].inner for p in layers if hasattr(p["mixer"].inner, "mix_and_keep"))
+    layer = next(p["mixer"].inner for p in layers if hasattr(p["mixer"].inner, "mix_step"))
     cache = _at(rows, position)
     memory = cache.state("G", 0, DeltaState)
+    g = torch.Generator().manual_seed(position)
 
-    def mix(segments: Segments, tokens: int):
-        g = torch.Generator().manual_seed(tokens)
-        qkv = torch.randn(tokens, layer.key_heads, sum(layer.widths[:3]), generator=g)
-        ba = torch.randn(tokens, layer.key_heads, sum(layer.widths[4:]), generator=g)
-        return lambda: layer._mix(qkv, ba, segments, memory)
+    def random(tokens: int, *shape: int) -> torch.Tensor:
+        return torch.randn(tokens, *shape, generator=g)
 
-    mix(_segments(position), position)()
+    keys, heads = layer.key_heads, layer.A_log.shape[0]
+    qkv = random(position, keys, sum(layer.widths[:3]))
+    layer._mix(qkv, random(position, keys, sum(layer.widths[4:])), _segments(position), memory)
     cache.filling = None
-    return mix(_segments(*[1] * rows), rows)
+    x, taps = random(rows, keys * sum(layer.widths[:3])), layer._constants().taps
+    log_decay, beta = -random(rows, heads).abs(), random(rows, heads).sigmoid()
+    held = memory.tensors["inputs"], memory.tensors["state"]
+    return lambda: layer.mix_step(x, taps, log_decay, beta, *held, layer.head_widths)
 
 
 def _attention_core(engine: Engine, rows: int, position: int) -> Callable[[], Any]:
@@ -85,16 +90,18 @@ def _attention_core(engine: Engine, rows: int, position: int) -> Callable[[], An
     heads, width = language.num_attention_heads, language.kv_channels
     cache = _at(rows, position)
     memory = cache.state("*", 0, KeysAndValues)
+    g = torch.Generator().manual_seed(position)
 
-    def attend(segments: Segments, tokens: int):
-        g = torch.Generator().manual_seed(tokens)
-        query = torch.randn(tokens, heads, width, generator=g)
-        key, value = (
-            torch.randn(tokens, language.num_query_groups, width, generator=g) for _ in "kv"
-        )
-        # Attention inside the prompt is not timed and need not be computed.
-        return lambda: memory.attend(lambda query, *_: query, query, key, value, segments)
+    def random(tokens: int, heads: int) -> torch.Tensor:
+        return torch.randn(tokens, heads, width, generator=g)
 
-    attend(_segments(position), position)()
+    groups = language.num_query_groups
+    memory.store(random(position, groups), random(position, groups), _segments(position))
     cache.filling = None
-    return attend(_segments(*[1] * rows), rows)
+    query, key, value = random(rows, heads), random(rows, groups), random(rows, groups)
+
+    def step() -> torch.Tensor:
+        memory.store(key, value, None)
+        return memory.attend(query, cache.mask(query.dtype))
+
+    return step

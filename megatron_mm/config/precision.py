@@ -45,6 +45,12 @@ def check_backend(run: RunConfig) -> None:
         raise ConfigError(
             "transformer_impl is 'transformer_engine'; allowed: 'local', or bf16 true"
         )
+    if backend.compile_vision and run.parallel.tensor_model_parallel_size > 1:
+        # Compiled ranks were seen to reduce in different orders: a hang, or wrong sums.
+        raise ConfigError(
+            f"compile_vision is true with tensor_model_parallel_size "
+            f"{run.parallel.tensor_model_parallel_size}; allowed: false, or 1"
+        )
     if backend.deterministic_mode:
         _check_deterministic(run)
     if fp8 is None:

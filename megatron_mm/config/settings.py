@@ -82,12 +82,15 @@ class BackendConfig:
     gdn_kernel: Literal["auto", "torch", "fla"] = "auto"
     """Kernel of the gated delta rule; auto: flash-linear-attention on a GPU that has it, else
     torch."""
+    decoding_cuda_graph: bool = True
+    """Replay decoding steps as CUDA graphs on a GPU, but not with pipeline or expert parallelism
+    and not where a step waits for the host."""
     deterministic_mode: bool = False
     """Only algorithms that repeat a run on GPUs bit for bit, and with it resume bitwise; slower.
     The delta rule is then torch's."""
     compile_vision: bool = False
-    """Compile the ViT's layers with torch.compile, which fuses the work between their products.
-    The first steps take minutes longer."""
+    """Compile the ViT's layers with torch.compile, which fuses the work between their products;
+    on one tensor-parallel rank. The first steps take longer."""
     fp8_format: Literal["hybrid", "e4m3"] | None = None
     """Switches FP8 on. hybrid: gradients in e5m2, everything else in e4m3."""
     # Megatron's default is delayed. It keeps a history of maxima that checkpoints do not hold, so

@@ -174,7 +174,7 @@ class Engine:
     def forward[B: Microbatch](
         self,
         batches: Sequence[B],
-        positions: Callable[[B], torch.Tensor],
+        positions: Callable[[B], torch.Tensor] | None,
         finish: Callable,
         looks: dict[int, list[torch.Tensor]] | None = None,
         caches: Sequence[DecodeCache] | None = None,
@@ -183,7 +183,7 @@ class Engine:
         """Runs only forward passes.
 
         Args:
-            positions: as in `Objective`.
+            positions: as in `Objective`; None: everywhere, and `finish` is given None.
             finish: (predictions, batch, positions) -> result, called on the last stage, as
                 `Objective.loss`.
             looks: if given, filled with the attention weights of this stage's looks.
@@ -234,7 +234,7 @@ class Engine:
     def _schedule[B: Microbatch](
         self,
         batches: Sequence[B],
-        positions: Callable[[B], torch.Tensor],
+        positions: Callable[[B], torch.Tensor] | None,
         finish: Callable,
         forward_only: bool,
         of_each: Sequence[dict] = (),
@@ -244,19 +244,26 @@ class Engine:
         language = self.run.model.language
         sizes = language.moe_router_topk, language.num_experts
 
-        def feed(chunk: MultimodalModel) -> Iterator[tuple[B, torch.Tensor, dict]]:
+        def feed(chunk: MultimodalModel) -> Iterator[tuple[B, torch.Tensor | None, dict]]:
             for number, batch in enumerate(batches):
                 tokens = len(batch.tokens_T)
                 if batch.routes is not None:
                     check_routes(batch.routes, chunk.moe_layers, tokens, *sizes)
                 own = of_each[number] if number < len(of_each) else {}
-                yield batch.to(device), held_positions(positions(batch), tokens, pg.cp), own
+                held = positions and held_positions(positions(batch), tokens, pg.cp)
+                there = batch.tokens_T.device == device
+                yield batch if there else batch.to(device), held, own
 
         if len(self.models) > 1 and forward_only:
             # The interleaved schedule needs a multiple of the pipeline size.
             batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
+        step = forward_step(finish, **model_kwargs)
+        if forward_only and pg.pp.size() == 1:  # a schedule's overhead exceeds a small step
+            iterator = feed(self.chunks[0])
+            passes = (step(iterator, self.models[0]) for _ in batches)
+            return [collect(output, non_loss_data=True) for output, collect in passes]
         common = {
-            "forward_step_func": forward_step(finish, **model_kwargs),
+            "forward_step_func": step,
             "data_iterator": [feed(chunk) for chunk in self.chunks],
             "model": self.models,
             "num_microbatches": len(batches),

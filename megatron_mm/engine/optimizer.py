@@ -161,8 +161,8 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
             square = torch.linalg.vector_norm(norms).square()
         dist.all_reduce(square, group=group)
         squares.append(square)
-    norms = [square**0.5 for square in torch.stack(squares).tolist()]
-    return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
+    roots = [square**0.5 for square in torch.stack(squares).tolist()]
+    return roots[0] if len(roots) == 1 else math.sqrt(sum(root**2 for root in roots))
 
 
 def clip_and_step(optimizer: MegatronOptimizer, gradient_norm: float, clip_grad: float) -> None:

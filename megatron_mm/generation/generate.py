@@ -6,7 +6,10 @@ lanes of rows as it has stages. A prompt is prefilled once for all of its comple
 finish are refilled with the next prompt as soon as there is room for all of its completions.
 
 Expert parallelism couples the forward passes of all replicas. All ranks of the job therefore take
-the same turns, prefill or decoding step, until the last replica is done.
+the same turns, a prefill or a few decoding steps, until the last replica is done.
+
+A step waits for nothing: tokens are drawn on the device and go into the next step from there. The
+host reads them at the end of a turn, when it also finds the completions that have ended.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,18 +32,21 @@ from megatron_mm.data.sample import Sample
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import receive
+from megatron_mm.generation.exchange import Drawn, on_the_host, row_logits, share, whole_logits
+from megatron_mm.generation.graphs import Replayed, recorder
 from megatron_mm.generation.lanes import Completion, Lane
 from megatron_mm.generation.sampling import Sampling, draw, gumbels, uniforms
-from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.model.segments import Segments
-from megatron_mm.parallel.groups import Groups
 
 # Rows per context-parallel rank in a decoding step are a multiple of this. For fewer rows MKL uses
 # another matmul kernel, which adds in another order than the trainer's. The outputs of the gated
 # delta rule then differ by 2e-8, but the norm after it divides by their size: for a head of size
 # 1e-4, log-probabilities were 1e-5 from the trainer's. With the same kernel they are within 3e-6.
 KERNEL_ROWS = 4
+# A GPU waits for the host, and ranks for each other, once a turn. A row that ends inside a turn is
+# computed to its end.
+TOKENS_A_TURN = 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ def generate(
     pad_id: int,
     record_routes: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    tokens_a_turn: int = TOKENS_A_TURN,
 ) -> list[list[Completion]] | None:
     """Generates `num_generations` completions of each prompt of this replica.
 
@@ -77,6 +85,8 @@ def generate(
             one prompt.
         record_routes: whether to return the experts that this rank's layers chose.
         stop: asked before every turn whether to stop.
+        tokens_a_turn: tokens that every row draws before the host looks at them and all ranks
+            agree on the next turn. It changes no completion, up to rounding.
 
     Returns:
         Completions by prompt, the same on all ranks of the replica except for routes, which are
@@ -86,7 +96,14 @@ def generate(
         DataError: on every rank, if a prompt could not be read.
     """
     generation = _Generation(
-        engine, prompts, sampling, num_generations, max_num_seqs, pad_id, record_routes
+        engine,
+        prompts,
+        sampling,
+        num_generations,
+        max_num_seqs,
+        pad_id,
+        record_routes,
+        tokens_a_turn,
     )
     training = engine.chunks[0].training
     engine.training(False)
@@ -109,18 +126,22 @@ class _Generation:
         rows: int,
         pad_id: int,
         record_routes: bool,
+        every: int,
     ):
-        self.engine, self.prompts, self.sampling = engine, prompts, sampling
+        self.engine, self.prompts, self.sampling, self.every = engine, prompts, sampling, every
         self.group, self.pad_id, self.record_routes = group, pad_id, record_routes
         run = engine.run
         self.multiple, self.settings = token_multiple(run), image_settings(run)
         self.budget = run.training.micro_batch_size * run.data.seq_length
         stages = engine.groups.pg.pp.size()
         rows_each, self.row_multiple = rows_of_a_lane(run, engine.groups.pg, group, rows)
-        self.lanes = [Lane(rows_each, sampling.max_tokens) for _ in range(stages)]
+        self.lanes = [Lane(rows_each, sampling.max_tokens, pad_id, every) for _ in range(stages)]
         self.next_prompt, self.stopped = 0, False
         self.waiting: Sample | None = None  # on the reader: already read, but it did not fit
         self.found: list[list] = [[None] * group for _ in prompts.numbers]
+        size = run.model.language.vocab_size
+        self.gather: dict[str, Any] = {"groups": engine.groups, "vocab_size": size}
+        self.replayed = Replayed(recorder(engine, sampling))
 
     @property
     def left(self) -> int:
@@ -129,15 +150,22 @@ class _Generation:
     def next_turn(self, stop: bool) -> Callable[[], None] | None:
         """Returns the turn that all ranks of the job take next; None when they are done."""
         fill = self.left > 0 and any(lane.free >= self.group for lane in self.lanes)
-        busy = any(lane.free < lane.cache.rows for lane in self.lanes)
-        wishes = torch.tensor([stop, fill, busy], dtype=torch.int32)
+        steps = min(self.every, max(lane.left for lane in self.lanes))
+        rows = max(lane.needed(self.row_multiple) for lane in self.lanes)
+        wishes = torch.tensor([stop, fill, steps, self.left, rows], dtype=torch.int32)
         world = self.engine.groups.world
         if world.size() > 1:
             dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=world)
-        self.stopped, fill, busy = map(bool, wishes.tolist())
-        if self.stopped or not (fill or busy):
+        stopped, fill, steps, left, rows = wishes.tolist()
+        self.stopped = bool(stopped)
+        if self.stopped or not (fill or steps):
             return None
-        return self.prefill if fill else self.step
+        if fill:
+            return self.prefill
+        if not left:  # all lanes of the job stay of one size: ranks may share their rows' experts
+            for lane in self.lanes:
+                lane.shrink(rows)
+        return partial(self.steps, steps)
 
     def prefill(self) -> None:
         batches, _ = receive(self.engine.groups, self._admit)
@@ -147,24 +175,50 @@ class _Generation:
             chosen = range(first, self.next_prompt)
             numbers = self.prompts.numbers[chosen.start : chosen.stop]
             fillings.append(lane.fill(batch, chosen, numbers, self.group))
-        logits = self._forward(batches, last_positions)
+        finish = partial(whole_logits, wanted=last_positions, **self.gather)
+        logits = self._forward(batches, last_positions, finish)
         for lane in self.lanes:
             lane.cache.filling = None
-        self._advance([f.rows_A for f in fillings], [f.prompt_A for f in fillings], logits)
+        rows = [filling.rows_A for filling in fillings]
+        logits = [
+            logits_NV.index_select(0, filling.prompt_A.to(logits_NV.device))
+            for filling, logits_NV in zip(fillings, logits, strict=False)
+        ]
+        drawn = self._draw(logits, [uniform[0] for uniform in self._uniforms(rows, 1)])
+        for lane, there, (tokens, _) in zip(self.lanes, rows, drawn, strict=True):
+            lane.begin(there, tokens)
+        self._append(rows, rows, [drawn])
 
-    def step(self) -> None:
-        if not self.left:
-            for lane in self.lanes:
-                lane.shrink(self.row_multiple)
-        batches = [lane.next_tokens(self.pad_id) for lane in self.lanes]
-        if self.sampling.router_temperature:
-            for lane, batch in zip(self.lanes, batches, strict=True):
-                batch.route_noise = self._route_noise(lane)
-        logits = self._forward(batches, _everywhere)
-        rows = [lane.busy_rows for lane in self.lanes]
-        for lane, busy in zip(self.lanes, rows, strict=True):
-            lane.cache.lengths_R[busy] += 1
-        self._advance(rows, rows, logits)
+    def steps(self, count: int) -> None:
+        """Draws `count` tokens for every row. The host learns of them when all are drawn."""
+        every = [torch.arange(lane.cache.rows) for lane in self.lanes]
+        longest = [lane.longest for lane in self.lanes]
+        uniforms = self._uniforms(every, count)
+        noises = [self._route_noise(lane) for lane in self.lanes]
+        drawn = []
+        for step in range(count):
+            for lane, positions, uniform, noise in zip(
+                self.lanes, longest, uniforms, noises, strict=True
+            ):
+                lane.cache.read(positions + step)
+                lane.uniform_R.copy_(uniform[step])
+                lane.batch.route_noise = noise and noise(step)
+            caches = [lane.cache for lane in self.lanes]
+            shape = tuple((cache.rows, cache.span, cache.room) for cache in caches)
+            drawn.append(self.replayed.run(self.step, shape, self._addresses))
+        self._append(every, [lane.busy_rows for lane in self.lanes], drawn)
+
+    def step(self) -> list[Drawn]:
+        """Draws a token for every row. It reads and writes the lanes' tensors where they are."""
+        batches = [lane.batch for lane in self.lanes]
+        logits = self._forward(batches, None, partial(row_logits, **self.gather))
+        drawn = self._draw(logits, [lane.uniform_R for lane in self.lanes])
+        for lane, (tokens, _) in zip(self.lanes, drawn, strict=True):
+            lane.advance(tokens)
+        return drawn
+
+    def _addresses(self) -> tuple:
+        return tuple(lane.addresses for lane in self.lanes)
 
     def _admit(self) -> list[Microbatch]:
         """Reads the next prompts, consecutive ones for each lane; called on the reader. A lane gets
@@ -191,10 +245,10 @@ class _Generation:
             )
         return batches
 
-    def _forward(self, batches: list[Microbatch], positions: Callable) -> list[torch.Tensor]:
+    def _forward(
+        self, batches: list[Microbatch], positions: Callable | None, finish: Callable
+    ) -> list[torch.Tensor]:
         """Returns each lane's logits, fp32 [positions, V], on the last stage."""
-        size = self.engine.run.model.language.vocab_size
-        finish = partial(whole_logits, wanted=positions, groups=self.engine.groups, vocab_size=size)
         caches = [lane.cache for lane in self.lanes]
         routes: list[Routes] | None = [{} for _ in self.lanes] if self.record_routes else None
         logits = self.engine.forward(batches, positions, finish, caches=caches, routes=routes)
@@ -202,50 +256,68 @@ class _Generation:
             whole = whole_routes(record, self.engine.groups.pg)
             if whole:  # a stage may have no experts
                 stacked = torch.stack([whole[index] for index in sorted(whole)], 1)
-                segments = Segments.from_cu_seqlens(batch.cu_seqlens, stacked.device)
+                segments = None
+                if not lane.cache.stepping:
+                    segments = Segments.from_cu_seqlens(batch.cu_seqlens, stacked.device)
                 lane.cache.routes.put("experts", stacked, segments)
         return logits
 
-    def _advance(
-        self, rows: list[torch.Tensor], sources: list[torch.Tensor], logits: list[torch.Tensor]
+    def _uniforms(self, rows: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+        """Returns the numbers that the next `count` draws of each lane's rows take, fp64
+        [count, rows], on the device."""
+        found = []
+        for lane, there in zip(self.lanes, rows, strict=True):
+            step = lane.count_R[there] + torch.arange(count).unsqueeze(1)
+            found.append(uniforms(self.sampling.seed, lane.number_R[there], step))
+        return [x.to(platform.device(), non_blocking=True) for x in found]
+
+    def _draw(self, logits: list[torch.Tensor], uniforms: list[torch.Tensor]) -> list[Drawn]:
+        """Draws a token for each row of each lane, on the device of every rank of the replica."""
+        drawn = [
+            draw(logits_NV, self.sampling, uniform)
+            for logits_NV, uniform in zip(logits, uniforms, strict=False)
+        ]
+        return share(drawn, [len(uniform) for uniform in uniforms], self.engine.groups)
+
+    def _append(
+        self, drawn_for: list[torch.Tensor], rows: list[torch.Tensor], drawn: list[list[Drawn]]
     ) -> None:
-        """Draws the next tokens. For each lane, `rows` are the rows to advance and `sources` the
-        rows of its logits to draw from."""
-        groups, counts = self.engine.groups, [len(there) for there in rows]
-        drawn = torch.zeros(sum(counts), 2, dtype=torch.float64)  # holds any token id exactly
-        if groups.is_last_stage:
-            parts = [
-                self._draw(lane, there, logits_KV.index_select(0, source.to(logits_KV.device)))
-                for lane, there, source, logits_KV in zip(
-                    self.lanes, rows, sources, logits, strict=True
-                )
-            ]
-            drawn = torch.cat(parts).cpu()
-        if groups.replica.size() > 1:
-            last = groups.replica.size() - groups.replica.size() // groups.pg.pp.size()
-            dist.broadcast(drawn, group=groups.replica, group_src=last)
-        for lane, there, part in zip(self.lanes, rows, drawn.split(counts), strict=True):
-            tokens, logprobs = part[:, 0].long(), part[:, 1].float()
-            ended = lane.advance(there, tokens, logprobs, self.sampling.stop_ids)
-            for prompt, sample, completion in ended:
+        """Appends drawn tokens to completions.
+
+        Args:
+            drawn_for: the rows of each lane that tokens were drawn for, in ascending order.
+            rows: those of them that are generating.
+        """
+        counts = [len(there) for there in drawn_for]
+        parts = (x.split(counts) for x in on_the_host(drawn))
+        for lane, held, there, tokens, logprobs in zip(
+            self.lanes, drawn_for, rows, *parts, strict=True
+        ):
+            at = torch.searchsorted(held, there)
+            stops = self.sampling.stop_ids
+            for prompt, sample, completion in lane.append(there, tokens[at], logprobs[at], stops):
                 self.found[prompt][sample] = completion
 
-    def _draw(self, lane: Lane, rows: torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
-        uniform = uniforms(self.sampling.seed, lane.number_R[rows], lane.count_R[rows])
-        tokens, logprobs = draw(logits_NV, self.sampling, uniform)
-        return torch.stack((tokens.double(), logprobs.double()), 1)
-
-    def _route_noise(self, lane: Lane) -> dict[int, torch.Tensor]:
-        """Returns scaled Gumbel noise, fp32 [R, E], for each MoE layer of this rank."""
+    def _route_noise(self, lane: Lane) -> Callable[[int], dict[int, torch.Tensor]] | None:
+        """Returns step -> scaled Gumbel noise, fp32 [R, E], for each MoE layer of this rank; None
+        if routers are greedy."""
         sampling, device = self.sampling, platform.device()
+        if not sampling.router_temperature:
+            return None
         layers = [index for chunk in self.engine.chunks for index in chunk.moe_layers]
         experts = self.engine.run.model.language.num_experts
-        first_L = experts * torch.tensor(layers, dtype=torch.int64, device=device)
-        place_LE = first_L.unsqueeze(1) + torch.arange(experts, device=device)
-        number_R, count_R = lane.number_R.to(device), lane.count_R.to(device)
-        noise = gumbels(sampling.seed, number_R, count_R, place_LE.flatten())
-        noise_RLE = sampling.router_temperature * noise.view(len(number_R), len(layers), experts)
-        return dict(zip(layers, noise_RLE.unbind(1), strict=True))
+        first_L = experts * torch.tensor(layers, dtype=torch.int64)
+        place_LE = (first_L.unsqueeze(1) + torch.arange(experts)).to(device, non_blocking=True)
+        number_R, count_R = (
+            x.to(device, non_blocking=True) for x in (lane.number_R, lane.count_R.clone())
+        )
+
+        def noise(step: int) -> dict[int, torch.Tensor]:
+            drawn = gumbels(sampling.seed, number_R, count_R + step, place_LE.flatten())
+            scaled = sampling.router_temperature * drawn.view(len(number_R), len(layers), experts)
+            return dict(zip(layers, scaled.unbind(1), strict=True))
+
+        return noise
 
 
 def rows_of_a_lane(
@@ -266,36 +338,3 @@ def last_positions(batch: Microbatch) -> torch.Tensor:
     """Last position of each sample, where its next token is predicted; not of the padding tail."""
     ends = batch.cu_seqlens[1:]
     return ends[ends <= batch.num_real_tokens] - 1
-
-
-def _everywhere(batch: Microbatch) -> torch.Tensor:
-    return torch.arange(len(batch.tokens_T))
-
-
-def whole_logits(
-    predictions: Predictions,
-    batch: Microbatch,
-    positions: torch.Tensor,
-    wanted: Callable[[Microbatch], torch.Tensor],
-    groups: Groups,
-    vocab_size: int,
-) -> torch.Tensor:
-    """Gathers logits, fp32 [wanted positions, V], on every tensor- and context-parallel rank.
-
-    Args:
-        predictions: at `positions`, the wanted ones that this context-parallel rank holds.
-        wanted: batch -> all wanted positions.
-    """
-    tp, cp = groups.pg.tp, groups.pg.cp
-    logits = predictions.logits().float()
-    if tp.size() > 1:
-        slices = [torch.empty_like(logits) for _ in range(tp.size())]
-        dist.all_gather(slices, logits, group=tp)
-        logits = torch.cat(slices, 1)[:, :vocab_size]  # without padding
-    if cp.size() > 1:
-        everywhere = wanted(batch)
-        whole = logits.new_zeros(len(everywhere), logits.shape[1])
-        whole[torch.isin(everywhere, positions)] = logits[torch.isin(positions, everywhere)]
-        dist.all_reduce(whole, group=cp)
-        logits = whole
-    return logits

@@ -1,16 +1,18 @@
 """Lanes: the rows in which completions are generated.
 
-A lane is one microbatch of a decoding step. All ranks of a replica know the drawn tokens, so each
-keeps the same state of every lane.
+A lane is one microbatch of a decoding step. What a step computes with is on the device. Who is in
+which row and what has been drawn is kept on the host of every rank of the replica, which learns of
+drawn tokens a few steps at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.decode import DecodeCache, Filling
 
@@ -46,18 +48,39 @@ class Completion:
 class Lane:
     """R rows, each free or generating one completion.
 
+    A row whose completion has ended goes on until the host learns of it; what it draws is ignored.
+
     Attributes:
         number_R: int64, unique per completion; with the count it seeds the next draw.
-        count_R: int64, number of tokens drawn.
+        count_R: int64, number of tokens drawn that the host knows.
+        prompt_R: int64, length of the row's prompt.
+        batch: the rows' last tokens, on the device; a step reads them, `advance` writes them.
+        uniform_R: fp64, on the device: the numbers that a step draws with.
     """
 
-    def __init__(self, rows: int, max_tokens: int):
-        self.cache = DecodeCache(rows)
+    def __init__(self, rows: int, max_tokens: int, pad_id: int, ahead: int):
+        """
+        Args:
+            ahead: tokens that a row may draw after its last one before the host learns of it.
+        """
+        self.cache, self.ahead = DecodeCache(rows), ahead
         self.owner_R2 = torch.full((rows, 2), FREE)  # (prompt, index of the completion)
         self.number_R = torch.zeros(rows, dtype=torch.int64)
         self.count_R = torch.zeros(rows, dtype=torch.int64)
+        self.prompt_R = torch.zeros(rows, dtype=torch.int64)
         self.tokens_RG = torch.zeros(rows, max_tokens, dtype=torch.int64)
         self.logprobs_RG = torch.zeros(rows, max_tokens)
+        tokens = torch.full((rows,), pad_id, dtype=torch.int64, device=platform.device())
+        self._moving_R = torch.zeros_like(tokens)  # 1 for the rows that are generating
+        self.batch = self._batch(tokens)
+        self.uniform_R = torch.zeros(rows, dtype=torch.float64, device=tokens.device)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors of a step are."""
+        own = (self.batch.tokens_T, self.cache.lengths_R, self._moving_R, self.uniform_R)
+        held = (x for state in self.cache.layers.values() for x in state.tensors.values())
+        return tuple(x.data_ptr() for x in (*own, *held))
 
     @property
     def active_R(self) -> torch.Tensor:
@@ -71,6 +94,17 @@ class Lane:
     @property
     def free(self) -> int:
         return int((~self.active_R).sum())
+
+    @property
+    def left(self) -> int:
+        """The most tokens that any row may still draw."""
+        left_R = self.tokens_RG.shape[1] - self.count_R
+        return int(torch.where(self.active_R, left_R, 0).max())
+
+    @property
+    def longest(self) -> int:
+        """The most positions that any row holds and its last token, which the host knows."""
+        return int(torch.where(self.active_R, self.prompt_R + self.count_R, 1).max())
 
     def fill(
         self, batch: Microbatch, prompts: range, numbers: Sequence[int], group: int
@@ -87,54 +121,95 @@ class Lane:
         prompt = torch.arange(len(prompts)).repeat_interleave(group)
         sample = torch.arange(group).repeat(len(prompts))
         filling = self.cache.filling = Filling(rows, prompt)
-        self.cache.lengths_R[rows] = batch.cu_seqlens.diff()[prompt]
+        lengths = batch.cu_seqlens.diff()
+        self.cache.reserve(int(lengths.max()) + self.tokens_RG.shape[1] + self.ahead)
+        self.prompt_R[rows] = lengths[prompt]
         self.owner_R2[rows] = torch.stack((prompt + prompts.start, sample), 1)
         self.number_R[rows] = torch.tensor(numbers, dtype=torch.int64)[prompt] * group + sample
         self.count_R[rows] = 0
+        there = rows.to(self._moving_R.device)
+        self.cache.lengths_R[there] = self.prompt_R[rows].to(there.device)
+        self._show_active()
         return filling
 
-    def advance(
-        self, rows: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, stops: Sequence[int]
+    def begin(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Takes the first tokens of rows, on the device."""
+        self.batch.tokens_T.index_copy_(0, rows.to(tokens.device), tokens)
+
+    def advance(self, tokens_R: torch.Tensor) -> None:
+        """Takes the next token of every row, on the device."""
+        self.batch.tokens_T.copy_(tokens_R)
+        self.cache.lengths_R.add_(self._moving_R)
+
+    def append(
+        self,
+        rows: torch.Tensor,
+        tokens_An: torch.Tensor,
+        logprobs_An: torch.Tensor,
+        stops: Sequence[int],
     ) -> Iterator[tuple[int, int, Completion]]:
-        """Appends a token to each of `rows`. Yields (prompt, index, completion) for completions
-        that end with it, and frees their rows."""
-        place = self.count_R[rows]
-        self.tokens_RG[rows, place] = tokens
-        self.logprobs_RG[rows, place] = logprobs
-        self.count_R[rows] += 1
-        stopped = torch.isin(tokens, torch.tensor(stops, dtype=torch.int64))
-        ended = stopped | (self.count_R[rows] == self.tokens_RG.shape[1])
-        for row, finished in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True):
+        """Appends n tokens to each of `rows`, on the host. Yields (prompt, index, completion) for
+        completions that end with one of them, and frees their rows."""
+        most, known = self.tokens_RG.shape[1], self.count_R[rows]
+        new = torch.arange(1, tokens_An.shape[1] + 1)
+        stopped_An = torch.isin(tokens_An, torch.tensor(stops, dtype=torch.int64))
+        last_An = stopped_An | (known.unsqueeze(1) + new >= most)
+        ended_A = last_An.any(1)
+        taken_A = torch.where(ended_A, last_An.int().argmax(1) + 1, len(new))
+        own_An = new <= taken_A.unsqueeze(1)
+        place_An = known.unsqueeze(1) + new - 1
+        for held, drawn in ((self.tokens_RG, tokens_An), (self.logprobs_RG, logprobs_An)):
+            held[rows.unsqueeze(1).expand_as(own_An)[own_An], place_An[own_An]] = drawn[own_An]
+        self.count_R[rows] = known + taken_A
+        ends = stopped_An.gather(1, taken_A.unsqueeze(1) - 1).squeeze(1)
+        if not ended_A.any():
+            return
+        done = rows[ended_A]
+        routes = self._routes(done)
+        for n, (row, finished) in enumerate(
+            zip(done.tolist(), ends[ended_A].tolist(), strict=True)
+        ):
             count = int(self.count_R[row])
             tokens_G, logprobs_G = self.tokens_RG[row, :count], self.logprobs_RG[row, :count]
-            routes = self.cache.routes.tensors.get("experts")
-            if routes is not None:
-                routes = routes[row, :, : self.cache.lengths_R[row]].transpose(0, 1)
-                # Copied even on the CPU, because the row will be refilled.
-                routes = routes.to("cpu", copy=True)
-            done = Completion(tokens_G.clone(), logprobs_G.clone(), finished, routes)
+            seen = int(self.prompt_R[row]) + count - 1
+            own = None if routes is None else routes[n, :, :seen].transpose(0, 1).clone()
             prompt, sample = self.owner_R2[row].tolist()
             self.owner_R2[row] = FREE
-            yield prompt, sample, done
+            yield prompt, sample, Completion(tokens_G.clone(), logprobs_G.clone(), finished, own)
+        self._show_active()
 
-    def shrink(self, multiple: int) -> None:
-        """Drops free rows once half of all are free, keeping a multiple of `multiple` rows."""
-        busy = self.busy_rows
-        wanted = max(1, -(-len(busy) // multiple)) * multiple
+    def _routes(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Reads the recorded routes of rows in one transfer, [rows, layers, positions, k]."""
+        held = self.cache.routes.tensors.get("experts")
+        if held is None:
+            return None
+        longest = int((self.prompt_R[rows] + self.count_R[rows]).max())
+        there = rows.to(held.device, non_blocking=True)
+        return held[:, :, :longest].index_select(0, there).cpu()
+
+    def needed(self, multiple: int) -> int:
+        """The rows that are generating, and free ones up to a multiple of `multiple`."""
+        return max(1, -(-len(self.busy_rows) // multiple)) * multiple
+
+    def shrink(self, wanted: int) -> None:
+        """Drops free rows until `wanted` are left, once these are at most half of all."""
         if 2 * wanted > self.cache.rows:
             return
+        busy = self.busy_rows
         (free,) = (~self.active_R).nonzero(as_tuple=True)
         rows = torch.cat((busy, free[: wanted - len(busy)]))
         self.cache.keep(rows)
-        for name in ("owner_R2", "number_R", "count_R", "tokens_RG", "logprobs_RG"):
-            setattr(self, name, getattr(self, name)[rows])
+        names = ("owner_R2", "number_R", "count_R", "prompt_R", "tokens_RG", "logprobs_RG")
+        for name in (*names, "_moving_R", "uniform_R"):
+            held = getattr(self, name)
+            setattr(self, name, held[rows.to(held.device)])
+        self.batch = self._batch(self.batch.tokens_T[rows.to(self.batch.tokens_T.device)])
 
-    def next_tokens(self, pad_id: int) -> Microbatch:
-        """Returns one position per row: its last token, or a pad token if the row is free."""
-        rows = torch.arange(self.cache.rows)
-        tokens = self.tokens_RG[rows, (self.count_R - 1).clamp(min=0)]
-        return Microbatch.build(
-            torch.where(self.active_R, tokens, pad_id),
-            [1] * len(rows),
-            position_ids_T=self.cache.lengths_R.clone(),
-        )
+    def _show_active(self) -> None:
+        """Tells the device which rows are generating."""
+        self._moving_R.copy_(self.active_R, non_blocking=True)
+
+    def _batch(self, tokens_R: torch.Tensor) -> Microbatch:
+        """One position of every row. Positions are the cache's business."""
+        built = Microbatch.build(torch.zeros(len(tokens_R), dtype=torch.int64), [1] * len(tokens_R))
+        return replace(built.to(tokens_R.device), tokens_T=tokens_R)

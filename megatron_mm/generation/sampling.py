@@ -94,7 +94,8 @@ def draw(
     if sampling.temperature == 0:
         tokens_N = logits_NV.argmax(1)  # the lowest id among equals
     else:
-        logits_NV = logits_NV / sampling.temperature
+        if sampling.temperature != 1:
+            logits_NV = logits_NV / sampling.temperature
         tokens_N = _inverse_cdf(_narrowed(logits_NV, sampling).softmax(1), uniform_N)
     chosen_N = logits_NV.gather(1, tokens_N.unsqueeze(1)).squeeze(1)
     return tokens_N, chosen_N - logits_NV.logsumexp(1)

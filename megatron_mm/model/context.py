@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mm.config import Layer, Memory, ModelConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.decode import DecodeCache
+from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.memory_map import MemoryMap
 from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
@@ -103,11 +104,34 @@ class StreamContext:
             memories,
         )
 
+    @classmethod
+    def of_step(cls, pg: ProcessGroupCollection, cache: DecodeCache) -> StreamContext:
+        """The context of one token of every row, each a sample of its own. All of it but the
+        positions is the same in every step."""
+        device = cache.lengths_R.device
+        mine = part(cache.rows, pg.cp)
+        whole, local, nothing = cache.kept(
+            "stream", lambda: _one_token_each(cache.rows, mine, device)
+        )
+        positions = take(cache.lengths_R, mine)
+        return cls(whole, local, positions, None, nothing, {}, cache=cache)
+
     @property
     def metrics(self) -> Metrics:
         """Takes numbers from any layer: `context.metrics.mean("moe/entropy", entropy)`. A repeated
         pass adds none, nor does a pass that is not trained on."""
         return MUTED if self.recomputing else self.first_pass_metrics
+
+    @property
+    def stepping(self) -> bool:
+        """Whether this is one token of every row that is decoded."""
+        return self.cache is not None and self.cache.stepping
+
+    def scale_of(self, norm: RMSNorm) -> torch.Tensor | None:
+        """Returns a norm's factor in a step, where it is worked out once for all steps."""
+        if self.cache is None or not self.cache.stepping:
+            return None
+        return self.cache.kept(norm, norm.scale)
 
     def once[T](self, key: Hashable, make: Callable[[], T]) -> T:
         """Returns `make()`, computed by the first layer that asks and shared by all that give the
@@ -123,3 +147,11 @@ class StreamContext:
     def tap(self, layer: Layer, hidden_t1H: torch.Tensor) -> None:
         if self.watch is not None and not self.recomputing:
             self.watch(layer, hidden_t1H)
+
+
+def _one_token_each(
+    rows: int, mine: range, device: torch.device
+) -> tuple[Segments, Segments, torch.Tensor]:
+    """Segments of the stream and of a part of it, and the number of supervised tokens."""
+    whole = Segments.from_cu_seqlens(torch.arange(rows + 1), device)
+    return whole, whole.within(mine), torch.zeros((), device=device)

@@ -71,8 +71,9 @@ class VisionTower(nn.Module):
         self.vit = encoder(vision, inner, pg.tp, recompute)
         self.scale = torch.tensor(run.data.image_mean), torch.tensor(run.data.image_std)
         if run.backend.compile_vision:
-            for layer in self.vit.layers:
-                layer.compile()  # in place: parameters keep their names
+            from megatron_mm.model.compiled import compile_layers  # imports the compiler
+
+            compile_layers(self.vit.layers)
         self.projector = Projector(model, self.grid, inner, pg.tp)
         self.memories = read_memories(model)
         self.memory_proj: ReplicatedLinear | None = None
@@ -297,9 +298,12 @@ class MultimodalModel(MegatronModule):
             the predictions at these positions on the last stage, else the wire's tensor.
         """
         prompts = _has_prompts(cache)
-        reads = self.reads if prompts else ()
-        context = StreamContext.build(batch, self.model_config, self.pg, reads)
-        context.looks, context.watch, context.cache = looks, self.watch, cache
+        if cache is not None and not prompts:
+            context = StreamContext.of_step(self.pg, cache)
+        else:
+            context = StreamContext.build(batch, self.model_config, self.pg, self.reads)
+            context.cache = cache
+        context.looks, context.watch = looks, self.watch
         context.first_pass_metrics = metrics
         context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term)
         if self.arrives is None:
@@ -311,7 +315,8 @@ class MultimodalModel(MegatronModule):
             return pack(payload, self._wire_shape(batch, self.leaves, prompts))
         first = part(len(batch.tokens_T), self.pg.cp).start
         assert self.final_norm is not None  # this is the last stage
-        return self._predictions(self.final_norm(payload.hidden_T1H), positions, first)
+        hidden = self.final_norm(payload.hidden_T1H, context.scale_of(self.final_norm))
+        return self._predictions(hidden, positions, first)
 
 
 def _has_prompts(cache: DecodeCache | None) -> bool:

@@ -53,10 +53,11 @@ class SubLayer(nn.Module):
         )
         self.inner = inner
 
-    def forward(self, hidden_t1H: torch.Tensor, *args) -> torch.Tensor:
-        """[t, 1, H] -> the same; `args` are those of `LayerModule.run`."""
+    def forward(self, hidden_t1H: torch.Tensor, context: StreamContext, *args) -> torch.Tensor:
+        """[t, 1, H] -> the same; the arguments are those of `LayerModule.run`."""
         with self.precision():
-            return hidden_t1H + self.inner.run(self.norm(hidden_t1H), *args)
+            normed = self.norm(hidden_t1H, context.scale_of(self.norm))
+            return hidden_t1H + self.inner.run(normed, context, *args)
 
 
 class Stack(nn.Module):

@@ -172,7 +172,8 @@ def played(kernels: Iterable[Kernel], groups: Groups, gpu: GPU, assumed: Assumpt
         device = max(device, host) + took if kernel.launched else device
         if kernel.waits:
             host = max(host, device) + assumed.wait
-    return Terms(products, elementwise, collectives, device - products - elementwise - collectives)
+    idle = max(0.0, device - products - elementwise - collectives)  # rounding
+    return Terms(products, elementwise, collectives, idle)
 
 
 def roughly(work: Work, groups: Groups, gpu: GPU, assumed: Assumptions) -> float:

@@ -13,7 +13,7 @@ from megatron_mm.config.objectives import declaration
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.earl.router_term import RouterTargets
 from megatron_mm.engine.engine import Engine
-from megatron_mm.generation.generate import last_positions, rows_of_a_lane
+from megatron_mm.generation.generate import TOKENS_A_TURN, last_positions, rows_of_a_lane
 from megatron_mm.generation.sampling import Sampling, draw
 from megatron_mm.model.decode import DecodeCache, Filling
 from megatron_mm.model.routing import Routes, whole_routes
@@ -121,6 +121,7 @@ def trace_rollout(engine: Engine, recorder: Recorder, batch: Microbatch) -> Roll
     filled = min(rows, run.training.micro_batch_size * rl.num_generations)
     prompts = torch.arange(filled) // rl.num_generations
     cache = DecodeCache(rows, Filling(torch.arange(filled), prompts))
+    cache.reserve(run.data.seq_length + TOKENS_A_TURN)
     records = rl.routing_replay == "R3" or bool(rl.skill_map)
     engine.training(False)
     begin = recorder.live

@@ -136,3 +136,11 @@ def test_what_does_not_repeat_is_refused_in_deterministic_mode(flags, message):
     with pytest.raises(ConfigError) as caught:
         validate(run_with(f"{flags} --deterministic-mode"))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_compiled_layers_are_for_one_tensor_parallel_rank():
+    validate(run_with("--compile-vision"))
+    with pytest.raises(
+        ConfigError, match="compile_vision is true with tensor_model_parallel_size 2"
+    ):
+        validate(run_with("--compile-vision --tensor-model-parallel-size 2"))

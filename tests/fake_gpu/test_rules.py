@@ -5,10 +5,7 @@ A function that starts with `on_rank_` runs on the pretended GPU; the test looks
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-from pathlib import Path
+import math
 
 import pytest
 import torch
@@ -16,8 +13,6 @@ import torch.distributed as dist
 
 from tools.fake_gpu import Events, install
 from tools.fake_gpu.counts import PARAMETERS
-
-ROOT = Path(__file__).parents[2]
 
 
 def cpu(*shape: int) -> torch.Tensor:
@@ -209,6 +204,23 @@ def test_kernels_of_the_backward_pass_belong_to_the_part_that_made_them(gpu_rank
     assert sites == {"tests/fake_gpu/test_rules.py"}
 
 
+def on_rank_repeated() -> list[float]:
+    """The gradient through a pass that is repeated and names a device."""
+    weight = gpu(3).requires_grad_()
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return (x * torch.arange(3.0, device="cuda")).exp()
+
+    out = torch.utils.checkpoint.checkpoint(scaled, weight, use_reentrant=False)
+    torch.autograd.backward(out.sum())
+    return weight.grad.tolist()
+
+
+def test_a_repeated_pass_is_on_the_gpu_too(gpu_ranks):
+    expected = [x * math.exp(x) for x in range(3)]
+    assert gpu_ranks(1, on_rank_repeated)[0] == pytest.approx(expected)
+
+
 def on_rank_collectives() -> dict[str, object]:
     """On two ranks; the group of the job is NCCL's, another is gloo's."""
     rank, gloo, device = dist.get_rank(), dist.new_group(backend="gloo"), install()
@@ -260,31 +272,3 @@ def test_events_are_counted_by_field():
     assert events.of(label="b").total() == 3
     assert events.less(Events({Event("mm", "a", False, "x"): 5})).by("label") == {"b": 3}
     assert PARAMETERS not in events.by("label")
-
-
-def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
-@pytest.mark.launches
-def test_the_pages_example_runs():
-    page = (ROOT / "tools/fake_gpu/README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    done = run("-c", example)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.launches
-def test_a_script_runs_and_the_report_follows(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, torch\n"
-        "x = torch.ones(2, device='cuda')\n"
-        "print(sys.argv[1:], (x + x).tolist(), torch.cuda.is_available())\n"
-    )
-    done = run("-m", "tools.fake_gpu", str(script), "--its", "own")
-    assert done.stdout == "['--its', 'own'] [2.0, 2.0] True\n"
-    assert "2 kernels launched, 1 host waits" in done.stderr
-    assert re.search(r"1  tolist  other  \S*script.py:3", done.stderr)

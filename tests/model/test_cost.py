@@ -46,8 +46,10 @@ def test_what_is_products_alone_is_exact(counted, run):
     # Pairs in the future are not counted here, and computed above.
     future = 22 * 21 / 2 * lm.num_attention_heads * lm.kv_channels
     assert counted["language.layers.1.mixer"] == letters["*"] + 4 * future
+    width = run.model.fusion.clvr_num_attention_heads * run.model.fusion.clvr_kv_channels
     look = counted["language.looks.0"] - counted["language.looks.0.linear_coordinates"]
-    assert look == letters["L"]
+    # Nor are patches that a position may not see: the 13 up to the image's end, and 32 patches.
+    assert look == letters["L"] - 4 * 13 * 32 * width
     assert counted["vision.vit"] == cost.costs(run).first
     assert counted["logits"] == cost.costs(run).last
 

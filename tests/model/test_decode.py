@@ -8,6 +8,7 @@ import torch
 from megatron_mm.model.decode import DecodeCache, Filling
 from megatron_mm.model.layers.gdn.layer import DeltaState
 from megatron_mm.model.layers.gdn.mix import HeadWidths, convolve_and_scan, convolve_scan_and_keep
+from megatron_mm.model.layers.gdn.step import by_part, convolve_and_step
 from megatron_mm.model.segments import Segments
 
 WIDTHS = HeadWidths(key=6, value=5, values=2)
@@ -44,14 +45,17 @@ def test_steps_go_on_where_samples_ended(split):
     rows = torch.arange(len(lengths)).flip(0)  # rows need not be in the order of the prompts
     cache.filling = Filling(rows, torch.arange(len(lengths)))
 
-    def mix(places):
-        args = qkv[places], conv, decay[places], beta[places]
-        return state.mix(convolve_scan_and_keep, *args, segments(LENGTHS), WIDTHS)
-
-    found = [mix(head)]
+    arguments = qkv[head], conv, decay[head], beta[head], segments(LENGTHS), WIDTHS
+    found = [state.fill(convolve_scan_and_keep, *arguments)]
     cache.filling = None
+    order = by_part(KEY_HEADS, WIDTHS.rows)
+    taps, held = conv[order].t().unbind(), (state.tensors["inputs"], state.tensors["state"])
+    places = [x.data_ptr() for x in held]
     for back in range(split, 0, -1):
-        found.append(mix(ends[rows] - back).index_select(0, rows))
+        at = ends[rows] - back
+        mixed = convolve_and_step(qkv[at][:, order], taps, decay[at], beta[at], *held, WIDTHS)
+        found.append(mixed.index_select(0, rows))
+    assert [state.tensors[name].data_ptr() for name in ("inputs", "state")] == places
     expected = [whole[head], *(whole[ends - back] for back in range(split, 0, -1))]
     for ours, theirs in zip(found, expected, strict=True):
         # fp32 sums of at most 101 terms in another order.
@@ -64,11 +68,28 @@ def test_a_prompts_state_goes_to_every_row_that_wants_it_and_to_no_other():
     qkv, decay, beta, conv = inputs(12, 1)
     cache.filling = Filling(torch.tensor([4, 1, 2]), torch.tensor([1, 1, 0]))
     arguments = qkv, conv, decay, beta, segments((5, 7)), WIDTHS
-    state.mix(convolve_scan_and_keep, *arguments)
+    state.fill(convolve_scan_and_keep, *arguments)
     _, tail, final = convolve_scan_and_keep(*arguments)
+    tail = tail[..., by_part(KEY_HEADS, WIDTHS.rows)]
     for name, of_prompt in (("inputs", tail), ("state", final)):
         held = state.tensors[name]
         assert torch.equal(held[[4, 1, 2]], of_prompt[[1, 1, 0]])
         assert not held[[0, 3]].any()
     cache.keep(torch.tensor([2, 4]))
     assert torch.equal(state.tensors["state"], final) and cache.rows == 2
+
+
+def test_what_a_step_reads_grows_by_an_eighth_within_the_room():
+    cache, spans = DecodeCache(1), []
+    cache.reserve(5000)
+    for positions in range(1, 5001):
+        cache.read(positions)
+        assert positions <= cache.span <= max(positions + 63, positions * 9 / 8)
+        spans.append(cache.span)
+    assert cache.room == 5056 and spans[-1] <= cache.room
+    assert sorted(set(spans)) == [
+        *range(64, 1025, 64),
+        *range(1152, 2049, 128),
+        *range(2304, 4097, 256),
+        *(4608, 5056),
+    ]

@@ -7,9 +7,11 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from megatron_mm.model.layers.gdn.fla import convolve_and_scan_fla
+from megatron_mm.model.layers.gdn.fla import convolve_and_scan_fla, convolve_and_step_fla
 from megatron_mm.model.layers.gdn.mix import HeadWidths
+from megatron_mm.model.layers.gdn.step import convolve_and_step
 from megatron_mm.model.segments import Segments
 
 WIDTHS, HEADS, TOKENS = HeadWidths(4, 6, 2), 3, 9
@@ -28,17 +30,54 @@ def given(monkeypatch) -> list[dict]:
         calls.append(arguments)
         return arguments["v"], None
 
+    def fused_recurrent_gated_delta_rule(**arguments):
+        calls.append(arguments)
+        return recurrence(**arguments)
+
     for name, kernel in (
         ("fla.modules.causal_conv1d", causal_conv1d),
         ("fla.ops.gated_delta_rule", chunk_gated_delta_rule),
+        ("fla.ops.gated_delta_rule", fused_recurrent_gated_delta_rule),
     ):
         parts = name.split(".")
         for n in range(1, len(parts)):
             monkeypatch.setitem(sys.modules, ".".join(parts[:n]), types.ModuleType(parts[n - 1]))
-        module = types.ModuleType(name)
-        setattr(module, kernel.__name__, kernel)
-        monkeypatch.setitem(sys.modules, name, module)
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        setattr(sys.modules[name], kernel.__name__, kernel)
     return calls
+
+
+def recurrence(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel):
+    """flash-linear-attention's recurrence as its documentation has it, [B, T, heads, width], for
+    one position: grouped values, states [B, value heads, K, V]."""
+    assert output_final_state and use_qk_l2norm_in_kernel and q.shape[1] == 1
+    each = v.shape[2] // q.shape[2]
+    q, k = (F.normalize(x[:, 0], dim=-1, eps=0).repeat_interleave(each, 1) for x in (q, k))
+    state = initial_state * g[:, 0, :, None, None].exp()
+    new = beta[:, 0, :, None] * (v[:, 0] - torch.einsum("bhk,bhkv->bhv", k, state))
+    state = state + k.unsqueeze(3) * new.unsqueeze(2)
+    found = torch.einsum("bhk,bhkv->bhv", q * q.shape[-1] ** -0.5, state)
+    return found.unsqueeze(1), state
+
+
+def test_a_step_with_the_recurrent_kernel_is_torchs(given):
+    g = torch.Generator().manual_seed(0)
+    rows, channels = 5, HEADS * sum(WIDTHS.rows)
+    x, taps = torch.randn(rows, channels, generator=g), torch.randn(4, channels, generator=g)
+    log_decay, beta = torch.rand(2, rows, 2 * HEADS, generator=g).unbind()
+    log_decay = -log_decay
+    inputs = torch.randn(rows, 3, channels, generator=g)
+    state = torch.randn(rows, HEADS, WIDTHS.values, WIDTHS.key, WIDTHS.value, generator=g)
+    found = []
+    for step in (convolve_and_step, convolve_and_step_fla):
+        held = inputs.clone(), state.clone()
+        found.append((step(x, taps, log_decay, beta, *held, WIDTHS), *held))
+    assert len(given) == 1
+    for ours, theirs in zip(*found, strict=True):
+        # fp32 sums of 4 terms in another order, and 1e-6 beside the squares in ours.
+        assert (ours - theirs).abs().max() <= 1e-5
+    assert not torch.equal(found[1][2], state)
 
 
 def test_boundaries_come_from_the_cpu_too_and_are_the_same_in_every_layer(given):

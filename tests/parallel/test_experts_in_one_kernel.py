@@ -50,7 +50,7 @@ def on_rank_forbidding(run: RunConfig) -> dict:
     """Logits with experts left out, so that they have no row, both ways."""
     engine = Engine.create(run, groups.build(run.parallel))
     engine.training(False)
-    forbidden = {index: torch.arange(6) % 3 == 0 for index in range(3)}
+    forbidden = {index: torch.arange(6) % 3 == 0 for index in range(4)}
     batch, logits = microbatch(run.model, 1), []
     sizes: list[torch.Tensor] = []
     for prepare in (lambda engine: None, in_one_kernel, lambda engine: watch(engine, sizes)):
@@ -74,4 +74,4 @@ def watch(engine: Engine, sizes: list[torch.Tensor]) -> None:
 
 def test_forbidden_experts_are_groups_without_rows(ranks):
     found = ranks(1, on_rank_forbidding, run_of())[0]
-    assert found == {"same": True, "without rows": [0] * 3, "rows": [True] * 3}
+    assert found == {"same": True, "without rows": [0] * 4, "rows": [True] * 4}

@@ -24,8 +24,9 @@ SILENT = SimpleNamespace(total=None, update=lambda *_: None, set_description=lam
 
 def experts_run(experts: int):
     """A model that is mostly experts, on a layout without tensor or pipeline parallelism."""
-    run = load(argv=["--preset", "small", "--bf16", "--seq-length", "512"])
-    run.training.global_batch_size, run.data.max_num_tiles = WORLD, 1
+    run = load(argv=["--preset", "small", "--bf16", "--seq-length", "2048"])
+    # Of many microbatches: what replicas exchange once a step would favour large groups.
+    run.training.global_batch_size, run.data.max_num_tiles = 32 * WORLD, 1
     run.model.language.num_experts, run.model.language.moe_ffn_hidden_size = 64, 512
     run.parallel.expert_model_parallel_size = experts
     run.parallel.expert_tensor_parallel_size = 1

@@ -43,7 +43,11 @@ def cached(run: RunConfig) -> tuple[int, int]:
     short = deepcopy(run)
     short.data.seq_length -= NEW
     prompt = planned_batch(short)
-    prompt = replace(prompt, pixels_NCHW=torch.randn(prompt.pixels_NCHW.shape), samples=["one"])
+    prompt = replace(
+        prompt,
+        pixels_NCHW=torch.zeros(prompt.pixels_NCHW.shape, dtype=torch.uint8),
+        samples=["one"],
+    )
     lanes = []
 
     class Lane(module.Lane):
@@ -101,7 +105,7 @@ def test_caches_by_hand():
     run.model.language.num_experts = 4
     (plan,) = [plan_rank(run, 0, 1, planned_batch(run))]
     lm, pattern = run.model.language, run.model.hybrid_layer_pattern
-    fusion, positions = run.model.fusion, 128
+    fusion, positions = run.model.fusion, 192  # 128, and a turn's tokens, in steps of 64
     keys, values = lm.linear_num_key_heads, lm.linear_num_value_heads
     channels = 2 * keys * lm.linear_key_head_dim + values * lm.linear_value_head_dim
     state = 4 * values * lm.linear_key_head_dim * lm.linear_value_head_dim

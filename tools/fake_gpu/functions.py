@@ -32,7 +32,7 @@ class Functions(TorchFunctionMode):
         if func is torch.Tensor.backward:  # what it repeats must come through here too
             with self:
                 return _backward(*args, **kwargs)
-        if func in REPLACED and any(isinstance(x, torch.Tensor) for x in args):
+        if func in REPLACED:
             return REPLACED[func](*args, **kwargs)
         if type(kwargs.get("device")) is int:
             kwargs["device"] = torch.device("cuda", kwargs["device"])

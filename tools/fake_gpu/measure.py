@@ -1,6 +1,6 @@
 """Launches and host waits of a training step and of a step of decoding, by kind of layer.
 
-Needs `install()` before it is imported.
+Needs a pretended GPU: a process in which `install()` was called first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tools.fake_gpu.process import Gpu
 
 PATTERN = "GEGEGE*E L J"  # a block of Qwen3-Next, and a look
 PROMPTS, COMPLETIONS = 4, 2
-SHORT, LONG = 4, 8  # tokens of the two rollouts whose difference is four steps
+SHORT, LONG = 2, 4  # tokens of the two rollouts whose difference is two steps
 
 
 def measured_run(pattern: str = PATTERN, experts: int = 32, topk: int = 10) -> RunConfig:
@@ -35,6 +35,7 @@ def measured_run(pattern: str = PATTERN, experts: int = 32, topk: int = 10) -> R
     language = run.model.language
     language.num_experts, language.moe_router_topk = experts, min(topk, experts)
     run.training.bf16 = True
+    run.backend.decoding_cuda_graph = False  # the launches of layers, not one of all
     return run
 
 
@@ -44,12 +45,14 @@ class Measured:
 
     Attributes:
         layers: how many layers have each label.
+        parameters: tensors of the model.
         training: forward and backward pass of one microbatch.
         norm, update: of the gradients and the parameters, after it.
         decoding: one step of all rows.
     """
 
     layers: Counter[str]
+    parameters: int
     training: Counts
     norm: Counts
     update: Counts
@@ -72,7 +75,15 @@ def measure(gpu: Gpu, run: RunConfig, job: groups.Groups) -> Measured:
     steps = _decoding(gpu, engine)
     decoding = Counter({("launches", k): n for k, n in steps.launches.by("label").items()})
     decoding.update({("waits", k): n for k, n in steps.waits.by("label").items()})
-    return Measured(layers, training, norm, update, decoding, steps.waits.by("what", "site"))
+    return Measured(
+        layers=layers,
+        parameters=sum(len(list(chunk.parameters())) for chunk in engine.chunks),
+        training=training,
+        norm=norm,
+        update=update,
+        decoding=decoding,
+        decoding_sites=steps.waits.by("what", "site"),
+    )
 
 
 def _decoding(gpu: Gpu, engine: Engine) -> Counts:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_mm.config import RunConfig, preset, validate
+from megatron_mm.config.families import vision_settings
 from megatron_mm.model.families.internvit.settings import InternViTSettings
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.hardware import GPUS, Assumptions
@@ -31,8 +32,9 @@ def slice_run(dry: bool) -> RunConfig:
     run.data.seq_length, run.data.max_num_tiles = (64, 4) if dry else (8192, 12)
     if not dry:
         run.model.language.num_experts = 32
-        assert isinstance(run.model.vision, InternViTSettings)  # it is mm-80b's
-        run.model.vision.vision_num_layers = 4
+        vision = vision_settings(run.model)
+        assert isinstance(vision, InternViTSettings)  # the preset's
+        vision.vision_num_layers = 4
     validate(run, 1)
     return run
 

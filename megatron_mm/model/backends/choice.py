@@ -26,6 +26,7 @@ from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.layers.attention import causal_attention
 from megatron_mm.model.layers.experts import GroupedExperts
 from megatron_mm.model.layers.gdn.mix import convolve_and_scan, convolve_scan_and_keep
+from megatron_mm.model.layers.gdn.step import convolve_and_step
 from megatron_mm.model.layers.linear import Column, Row, column, row
 
 INSTALL_TE = (
@@ -50,9 +51,7 @@ def choose(settings: BackendConfig) -> Backend:
             "compile_vision is true, but there is no CUDA device; allowed here: false"
         )
     # With deterministic_mode flash-linear-attention is refused (config/precision.py).
-    mix, mix_and_keep = _gdn_kernels(
-        "torch" if settings.deterministic_mode else settings.gdn_kernel
-    )
+    mixing = _gdn_kernels("torch" if settings.deterministic_mode else settings.gdn_kernel)
     if settings.transformer_impl == "local":
         return Backend(
             column=column,
@@ -60,8 +59,7 @@ def choose(settings: BackendConfig) -> Backend:
             shared_expert=MLPSubmodules(linear_fc1=Column, linear_fc2=Row),
             experts=GroupedExperts,
             core_attention=lambda: causal_attention,
-            mix=mix,
-            mix_and_keep=mix_and_keep,
+            **mixing,
             precision=lambda config, layer: nullcontext(),
         )
     problem = missing_transformer_engine()
@@ -76,21 +74,29 @@ def choose(settings: BackendConfig) -> Backend:
         shared_expert=backend_te.shared_expert(),
         experts=backend_te.TEGroupedExperts,
         core_attention=backend_te.PackedAttention,
-        mix=mix,
-        mix_and_keep=mix_and_keep,
+        **mixing,
         precision=backend_te.precision,
     )
 
 
-def _gdn_kernels(asked: str) -> tuple[Callable, Callable]:
+def _gdn_kernels(asked: str) -> dict[str, Callable]:
+    """The functions of gated DeltaNet by their names in `Backend`."""
     problem = missing_fla()
     if asked == "torch" or (asked == "auto" and problem is not None):
-        return convolve_and_scan, convolve_scan_and_keep
+        return {
+            "mix": convolve_and_scan,
+            "mix_and_keep": convolve_scan_and_keep,
+            "mix_step": convolve_and_step,
+        }
     if problem is not None:
         raise ConfigError(f"gdn_kernel is 'fla', but {problem}")
-    from megatron_mm.model.layers.gdn import fla as gdn_fla
+    from megatron_mm.model.layers.gdn import fla
 
-    return gdn_fla.convolve_and_scan_fla, gdn_fla.convolve_scan_and_keep_fla
+    return {
+        "mix": fla.convolve_and_scan_fla,
+        "mix_and_keep": fla.convolve_scan_and_keep_fla,
+        "mix_step": fla.convolve_and_step_fla,
+    }
 
 
 def check_dispatcher(parallel: ParallelConfig) -> None:

@@ -21,7 +21,8 @@ class Backend:
         experts: makes the routed experts of a rank; signature of `GroupedExperts`.
         core_attention: makes a layer's softmax attention; signature of `causal_attention`.
         mix: convolution and delta rule of gated DeltaNet; signature of `convolve_and_scan`.
-        mix_and_keep: the same for decoding; signature of `convolve_scan_and_keep`.
+        mix_and_keep: the same for prompts; signature of `convolve_scan_and_keep`.
+        mix_step: the same for one token of every row; signature of `convolve_and_step`.
         precision: (config, layer) -> context that the layer's forward pass runs in; with layer
             None, the context around the layers of the whole stage.
     """
@@ -33,4 +34,5 @@ class Backend:
     core_attention: Callable[[], Callable[..., torch.Tensor]]
     mix: Callable[..., torch.Tensor]
     mix_and_keep: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    mix_step: Callable[..., torch.Tensor]
     precision: Callable[[TransformerConfig, int | None], AbstractContextManager]

@@ -10,8 +10,6 @@ decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,7 +20,7 @@ from torch import nn
 from megatron_mm.config import LanguageConfig
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
-from megatron_mm.model.decode import LayerState
+from megatron_mm.model.decode import DecodeCache, LayerState
 from megatron_mm.model.layers import varlen
 from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.norms import RMSNorm
@@ -35,28 +33,24 @@ from megatron_mm.parallel.sequence import heads_to_sequence, sequence_to_heads
 class KeysAndValues(LayerState):
     """Keys and values of the positions of every row."""
 
-    def attend(
-        self,
-        core_attention: Callable[..., torch.Tensor],
-        query_ThD: torch.Tensor,
-        key_TgD: torch.Tensor,
-        value_TgD: torch.Tensor,
-        segments: Segments,
-    ) -> torch.Tensor:
-        """`core_attention` inside each prompt, or of each row's token over its sample: [T, h, D].
-        In a step T is R."""
-        for name, x in (("key", key_TgD), ("value", value_TgD)):
-            self.put(name, x, segments)
-        if not self.cache.stepping:
-            return core_attention(query_ThD, key_TgD, value_TgD, segments)
-        place = self.cache.lengths_R.to(query_ThD.device)
-        longest = int(self.cache.lengths_R.max()) + 1
-        rows, heads, width = query_ThD.shape
-        key, value = (self.tensors[name][:, :, :longest] for name in ("key", "value"))
+    def store(
+        self, key_TgD: torch.Tensor, value_TgD: torch.Tensor, segments: Segments | None
+    ) -> None:
+        """Stores those of the prompts; in a step (T = R) of one more position of every row."""
+        self.put("key", key_TgD, segments)
+        self.put("value", value_TgD, segments)
+
+    def attend(self, query_RhD: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Attends from each row's new position to all that it holds, [R, h, D].
+
+        Args:
+            mask: `DecodeCache.mask`.
+        """
+        rows, heads, width = query_RhD.shape
+        key, value = (self.tensors[name][:, :, : mask.shape[-1]] for name in ("key", "value"))
         # The heads of a group take the place of positions: no key is repeated for them.
-        query = query_ThD.reshape(rows, key_TgD.shape[1], -1, width)
-        mask = torch.arange(longest, device=place.device) <= place[:, None]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        query = query_RhD.reshape(rows, key.shape[1], -1, width)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return mixed.reshape(rows, heads, width)
 
 
@@ -68,6 +62,25 @@ def rotary_table(
     angles = position_ids_T.float()[:, None] / base**exponent
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def rotate_in_place(x_RhD: torch.Tensor, table_R2d: torch.Tensor) -> torch.Tensor:
+    """`apply_rotary`, changing x. `table`: cos, and sin with its first half negated."""
+    cos, sin = table_R2d.unsqueeze(2).unbind(1)
+    turned = x_RhD[..., : cos.shape[-1]]
+    first, second = turned.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    turned.mul_(cos).add_(swapped.mul_(sin))
+    return x_RhD
+
+
+def signed_table(
+    positions_S: torch.Tensor, rotary_dim: int, base: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """The table of `rotate_in_place`, [S, 2, rotary_dim]."""
+    cos, sin = rotary_table(positions_S, rotary_dim, base)
+    first, second = sin.chunk(2, dim=-1)
+    return torch.stack((cos, torch.cat((-first, second), -1)), 1).to(dtype)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -160,6 +173,8 @@ class GatedAttention(nn.Module):
         self, hidden_t1H: torch.Tensor, context: StreamContext, state: KeysAndValues | None
     ) -> torch.Tensor:
         """See `LayerModule.run`."""
+        if state is not None and state.cache.stepping:
+            return self.step(hidden_t1H, context, state)
         settings = self.rotary_dim, self.rotary_base
         rotary = context.once(
             ("rotary", *settings), lambda: rotary_table(context.position_ids_t, *settings)
@@ -174,7 +189,7 @@ class GatedAttention(nn.Module):
         state: KeysAndValues | None = None,
     ) -> torch.Tensor:
         """[sequence shard, 1, H] -> the same; `rotary` is (cos, sin) [t, rotary_dim], `state` that
-        of the rows being decoded."""
+        of the rows being filled."""
         fused, _ = self.linear_qkv(hidden_t1H)
         tokens = fused.shape[0]
         fused = fused.view(tokens, -1, 2 * (self.head_dim + self.kv_slice))
@@ -184,13 +199,78 @@ class GatedAttention(nn.Module):
         key = apply_rotary(self.k_norm(key), *rotary)
         if self.cp.size() > 1:
             query, key, value = self._trade(query, key, value)
-        if state is None:
-            mixed = core(self.recompute, self.core_attention, query, key, value, segments)
-        else:
-            mixed = state.attend(self.core_attention, query, key, value, segments)
+        if state is not None:
+            state.store(key, value, segments)
+        mixed = core(self.recompute, self.core_attention, query, key, value, segments)
         mixed = heads_to_sequence(mixed, self.cp)
         gated = (mixed * gate.sigmoid()).reshape(tokens, 1, -1)
         return self.linear_proj(gated)[0]
+
+    def step(
+        self, hidden_r1H: torch.Tensor, context: StreamContext, state: KeysAndValues
+    ) -> torch.Tensor:
+        """`forward` for one token of every row: queries and keys go together through norm and
+        rotation, whose tables are kept, and attention reads the rows' memory."""
+        cache, table = state.cache, (self.rotary_dim, self.rotary_base, hidden_r1H.dtype)
+        fused, _ = self.linear_qkv(hidden_r1H)
+        turned, value, gate = self._parts(fused, cache)
+        heads = gate.shape[1]
+        turned = F.rms_norm(turned.float(), (self.head_dim,), None, self.q_norm.eps)
+        turned = turned.mul_(
+            cache.kept((self, "scale"), lambda: self._scale(turned.shape[1], heads))
+        )
+        rotary = context.once(("rotary", *table), lambda: self._rotary(context, cache, table))
+        turned = rotate_in_place(turned.to(hidden_r1H.dtype), rotary)
+        query, key = turned[:, :heads], turned[:, heads:]
+        if self.cp.size() > 1:
+            query, key, value = self._trade(query, key, value)
+        state.store(key, value, None)
+        mask = context.once(("mask", query.dtype), lambda: cache.mask(query.dtype))
+        mixed = heads_to_sequence(state.attend(query, mask), self.cp)
+        gated = (mixed * gate.sigmoid()).reshape(len(mixed), 1, -1)
+        return self.linear_proj(gated)[0]
+
+    def _parts(self, fused_r1W: torch.Tensor, cache: DecodeCache) -> tuple[torch.Tensor, ...]:
+        """(queries then keys, values, gates) [r, heads of each, D] of a step."""
+        width = 2 * (self.head_dim + self.kv_slice)
+        rows, heads = len(fused_r1W), fused_r1W.shape[-1] // width
+        if heads < self.heads_per_group:  # a group's slices are spread over ranks
+            by_head = fused_r1W.view(rows, heads, width)
+            query, gate, slices = by_head.split(
+                [self.head_dim, self.head_dim, 2 * self.kv_slice], -1
+            )
+            key, value = self._groups(slices)
+            return torch.cat((query, key), 1), value, gate
+        groups = heads // self.heads_per_group
+        order = cache.kept((self, "order"), lambda: self._order(heads).to(fused_r1W.device))
+        parts = fused_r1W.view(rows, -1).index_select(1, order).view(rows, -1, self.head_dim)
+        return parts.split([heads + groups, groups, heads], 1)
+
+    def _order(self, heads: int) -> torch.Tensor:
+        """int64, where in a row of the fused projection the features of all queries stand, then
+        those of keys, values and gates."""
+        width = 2 * (self.head_dim + self.kv_slice)
+        places = torch.arange(heads * width).view(heads, width)
+        query, gate, slices = places.split([self.head_dim, self.head_dim, 2 * self.kv_slice], -1)
+        of_group = slices.reshape(-1, self.heads_per_group, 2, self.kv_slice).permute(2, 0, 1, 3)
+        return torch.cat([x.flatten() for x in (query, of_group, gate)])
+
+    def _scale(self, both: int, heads: int) -> torch.Tensor:
+        """fp32 [heads and groups, D], the factors of both norms."""
+        scales = (self.q_norm.scale(), heads), (self.k_norm.scale(), both - heads)
+        return torch.cat([scale.expand(count, -1) for scale, count in scales])
+
+    @staticmethod
+    def _rotary(
+        context: StreamContext, cache: DecodeCache, table: tuple[int, float, torch.dtype]
+    ) -> torch.Tensor:
+        """The rows' part of the table of all positions."""
+        device = cache.lengths_R.device
+        whole = cache.kept(
+            ("rotary", *table),
+            lambda: signed_table(torch.arange(cache.room, device=device), *table),
+        )
+        return whole.index_select(0, context.position_ids_t)
 
     def _groups(self, slices_thS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [t, g, D] put together from the slices at this rank's query heads."""

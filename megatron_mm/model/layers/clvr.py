@@ -24,7 +24,7 @@ from torch import nn
 from megatron_mm.config import Memory, ModelConfig, look_memories
 from megatron_mm.config.layers.looks import COORDINATE_FREQUENCIES
 from megatron_mm.model.context import StreamContext
-from megatron_mm.model.decode import LayerState
+from megatron_mm.model.decode import DecodeCache, LayerState
 from megatron_mm.model.layers import varlen
 from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.linear import column, row
@@ -33,7 +33,7 @@ from megatron_mm.model.memory_map import MemoryMap
 from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.param_layout import constant, normal
-from megatron_mm.parallel.sequence import part
+from megatron_mm.parallel.sequence import part, take
 
 # Several times the default, so that keys begin by saying where they are: a look then chooses
 # places from the first step, and what stands there can be learnt.
@@ -49,34 +49,38 @@ def coordinate_features(coordinates_M2: torch.Tensor) -> torch.Tensor:
 
 
 class Patches(LayerState):
-    """Keys and values of the patches of every row's prompt."""
+    """Keys and values of the patches of every row's prompt, and what a step adds to its scores."""
+
+    def __init__(self, cache: DecodeCache):
+        super().__init__(cache)
+        self.counts_R = torch.zeros(cache.rows, dtype=torch.int64)  # on the CPU
+
+    def keep(self, rows_R: torch.Tensor) -> None:
+        super().keep(rows_R)
+        self.counts_R = self.counts_R[rows_R.cpu()]
 
     def store(self, key_MhD: torch.Tensor, value_MhD: torch.Tensor, patches: Segments) -> None:
         """Stores keys and values after a prefill's look. `patches`: those of each prompt, in the
         order of the memory."""
         for name, x in (("key", key_MhD), ("value", value_MhD)):
             self.hand_out_rectangle(name, patches.to_rectangle(x).transpose(1, 2))
-        self.hand_out("count", patches.lengths)  # on the CPU
+        filling, key = self._filling, self.tensors["key"]
+        self.counts_R[filling.rows_A] = patches.lengths[filling.prompt_A]
+        count_R1 = self.counts_R.to(key.device).unsqueeze(1)
+        # A row without any patch may look at all, which are zero; `blind` mends it after.
+        absent_RP = (torch.arange(key.shape[2], device=key.device) >= count_R1) & (count_R1 > 0)
+        mask = key.new_zeros(absent_RP.shape).masked_fill_(absent_RP, -torch.inf)
+        self.hold("mask", mask[:, None, None])
+        self.hold("blind", (count_R1 == 0).unsqueeze(2))
 
     def look(self, query_rhD: torch.Tensor, rows: range) -> torch.Tensor:
         """Attends from the tokens of these rows to all patches of their prompts, [r, h, D]; exactly
         0 without any. Every image of a prompt stands before the generated tokens."""
-        key, value, count = (
-            self.tensors[name][rows.start : rows.stop] for name in ("key", "value", "count")
+        key, value, mask, blind = (
+            take(self.tensors[name], rows) for name in ("key", "value", "mask", "blind")
         )
-        longest = int(count.max())
-        if not longest:
-            return torch.zeros_like(query_rhD)
-        count = count.to(query_rhD.device, non_blocking=True)
-        mask = torch.arange(longest, device=count.device) < count[:, None]
-        sees = (count > 0)[:, None, None, None]
-        found = F.scaled_dot_product_attention(
-            query_rhD.unsqueeze(2),
-            key[:, :, :longest],
-            value[:, :, :longest],
-            attn_mask=mask[:, None, None] | ~sees,
-        )
-        return torch.where(sees, found, 0.0).squeeze(2)
+        found = F.scaled_dot_product_attention(query_rhD.unsqueeze(2), key, value, attn_mask=mask)
+        return found.squeeze(2).masked_fill(blind, 0.0)
 
 
 class Look(nn.Module):
@@ -145,6 +149,8 @@ class Look(nn.Module):
         memories: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
         """See `LayerModule.run`."""
+        if state is not None and state.cache.stepping:
+            return self.step(hidden_t1H, context, state)
         record = context.look_record(self.pair)
         return self(hidden_t1H, memories, context.memories, record, state)
 
@@ -163,22 +169,30 @@ class Look(nn.Module):
             maps: by name, who may look at which of its patches.
             record: if given, extended by the attention weights of each sample that has a piece
                 here, [h, its positions here, its patches].
-            state: of the rows being decoded; a step needs neither memories nor maps.
+            state: of the rows being filled.
         """
         query, _ = self.linear_q(self.query_norm(hidden_t1H))
         tokens = query.shape[0]
         query = self.q_norm(query.view(tokens, -1, self.head_dim))
-        if state is not None and state.cache.stepping:
-            found = state.look(query, part(state.cache.rows, self.cp))
-        else:
-            memory = maps[self.reads]
-            key, value = self._keys_and_values(memories[self.reads], memory)
-            if record is not None:
-                record.extend(attention_weights(query, key, memory))
-            if state is not None:
-                state.store(key, value, memory.patches)
-            found = core(self.recompute, memory_attention, query, key, value, memory)
+        memory = maps[self.reads]
+        key, value = self._keys_and_values(memories[self.reads], memory)
+        if record is not None:
+            record.extend(attention_weights(query, key, memory))
+        if state is not None:
+            state.store(key, value, memory.patches)
+        found = core(self.recompute, memory_attention, query, key, value, memory)
         return self.linear_proj(found.reshape(tokens, 1, -1))[0]
+
+    def step(
+        self, hidden_r1H: torch.Tensor, context: StreamContext, state: Patches
+    ) -> torch.Tensor:
+        """`forward` for one token of every row, which needs neither memories nor maps."""
+        normed = self.query_norm(hidden_r1H, context.scale_of(self.query_norm))
+        query = self.linear_q(normed)[0]
+        query = query.view(len(query), -1, self.head_dim)
+        query = self.q_norm(query, context.scale_of(self.q_norm))
+        found = state.look(query, part(state.cache.rows, self.cp))
+        return self.linear_proj(found.reshape(len(found), 1, -1))[0]
 
     def _keys_and_values(
         self, memory_m1C: torch.Tensor, memory: MemoryMap

@@ -63,14 +63,32 @@ class GroupedExperts(nn.Module):
 
     def groups(self, tokens_per_expert: torch.Tensor, tokens_RH: torch.Tensor) -> RowGroups:
         """The rows of each expert, for the fastest products that there are."""
-        experts, hidden, ffn = self.down.shape
-        capability = platform.compute_capability(tokens_RH.device)
-        if fits_one_kernel(capability, tokens_RH.dtype, experts, (hidden, ffn)):
+        if self.in_one_kernel(tokens_RH.dtype):
             return InOneKernel(tokens_per_expert, tokens_RH.device)
         return OneByOne(tokens_per_expert.tolist())
 
+    def in_one_kernel(self, dtype: torch.dtype) -> bool:
+        """Whether products of rows of this type are one kernel, which waits for nothing."""
+        experts, hidden, ffn = self.down.shape
+        capability = platform.compute_capability(self.down.device)
+        return fits_one_kernel(capability, dtype, experts, (hidden, ffn))
+
     def backward_dw(self) -> None:
         """Part of megatron-core's interface; weight gradients are never delayed here."""
+
+    def step(
+        self, tokens_RH: torch.Tensor, ends_E: torch.Tensor, probs_R: torch.Tensor
+    ) -> torch.Tensor:
+        """`forward` of a decoding step, [R, H]: no gradients and one operator for a product of all
+        experts.
+
+        Args:
+            ends_E: int32, where each expert's rows end. Rows after the last are not computed.
+        """
+        inner = F.grouped_mm(tokens_RH, self.gate_up.flatten(1, 2).transpose(1, 2), offs=ends_E)
+        gate, up = inner.chunk(2, dim=-1)
+        hidden = F.silu(gate).mul_(up).mul_(probs_R.to(up.dtype).unsqueeze(-1))
+        return F.grouped_mm(hidden, self.down.transpose(1, 2), offs=ends_E)
 
 
 class _Experts(torch.autograd.Function):

@@ -6,15 +6,24 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
+from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.layers.experts import GroupedExperts
 from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.parallel.param_layout import normal, place
@@ -74,6 +83,9 @@ class MixtureOfExperts(MoELayer):
         self.set_layer_number(layer + 1)
         sizes = [group.size() for group in (pg.tp, pg.ep, pg.expt_tp)]
         self.alone = isinstance(self.experts, GroupedExperts) and max(sizes) == 1
+        self.steps_alone = isinstance(self.experts, GroupedExperts)
+        # The ranks that share the experts; the first of them that is here.
+        self.sharers, self.first = pg.tp_ep, pg.ep.rank() * self.num_local_experts
         sequence_parallel = config.sequence_parallel
         place(self.router.weight, normal(std), partial_gradient=sequence_parallel)
         place(self.shared_experts.gate_weight, normal(std), partial_gradient=sequence_parallel)
@@ -89,6 +101,8 @@ class MixtureOfExperts(MoELayer):
 
     def run(self, hidden_t1H: torch.Tensor, context: StreamContext, state: None) -> torch.Tensor:
         """See `LayerModule.run`."""
+        if self.steps_alone and context.cache is not None and context.cache.stepping:
+            return self.step(hidden_t1H, context, context.cache)
         return self(hidden_t1H, context)
 
     def forward(self, hidden_t1H: torch.Tensor, context: StreamContext) -> torch.Tensor:
@@ -126,3 +140,65 @@ class MixtureOfExperts(MoELayer):
         )
         mixed_tH = torch.zeros_like(flat_tH).index_add_(0, token_R, rows_RH)
         return mixed_tH.view_as(hidden_t1H) + shared_t1H
+
+    def step(
+        self, hidden_r1H: torch.Tensor, context: StreamContext, cache: DecodeCache
+    ) -> torch.Tensor:
+        """The layer for one token of every row, without a dispatcher: the sums of `_in_place` in
+        the same order, from the chosen experts alone and not from tables of all.
+
+        Ranks that share the experts compute their part for the rows of all of them, which are as
+        many on each. A step has few rows, so that costs less than to wait until it is known how
+        many go where.
+        """
+        shared_r1H = self._shared(hidden_r1H)
+        flat_RH, sharers = hidden_r1H.flatten(0, 1), self.sharers
+        probs_Rk, experts_Rk = self._choose(hidden_r1H, context)
+        if sharers.size() > 1:
+            both = torch.cat((probs_Rk, experts_Rk.to(probs_Rk.dtype)), 1)
+            flat_RH, both = (
+                gather_from_sequence_parallel_region(x, group=sharers) for x in (flat_RH, both)
+            )
+            probs_Rk, experts_Rk = both.chunk(2, dim=1)
+            experts_Rk = experts_Rk.long()
+        here, elsewhere = self.num_local_experts, self.num_local_experts < self.router.num_experts
+        if elsewhere:
+            experts_Rk = experts_Rk - self.first
+            there_Rk = (experts_Rk < 0) | (experts_Rk > here)
+            experts_Rk = experts_Rk.masked_fill_(there_Rk, here)  # behind all that are here
+        sorted_K, place_K = experts_Rk.flatten().sort(stable=True)  # by expert, then by token
+        token_K = place_K.div(experts_Rk.shape[1], rounding_mode="floor")
+        after_E = cache.kept(
+            ("experts", here), lambda: torch.arange(1, here + 1, device=flat_RH.device)
+        )
+        rows_KH = self.experts.step(
+            flat_RH.index_select(0, token_K),
+            torch.searchsorted(sorted_K, after_E, out_int32=True),
+            probs_Rk.flatten().index_select(0, place_K),
+        )
+        if elsewhere:
+            rows_KH.masked_fill_((sorted_K == here).unsqueeze(1), 0.0)  # nobody computed them
+        mixed_RH = torch.zeros_like(flat_RH).index_add_(0, token_K, rows_KH)
+        if sharers.size() > 1:
+            mixed_RH = reduce_scatter_to_sequence_parallel_region(mixed_RH, group=sharers)
+        return mixed_RH.view_as(hidden_r1H).add_(shared_r1H)
+
+    def _choose(
+        self, hidden_r1H: torch.Tensor, context: StreamContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weights, experts) [r, k] that the router chooses in evaluation."""
+        router, routing = self.router, context.routing
+        return topk_routing_with_score_function(
+            router.gating(hidden_r1H).flatten(0, 1),
+            router.topk,
+            score_function=router.score_function,
+            router_replay=routing and routing.of_layer(self.layer_number - 1, False, MUTED),
+            dense_output=True,
+        )
+
+    def _shared(self, hidden_r1H: torch.Tensor) -> torch.Tensor:
+        """The shared expert, as megatron-core computes it."""
+        shared = self.shared_experts
+        gate, up = shared.linear_fc1(hidden_r1H)[0].chunk(2, dim=-1)
+        mixed, _ = shared.linear_fc2(F.silu(gate).mul_(up))
+        return mixed.mul_(F.linear(hidden_r1H, shared.gate_weight).sigmoid_())

@@ -31,8 +31,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
         place(self.weight, constant(0.0), partial_gradient=partial_gradient)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = 1.0 + self.weight.float()
+    def scale(self) -> torch.Tensor:
+        """Returns the factor of each feature, fp32."""
+        return 1.0 + self.weight.float()
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            scale: `scale()`, if the caller has it.
+        """
+        weight = self.scale() if scale is None else scale
         return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
 
 

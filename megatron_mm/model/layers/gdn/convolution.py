@@ -1,6 +1,6 @@
-"""The short convolution of a gated DeltaNet: over whole samples, or one position of each row.
+"""The short convolution of a gated DeltaNet over whole samples.
 
-Shapes: T positions of the stream, C channels, W taps, R rows.
+Shapes: T positions of the stream, C channels, W taps.
 """
 
 from __future__ import annotations
@@ -79,15 +79,3 @@ def last_inputs(x_TC: torch.Tensor, taps: int, segments: Segments) -> torch.Tens
     real = (place >= segments.starts[:, None]).to(x_TC.device)
     found = x_TC.index_select(0, place.clamp(min=0).flatten().to(x_TC.device))
     return torch.where(real[..., None], found.view(*real.shape, -1), 0.0)
-
-
-def convolution_step(
-    x_RC: torch.Tensor, weight_CW: torch.Tensor, inputs_RWC: torch.Tensor
-) -> torch.Tensor:
-    """[R, C] after silu. `inputs`: the W - 1 before it, moved on in place."""
-    taps = weight_CW.t()
-    mixed = x_RC * taps[-1]
-    for tap in range(len(taps) - 1):
-        mixed.addcmul_(inputs_RWC[:, tap], taps[tap])
-    inputs_RWC.copy_(torch.cat((inputs_RWC[:, 1:], x_RC.unsqueeze(1)), 1))
-    return F.silu(mixed)

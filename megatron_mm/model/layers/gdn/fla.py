@@ -7,10 +7,13 @@ samples' boundaries and know grouped values. Written for flash-linear-attention 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_mm.model.layers.gdn.convolution import last_inputs
 from megatron_mm.model.layers.gdn.mix import HeadWidths, split_heads
+from megatron_mm.model.layers.gdn.step import convolution_step, split_parts
 from megatron_mm.model.segments import Segments
 
 
@@ -40,6 +43,35 @@ def convolve_scan_and_keep_fla(
     out, state = _run(*arguments, keep=True)
     state = state.unflatten(1, (-1, widths.values))
     return out, last_inputs(qkv_TC, conv_weight_CW.shape[1], segments), state
+
+
+def convolve_and_step_fla(
+    x_RC: torch.Tensor,
+    taps: Sequence[torch.Tensor],
+    log_decay_Rh: torch.Tensor,
+    beta_Rh: torch.Tensor,
+    inputs: torch.Tensor,
+    state: torch.Tensor,
+    widths: HeadWidths,
+) -> torch.Tensor:
+    """Arguments and result of `step.convolve_and_step`; CUDA only. The convolution is torch's:
+    flash-linear-attention's keeps its inputs in another order."""
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    both, value = split_parts(convolution_step(x_RC, taps, inputs), state.shape[1], widths)
+    query, key = both.unbind(1)
+    mixed, moved_on = fused_recurrent_gated_delta_rule(
+        q=query.unsqueeze(1).contiguous(),
+        k=key.unsqueeze(1).contiguous(),
+        v=value.unsqueeze(1).contiguous(),
+        g=log_decay_Rh.float().unsqueeze(1),
+        beta=beta_Rh.unsqueeze(1),
+        initial_state=state.flatten(1, 2),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    state.copy_(moved_on.view_as(state))
+    return mixed.squeeze(1)
 
 
 def _run(qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segments, widths, keep: bool):

@@ -15,6 +15,7 @@ key head, K and V head widths.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,8 @@ from megatron_mm.config import LanguageConfig
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.decode import LayerState
-from megatron_mm.model.layers.gdn.convolution import convolution_step
-from megatron_mm.model.layers.gdn.mix import HeadWidths, split_heads
-from megatron_mm.model.layers.gdn.step import delta_rule_step
+from megatron_mm.model.layers.gdn.mix import HeadWidths
+from megatron_mm.model.layers.gdn.step import by_part
 from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.model.layers.norms import GatedRMSNorm
 from megatron_mm.model.recompute import core
@@ -40,27 +40,27 @@ from megatron_mm.parallel.sequence import heads_to_sequence, part, sequence_to_h
 class DeltaState(LayerState):
     """The convolution's last inputs and the state of the delta rule, of every row."""
 
-    def mix(
+    def fill(
         self,
         mix_and_keep: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-        qkv_TC: torch.Tensor,
-        conv_weight_CW: torch.Tensor,
-        log_decay_Th: torch.Tensor,
-        beta_Th: torch.Tensor,
-        segments: Segments,
-        widths: HeadWidths,
+        *arguments,
     ) -> torch.Tensor:
-        """`mix_and_keep` over the prompts, or one position of each row: [T, value heads, V]."""
-        arguments = (qkv_TC, conv_weight_CW, log_decay_Th, beta_Th)
-        if not self.cache.stepping:
-            mixed, inputs, state = mix_and_keep(*arguments, segments, widths)
-            self.hand_out("inputs", inputs)
-            self.hand_out("state", state)
-            return mixed
-        inputs, state = self.tensors["inputs"], self.tensors["state"]
-        qkv = convolution_step(qkv_TC, conv_weight_CW, inputs)
-        query, key, value = split_heads(qkv, widths)
-        return delta_rule_step(query, key, value, log_decay_Th, beta_Th, state)
+        """`mix_and_keep` over the prompts, [T, value heads, V]; keeps what it ends with."""
+        mixed, inputs, state = mix_and_keep(*arguments)
+        order = by_part(state.shape[1], arguments[-1].rows).to(inputs.device)
+        self.hand_out("inputs", inputs.index_select(2, order))
+        self.hand_out("state", state)
+        return mixed
+
+
+class StepConstants(NamedTuple):
+    """What the steps of a layer share."""
+
+    order: torch.Tensor  # int64, the features of the projection by part
+    sizes: list[int]  # of the convolution's channels together and of the other parts
+    taps: tuple[torch.Tensor, ...]  # W times [C]
+    rate: torch.Tensor  # fp32 [h], minus exp(A_log)
+    dt_bias: torch.Tensor
 
 
 class GatedDeltaNet(nn.Module):
@@ -82,6 +82,7 @@ class GatedDeltaNet(nn.Module):
     ):
         super().__init__()
         self.mix, self.mix_and_keep = backend.mix, backend.mix_and_keep
+        self.mix_step = backend.mix_step
         self.recompute = recompute
         tp, self.cp = pg.tp, pg.cp
         self.key_heads = language.linear_num_key_heads // tp.size()
@@ -129,12 +130,14 @@ class GatedDeltaNet(nn.Module):
         self, hidden_t1H: torch.Tensor, context: StreamContext, state: DeltaState | None
     ) -> torch.Tensor:
         """See `LayerModule.run`."""
+        if state is not None and state.cache.stepping:
+            return self.step(hidden_t1H, state)
         return self(hidden_t1H, context.segments, state)
 
     def forward(
         self, hidden_t1H: torch.Tensor, segments: Segments, state: DeltaState | None = None
     ) -> torch.Tensor:
-        """[t, 1, H] -> [t, 1, H]; `state` is that of the rows being decoded."""
+        """[t, 1, H] -> [t, 1, H]; `state` is that of the rows being filled."""
         fused, _ = self.in_proj(hidden_t1H)
         tokens = fused.shape[0]
         fused = fused.view(tokens, self.key_heads, sum(self.widths))
@@ -157,16 +160,64 @@ class GatedDeltaNet(nn.Module):
     ) -> torch.Tensor:
         """Convolution and delta rule over whole samples, [T, k * v, V], for the key heads that
         this context-parallel rank computes."""
-        tokens, _, qkv_width = qkv_TkW.shape
-        mine = part(self.key_heads, self.cp)
-        conv = take(self.conv_weight.view(self.key_heads, qkv_width, -1), mine).flatten(0, 1)
-        A_log, dt_bias = (
-            take(x.view(self.key_heads, -1), mine).flatten() for x in (self.A_log, self.dt_bias)
-        )
+        tokens = len(qkv_TkW)
+        conv, A_log, dt_bias = self._own_parameters()
         b, a = ba_Tk2v.chunk(2, dim=-1)
         log_decay = -A_log.float().exp() * F.softplus(a.reshape(tokens, -1).float() + dt_bias)
         beta = b.reshape(tokens, -1).sigmoid()
-        qkv = qkv_TkW.reshape(tokens, -1)
-        widths = HeadWidths(self.key_dim, self.value_dim, self.values_per_key)
-        arguments = (qkv, conv, log_decay, beta, segments, widths)
-        return self.mix(*arguments) if state is None else state.mix(self.mix_and_keep, *arguments)
+        arguments = (qkv_TkW.reshape(tokens, -1), conv, log_decay, beta, segments, self.head_widths)
+        return self.mix(*arguments) if state is None else state.fill(self.mix_and_keep, *arguments)
+
+    @property
+    def head_widths(self) -> HeadWidths:
+        return HeadWidths(self.key_dim, self.value_dim, self.values_per_key)
+
+    def _own_parameters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Convolution [C, W], A_log and dt_bias of the heads that this context-parallel rank
+        mixes."""
+        mine = part(self.key_heads, self.cp)
+        conv = self.conv_weight.unflatten(0, (self.key_heads, -1))
+        A_log, dt_bias = (x.view(self.key_heads, -1) for x in (self.A_log, self.dt_bias))
+        conv, A_log, dt_bias = (take(x, mine).flatten(0, 1) for x in (conv, A_log, dt_bias))
+        return conv, A_log, dt_bias
+
+    def step(self, hidden_r1H: torch.Tensor, state: DeltaState) -> torch.Tensor:
+        """`forward` for one token of every row: one copy puts the parts of the projection apart,
+        and what depends on parameters alone is kept."""
+        fused, _ = self.in_proj(hidden_r1H)
+        tokens, kept = len(fused), state.cache.kept(self, self._constants)
+        by_head = fused.view(tokens, self.key_heads, -1)
+        qkv_width, z = sum(self.widths[:3]), None
+        if self.cp.size() > 1:
+            qkv, z, ba = by_head.split([qkv_width, self.widths[3], sum(self.widths[4:])], dim=-1)
+            by_head = sequence_to_heads(torch.cat((qkv, ba), dim=-1), self.cp)
+        parts = by_head.flatten(1).index_select(1, kept.order).split(kept.sizes, 1)
+        if z is None:
+            x, z, b, a = parts
+        else:
+            x, b, a = parts
+        log_decay = F.softplus(a.float() + kept.dt_bias).mul_(kept.rate)
+        mixed = self.mix_step(
+            x,
+            kept.taps,
+            log_decay,
+            b.sigmoid(),
+            *(state.tensors[name] for name in ("inputs", "state")),
+            self.head_widths,
+        )
+        mixed = heads_to_sequence(mixed, self.cp)
+        mixed = self.out_norm(mixed, z.reshape(tokens, -1, self.value_dim))
+        return self.out_proj(mixed.reshape(tokens, 1, -1))[0]
+
+    def _constants(self) -> StepConstants:
+        conv, A_log, dt_bias = self._own_parameters()
+        keys = len(part(self.key_heads, self.cp))
+        widths = self.widths if self.cp.size() == 1 else self.widths[:3] + self.widths[4:]
+        channels = by_part(keys, self.head_widths.rows).to(conv.device)
+        return StepConstants(
+            by_part(keys, widths).to(conv.device),
+            [keys * sum(widths[:3]), *(keys * width for width in widths[3:])],
+            conv.index_select(0, channels).t().contiguous().unbind(),
+            -A_log.float().exp(),
+            dt_bias,
+        )
