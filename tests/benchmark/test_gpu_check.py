@@ -61,10 +61,8 @@ def test_a_dry_visit(tmp_path):
     assert all({"forward", "backward"} == kind.keys() for kind in kinds.values())
     assert rows["slice"]["figures"]["launches"] > 0
     steps = [rows["decoding"]["figures"][f"{n} rows"] for n in (16, 128)]
-    # Static shapes: a step launches the same whatever the number of rows.
-    assert steps[0]["launches"] == pytest.approx(steps[1]["launches"], rel=0.05) and (
-        steps[0]["launches"] > 12
-    )
+    # Static shapes: a step launches the same whatever the number of rows, few if it is a graph.
+    assert 0 < steps[0]["launches"] == pytest.approx(steps[1]["launches"], rel=0.05)
 
 
 @pytest.mark.launches
