@@ -61,10 +61,8 @@ def test_a_dry_visit(tmp_path):
     assert all({"forward", "backward"} == kind.keys() for kind in kinds.values())
     assert rows["slice"]["figures"]["launches"] > 0
     steps = [rows["decoding"]["figures"][f"{n} rows"] for n in (16, 128)]
-    # Static shapes: a step launches the same whatever the number of rows.
-    assert steps[0]["launches"] == pytest.approx(steps[1]["launches"], rel=0.05) and (
-        steps[0]["launches"] > 12
-    )
+    # Static shapes: a step launches the same whatever the number of rows, few if it is a graph.
+    assert 0 < steps[0]["launches"] == pytest.approx(steps[1]["launches"], rel=0.05)
 
 
 @pytest.mark.launches
@@ -89,7 +87,9 @@ def test_packages_that_are_not_here(tmp_path):
     assert code == 0, rows
     figures = rows["fla"]["figures"]
     assert rows["fla"]["status"] == rows["te"]["status"] == "ok"
-    assert figures["fp32 output"] == figures["fp32 state kept"] == 0.0 < figures["bf16 output"]
+    # The same kernels: in fp32 another order at most, in bf16 the rounding of the inputs' products.
+    worst = max(figures["fp32 output"], figures["fp32 state kept"])
+    assert worst < 1e-6 < figures["bf16 output"]
     assert {"ours_ms", "fla_ms"} < figures.keys()
     assert rows["te"]["figures"]["bf16 gradients: worst ratio"] < 1.0
     for fp8 in (False, True):

@@ -28,6 +28,7 @@ def aligned_run(impl: Impl, bf16: bool = True, fp8: bool = False) -> RunConfig:
     run = make_run("tiny")
     language = run.model.language
     language.hidden_size, language.kv_channels = 128, 32
+    run.model.fusion.memory_hidden_size = 64
     language.linear_num_key_heads, language.linear_num_value_heads = 8, 16
     language.moe_router_topk = language.num_experts
     run.training.bf16, run.backend.transformer_impl = bf16, impl
