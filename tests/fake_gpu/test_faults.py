@@ -29,8 +29,8 @@ NORM = "self.optimizer.prepare_grads()"
 FAULTS = {
     "a position left on the CPU": Fault(
         f"{MODEL}.multimodal:MultimodalModel",
-        "_logits",
-        "(positions - first).to(hidden_t1H.device, non_blocking=True)",
+        "_predictions",
+        "platform.moved(positions - first, hidden_t1H.device)",
         "positions - first",
         "found at least two devices, cuda:0",
     ),
@@ -65,15 +65,15 @@ FAULTS = {
     "a copy that waits, in every batch": Fault(
         "megatron_mm.data.batch",
         "_moved",
-        "non_blocking=True",
-        "non_blocking=False",
+        "platform.moved(getattr(value, f.name), device)",
+        "getattr(value, f.name).to(device)",
         "training waits of other",
     ),
     "kernels in every norm": Fault(
         f"{MODEL}.stack:SubLayer",
         "forward",
-        "self.norm(hidden_t1H)",
-        "self.norm(hidden_t1H + 0 + 0 + 0 + 0 + 0)",
+        "self.norm(hidden_t1H, ",
+        "self.norm(hidden_t1H + 0 + 0 + 0 + 0 + 0, ",
         "launches forward of GatedAttention",
     ),
 }
