@@ -272,7 +272,7 @@ class _Generation:
             free = ~lane.active_R[there]
             numbers = uniforms(self.sampling.seed, lane.number_R[there], step)
             found.append(numbers.masked_fill_(free, 0.0))
-        return [x.to(platform.device(), non_blocking=True) for x in found]
+        return [platform.moved(x, platform.device()) for x in found]
 
     def _draw(self, logits: list[torch.Tensor], uniforms: list[torch.Tensor]) -> list[Drawn]:
         """Draws a token for each row of each lane, on the device of every rank of the replica."""
@@ -310,10 +310,10 @@ class _Generation:
         layers = [index for chunk in self.engine.chunks for index in chunk.moe_layers]
         experts = self.engine.run.model.language.num_experts
         first_L = experts * torch.tensor(layers, dtype=torch.int64)
-        place_LE = (first_L.unsqueeze(1) + torch.arange(experts)).to(device, non_blocking=True)
-        number_R, count_R = (
-            x.to(device, non_blocking=True) for x in (lane.number_R, lane.count_R.clone())
-        )
+        place_LE = platform.moved(first_L.unsqueeze(1) + torch.arange(experts), device)
+        # Copied, because the lane counts on while steps are drawn for.
+        held = (lane.number_R, lane.count_R.clone())
+        number_R, count_R = (platform.moved(x, device) for x in held)
 
         def noise(step: int) -> dict[int, torch.Tensor]:
             drawn = gumbels(sampling.seed, number_R, count_R + step, place_LE.flatten())

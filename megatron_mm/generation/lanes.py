@@ -184,7 +184,7 @@ class Lane:
         if held is None:
             return None
         longest = int((self.prompt_R[rows] + self.count_R[rows]).max())
-        there = rows.to(held.device, non_blocking=True)
+        there = platform.moved(rows, held.device)
         return held[:, :, :longest].index_select(0, there).cpu()
 
     def needed(self, multiple: int) -> int:
@@ -207,7 +207,7 @@ class Lane:
 
     def _show_active(self) -> None:
         """Tells the device which rows are generating."""
-        self._moving_R.copy_(self.active_R, non_blocking=True)
+        self._moving_R.copy_(platform.moved(self.active_R, self._moving_R.device))
 
     def _batch(self, tokens_R: torch.Tensor) -> Microbatch:
         """One position of every row. Positions are the cache's business."""
