@@ -108,6 +108,21 @@ def test_a_gpu_gets_one_kernel_where_the_widths_allow(monkeypatch, pg, ffn, chos
     assert isinstance(made, chosen)
 
 
+@pytest.mark.parametrize("ffn", [28, 32])  # rows of 56 and 64 bytes; the kernel wants 16s
+def test_a_step_computes_experts_of_any_width(pg, ffn):
+    experts_here = layer_of(6, pg, ffn).experts
+    torch.nn.init.normal_(experts_here.gate_up, std=0.1)
+    torch.nn.init.normal_(experts_here.down, std=0.1)
+    sizes = torch.tensor([0, 5, 0, 2, 1, 0])
+    rows = torch.randn(10, 64, dtype=torch.bfloat16)  # the last two are nobody's
+    weights = torch.rand(10)
+    with torch.no_grad():
+        whole, _ = experts_here(rows[:8], sizes, weights[:8])
+        found = experts_here.step(rows, sizes.cumsum(0).int(), weights)
+    # One rounding to 8 bits a product, if the kernels add in another order.
+    torch.testing.assert_close(found[:8], whole, rtol=2**-7, atol=1e-4)
+
+
 # ---- a layer ----
 
 

@@ -7,6 +7,9 @@ dimension of their own, so expert-tensor-parallel ranks split each half by itsel
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,6 +22,7 @@ from megatron_mm.model.layers.row_groups import (
     InOneKernel,
     OneByOne,
     RowGroups,
+    aligned,
     fits_one_kernel,
 )
 from megatron_mm.parallel.param_layout import normal, place
@@ -79,16 +83,20 @@ class GroupedExperts(nn.Module):
     def step(
         self, tokens_RH: torch.Tensor, ends_E: torch.Tensor, probs_R: torch.Tensor
     ) -> torch.Tensor:
-        """`forward` of a decoding step, [R, H]: no gradients and one operator for a product of all
-        experts.
+        """`forward` of a decoding step, [R, H]: no gradients and, where the widths allow it, one
+        operator for a product of all experts.
 
         Args:
             ends_E: int32, where each expert's rows end. Rows after the last are not computed.
         """
-        inner = F.grouped_mm(tokens_RH, self.gate_up.flatten(1, 2).transpose(1, 2), offs=ends_E)
+        if aligned(tokens_RH.dtype, self.down.shape[1:]):
+            products: Callable[..., torch.Tensor] = partial(F.grouped_mm, offs=ends_E)
+        else:
+            products = OneByOne(ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()).products
+        inner = products(tokens_RH, self.gate_up.flatten(1, 2).transpose(1, 2))
         gate, up = inner.chunk(2, dim=-1)
         hidden = F.silu(gate).mul_(up).mul_(probs_R.to(up.dtype).unsqueeze(-1))
-        return F.grouped_mm(hidden, self.down.transpose(1, 2), offs=ends_E)
+        return products(hidden, self.down.transpose(1, 2))
 
 
 class _Experts(torch.autograd.Function):

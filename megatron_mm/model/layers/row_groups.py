@@ -47,6 +47,11 @@ def fits_one_kernel(
         return False
     if dtype is not torch.bfloat16 or experts > MOST_GROUPS:
         return False
+    return aligned(dtype, features)
+
+
+def aligned(dtype: torch.dtype, features: Iterable[int]) -> bool:
+    """Whether `grouped_mm` takes rows of these widths, on any device."""
     return all(size * dtype.itemsize % ALIGNMENT == 0 for size in features)
 
 
@@ -76,7 +81,7 @@ class InOneKernel:
 
 
 class OneByOne:
-    """Groups whose sizes are known on the CPU."""
+    """Groups whose sizes are known on the CPU. Rows after the last group are not computed."""
 
     def __init__(self, sizes: list[int]):
         self.sizes = sizes
@@ -84,7 +89,9 @@ class OneByOne:
     def products(self, x_RI: torch.Tensor, weight_EIO: torch.Tensor) -> torch.Tensor:
         """See `RowGroups`."""
         out = x_RI.new_empty(len(x_RI), weight_EIO.shape[-1])
-        parts = zip(x_RI.split(self.sizes), weight_EIO, out.split(self.sizes), strict=True)
+        rows = sum(self.sizes)
+        each = x_RI[:rows].split(self.sizes), weight_EIO, out[:rows].split(self.sizes)
+        parts = zip(*each, strict=True)
         for x, weight, y in parts:
             torch.mm(x, weight, out=y)
         return out
