@@ -374,9 +374,11 @@ def device() -> torch.device:
 def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Returns `tensor` on `device`. On the way to a GPU it passes through pinned memory: from any
     other the host would wait until the GPU has done all its work."""
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    there = torch.device(device).type
+    if there == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    # On the way back the host would find memory that is not filled yet.
+    return tensor.to(device, non_blocking=there != "cpu")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from megatron_mm import platform
 from megatron_mm.model.layers.attention import causal_attention
 from megatron_mm.model.segments import Segments
 
@@ -67,3 +68,12 @@ def test_packed_attention(gpu_ranks):
     for mine, theirs in zip(found, (wanted, *(leaf.grad for leaf in leaves)), strict=True):
         # Computed in fp32, rounded to 8 bits at the end; backward from such an output.
         assert (mine - theirs).norm() <= 2**-8 * theirs.norm()
+
+
+def on_rank_way_back() -> list[float]:
+    """A copy to the CPU is filled when it returns: read too early it would be NaN here."""
+    return platform.moved(torch.arange(3.0, device="cuda") * 2, "cpu").tolist()
+
+
+def test_what_moves_back_is_there(gpu_ranks):
+    assert gpu_ranks(1, on_rank_way_back) == [[0.0, 2.0, 4.0]]
