@@ -311,12 +311,13 @@ class _Generation:
         experts = self.engine.run.model.language.num_experts
         first_L = experts * torch.tensor(layers, dtype=torch.int64)
         place_LE = platform.moved(first_L.unsqueeze(1) + torch.arange(experts), device)
-        # Copied, because the lane counts on while steps are drawn for.
-        held = (lane.number_R, lane.count_R.clone())
-        number_R, count_R = (platform.moved(x, device) for x in held)
+        # Free rows do the same in turns of any size, as in `_uniforms`.
+        active_R = lane.active_R.long()
+        held = lane.number_R * active_R, lane.count_R * active_R, active_R
+        number_R, count_R, moving_R = (platform.moved(x, device) for x in held)
 
         def noise(step: int) -> dict[int, torch.Tensor]:
-            drawn = gumbels(sampling.seed, number_R, count_R + step, place_LE.flatten())
+            drawn = gumbels(sampling.seed, number_R, count_R + step * moving_R, place_LE.flatten())
             scaled = sampling.router_temperature * drawn.view(len(number_R), len(layers), experts)
             return dict(zip(layers, scaled.unbind(1), strict=True))
 

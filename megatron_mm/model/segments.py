@@ -121,7 +121,7 @@ class Segments:
         return Segments(starts, lengths, width, total, self.device, first, positions.start)
 
     def pick(self, samples: torch.Tensor) -> Segments:
-        """The segments of these samples alone, in the same stream."""
+        """The segments of these samples alone, in the given order, in the same stream."""
         lengths = self.lengths[samples]
         width = max(1, int(lengths.max()))
         return Segments(self.starts[samples], lengths, width, self.total, self.device)
@@ -152,7 +152,9 @@ class Segments:
     @cached_property
     def is_rectangle(self) -> bool:
         """The stream itself already is the rectangle: every row is full, in order."""
-        return self.cells == self.total == int(self.lengths.sum())
+        if not self.cells == self.total == int(self.lengths.sum()):
+            return False
+        return bool((self.starts == torch.arange(self.count) * self.width).all())
 
     @cached_property
     def cu_seqlens_cpu(self) -> torch.Tensor:

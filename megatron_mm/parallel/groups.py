@@ -50,8 +50,8 @@ class Groups:
 def start(parallel: ParallelConfig) -> None:
     """Joins the job that torchrun started; without torchrun, starts a job of one rank.
 
-    A collective that waits longer than `distributed_timeout_minutes` raises on every rank with gloo;
-    with NCCL it ends the process.
+    A collective that waits longer than `distributed_timeout_minutes` raises on every rank with
+    gloo; with NCCL it ends the process.
     """
     descriptors.raise_limit()
     # Otherwise every gloo group connects each of its ranks with all others at once.

@@ -30,8 +30,11 @@ from support.weights import random_engine
 
 NEVER = -1
 NEW_TOKENS = 7
-# What a step computes in a way of its own: experts of which every rank has the whole.
-DECODED = LAYOUTS | {"TP2, whole experts": (2, TP2 | {"expert_tensor_parallel_size": 1})}
+# What a step computes in a way of its own: experts of which every rank has the whole, and a shared
+# expert whose collectives the dispatcher takes over in training.
+WHOLE = TP2 | {"expert_tensor_parallel_size": 1}
+OVERLAP = WHOLE | {"expert_model_parallel_size": 2, "moe_shared_expert_overlap": True}
+DECODED = LAYOUTS | {"TP2, whole experts": (2, WHOLE), "TP2xEP2, overlap": (2, OVERLAP)}
 # Questions of different lengths and skills; more of them than rows, so rows are filled again.
 ASKED = (0, 12, 8, 5, 20, 3, 17)
 

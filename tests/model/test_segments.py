@@ -95,3 +95,10 @@ def test_attention_over_a_long_sample_among_short_ones():
             expected = scores.softmax(-1) @ v[:, head // 2]
             # fp64 sums of up to 300 products
             torch.testing.assert_close(found[start:stop, head], expected, rtol=0, atol=1e-13)
+
+
+def test_rows_in_another_order_are_no_stream():
+    """Full rows of one width, of which the second stands first."""
+    swapped = Segments(torch.tensor([8, 0]), torch.tensor([8, 8]), 8, 16)
+    rectangle = swapped.to_rectangle(torch.arange(16))
+    assert rectangle.tolist() == [[*range(8, 16)], [*range(8)]]

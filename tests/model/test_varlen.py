@@ -70,6 +70,7 @@ STREAMS = {
         (8, {}),
         (30, {0: 3, 25: 9}),
     ],
+    "one image before two together as large": [(10, {2: 8}), (10, {3: 4, 6: 4})],
     "images at once": [(16, {2: 3, 9: 4}), (6, {1: 2, 2: 2, 3: 2, 4: 2})],
 }
 

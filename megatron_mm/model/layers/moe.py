@@ -82,8 +82,12 @@ class MixtureOfExperts(MoELayer):
         )
         self.set_layer_number(layer + 1)
         sizes = [group.size() for group in (pg.tp, pg.ep, pg.expt_tp)]
-        self.alone = isinstance(self.experts, GroupedExperts) and max(sizes) == 1
-        self.steps_alone = isinstance(self.experts, GroupedExperts)
+        ours = isinstance(self.experts, GroupedExperts)
+        self.alone = ours and max(sizes) == 1
+        # With overlap the shared expert leaves its collectives to the dispatcher, and FP8 is in the
+        # experts' `forward` alone.
+        overlaps = config.moe_shared_expert_overlap and pg.tp.size() > 1
+        self.steps_alone = ours and not overlaps and config.fp8 is None
         # The ranks that share the experts; the first of them that is here.
         self.sharers, self.first = pg.tp_ep, pg.ep.rank() * self.num_local_experts
         sequence_parallel = config.sequence_parallel

@@ -71,7 +71,8 @@ def convolution_step(
     mixed, before = x_RC * taps[-1], inputs_RWC.unbind(1)
     for old, tap in zip(before, taps, strict=False):
         mixed.addcmul_(old, tap)
-    inputs_RWC.copy_(torch.stack((*before[1:], x_RC), 1))
+    if before:  # none with one tap
+        inputs_RWC.copy_(torch.stack((*before[1:], x_RC), 1))
     return F.silu(mixed, inplace=True)
 
 
