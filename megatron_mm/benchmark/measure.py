@@ -33,11 +33,15 @@ def environment() -> dict[str, Any]:
 
 
 def revision() -> str:
-    """Git revision of the code, with a + if it has changed; "unknown" outside of a checkout."""
+    """Git revision of the code, with a + if it has changed; "unknown" outside of a checkout or
+    without git."""
     root = Path(__file__).parents[2]
     found = []
     for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"]):
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        except OSError:  # no git here
+            return "unknown"
         if done.returncode:
             return "unknown"
         found.append(done.stdout.strip())

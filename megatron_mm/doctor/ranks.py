@@ -55,7 +55,10 @@ def _code() -> str:
 
 def _revision() -> str:
     command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "no git"
     return done.stdout.strip() if done.returncode == 0 else "no checkout"
 
 

@@ -14,6 +14,7 @@ from megatron_mm.benchmark.gpu.te import aligned_run
 from megatron_mm.benchmark.gpu.visit import Row
 from megatron_mm.config import validate
 from support import gpu_checks
+from support.gpu_checks import visit
 from support.launches import ROOT, environment
 
 NAMES = [check.name for check in CHECKS]
@@ -23,14 +24,6 @@ SKIPPED = {
     "memory": "a pretended GPU has no memory to measure",
     "te": "Transformer Engine is not installed",
 }
-
-
-def visit(tmp_path, *words: str, pretend=gpu_checks.pretend) -> tuple[int, dict[str, dict]]:
-    """Exit code, and rows by name in their order."""
-    file = tmp_path / "rows.jsonl"
-    code = main(["--dry", "--out", str(file), *words], pretend)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return code, {row["name"]: row for row in rows}
 
 
 # The whole command as a user calls it: a minute of CPU time.

@@ -1,13 +1,18 @@
-"""Pretended GPUs for the checks of a visit, some with a planted fault. Called in the process that
-runs the checks, before it imports torch."""
+"""Visits, and pretended GPUs for their checks, some with a planted fault. Those are called in the
+process that runs the checks, before it imports torch."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 import types
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
+
+from megatron_mm.benchmark.gpu.command import main
 
 
 def pretend() -> Any:
@@ -15,6 +20,14 @@ def pretend() -> Any:
     from tools.fake_gpu import install
 
     return install()
+
+
+def visit(folder: Path, *words: str, pretend=pretend) -> tuple[int, dict[str, dict]]:
+    """Exit code, and rows by name in their order."""
+    file = folder / "rows.jsonl"
+    code = main(["--dry", "--out", str(file), *words], pretend)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return code, {row["name"]: row for row in rows}
 
 
 def with_wrong_delta_rule() -> Any:
@@ -88,3 +101,8 @@ def with_a_dying_check() -> Any:
     delta_rule.check = lambda visit, row: os._exit(9)
     experts.check = ends_cuda
     return gpu
+
+
+def that_hangs() -> Any:
+    """One that does not start."""
+    time.sleep(600)

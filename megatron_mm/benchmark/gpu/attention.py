@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_mm.benchmark.gpu.comparing import both_ways, difference
 from megatron_mm.benchmark.gpu.visit import Row, Visit
@@ -24,14 +27,21 @@ from megatron_mm.model.segments import Segments
 NAMES = ("output", "d query", "d key", "d value")
 # Both in bf16: probabilities and results are rounded by 2^-9 on average, in other blocks.
 BF16 = 0.02
+# torch's words where the kernels that are allowed do not take the tensors.
+NO_KERNEL = ("No available kernel", "No viable backend")
 Call = Callable[[], list[torch.Tensor]]
 
 
 @contextmanager
 def cudnn(used: bool) -> Iterator[None]:
-    """Lets torch choose cuDNN's attention, or not."""
+    """Allows torch cuDNN's attention alone, or all others. Where others are allowed beside it,
+    torch prefers them."""
+    if used:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            yield
+        return
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(used)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
@@ -48,16 +58,20 @@ def check(visit: Visit, row: Row) -> None:
         ("text", _text(visit, rectangle_attention), lengths),
         ("tiles", _tiles(visit), counts),
     ):
-        results = []
-        for used in (False, True):
-            with cudnn(used):
-                name = f"{kind}, cuDNN {'on' if used else 'off'}"
-                results.append(_new_shapes(row, name, make, sizes))
-        others = [results[1], packed] if kind == "text" else [results[1]]
-        apart = [
-            difference(a, b) for other in others for a, b in zip(other, results[0], strict=True)
-        ]
-        row.at_most(f"{kind}: ways apart", max(apart), BF16)
+        with cudnn(False):
+            usual = _new_shapes(row, f"{kind}, cuDNN off", make, sizes)
+        others = [packed] if kind == "text" else []
+        with cudnn(True):
+            name = f"{kind}, cuDNN on"
+            refused = refusal(make(sizes[0] + 1))
+            if refused is None:
+                others.append(_new_shapes(row, name, make, sizes))
+            else:
+                row.note({f"{name}: refused": refused})
+                row.text.append(f"{name}: refused")
+        apart = [difference(a, b) for other in others for a, b in zip(other, usual, strict=True)]
+        if apart:
+            row.at_most(f"{kind}: ways apart", max(apart), BF16)
 
 
 def _sizes(visit: Visit) -> tuple[int, int, int]:
@@ -122,13 +136,38 @@ def _both(out: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 def _new_shapes(
     row: Row, name: str, make: Callable[[int], Call], sizes: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Notes medians of the first and the second call; returns the results of the last shape."""
-    make(sizes[0] + 1)()  # memory and the kernel's code are there when the first shape is met
+    """Notes the kernel, and medians of the first and the second call; returns the results of the
+    last shape."""
+    # Memory and the kernel's code are there when the first shape is met.
+    kernel = kernels_of(make(sizes[0] + 1))
     calls = [make(size) for size in sizes]
     first, again = (statistics.median(_host_ms(call) for call in calls) for _ in range(2))
+    row.note({f"{name}: kernel": kernel})
     row.note({f"{name}: first_ms": round(first, 3), f"{name}: again_ms": round(again, 3)})
     row.text.append(f"{name}: {first:.2f} ms, then {again:.2f}")
     return calls[-1]()
+
+
+def kernels_of(call: Callable[[], object]) -> list[str]:
+    """Names of the operators by which a call computes attention, as torch's profiler sees them."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    names = {event.key.rpartition("::")[2] for event in seen.key_averages()}
+    chosen = (n for n in names if ("attention" in n or "attn" in n) and "backward" not in n.lower())
+    return sorted(set(chosen) - {"scaled_dot_product_attention"})
+
+
+def refusal(call: Callable[[], object]) -> str | None:
+    """Why no allowed kernel takes the shapes of a call, by torch's warnings; None if one does."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except RuntimeError as error:
+            if not any(words in str(error) for words in NO_KERNEL):
+                raise
+            return "; ".join([str(error), *(str(warning.message) for warning in caught)])
+    return None
 
 
 def _host_ms(function: Callable[[], object]) -> float:

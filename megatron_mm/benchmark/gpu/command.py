@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Iterable
@@ -20,11 +21,14 @@ from typing import Any
 
 from megatron_mm import cli
 from megatron_mm.benchmark.gpu.checks import CHECKS, Check
-from megatron_mm.benchmark.gpu.visit import Row, Visit
+from megatron_mm.benchmark.gpu.visit import Row, Visit, tail
 from megatron_mm.benchmark.gpu.worker import Pretend, compute_on_cpu, serve
 from megatron_mm.errors import ConfigError, unknown
 
 PATIENCE = 3  # times a check's seconds, after which it counts as hung
+START = 90  # seconds, after which a process on the GPU that has not begun counts as hung
+# A batch system's, by which the two processes, each a job of its own, would join one.
+OF_A_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SPAWN = multiprocessing.get_context("spawn")  # a fork would share CUDA's state
 
 
@@ -44,6 +48,8 @@ def main(argv: list[str], pretend: Pretend = None) -> int:
     Args:
         pretend: for --dry; a function of a module, since other processes call it.
     """
+    for name in OF_A_JOB:
+        os.environ.pop(name, None)
     cli.setup_logging(0)
     begin = time.monotonic()
     try:
@@ -114,12 +120,15 @@ class _Output:
 
 
 def _on_cpu(checks: Iterable[Check], visit: Visit):
-    """Starts the process for what the checks need from the CPU; None if they need nothing."""
+    """Starts the process for what the checks need from the CPU, and gives the visit an end of the
+    pipe that tells whether it lives; None if they need nothing."""
     parts = list(dict.fromkeys(check.on_cpu for check in checks if check.on_cpu))
     if not parts:
         return None
-    process = SPAWN.Process(target=compute_on_cpu, args=(parts, visit.folder / "cpu.log", visit))
+    visit.helper, alive = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=compute_on_cpu, args=(parts, visit, alive))
     process.start()
+    alive.close()
     return process
 
 
@@ -148,21 +157,26 @@ class _GPU:
         if left <= needs:
             row.skipped = f"no time: it takes about {needs:.0f} s, {max(0.0, left):.0f} s are left"
             return row
-        limit = left if self.visit.dry else min(left, PATIENCE * check.seconds)
         if check.alone and not self.fresh:
             self.stop()
         try:
             if self.process is None:
-                self._start(left)
+                self._start(self._limit(left, START))
+                left -= time.monotonic() - begin
             self.fresh = False
+            limit = self._limit(left, PATIENCE * check.seconds)
             row, usable = self._ask((check, limit), limit)
         except _Lost as lost:
             row.problems.append(str(lost))
-            row.error, usable = self._tail(), False
+            row.error, usable = tail(self.log), False
             row.seconds = time.monotonic() - begin
         if check.alone or not usable:
             self.stop()
         return row
+
+    def _limit(self, left: float, seconds: float) -> float:
+        """Seconds to wait; a pretended GPU may take as long as it likes."""
+        return left if self.visit.dry else min(left, seconds)
 
     def _start(self, limit: float) -> None:
         self.pipe, theirs = SPAWN.Pipe()
@@ -186,13 +200,9 @@ class _GPU:
             self.process.join()
             code = self.process.exitcode
             raise _Lost(f"the process on the GPU ended with exit code {code}") from None
+        if task is None:
+            raise _Lost(f"the process on the GPU did not start within {limit:.0f} s")
         raise _Lost(f"no answer from the process on the GPU within {limit:.0f} s")
-
-    def _tail(self, lines: int = 30) -> str:
-        """The last lines that the processes on the GPU printed."""
-        if not self.log.exists():
-            return ""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self) -> None:
         """Ends the process."""

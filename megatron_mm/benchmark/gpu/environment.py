@@ -18,7 +18,8 @@ PACKAGES = ("triton", "flash-linear-attention", "transformer-engine")
 
 
 def check(visit: Visit, row: Row) -> None:
-    """Names card and packages; measures products, copies and launches."""
+    """Measures products, copies and launches; names card and packages."""
+    peaks(visit, row)
     card = torch.cuda.get_device_properties(0)
     built = torch.cuda.get_arch_list()
     capability = f"sm_{card.major}{card.minor}"
@@ -37,7 +38,6 @@ def check(visit: Visit, row: Row) -> None:
     # A build for sm_80 runs on all of 8.x, one for another major does not.
     if built and not any(name.startswith(f"sm_{card.major}") for name in built):
         row.problems.append(f"torch is built for {', '.join(built)}, the card is {capability}")
-    peaks(visit, row)
     row.text.append(f"{card.name}, {capability}, driver {row.figures['driver']}")
     row.text.append(f"torch {torch.__version__}, CUDA {torch.version.cuda}")
     missing = [name for name in PACKAGES if row.figures[name] is None]
@@ -93,10 +93,15 @@ def _version(name: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The driver's version, None without nvidia-smi."""
+    """The driver's version, None where nvidia-smi does not tell it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     words = ["--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run([tool, *words], capture_output=True, text=True, timeout=20)
+    try:
+        done = subprocess.run([tool, *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if done.returncode:  # it prints why
+        return None
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None

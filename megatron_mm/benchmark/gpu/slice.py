@@ -161,24 +161,13 @@ def by_kind(visit: Visit, found: Slice) -> dict[str, float]:
 
 def check(visit: Visit, row: Row) -> None:
     """Times passes, update and kinds of layers; counts waits and kernels; compares with the
-    plan."""
+    plan, last: the measurements are worth having without it."""
     found = built(visit)
     sides = {"passes": found.passes, "update": found.update}
     times = medians(sides, visit.size(5, 1), warmup=visit.size(1, 0))
-    gpu = planned_gpu(torch.cuda.get_device_name(0))
-    plan = visit.from_cpu("plan.predicted")[gpu.name]
-    passes, planned = times["passes"], 1e3 * sum(plan["whole"])
-    row.note(
-        passes_ms=round(passes, 2),
-        planned_passes_ms=round(planned, 2),
-        update_ms=round(times["update"], 2),
-        planned_update_ms=round(1e3 * plan["update"], 2),
-        planned_terms_ms={name: round(1e3 * t, 2) for name, t in plan["terms"].items()},
-        planned_for=gpu.name,
-        kinds=_beside(by_kind(visit, found), plan["parts"]),
-    )
-    row.text.append(f"passes {passes:.1f} ms, planned {planned:.1f}")
-    row.text.append(f"update {times['update']:.1f} ms")
+    row.note(passes_ms=round(times["passes"], 2), update_ms=round(times["update"], 2))
+    kinds = by_kind(visit, found)
+    row.note(kinds=_beside(kinds, {}))
     where = waits(found.passes, visit.pretended)
     row.note(waits=sum(where.values()), waits_at=dict(where.most_common(20)))
     seen = kernels(found.passes, visit.pretended)
@@ -189,22 +178,35 @@ def check(visit: Visit, row: Row) -> None:
         busy_ms=round(seen.busy, 2),
         top=seen.top,
     )
+    gpu = planned_gpu(torch.cuda.get_device_name(0))
+    plan = visit.from_cpu("plan.predicted")[gpu.name]
+    planned = 1e3 * sum(plan["whole"])
+    row.note(
+        planned_passes_ms=round(planned, 2),
+        planned_update_ms=round(1e3 * plan["update"], 2),
+        planned_terms_ms={name: round(1e3 * t, 2) for name, t in plan["terms"].items()},
+        planned_for=gpu.name,
+        kinds=_beside(kinds, plan["parts"]),
+    )
+    row.text.append(f"passes {times['passes']:.1f} ms, planned {planned:.1f}")
+    row.text.append(f"update {times['update']:.1f} ms")
     row.text.append(f"{row.figures['waits']} waits, {seen.count} kernels, busy {seen.busy:.1f} ms")
 
 
 def _beside(
     kinds: dict[str, float], parts: dict[str, list[float]]
 ) -> dict[str, dict[str, list[float]]]:
-    """By kind and direction: milliseconds found, milliseconds planned."""
+    """By kind and direction: milliseconds found, and those planned where the plan has the part."""
     planned = {name.split()[0]: seconds for name, seconds in parts.items()}
     table: dict[str, dict[str, list[float]]] = {}
     for letter in (FIRST, *LAYERS, LAST):
         title = WORDS.get(letter) or LAYERS[letter].title
         for place, direction in enumerate(("forward", "backward")):
             name = f"{letter} {direction}"
-            if name in kinds and letter in planned:
-                pair = [kinds[name], 1e3 * planned[letter][place]]
-                table.setdefault(title, {})[direction] = [round(ms, 3) for ms in pair]
+            if name in kinds:
+                both = [kinds[name]]
+                both += [1e3 * planned[letter][place]] if letter in planned else []
+                table.setdefault(title, {})[direction] = [round(ms, 3) for ms in both]
     return table
 
 
@@ -218,7 +220,8 @@ def check_memory(visit: Visit, row: Row) -> None:
     found.step()
     peak = torch.cuda.max_memory_allocated() - found.before
     reserved = torch.cuda.max_memory_reserved()
+    row.note(peak_bytes=peak, reserved_bytes=reserved)
     planned = visit.from_cpu("plan.predicted")["peak_bytes"]
-    row.note(peak_bytes=peak, reserved_bytes=reserved, planned_bytes=planned)
+    row.note(planned_bytes=planned)
     row.at_most("peak over the planned", peak / planned, 1 / (1 - Assumptions().reserved))
     row.text.append(f"{peak / 1e9:.1f} GB, planned {planned / 1e9:.1f}")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_mm.parallel.groups import Groups
+
+
+CPU_LOG = "cpu.log"  # in a visit's folder: what the process without GPU printed
 
 
 class Skip(Exception):
@@ -82,6 +86,8 @@ class Visit:
         deadline: of the running check's waits, as `time.monotonic` counts.
         kept: things made by one check for later ones, by name.
         pretended: the GPU that counts in place of a real one.
+        helper: the end of a pipe whose other end the process without GPU holds while it lives;
+            nothing is sent through it.
     """
 
     folder: Path
@@ -89,6 +95,7 @@ class Visit:
     deadline: float = math.inf
     kept: dict[str, Any] = field(default_factory=dict)
     pretended: Any = None
+    helper: Connection | None = None
 
     def size[T](self, real: T, dry: T) -> T:
         """The first on a GPU, the second on a pretended one."""
@@ -122,20 +129,34 @@ class Visit:
         Args:
             part: its path, as the check's registration names it.
         Raises:
-            RuntimeError: it failed, or took too long.
+            RuntimeError: it failed, took too long, or its process is gone.
         """
         import torch
 
         result, problem = cpu_files(self.folder, part)
-        while not result.exists():
+        while True:
+            # Before the files: what ends now has written its own.
+            gone = self.helper is not None and self.helper.poll()
+            if result.exists():
+                break
             if problem.exists():
                 text = problem.read_text(encoding="utf-8").strip()
                 raise RuntimeError(f"on the CPU: {text.splitlines()[-1]}\n{text}")
+            if gone:
+                said = tail(self.folder / CPU_LOG) or "it printed nothing"
+                raise RuntimeError(f"the process on the CPU ended without {part}\n{said}")
             if time.monotonic() > self.deadline:
                 raise RuntimeError(f"{part} on the CPU did not end within the check's time")
             time.sleep(0.1)
         # A file of our own, a moment old.
         return torch.load(result, weights_only=False)
+
+
+def tail(log: Path, lines: int = 30) -> str:
+    """The last lines of a file; none if there is no file."""
+    if not log.exists():
+        return ""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def cpu_files(folder: Path, part: str) -> tuple[Path, Path]:

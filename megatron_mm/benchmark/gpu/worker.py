@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.benchmark.gpu.checks import Check
-from megatron_mm.benchmark.gpu.visit import Row, Skip, Visit, cpu_files
+from megatron_mm.benchmark.gpu.visit import CPU_LOG, Row, Skip, Visit, cpu_files
 
 # Makes torch, in a process that has not imported it, say that there is a GPU; returns what counts.
 Pretend = Callable[[], Any] | None
@@ -91,28 +91,50 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:300]
 
 
-def compute_on_cpu(parts: list[str], log: Path, visit: Visit) -> None:
-    """Calls functions of this folder without a GPU and writes what they return."""
-    _write_to(log)
+def compute_on_cpu(parts: list[str], visit: Visit, _alive: Connection) -> None:
+    """Calls functions of this folder without a GPU and writes what they return, or their traceback.
+
+    Args:
+        _alive: the pipe's end that is open as long as this process lives; `Visit.helper` is the
+            other.
+    """
+    try:
+        _write_to(visit.folder / CPU_LOG)
+        _without_gpu()
+    # Whatever it is, the checks that wait say so.
+    except Exception:
+        for part in parts:
+            cpu_files(visit.folder, part)[1].write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+    import torch
+
+    for part in parts:
+        result, problem = cpu_files(visit.folder, part)
+        try:
+            partial = result.with_suffix(".partial")
+            torch.save(_part(part)(visit.dry), partial)
+            partial.rename(result)
+        except Exception:
+            problem.write_text(traceback.format_exc(), encoding="utf-8")
+
+
+def _without_gpu() -> None:
+    """Hides GPUs from this process."""
     from megatron_mm import cli, platform
 
     cli.setup_logging(0)
     platform.quiet()
     platform.hide_gpus()
     platform.install()
+    _leave_cores()
+
+
+def _leave_cores() -> None:
+    """Leaves two cores to the process that measures on the GPU: its launches need one at once."""
     import torch
 
-    for part in parts:
-        result, problem = cpu_files(visit.folder, part)
-        try:
-            value = _part(part)(visit.dry)
-        # Whatever it is, the check that waits for it says so.
-        except Exception:
-            problem.write_text(traceback.format_exc(), encoding="utf-8")
-            continue
-        partial = result.with_suffix(".partial")
-        torch.save(value, partial)
-        partial.rename(result)
+    others = len(os.sched_getaffinity(0)) - 2
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), others)))
 
 
 def _part(path: str) -> Callable:
