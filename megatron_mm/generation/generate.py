@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm import platform
 from megatron_mm.config import RunConfig, token_multiple
@@ -134,7 +133,7 @@ class _Generation:
         self.multiple, self.settings = token_multiple(run), image_settings(run)
         self.budget = run.training.micro_batch_size * run.data.seq_length
         stages = engine.groups.pg.pp.size()
-        rows_each, self.row_multiple = rows_of_a_lane(run, engine.groups.pg, group, rows)
+        rows_each, self.row_multiple = rows_of_a_lane(run, group, rows)
         self.lanes = [Lane(rows_each, sampling.max_tokens, pad_id, every) for _ in range(stages)]
         self.next_prompt, self.stopped = 0, False
         self.waiting: Sample | None = None  # on the reader: already read, but it did not fit
@@ -324,17 +323,16 @@ class _Generation:
         return noise
 
 
-def rows_of_a_lane(
-    run: RunConfig, pg: ProcessGroupCollection, group: int, rows: int
-) -> tuple[int, int]:
+def rows_of_a_lane(run: RunConfig, group: int, rows: int) -> tuple[int, int]:
     """Returns how many rows a lane has, and the number of which that is a multiple.
 
     Args:
         group: completions of a prompt, which a lane has room for.
         rows: that a replica asks for.
     """
-    multiple = math.lcm(token_multiple(run), KERNEL_ROWS * pg.cp.size())
-    wanted = max(group, -(-rows // pg.pp.size()))
+    par = run.parallel
+    multiple = math.lcm(token_multiple(run), KERNEL_ROWS * par.context_parallel_size)
+    wanted = max(group, -(-rows // par.pipeline_model_parallel_size))
     return -(-wanted // multiple) * multiple, multiple
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_mm import cli
 from megatron_mm.config import ConfigError, RunConfig, load
 from megatron_mm.config.flags import parse_flags
+from megatron_mm.errors import RLError
 from megatron_mm.perf.hardware import GPU, Assumptions, gpu
 
 
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
         run = _with_defaults(load(None, rest), rest, args.world_size)
         act = _search if searching else _plan
         return act(args, run, gpu(args.gpu), Assumptions.given(args.assume))
-    except ConfigError as error:
+    except (ConfigError, RLError) as error:
         return cli.fail(error)
 
 

@@ -152,8 +152,8 @@ def _shapes(query_ThD: torch.Tensor, keys: int) -> tuple[tuple[int, ...], ...]:
     return (1, heads, tokens, width), held, held
 
 
-# Kernels that torch's table lacks, in its wrapped form: the CPU's attention, by the formulas of the
-# GPU's, that of packed streams, and grouped products.
+# Kernels that torch's table lacks: the CPU's attention, by the formulas of the GPU's, that of
+# packed streams, and grouped products. The formulas take tensors, not shapes.
 MORE_FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -161,8 +161,6 @@ MORE_FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.torch_attn._varlen_attn: _packed,
     torch.ops.torch_attn._varlen_attn_backward: _packed_backward,
 }
-for _formula in MORE_FLOPS.values():
-    _formula._get_raw = True  # type: ignore[attr-defined]  # torch's mark of a wrapped formula
 
 
 def kernel_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_mm.config import (
@@ -86,8 +86,8 @@ def too_large(plan: LayoutPlan) -> ConfigError:
     held, able = rank.total / gb, room(plan.gpu, plan.assumed) / gb
     parts = f"{rank.state.total / gb:.1f} state, {rank.activations / gb:.1f} activations"
     if rank.rollout is not None:
-        parts += f" or {rank.rollout.peak / gb:.1f} rollout"
-    most = most_sequences(plan) if rank.rollout is not None else 0
+        parts += f" or {rank.in_rollout / gb:.1f} rollout"
+    most = most_sequences(plan.ranks, able * gb) if rank.rollout is not None else 0
     if most and rank.state.total + rank.activations <= room(plan.gpu, plan.assumed):
         advice = f"--max-num-seqs {most} or fewer"
     elif rank.state.total > rank.beside_state:
@@ -102,12 +102,16 @@ def too_large(plan: LayoutPlan) -> ConfigError:
     )
 
 
-def most_sequences(plan: LayoutPlan) -> int:
-    """The largest max_num_seqs whose rollout fits on every rank; 0 if none does."""
-    able = room(plan.gpu, plan.assumed)
+def most_sequences(ranks: Sequence[RankPlan], able: float) -> int:
+    """The largest max_num_seqs whose rollout fits on every rank; 0 if none does.
+
+    Args:
+        ranks: one of every pipeline rank, with a rollout.
+        able: bytes that a rank has.
+    """
     found = (
-        rank.rollout.most_rows(able - rank.state.total)
-        for rank in plan.ranks
+        rank.rollout.most_rows(able - rank.state.total - rank.stays)
+        for rank in ranks
         if rank.rollout is not None
     )
     return int(min(found))  # the last stage draws for all rows, so there is a limit

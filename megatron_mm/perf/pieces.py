@@ -27,6 +27,7 @@ from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.kernels import Kernel, Link, Work
 from megatron_mm.perf.memory import State
 from megatron_mm.perf.rank import RankPlan, plan_rank
+from megatron_mm.perf.rollout import reinforced, rough_rollout
 from megatron_mm.perf.trace import ChunkTrace
 
 FIRST, LAST = "first", "last"
@@ -110,15 +111,24 @@ def rough_rank(
     replicas = world_size // (ranks * shards)
     reads = [memory.name for memory in look_memories(run.model)]
     mine, traces = stages[place::ranks], []
-    dense = expert = 0
+    found: list[RankPlan] = []
     for stage in mine:
         names = [_piece(layer, reads) for layer in stage.layers]
         names = [FIRST] * (stage.index == 0) + names + [LAST] * (stage.index == len(stages) - 1)
-        found = [pieces.plans[name] for name in names]
-        dense += sum(plan.elements[0] - plan.elements[1] for plan in found)
-        expert += sum(plan.elements[1] for plan in found)
-        traces.append(_together([plan.traces[0] for plan in found], run))
-    expert = expert * pieces.expert_ranks // par.expert_model_parallel_size
+        in_it = [pieces.plans[name] for name in names]
+        traces.append(_together([plan.traces[0] for plan in in_it], run))
+        found += in_it
+    # One buffer of gathered activations serves all stages of a rank.
+    stays = train.micro_batch_size * max(plan.stays for plan in found)
+    traces[0] = replace(traces[0], stays=stays)
+
+    def spread(experts: int) -> int:
+        return experts * pieces.expert_ranks // par.expert_model_parallel_size
+
+    held_experts = spread(sum(plan.elements[1] for plan in found))
+    held = sum(plan.elements[0] - plan.elements[1] for plan in found) + held_experts
+    expert = spread(sum(plan.trained[1] for plan in found))
+    dense = sum(plan.trained[0] - plan.trained[1] for plan in found)
     in_stage = world_size // ranks
     expert_replicas = in_stage // par.expert_model_parallel_size  # expert tensor parallel size 1
     word = 2 if train.bf16 else 4
@@ -127,10 +137,12 @@ def rough_rank(
         shared = expert_replicas = 1
     moments = 8 + (4 if train.bf16 else 0)
     state = State(
-        word * (dense + expert),
+        word * held,
         4 * (dense + expert),
         moments * (dense // shared + expert // expert_replicas),
     )
+    rl = reinforced(run)
+    rollouts = [plan.rollout for plan in found if plan.rollout is not None]
     sent = {
         Link("reduce_scatter", "dp_cp"): 4 * dense,
         Link("reduce_scatter", "expt_dp"): 4 * expert,
@@ -140,12 +152,14 @@ def rough_rank(
     return RankPlan(
         (place, ranks),
         tuple("".join(layer.kind for layer in stage.layers) for stage in mine),
+        (held, held_experts),
         (dense + expert, expert),
         state,
         tuple(traces),
         [Kernel(moved=size, link=link) for link, size in sent.items()],
         train.global_batch_size // (replicas * train.micro_batch_size),
         _groups(run, world_size),
+        None if rl is None else rough_rollout(run, rl, rollouts, state.parameters),
     )
 
 

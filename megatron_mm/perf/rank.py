@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from megatron_mm.config import RunConfig, data_parallel_size
 from megatron_mm.data.batch import Microbatch
@@ -23,6 +25,8 @@ from megatron_mm.perf.rollout import (
 from megatron_mm.perf.schedule import activation_peak, events
 from megatron_mm.perf.standins import planned_backend
 from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_once
+from megatron_mm.rl.rewards.functions import reads_routes
+from megatron_mm.rl.settings import records_routes
 from megatron_mm.train.sft import SupervisedFineTuning
 
 # Blackwell has its kernels too, as far as they are chosen by it.
@@ -36,6 +40,7 @@ class RankPlan:
         pipeline: number of this rank in its pipeline, and how many there are.
         layers: the letters of each of its stages.
         elements: parameters held here, and how many of them are of routed experts.
+        trained: those of them that have gradients, in the same way.
         traces: of its stages.
         once: its kernels once a step, beside the microbatches.
         groups: the ranks of its groups, by role.
@@ -45,6 +50,7 @@ class RankPlan:
     pipeline: tuple[int, int]
     layers: tuple[str, ...]
     elements: tuple[int, int]
+    trained: tuple[int, int]
     state: memory.State
     traces: tuple[ChunkTrace, ...]
     once: Sequence[Kernel]
@@ -65,7 +71,17 @@ class RankPlan:
     @property
     def beside_state(self) -> int:
         """Bytes at the peak of a step, of training or of the rollout before it."""
-        return max(self.activations, self.rollout.peak if self.rollout else 0)
+        return max(self.activations, self.in_rollout)
+
+    @property
+    def in_rollout(self) -> int:
+        """Bytes at the peak of a rollout, what training leaves behind included; 0 without one."""
+        return self.rollout.peak + self.stays if self.rollout else 0
+
+    @property
+    def stays(self) -> int:
+        """Bytes that training leaves behind for good, in a rollout too."""
+        return sum(trace.stays for trace in self.traces)
 
     @property
     def step(self) -> Work:
@@ -92,24 +108,27 @@ def plan_rank(
         ConfigError: the planner cannot plan these settings.
     """
     replicas = data_parallel_size(run, world_size) * run.training.micro_batch_size
+    rl = reinforced(run)
+    # Before anything is fake: it may import reward functions.
+    records = rl is not None and records_routes(rl, reads_routes(rl.reward_funcs))
     with fake_job(run, rank, world_size, HOPPER if kernels == "cuda" else None) as groups:
         recorder = Recorder(groups.pg)
         engine = fake_engine(run, groups, planned_backend(run, kernels, recorder.add))
         state = memory.planned(engine)
         chunks = range(len(engine.chunks))
-        rl = reinforced(run)
         objective: Objective = SupervisedFineTuning()
         given = batch
         if rl is not None:
             objective, given = policy_objective(rl), policy_batch(run, rl, batch)
         traces = tuple(trace_chunk(engine, recorder, chunk, given, objective) for chunk in chunks)
-        rollout = None if rl is None else trace_rollout(engine, recorder, batch)
+        rollout = None if rl is None else trace_rollout(engine, recorder, batch, records)
         params = [param for chunk in engine.chunks for param in chunk.parameters()]
-        experts = sum(param.numel() for param in params if param.param_layout.expert)
+        trained = [param for param in params if param.requires_grad]
         return RankPlan(
             pipeline=(groups.pg.pp.rank(), groups.pg.pp.size()),
             layers=tuple(chunk.letters for chunk in engine.chunks),
-            elements=(sum(param.numel() for param in params), experts),
+            elements=_elements(params),
+            trained=_elements(trained),
             state=state,
             traces=traces,
             once=trace_once(engine, recorder),
@@ -117,3 +136,9 @@ def plan_rank(
             groups=recorder.groups(),
             rollout=rollout,
         )
+
+
+def _elements(params: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+    """Numbers of elements: of all these, and of the routed experts among them."""
+    sizes = [(param.numel(), param.param_layout.expert) for param in params]
+    return sum(size for size, _ in sizes), sum(size for size, expert in sizes if expert)

@@ -4,6 +4,7 @@ policy's microbatch, the reference in host memory."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,7 @@ class RolloutTrace:
 
     Attributes:
         rows: completions that the replica generates at a time: max_num_seqs, rounded up.
+        lanes: into which they are divided, one for each pipeline rank.
         multiple, least: `rows` is a multiple, and has room for a group in every lane.
         cache: of all rows, each as long as a sample may be: keys, values, states of the delta
             rule, inputs of the convolutions, the looks' keys and values, recorded routes.
@@ -85,6 +87,7 @@ class RolloutTrace:
     """
 
     rows: int
+    lanes: int
     multiple: int
     least: int
     cache: int
@@ -108,21 +111,23 @@ class RolloutTrace:
         return int(most) if most >= self.least else 0
 
 
-def trace_rollout(engine: Engine, recorder: Recorder, batch: Microbatch) -> RolloutTrace:
+def trace_rollout(
+    engine: Engine, recorder: Recorder, batch: Microbatch, records: bool
+) -> RolloutTrace:
     """Prefills the rows of a lane on a fake rank and draws for them, as `generate` does.
 
     Args:
         batch: samples as long as a prompt and its completion may be together, `micro_batch_size`
             of them; `balance` was called for it.
+        records: whether the rollout records routes.
     """
     run, pg = engine.run, engine.groups.pg
     rl, lanes = resolve_algorithm(run.section(RLConfig)), pg.pp.size()
-    rows, multiple = rows_of_a_lane(run, pg, rl.num_generations, rl.max_num_seqs)
+    rows, multiple = rows_of_a_lane(run, rl.num_generations, rl.max_num_seqs)
     filled = min(rows, run.training.micro_batch_size * rl.num_generations)
     prompts = torch.arange(filled) // rl.num_generations
     cache = DecodeCache(rows, Filling(torch.arange(filled), prompts))
     cache.reserve(run.data.seq_length + TOKENS_A_TURN)
-    records = rl.routing_replay == "R3" or bool(rl.skill_map)
     engine.training(False)
     begin = recorder.live
     with torch.no_grad(), fused_kernels(recorder.add), recorder:
@@ -138,10 +143,43 @@ def trace_rollout(engine: Engine, recorder: Recorder, batch: Microbatch) -> Roll
     weights = sum(p.nbytes for chunk in engine.chunks for p in chunk.parameters())
     return RolloutTrace(
         rows * lanes,
+        lanes,
         multiple * lanes,
-        lanes * rows_of_a_lane(run, pg, rl.num_generations, 1)[0],
+        lanes * rows_of_a_lane(run, rl.num_generations, 1)[0],
         held * lanes,
         prefill,
+        drawing,
+        2 * weights if rl.ref_load else 0,
+    )
+
+
+def rough_rollout(
+    run: RunConfig, rl: ResolvedRL, pieces: Sequence[RolloutTrace], weights: int
+) -> RolloutTrace:
+    """The rollout of a stage, or of several, put together from rollouts of its sub-layers.
+
+    Args:
+        run: a layout; its number of lanes and of rows need not be that of the pieces.
+        pieces: traced with one sample in a microbatch; every one keeps as much for a row.
+        weights: bytes of the rank's parameters.
+    """
+    lanes, group = run.parallel.pipeline_model_parallel_size, rl.num_generations
+    lane, multiple = rows_of_a_lane(run, group, rl.max_num_seqs)
+    rows = lane * lanes
+    # The logits of all rows, and what drawing from those of one lane takes.
+    logits = 4 * run.model.language.vocab_size
+    drawing = 0
+    for piece in pieces:
+        if piece.drawing:
+            of_a_lane = (piece.drawing - logits * piece.rows) * piece.lanes // piece.rows
+            drawing += logits * rows + of_a_lane * lane
+    return RolloutTrace(
+        rows,
+        lanes,
+        multiple * lanes,
+        lanes * rows_of_a_lane(run, group, 1)[0],
+        sum(piece.cache * rows // piece.rows for piece in pieces),
+        run.training.micro_batch_size * max(piece.prefill for piece in pieces),
         drawing,
         2 * weights if rl.ref_load else 0,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from megatron_mm.config import ConfigError, RunConfig, model_stages, validate
 from megatron_mm.config.settings import RecomputeModule
 from megatron_mm.perf.hardware import GPU, Assumptions
-from megatron_mm.perf.layout import LayoutPlan, on_gpus, plan_layout
+from megatron_mm.perf.layout import LayoutPlan, most_sequences, on_gpus, plan_layout
 from megatron_mm.perf.pieces import Pieces, rough_rank, trace_pieces
 from megatron_mm.perf.predict import exchanged, room, roughly
 from megatron_mm.perf.rank import RankPlan
@@ -49,6 +49,44 @@ class Found:
     fitting: int
 
 
+@dataclass
+class _Refused:
+    """Summary of the layouts that do not fit.
+
+    Attributes:
+        able: bytes that a GPU has.
+        leanest: the fewest bytes that one of them needs.
+        trains: training fits in one of them, its rollout does not.
+        sequences: the largest max_num_seqs with which one of these would fit, 0 for none.
+    """
+
+    able: float
+    leanest: float = float("inf")
+    trains: bool = False
+    sequences: int = 0
+
+    def add(self, needed: float, ranks: Sequence[RankPlan]) -> None:
+        self.leanest = min(self.leanest, needed)
+        trains = all(rank.state.total + rank.activations <= self.able for rank in ranks)
+        if trains and ranks[0].rollout is not None:
+            self.trains = True
+            self.sequences = max(self.sequences, most_sequences(ranks, self.able))
+
+    def error(self, seen: str, world_size: int, gpu: GPU) -> ConfigError:
+        advice = (
+            f"a larger --world-size than {world_size}, a GPU with more memory, or a shorter "
+            "seq_length"
+        )
+        if self.sequences:
+            advice = f"--max-num-seqs of about {self.sequences} or fewer, {advice}"
+        elif self.trains:  # but not even one group of completions
+            advice = f"fewer num_generations, {advice}"
+        return ConfigError(
+            f"{seen}: the leanest needs about {self.leanest / 1e9:.1f} GB a GPU, a {gpu.name} has "
+            f"{self.able / 1e9:.1f}; allowed: {advice}"
+        )
+
+
 def search(
     run: RunConfig,
     world_size: int,
@@ -80,7 +118,8 @@ def search(
     progress.total = len(keys) + top
     progress.set_description("sub-layers")
     ranked: list[tuple[float, int, int, RunConfig]] = []
-    leanest = float("inf")
+    able = room(gpu, assumed)
+    refused = _Refused(able)
     for candidate in sorted(tried, key=_key):
         key = _key(candidate)
         if key not in pieces:
@@ -90,30 +129,39 @@ def search(
             progress.update()
         ranks = _rough(candidate, world_size, pieces[key])
         needed = max(rank.total for rank in ranks)
-        leanest = min(leanest, needed)
-        if needed <= ROUGH * room(gpu, assumed):
+        if needed <= ROUGH * able:
             seconds = _seconds(candidate, ranks, gpu, assumed)
             ranked.append((seconds, len(ranked), needed, candidate))
+        else:
+            refused.add(needed, ranks)
     ranked.sort()
     progress.set_description("layouts")
     plans: list[LayoutPlan] = []
     off: dict[tuple, float] = {}  # how far off the rough memory was, by split
+    late = False
     for _, _, needed, candidate in ranked:
-        if len(plans) == top or (plans and time.monotonic() > until):
+        # One at least is traced, however long the sub-layers took.
+        late = bool(off) and time.monotonic() > until
+        if len(plans) == top or late:
             break
-        if needed * off.get(_key(candidate), 0.0) > room(gpu, assumed):
+        corrected = needed * off.get(_key(candidate), 0.0)
+        if corrected > able:
+            refused.leanest = min(refused.leanest, corrected)
             continue
         plan = plan_layout(candidate, world_size, gpu, assumed, images, supervised)
         off[_key(candidate)] = plan.peak / needed
         if plan.fits:
             plans.append(plan)
             progress.update()
+        else:
+            refused.add(plan.peak, plan.ranks)
     if not plans:
-        raise ConfigError(
-            f"none of {len(tried)} layouts fits: the leanest needs about {leanest / 1e9:.0f} GB a "
-            f"GPU, a {gpu.name} has {room(gpu, assumed) / 1e9:.0f}; allowed: a larger --world-size "
-            "than " + str(world_size) + ", a GPU with more memory, or a shorter seq_length"
-        )
+        seen = f"none of {len(tried)} layouts fits"
+        if late:
+            seen = (
+                f"no layout was found to fit in {SECONDS} s, not all of {len(ranked)} were traced"
+            )
+        raise refused.error(seen, world_size, gpu)
     plans.sort(key=lambda plan: plan.prediction.seconds)
     return Found(plans, len(tried), len(ranked))
 

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_mm.config import RunConfig, dump_yaml
 from megatron_mm.perf.layout import LayoutPlan, most_sequences
 from megatron_mm.perf.predict import model_flops, room
+from megatron_mm.perf.rollout import reinforced
 from megatron_mm.perf.size import model_size
 
 GB = 1e9
@@ -33,6 +34,12 @@ def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
     if run.model.vision is not None:
         batch += f", {images} images of up to {tiles} tiles in each"
     precision, step = "bf16" if run.training.bf16 else "fp32", run.training.global_batch_size
+    own = []
+    if reinforced(run) is None and run.training.objective != "sft":
+        own.append(
+            f"objective {run.training.objective}: planned as supervised training, its own loss is "
+            "not traced"
+        )
     return [
         f"{step} samples a step, {precision}; microbatch: {batch}, {supervised:.0%} of the text "
         "supervised; routing balanced",
@@ -46,6 +53,8 @@ def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
         f"links {assumed.links:.0%}; the host takes {assumed.launch * 1e6:g} us a launch, "
         f"{assumed.wait * 1e6:g} us more after a wait; {assumed.reserved:.0%} of the memory left "
         "to CUDA and NCCL",
+        *own,
+        "memory of evaluation: not in the plan",
         "seconds, tokens/s and MFU are predictions: none of them was measured",
     ]
 
@@ -72,7 +81,7 @@ def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
             "parameter_exchange_seconds": made.parameters,
             "optimizer_seconds": made.update.seconds,
             "step_seconds_by_term": made.by_term,
-            "max_num_seqs": most_sequences(plan) if plan.ranks[0].rollout else None,
+            "max_num_seqs": _most(plan) if plan.ranks[0].rollout else None,
             "tokens_per_second_per_gpu": made.tokens_per_second_per_gpu,
             "mfu": made.mfu,
         },
@@ -166,11 +175,16 @@ def _rollout(plan: LayoutPlan) -> list[str]:
         f"rollout, most of any rank: {worst.rows} sequences at a time, caches "
         f"{worst.cache / GB:.1f} GB ({worst.cache / worst.rows / 1e6:.1f} MB each), a prefill "
         f"{worst.prefill / GB:.1f} GB, drawing {worst.drawing / GB:.1f} GB; up to "
-        f"{most_sequences(plan)} sequences (max_num_seqs) fit; its time is not predicted"
+        f"{_most(plan)} sequences (max_num_seqs) fit; its time is not predicted"
     )
     if worst.host:
         line += f"; reference: {worst.host / GB:.1f} GB of host memory a rank"
     return [line]
+
+
+def _most(plan: LayoutPlan) -> int:
+    """The number of sequences that a replica can generate at a time."""
+    return most_sequences(plan.ranks, room(plan.gpu, plan.assumed))
 
 
 def ranking(plans: Sequence[LayoutPlan], considered: int, fitting: int) -> str:

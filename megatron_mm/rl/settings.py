@@ -140,6 +140,12 @@ def resolve_algorithm(rl: RLConfig) -> ResolvedRL:
     )
 
 
+def records_routes(rl: RLConfig, rewards_read_them: bool) -> bool:
+    """Whether a rollout records the experts that its tokens chose: to replay them, for the skill
+    map, or for a reward function that reads `routed_experts`."""
+    return rl.routing_replay == "R3" or bool(rl.skill_map) or rewards_read_them
+
+
 class RolloutPlan(NamedTuple):
     """Sizes of a rollout in prompts, completions and optimizer steps.
 

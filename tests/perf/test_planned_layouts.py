@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mm.config import model_stages
+from megatron_mm.config import LoraConfig, model_stages
+from megatron_mm.perf.kernels import Work
 from megatron_mm.perf.pieces import rough_rank, trace_pieces
 from support.batches import two_memories
 from support.planned_layouts import layout_run, measure, planned, world_of
@@ -80,3 +81,29 @@ def test_a_rough_plan_has_a_piece_for_each_memory():
     for place, plan in enumerate(planned(run, 2)):
         rough = rough_rank(run, 2, stages, place, pieces)
         assert rough.elements == plan.elements
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("part", ["all", "LoRA", "frozen", "vision frozen"])
+def test_a_rough_state_is_that_of_a_full_plan(part, bf16):
+    run = layout_run({"pp": 2, "bf16": bf16}, 1)
+    if part == "LoRA":
+        run.lora = LoraConfig(lora_rank=4)
+    run.training.freeze_language = part == "frozen"
+    run.training.freeze_vision = part.endswith("frozen")
+    pieces, stages = trace_pieces(run, 1, 1.0), list(model_stages(run))
+    plans = planned(run, 2)
+    assert (plans[0].trained < plans[0].elements) == (part != "all")
+    for place, plan in enumerate(plans):
+        rough = rough_rank(run, 2, stages, place, pieces)
+        assert (rough.elements, rough.trained) == (plan.elements, plan.trained)
+        assert rough.state.parameters == plan.state.parameters
+        assert rough.state.gradients == plan.state.gradients
+        # A full plan also has Adam's counters: 4 bytes for each of at most 100 tensors.
+        assert 0 < plan.state.optimizer - rough.state.optimizer <= 4 * 100
+        # What a rank gives to the exchange of gradients and parameters, padding aside.
+        sent = {link.kind: 0 for link in Work.of(rough.once).sent}
+        for link, size in Work.of(rough.once).sent.items():
+            sent[link.kind] += size
+        assert sent["reduce_scatter"] == 4 * plan.trained[0]
+        assert sent["all_gather"] == (2 if bf16 else 4) * plan.trained[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,13 +11,17 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_mm.config import RunConfig
+from megatron_mm.config import ConfigError, RunConfig, model_stages
 from megatron_mm.engine.engine import Engine
 from megatron_mm.generation import generate as module
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
+from megatron_mm.perf import search
 from megatron_mm.perf.assumed import planned_batch
+from megatron_mm.perf.hardware import Assumptions, gpu
+from megatron_mm.perf.layout import most_sequences, plan_layout
+from megatron_mm.perf.pieces import rough_rank, trace_pieces
 from megatron_mm.perf.rank import plan_rank
 from megatron_mm.perf.rollout import RolloutTrace
 from megatron_mm.rl.settings import RLConfig
@@ -120,12 +125,102 @@ def test_caches_by_hand():
     assert plan.rollout.cache == pytest.approx(ROWS * row, rel=0.01)
 
 
+@pytest.mark.parametrize("sizes", [{"bf16": True}, {"pp": 2, "bf16": True}], ids=str)
+def test_a_rough_rollout_is_that_of_a_full_plan(sizes):
+    """The pieces have other lanes and rows. A stage's cache is the sum of theirs."""
+    run = rl_run(sizes)
+    run.section(RLConfig).max_num_seqs = 64
+    world, stages = world_of(run, 1), list(model_stages(run))
+    pieces = trace_pieces(run, 1, 1.0)
+    for place in range(world):
+        full = plan_rank(run, place, world, planned_batch(run)).rollout
+        rough = rough_rank(run, world, stages, place, pieces).rollout
+        assert (rough.rows, rough.lanes, rough.multiple, rough.least) == (
+            full.rows, full.lanes, full.multiple, full.least
+        )  # fmt: skip
+        # What a look keeps to mask its scores is small and has other rows.
+        assert rough.cache == pytest.approx(full.cache, rel=0.01)
+        assert rough.drawing == pytest.approx(full.drawing, rel=0.01)
+        assert 0 < rough.prefill <= 1.01 * full.prefill
+
+
+def test_a_rollout_finds_what_training_leaves_behind():
+    run = rl_run({"tp": 2, "bf16": True})
+    plan = plan_rank(run, 0, 2, planned_batch(run))
+    # megatron-core's buffer gathers a stage's input: tokens, hidden size, two bytes.
+    assert plan.stays >= 2 * run.data.seq_length * run.model.language.hidden_size
+    assert plan.in_rollout == plan.rollout.peak + plan.stays
+    assert plan.beside_state == max(plan.activations, plan.in_rollout)
+    plan = replace(plan, rollout=replace(plan.rollout, prefill=0, drawing=0))
+    able = plan.state.total + plan.in_rollout
+    assert most_sequences([plan], able) == plan.rollout.rows
+    assert most_sequences([plan], able - 1) < plan.rollout.rows
+
+
+def test_a_search_names_the_sequences_that_do_not_fit(monkeypatch):
+    """Training fits, and the caches of a hundred thousand sequences do not: no layout is traced in
+    full, and the number that the error names fits."""
+    run, silent = rl_run({"bf16": True}), SimpleNamespace(total=None)
+    silent.update = silent.set_description = lambda *_: None
+    rl, pieces = run.section(RLConfig), {}
+    rl.max_num_seqs = 100_000
+    few = replace(gpu("H100"), memory=1e9)
+    monkeypatch.setattr(search, "candidates", lambda made, *_: [deepcopy(made)])
+    with pytest.raises(ConfigError) as caught:
+        search.search(run, 1, few, Assumptions(), 1, 1.0, 1, silent, pieces)
+    found = re.search(
+        r"leanest needs about (\S+) GB a GPU, a H100 has (\S+); allowed: --max-num-seqs of about "
+        r"(\d+) or fewer",
+        str(caught.value),
+    )
+    assert found and float(found[1]) > float(found[2]) and 0 < int(found[3]) < 100_000
+    rl.max_num_seqs = int(found[3])
+    (plan,) = search.search(run, 1, few, Assumptions(), 1, 1.0, 1, silent).plans
+    assert plan.fits
+
+
+def test_a_search_ends_in_time_where_nothing_fits(monkeypatch):
+    """A rough plan that is too lean, for a layout that cannot fit: one is traced, and no more."""
+    run, silent, traced = rl_run({"bf16": True}), SimpleNamespace(total=None), []
+    silent.update = silent.set_description = lambda *_: None
+    small = replace(gpu("H100"), memory=1e6)
+
+    def full(*args):
+        traced.append(plan_layout(*args))
+        return traced[-1]
+
+    monkeypatch.setattr(search, "candidates", lambda made, *_: [deepcopy(made) for _ in range(3)])
+    monkeypatch.setattr(search, "ROUGH", 1e9)
+    monkeypatch.setattr(search, "SECONDS", 0)
+    monkeypatch.setattr(search, "plan_layout", full)
+    with pytest.raises(ConfigError, match="no layout was found to fit in 0 s, not all of 3 were"):
+        search.search(run, 1, small, Assumptions(), 1, 1.0, 1, silent)
+    assert len(traced) == 1
+
+
+def reads_routes(completions, routed_experts, **columns):
+    return [0.0] * len(completions)
+
+
+def test_a_reward_that_reads_routes_has_them_recorded():
+    """As the collector does: int16 of each layer's experts, for every position of every row."""
+    run = rl_run({"bf16": True})
+    run.section(RLConfig).routing_replay = "none"
+    batch = planned_batch(run)
+    plain = plan_rank(run, 0, 1, batch).rollout
+    run.section(RLConfig).reward_funcs = [f"{__name__}.reads_routes"]
+    recorded = plan_rank(run, 0, 1, batch).rollout
+    lm, positions = run.model.language, 192
+    routes = 2 * run.model.hybrid_layer_pattern.count("E") * positions * lm.moe_router_topk
+    assert recorded.cache - plain.cache == plain.rows * routes
+
+
 def test_the_most_rows_that_fit():
-    rollout = RolloutTrace(16, 4, 8, cache=1600, prefill=500, drawing=320, host=0)
+    rollout = RolloutTrace(16, 2, 4, 8, cache=1600, prefill=500, drawing=320, host=0)
     assert rollout.peak == 2100
     assert rollout.most_rows(2100) == 16 and rollout.most_rows(2099) == 12
     assert rollout.most_rows(1300) == 8 and rollout.most_rows(1299) == 0  # less than a group's room
-    nothing = RolloutTrace(16, 4, 8, cache=0, prefill=500, drawing=0, host=0)  # the ViT's stage
+    nothing = RolloutTrace(16, 2, 4, 8, cache=0, prefill=500, drawing=0, host=0)  # the ViT's stage
     assert nothing.most_rows(500) == float("inf") and nothing.most_rows(499) == 0
-    wide = RolloutTrace(16, 4, 8, cache=1600, prefill=0, drawing=3200, host=0)
+    wide = RolloutTrace(16, 2, 4, 8, cache=1600, prefill=0, drawing=3200, host=0)
     assert wide.most_rows(4800) == 16 and wide.most_rows(4799) == 12

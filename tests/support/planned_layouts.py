@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,6 +69,20 @@ def planned(run: RunConfig, world: int) -> list[RankPlan]:
     return [plan_rank(run, rank, world, the_batch(run), kernels="torch") for rank in range(world)]
 
 
+def _of_tensors() -> dict[Any, Callable[..., int]]:
+    """Returns `MORE_FLOPS` with torch's mark of formulas that take tensors, not shapes."""
+
+    def marked(formula: Callable[..., int]) -> Callable[..., int]:
+        @wraps(formula)
+        def raw(*args, **kwargs) -> int:
+            return formula(*args, **kwargs)
+
+        raw._get_raw = True
+        return raw
+
+    return {packet: marked(formula) for packet, formula in MORE_FLOPS.items()}
+
+
 def measure(run: RunConfig, microbatches: int):
     """Takes the step on a real rank and measures it.
 
@@ -84,7 +101,7 @@ def measure(run: RunConfig, microbatches: int):
         engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
     peak = recorder.peak
     # In a step of its own: the counter's hooks on modules keep tensors alive.
-    counter = FlopCounterMode(display=False, custom_mapping=MORE_FLOPS)
+    counter = FlopCounterMode(display=False, custom_mapping=_of_tensors())
     with counter:
         engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
     with recorder:

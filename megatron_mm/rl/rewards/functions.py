@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_mm.errors import RLError
-from megatron_mm.plugins import Registry, Spec
+from megatron_mm.plugins import Registry, Spec, parse_specs
 from megatron_mm.rl.rewards.forms import Reading, as_messages, as_texts
 from megatron_mm.rl.rewards.text import text_of
 
@@ -161,6 +161,15 @@ def _finish(result: Any) -> Any:
         return await result
 
     return asyncio.run(wait()) if inspect.isawaitable(result) else result
+
+
+def reads_routes(reward_funcs: Sequence[str]) -> bool:
+    """Whether any of these functions names the argument `routed_experts`.
+
+    Raises:
+        RLError: in one line, for functions that cannot be loaded.
+    """
+    return any(RewardFunction(spec).wants_routes for spec in parse_specs(reward_funcs, REWARDS))
 
 
 def load_function(path: str) -> Callable[..., Any]:

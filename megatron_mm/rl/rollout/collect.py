@@ -19,7 +19,7 @@ from megatron_mm.rl.rollout.draw import draw_rollout
 from megatron_mm.rl.rollout.failures import check_rewards
 from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.rollout.score import Scored, Scorer, informative, join
-from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
+from megatron_mm.rl.settings import RLConfig, records_routes, resolve_algorithm, rollout_plan
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ class Collector:
         self.engine, self.tokenizer, self.loader = engine, tokenizer, loader
         self.rl, self.plan = resolve_algorithm(run.section(RLConfig)), rollout_plan(run)
         self.scorer = Scorer(self.rl, engine, tokenizer, alignment)
-        mapped = alignment is not None and alignment.maps is not None
-        replayed = self.rl.routing_replay == "R3"
-        self.record_routes = mapped or self.scorer.wants_routes or replayed
+        self.record_routes = records_routes(self.rl, self.scorer.wants_routes)
 
     def close(self) -> None:
         """Ends the reward workers."""
