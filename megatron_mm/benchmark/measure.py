@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def environment() -> dict[str, Any]:
@@ -110,7 +111,9 @@ def _storages() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.layout is torch.strided:
+        # torch.compile leaves tensors without memory behind.
+        real = isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor)
+        if real and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found

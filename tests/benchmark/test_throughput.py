@@ -88,7 +88,7 @@ def test_a_run_is_measured_on_its_layout(ranks, run, layout):
         rate = side["model_tflops_per_second_per_rank"] * 1e12
         assert side["mfu"] == pytest.approx(rate / peak)
     # Only real data are decoded and shared while the clock runs.
-    shared = "control all-gather"
+    shared = "world all-reduce"
     assert shared in one["sides"]["real, natural"]["phases"]
     assert shared not in one["sides"]["mock, natural"]["phases"]
     assert one["memory"]["peak_resident_bytes"] > 1e8 and one["units"] == {"rank": "CPU process"}

@@ -56,7 +56,7 @@ def on_rank_forbidding(run: RunConfig) -> dict:
     for prepare in (lambda engine: None, in_one_kernel, lambda engine: watch(engine, sizes)):
         prepare(engine)
         with engine.forbidding(forbidden), torch.no_grad():
-            logits.append(engine.chunks[0](batch))
+            logits.append(engine.chunks[0](batch).logits())
     return {
         "same": torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2]),
         "without rows": [counts[::3].sum().item() for counts in sizes],
