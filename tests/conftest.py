@@ -8,9 +8,9 @@ import torch
 
 from examples.digits.make_digits import main as make_digits
 from megatron_mm import platform
-from support import gpus
 from support.markers import chooses
 from support.ranks import RankPool
+from tools.fake_gpu import install
 
 
 def pytest_configure(config):
@@ -32,7 +32,7 @@ def ranks():
 @pytest.fixture(scope="session")
 def gpu_ranks():
     """`ranks` on GPUs that are not there: tools/fake_gpu."""
-    pool = RankPool(prepare=gpus.pretend)
+    pool = RankPool(prepare=install)
     yield pool.run
     pool.stop()
 

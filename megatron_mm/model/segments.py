@@ -170,7 +170,7 @@ class Segments:
 
     @cached_property
     def bounds(self) -> Bounds:
-        """Of every sample against itself."""
+        """Bounds of every sample against itself."""
         boundaries = self.cu_seqlens.int()
         return Bounds(boundaries, boundaries, self.width, self.width)
 

@@ -137,7 +137,7 @@ def _grouped(first, second, *args, out_val=None, **kwargs) -> int:
 
 
 def _packed(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *args, **kwargs) -> int:
-    """As if every sample had as many keys as the longest: lengths are on the device."""
+    """Counts as many keys for every sample as the longest has: lengths are on the device."""
     return sdpa_flop_count(*_shapes(query, max_k))
 
 

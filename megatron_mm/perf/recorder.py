@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _answered(self, func, args, kwargs) -> float | torch.Tensor | None:
-        """What the host reads of a tensor without memory; None if it reads nothing."""
+        """Returns what the host reads of a tensor without memory; None if it reads nothing."""
         asked = next(iter(args), None)
         if self._answer is None or not isinstance(asked, torch.Tensor) or not asked.is_meta:
             return None

@@ -79,7 +79,7 @@ def test_normalise():
 
 
 def test_every_value_of_a_pixel_is_normalised_in_fp32_in_this_order():
-    """As the processors of transformers do, whose pixels an export's are compared with bitwise."""
+    """The processors of transformers do the same; an export's pixels are compared with theirs."""
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     expected = (values.astype(np.float32) / np.float32(255) - mean) / std

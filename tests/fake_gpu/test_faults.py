@@ -80,7 +80,7 @@ FAULTS = {
 
 
 def on_rank_fault(fault: Fault) -> str:
-    """What is said about the product with the fault in it."""
+    """Returns what is said about the product with the fault in it."""
     gpu = install()
     run = measured_run(**SHALLOW)
     job = groups.build(run.parallel)

@@ -1,4 +1,4 @@
-"""What moves to the pretended GPU, and attention over packed streams there.
+"""Moves to the pretended GPU, and attention over packed streams there.
 
 A function that starts with `on_rank_` runs on the pretended GPU; the test looks at its answer.
 """

@@ -1,4 +1,4 @@
-"""What the pretended GPU refuses, waits for and counts, operator by operator, as CUDA does.
+"""The pretended GPU refuses, waits and counts, operator by operator, as CUDA does.
 
 A function that starts with `on_rank_` runs on the pretended GPU; the test looks at its answer.
 """
@@ -190,7 +190,7 @@ def _labelled_exp(device, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_kernels_of_the_backward_pass_belong_to_the_part_that_made_them(gpu_ranks):
-    """Of a sum, too, the first gradient is a kernel. What is repeated counts as forward."""
+    """The first gradient of a sum is a kernel, too. What is repeated counts as forward."""
     found, sites = gpu_ranks(1, on_rank_labels)[0]
     assert found == {
         ("one", False): 1,

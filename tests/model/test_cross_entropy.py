@@ -98,7 +98,7 @@ def test_gradients_in_fp64(pg, short_blocks, asked):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_block_has_the_bits_of_whole_logits(pg, dtype, temperature):
-    """What fits into one block is megatron-core's cross entropy to the bit, and its gradients."""
+    """One block gives megatron-core's cross entropy and its gradients, to the bit."""
     ours, theirs = given(dtype), given(dtype)
     logprobs, entropies, *gradients = fused(pg, *ours, temperature, ASKED["logprob"])
     hidden, weight, labels = theirs

@@ -53,9 +53,7 @@ def on_rank(sizes: dict, asked, temperature: float, first_holds: int, width: int
     entropies, and gradients. The first context-parallel rank holds the first positions."""
     pg = groups.build(parallel_config(**sizes)).pg
     hidden, weight, labels, weights = given()
-    config = parallel_config(**sizes)
-    config.params_dtype = torch.float32
-    layer = OutputLayer(H, VOCABULARY, dtype=config.params_dtype, init=normal(1.0), tp=pg.tp)
+    layer = OutputLayer(H, VOCABULARY, dtype=torch.float32, init=normal(1.0), tp=pg.tp)
     layout = layer.weight.param_layout
     layer.weight.data.fill_(7.0)  # padding, which must not count
     layout.held(layer.weight.data).copy_(weight[layout.block])

@@ -70,7 +70,7 @@ def _check_fp8(row: Row, found: dict, ours: dict, exact: dict) -> None:
 
 
 def _pass(visit: Visit, run: RunConfig) -> dict[str, Any]:
-    """What `gradients.step` returns, and the first outputs by layer."""
+    """Returns the result of `gradients.step`, and the first outputs by layer."""
     engine = scene_engine(run, visit.groups)
     shape = replace(SHAPES["tiny"], samples=5, tiles=4, text_only=0.3)
     batch = collate(

@@ -119,7 +119,8 @@ class _SplitRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, size: int, eps: float, tp: ProcessGroup):
         ctx.size, ctx.tp = size, tp
-        square = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_wide(x)).square()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        square = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).square()
         dist.all_reduce(square, group=tp)
         scale = torch.rsqrt(square / size + eps)
         ctx.save_for_backward(x, weight, scale)
@@ -134,10 +135,6 @@ class _SplitRMSNorm(torch.autograd.Function):
         d_weight = (d_out * normed).flatten(0, -3).sum(0)
         d_x = d_normed.addcmul_(normed, along / -ctx.size).mul_(scale)
         return d_x, d_weight, None, None, None
-
-
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from megatron_mm.parallel.param_layout import Initializer, place
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the last stage says about the next token at some positions: computed when it is asked.
+    """Statements of the last stage about the next token at some positions, computed when asked for.
 
     Log-probabilities and entropies take little memory at any size (`cross_entropy.py`); logits are
     a whole matrix, for a few rows or for a loss that needs them.

@@ -1,4 +1,4 @@
-"""The same as `gdn_mix.py` with flash-linear-attention's Triton kernels, on the packed stream.
+"""The same as `mix.py` with flash-linear-attention's Triton kernels, on the packed stream.
 
 No rectangle is made and query and key are not repeated for each value: the kernels take the
 samples' boundaries and know grouped values. Written for flash-linear-attention 0.6
@@ -25,7 +25,7 @@ def convolve_and_scan_fla(
     segments: Segments,
     widths: HeadWidths,
 ) -> torch.Tensor:
-    """Arguments and result of `gdn_mix.convolve_and_scan`; CUDA only."""
+    """Arguments and result of `mix.convolve_and_scan`; CUDA only."""
     arguments = (qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segments, widths)
     return _run(*arguments, keep=False)[0]
 
@@ -38,7 +38,7 @@ def convolve_scan_and_keep_fla(
     segments: Segments,
     widths: HeadWidths,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments and result of `gdn_mix.convolve_scan_and_keep`; CUDA only."""
+    """Arguments and result of `mix.convolve_scan_and_keep`; CUDA only."""
     arguments = (qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segments, widths)
     out, state = _run(*arguments, keep=True)
     state = state.unflatten(1, (-1, widths.values))

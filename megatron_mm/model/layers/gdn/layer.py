@@ -54,7 +54,7 @@ class DeltaState(LayerState):
 
 
 class StepConstants(NamedTuple):
-    """What the steps of a layer share."""
+    """Values that the steps of a layer share."""
 
     order: torch.Tensor  # int64, the features of the projection by part
     sizes: list[int]  # of the convolution's channels together and of the other parts
