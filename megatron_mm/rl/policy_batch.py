@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_mm.earl.router_reward import label_positions
 from megatron_mm.earl.router_term import (
     CompletionTargets,
     RouterTargets,
@@ -92,6 +93,7 @@ def policy_batch(
     values = vars(batch) | {
         "completion_T": batch.completion_T.masked_fill(left_out_T, -1),
         "lengths_N": batch.lengths_N.masked_fill(out_N, 0),
+        "skill_T": _skills(batch, credited) if rl.skill_map else None,
         "routes": batch.routes if logprobs.routes is None else logprobs.routes,
     }
     return PolicyBatch(
@@ -103,6 +105,13 @@ def policy_batch(
         rollout_weights_T=weights_T,
         router=router,
     )
+
+
+def _skills(batch: CompletionBatch, credited: Credited) -> torch.Tensor:
+    """Skills of all positions, int64 [T], -1 outside every span of a completion."""
+    spans_N, tokens_N = credited.scored.spans_N, credited.token_advantages
+    labelled = [label_positions(len(tokens_N[n]), spans_N[n])[0] for n in batch.members]
+    return batch.spread(labelled, -1, torch.int64)
 
 
 def _router_targets(
