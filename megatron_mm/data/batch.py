@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -149,9 +149,13 @@ class Microbatch:
         return replace(self, **moved)
 
 
-def _moved(value: Microbatch | BatchMemory, device: torch.device | str) -> dict[str, torch.Tensor]:
-    return {
-        f.name: platform.moved(getattr(value, f.name), device)
-        for f in fields(value)
-        if isinstance(getattr(value, f.name), torch.Tensor) and f.name not in ON_CPU
-    }
+def _moved(value: Microbatch | BatchMemory, device: torch.device | str) -> dict[str, Any]:
+    """The tensors of a value, and what else moves itself, on another device."""
+    moved = {}
+    for name in (f.name for f in fields(value) if f.name not in ON_CPU):
+        held = getattr(value, name)
+        if isinstance(held, torch.Tensor):
+            moved[name] = platform.moved(held, device)
+        elif hasattr(held, "to"):
+            moved[name] = held.to(device)
+    return moved
