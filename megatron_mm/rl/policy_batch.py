@@ -88,7 +88,7 @@ def policy_batch(
     values = vars(batch) | {
         "completion_T": batch.completion_T.masked_fill(left_out_T, -1),
         "lengths_N": batch.lengths_N.masked_fill(out_N, 0),
-        "skill_T": _skills(batch, credited) if rl.skill_map else None,
+        "skill_T": _skills(batch, credited) if rl.earl.skill_map else None,
         "routes": batch.routes if logprobs.routes is None else logprobs.routes,
     }
     return PolicyBatch(
@@ -121,13 +121,13 @@ def _router_targets(
     makes up for that; it needs both sums over the whole step."""
     kept_N, spans_N = credited.kept_N, credited.scored.spans_N
     members = [n for batch in batches for n in batch.members]
-    if rl.router_temperature:
+    if rl.earl.router_temperature:
         weights = {
             n: drawn_weights(
                 spans_N[n],
                 credited.token_advantages[n],
                 kept=kept_N[n],
-                clip=rl.router_loss_clip,
+                clip=rl.earl.router_loss_clip,
             )
             for n in members
         }
@@ -141,13 +141,13 @@ def _router_targets(
     )
     sums = torch.tensor([divisor, sum_counted(weights.values(), cluster_SLE)], dtype=torch.float64)
     divisor, counted = sum_over_readers(sums).tolist()
-    scale = rl.router_loss_coeff * divisor / counted if counted else 0.0
+    scale = rl.earl.router_loss_coeff * divisor / counted if counted else 0.0
     return [
         RouterTargets(
             batch.spread([weights[n].weight_G for n in batch.members]),
             cluster_SLE,
             scale,
-            rl.router_temperature,
+            rl.earl.router_temperature,
         )
         for batch in batches
     ]
