@@ -109,6 +109,7 @@ def curves(records: list[dict]) -> list[dict[str, Any]]:
     titles = {
         "train/lm_loss": "language model loss",
         "moe/load_balancing_loss": "load-balancing loss (1 = even experts)",
+        "moe/cluster_mass": "router's probability of the experts of a token's skill",
         "train/grad_norm": "gradient norm",
         "train/learning_rate": "learning rate",
     }

@@ -139,7 +139,9 @@ def _router_targets(
     divisor = loss_denominator(
         rl.loss_agg_mode, torch.tensor(lengths, dtype=torch.int64), rl.max_completion_length
     )
-    sums = torch.tensor([divisor, sum_counted(weights.values(), member_SLE)], dtype=torch.float64)
+    sums = torch.tensor(
+        [float(divisor), sum_counted(weights.values(), member_SLE)], dtype=torch.float64
+    )
     divisor, counted = sum_over_readers(sums).tolist()
     scale = rl.earl.router_loss_coeff * divisor / counted if counted else 0.0
     return [

@@ -177,8 +177,9 @@ def test_steps_do_not_depend_on_the_layout(ranks, scenes, map_file, one_rank, la
         assert rank["mass"] == expected["mass"]
         for ours, theirs in zip(rank["steps"], expected["steps"], strict=True):
             for name in theirs.keys() - {"moe/load_balancing_loss"}:  # a mean over replicas
-                assert ours[name] == pytest.approx(theirs[name], rel=10 * LOSS_TOLERANCE), name
-            assert ours["moe/router_loss"] == pytest.approx(theirs["moe/router_loss"], rel=1e-5)
+                # Norms of single routers are sums of squares of small gradients; see LOSS_TOLERANCE.
+                bound = LOSS_TOLERANCE * (10 if "norm" in name else 1)
+                assert ours[name] == pytest.approx(theirs[name], rel=bound), name
 
 
 def test_the_running_mass_is_that_of_the_labels(one_rank):
@@ -218,7 +219,7 @@ def test_the_shuffled_map_is_another(ranks, scenes, map_file, one_rank):
 
 
 def test_the_routers_learn_it(ranks, scenes, map_file):
-    run = aligned_run(scenes, map_file, train_iters=12)
+    run = aligned_run(scenes, map_file, train_iters=12, lr_mult_router=10.0)
     steps = ranks(1, on_rank_steps, run, 12)[0]["steps"]
     assert steps[-1]["moe/cluster_mass"] > 1.5 * steps[0]["moe/cluster_mass"]
 
@@ -232,10 +233,8 @@ def test_a_resumed_run_goes_on_to_the_bit(ranks, scenes, map_file, tmp_path):
     assert ended["mass"] == whole["mass"] != begun["mass"]
     assert begun["steps"] + ended["steps"] == whole["steps"]
     assert same(ended["parameters"], whole["parameters"])
-    # Without the running mass it would not.
-    path = tmp_path / "iter_0000002" / "run.json"
-    kept = json.loads(path.read_text())
-    assert kept["loader"].pop("skill_mass") == begun["mass"]
+    saved = json.loads((tmp_path / "iter_0000002" / "run.json").read_text())
+    assert saved["loader"]["skill_mass"] == begun["mass"]
 
 
 # ---- labels ----
@@ -291,7 +290,8 @@ def test_workers_label_alike(scenes, map_file):
 
 def test_a_skill_without_a_cluster_is_named_with_its_row(scenes, map_file, tmp_path):
     row = json.loads((scenes / "mix.jsonl").read_text().splitlines()[0])
-    row["images"] = [str(scenes / image) for image in row["images"]]
+    row["images"] = []
+    row["messages"][0]["content"] = "What do you do?"
     row["spans"] = [{"text": row["messages"][-1]["content"], "skill": "juggling"}]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
@@ -343,7 +343,7 @@ def test_an_objective_without_the_term_is_refused(scenes, map_file, monkeypatch)
     [
         (dict(skill_map=None), "earl.router_align_coeff is 0.4; allowed: left out, or this value"),
         (
-            dict(objective="grpo", reward_funcs=["exact"]),
+            dict(objective="grpo", reward_funcs=["exact"], max_completion_length=16),
             "earl.router_align_coeff is 0.4; allowed: 0 with objective grpo",
         ),
     ],
