@@ -177,7 +177,7 @@ def test_steps_do_not_depend_on_the_layout(ranks, scenes, map_file, one_rank, la
         assert rank["mass"] == expected["mass"]
         for ours, theirs in zip(rank["steps"], expected["steps"], strict=True):
             for name in theirs.keys() - {"moe/load_balancing_loss"}:  # a mean over replicas
-                # Norms of single routers are sums of squares of small gradients; see LOSS_TOLERANCE.
+                # A router's gradient is small beside the sums it is made of; see LOSS_TOLERANCE.
                 bound = LOSS_TOLERANCE * (10 if "norm" in name else 1)
                 assert ours[name] == pytest.approx(theirs[name], rel=bound), name
 
