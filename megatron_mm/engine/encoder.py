@@ -70,6 +70,8 @@ class Shares:
     @classmethod
     def of(cls, batches: Sequence[Microbatch], parts: Sequence[Part], owners: int) -> Shares:
         dealt = [batch.dealt or Dealt(0, batch.num_tiles) for batch in batches]
+        if owners > 1 and any(batch.num_tiles and batch.dealt is None for batch in batches):
+            raise ValueError("tiles that were not dealt to ranks: pass `feed.broadcast_batches`")
         owned = [
             [(b, tile) for b, deal in enumerate(dealt) for tile in deal.of(owner, owners)]
             for owner in range(owners)

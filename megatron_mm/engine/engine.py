@@ -75,6 +75,12 @@ class Engine:
         return [*self.chunks, *([] if self.encoder is None else [self.encoder.module])]
 
     @property
+    def wrapped(self) -> list[DistributedDataParallel]:
+        """Everything that has gradients: `models`, and the encoder beside them if it is trained."""
+        beside = None if self.encoder is None else self.encoder.ddp
+        return self.models if beside is None else [*self.models, beside]
+
+    @property
     def config(self) -> TransformerConfig:
         return self.chunks[0].config
 
@@ -125,7 +131,7 @@ class Engine:
                 overlap_param_gather=False,
             )
             encoder = EncoderSide.create(run, groups, module, of_encoder)
-        config.finalize_model_grads_func = partial(_finalize, encoder)
+        config.finalize_model_grads_func = partial(finish_gradients, encoder)
         config.no_sync_func = _each(models, "no_sync")
         if ddp.overlap_grad_reduce:
             config.grad_sync_func = _each(models, "start_grad_sync")
@@ -156,10 +162,8 @@ class Engine:
             The numbers of each microbatch that this rank's layers and, on the last stage, the
             objective added to the metrics.
         """
-        for model in self.models:
+        for model in self.wrapped:
             model.zero_grad_buffer()
-        if self.encoder is not None and self.encoder.ddp is not None:
-            self.encoder.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         pg = self.groups.pg
         found = [Metrics() for _ in batches]
@@ -332,7 +336,7 @@ class Engine:
         return forward_backward_pipelining_without_interleaving(**common)
 
 
-def _finalize(
+def finish_gradients(
     encoder: EncoderSide | None,
     models: list[DistributedDataParallel],
     num_tokens: torch.Tensor | None = None,

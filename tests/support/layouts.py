@@ -69,7 +69,7 @@ def swap_memories_of_looks(engine: Engine) -> None:
 
 def forget_reduction(engine: Engine, suffix: str) -> None:
     """Leaves the partial gradients of these parameters unsummed over tensor-parallel ranks."""
-    for name, param, _ in layouts(*engine.chunks):
+    for name, param, _ in layouts(*engine.modules):
         if name.endswith(suffix):
             assert param.sequence_parallel, f"{name} has no reduction to forget"
             param.sequence_parallel = False

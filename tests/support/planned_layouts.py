@@ -96,7 +96,7 @@ def measure(run: RunConfig, microbatches: int):
     generator = torch.Generator().manual_seed(0)
     tiles, _, side, _ = batch.pixels_NCHW.shape
     batch = replace(batch, pixels_NCHW=random_pixels(tiles, side, generator))
-    recorder = Recorder(made.pg)
+    recorder = Recorder(made.pg, made.encoder)
     with recorder:
         engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
     peak = recorder.peak
