@@ -48,8 +48,9 @@ class Part(NamedTuple):
 
     def tiles(self, batch: Microbatch) -> list[int]:
         """The tiles of the microbatch that enter it, in its order."""
-        chosen = batch.memories[self.name].tiles if self.name else batch.stream_tiles
-        return chosen.tolist() if batch.num_tiles else []
+        if not batch.num_tiles:  # a step of decoding has no memories either
+            return []
+        return (batch.memories[self.name].tiles if self.name else batch.stream_tiles).tolist()
 
 
 @dataclass
@@ -167,20 +168,18 @@ class EncoderSide:
         Returns:
             what each microbatch needs; on other stages than the first without rows.
         """
+        if not any(batch.num_tiles for batch in batches):  # every rank sees that
+            return [self._no_images() for _ in batches]
         shares = Shares.of(batches, self.parts, self.owners.size())
         me = self.owners.rank()
         train = train and self.ddp is not None
         sizes = [shares.size(owner) for owner in range(self.owners.size())]
-        if not any(sizes):  # no images in all of them
-            received = [self._nothing() for _ in sizes]
-        else:
-            with torch.no_grad():
-                passes = [self._encoded(piece) for piece in self._pieces(batches, shares, me)]
-                rows = [torch.cat([self._nothing(), *(p[n].flatten() for p in passes)])
-                        for n in range(len(self.parts))]  # fmt: skip
-                received = self._to_readers(torch.cat(rows), sizes)
+        with torch.no_grad():
+            passes = [self._encoded(piece) for piece in self._pieces(batches, shares, me)]
+            flat = [found[part].flatten() for part in range(len(self.parts)) for found in passes]
+            received = self._to_readers(torch.cat([self._nothing(), *flat]), sizes)
         found = self._taken(shares, received, train)
-        if train and any(sizes):
+        if train:
             self.waiting = batches, shares, found
         return found
 
@@ -190,11 +189,10 @@ class EncoderSide:
         if self.waiting is None:
             return
         (batches, shares, leaves), self.waiting = self.waiting, None
-        me, owners = self.owners.rank(), self.owners.size()
+        me = self.owners.rank()
         flat = self._to_owners(self._gradients(shares, leaves), shares)
         cursors = [0] * len(self.parts)
         gradients = shares.cut(flat, me)
-        assert owners == len(shares.owned)
         for piece in self._pieces(batches, shares, me):
             outputs = self._encoded(piece)
             given = []
@@ -253,6 +251,10 @@ class EncoderSide:
             rows = tower.memory(part.name, chosen) if part.name else tower.stream(chosen)
             found.append(rows.view(-1, part.rows, part.width))
         return found
+
+    def _no_images(self) -> Encoded:
+        nothing = {part.name: self._nothing().view(0, part.width) for part in self.parts}
+        return Encoded(nothing.pop(STREAM), nothing)
 
     def _nothing(self) -> torch.Tensor:
         return torch.empty(0, dtype=self.module.config.params_dtype, device=platform.device())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import torch
 from megatron_mm.data.batch import Dealt, Microbatch
 from megatron_mm.engine.encoder import EncoderSide
 from megatron_mm.model.vision_tower import Encoded
-from megatron_mm.perf.kernels import Kernel, Work
+from megatron_mm.perf.kernels import Kernel, Link, Work
 from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.standins import fused_kernels
 
@@ -20,6 +21,7 @@ class EncoderTrace:
     """Memory and work of the two passes; bytes beside parameters and gradients.
 
     Attributes:
+        elements, trained: parameters of the encoder here, and those of them that have gradients.
         leaves: bytes of what all microbatches read during the schedule; on the first stage.
         first_peak: the most that the pass before the schedule holds.
         second_peak: the most that the pass after it holds, leaves and their gradients included;
@@ -28,6 +30,8 @@ class EncoderTrace:
         kernels: of the two passes, in the order of their launch; none in a rough plan.
     """
 
+    elements: int
+    trained: int
     leaves: int
     first_peak: int
     second_peak: int
@@ -86,7 +90,10 @@ def trace_encoder(
             side.backward()
         second_peak = recorder.peak - start
     passes = recorder.kernels[begin:middle], recorder.kernels[middle:]
+    params = [*side.module.parameters()]
     found = EncoderTrace(
+        sum(param.numel() for param in params),
+        sum(param.numel() for param in params if param.requires_grad),
         leaves,
         first_peak,
         second_peak,
@@ -99,6 +106,38 @@ def trace_encoder(
         _like(one.stream_kH), {name: _like(rows) for name, rows in one.memories.items()}
     )
     return found, given
+
+
+def rough_encoder(alone: EncoderTrace, samples: int, stages: int, first: bool) -> EncoderTrace:
+    """A rank's share of the encoder in a step, from that of one sample without a pipeline.
+
+    Args:
+        samples: of the replica in a step.
+        stages: pipeline ranks that share them; first: whether this one reads what they make.
+    """
+    share = samples / stages
+    sent = Work(sent=Counter({Link("all_to_all", "owners"): round(alone.leaves * share)}))
+    leaves = alone.leaves * samples if first else 0
+    own = round(alone.leaves * share)
+    return replace(
+        alone,
+        leaves=leaves,
+        first_peak=alone.first_peak + 2 * own + 2 * leaves,
+        second_peak=alone.second_peak and alone.second_peak + 2 * own + 4 * leaves,
+        forward=_share(alone.forward, share) + sent,
+        backward=_share(alone.backward, share) + (sent if alone.second_peak else Work()),
+        kernels=((), ()),
+    )
+
+
+def _share(work: Work, share: float) -> Work:
+    return Work(
+        round(work.flops * share),
+        round(work.moved * share),
+        round(work.launches * share),
+        round(work.waits * share),
+        Counter({link: round(size * share) for link, size in work.sent.items()}),
+    )
 
 
 def _like(leaf: torch.Tensor) -> torch.Tensor:
