@@ -102,7 +102,7 @@ class MultimodalModel(MegatronModule):
         self.final_norm: nn.Module | None = None
         self.output_layer: OutputLayer | None = None
         if self.pre_process:
-            if run.model.vision is not None and run.parallel.vision_parallel == "stage":
+            if run.model.vision is not None and run.parallel.vision_parallel != "replica":
                 self.vision = VisionTower(run, config, pg.tp, pg.cp)
             self.embedding = vocab_embedding(
                 language.vocab_size, language.hidden_size, config=config, init=init, tp=pg.tp

@@ -104,7 +104,7 @@ def lay_out(parallel: ParallelConfig) -> ProcessGroupCollection:
 
 def lay_out_encoder(parallel: ParallelConfig, pg: ProcessGroupCollection) -> EncoderGroups | None:
     """Makes the groups of the encoder, if it stands beside the pipeline. Every rank calls it."""
-    if parallel.vision_parallel == "stage":
+    if parallel.vision_parallel != "replica":
         return None
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     tp, cp, dp, pp = (group.size() for group in (pg.tp, pg.cp, pg.dp, pg.pp))

@@ -167,8 +167,8 @@ def search(
 
 
 def candidates(run: RunConfig, world_size: int, gpu: GPU) -> Iterator[RunConfig]:
-    """Yields every layout that `validate` accepts, of sizes that are powers of two, with the encoder
-    within the first stage and beside the pipeline. Routed experts are not split among
+    """Yields every layout that `validate` accepts, of sizes that are powers of two, with the
+    encoder in the first stage and beside the pipeline. Routed experts are not split among
     tensor-parallel ranks, which then hold more of them instead."""
     experts = run.model.language.num_experts
     contexts = (1, 2, 4, 8) if run.data.seq_length >= LONG else (1,)

@@ -243,7 +243,7 @@ def describe(run: RunConfig, world_size: int) -> str:
 def _first_and_last(layers: Sequence[str], place: int, ranks: int, run: RunConfig) -> list[str]:
     words = list(layers)
     if place == 0:
-        within = run.model.vision is not None and run.parallel.vision_parallel == "stage"
+        within = run.model.vision is not None and run.parallel.vision_parallel != "replica"
         words[0] = ("ViT+emb " if within else "emb ") + words[0]
     if place == ranks - 1:
         words[-1] += " out"
