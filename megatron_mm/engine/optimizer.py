@@ -26,7 +26,7 @@ from megatron_mm.model.layers.lora import is_adapter
 
 
 def module_of(name: str) -> str:
-    """Returns the module of a parameter: vision, projector, clvr, router or language."""
+    """Returns the one of `config.MODULES` that a parameter belongs to."""
     if name.startswith("vision.projector."):
         return "projector"
     if name.startswith("vision.memory_proj") or ".looks." in name:
@@ -35,6 +35,8 @@ def module_of(name: str) -> str:
         return "vision"
     if ".router." in name:
         return "router"
+    if ".experts." in name:  # not `.shared_experts.`
+        return "experts"
     return "language"
 
 
@@ -45,12 +47,10 @@ def decays(name: str, param: torch.Tensor) -> bool:
 
 
 def freeze(model: torch.nn.Module, run: RunConfig) -> None:
-    """Freezes modules whose freeze flag is set and modules that LoRA adapts. Adapters are always
+    """Freezes modules whose freeze flag is set and those that LoRA freezes. Adapters are always
     trained."""
     for name, param in model.named_parameters():
-        module = module_of(name)
-        frozen = run.lora.adapts(module) or getattr(run.training, f"freeze_{module}")
-        if frozen and not is_adapter(name):
+        if not run.trains(module_of(name)) and not is_adapter(name):
             param.requires_grad_(False)
 
 
