@@ -55,7 +55,7 @@ def freeze(model: torch.nn.Module, run: RunConfig) -> None:
 
 
 def _overrides(
-    run: RunConfig, models: list[DistributedDataParallel]
+    run: RunConfig, models: list[DistributedDataParallel], scoped: bool
 ) -> dict[ParamKey, ParamGroupOverride]:
     """Returns an override for each (learning rate, decay) pair that differs from the default.
 
@@ -67,7 +67,9 @@ def _overrides(
     for name, param in named:
         module = module_of(name)
         rate = 1.0 if module == "language" else getattr(settings, f"lr_mult_{module}")
-        members.setdefault((rate, float(decays(name, param))), set()).add(id(param))
+        # An expert whose gradient is zero stays as it is, to the bit, only if it does not decay.
+        decay = decays(name, param) and not (scoped and module == "experts")
+        members.setdefault((rate, float(decay)), set()).add(id(param))
     overrides = {}
     for (rate, decay), ids in sorted(members.items()):
         override: ParamGroupOverride = {}
@@ -106,9 +108,17 @@ def overlap_settings(parallel: ParallelConfig, hides: bool) -> tuple[bool, bool]
 
 
 def build_optimizer(
-    run: RunConfig, models: list[DistributedDataParallel], pg: ProcessGroupCollection
+    run: RunConfig,
+    models: list[DistributedDataParallel],
+    pg: ProcessGroupCollection,
+    *,
+    scoped: bool = False,
 ) -> MegatronOptimizer:
-    """Builds AdamW, distributed over replicas unless switched off."""
+    """Builds AdamW, distributed over replicas unless switched off.
+
+    Args:
+        scoped: whether experts have a scope; they do not decay then.
+    """
     settings = run.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -129,7 +139,7 @@ def build_optimizer(
         optimizer = get_megatron_optimizer(
             config,
             models,
-            config_overrides=_overrides(run, models),
+            config_overrides=_overrides(run, models, scoped),
             use_gloo_process_groups=False,
             pg_collection=pg,
         )

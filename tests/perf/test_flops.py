@@ -80,8 +80,6 @@ CASES = {
     "CLVR is frozen": {"freeze_clvr": True, "freeze_router": True},
     "the router alone": FROZEN | {"freeze_clvr": True, "freeze_router": False},
     "experts alone": FROZEN | {"freeze_clvr": True, "freeze_experts": False},
-    "experts alone, recomputed": FROZEN
-    | {"freeze_clvr": True, "freeze_experts": False, "recompute_granularity": "full"},
     "experts are frozen": {"freeze_experts": True},
     "the language model is frozen": {"freeze_language": True},
     "LoRA": {"lora_rank": 3, "lora_targets": ["language", "vision"], "freeze_router": True},
