@@ -38,6 +38,35 @@ class Maps:
     used: SkillMap
     control: SkillMap
 
+    @classmethod
+    def of(cls, run: RunConfig) -> Maps | None:
+        """Reads the map that the settings name; None if they name none.
+
+        Raises:
+            RLError: for a map that cannot be used, one whose clusters overlap with an expert scope
+                among them.
+        """
+        earl, language = run.section(EARLConfig), run.model.language
+        if not earl.skill_map:
+            return None
+        layers = num_layers(effective_pattern(run.model))
+        sizes = layers, language.num_experts, language.moe_router_topk
+        found = load_skill_map(earl.skill_map, *sizes, exclusive=earl.expert_scope)
+        seed = earl.skill_map_shuffle_seed
+        control = shuffled(found, CONTROL_SEED if seed is None else seed)
+        return cls(found, found if seed is None else control, control)
+
+
+def expert_scope(run: RunConfig) -> torch.Tensor | None:
+    """Returns bool [S, L, E], the experts that learn from a skill's positions; None: every expert
+    learns from all.
+
+    Raises:
+        RLError: for a map that cannot be used.
+    """
+    maps = Maps.of(run) if run.section(EARLConfig).expert_scope else None
+    return None if maps is None else maps.used.membership()
+
 
 @dataclass(frozen=True)
 class Hits:
@@ -69,17 +98,10 @@ class Alignment:
         Raises:
             RLError: for a map or a labeller that cannot be used.
         """
-        earl, language = run.section(EARLConfig), run.model.language
+        earl = run.section(EARLConfig)
         if not (earl.skill_map or earl.span_credit):
             return None
-        maps = None
-        if earl.skill_map:
-            layers = num_layers(effective_pattern(run.model))
-            sizes = layers, language.num_experts, language.moe_router_topk
-            found, seed = load_skill_map(earl.skill_map, *sizes), earl.skill_map_shuffle_seed
-            control = shuffled(found, CONTROL_SEED if seed is None else seed)
-            maps = Maps(found, found if seed is None else control, control)
-        return cls(maps, load_labeller(earl.span_labels), earl.on_missing_cluster)
+        return cls(Maps.of(run), load_labeller(earl.span_labels), earl.on_missing_cluster)
 
     def spans(
         self, prompt: Prompt, completion: Completion, tokenizer: Tokenizer

@@ -122,6 +122,11 @@ class Engine:
         config.grad_scale_func = optimizer.scale_loss
         return cls(run, groups, models, optimizer, build_scheduler(run, optimizer))
 
+    @property
+    def expert_scope(self) -> torch.Tensor | None:
+        """As given to `create`."""
+        return self.chunks[0].expert_scope
+
     def training(self, mode: bool) -> None:
         """Switches every stage to training or evaluation."""
         for model in self.models:

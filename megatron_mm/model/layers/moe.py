@@ -142,6 +142,8 @@ class MixtureOfExperts(MoELayer):
         teaches whom to the experts."""
         probs_tE, chosen_tE = super().route(hidden_states, padding_mask)
         if self.teaches_tE is not None:
+            taught = (chosen_tE & self.teaches_tE).sum()
+            self.router.metrics.ratio("moe/taught_share", taught, chosen_tE.sum())
             probs_tE = signed(probs_tE, self.teaches_tE)
         return probs_tE, chosen_tE
 

@@ -1,0 +1,130 @@
+"""Reinforcement learning of experts alone and of experts in scope: what moves, and what may not.
+
+A function that starts with `on_rank_` runs on every rank; the test compares what they return.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mm.config import MODULES, preset
+from megatron_mm.earl.skill_map import SkillMap, save_skill_map
+from megatron_mm.engine.optimizer import module_of
+from megatron_mm.errors import DataError
+from megatron_mm.parallel.param_layout import layouts
+from support.grpo_runs import SKILLS, grpo_run, trainer_of, write_skill_map
+from support.trainers import LAYOUTS
+
+EXPERTS_ONLY = {f"freeze_{module}": module != "experts" for module in MODULES}
+NOBODYS = 2  # the skill that no row has
+
+
+@pytest.fixture(scope="module")
+def scope_map(tmp_path_factory):
+    """One expert for each skill of the rows, two for one that no row has, the rest for tokens
+    without a skill."""
+    language = preset("tiny").language
+    experts, k = language.num_experts, language.moe_router_topk
+    order = [[(3 * n + layer) % experts for n in range(experts)] for layer in range(2)]
+    skills = {skill: [[place[n]] for place in order] for n, skill in enumerate(SKILLS)}
+    first = len(SKILLS)
+    skills["unused"] = [[place[first]] for place in order]
+    common = [place[first + 1 :] for place in order]
+    path = tmp_path_factory.mktemp("maps") / "map.json"
+    save_skill_map(SkillMap(2, experts, k, skills, {}, common), path)
+    return path
+
+
+def run_of(scenes, scope_map, **settings):
+    defaults = dict(
+        EXPERTS_ONLY,
+        expert_scope=True,
+        skill_map=str(scope_map),
+        span_labels="support.even.thirds",
+        weight_decay=10.0,
+        lr=1e-3,
+        aux_loss=None,
+    )
+    return grpo_run(scenes, **{k: v for k, v in (defaults | settings).items() if v is not None})
+
+
+def on_rank_moved(run) -> tuple[dict[str, list[bool]], list[dict]]:
+    """(name -> which rows of a parameter two steps change, to the bit; the steps' metrics). Rows of
+    experts are numbered over all ranks: those elsewhere are False."""
+    trainer = trainer_of(run)
+    held = {
+        name: (param, layout, param.detach().clone())
+        for name, param, layout in layouts(*trainer.engine.chunks)
+    }
+    try:
+        metrics = [trainer.step() for _ in range(2)]
+    finally:
+        trainer.source.close()
+    moved = {}
+    for name, (param, layout, before) in held.items():
+        changed = (param.detach() != before).reshape(len(param), -1).any(1)
+        if module_of(name) == "experts":
+            whole = torch.zeros(layout.global_shape[0], dtype=torch.bool)
+            whole[layout.block[0]] = changed
+            changed = whole
+        moved[name] = changed.tolist()
+    return moved, metrics
+
+
+def union(answers: list[dict[str, list[bool]]]) -> dict[str, list[bool]]:
+    found: dict[str, list[bool]] = {}
+    for answer in answers:
+        for name, rows in answer.items():
+            found[name] = [a or b for a, b in zip(rows, found.get(name, rows), strict=True)]
+    return found
+
+
+def member_of(scope_map) -> torch.Tensor:
+    from megatron_mm.earl.skill_map import load_skill_map
+
+    language = preset("tiny").language
+    sizes = 2, language.num_experts, language.moe_router_topk
+    return load_skill_map(scope_map, *sizes, exclusive=True).membership()
+
+
+CASES = [(name, {}) for name in ("one rank", "EP2", "TP2", "PP2", "DP2")]
+CASES += [("EP2", {"routing_replay": "R3"}), ("one rank", {"bf16": True})]
+
+
+@pytest.mark.parametrize(("layout", "settings"), CASES, ids=str)
+def test_only_clusters_of_skills_in_the_rows_move(ranks, scenes, scope_map, layout, settings):
+    """Common experts, and those of a skill that no row has, stay as they are to the bit although
+    the run decays; so does everything that is frozen."""
+    size, sizes = LAYOUTS[layout]
+    answers = ranks(size, on_rank_moved, run_of(scenes, scope_map, **settings, **sizes))
+    moved = union([answer for answer, _ in answers])
+    member_SLE = member_of(scope_map)
+    may_LE = member_SLE[: len(SKILLS)].any(0)
+    layers = sorted({n.split(".experts.")[0] for n in moved if module_of(n) == "experts"})
+    assert len(layers) == 2
+    for name, rows in moved.items():
+        if module_of(name) != "experts":
+            assert not any(rows), name
+            continue
+        may = may_LE[layers.index(name.split(".experts.")[0])]
+        assert not (torch.tensor(rows) & ~may).any(), name
+        assert any(rows), name
+    for _, metrics in answers:
+        assert all(0 < step["moe/taught_share"] < 0.5 for step in metrics)
+
+
+def test_without_a_scope_they_all_move(ranks, scenes, scope_map):
+    """So that the test above can fail."""
+    run = run_of(scenes, scope_map, expert_scope=False)
+    ((moved, metrics),) = ranks(1, on_rank_moved, run)
+    assert all("moe/taught_share" not in step for step in metrics)
+    for name, rows in moved.items():
+        assert all(rows) if module_of(name) == "experts" else not any(rows), name
+
+
+def test_a_map_of_format_1_is_refused(ranks, scenes, tmp_path):
+    run = run_of(scenes, write_skill_map(tmp_path / "map.json"))
+    with pytest.raises(Exception, match="skill map 1', exclusive clusters need") as caught:
+        ranks(1, on_rank_moved, run)
+    assert DataError.__name__ in repr(caught.value) or isinstance(caught.value, DataError)
