@@ -139,8 +139,20 @@ def test_policy_batches_hold_what_was_credited_and_leave_failures_out():
     assert one.advantages_T.tolist() == [0.0] * 5 + [0.5] * 3 + [0.0]
     assert other.advantages_T[other.sampled].tolist() == [0.0] * 4 + [-0.5]
     assert one.router is None and one.old_logprobs_T is None
+    assert one.skill_T is None  # without a skill map
     # The microbatches that forward passes read stay as they were.
     assert batches[0].lengths_N.tolist() == [2, 3] and (batches[0].completion_T == 0).sum() == 2
+
+
+def test_policy_batches_hold_the_skill_of_every_position():
+    spans = (([(0, 2, 1, True)], [(0, 1, 0, True)]), ([(0, 2, 0, True)], [(1, 3, 0, False)]))
+    rl = settings(algorithm="dr_grpo", skill_map="map.json")
+    found = credit(scored([[1.0, 0.0], [0.0, 0.5]], spans), [1.0], rl, None, None, alone)
+    batches = packed()
+    one, other = policy_batches(batches, [known(b) for b in batches], found, rl, None, alone)
+    # A prompt has two tokens; the second one's router decides the first token sampled.
+    assert one.skill_T.tolist() == [-1, 0, 0, -1, -1, 1, 1, -1, -1]
+    assert other.skill_T.tolist() == [-1, -1, 0, 0, -1, -1, -1, 0, -1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
