@@ -75,7 +75,6 @@ class Microbatch:
     routes: dict[int, torch.Tensor] | None = None
     # Noise added to the logits of routers that choose, MoE index -> float32 [T, E]; same layers.
     route_noise: dict[int, torch.Tensor] | None = None
-    skill_T: torch.Tensor | None = None  # int64, the skill of each position; -1: none
 
     @classmethod
     def build(
