@@ -68,8 +68,8 @@ def _overrides(
         module = module_of(name)
         rate = 1.0 if module == "language" else getattr(settings, f"lr_mult_{module}")
         # An expert whose gradient is zero stays as it is, to the bit, only if it does not decay.
-        decay = decays(name, param) and not (scoped and module == "experts")
-        members.setdefault((rate, float(decay)), set()).add(id(param))
+        shrinks = decays(name, param) and not (scoped and module == "experts")
+        members.setdefault((rate, float(shrinks)), set()).add(id(param))
     overrides = {}
     for (rate, decay), ids in sorted(members.items()):
         override: ParamGroupOverride = {}
