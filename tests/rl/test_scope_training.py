@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from megatron_mm.config import MODULES, preset
-from megatron_mm.earl.skill_map import SkillMap, save_skill_map
+from megatron_mm.earl.settings import EARLConfig
+from megatron_mm.earl.skill_map import SkillMap, load_skill_map, save_skill_map
 from megatron_mm.engine.optimizer import module_of
-from megatron_mm.errors import DataError
+from megatron_mm.errors import CheckpointError, DataError
 from megatron_mm.parallel.param_layout import layouts
 from support.grpo_runs import SKILLS, grpo_run, trainer_of, write_skill_map
 from support.trainers import LAYOUTS
 
 EXPERTS_ONLY = {f"freeze_{module}": module != "experts" for module in MODULES}
-NOBODYS = 2  # the skill that no row has
 
 
 @pytest.fixture(scope="module")
 def scope_map(tmp_path_factory):
-    """One expert for each skill of the rows, two for one that no row has, the rest for tokens
-    without a skill."""
+    """One expert for each skill of the rows, one for a skill that no row has, the last one for
+    tokens without a skill."""
     language = preset("tiny").language
     experts, k = language.num_experts, language.moe_router_topk
     order = [[(3 * n + layer) % experts for n in range(experts)] for layer in range(2)]
@@ -44,9 +44,8 @@ def run_of(scenes, scope_map, **settings):
         span_labels="support.even.thirds",
         weight_decay=10.0,
         lr=1e-3,
-        aux_loss=None,
     )
-    return grpo_run(scenes, **{k: v for k, v in (defaults | settings).items() if v is not None})
+    return grpo_run(scenes, **(defaults | settings))
 
 
 def on_rank_moved(run) -> tuple[dict[str, list[bool]], list[dict]]:
@@ -81,8 +80,6 @@ def union(answers: list[dict[str, list[bool]]]) -> dict[str, list[bool]]:
 
 
 def member_of(scope_map) -> torch.Tensor:
-    from megatron_mm.earl.skill_map import load_skill_map
-
     language = preset("tiny").language
     sizes = 2, language.num_experts, language.moe_router_topk
     return load_skill_map(scope_map, *sizes, exclusive=True).membership()
@@ -123,8 +120,45 @@ def test_without_a_scope_they_all_move(ranks, scenes, scope_map):
         assert all(rows) if module_of(name) == "experts" else not any(rows), name
 
 
+def on_rank_refusal(run) -> str:
+    with pytest.raises(DataError) as caught:
+        trainer_of(run)
+    return str(caught.value)
+
+
 def test_a_map_of_format_1_is_refused(ranks, scenes, tmp_path):
-    run = run_of(scenes, write_skill_map(tmp_path / "map.json"))
-    with pytest.raises(Exception, match="skill map 1', exclusive clusters need") as caught:
-        ranks(1, on_rank_moved, run)
-    assert DataError.__name__ in repr(caught.value) or isinstance(caught.value, DataError)
+    path = write_skill_map(tmp_path / "map.json")
+    expected = (
+        f"skill map {path}: format is 'megatron_mm skill map 1', exclusive clusters need "
+        "'megatron_mm skill map 2'; discover by knock-out"
+    )
+    assert ranks(2, on_rank_refusal, run_of(scenes, path)) == [expected] * 2
+
+
+def on_rank_resume(run, folder) -> list[str]:
+    """Saves a run of another scope, or none, and goes on from it; returns what each start says."""
+    said = []
+    for scope in (False, True):
+        run.section(EARLConfig).expert_scope = scope
+        run.checkpoint.save, run.checkpoint.load = str(folder / str(scope)), None
+        trainer = trainer_of(run)
+        trainer.step()
+        trainer.save()
+        trainer.saver.finish()
+        trainer.source.close()
+        run.section(EARLConfig).expert_scope = True
+        run.checkpoint.load, run.checkpoint.save = run.checkpoint.save, None
+        try:
+            trainer_of(run).source.close()
+            said.append("")
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+def test_moments_of_another_scope_are_refused(ranks, scenes, scope_map, tmp_path):
+    """They would move experts outside the scope for some steps."""
+    run = run_of(scenes, scope_map)
+    ((other, same),) = ranks(1, on_rank_resume, run, tmp_path)
+    assert "was saved without expert_scope, this run's is" in other and "set finetune" in other
+    assert same == ""
