@@ -20,9 +20,8 @@ GROUPS = {
     "one by one": OneByOne(SIZES),
     "one kernel": InOneKernel(torch.tensor(SIZES), torch.device("cpu")),
 }
-TAUGHT = torch.tensor(
-    [1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0]
-).bool()  # expert 2: none of its five
+# No row of expert 2 teaches; of the others some do.
+TAUGHT = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0]).bool()
 
 
 def leaves(dtype=torch.float32) -> dict[str, torch.Tensor]:
