@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megatron_mm.config import MODULES, preset
-from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.earl.skill_map import SkillMap, load_skill_map, save_skill_map
 from megatron_mm.engine.optimizer import module_of
 from megatron_mm.errors import CheckpointError, DataError
@@ -135,30 +134,32 @@ def test_a_map_of_format_1_is_refused(ranks, scenes, tmp_path):
     assert ranks(2, on_rank_refusal, run_of(scenes, path)) == [expected] * 2
 
 
-def on_rank_resume(run, folder) -> list[str]:
-    """Saves a run of another scope, or none, and goes on from it; returns what each start says."""
-    said = []
-    for scope in (False, True):
-        run.section(EARLConfig).expert_scope = scope
-        run.checkpoint.save, run.checkpoint.load = str(folder / str(scope)), None
-        trainer = trainer_of(run)
-        trainer.step()
-        trainer.save()
-        trainer.saver.finish()
-        trainer.source.close()
-        run.section(EARLConfig).expert_scope = True
-        run.checkpoint.load, run.checkpoint.save = run.checkpoint.save, None
-        try:
-            trainer_of(run).source.close()
-            said.append("")
-        except CheckpointError as error:
-            said.append(str(error))
-    return said
+def on_rank_save(run) -> None:
+    trainer = trainer_of(run)
+    trainer.step()
+    trainer.save()
+    trainer.saver.finish()
+    trainer.source.close()
 
 
-def test_moments_of_another_scope_are_refused(ranks, scenes, scope_map, tmp_path):
+def on_rank_start(run) -> str:
+    try:
+        trainer_of(run).source.close()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("scoped", [False, True])
+def test_moments_of_another_scope_are_refused(ranks, scenes, scope_map, tmp_path, scoped):
     """They would move experts outside the scope for some steps."""
-    run = run_of(scenes, scope_map)
-    ((other, same),) = ranks(1, on_rank_resume, run, tmp_path)
-    assert "was saved without expert_scope, this run's is" in other and "set finetune" in other
-    assert same == ""
+    ranks(1, on_rank_save, run_of(scenes, scope_map, expert_scope=scoped, save=str(tmp_path)))
+    (said,) = ranks(1, on_rank_start, run_of(scenes, scope_map, load=str(tmp_path)))
+    if scoped:
+        assert said == ""
+        other = run_of(scenes, scope_map, load=str(tmp_path), skill_map_shuffle_seed=3)
+        assert "was saved with the expert scope" in ranks(1, on_rank_start, other)[0]
+    else:
+        assert "was saved without expert_scope, this run's is" in said and "finetune" in said
+    fresh = run_of(scenes, scope_map, load=str(tmp_path), finetune=True)
+    assert ranks(1, on_rank_start, fresh) == [""]

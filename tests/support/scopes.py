@@ -20,15 +20,13 @@ SKILLS = 3
 
 
 def clusters_of(run: RunConfig) -> torch.Tensor:
-    """Returns bool [S, L, E]: exclusive clusters of two experts; what is left is nobody's. The
-    second skill has none in layer 1."""
+    """Returns bool [S, L, E]: exclusive clusters, two experts for the first skill and one for each
+    other; what is left is nobody's. The second skill has none in layer 1."""
     layers, experts = num_layers(run.model.hybrid_layer_pattern), run.model.language.num_experts
     clusters = torch.zeros(SKILLS, layers, experts, dtype=torch.bool)
     for layer in range(layers):
-        for skill in range(SKILLS):
-            clusters[
-                skill, layer, [(2 * skill + layer) % experts, (2 * skill + layer + 1) % experts]
-            ] = 1
+        for place, skill in enumerate((0, 0, 1, 2)):
+            clusters[skill, layer, (layer + place) % experts] = True
     clusters[1, 1] = False
     return clusters
 
