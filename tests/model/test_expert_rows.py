@@ -9,9 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_mm.model.backends.choice import choose
+from megatron_mm.model.core_config import language_config
 from megatron_mm.model.expert_scope import ExpertScope, TaughtWeights, read, signed
 from megatron_mm.model.layers.experts import _Experts
+from megatron_mm.model.layers.moe import MixtureOfExperts
 from megatron_mm.model.layers.row_groups import InOneKernel, OneByOne
+from megatron_mm.report.metrics import MUTED
 from support.batches import microbatch, small_run
 
 SIZES = [3, 0, 5, 2, 4]  # rows of five experts
@@ -147,3 +151,15 @@ def test_who_teaches_whom_by_hand():
         assert not teaches[2:].any()
     with pytest.raises(ValueError, match="has no skill_T"):
         ExpertScope.of(batch, clusters, alone())
+
+
+def test_experts_of_another_kind_are_refused(pg):
+    """They would take the sign for a part of the probability."""
+    run = small_run()
+    layer = MixtureOfExperts(language_config(run), pg, 0, 0.1, 0.1, choose(run.backend))
+    layer.experts = torch.nn.Identity()
+    context = SimpleNamespace(
+        supervised_tokens=1.0, padding_1t=None, routing=None, scope=object(), metrics=MUTED
+    )
+    with pytest.raises(ValueError, match="layer 0 of experts is a Identity, which knows no expert"):
+        layer(torch.zeros(4, 1, run.model.language.hidden_size), context)

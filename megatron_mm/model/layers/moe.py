@@ -121,6 +121,11 @@ class MixtureOfExperts(MoELayer):
             index, context.recomputing, context.metrics
         )
         if context.scope is not None:
+            if not isinstance(self.experts, GroupedExperts):
+                raise ValueError(
+                    f"layer {index} of experts is a {type(self.experts).__name__}, which knows no "
+                    "expert scope; derive it from GroupedExperts, or train without expert_scope"
+                )
             self.teaches_tE = context.scope.teaches(index)
         self.experts.scoped = context.scope is not None
         if self.alone:
