@@ -7,7 +7,7 @@ from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.errors import ConfigError
 
 NEED_A_MAP = (
-    *("router_reward_weight", "router_loss_coeff"),
+    *("router_reward_weight", "router_loss_coeff", "router_align_coeff"),
     *("skill_map_shuffle_seed", "expert_scope"),
 )
 OF_COMPLETIONS = ("router_reward_weight", "router_loss_coeff", "router_temperature", "span_credit")
@@ -42,6 +42,17 @@ def _check_scope(run: RunConfig) -> None:
         raise ConfigError(
             f"moe_token_dispatcher_type is {dispatcher!r}; allowed with earl.expert_scope: "
             "alltoall, which carries who teaches whom"
+        )
+
+
+def check_policy_earl(run: RunConfig) -> None:
+    """Raises ConfigError as `check_earl`, and for alignment, a term of supervised fine-tuning."""
+    check_earl(run)
+    coefficient = run.section(EARLConfig).router_align_coeff
+    if coefficient:
+        raise ConfigError(
+            f"earl.router_align_coeff is {coefficient!r}; allowed: 0 with objective "
+            f"{run.training.objective}; align in supervised fine-tuning, before"
         )
 
 

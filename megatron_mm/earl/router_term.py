@@ -8,8 +8,9 @@ Both are sums of weighted terms. The weights of completions are made here, those
 fine-tuning in align_term.py.
 
 Shapes as in router_reward.py: T positions of the stream, t those of them that a rank holds, G
-tokens of one completion, k experts chosen, E experts, S skills, L layers. Clusters have S + 1 rows,
-the last for positions without a skill, whose skill is -1: `SkillMap.clusters()`.
+tokens of one completion, k experts chosen, E experts, S skills, L layers. A position without a
+skill has skill -1 and so the last row of the clusters: the common one with `SkillMap.clusters()`.
+With `SkillMap.membership()` it must weigh 0.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class RouterTargets:
 
     Attributes:
         weight_T: fp32, the factor of each position's term; 0: nothing is taught there.
-        cluster_SLE: bool [S + 1, L, E].
+        cluster_SLE: bool, the clusters of a skill map.
         scale: factor of the whole term. It holds what the objective's loss will be divided by.
         temperature: at which experts were drawn; 0: the routers chose the best ones.
     """
@@ -147,7 +148,7 @@ def drawn_weights(
 
 
 def sum_counted(weights: Iterable[CompletionWeights], cluster_SLE: torch.Tensor) -> float:
-    """Returns the sum of `counted_G` over tokens and the layers in which their skill has experts."""
+    """Returns the sum of `counted_G` over tokens and the layers where their skill has experts."""
     layers_S = cluster_SLE.any(2).sum(1).double()
     return sum(float((layers_S[w.skill_G] * w.counted_G).sum()) for w in weights)
 
@@ -159,7 +160,7 @@ def cluster_log_mass(
     router_logits_TE: torch.Tensor, skill_T: torch.Tensor, cluster_SE: torch.Tensor
 ) -> torch.Tensor:
     """Returns [T]: log of the probability that the router's softmax gives the cluster of the
-    position's skill in one layer, [S + 1, E]; 0 where the cluster is empty.
+    position's skill in one layer; 0 where the cluster is empty.
 
     As a cluster's mass nears 1 the gradient vanishes, so its negative needs no lower bound.
     """
@@ -199,7 +200,7 @@ def drawn_router_loss(
     temperature: float,
 ) -> torch.Tensor:
     """Returns one layer's term where experts were drawn: minus the weighted sum of their
-    log-probabilities at positions with a skill that has experts in the layer, [S + 1, E].
+    log-probabilities at positions with a skill that has experts in the layer.
 
     Args:
         experts_Tk: int16, as recorded; anything where the weight is 0.

@@ -44,19 +44,19 @@ def policy_batches(
     logprobs: Sequence[Logprobs],
     credited: Credited,
     rl: ResolvedRL,
-    cluster_SLE: torch.Tensor | None,
+    member_SLE: torch.Tensor | None,
     sum_over_readers: SumOverReaders,
 ) -> list[PolicyBatch]:
     """Makes the microbatches of one step.
 
     Args:
         batches, logprobs: this replica's part of the step.
-        cluster_SLE: `SkillMap.clusters()` that the routers learn; None without a router term.
+        member_SLE: the clusters that the routers learn; None without a router term.
     """
-    if cluster_SLE is None:
+    if member_SLE is None:
         routers: list[RouterTargets | None] = [None] * len(batches)
     else:
-        routers = [*_router_targets(batches, credited, rl, cluster_SLE, sum_over_readers)]
+        routers = [*_router_targets(batches, credited, rl, member_SLE, sum_over_readers)]
     return [
         policy_batch(batch, known, credited, rl, router)
         for batch, known, router in zip(batches, logprobs, routers, strict=True)
@@ -113,7 +113,7 @@ def _router_targets(
     batches: Sequence[CompletionBatch],
     credited: Credited,
     rl: ResolvedRL,
-    cluster_SLE: torch.Tensor,
+    member_SLE: torch.Tensor,
     sum_over_readers: SumOverReaders,
 ) -> list[RouterTargets]:
     """Makes the router targets of a step's microbatches. The router term is a weighted mean over
@@ -139,13 +139,13 @@ def _router_targets(
     divisor = loss_denominator(
         rl.loss_agg_mode, torch.tensor(lengths, dtype=torch.int64), rl.max_completion_length
     )
-    sums = torch.tensor([divisor, sum_counted(weights.values(), cluster_SLE)], dtype=torch.float64)
+    sums = torch.tensor([divisor, sum_counted(weights.values(), member_SLE)], dtype=torch.float64)
     divisor, counted = sum_over_readers(sums).tolist()
     scale = rl.earl.router_loss_coeff * divisor / counted if counted else 0.0
     return [
         RouterTargets(
             batch.spread([weights[n].weight_G for n in batch.members]),
-            cluster_SLE,
+            member_SLE,
             scale,
             rl.earl.router_temperature,
         )

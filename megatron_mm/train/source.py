@@ -85,7 +85,7 @@ def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, Loader]:
             raise DataError("tokenizer_model is not set: name a .model file or a folder")
         tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
         loader = part_of(run, "loader")(run, tokenizer, **ranks)
-    except (ConfigError, DataError) as problem:
+    except (ConfigError, DataError, RLError) as problem:
         error = str(problem)
     raise_together(groups, error)
     return tokenizer, loader
