@@ -1,4 +1,4 @@
-"""Reinforcement learning of experts alone and of experts in scope: what moves, and what may not.
+"""Training of experts alone and of experts in scope: what moves, and what may not.
 
 A function that starts with `on_rank_` runs on every rank; the test compares what they return.
 """
@@ -14,7 +14,7 @@ from megatron_mm.engine.optimizer import module_of
 from megatron_mm.errors import CheckpointError, DataError
 from megatron_mm.parallel.param_layout import layouts
 from support.grpo_runs import SKILLS, grpo_run, trainer_of, write_skill_map
-from support.trainers import LAYOUTS
+from support.trainers import LAYOUTS, digits_run
 
 EXPERTS_ONLY = {f"freeze_{module}": module != "experts" for module in MODULES}
 
@@ -35,16 +35,19 @@ def scope_map(tmp_path_factory):
     return path
 
 
+SCOPED = dict(EXPERTS_ONLY, expert_scope=True, weight_decay=10.0, lr=1e-3)
+
+
 def run_of(scenes, scope_map, **settings):
-    defaults = dict(
-        EXPERTS_ONLY,
-        expert_scope=True,
-        skill_map=str(scope_map),
-        span_labels="support.even.thirds",
-        weight_decay=10.0,
-        lr=1e-3,
-    )
-    return grpo_run(scenes, **(defaults | settings))
+    """Reinforcement learning; `ocr` and the others are what rows say, whatever is answered."""
+    own = dict(SCOPED, skill_map=str(scope_map), span_labels="support.even.thirds")
+    return grpo_run(scenes, **(own | settings))
+
+
+def tuned_run(scenes, scope_map, **settings):
+    """Supervised fine-tuning, with the routers' alignment beside it."""
+    own = dict(SCOPED, skill_map=str(scope_map), router_align_coeff=0.4, freeze_router=False)
+    return digits_run(scenes, global_batch_size=8, valid_data=None, **(own | settings))
 
 
 def on_rank_moved(run) -> tuple[dict[str, list[bool]], list[dict]]:
@@ -88,26 +91,35 @@ CASES = [(name, {}) for name in ("one rank", "EP2", "TP2", "PP2", "DP2")]
 CASES += [("EP2", {"routing_replay": "R3"}), ("one rank", {"bf16": True})]
 
 
-@pytest.mark.parametrize(("layout", "settings"), CASES, ids=str)
-def test_only_clusters_of_skills_in_the_rows_move(ranks, scenes, scope_map, layout, settings):
+def assert_only_clusters_move(answers: list, scope_map, learns: set[str]) -> None:
     """Common experts, and those of a skill that no row has, stay as they are to the bit although
     the run decays; so does everything that is frozen."""
-    size, sizes = LAYOUTS[layout]
-    answers = ranks(size, on_rank_moved, run_of(scenes, scope_map, **settings, **sizes))
     moved = union([answer for answer, _ in answers])
-    member_SLE = member_of(scope_map)
-    may_LE = member_SLE[: len(SKILLS)].any(0)
+    may_LE = member_of(scope_map)[: len(SKILLS)].any(0)
     layers = sorted({n.split(".experts.")[0] for n in moved if module_of(n) == "experts"})
     assert len(layers) == 2
     for name, rows in moved.items():
-        if module_of(name) != "experts":
-            assert not any(rows), name
-            continue
-        may = may_LE[layers.index(name.split(".experts.")[0])]
-        assert not (torch.tensor(rows) & ~may).any(), name
-        assert any(rows), name
+        module = module_of(name)
+        assert any(rows) == (module in learns), name
+        if module == "experts":
+            may = may_LE[layers.index(name.split(".experts.")[0])]
+            assert not (torch.tensor(rows) & ~may).any(), name
     for _, metrics in answers:
         assert all(0 < step["moe/taught_share"] < 0.5 for step in metrics)
+
+
+@pytest.mark.parametrize(("layout", "settings"), CASES, ids=str)
+def test_only_clusters_of_skills_in_the_rows_move(ranks, scenes, scope_map, layout, settings):
+    size, sizes = LAYOUTS[layout]
+    answers = ranks(size, on_rank_moved, run_of(scenes, scope_map, **settings, **sizes))
+    assert_only_clusters_move(answers, scope_map, {"experts"})
+
+
+@pytest.mark.parametrize("layout", ["one rank", "EP2", "PP2"])
+def test_so_it_is_in_fine_tuning(ranks, scenes, scope_map, layout):
+    size, sizes = LAYOUTS[layout]
+    answers = ranks(size, on_rank_moved, tuned_run(scenes, scope_map, **sizes))
+    assert_only_clusters_move(answers, scope_map, {"experts", "router"})
 
 
 def test_without_a_scope_they_all_move(ranks, scenes, scope_map):
