@@ -32,7 +32,14 @@ from megatron_mm.train.source import (
     open_expert_scope,
     open_step_source,
 )
-from megatron_mm.train.start import SCOPE, loads_weights, resumed, scope_digest, start
+from megatron_mm.train.start import (
+    SCOPE,
+    loads_weights,
+    resumed,
+    scope_digest,
+    start,
+    tell_frozen,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +67,7 @@ class Trainer:
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
             open_questions(self.engine, self.tokenizer)
         self.source: StepSource = open_step_source(run, self.engine, self.tokenizer, loader)
+        tell_frozen(run)
         self.router_norms = RouterNorms(self.engine)
         image_token = self.tokenizer.image_context_id
         begun = start(self.engine, loader, run.checkpoint, image_token)
