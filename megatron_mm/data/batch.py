@@ -51,6 +51,23 @@ class BatchMemory:
         return replace(self, **_moved(self, device))
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """The tiles of a microbatch as they are dealt to ranks, one by one, in turn.
+
+    Attributes:
+        first: number of its first tile, counted over the microbatches that came with it.
+        count: how many it has.
+    """
+
+    first: int
+    count: int
+
+    def of(self, owner: int, owners: int) -> range:
+        """The tiles of one of the ranks, by their places in the microbatch."""
+        return range((owner - self.first) % owners, self.count, owners)
+
+
 @dataclass
 class Microbatch:
     """Every tensor of a microbatch. `Microbatch.build` makes it."""
@@ -70,6 +87,8 @@ class Microbatch:
     # int64, the skill (its number in the run's skill map) that each position exercises when it
     # predicts the next token; -1: none. None in a run without a skill map.
     skill_T: torch.Tensor | None = None
+    # With it `pixels_NCHW` holds only the tiles dealt to this rank.
+    dealt: Dealt | None = None
     # Experts to use at every position, MoE index -> int16 [T, k] (model/routing.py), for the
     # layers of this rank's stages. None: routers choose.
     routes: dict[int, torch.Tensor] | None = None
@@ -138,6 +157,11 @@ class Microbatch:
             skipped=list(skipped),
             skill_T=skill_T,
         )
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of its images, on whichever ranks they are."""
+        return len(self.pixels_NCHW) if self.dealt is None else self.dealt.count
 
     def to(self, device: torch.device | str) -> Self:
         """Moves everything that is computed with; lengths and positions are read on the CPU."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     ParamKey,
@@ -113,11 +114,13 @@ def build_optimizer(
     pg: ProcessGroupCollection,
     *,
     scoped: bool = False,
-) -> MegatronOptimizer:
+    overlaps_gather: bool = True,
+) -> ChainedOptimizer:
     """Builds AdamW, distributed over replicas unless switched off.
 
     Args:
         scoped: whether experts have a scope; they do not decay then.
+        overlaps_gather: False if `models` never gather parameters during their forward pass.
     """
     settings = run.optimizer
     config = OptimizerConfig(
@@ -132,7 +135,7 @@ def build_optimizer(
         bf16=run.training.bf16,
         params_dtype=torch.bfloat16 if run.training.bf16 else torch.float32,
         use_distributed_optimizer=distributes(run, pg),
-        overlap_param_gather=overlaps(run, pg)[1],
+        overlap_param_gather=overlaps_gather and overlaps(run, pg)[1],
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -143,7 +146,8 @@ def build_optimizer(
             use_gloo_process_groups=False,
             pg_collection=pg,
         )
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    assert isinstance(optimizer, ChainedOptimizer)  # of megatron-core 0.19, also if of one part
+    for part in optimizer.chained_optimizers:
         inner = getattr(part, "optimizer", None)
         if isinstance(inner, torch.optim.AdamW):  # without apex and Transformer Engine
             # One pass over each tensor instead of ten; megatron-core has no setting for it.
