@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.config.objectives import OBJECTIVES
+from megatron_mm.config.settings import MODULES
 
 # Settings that decide what is computed, on any machine.
 SAME = {
     "model": None,  # all of it
     "data": ("seq_length", "packing", "max_num_tiles", "max_image_tokens", "use_thumbnail"),
     "training": (
-        *("objective", "global_batch_size", "bf16", "freeze_vision", "freeze_projector"),
-        *("freeze_language", "freeze_clvr", "freeze_router"),
+        *("objective", "global_batch_size", "bf16"),
+        *(f"freeze_{module}" for module in MODULES),
     ),
     "backend": ("fp8_format", "fp8_recipe"),
     "lora": None,

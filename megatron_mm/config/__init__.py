@@ -20,6 +20,7 @@ from megatron_mm.config.pattern import (
 from megatron_mm.config.precision import fp8_alignment, token_multiple
 from megatron_mm.config.presets import preset, vision_preset
 from megatron_mm.config.settings import (
+    MODULES,
     BackendConfig,
     CheckpointConfig,
     DataConfig,
@@ -44,6 +45,7 @@ from megatron_mm.config.wire import Manifest, wire
 from megatron_mm.errors import ConfigError
 
 __all__ = [
+    "MODULES",
     "BackendConfig",
     "CheckpointConfig",
     "ConfigError",

@@ -13,7 +13,13 @@ from megatron_mm.config.objectives import check_objective, declaration
 from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
 from megatron_mm.config.precision import check_backend
 from megatron_mm.config.rules import divides, expert_tensor_parallel_size, head_ranks, require
-from megatron_mm.config.settings import DataPhase, LoraConfig, ParallelConfig, RunConfig
+from megatron_mm.config.settings import (
+    MODULES,
+    DataPhase,
+    LoraConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.config.tree import leaves, optional, value_at
 from megatron_mm.errors import ConfigError
@@ -195,10 +201,10 @@ def _check_sources(phase: DataPhase, key: str) -> None:
 
 def _check_training(run: RunConfig) -> None:
     opt, train, par = run.optimizer, run.training, run.parallel
-    modules = ("vision", "projector", "language", "clvr", "router")
-    trains = [run.lora.adapts(m) or not getattr(train, f"freeze_{m}") for m in modules]
-    if not any(trains):
-        raise ConfigError("every module is frozen; allowed: at least 1 of the 5 freeze flags false")
+    if not any(run.lora.adapts(module) or run.trains(module) for module in MODULES):
+        raise ConfigError(
+            f"every module is frozen; allowed: at least 1 of the {len(MODULES)} freeze flags false"
+        )
     phases = [phase.samples for phase in run.data.train_data]
     # Packed samples are known to suffice only once their lengths are known.
     if phases and phases[-1] is not None and not run.data.packing:

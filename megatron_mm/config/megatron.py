@@ -157,7 +157,7 @@ REFUSED: dict[str, str] = {
     "--disable-vision-class-token": "InternViT has one, which never leaves the ViT",
     "--language-model-type": "use --preset, or a file",
     "--vision-model-type": "use --preset, or a file",
-    "--freeze-LM": "use --freeze-language",
+    "--freeze-LM": "use --freeze-language, --freeze-experts and --freeze-router",
     "--freeze-ViT": "use --freeze-vision",
     # Experts
     "--moe-router-pre-softmax": "weights of the chosen experts sum to 1, unlike Megatron's",

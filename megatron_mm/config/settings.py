@@ -26,6 +26,9 @@ from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.errors import ConfigError
 
 RecomputeModule = Literal["core_attn", "moe", "vision"]
+# Parts of a model that learn, or are frozen, by themselves; `engine.optimizer.module_of` says which
+# parameters belong to which.
+MODULES = ("vision", "projector", "language", "experts", "clvr", "router")
 LoraTarget = Literal["language", "vision", "projector"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
@@ -198,6 +201,8 @@ class OptimizerConfig:
     """Learning rate of the vision encoder, as a multiple of lr."""
     lr_mult_projector: NonNegativeFloat = 1.0
     """Learning rate of the projector, as a multiple of lr."""
+    lr_mult_experts: NonNegativeFloat = 1.0
+    """Learning rate of the routed experts, as a multiple of lr."""
     lr_mult_clvr: NonNegativeFloat = 1.0
     """Learning rate of the looks and their memory, as a multiple of lr."""
     lr_mult_router: NonNegativeFloat = 1.0
@@ -248,7 +253,10 @@ class TrainingConfig:
     freeze_projector: bool = False
     """Do not train the projector."""
     freeze_language: bool = False
-    """Do not train the language model; its routers and looks have flags of their own."""
+    """Do not train the language model; its routed experts, routers and looks have flags of their
+    own."""
+    freeze_experts: bool = False
+    """Do not train the routed experts; shared experts are part of the language model."""
     freeze_clvr: bool = False
     """Do not train the looks and their memory."""
     freeze_router: bool = False
@@ -260,7 +268,8 @@ class LoraConfig:
     """Low-rank adapters on the linears of whole modules; off unless `lora_rank` is set.
 
     A target's own parameters are frozen, whatever its freeze flag says, and its adapters
-    train. Modules that are no target (the router and CLVR among them) follow their flags.
+    train. With the language model as a target its routed experts are frozen too; they have no
+    adapters. Modules that are no target (the router and CLVR among them) follow their flags.
     """
 
     lora_rank: PositiveInt | None = None
@@ -273,6 +282,10 @@ class LoraConfig:
     def adapts(self, module: str) -> bool:
         """Whether the linears of this module get adapters."""
         return self.lora_rank is not None and module in self.lora_targets
+
+    def freezes(self, module: str) -> bool:
+        """Whether this module's own parameters are frozen because adapters train in their place."""
+        return self.adapts(module) or (module == "experts" and self.adapts("language"))
 
 
 @dataclass
@@ -351,6 +364,10 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def trains(self, module: str) -> bool:
+        """Whether the own parameters of one of `MODULES` learn; adapters are not among them."""
+        return not (getattr(self.training, f"freeze_{module}") or self.lora.freezes(module))
 
     def section[T](self, settings: type[T]) -> T:
         """The settings of this type that an objective has: `run.section(RLConfig)`.

@@ -47,6 +47,36 @@ class Maps:
     used: SkillMap
     control: SkillMap
 
+    @classmethod
+    def of(cls, run: RunConfig) -> Maps | None:
+        """Reads the map that the settings name; None if they name none.
+
+        Raises:
+            RLError: for a map that cannot be used; one of format 1 where clusters must be
+                exclusive, for an expert scope and for alignment.
+        """
+        earl, language = run.section(EARLConfig), run.model.language
+        if not earl.skill_map:
+            return None
+        layers = num_layers(effective_pattern(run.model))
+        sizes = layers, language.num_experts, language.moe_router_topk
+        exclusive = earl.expert_scope or earl.router_align_coeff > 0
+        found = load_skill_map(earl.skill_map, *sizes, exclusive=exclusive)
+        seed = earl.skill_map_shuffle_seed
+        control = shuffled(found, CONTROL_SEED if seed is None else seed)
+        return cls(found, found if seed is None else control, control)
+
+
+def expert_scope(run: RunConfig) -> torch.Tensor | None:
+    """Returns bool [S, L, E], the experts that learn from a skill's positions; None: every expert
+    learns from all.
+
+    Raises:
+        RLError: for a map that cannot be used.
+    """
+    maps = Maps.of(run) if run.section(EARLConfig).expert_scope else None
+    return None if maps is None else maps.used.membership()
+
 
 @dataclass(frozen=True)
 class Hits:
@@ -78,19 +108,10 @@ class Alignment:
         Raises:
             RLError: for a map or a labeller that cannot be used.
         """
-        earl, language = run.section(EARLConfig), run.model.language
+        earl = run.section(EARLConfig)
         if not (earl.skill_map or earl.span_credit):
             return None
-        maps = None
-        if earl.skill_map:
-            layers = num_layers(effective_pattern(run.model))
-            sizes = layers, language.num_experts, language.moe_router_topk
-            exclusive = earl.router_align_coeff > 0
-            found = load_skill_map(earl.skill_map, *sizes, exclusive=exclusive)
-            seed = earl.skill_map_shuffle_seed
-            control = shuffled(found, CONTROL_SEED if seed is None else seed)
-            maps = Maps(found, found if seed is None else control, control)
-        return cls(maps, load_labeller(earl.span_labels), earl.on_missing_cluster)
+        return cls(Maps.of(run), load_labeller(earl.span_labels), earl.on_missing_cluster)
 
     def spans(
         self, prompt: Prompt, completion: Completion, tokenizer: Tokenizer

@@ -8,13 +8,14 @@ from megatron_mm.errors import ConfigError
 
 NEED_A_MAP = (
     *("router_reward_weight", "router_loss_coeff", "router_align_coeff"),
-    "skill_map_shuffle_seed",
+    *("skill_map_shuffle_seed", "expert_scope"),
 )
 OF_COMPLETIONS = ("router_reward_weight", "router_loss_coeff", "router_temperature", "span_credit")
 
 
 def check_earl(run: RunConfig) -> None:
-    """Raises ConfigError for settings that need a skill map where none is given."""
+    """Raises ConfigError for settings that need a skill map where none is given, and for a scope of
+    experts that do not learn or whose dispatcher cannot carry it."""
     earl = run.section(EARLConfig)
     for key in NEED_A_MAP:
         value = getattr(earl, key)
@@ -22,6 +23,26 @@ def check_earl(run: RunConfig) -> None:
             raise ConfigError(
                 f"earl.{key} is {value!r}; allowed: left out, or this value with skill_map"
             )
+    if earl.expert_scope:
+        _check_scope(run)
+
+
+def _check_scope(run: RunConfig) -> None:
+    if not run.trains("experts"):
+        why = (
+            f"freeze_experts is {run.training.freeze_experts} and lora_targets are "
+            f"{run.lora.lora_targets if run.lora.lora_rank else []}"
+        )
+        raise ConfigError(
+            "earl.expert_scope is True; allowed: false, or true where routed experts learn, but "
+            f"{why}; LoRA on the language model freezes them"
+        )
+    dispatcher = run.parallel.moe_token_dispatcher_type
+    if dispatcher != "alltoall":
+        raise ConfigError(
+            f"moe_token_dispatcher_type is {dispatcher!r}; allowed with earl.expert_scope: "
+            "alltoall, which carries who teaches whom"
+        )
 
 
 def check_policy_earl(run: RunConfig) -> None:

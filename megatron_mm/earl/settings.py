@@ -34,5 +34,8 @@ class EARLConfig:
     """Above 0, experts of completions are drawn (Gumbel top-k of the logits divided by it, arXiv
     1903.06059), and the router term is about those drawn. The gradient is about moe_router_topk /
     router_temperature times as strong."""
+    expert_scope: bool = False
+    """A skill's routed experts learn from tokens of that skill alone, and no other routed expert
+    learns at all; needs a map with exclusive clusters (format 2). Experts in scope do not decay."""
     span_credit: NonNegativeFloat = 0.0
     """Weight of a span's own answer in the advantage of its tokens."""

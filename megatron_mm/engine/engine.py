@@ -92,12 +92,15 @@ class Engine:
         backend: Backend | None = None,
         *,
         drawn: bool = True,
+        expert_scope: torch.Tensor | None = None,
     ) -> Engine:
         """Builds the engine of this rank. Every rank calls it.
 
         Args:
             backend: replaces the backend that the settings choose.
             drawn: False if weights are loaded next: parameters are NaN until then.
+            expert_scope: bool [S, L, E], the experts of each layer that learn from the positions
+                of a skill, and from no other (`model/expert_scope.py`); None: from all.
         """
         chunks = build(run, groups.pg, backend, drawn=drawn)
         config = chunks[0].config
@@ -111,6 +114,8 @@ class Engine:
         models = []
         for number, chunk in enumerate(chunks):
             freeze(chunk, run)
+            if expert_scope is not None:
+                chunk.expert_scope = expert_scope.to(platform.device())
             models.append(
                 DistributedDataParallel(
                     config,
@@ -137,7 +142,8 @@ class Engine:
             config.grad_sync_func = _each(models, "start_grad_sync")
         if ddp.overlap_param_gather:
             config.param_sync_func = _each(models, "start_param_sync")
-        optimizer = build_optimizer(run, models, groups.pg)
+        scoped = expert_scope is not None
+        optimizer = build_optimizer(run, models, groups.pg, scoped=scoped)
         if encoder is not None and groups.encoder is not None and encoder.ddp is not None:
             also = build_optimizer(run, [encoder.ddp], groups.encoder.pg, overlaps_gather=False)
             # Its constructor wants one configuration of all; these differ in what is distributed.
@@ -147,6 +153,11 @@ class Engine:
         config.grad_scale_func = optimizer.scale_loss
         scheduler = build_scheduler(run, optimizer)
         return cls(run, groups, models, optimizer, scheduler, encoder)
+
+    @property
+    def expert_scope(self) -> torch.Tensor | None:
+        """As given to `create`."""
+        return self.chunks[0].expert_scope
 
     def training(self, mode: bool) -> None:
         """Switches every stage to training or evaluation."""

@@ -27,7 +27,7 @@ from megatron_mm.model.layers.lora import is_adapter
 
 
 def module_of(name: str) -> str:
-    """Returns the module of a parameter: vision, projector, clvr, router or language."""
+    """Returns the one of `config.MODULES` that a parameter belongs to."""
     if name.startswith("vision.projector."):
         return "projector"
     if name.startswith("vision.memory_proj") or ".looks." in name:
@@ -36,6 +36,8 @@ def module_of(name: str) -> str:
         return "vision"
     if ".router." in name:
         return "router"
+    if ".experts." in name:  # not `.shared_experts.`
+        return "experts"
     return "language"
 
 
@@ -46,17 +48,15 @@ def decays(name: str, param: torch.Tensor) -> bool:
 
 
 def freeze(model: torch.nn.Module, run: RunConfig) -> None:
-    """Freezes modules whose freeze flag is set and modules that LoRA adapts. Adapters are always
+    """Freezes modules whose freeze flag is set and those that LoRA freezes. Adapters are always
     trained."""
     for name, param in model.named_parameters():
-        module = module_of(name)
-        frozen = run.lora.adapts(module) or getattr(run.training, f"freeze_{module}")
-        if frozen and not is_adapter(name):
+        if not run.trains(module_of(name)) and not is_adapter(name):
             param.requires_grad_(False)
 
 
 def _overrides(
-    run: RunConfig, models: list[DistributedDataParallel]
+    run: RunConfig, models: list[DistributedDataParallel], scoped: bool
 ) -> dict[ParamKey, ParamGroupOverride]:
     """Returns an override for each (learning rate, decay) pair that differs from the default.
 
@@ -68,7 +68,9 @@ def _overrides(
     for name, param in named:
         module = module_of(name)
         rate = 1.0 if module == "language" else getattr(settings, f"lr_mult_{module}")
-        members.setdefault((rate, float(decays(name, param))), set()).add(id(param))
+        # An expert whose gradient is zero stays as it is, to the bit, only if it does not decay.
+        shrinks = decays(name, param) and not (scoped and module == "experts")
+        members.setdefault((rate, float(shrinks)), set()).add(id(param))
     overrides = {}
     for (rate, decay), ids in sorted(members.items()):
         override: ParamGroupOverride = {}
@@ -111,11 +113,13 @@ def build_optimizer(
     models: list[DistributedDataParallel],
     pg: ProcessGroupCollection,
     *,
+    scoped: bool = False,
     overlaps_gather: bool = True,
 ) -> ChainedOptimizer:
     """Builds AdamW, distributed over replicas unless switched off.
 
     Args:
+        scoped: whether experts have a scope; they do not decay then.
         overlaps_gather: False if `models` never gather parameters during their forward pass.
     """
     settings = run.optimizer
@@ -138,7 +142,7 @@ def build_optimizer(
         optimizer = get_megatron_optimizer(
             config,
             models,
-            config_overrides=_overrides(run, models),
+            config_overrides=_overrides(run, models, scoped),
             use_gloo_process_groups=False,
             pg_collection=pg,
         )

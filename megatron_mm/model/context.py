@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mm.config import Layer, Memory, ModelConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.decode import DecodeCache
+from megatron_mm.model.expert_scope import ExpertScope
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.memory_map import MemoryMap
 from megatron_mm.model.routing import Routing
@@ -46,6 +47,7 @@ class StreamContext:
         looks: pair -> attention weights, filled when recording (evaluation only).
         cache: of the rows being decoded.
         routing: requests to the routers, if there are any.
+        scope: the rows that experts learn from; None: all.
         watch: called with every layer and its output (parity tests, diagnostics).
         shared: results of `once`.
         first_pass_metrics: see `metrics`.
@@ -61,6 +63,7 @@ class StreamContext:
     looks: dict[int, list[torch.Tensor]] | None = None
     cache: DecodeCache | None = None
     routing: Routing | None = None
+    scope: ExpertScope | None = None
     watch: Callable[[Layer, torch.Tensor], None] | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict)
     first_pass_metrics: Metrics = MUTED

@@ -37,6 +37,7 @@ from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
 from megatron_mm.model.core_config import language_config
 from megatron_mm.model.decode import DecodeCache
+from megatron_mm.model.expert_scope import ExpertScope
 from megatron_mm.model.layers.linear import vocab_embedding
 from megatron_mm.model.layers.lora import add_lora
 from megatron_mm.model.layers.norms import RMSNorm
@@ -93,6 +94,8 @@ class MultimodalModel(MegatronModule):
         self.moe_layers = [layer.known_number for layer, kind in layers if kind.routed]
         # By that number a bool mask [experts]: True for an expert that no token may be sent to.
         self.forbidden: dict[int, torch.Tensor] = {}
+        # With an expert scope, bool [S, L, E]: the experts that learn from a skill's positions.
+        self.expert_scope: torch.Tensor | None = None
         self.letters = "".join(layer.kind for layer in stage.layers)
         self.received: torch.Tensor | None = None
         self.watch: Callable | None = None  # diagnostics: (layer, hidden) as each layer ends
@@ -228,6 +231,8 @@ class MultimodalModel(MegatronModule):
         context.looks, context.watch = looks, self.watch
         context.first_pass_metrics = metrics
         context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term)
+        if self.expert_scope is not None and torch.is_grad_enabled():
+            context.scope = ExpertScope.of(batch, self.expert_scope, self.pg)
         if self.arrives is None:
             payload = self._embed(batch, prompts, encoded)
         else:

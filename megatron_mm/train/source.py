@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
+
 from megatron_mm.config import RunConfig
 from megatron_mm.config.objectives import part_of
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mm.earl.alignment import expert_scope
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.engine.objective import PARTS, Objective
@@ -86,6 +89,21 @@ def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, Loader]:
         error = str(problem)
     raise_together(groups, error)
     return tokenizer, loader
+
+
+def open_expert_scope(run: RunConfig, groups: Groups) -> torch.Tensor | None:
+    """`earl.alignment.expert_scope`. Every rank calls it.
+
+    Raises:
+        DataError: on every rank, if the map cannot be used on any of them.
+    """
+    scope = error = None
+    try:
+        scope = expert_scope(run)
+    except RLError as problem:
+        error = str(problem)
+    raise_together(groups, error)
+    return scope
 
 
 def open_step_source(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.folders import LATEST
-from megatron_mm.config import CheckpointConfig, RunConfig
+from megatron_mm.config import MODULES, CheckpointConfig, RunConfig
 from megatron_mm.convert.folder import NOTES
 from megatron_mm.convert.live import load_hf
 from megatron_mm.engine.engine import Engine
@@ -21,6 +22,8 @@ from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.source import Loader
 
 logger = logging.getLogger(__name__)
+
+SCOPE = "expert_scope"  # the key of `scope_digest` in a checkpoint
 
 
 @dataclass
@@ -83,9 +86,40 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
             f"{checkpoint.load} was saved with objective {saved}, this run's is {objective}; set "
             "finetune to begin with its weights, or go on with its own objective"
         )
+    _check_scope(extra.get(SCOPE), engine, checkpoint)
     loader.load_state_dict(state["loader"])
     _tell_order(extra.get("data"), loader.order)
     return Start(state["iteration"], extra.get("seconds", 0.0), notes)
+
+
+def scope_digest(engine: Engine) -> str | None:
+    """Returns what tells the expert scope of an engine from others; None: it has none."""
+    scope = engine.expert_scope
+    if scope is None:
+        return None
+    return hashlib.sha256(scope.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _check_scope(saved: str | None, engine: Engine, checkpoint: CheckpointConfig) -> None:
+    """Raises CheckpointError if experts outside the scope could go on moving by the momentum of
+    earlier steps."""
+    here = scope_digest(engine)
+    if here is not None and saved != here:
+        there = "without expert_scope" if saved is None else f"with the expert scope {saved}"
+        raise CheckpointError(
+            f"{checkpoint.load} was saved {there}, this run's is {here}: experts outside it would "
+            "move on by Adam's moments; set finetune, or go on with its own settings"
+        )
+
+
+def tell_frozen(run: RunConfig) -> None:
+    """Names the modules that are frozen, if any, and those that learn, adapters among them."""
+    frozen = [module for module in MODULES if not run.trains(module)]
+    if not frozen:
+        return
+    learn = [module for module in MODULES if module not in frozen]
+    learn += [f"adapters of {module}" for module in frozen if run.lora.adapts(module)]
+    logger.info("frozen: %s; learning: %s", ", ".join(frozen), ", ".join(learn))
 
 
 def _tell(initialized: list[str], ignored: list[str], most: int = 4) -> None:

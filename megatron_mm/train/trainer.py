@@ -25,8 +25,21 @@ from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics import Metrics, NotFinite, Total, own_totals, reduced
 from megatron_mm.train.router_norms import RouterNorms
-from megatron_mm.train.source import Loader, StepSource, open_data, open_step_source
-from megatron_mm.train.start import loads_weights, resumed, start
+from megatron_mm.train.source import (
+    Loader,
+    StepSource,
+    open_data,
+    open_expert_scope,
+    open_step_source,
+)
+from megatron_mm.train.start import (
+    SCOPE,
+    loads_weights,
+    resumed,
+    scope_digest,
+    start,
+    tell_frozen,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +58,16 @@ class Trainer:
         self.run, self.groups = run, groups
         self.tokenizer, loader = open_data(run, groups)
         torch.manual_seed(run.training.seed)
-        self.engine = Engine.create(run, groups, drawn=not loads_weights(run.checkpoint))
+        self.engine = Engine.create(
+            run,
+            groups,
+            drawn=not loads_weights(run.checkpoint),
+            expert_scope=open_expert_scope(run, groups),
+        )
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
             open_questions(self.engine, self.tokenizer)
         self.source: StepSource = open_step_source(run, self.engine, self.tokenizer, loader)
+        tell_frozen(run)
         self.router_norms = RouterNorms(self.engine)
         image_token = self.tokenizer.image_context_id
         begun = start(self.engine, loader, run.checkpoint, image_token)
@@ -187,4 +206,5 @@ class Trainer:
         folder = Path(save)
         extra = {"seconds": self.seconds, "data": self.loader.order, NOTES: self.notes}
         extra["objective"] = self.run.training.objective
+        extra[SCOPE] = scope_digest(self.engine)
         return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)

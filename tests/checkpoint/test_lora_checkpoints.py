@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.merge import merge_adapters
-from megatron_mm.config import LoraConfig, RunConfig
+from megatron_mm.config import MODULES, LoraConfig, RunConfig
 from megatron_mm.errors import CheckpointError
 from megatron_mm.model.layers.lora import is_adapter
 from support.batches import microbatch
@@ -74,7 +74,7 @@ RESUMED = {
     "PP2, nothing to train on the last stage": (
         PP2,
         ("projector",),
-        dict(freeze_language=True, freeze_vision=True, freeze_clvr=True, freeze_router=True),
+        {f"freeze_{module}": True for module in MODULES if module != "projector"},
     ),
 }
 

@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.checkpoint import sharded
-from megatron_mm.config import RunConfig
+from megatron_mm.config import MODULES, RunConfig
 from support.checkpoint_runs import create, interrupted, scramble, tiny_run, train
 from support.fingerprints import state_hash
 
 PLAIN = dict(use_distributed_optimizer=False)
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 BF16 = dict(bf16=True)
+
+
+def _only(module: str) -> dict[str, bool]:
+    return {f"freeze_{other}": other != module for other in MODULES}
+
 
 CASES = {
     "1 rank": (1, {}, {}),
@@ -29,11 +34,13 @@ CASES = {
     "bf16": (1, {}, BF16),
     "bf16 DP2": (2, {}, BF16),
     "bf16 EP2 without distributed optimizer": (2, dict(ep=2, **PLAIN), BF16),
-    "frozen ViT and experts' language": (2, {}, dict(freeze_vision=True, freeze_language=True)),
+    "frozen ViT and language": (2, {}, dict(freeze_vision=True, freeze_language=True)),
+    "experts alone, EP2": (2, dict(ep=2), _only("experts")),
+    "experts alone, DP2": (2, {}, _only("experts")),
     "PP2 with nothing to train on the last stage": (
         2,
         dict(pp=2),
-        dict(freeze_language=True, freeze_router=True, freeze_clvr=True),
+        _only("projector"),
     ),
 }
 

@@ -90,6 +90,10 @@ def test_settings_are_flags():
             "earl.router_loss_coeff is 0.1; allowed: left out, or this value",
         ),
         (
+            {"expert_scope": True},
+            "earl.expert_scope is True; allowed: left out, or this value with skill_map",
+        ),
+        (
             {
                 "reward_funcs": [],
                 "skill_map": "map.json",
@@ -104,6 +108,34 @@ def test_what_does_not_fit_is_refused(rl, message):
     with pytest.raises(ConfigError) as caught:
         validate(run_with(**rl))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        (
+            "training",
+            {"freeze_experts": True},
+            "but freeze_experts is True and lora_targets are []",
+        ),
+        ("lora", {"lora_rank": 4}, "but freeze_experts is False and lora_targets are ['language']"),
+        (
+            "parallel",
+            {"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2},
+            "moe_token_dispatcher_type is 'flex'; allowed with earl.expert_scope: alltoall, which",
+        ),
+    ],
+)
+def test_a_scope_that_cannot_work_is_refused(section, settings, message):
+    run = run_with(expert_scope=True, skill_map="map.json")
+    validate(run)
+    for key, value in settings.items():
+        setattr(getattr(run, section), key, value)
+    with pytest.raises(ConfigError) as caught:
+        validate(run)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    run.section(EARLConfig).expert_scope = False
+    validate(run)
 
 
 def test_fine_tuning_has_no_settings_of_completions():

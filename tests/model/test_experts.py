@@ -159,7 +159,11 @@ def on_a_device_without_numbers(layer: MixtureOfExperts, training: bool) -> tupl
     forward pass and of both."""
     layer.train(training)
     context = SimpleNamespace(
-        supervised_tokens=torch.ones((), device=META), padding_1t=None, routing=None, metrics=MUTED
+        supervised_tokens=torch.ones((), device=META),
+        padding_1t=None,
+        routing=None,
+        scope=None,
+        metrics=MUTED,
     )
     hidden = torch.zeros(40, 1, 64, dtype=torch.bfloat16, device=META, requires_grad=training)
     with platform.standing_in(META), torch.set_grad_enabled(training), Launches() as launches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mm.config import LoraConfig
+from megatron_mm.config import MODULES, LoraConfig
 from megatron_mm.engine.optimizer import freeze
 from megatron_mm.model.layers.lora import adapted, is_adapter, merge
 from megatron_mm.model.multimodal import build
@@ -77,7 +77,7 @@ def test_a_bias_is_added_once(pg):
 def test_adapters_in_a_recomputed_first_layer_learn(pg, target):
     """Nothing below them learns, neither the embedding nor the ViT."""
     run = run_with(target)
-    for module in ("vision", "projector", "language", "clvr", "router"):
+    for module in MODULES:
         setattr(run.training, f"freeze_{module}", True)
     found = []
     for granularity in (None, "full"):

@@ -30,7 +30,11 @@ LAYOUTS = {
     "DP2, whole optimizer": (2, {"use_distributed_optimizer": False}, {}),
     "PP2xVPP2": (2, {"pp": 2, "vpp": 2}, {}),
     "TP2xPP2xEP2": (4, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}, {}),
-    "PP2, nothing to train on the last": (2, {"pp": 2}, {"freeze_language": True}),
+    "PP2, nothing to train on the last": (
+        2,
+        {"pp": 2},
+        dict(freeze_language=True, freeze_experts=True),
+    ),
 }
 
 

@@ -16,6 +16,7 @@ from megatron_mm.config import RunConfig
 from megatron_mm.model.backends import choice
 from support.invariance import compare, invariance_run
 from support.layouts import parallel_config, step_gradients
+from support.scopes import scope_experts, with_skills
 
 CALLED: list[str] = []
 
@@ -56,18 +57,21 @@ KERNELS = (
 )
 
 
-def on_rank_fused(run: RunConfig, parallel) -> tuple:
+def on_rank_fused(run: RunConfig, *arguments) -> tuple:
     kernels = {kernel.__name__: kernel for kernel in KERNELS}
     version = mock.patch.object(moe_utils, "is_te_min_version", lambda *args, **kwargs: True)
     there = mock.patch.object(choice, "missing_transformer_engine", lambda: None)
     CALLED.clear()
     with mock.patch.multiple(moe_utils, HAVE_TE=True, **kernels), version, there:
-        found = step_gradients(run, parallel)
+        found = step_gradients(run, *arguments)
     return *found, set(CALLED)
 
 
+@pytest.mark.parametrize("scope", [None, scope_experts])
 @pytest.mark.parametrize("sizes", [{"ep": 2}, {"tp": 2, "etp": 2}], ids=str)
-def test_gradients_do_not_depend_on_who_sorts(ranks, sizes):
-    *found, called = ranks(2, on_rank_fused, invariance_run(), parallel_config(**sizes))[0]
+def test_gradients_do_not_depend_on_who_sorts(ranks, sizes, scope):
+    """Nor does who teaches whom, which travels with the probabilities."""
+    arguments = invariance_run(), parallel_config(**sizes), scope, None, with_skills
+    *found, called = ranks(2, on_rank_fused, *arguments)[0]
     assert called == {"permute", "unpermute", "sort"}
-    compare(found, ranks(2, step_gradients, invariance_run(), parallel_config(**sizes))[0])
+    compare(found, ranks(2, step_gradients, *arguments)[0])

@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mm.config import RunConfig
+from megatron_mm.config import MODULES, RunConfig
 from megatron_mm.config.settings import ParallelConfig
 from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
@@ -72,13 +72,16 @@ def logits(batch: Microbatch) -> int:
     return len(SupervisedFineTuning().positions(batch))
 
 
-FROZEN = {f"freeze_{module}": True for module in ("vision", "projector", "language", "router")}
+FROZEN = {f"freeze_{module}": True for module in MODULES if module != "clvr"}
 CASES = {
     "all learns": {},
     "a frozen ViT": {"freeze_vision": True},
     "CLVR alone learns": FROZEN,
     "CLVR is frozen": {"freeze_clvr": True, "freeze_router": True},
     "the router alone": FROZEN | {"freeze_clvr": True, "freeze_router": False},
+    "experts alone": FROZEN | {"freeze_clvr": True, "freeze_experts": False},
+    "experts are frozen": {"freeze_experts": True},
+    "the language model is frozen": {"freeze_language": True},
     "LoRA": {"lora_rank": 3, "lora_targets": ["language", "vision"], "freeze_router": True},
     "LoRA on the projector": FROZEN | {"lora_rank": 3, "lora_targets": ["projector"]},
     "no memory": {"vision_memory": "none"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mm.config import LoraConfig, model_stages
+from megatron_mm.config import MODULES, LoraConfig, model_stages
 from megatron_mm.perf.kernels import Work
 from megatron_mm.perf.pieces import rough_rank, trace_pieces
 from support.batches import two_memories
@@ -36,7 +36,14 @@ LAYOUTS = {
         {"pp": 2, "bf16": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
         2,
     ),
-    "PP2, frozen": ({"pp": 2, "freeze_vision": True, "freeze_language": True}, 1),
+    "PP2, frozen": (
+        {"pp": 2, "freeze_vision": True, "freeze_language": True, "freeze_experts": True},
+        1,
+    ),
+    "EP2, experts alone": (
+        {"ep": 2} | {f"freeze_{module}": module != "experts" for module in MODULES},
+        2,
+    ),
     "PP2 VPP3": ({"pp": 2, "vpp": 3}, 1),
     "TP2 PP2 VPP2": ({"tp": 2, "pp": 2, "vpp": 2}, 1),
     "PP4": ({"pp": 4}, 1),
@@ -99,13 +106,14 @@ def test_a_rough_plan_has_a_piece_for_each_memory():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("part", ["all", "LoRA", "frozen", "vision frozen"])
+@pytest.mark.parametrize("part", ["all", "LoRA", "frozen", "experts frozen", "vision frozen"])
 def test_a_rough_state_is_that_of_a_full_plan(part, bf16):
     run = layout_run({"pp": 2, "bf16": bf16}, 1)
     if part == "LoRA":
         run.lora = LoraConfig(lora_rank=4)
     run.training.freeze_language = part == "frozen"
-    run.training.freeze_vision = part.endswith("frozen")
+    run.training.freeze_experts = part == "experts frozen"
+    run.training.freeze_vision = part == "vision frozen"
     pieces, stages = trace_pieces(run, 1, 1.0), list(model_stages(run))
     plans = planned(run, 2)
     assert (plans[0].trained < plans[0].elements) == (part != "all")

@@ -26,7 +26,6 @@ PP2 = dict(pipeline_model_parallel_size=2)
 CP2 = dict(context_parallel_size=2)
 VPP2 = dict(virtual_pipeline_model_parallel_size=2)
 EP2 = dict(expert_model_parallel_size=2)
-MODULES = ("vision", "projector", "language", "clvr", "router")
 # Number of ranks and settings. The ranks that remain are data parallel; the distributed optimizer
 # is on by default.
 LAYOUTS = {

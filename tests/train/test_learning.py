@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_mm.config import MODULES
 from megatron_mm.engine.optimizer import module_of
 from megatron_mm.parallel.param_layout import layouts
 from support.trainers import (
     LAYOUTS,
-    MODULES,
     PP2,
     digits_run,
     new_trainer,
@@ -47,7 +47,8 @@ def test_modules_are_told_apart_by_name():
         "vision.memory_proj.weight": "clvr",
         "language.looks.0.linear_q.weight": "clvr",
         "language.layers.3.moe.inner.router.weight": "router",
-        "language.layers.3.moe.inner.experts.down": "language",
+        "language.layers.3.moe.inner.experts.down": "experts",
+        "language.layers.3.moe.inner.shared_experts.linear_fc1.weight": "language",
         "embedding.weight": "language",
         "output_layer.weight": "language",
     }
@@ -56,7 +57,14 @@ def test_modules_are_told_apart_by_name():
 
 # ---- rates and decay ----
 
-RATES = {"vision": 0.5, "projector": 2.0, "language": 1.0, "clvr": 3.0, "router": 0.25}
+RATES = {
+    "vision": 0.5,
+    "projector": 2.0,
+    "language": 1.0,
+    "experts": 1.5,
+    "clvr": 3.0,
+    "router": 0.25,
+}
 
 
 def on_rank_decay(run) -> tuple[dict[str, float], set]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mm.config import MODULES
 from megatron_mm.config.settings import DataPhase, ParallelConfig
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation import evaluate as evaluation
@@ -26,7 +27,6 @@ from support.trainers import (
     EP2,
     LAYOUTS,
     LOSS_TOLERANCE,
-    MODULES,
     PP2,
     TP2,
     VPP2,

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mm.config import LoraConfig
+from megatron_mm.config import MODULES, LoraConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.optimizer import module_of
 from megatron_mm.model.layers.lora import is_adapter
 from megatron_mm.parallel import groups
 from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import microbatch, small_run
-from support.trainers import LAYOUTS, MODULES, PP2, digits_run, on_rank_change
+from support.trainers import LAYOUTS, PP2, digits_run, on_rank_change
 
 FROZEN = {f"freeze_{module}": True for module in MODULES}
 TARGETS = (["language"], ["vision"], ["projector"], ["vision", "projector"])
@@ -51,7 +51,7 @@ def test_adapters_learn_and_nothing_else(ranks, scenes, name):
 
 def test_other_modules_follow_their_flags(ranks, scenes):
     """A module that is no target learns in full unless it is frozen; a target's own flag counts
-    for nothing."""
+    for nothing. Routed experts are frozen with the language model they belong to."""
     common = dict(lora_rank=2, weight_decay=0.0, **PP2)
     first = digits_run(scenes, lora_targets=["vision"], **common)
     second = digits_run(
@@ -59,7 +59,9 @@ def test_other_modules_follow_their_flags(ranks, scenes):
     )
     answers = ranks(2, on_rank_change, first, second)
     for answer in answers:
-        for changed, frozen in zip(answer, ({"vision"}, {"language", "vision"}), strict=True):
+        for changed, frozen in zip(
+            answer, ({"vision"}, {"language", "experts", "vision"}), strict=True
+        ):
             for name, moved in changed.items():
                 assert moved == (is_adapter(name) or module_of(name) not in frozen), name
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mm.checkpoint import sharded
+from megatron_mm.config import RunConfig
 from megatron_mm.convert import to_hf
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
@@ -17,6 +18,7 @@ from megatron_mm.model.layers.lora import is_adapter
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 from megatron_mm.rl.reference import Reference
+from megatron_mm.train.start import tell_frozen
 from support.trainers import LAYOUTS, PRIME, TP3, digits_run, new_trainer
 from support.weights import move_looks_off_zero
 
@@ -191,3 +193,19 @@ def test_a_reference_fills_no_weight_of_the_policy(ranks, scenes, tmp_path):
     assert still
     for name, tensor in loaded.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_what_is_frozen_is_said(caplog):
+    """Routed experts are no part of a frozen language model, which is worth a line."""
+    run = RunConfig()
+    with caplog.at_level("INFO"):
+        tell_frozen(run)
+        run.training.freeze_language = run.training.freeze_router = True
+        tell_frozen(run)
+        run.lora.lora_rank = 4
+        tell_frozen(run)
+    assert caplog.messages == [
+        "frozen: language, router; learning: vision, projector, experts, clvr",
+        "frozen: language, experts, router; learning: vision, projector, clvr, "
+        "adapters of language",
+    ]

@@ -111,8 +111,7 @@ class Counter:
 
     def trains(self, module: str) -> bool:
         """Whether the module's own weights learn."""
-        frozen = getattr(self.run.training, f"freeze_{module}")
-        return not (frozen or self.run.lora.adapts(module))
+        return self.run.trains(module)
 
     def normed(self) -> bool:
         """Whether the output of a norm on the hidden state depends on what learns."""

@@ -24,12 +24,12 @@ def _flops(counter: Counter) -> bool:
     given = counter.normed()
     router = hidden, lm.num_experts
     flows = counter.linear("router", router, tokens, "router", flows=given, spare="weight")
-    inside = flows or given
+    inside = flows or given or counter.trains("experts")
     into, out = _gated_mlp(hidden, lm.moe_ffn_hidden_size)
     for _ in range(lm.moe_router_topk):
         asked = inside if counter.work.executed else given  # the input of the first is the token
-        counter.linear("experts", into, tokens, flows=asked)
-        counter.linear("experts", out, tokens, flows=inside)
+        counter.linear("experts", into, tokens, "experts", flows=asked)
+        counter.linear("experts", out, tokens, "experts", flows=inside)
     shared = given
     for linear in _gated_mlp(hidden, lm.moe_shared_expert_intermediate_size):
         shared = counter.linear("experts", linear, tokens, flows=shared, adapter=True)

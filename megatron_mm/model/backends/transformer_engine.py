@@ -27,6 +27,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_mm.config import BackendConfig, ConfigError
+from megatron_mm.model.expert_scope import TaughtWeights, read
 from megatron_mm.model.layers.experts import GroupedExperts
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.param_layout import Initializer, place
@@ -208,12 +209,32 @@ class TEGroupedExperts(GroupedExperts):
         if self.padding is not None:
             tokens_RH, rows = self.padding(tokens_RH, sizes)
             probs_R1, _ = self.padding(probs_R1, sizes)
-        gate_up_RF = _product(self.fc1, self.gate_up.flatten(1, 2), tokens_RH, rows)
+        teaches_R = None
+        if self.scoped:  # padding is zeros, which teach nothing whatever their sign says
+            probs_R, teaches_R = read(probs_R1.squeeze(-1))
+            probs_R1 = probs_R.unsqueeze(-1)
+        gate_up_RF = self._product(self.fc1, self.gate_up.flatten(1, 2), tokens_RH, rows, teaches_R)
         hidden_RF = weighted_bias_swiglu_impl(gate_up_RF, None, probs_R1)
-        out_RH = _product(self.fc2, self.down, hidden_RF, rows)
+        out_RH = self._product(self.fc2, self.down, hidden_RF, rows, teaches_R)
         if self.unpadding is not None:
             out_RH = self.unpadding(out_RH, sizes)
         return out_RH, None
+
+    def _product(
+        self,
+        layer: TEGroupedLinear,
+        weights_EOI: torch.Tensor,
+        x_RI: torch.Tensor,
+        rows: list[int],
+        teaches_R: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`_product`. Transformer Engine's weight gradient is one of all rows; where only some
+        teach, it sees constants, and our own grouped product (never FP8) makes the gradient."""
+        if teaches_R is None:
+            return _product(layer, weights_EOI, x_RI, rows)
+        out_RO = _product(layer, weights_EOI.detach(), x_RI, rows)
+        groups = self.groups(torch.tensor(rows), x_RI)
+        return TaughtWeights.apply(out_RO, x_RI, weights_EOI, teaches_R, groups)
 
 
 def _without_weights(

@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from megatron_mm import platform
+from megatron_mm.model.expert_scope import read
 from megatron_mm.model.layers.row_groups import (
     InOneKernel,
     OneByOne,
@@ -33,6 +34,8 @@ class GroupedExperts(nn.Module):
 
     The interface is that of megatron-core's `MoESubmodules.experts`.
     """
+
+    scoped = False  # in the current pass: probabilities are `expert_scope.signed`
 
     def __init__(
         self,
@@ -62,8 +65,10 @@ class GroupedExperts(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """Rows R are sorted by local expert; returns [R, H] and no bias."""
         groups = self.groups(tokens_per_expert, tokens_RH)
+        probs_R, teaches_R = read(probs_R) if self.scoped else (probs_R, None)
         probs_R = probs_R.to(tokens_RH.dtype)
-        return _Experts.apply(tokens_RH, probs_R, self.gate_up, self.down, groups), None
+        weights = self.gate_up, self.down
+        return _Experts.apply(tokens_RH, probs_R, *weights, groups, teaches_R), None
 
     def groups(self, tokens_per_expert: torch.Tensor, tokens_RH: torch.Tensor) -> RowGroups:
         """The rows of each expert, for the fastest products that there are."""
@@ -102,24 +107,25 @@ class GroupedExperts(nn.Module):
 class _Experts(torch.autograd.Function):
     """The experts' products with a backward pass by hand, because autograd keeps four [R, F]
     tensors where one [R, 2F] is enough, and collects the gradients of the experts' weights one by
-    one before it stacks them.
+    one before it stacks them. And because only so the weights can learn from some rows alone, those
+    where `teaches_R` is True (`model/expert_scope.py`); None: from all.
 
     The matrix products are the groups' business; the rest is done for all rows at once.
     """
 
     @staticmethod
-    def forward(ctx, x_RH, probs_R, gate_up, down, groups: RowGroups):
+    def forward(ctx, x_RH, probs_R, gate_up, down, groups: RowGroups, teaches_R=None):
         inner = groups.products(x_RH, gate_up.flatten(1, 2).transpose(1, 2))
         gate, up = inner.chunk(2, dim=-1)
         hidden = F.silu(gate).mul_(up).mul_(probs_R.unsqueeze(-1))
         ctx.groups = groups
-        ctx.save_for_backward(x_RH, probs_R, gate_up, down, inner)
+        ctx.save_for_backward(x_RH, probs_R, gate_up, down, inner, teaches_R)
         return groups.products(hidden, down.transpose(1, 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        x_RH, probs_R, gate_up, down, inner = ctx.saved_tensors
+        x_RH, probs_R, gate_up, down, inner, teaches_R = ctx.saved_tensors
         groups, probs = ctx.groups, probs_R.unsqueeze(-1)
         d_out = d_out.contiguous()
         gate, up = inner.chunk(2, dim=-1)
@@ -129,13 +135,19 @@ class _Experts(torch.autograd.Function):
         d_probs = (d_hidden * hidden).sum(-1)
         d_hidden.mul_(probs)
         d_down = d_gate_up = None
+        left_out_R1 = None if teaches_R is None else ~teaches_R.unsqueeze(1)
         if ctx.needs_input_grad[3]:
-            d_down = groups.weight_gradients(d_out, hidden.mul_(probs))
+            hidden.mul_(probs)
+            if left_out_R1 is not None:
+                hidden.masked_fill_(left_out_R1, 0.0)
+            d_down = groups.weight_gradients(d_out, hidden)
         d_inner = torch.empty_like(inner)
         d_gate, d_up = d_inner.chunk(2, dim=-1)
         torch.mul(d_hidden, silu, out=d_up)
         d_gate.copy_(torch.ops.aten.silu_backward(d_hidden.mul_(up), gate))
-        if ctx.needs_input_grad[2]:
-            d_gate_up = groups.weight_gradients(d_inner, x_RH).view_as(gate_up)
         d_x = groups.products(d_inner, gate_up.flatten(1, 2))
-        return d_x, d_probs, d_gate_up, d_down, None
+        if ctx.needs_input_grad[2]:
+            if left_out_R1 is not None:
+                d_inner.masked_fill_(left_out_R1, 0.0)
+            d_gate_up = groups.weight_gradients(d_inner, x_RH).view_as(gate_up)
+        return d_x, d_probs, d_gate_up, d_down, None, None

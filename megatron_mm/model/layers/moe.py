@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.decode import DecodeCache
+from megatron_mm.model.expert_scope import signed
 from megatron_mm.model.layers.experts import GroupedExperts
 from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.parallel.param_layout import normal, place
@@ -82,6 +83,7 @@ class MixtureOfExperts(MoELayer):
         )
         self.set_layer_number(layer + 1)
         sizes = [group.size() for group in (pg.tp, pg.ep, pg.expt_tp)]
+        self.teaches_tE: torch.Tensor | None = None  # of the current pass, with an expert scope
         ours = isinstance(self.experts, GroupedExperts)
         self.alone = ours and max(sizes) == 1
         # With overlap the shared expert leaves its collectives to the dispatcher, and FP8 is in the
@@ -118,6 +120,14 @@ class MixtureOfExperts(MoELayer):
         self.router.router_replay = routing and routing.of_layer(
             index, context.recomputing, context.metrics
         )
+        if context.scope is not None:
+            if not isinstance(self.experts, GroupedExperts):
+                raise ValueError(
+                    f"layer {index} of experts is a {type(self.experts).__name__}, which knows no "
+                    "expert scope; derive it from GroupedExperts, or train without expert_scope"
+                )
+            self.teaches_tE = context.scope.teaches(index)
+        self.experts.scoped = context.scope is not None
         if self.alone:
             hidden_t1H = self._in_place(hidden_t1H, context.padding_1t)
         else:
@@ -127,14 +137,27 @@ class MixtureOfExperts(MoELayer):
             self.token_dispatcher.probs = self.token_dispatcher.routing_map = None
         # Or they would hold the batch until the next one.
         self.router.router_replay, self.router.metrics = None, MUTED
+        self.teaches_tE = None
         return hidden_t1H
+
+    def route(
+        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """megatron-core's (probabilities, choice) [t, E]; with an expert scope the former carry who
+        teaches whom to the experts."""
+        probs_tE, chosen_tE = super().route(hidden_states, padding_mask)
+        if self.teaches_tE is not None:
+            taught = (chosen_tE & self.teaches_tE).sum()
+            self.router.metrics.ratio("moe/taught_share", taught, chosen_tE.sum())
+            probs_tE = signed(probs_tE, self.teaches_tE)
+        return probs_tE, chosen_tE
 
     def _in_place(self, hidden_t1H: torch.Tensor, padding_1t: torch.Tensor | None) -> torch.Tensor:
         """The layer where every expert is on this rank, without megatron-core's dispatcher: the
         same sums in the same order, forward and backward, and on a GPU no wait for the sizes."""
         padding_t1 = None if padding_1t is None else padding_1t.t()
         shared_t1H = self.shared_experts(hidden_t1H)
-        probs_tE, chosen_tE = self.router(hidden_t1H, padding_t1)
+        probs_tE, chosen_tE = self.route(hidden_t1H, padding_t1)
         flat_tH = hidden_t1H.flatten(0, 1)
         # Every position has k experts, so how many rows there are need not be counted.
         rows = len(flat_tH) * self.config.moe_router_topk
