@@ -60,7 +60,7 @@ def plant(run: RunConfig, rows: str, folder: str) -> None:
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     probed = ProbeRows(engine, tokenizer, Probe(rows, samples=60))
     plan = probed.plan(Probe(rows, shuffles=0))
-    samples = [probed.sample(index, plan) for index in probed.order]
+    samples = [probed.sample(index, plan)[:2] for index in probed.order]
     routers = [m for m in engine.chunks[0].modules() if isinstance(m, Router)]
     for router in routers:  # an earlier layer's routes change what a later one sees
         direction = _direction(engine, router, samples, probed)
