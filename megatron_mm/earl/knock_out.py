@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -122,12 +123,12 @@ def digest(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest()
 
 
-def stamps(folder: Path) -> list[tuple[str, int, int]]:
-    """Returns name, size and time of change of a checkpoint's files: a digest of their content
-    would take as long as reading them."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = [(path, path.stat()) for path in files]
-    return [(str(p.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for p, stat in found]
+def stamps(path: str) -> list[tuple[str, int, int]]:
+    """Returns name, size and time of change of a file, of all in a folder, or of all that match a
+    pattern: a digest of their content would take as long as reading them."""
+    inside = Path(path).rglob("*") if Path(path).is_dir() else map(Path, glob(path, recursive=True))
+    found = [(str(file), file.stat()) for file in sorted(inside) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def measure_losses(

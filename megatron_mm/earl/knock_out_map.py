@@ -32,6 +32,7 @@ from megatron_mm.earl.removals import Removal, effects
 from megatron_mm.earl.route_counts import lifts
 from megatron_mm.earl.skill_map import SkillMap
 from megatron_mm.earl.stability import assignment_warning
+from megatron_mm.errors import RLError
 
 DIGITS = 5  # of the effects in the map's file, in nats
 
@@ -48,9 +49,7 @@ class Effects:
     halves_HJSLE: torch.Tensor
 
     @classmethod
-    def of(
-        cls, sums: LossSums, planned: Sequence[Removal], layers: int, experts: int
-    ) -> Effects:
+    def of(cls, sums: LossSums, planned: Sequence[Removal], layers: int, experts: int) -> Effects:
         """Computes the effects of the skills and labellings that were summed."""
 
         def found(halves: Sequence[int]) -> torch.Tensor:
@@ -87,6 +86,12 @@ def discover_by_knock_out(
     measured = [s for s in range(len(skills)) if sums.tokens_HJS[:, 0, s].sum() > 0]
     names = [skills[s] for s in measured]
     sizes = cluster_sizes(experts, moe_router_topk, len(names), cluster_size, common_size)
+    if not sums.nats_PHJS.isfinite().all():
+        bad = int((~sums.nats_PHJS.isfinite()).flatten(1).any(1).sum())
+        raise RLError(
+            f"the loss of {bad} of {len(planned) + 1} passes is not finite; look for it in the "
+            "checkpoint with an evaluation, or use --method lift"
+        )
     # Shuffled labels may name skills that are not measured; their tokens are left out.
     sums = LossSums(sums.nats_PHJS[..., measured], sums.tokens_HJS[..., measured])
     found = Effects.of(sums, planned, layers, experts)
@@ -96,7 +101,7 @@ def discover_by_knock_out(
         assign(of_half[0], used_LE, *sizes)
         for of_half, used_LE in zip(found.halves_HJSLE, used_HLE, strict=True)
     ]
-    halves = agreement(*of_halves, experts)
+    halves = agreement(of_halves[0], of_halves[1], experts)
     selective = [_selective(found, used_HLE, sizes, j) for j in range(len(found.whole_JSLE))]
     # One skill has no others to be shuffled with.
     shuffled = selective[1:] if len(names) > 1 else []

@@ -19,7 +19,12 @@ import torch
 
 from megatron_mm.earl.route_counts import RouteCounts, choose_clusters, lifts, mutual_information
 from megatron_mm.earl.skill_map import SkillMap
-from megatron_mm.earl.stability import correlation, own_and_others_fall, stability, stability_warning
+from megatron_mm.earl.stability import (
+    correlation,
+    own_and_others_fall,
+    stability,
+    stability_warning,
+)
 from megatron_mm.errors import RLError
 
 MERGE_AT = 2**20  # cells that are held before they are merged
@@ -144,7 +149,8 @@ def measure(
     info: Mapping[str, Any],
 ) -> Discovery:
     """Measures the clusters of a given map on a probe, such as a map found before training. The
-    clusters stay; `rows` and the information come from these counts. Arguments as in `discover_by_lift`."""
+    clusters stay; `rows` and the information come from these counts. Arguments as in
+    `discover_by_lift`."""
     counts = halves[0] + halves[1]
     lift_LES = lifts(counts)
     nothing: list[list[int]] = [[] for _ in range(skill_map.num_layers)]

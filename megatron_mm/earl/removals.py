@@ -29,7 +29,9 @@ def removals(layers: int, experts: int, k: int, passes: int | None, seed: int) -
         RLError: if k experts would not remain, or the passes are too few or too many.
     """
     if experts <= k:
-        raise RLError(f"{experts} experts, a token takes {k}: none can be removed to see its effect")
+        raise RLError(
+            f"{experts} experts, a token takes {k}: none can be removed to see its effect"
+        )
     if passes is None:
         return [(layer, (expert,)) for layer in range(layers) for expert in range(experts)]
     size = min(max(1, experts // SHARE), experts - k)
