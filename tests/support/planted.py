@@ -122,7 +122,7 @@ def plant_causes(run: RunConfig, rows: str, folder: str) -> None:
     direction_H = _fit(seen_TH, torch.where(labelled_T, 4.0, -4.0))
     digits = [tokenizer.encode(digit)[-1] for digit in "12"]
     with torch.no_grad():
-        weight_VH = engine.chunks[0].output.weight
+        weight_VH = engine.chunks[0].output_layer.weight
         towards_H = weight_VH[digits[0]] - weight_VH[digits[1]]
         generator = torch.Generator().manual_seed(5)
         layer.router.weight.copy_(
