@@ -30,7 +30,8 @@ def removals(layers: int, experts: int, k: int, passes: int | None, seed: int) -
     """
     if experts <= k:
         raise RLError(
-            f"{experts} experts, a token takes {k}: none can be removed to see its effect"
+            f"{experts} experts of which a token takes {k}: none can be removed; a knock-out needs "
+            f"{k + 1} or more"
         )
     if passes is None:
         return [(layer, (expert,)) for layer in range(layers) for expert in range(experts)]
