@@ -139,7 +139,7 @@ def _progress(
 ) -> Progress:
     if checkpoint is None or dist.get_rank() != 0:
         return Progress(None, "")
-    run = to_dict(engine.run)
+    run = to_dict(replace(engine.run, data=replace(engine.run.data, valid_data=None)))
     same = {name: run[name] for name in ("model", "data", "backend")}
     key = digest(
         stamps(str(checkpoint)),

@@ -176,6 +176,11 @@ def test_the_tool_runs_the_causal_test(tool, place, scenes, tmp_path):
         fall = {name: causal["accuracy"][name] - causal["without"][skill][name] for name in CAUSES}
         assert causal["own"][skill] == pytest.approx(fall[skill])
         assert causal["others"][skill] == pytest.approx(fall[other])
+    # Without questions the same is measured, which is not repeated.
+    kept = out.with_suffix(".knock-out.pt")
+    before = kept.stat().st_mtime_ns
+    status, _, errors = tool(*flags, "--out", out)
+    assert status == 0 and kept.stat().st_mtime_ns == before, errors
     # A later state of the model is measured by the same clusters.
     again = tmp_path / "again.json"
     status, _, errors = tool(*flags, "--out", again, "--skill-map", out)

@@ -162,7 +162,8 @@ def slow_effects(run: RunConfig, checkpoint: str, rows: str) -> tuple[torch.Tens
         sample = builder.training(row, "row", Path(rows).parent)
         batch = collate([sample], settings=builder.settings, pad_id=0)
         tokens, length = sample.tokens_T.tolist(), len(tokenizer.encode(answer))
-        places = range(len(tokens) - 1 - length, len(tokens) - 1)  # the stop comes last
+        # The last token is the stop; a token is predicted one place before it.
+        places = range(len(tokens) - 2 - length, len(tokens) - 2)
         counts[skill] += length
         for layer in range(layers):
             for expert in range(experts + 1):  # the last forbids nothing
