@@ -5,9 +5,12 @@
         --data probe.jsonl --out map.json --tensor-model-parallel-size 2 \\
         --pipeline-model-parallel-size 4
 
-The model reads rows with their own answers. The experts that labelled spans were routed to, given
-the token, become clusters; comparing two halves of the rows shows how far the clusters exceed
-chance. The command writes the map and, beside it, a picture of the same name.
+The model reads rows with their own answers, once with all experts and once without each: the
+experts that a skill's right spans miss most become its own, those that other tokens use most become
+common. Comparing two halves of the rows shows how far this exceeds chance. The command writes the
+map and, beside it, a picture and the sums, from which an interrupted measurement goes on.
+`--method lift` groups the experts that labelled spans are routed to, given the token; clusters may
+then overlap, and none is common.
 `--selectivity VALID.jsonl` also asks questions with each skill's cluster forbidden.
 `--skill-map MAP` measures the clusters of that map, from an earlier state of the model, in place
 of finding new ones. The model is the checkpoint's. Training's flags set the layout, which may be
@@ -39,6 +42,12 @@ logger = logging.getLogger(__name__)
 
 # Settings of the run that may be given beside the layout and the backend.
 GIVEN = ("tokenizer_model", "eval_samples", "eval_batch_size", "max_new_tokens")
+# Flags of one method only.
+OF_METHOD = {
+    "knock-out": ("cluster_size", "common_size", "passes"),
+    "lift": ("cluster_size", "min_lift"),
+}
+METHODS = tuple(OF_METHOD)
 
 
 def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -54,19 +63,40 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--labeller", default="clauses", help="clauses, whole or a dotted path")
     parser.add_argument("--samples", type=int, help="at most this many rows; default: all")
     parser.add_argument("--batch-size", type=int, default=16, help="rows read together")
+    parser.add_argument("--method", choices=METHODS, default="knock-out")
     parser.add_argument(
-        "--cluster-size", type=int, default=2, help="at most this many experts per layer"
+        "--cluster-size",
+        type=int,
+        help="experts of a skill in a layer; default: a token's, or as many as there are for each "
+        "skill; with lift at most 2",
     )
-    parser.add_argument("--min-lift", type=float, default=1.1)
-    parser.add_argument("--seed", type=int, default=1, help="for the order of rows")
+    parser.add_argument(
+        "--common-size", type=int, help="common experts of a layer; default: as many as a token's"
+    )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        help="remove random sets of experts in as many passes over the rows; default: each expert "
+        "on its own",
+    )
+    parser.add_argument("--min-lift", type=float, help="with lift; default: 1.1")
+    parser.add_argument("--seed", type=int, default=1, help="for the order of rows, and of sets")
     parser.add_argument("--skill-map", type=Path, help="measure this map, find no new one")
     parser.add_argument("--selectivity", metavar="FILE", help="questions for the causal test")
     args, rest = parser.parse_known_args(argv)
-    for name, least in (("samples", 2), ("batch_size", 1), ("cluster_size", 1)):
+    least_of = {"samples": 2, "batch_size": 1, "cluster_size": 1, "common_size": 1, "passes": 1}
+    for name, least in least_of.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"{cli.flag(name)} is {value}; allowed: {least} or more")
-    if not args.min_lift > 1:
+    used = "measuring a map" if args.skill_map is not None else args.method
+    for name in ("cluster_size", "common_size", "passes", "min_lift"):
+        if getattr(args, name) is not None and name not in OF_METHOD.get(used, ()):
+            raise ConfigError(
+                f"{cli.flag(name)} is not for {used}; allowed: "
+                f"{', '.join(map(cli.flag, OF_METHOD.get(used, ()))) or 'none such'}"
+            )
+    if args.min_lift is not None and not args.min_lift > 1:
         raise ConfigError(f"--min-lift is {args.min_lift:g}; allowed: more than 1, the base rate")
     if args.out.suffix != ".json":
         raise ConfigError(f"--out is {args.out}; allowed: a name that ends in .json")
@@ -86,7 +116,7 @@ def probed_run(stored: dict, args: argparse.Namespace, rest: list[str], world: i
         ConfigError: the settings do not fit.
     """
     given = load(None, rest)
-    stored = {key: value for key, value in stored.items() if key not in ("backend", "rl")}
+    stored = {key: value for key, value in stored.items() if key not in ("backend", "rl", "earl")}
     run = run_of_checkpoint(stored)
     training = TrainingConfig(
         bf16=run.training.bf16, global_batch_size=data_parallel_size(given, world)
@@ -110,26 +140,54 @@ def probed_run(stored: dict, args: argparse.Namespace, rest: list[str], world: i
 
 
 def table(found, causal: dict | None) -> list[str]:
-    """Returns a line for each skill, and one for the agreement of the two halves."""
+    """Returns a line for each skill, and one for the agreement of the two halves.
+
+    After a knock-out, `own` and `others` are nats per token: how much worse this skill and the
+    others are read without one of its experts, which were chosen on other rows. Beside an
+    `accuracy`, they are what this skill and the others lose of it without the whole cluster.
+    """
     head = f"{'skill':<14} {'positions':>9} {'experts/layer':>13} {'lift':>6} {'hits':>6}"
     head += f" {'chance':>6}"
+    if found.knocked_out:
+        head += f" {'own':>7} {'others':>7}"
     if causal:
-        head += f" {'accuracy':>9} {'without':>8} {'selectivity':>11}"
+        head += f" {'accuracy':>9} {'own':>7} {'others':>7}"
     lines = [head]
     for skill, row in found.rows.items():
         line = f"{skill:<14} {row['positions']:>9} {row['experts']:>13.1f} {row['lift']:>6.2f}"
         line += f" {row['hit']:>6.2f} {row['chance']:>6.2f}"
+        if found.knocked_out and "own" in row:
+            line += f" {row['own']:>7.3f} {row['others']:>7.3f}"
         if causal and skill in causal["without"]:
-            own = causal["without"][skill][skill]
-            line += f" {causal['accuracy'][skill]:>9.3f} {own:>8.3f}"
-            line += f" {causal['selectivity'][skill]:>11.3f}"
+            line += f" {causal['accuracy'][skill]:>9.3f} {causal['own'][skill]:>7.3f}"
+            line += f" {causal['others'][skill]:>7.3f}"
         lines.append(line)
-    agree = found.skill_map.info["stability"]
-    lines.append(
-        f"two halves agree: Jaccard {agree['jaccard']:.2f}, chance {agree['chance']:.2f}, "
-        f"z {agree['z']:.1f}"
-    )
+    info = found.skill_map.info
+    if "stability" in info:
+        agree = info["stability"]
+        lines.append(
+            f"two halves agree: Jaccard {agree['jaccard']:.2f}, chance {agree['chance']:.2f}, "
+            f"z {agree['z']:.1f}"
+        )
     return lines
+
+
+def method(args: argparse.Namespace, engine):
+    """Returns the method of `discovery.probe_and_discover` that the flags ask for.
+
+    Raises:
+        RLError: for a map that cannot be used.
+    """
+    from megatron_mm.earl.discovery import ByKnockOut, ByLift
+    from megatron_mm.earl.skill_map import load_skill_map
+
+    if args.skill_map is not None:
+        language = engine.run.model.language
+        sizes = engine.config.num_layers, language.num_experts, language.moe_router_topk
+        return load_skill_map(args.skill_map, *sizes)
+    kind = {"knock-out": ByKnockOut, "lift": ByLift}[args.method]
+    given = {name: getattr(args, name) for name in OF_METHOD[args.method]}
+    return kind(**{name: value for name, value in given.items() if value is not None})
 
 
 def main(argv: list[str]) -> int:
@@ -140,7 +198,6 @@ def main(argv: list[str]) -> int:
     from megatron_mm.data.tokenizer import load_tokenizer
     from megatron_mm.earl.discovery import probe_and_discover
     from megatron_mm.earl.probe import Probe
-    from megatron_mm.earl.skill_map import load_skill_map
 
     with CheckpointCommand() as command:
         args, rest = settings(argv)
@@ -149,28 +206,23 @@ def main(argv: list[str]) -> int:
         tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
         engine = command.engine(run)
         sharded.load(engine, path, finetune=True)
-        given = None
-        if args.skill_map is not None:
-            language = run.model.language
-            sizes = (engine.config.num_layers, language.num_experts, language.moe_router_topk)
-            given = load_skill_map(args.skill_map, *sizes)
         probe = Probe(args.data, args.labeller, args.samples, args.batch_size, args.seed)
         found, causal = probe_and_discover(
             engine,
             tokenizer,
             probe,
             args.out,
-            cluster_size=args.cluster_size,
-            min_lift=args.min_lift,
-            info={"checkpoint": str(path)},
+            method(args, engine),
+            checkpoint=path,
             selectivity=args.selectivity is not None,
-            given=given,
         )
         if found.warning:
             logger.warning("%s", found.warning)
         if cli.rank() == 0:
             print("\n".join(table(found, causal)))
-            for skill in found.skill_map.info["without_cluster"]:
-                print(f"left out: {skill} has no expert of lift {args.min_lift:g}")
+            info = found.skill_map.info
+            missing = f"expert of lift {info['min_lift']:g}" if "min_lift" in info else "right span"
+            for skill in info.get("without_cluster", ()):
+                print(f"left out: {skill} has no {missing}")
             print(f"written: {args.out}, {args.out.with_suffix('.png')}")
     return command.status

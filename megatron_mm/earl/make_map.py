@@ -19,7 +19,12 @@ import torch
 
 from megatron_mm.earl.route_counts import RouteCounts, choose_clusters, lifts, mutual_information
 from megatron_mm.earl.skill_map import SkillMap
-from megatron_mm.earl.stability import correlation, selectivity, stability, stability_warning
+from megatron_mm.earl.stability import (
+    correlation,
+    own_and_others_fall,
+    stability,
+    stability_warning,
+)
 from megatron_mm.errors import RLError
 
 MERGE_AT = 2**20  # cells that are held before they are merged
@@ -60,20 +65,24 @@ class Discovery:
 
     Attributes:
         skills: all that were probed; the map holds those that have a cluster.
-        lift_LES: of all `skills`, given the token.
+        score_SLE: of all `skills`: the lift of each expert given the token, or the rise of the loss
+            without it over its skill's largest.
+        knocked_out: whether it is the latter.
         rows: skill -> positions, experts per layer, mean lift, hit share and its chance. They come
-            from the probe that the map was made from, so they flatter it.
+            from the probe that the map was made from, so they flatter it. With a knock-out also
+            `own` and `others`, in nats, of clusters from one half measured on the other.
         warning: one line if the map is not to be relied on.
     """
 
     skill_map: SkillMap
     skills: list[str]
-    lift_LES: torch.Tensor
+    score_SLE: torch.Tensor
     rows: dict[str, dict[str, float]]
     warning: str | None
+    knocked_out: bool = False
 
 
-def discover(
+def discover_by_lift(
     halves: Sequence[RouteCounts],
     shuffled: Sequence[RouteCounts],
     skills: Sequence[str],
@@ -112,12 +121,13 @@ def discover(
         agreement[given_token] = stability(one, other, experts)
         if given_token:
             correlated = correlation(*found)
-    information = _information_of(counts, shuffled)
+    information = information_of(counts, shuffled)
     total = sum(information["mutual_information"]) / layers
     by_shuffling = information["mutual_information_shuffled"]
     warning = stability_warning(agreement[True], agreement[False], total, by_shuffling)
-    rows = _rows(counts, lift_LES, named, moe_router_topk)
+    rows = route_rows(counts, lift_LES, named, moe_router_topk)
     info = dict(info) | {
+        "method": "lift",
         "cluster_size": cluster_size,
         "min_lift": min_lift,
         "positions": {skill: row["positions"] for skill, row in rows.items()},
@@ -128,7 +138,7 @@ def discover(
         "warning": warning,
     }
     skill_map = SkillMap(layers, experts, moe_router_topk, kept, info | information)
-    return Discovery(skill_map, list(skills), lift_LES, rows, warning)
+    return Discovery(skill_map, list(skills), lift_LES.permute(2, 0, 1), rows, warning)
 
 
 def measure(
@@ -139,17 +149,19 @@ def measure(
     info: Mapping[str, Any],
 ) -> Discovery:
     """Measures the clusters of a given map on a probe, such as a map found before training. The
-    clusters stay; `rows` and the information come from these counts. Arguments as in `discover`."""
+    clusters stay; `rows` and the information come from these counts. Arguments as in
+    `discover_by_lift`."""
     counts = halves[0] + halves[1]
     lift_LES = lifts(counts)
     nothing: list[list[int]] = [[] for _ in range(skill_map.num_layers)]
     named = {skill: skill_map.skills.get(skill, nothing) for skill in skills}
-    rows = _rows(counts, lift_LES, named, skill_map.moe_router_topk)
-    info = skill_map.info | dict(info) | _information_of(counts, shuffled) | {"measured": rows}
-    return Discovery(replace(skill_map, info=info), list(skills), lift_LES, rows, None)
+    rows = route_rows(counts, lift_LES, named, skill_map.moe_router_topk)
+    info = skill_map.info | dict(info) | information_of(counts, shuffled) | {"measured": rows}
+    score_SLE = lift_LES.permute(2, 0, 1)
+    return Discovery(replace(skill_map, info=info), list(skills), score_SLE, rows, None)
 
 
-def _information_of(counts: RouteCounts, shuffled: Sequence[RouteCounts]) -> dict[str, Any]:
+def information_of(counts: RouteCounts, shuffled: Sequence[RouteCounts]) -> dict[str, Any]:
     """Returns the information between experts and skills given the token, in nats: of each layer,
     by chance, and with the skills shuffled."""
     information = [mutual_information(counts.layer(layer)) for layer in range(counts.sizes[0])]
@@ -166,9 +178,10 @@ def _mean_information(counts: RouteCounts) -> float:
     return sum(mutual_information(counts.layer(layer))[0] for layer in range(layers)) / layers
 
 
-def _rows(
+def route_rows(
     counts: RouteCounts, lift_LES: torch.Tensor, clusters: Mapping[str, list[list[int]]], k: int
 ) -> dict[str, dict[str, float]]:
+    """Returns the figures of each skill's routes, as `Discovery.rows`."""
     layers, experts = counts.sizes[:2]
     chosen_LES = torch.stack([counts.layer(layer).sum(2) for layer in range(layers)])
     rows = {}
@@ -199,9 +212,9 @@ def causal_test(accuracy: Mapping[str, float], without: Mapping[str, Mapping[str
     skills = list(without)
     accuracy_S = torch.tensor([accuracy[skill] for skill in skills], dtype=torch.float64)
     rows = [[without[skill][other] for other in skills] for skill in skills]
-    found = selectivity(accuracy_S, torch.tensor(rows, dtype=torch.float64)).tolist()
+    own_S, others_S = own_and_others_fall(accuracy_S, torch.tensor(rows, dtype=torch.float64))
+    figures = {"own": own_S, "others": others_S, "selectivity": own_S - others_S}
     return {
         "accuracy": dict(accuracy),
         "without": {skill: dict(without[skill]) for skill in skills},
-        "selectivity": dict(zip(skills, found, strict=True)),
-    }
+    } | {name: dict(zip(skills, of.tolist(), strict=True)) for name, of in figures.items()}

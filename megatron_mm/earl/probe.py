@@ -1,14 +1,13 @@
-"""Runs a labelled probe through the model and counts the experts that its tokens took.
+"""The rows of a labelled probe, as microbatches with the skill of each position.
 
-The model reads rows with their own answers. A position is counted if it predicts a token of a
-labelled span, which is one position later. The token counted with it is the one that stands at the
-position, since that is what the router saw. Routes stay on the ranks of their layers and positions;
-ranks exchange only counts.
+The model reads rows with their own answers. A position has the skill of the token that it predicts,
+which is one position later.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,13 +19,10 @@ from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.earl.make_map import Tally, on_layers
-from megatron_mm.earl.route_counts import RouteCounts, count_routes
 from megatron_mm.earl.spans import Label, answer_labels, load_labeller
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import from_reader, raise_together, receive
 from megatron_mm.errors import DataError, RLError
-from megatron_mm.parallel.sequence import shard, take
 
 
 @dataclass(frozen=True)
@@ -50,17 +46,26 @@ class Probe:
     shuffles: int = 19
 
 
+class ProbeSpan(NamedTuple):
+    """A labelled span: tokens [start, stop) of an answer, its skill's id and then that of each
+    shuffle, and whether it is right."""
+
+    start: int
+    stop: int
+    skills: list[int]
+    right: bool
+
+
 @dataclass(frozen=True)
 class ProbePlan:
-    """The rows that are counted, with their labels.
+    """The rows that are read, with their labels.
 
     Attributes:
-        rows: in reading order: row -> (tokens of its answer with the stop, its spans). A span is
-            (first token, end, skill ids): its own skill, then that of each shuffle.
+        rows: in reading order: row -> (tokens of its answer with the stop, its spans).
     """
 
     skills: list[str]
-    rows: dict[int, tuple[int, list[tuple[int, int, list[int]]]]]
+    rows: dict[int, tuple[int, list[ProbeSpan]]]
     shuffles: int
 
 
@@ -89,7 +94,7 @@ class ProbeRows:
         return answer_labels(file[index], self._tokenizer, self._labeller, file.where(index))
 
     def plan(self, probe: Probe) -> ProbePlan:
-        """Plans what is counted. Skills are shuffled among rows and not among spans: the spans of a
+        """Plans what is read. Skills are shuffled among rows and not among spans: the spans of a
         row share its skills and its routes, and must keep both."""
         found = [self.labels(index) for index in self.order]
         skills = sorted({label.skill for _, labels in found for label in labels})
@@ -108,47 +113,79 @@ class ProbeRows:
         rows = {}
         for number, (answer, labels) in enumerate(found):
             spans = [
-                (label.start, label.stop, [own[number][i], *(_nth(d[number], i) for d in donors)])
+                ProbeSpan(
+                    label.start,
+                    label.stop,
+                    [own[number][i], *(_nth(d[number], i) for d in donors)],
+                    label.correct,
+                )
                 for i, label in enumerate(labels)
             ]
             rows[self.order[number]] = answer, spans
         return ProbePlan(skills, rows, probe.shuffles)
 
-    def sample(self, index: int, plan: ProbePlan) -> tuple[Sample, torch.Tensor]:
-        """Returns the row as the model reads it, and the skill that each position serves or -1,
-        int16 [labellings, tokens]."""
+    def sample(self, index: int, plan: ProbePlan) -> tuple[Sample, torch.Tensor, torch.Tensor]:
+        """Returns the row as the model reads it, the skill that each position serves or -1, int16
+        [labellings, tokens], and whether its span is right, bool [tokens]."""
         file, row = self._rows.locate(index)
         sample = self._builder.training(file[row], file.where(row), file.folder)
         answer, spans = plan.rows[index]
         skill_JT = torch.full((1 + plan.shuffles, len(sample.tokens_T)), -1, dtype=torch.int16)
         # A sample ends with its answer; the position before a token predicts it.
         before = len(sample.tokens_T) - answer - 1
-        for start, stop, ids in spans:
-            skill_JT[:, before + start : before + stop] = torch.tensor(ids).unsqueeze(1)
-        return sample, skill_JT
+        right_T = torch.zeros(len(sample.tokens_T), dtype=torch.bool)
+        for start, stop, ids, right in spans:
+            here = slice(before + start, before + stop)
+            skill_JT[:, here], right_T[here] = torch.tensor(ids).unsqueeze(1), right
+        return sample, skill_JT, right_T
 
 
 def _nth(ids: list[int], i: int) -> int:
     return ids[i % len(ids)]
 
 
-@dataclass(frozen=True)
-class ProbeCounts:
-    """The route counts of a probe; the counts on rank 0 only, elsewhere the lists are empty.
+class ProbeBatch(NamedTuple):
+    """A microbatch of a probe.
 
     Attributes:
-        halves: of every other row, and of the rest.
-        shuffled: of all rows, with the skills shuffled among rows; one for each shuffle.
+        half: which half of the rows it is of, 0 or 1.
+        skill_JT: int16 [labellings, T]: the skill of each position or -1; the rows' own labels
+            first, then one labelling for each shuffle.
+        right_T: bool, whether the position's span is right.
+        real: positions before the padding; 0 for a microbatch that only keeps other replicas
+            company, whose positions have no skill.
     """
 
-    skills: list[str]
-    samples: int
-    halves: list[RouteCounts]
-    shuffled: list[RouteCounts]
+    half: int
+    batch: Microbatch
+    skill_JT: torch.Tensor
+    right_T: torch.Tensor
+    real: int
 
 
-def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> ProbeCounts:
-    """Reads and counts a probe. Every rank of the job calls it.
+@dataclass(frozen=True)
+class OpenProbe:
+    """A probe that is ready to be read in rounds, each of one microbatch for every pipeline stage
+    of every replica.
+
+    Attributes:
+        rows: on readers only.
+        chunks: (half, rows of a microbatch), in reading order; whole rounds.
+        together: microbatches of a round.
+    """
+
+    rows: ProbeRows | None
+    plan: ProbePlan
+    chunks: list[tuple[int, list[int]]]
+    together: int
+
+    @property
+    def rounds(self) -> int:
+        return len(self.chunks) // self.together
+
+
+def open_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> OpenProbe:
+    """Opens a probe and plans its rounds. Every rank of the job calls it.
 
     Raises:
         DataError: on every rank, if a row is bad or none is labelled.
@@ -167,8 +204,6 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> ProbeCoun
     dist.broadcast_object_list(planned, src=0, group=groups.world)
     (plan,) = planned
     assert plan is not None  # rank 0 is a reader, and had no error
-    # All rows of a microbatch are of one half. A round has one microbatch for each stage of each
-    # replica.
     size, order = probe.batch_size, list(plan.rows)
     chunks = [
         (half, order[half::2][i : i + size])
@@ -177,80 +212,49 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, probe: Probe) -> ProbeCoun
     ]
     together = groups.pg.dp.size() * groups.pg.pp.size()
     chunks += [(0, [])] * (-len(chunks) % together)
-    tallies = [Tally() for _ in range(2 + plan.shuffles)]
-    engine.training(False)
-    for start in range(0, len(chunks), together):
-        mine = chunks[start : start + together][groups.pg.dp.rank() :: groups.pg.dp.size()]
-        batches, labels = _read(engine, tokenizer, rows, mine, plan)
-        for (half, _), counts in zip(mine, _count(engine, batches, labels, plan), strict=True):
-            for tally, found in zip([tallies[half], *tallies[2:]], counts, strict=False):
-                tally.add(found)
-    engine.training(True)
-    parts: list | None = [None] * groups.world.size() if dist.get_rank() == 0 else None
-    dist.gather_object([tally.total() for tally in tallies], parts, dst=0, group=groups.world)
-    if parts is None:
-        return ProbeCounts(plan.skills, len(order), [], [])
-    totals: list[RouteCounts] = []
-    for of_tally in zip(*parts, strict=True):
-        merged = Tally(waiting=[c for c in of_tally if c is not None]).total()
-        assert merged is not None  # every tally has counted rows
-        totals.append(merged)
-    return ProbeCounts(plan.skills, len(order), totals[:2], totals[2:])
+    return OpenProbe(rows, plan, chunks, together)
 
 
-def _read(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    rows: ProbeRows | None,
-    chunks: list[tuple[int, list[int]]],
-    plan: ProbePlan,
-) -> tuple[list[Microbatch], list[torch.Tensor]]:
-    """Returns the replica's microbatches and the skills of their positions, [labellings, T]
-    each."""
-    labels: list[torch.Tensor] = []
+def read_round(
+    engine: Engine, tokenizer: Tokenizer, opened: OpenProbe, number: int
+) -> list[ProbeBatch]:
+    """Returns the replica's microbatches of a round. Every rank of the job calls it.
+
+    Raises:
+        DataError: on every rank, if a row is bad.
+    """
+    plan, dp = opened.plan, engine.groups.pg.dp
+    chunks = opened.chunks[number * opened.together : (number + 1) * opened.together]
+    chunks = chunks[dp.rank() :: dp.size()]
+    labels: list[tuple[torch.Tensor, torch.Tensor, int]] = []
     any_row = next(iter(plan.rows))
 
     def read() -> list[Microbatch]:
-        assert rows is not None  # `receive` calls it on readers
+        assert opened.rows is not None  # `receive` calls it on readers
         batches = []
         for _, indices in chunks:
             # Without rows nothing is counted, but other replicas may need this forward pass.
-            made = [rows.sample(index, plan) for index in indices or [any_row]]
+            made = [opened.rows.sample(index, plan) for index in indices or [any_row]]
             batch = collate(
-                [sample for sample, _ in made],
-                settings=rows.settings,
+                [sample for sample, _, _ in made],
+                settings=opened.rows.settings,
                 pad_id=tokenizer.pad_id,
                 pad_multiple=token_multiple(engine.run),
             )
-            skill_JT = torch.full((1 + plan.shuffles, len(batch.tokens_T)), -1, dtype=torch.int16)
+            length, real = len(batch.tokens_T), batch.num_real_tokens if indices else 0
+            skill_JT = torch.full((1 + plan.shuffles, length), -1, dtype=torch.int16)
+            right_T = torch.zeros(length, dtype=torch.bool)
             if indices:
-                skill_JT[:, : batch.num_real_tokens] = torch.cat([skill for _, skill in made], 1)
+                skill_JT[:, :real] = torch.cat([skill for _, skill, _ in made], 1)
+                right_T[:real] = torch.cat([right for _, _, right in made])
             batches.append(batch)
-            labels.append(skill_JT)
+            labels.append((skill_JT, right_T, real))
         return batches
 
     batches, _ = receive(engine.groups, read)
-    return batches, from_reader(engine.groups, labels)
-
-
-def _count(
-    engine: Engine, batches: list[Microbatch], labels: list[torch.Tensor], plan: ProbePlan
-) -> list[list[RouteCounts]]:
-    """Counts the routes of this rank's layers at its positions: for each microbatch one count for
-    each labelling, none on a rank without layers."""
-    language, layers = engine.run.model.language, engine.config.num_layers
-    sizes = language.num_experts, len(plan.skills), language.vocab_size
-    records: list[dict] = [{} for _ in batches]
-    nowhere = torch.zeros(0, dtype=torch.int64)
-    engine.forward(batches, lambda batch: nowhere, lambda *_, **__: None, routes=records)
-    counts: list[list[RouteCounts]] = []
-    for batch, skill_JT, record in zip(batches, labels, records, strict=True):
-        here, mine = sorted(record), shard(len(batch.tokens_T), engine.groups.pg)
-        counts.append([])
-        if here:
-            routes_tLk = torch.stack([record[index] for index in here], 1).cpu()
-            token_t = take(batch.tokens_T, mine)
-            for skill_T in skill_JT.long():
-                found = count_routes(routes_tLk, take(skill_T, mine), token_t, *sizes)
-                counts[-1].append(on_layers(found, here, layers))
-    return counts
+    return [
+        ProbeBatch(half, batch, *of_batch)
+        for (half, _), batch, of_batch in zip(
+            chunks, batches, from_reader(engine.groups, labels), strict=True
+        )
+    ]

@@ -93,10 +93,12 @@ def stability_warning(
     )
 
 
-def selectivity(accuracy_S: torch.Tensor, without_SS: torch.Tensor) -> torch.Tensor:
-    """Returns [S], the causal test: how much more a skill's accuracy falls when its own cluster is
-    forbidden than the other skills' accuracies do (mean); about 0 if the cluster is nothing
-    special.
+def own_and_others_fall(
+    accuracy_S: torch.Tensor, without_SS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns two [S], the causal test: how far a skill's accuracy falls when its own cluster is
+    forbidden, and how far the other skills' accuracies do (mean). Their difference is the cluster's
+    selectivity, about 0 if it is nothing special.
 
     Args:
         accuracy_S: with all experts.
@@ -105,7 +107,33 @@ def selectivity(accuracy_S: torch.Tensor, without_SS: torch.Tensor) -> torch.Ten
     fall_SS = accuracy_S - without_SS
     own_S = fall_SS.diagonal()
     others = max(len(accuracy_S) - 1, 1)
-    return own_S - (fall_SS.sum(1) - own_S) / others
+    return own_S, (fall_SS.sum(1) - own_S) / others
+
+
+def assignment_warning(
+    halves: Stability, selective: float = 0.0, shuffled: Sequence[float] = ()
+) -> str | None:
+    """Returns one line for the user if an exclusive map is not to be relied on.
+
+    Args:
+        halves: agreement of the assignments from the two halves.
+        selective: how much more a skill's experts matter to it than to the others.
+        shuffled: the same with the rows' skills shuffled among them.
+    """
+    if not halves.above_chance:
+        return (
+            "the clusters are no better than chance: the two halves of the probe assign experts as "
+            f"at random ({_numbers(halves)}); probe more samples, or train further before "
+            "discovering"
+        )
+    if any(selective <= other for other in shuffled):
+        return (
+            "the clusters are no better than chance: with the skills shuffled among the rows they "
+            f"are as selective ({selective:.3f} of a skill's largest effect beyond the other "
+            f"skills', shuffled up to {max(shuffled):.3f}); probe more samples, or train further "
+            "before discovering"
+        )
+    return None
 
 
 def _numbers(found: Stability) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from megatron.core import parallel_state
 
-from megatron_mm.earl.discovery import forbid_clusters
+from megatron_mm.earl.discovery import ByLift, forbid_clusters
 from megatron_mm.earl.probe import Probe
 from megatron_mm.earl.skill_map import SkillMap, load_skill_map
 from megatron_mm.earl.stability import MIN_Z
@@ -38,7 +38,7 @@ def find(ranks, place, scenes, layout="one rank", rows="rows.jsonl", min_lift=1.
     checkpoint = str(place / "model") if trained else None
     out = str(place / f"{layout} {rows}.json".replace(" ", "_"))
     run = planted_run(scenes, **sizes)
-    return ranks(size, discovered, run, checkpoint, probe, out, min_lift), Path(out)
+    return ranks(size, discovered, run, checkpoint, probe, out, ByLift(2, min_lift)), Path(out)
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +123,12 @@ def test_the_tool_runs_the_causal_test(tool, place, scenes, tmp_path):
     out = tmp_path / "new" / "map.json"
     status, printed, errors = tool(
         "--checkpoint", place / "model", "--data", place / "rows.jsonl", "--out", out,
-        "--samples", 80, "--min-lift", 1.2, "--selectivity", valid, "--max-new-tokens", 3,
+        "--method", "lift", "--samples", 80, "--min-lift", 1.2, "--selectivity", valid,
+        "--max-new-tokens", 3,
     )  # fmt: skip
     assert status == 0, errors
     lines = printed.splitlines()
-    assert lines[0].split()[-3:] == ["accuracy", "without", "selectivity"]
+    assert lines[0].split()[-3:] == ["accuracy", "own", "others"]
     assert lines[1].startswith("alpha ") and lines[2].startswith("beta ")
     assert lines[-1] == f"written: {out}, {out.with_suffix('.png')}"
     info = load_skill_map(out, 2, 8, 2).info
@@ -166,8 +167,12 @@ def test_a_cluster_of_nearly_all_experts_cannot_be_forbidden():
         ({"--data": "plain"}, 1, "0 of 2 rows have labels; rows need 'spans'"),
         ({"--data": "question"}, 1, "the last of 1 messages is a user turn; a probe follows"),
         ({"--labeller": "paragraphs"}, 1, "labeller 'paragraphs' is not built in"),
-        ({"--min-lift": "50"}, 1, "no expert of 2 x 8 has a lift of 50 for any of 2 skills"),
-        ({"--min-lift": "0.5"}, 2, "--min-lift is 0.5; allowed: more than 1"),
+        (
+            {"--method": "lift", "--min-lift": "50"},
+            1,
+            "no expert of 2 x 8 has a lift of 50 for any of 2 skills",
+        ),
+        ({"--method": "lift", "--min-lift": "0.5"}, 2, "--min-lift is 0.5; allowed: more than 1"),
         ({"--skill-map": "nowhere.json"}, 1, "skill map nowhere.json: No such file"),
         ({"--samples": "1"}, 2, "--samples is 1; allowed: 2 or more"),
         ({"--lr": "1"}, 2, "--lr is not for discovering"),

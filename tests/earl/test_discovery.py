@@ -17,7 +17,7 @@ from megatron_mm.earl.route_counts import (
 from megatron_mm.earl.stability import (
     Stability,
     correlation,
-    selectivity,
+    own_and_others_fall,
     stability,
     stability_warning,
 )
@@ -192,7 +192,9 @@ def test_correlation_of_lifts():
     assert correlation(one, torch.ones(3)) == 0
 
 
-def test_selectivity_is_the_own_fall_beyond_the_others():
+def test_the_falls_of_own_and_other_skills_are_told_apart():
     accuracy = torch.tensor([0.9, 0.8, 0.7]).double()
     without = torch.tensor([[0.3, 0.8, 0.6], [0.8, 0.7, 0.6], [0.9, 0.8, 0.7]]).double()
-    assert selectivity(accuracy, without).tolist() == pytest.approx([0.55, 0.0, 0.0], abs=1e-6)
+    own, others = own_and_others_fall(accuracy, without)
+    assert own.tolist() == pytest.approx([0.6, 0.1, 0.0], abs=1e-6)
+    assert others.tolist() == pytest.approx([0.05, 0.1, 0.0], abs=1e-6)
