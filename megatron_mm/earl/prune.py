@@ -26,8 +26,8 @@ from megatron_mm.earl.skill_map import SkillMap
 from megatron_mm.errors import ConfigError, RLError
 from megatron_mm.model.blueprint import blueprint
 
-# Figures of a map's info, [S, L, E], that say how much a skill needs an expert; the first that is
-# there counts.
+# Figures of a map's info that say how much a skill needs each expert, skill -> [L][E]; the first
+# that is there counts.
 SCORES = ("knock_out", "use")
 # Multi-token prediction has experts of its own, which no map knows.
 MULTI_TOKEN = "mtp."
@@ -106,28 +106,27 @@ def choose(skill_map: SkillMap, skills: Sequence[str], keep: int | None) -> Choi
 
 def _members(skill_map: SkillMap, skills: Sequence[str]) -> torch.Tensor:
     """Returns bool [L, E]: in a cluster of the skills, or common."""
-    member_SLE = skill_map.membership()
-    member_LE = member_SLE[[skill_map.names.index(skill) for skill in skills]].any(0)
-    for layer, experts in enumerate(skill_map.common or ()):
-        member_LE[layer, experts] = True
-    return member_LE
+    ids = [skill_map.names.index(skill) for skill in skills]
+    if skill_map.common is None:
+        return skill_map.membership()[ids].any(0)
+    return skill_map.clusters()[[*ids, -1]].any(0)
 
 
 def _scores(skill_map: SkillMap, skills: Sequence[str], name: str) -> torch.Tensor:
     """Returns fp64 [L, E], the mean over skills of a figure, each over its largest."""
-    sizes = len(skill_map.skills), skill_map.num_layers, skill_map.num_experts
+    sizes = len(skills), skill_map.num_layers, skill_map.num_experts
     try:
-        figure_SLE = torch.tensor(skill_map.info[name], dtype=torch.float64)
-    except (TypeError, ValueError):
+        named = [skill_map.info[name][skill] for skill in skills]
+        figure_SLE = torch.tensor(named, dtype=torch.float64)
+    except (KeyError, TypeError, ValueError):
         figure_SLE = torch.empty(0)
     if tuple(figure_SLE.shape) != sizes or not figure_SLE.isfinite().all():
         raise RLError(
-            f"the map's {name!r} is no list of {sizes[0]} skills x {sizes[1]} layers x {sizes[2]} "
-            "experts, all numbers; discover it again"
+            f"{name!r} in the map's info lacks the {sizes[1]} layers x {sizes[2]} experts, all "
+            f"numbers, of each of {', '.join(skills)}; discover it again"
         )
-    chosen_SLE = figure_SLE[[skill_map.names.index(skill) for skill in skills]]
-    largest_S11 = chosen_SLE.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
-    return (chosen_SLE / largest_S11).mean(0)
+    largest_S11 = figure_SLE.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
+    return (figure_SLE / largest_S11).mean(0)
 
 
 def pruned_model(model: ModelConfig, experts: int) -> ModelConfig:

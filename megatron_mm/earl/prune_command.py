@@ -95,6 +95,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm.convert.summary import listed
     from megatron_mm.earl.prune import choose, pruned_model, write_pruned
     from megatron_mm.earl.skill_map import load_skill_map
+    from megatron_mm.errors import CheckpointError
     from megatron_mm.evaluation.evaluate import write_record
     from megatron_mm.report.page import write_report
     from megatron_mm.report.page_experts import PRUNING_FILE
@@ -114,6 +115,8 @@ def main(argv: list[str]) -> int:
             check_target(args.out, stored["iteration"])
             checkpoint = to_hf.open_checkpoint(path)
             assets = None if args.assets is None else travelling(args.assets)
+            if assets == []:
+                raise CheckpointError(f"{args.assets} holds no tokenizer and no processor")
         record: dict[str, Any] = {
             "checkpoint": str(path),
             "skill_map": str(args.skill_map),

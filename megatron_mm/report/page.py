@@ -1,9 +1,9 @@
 """Writes the report of a run: `report.html`, readable offline and on paper.
 
 Reads `metrics.jsonl`, `results.json` and `evaluation.json` of a run directory, after reinforcement
-learning `completions.jsonl` and `experts_before.json`, the skill maps in it, and `pruning.json` in it
-and in the folders inside. Every part is optional: a run without looks, experts, images or a finished
-evaluation gets a shorter page.
+learning `completions.jsonl` and `experts_before.json`, also skill maps, and `pruning.json` of it
+and of the folders inside. Every part is optional: a run without looks, experts, images or a
+finished evaluation gets a shorter page.
 """
 
 from __future__ import annotations

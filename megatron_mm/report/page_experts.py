@@ -7,6 +7,7 @@ Maps and records may name anything; the template escapes all text.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def discovery(name: str, skill_map: dict[str, Any]) -> dict[str, Any]:
     strength_SLE = np.zeros((len(rows), layers, experts))
     scores = info.get("knock_out")
     if scores:
-        score_SLE = np.asarray(scores, dtype=float)
+        score_SLE = np.array([scores[skill] for skill in skills], dtype=float)
         largest_S11 = np.abs(score_SLE).max((1, 2), keepdims=True)
         strength_SLE[: len(skills)] = score_SLE / np.maximum(largest_S11, 1e-12)
     chosen = shown_layers(layers)
@@ -88,22 +89,37 @@ def discovery(name: str, skill_map: dict[str, Any]) -> dict[str, Any]:
         "common": bool(common),
         "coloured": bool(scores),
         "warning": info.get("warning"),
-        "rows": _removal(info.get("causal_test")),
+        "removal": _removal(skills, info),
         "charts": charts,
         "left_out": layers - len(chosen),
     }
 
 
-def _removal(test: dict[str, Any] | None) -> list[tuple[str, ...]]:
-    """Returns (skill, accuracy, without its cluster, own loss, others' loss) of a causal test."""
-    rows = []
-    for skill, without in (test or {"without": {}})["without"].items():
-        loss = {other: test["accuracy"][other] - value for other, value in without.items()}
-        own = loss.pop(skill)
-        others = f"{sum(loss.values()) / len(loss):.3f}" if loss else "–"
-        numbers = (percent(test["accuracy"][skill]), percent(without[skill]), f"{own:.3f}", others)
-        rows.append((skill, *numbers))
-    return rows
+def _removal(skills: Iterable[str], info: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the table of what a skill and the others lose without the skill's cluster: their
+    right answers' nats, their accuracy. None if neither was measured."""
+    nats, test = info.get("own_and_others") or {}, info.get("causal_test") or {}
+    heads, rows = ["skill"], [[skill] for skill in skills]
+    if nats:
+        heads += ["own, nats", "others', nats"]
+        for row in rows:
+            row += [f"{value:.3f}" for value in nats.get(row[0], ())] or ["–", "–"]
+    if test:
+        heads += ["accuracy", "without", "own loss", "others' loss"]
+        for row in rows:
+            row += _losses(row[0], test)
+    return {"heads": heads, "rows": rows} if len(heads) > 1 else None
+
+
+def _losses(skill: str, test: dict[str, Any]) -> list[str]:
+    """Returns a skill's accuracy, that without its cluster, its loss, the others' mean loss."""
+    without = test["without"].get(skill)
+    if without is None:
+        return ["–"] * 4
+    loss = {other: test["accuracy"][other] - value for other, value in without.items()}
+    own = loss.pop(skill)
+    others = f"{sum(loss.values()) / len(loss):.3f}" if loss else "–"
+    return [percent(test["accuracy"][skill]), percent(without[skill]), f"{own:.3f}", others]
 
 
 def prunings(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
