@@ -56,7 +56,7 @@ def choose(skill_map: SkillMap, skills: Sequence[str], keep: int | None) -> Choi
     """Chooses the experts that serve some skills.
 
     The experts of the skills' clusters and of the common one come before the others. Among each,
-    the higher score comes first: the sum over the skills of a figure of the map's info, each
+    the higher score comes first: the mean over the skills of a figure of the map's info, each
     skill's over its largest. Equal scores follow the experts' numbers.
 
     Args:
@@ -100,7 +100,7 @@ def choose(skill_map: SkillMap, skills: Sequence[str], keep: int | None) -> Choi
         )
     score_LE = _scores(skill_map, skills, found)
     # A stable sort leaves equal ones in the order of their numbers. Scores are from -1 to 1.
-    order_LE = (score_LE + 4.0 * member_LE).argsort(1, descending=True, stable=True)
+    order_LE = (score_LE + 4.0 * member_LE).argsort(dim=1, descending=True, stable=True)
     return Choice(order_LE[:, :keep].sort(1).values.tolist(), found)
 
 

@@ -104,9 +104,8 @@ def main(argv: list[str]) -> int:
         args, rest = settings(argv)
         path, stored = command.resolve(args.checkpoint)
         run = stored_run(stored["config"], rest, cli.world_size(), args.valid)
-        language = run.model.language
-        layers = num_layers(effective_pattern(run.model))
-        sizes = layers, language.num_experts, language.moe_router_topk
+        experts, layers = run.model.language.num_experts, num_layers(effective_pattern(run.model))
+        sizes = layers, experts, run.model.language.moe_router_topk
         choice = choose(load_skill_map(args.skill_map, *sizes), args.skills, args.keep)
         smaller = replace(run, model=pruned_model(run.model, choice.count))
         validate(smaller, cli.world_size())
@@ -121,7 +120,7 @@ def main(argv: list[str]) -> int:
             "checkpoint": str(path),
             "skill_map": str(args.skill_map),
             "skills": args.skills,
-            "num_experts": language.num_experts,
+            "num_experts": experts,
             "kept": choice.count,
             "filled_by": choice.filled_by,
             "experts": choice.experts,
@@ -129,16 +128,14 @@ def main(argv: list[str]) -> int:
         before = answered(command, run, path) if args.valid else {}
         group = patient_group()
         made, left_out = write_pruned(checkpoint, choice, args.out, run.parallel, record, group)
-        lines = [
-            f"kept: {choice.count} of {language.num_experts} experts in each of {layers} layers"
-        ]
+        lines = [f"kept: {choice.count} of {experts} experts in each of {layers} layers"]
         lines += listed("left out", left_out)
         if args.hf_out is not None:
             lines += to_hf.convert(to_hf.open_checkpoint(made), args.hf_out, group, assets=assets)
         if args.valid:
             after = answered(command, smaller, made)
             record |= {"valid_data": args.valid, "before": before, "after": after}
-            lines += table(before, after, (language.num_experts, choice.count))
+            lines += table(before, after, (experts, choice.count))
         write_record(groups, args.out / PRUNING_FILE, record)
         if cli.rank() == 0:
             print("\n".join(lines))

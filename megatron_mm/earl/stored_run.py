@@ -52,7 +52,8 @@ def stored_run(
         ConfigError: the settings do not fit.
     """
     given = load(None, list(rest))
-    run = run_of_checkpoint({k: v for k, v in stored.items() if k not in ("backend", "rl")})
+    # Nothing is trained: the objectives' settings need not fit, nor their files be here.
+    run = run_of_checkpoint({k: v for k, v in stored.items() if k not in ("backend", "rl", "earl")})
     training = TrainingConfig(
         bf16=run.training.bf16, global_batch_size=data_parallel_size(given, world)
     )

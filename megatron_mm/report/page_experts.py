@@ -96,8 +96,8 @@ def discovery(name: str, skill_map: dict[str, Any]) -> dict[str, Any]:
 
 
 def _removal(skills: Iterable[str], info: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the table of what a skill and the others lose without the skill's cluster: their
-    right answers' nats, their accuracy. None if neither was measured."""
+    """Returns the table of what a skill and the others lose: right answers' nats without one of the
+    skill's experts, accuracy without its cluster. None if neither was measured."""
     nats, test = info.get("own_and_others") or {}, info.get("causal_test") or {}
     heads, rows = ["skill"], [[skill] for skill in skills]
     if nats:

@@ -70,9 +70,9 @@ def test_fewer_are_those_of_the_clusters_that_break_most():
 
 
 def test_skills_count_alike_whatever_their_scale():
-    """By plain sums expert 2 of layer 0 (0.2 in all) would follow 3; each over its largest, ocr's
-    0.3 / 9 for 6 does not outweigh spatial's -0.3 / 0.5."""
+    """By plain sums expert 6 of layer 0 would come before 2 in both cases."""
     scores = the_map({"knock_out": KNOCK_OUT | {"ocr": [[0, 0, 0, 9, 0, 0, 8, 0], [0] * 8]}})
+    # 8 / 9 - 0.3 / 0.5 > 0.1 / 0.5
     assert kept(scores, ["ocr", "spatial"], 6)[0] == [0, 1, 3, 4, 5, 6]
     scores = the_map({"knock_out": KNOCK_OUT | {"ocr": [[0, 0, 0, 9, 0, 0, 4, 0], [0] * 8]}})
     # 4 / 9 - 0.3 / 0.5 < 0.1 / 0.5
