@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm.earl.skill_map import load_skill_map
     from megatron_mm.errors import CheckpointError
     from megatron_mm.evaluation.evaluate import write_record
-    from megatron_mm.report.page import write_report
+    from megatron_mm.report.page import report_or_warn
     from megatron_mm.report.page_experts import PRUNING_FILE
 
     with CheckpointCommand() as command:
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
         write_record(groups, args.out / PRUNING_FILE, record)
         if cli.rank() == 0:
             print("\n".join(lines))
-            written = [made, args.out / PRUNING_FILE, write_report(args.out)]
+            written = [made, args.out / PRUNING_FILE, *report_or_warn(args.out)]
             written += [] if args.hf_out is None else [args.hf_out]
             print(f"written: {', '.join(map(str, written))}")
     return command.status

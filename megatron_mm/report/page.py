@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import logging
 import os
 import re
 import sys
@@ -35,6 +36,8 @@ from megatron_mm.report.page_experts import (
     skill_maps,
 )
 from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = "page.html.j2"
 VISION_LETTER = "V"  # stands for the vision encoder; it is no letter of a pattern
@@ -97,6 +100,17 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def report_or_warn(folder: Path) -> list[Path]:
+    """Writes the report as the last thing of a command and returns its path. A failure is a
+    warning, since everything else is on disk; the list is then empty."""
+    try:
+        return [write_report(folder)]
+    except Exception as error:
+        again = f"python -m megatron_mm.report.page {folder}"
+        logger.warning("no report: %s; try again with %s", error, again)
+        return []
 
 
 def accuracy_table(results: dict[str, Any]) -> str:
