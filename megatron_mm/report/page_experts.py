@@ -136,7 +136,8 @@ def prunings(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _pruning(records: list[dict[str, Any]]) -> dict[str, Any]:
     first = records[0]
     skills, before = first["skills"], first.get("before") or {}
-    kinds = sorted(before, key=lambda kind: kind.partition("/")[0] not in skills)
+    own = tuple(f"{skill}/" for skill in skills)  # a kind is skill/form, or a skill
+    kinds = sorted(before, key=lambda kind: not f"{kind}/".startswith(own))
     counts = [*(record["kept"] for record in records), first["num_experts"]]
     rows, charts = [], []
     for kind in kinds:
