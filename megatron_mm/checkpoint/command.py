@@ -24,6 +24,7 @@ class CheckpointCommand:
         platform.quiet()
         platform.install()
         self.status, self._started = 0, False
+        self._groups: Any = None  # of the job, once it has started
 
     def resolve(self, folder: str | Path) -> tuple[Path, dict[str, Any]]:
         """Returns the folder of the newest checkpoint in `folder` and what its run.json holds.
@@ -38,17 +39,25 @@ class CheckpointCommand:
         except CheckpointError as error:
             raise CheckpointError(f"cannot load {folder}: {error}") from None
 
-    def engine(self, run: RunConfig) -> Any:
-        """Starts the job of ranks and returns its `engine.Engine`, into which weights are to be
-        loaded."""
-        from megatron_mm.engine.engine import Engine
+    def start(self, run: RunConfig) -> Any:
+        """Starts the job of ranks on the layout of `run`, and returns its `parallel.groups.Groups`.
+        A job that has started stays as it is."""
         from megatron_mm.engine.kernels import choose_kernels
         from megatron_mm.parallel import groups
 
-        choose_kernels(run)
-        groups.start(run.parallel)
-        self._started = True
-        return Engine.create(run, groups.build(run.parallel), drawn=False)
+        if self._groups is None:
+            choose_kernels(run)
+            groups.start(run.parallel)
+            self._started = True
+            self._groups = groups.build(run.parallel)
+        return self._groups
+
+    def engine(self, run: RunConfig) -> Any:
+        """Returns an `engine.Engine`, into which weights are to be loaded. A command may ask for
+        several models, on one layout."""
+        from megatron_mm.engine.engine import Engine
+
+        return Engine.create(run, self.start(run), drawn=False)
 
     def __enter__(self) -> CheckpointCommand:
         return self

@@ -20,6 +20,7 @@ from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
 from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import ModelConfig, RunConfig, run_of_checkpoint
 from megatron_mm.convert import export
+from megatron_mm.convert.chunked import ASSETS, check_space
 from megatron_mm.convert.export_inputs import has_clvr
 from megatron_mm.convert.folder import NOTES, equal_bits, travelling
 from megatron_mm.convert.hf_writer import (
@@ -32,7 +33,6 @@ from megatron_mm.convert.hf_writer import (
 )
 from megatron_mm.convert.mapping import EMBEDDING, HEAD, ParamMapping, write_links
 from megatron_mm.convert.stored import ChunkReader
-from megatron_mm.convert.to_megatron import ASSETS, check_space
 from megatron_mm.convert.work import nbytes, progress, share
 from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.model.blueprint import blueprint

@@ -1,13 +1,7 @@
-"""Converts a folder of safetensors to a sharded checkpoint, chunk by chunk.
-
-The files do not depend on the layout: a chunk is a whole tensor or one or several experts, and any
-layout reads its part of any chunk. Ranks share the chunks.
-"""
+"""Converts a folder of safetensors to a sharded checkpoint, chunk by chunk."""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,20 +9,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import megatron_mm
-from megatron_mm.checkpoint import folders, sealed, storage
-from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX
 from megatron_mm.checkpoint.shards import weight_key
-from megatron_mm.config import RunConfig, data_parallel_size, to_dict
+from megatron_mm.config import RunConfig
+from megatron_mm.convert.chunked import Made, write_checkpoint
 from megatron_mm.convert.folder import NOTES, HFFolder
 from megatron_mm.convert.mapping import ParamMapping, StateMapping
-from megatron_mm.convert.stored import CHUNK_BYTES, Chunk, ChunkWriter, write_index
-from megatron_mm.convert.work import nbytes, progress, row_ranges, share
-from megatron_mm.errors import CheckpointError, ConvertError
+from megatron_mm.convert.stored import CHUNK_BYTES
+from megatron_mm.convert.work import nbytes, row_ranges
 from megatron_mm.parallel.param_layout import ParamLayout, draw
-
-ASSETS = "huggingface"  # folder inside a checkpoint
 
 
 @dataclass(frozen=True)
@@ -125,106 +114,23 @@ def convert(
     Raises:
         CheckpointError: on every rank; partial output is removed.
     """
-    leader = group.rank() == 0
-    final = target / folders.name_of(0)
-    partial = folders.with_suffix(final, folders.PARTIAL)
-    doing = f"cannot convert {source.folder} to {target}"
     work = imports(source, mapping, parameters, dtype)
-    with raising_together(group, doing):
-        if leader:
-            _prepare(target, partial, sum(part.bytes for part in work))
-    try:
-        chunks = _write(source, mapping, parameters, work, run, partial, group, doing, dtype, quiet)
-        with raising_together(group, doing):
-            if leader:
-                _finish(source, chunks, run, partial)
-                folders.publish(partial, final)
-    except CheckpointError:
-        if leader:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(partial)
-        raise
-    return final
-
-
-def _prepare(target: Path, partial: Path, needed: int) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    # A conversion killed while publishing leaves `iter_0000000` without `latest`. No run finds it
-    # there, and `publish` replaces it.
-    found = {path.name for path in target.iterdir() if folders.NAME.fullmatch(path.name)}
-    if (target / folders.LATEST).exists() or found - {folders.name_of(0)}:
-        raise ConvertError(f"{target} holds checkpoints already: nothing is overwritten")
-    folders.clear_leftovers(target)
-    check_space(target, needed)
-    partial.mkdir()
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Checks free disk space.
-
-    Raises:
-        ConvertError: `needed` bytes do not fit on the disk of `folder`.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ConvertError(f"{folder} has {free} bytes of disk left, {needed} are needed")
-
-
-def _write(
-    source, mapping, parameters, work, run, partial, group, doing, dtype, quiet
-) -> list[Chunk]:
-    """Writes this rank's share. Returns the chunks of all ranks."""
     start, seed = dtype_of(source, mapping, dtype), run.training.seed
-    mine = share(work, lambda part: part.bytes, group.rank(), group.size())
-    chunks: list[Chunk] = []
-    total, shown = sum(part.bytes for part in mine), group.rank() == 0 and not quiet
-    with (
-        raising_together(group, doing),
-        ChunkWriter(partial, group.rank()) as writer,
-        progress(total, "to megatron", shown) as done,
-    ):
-        for part in mine:
-            tensor, shape = _make(part, source, parameters, dtype, start, seed)
-            writer.add(part.key, tensor, shape, part.first)
-            done(part.bytes)
-        chunks = writer.finish()
-    every: list = [None] * group.size()
-    dist.all_gather_object(every, chunks, group=group)
-    return [chunk for written in every for chunk in written]
 
+    def make(part: Import) -> Made:
+        tensor, shape = _make(part, source, parameters, dtype, start, seed)
+        return part.key, shape, part.first, tensor
 
-def _finish(source: HFFolder, chunks: list[Chunk], run: RunConfig, partial: Path) -> None:
-    write_index(partial, chunks)
-    (partial / ASSETS).mkdir()
-    for path in source.assets:
-        sealed.write_bytes(partial / ASSETS / path.name, path.read_bytes())
-    sealed.sync_folder(partial / ASSETS)
-    run = replace(run, data=source.data)  # an export of this checkpoint reads images so
-    parallel = run.parallel
-    tp, pp, cp = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
+    return write_checkpoint(
+        target,
+        0,
+        work,
+        make,
+        replace(run, data=source.data),  # an export of this checkpoint reads images so
+        {NOTES: source.notes},
+        source.assets,
+        group,
+        doing=f"cannot convert {source.folder} to {target}",
+        what="to megatron",
+        quiet=quiet,
     )
-    layout = {
-        "tp": tp,
-        "pp": pp,
-        "cp": cp,
-        "ep": parallel.expert_model_parallel_size,
-        "expert_tp": parallel.expert_tensor_parallel_size or tp,
-        "dp": data_parallel_size(run, tp * pp * cp),
-    }
-    content = {
-        "format": folders.FORMAT,
-        "megatron_mm": megatron_mm.__version__,
-        "iteration": 0,
-        "layout": layout,
-        "adam_step": 0,
-        "scheduler": {},
-        "loader": {},
-        "extra": {NOTES: source.notes},
-        "config": to_dict(run),
-        "checksums": storage.write_format(partial),
-    }
-    sealed.write_json(partial / folders.RUN, content)
-    sealed.sync_folder(partial)

@@ -22,26 +22,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_mm import cli
-from megatron_mm.config import (
-    ConfigError,
-    RunConfig,
-    TrainingConfig,
-    data_parallel_size,
-    load,
-    run_of_checkpoint,
-    validate,
-)
-from megatron_mm.config.flags import parse_flags
-from megatron_mm.config.settings import CheckpointConfig
+from megatron_mm.config import ConfigError
+from megatron_mm.earl.stored_run import check_flags, stored_run
 
 logger = logging.getLogger(__name__)
 
-# Settings of the run that may be given beside the layout and the backend.
-GIVEN = ("tokenizer_model", "eval_samples", "eval_batch_size", "max_new_tokens")
 # Flags of one method only.
 OF_METHOD = {
     "knock-out": ("cluster_size", "common_size", "passes"),
@@ -100,43 +88,8 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ConfigError(f"--min-lift is {args.min_lift:g}; allowed: more than 1, the base rate")
     if args.out.suffix != ".json":
         raise ConfigError(f"--out is {args.out}; allowed: a name that ends in .json")
-    for path in parse_flags(rest).values:
-        if path[0] not in ("parallel", "backend") and path[-1] not in GIVEN:
-            raise ConfigError(
-                f"{cli.flag(path[-1])} is not for discovering; allowed: this tool's flags, the "
-                f"layout, the backend and {', '.join(map(cli.flag, GIVEN))}"
-            )
+    check_flags(rest, "discovering")
     return args, rest
-
-
-def probed_run(stored: dict, args: argparse.Namespace, rest: list[str], world: int) -> RunConfig:
-    """Returns the run that made the checkpoint, with the layout and settings given here.
-
-    Raises:
-        ConfigError: the settings do not fit.
-    """
-    given = load(None, rest)
-    stored = {key: value for key, value in stored.items() if key not in ("backend", "rl", "earl")}
-    run = run_of_checkpoint(stored)
-    training = TrainingConfig(
-        bf16=run.training.bf16, global_batch_size=data_parallel_size(given, world)
-    )
-    named = {path[-1]: value for path, value in parse_flags(rest).values.items()}
-    data = replace(run.data, train_data=[], valid_data=args.selectivity)
-    run = replace(
-        run,
-        parallel=given.parallel,
-        backend=given.backend,
-        training=training,
-        objectives=RunConfig().objectives,
-        checkpoint=CheckpointConfig(),
-        data=replace(data, **{k: v for k, v in named.items() if hasattr(data, k)}),
-        evaluation=replace(
-            run.evaluation, **{k: v for k, v in named.items() if hasattr(run.evaluation, k)}
-        ),
-    )
-    validate(run, world)
-    return run
 
 
 def table(found, causal: dict | None) -> list[str]:
@@ -202,7 +155,7 @@ def main(argv: list[str]) -> int:
     with CheckpointCommand() as command:
         args, rest = settings(argv)
         path, stored = command.resolve(args.checkpoint)
-        run = probed_run(stored["config"], args, rest, cli.world_size())
+        run = stored_run(stored["config"], rest, cli.world_size(), args.selectivity)
         tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
         engine = command.engine(run)
         sharded.load(engine, path, finetune=True)

@@ -132,6 +132,7 @@ def discover_by_lift(
         "min_lift": min_lift,
         "positions": {skill: row["positions"] for skill, row in rows.items()},
         "without_cluster": [skill for skill in skills if skill not in kept],
+        "use": _use(counts, skills),
         "stability": asdict(agreement[True]),
         "stability_without_token": asdict(agreement[False]),
         "lift_correlation": correlated,
@@ -176,6 +177,14 @@ def _mean_information(counts: RouteCounts) -> float:
     """Returns the information given the token in nats, mean over the layers."""
     layers = counts.sizes[0]
     return sum(mutual_information(counts.layer(layer))[0] for layer in range(layers)) / layers
+
+
+def _use(counts: RouteCounts, skills: Sequence[str]) -> dict[str, list[list[float]]]:
+    """Returns skill -> for each layer each expert's share of the skill's routes, rounded."""
+    chosen_LES = torch.stack([counts.layer(layer).sum(2) for layer in range(counts.sizes[0])])
+    share_LES = chosen_LES / chosen_LES.sum(1, keepdim=True).clamp(min=1)
+    rounded_SLE = share_LES.permute(2, 0, 1).round(decimals=4)
+    return dict(zip(skills, rounded_SLE.tolist(), strict=True))
 
 
 def route_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -186,9 +187,9 @@ def experts(after: dict, before: dict | None = None) -> dict[str, Any] | None:
     # The scale covers 98% of the cells, so that a few extreme ones do not wash out the rest.
     extreme = np.percentile(np.abs([*lifts.values()]), 98)
     reach = float(np.clip(np.ceil(2 * extreme) / 2, 0.5, 4))
-    chosen = np.unique(np.linspace(0, len(layers) - 1, MAX_EXPERT_LAYERS).round().astype(int))
+    chosen = shown_layers(len(layers))
     charts = [
-        _experts_chart(lift[:, index] / reach, keys, f"layer {layers[index]}{when}")
+        experts_chart(lift[:, index] / reach, keys, f"layer {layers[index]}{when}")
         for index in chosen
         for when, lift in lifts.items()
     ]
@@ -196,8 +197,19 @@ def experts(after: dict, before: dict | None = None) -> dict[str, Any] | None:
     return {"charts": charts, "factor": f"{2**reach:.2g}", "left_out": left_out}
 
 
-def _experts_chart(strength: np.ndarray, keys: list[str], title: str) -> dict[str, Any]:
-    """Chart of [skill, expert] values, coloured from -1 to 1."""
+def shown_layers(layers: int) -> list[int]:
+    """Returns the layers that get a chart, spread over all."""
+    return np.unique(np.linspace(0, layers - 1, MAX_EXPERT_LAYERS).round().astype(int)).tolist()
+
+
+def experts_chart(
+    strength: np.ndarray, keys: list[str], title: str, dots: Sequence[tuple[int, int]] = ()
+) -> dict[str, Any]:
+    """Chart of [skill, expert] values, coloured from -1 to 1.
+
+    Args:
+        dots: (expert, row) of cells that are marked.
+    """
     from matplotlib.ticker import MaxNLocator
 
     cells = np.clip(strength, -1, 1)
@@ -207,6 +219,8 @@ def _experts_chart(strength: np.ndarray, keys: list[str], title: str) -> dict[st
     figure, axes = new_axes(4.8, 0.75 + 0.24 * len(keys), grid="x")
     axes.grid(False)
     axes.imshow(np.concatenate([color, alpha], axis=-1), aspect="auto", interpolation="none")
+    if dots:
+        axes.scatter(*zip(*dots, strict=True), s=14, color=INK)
     axes.set_yticks(range(len(keys)), [key.replace("$", r"\$") for key in keys], color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("expert", color=MUTED, fontsize=9)

@@ -1,8 +1,9 @@
 """Writes the report of a run: `report.html`, readable offline and on paper.
 
-Reads `metrics.jsonl`, `results.json` and `evaluation.json` of a run directory, and after
-reinforcement learning `completions.jsonl` and `experts_before.json`. Every part is optional: a run
-without looks, experts, images or a finished evaluation gets a shorter page.
+Reads `metrics.jsonl`, `results.json` and `evaluation.json` of a run directory, after reinforcement
+learning `completions.jsonl` and `experts_before.json`, also skill maps, and `pruning.json` of it
+and of the folders inside. Every part is optional: a run without looks, experts, images or a
+finished evaluation gets a shorter page.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
+import logging
 import os
 import re
 import sys
@@ -26,7 +27,17 @@ from megatron_mm.config.memories import VISION
 from megatron_mm.report.charts import curves, experts, histories, percent, skill_chart
 from megatron_mm.report.charts_rl import rl_charts
 from megatron_mm.report.metrics_log import METRICS_FILE, TABLE_FILE, format_duration, read_metrics
+from megatron_mm.report.page_experts import (
+    PRUNING_FILE,
+    discovery,
+    pruning_records,
+    prunings,
+    read_json,
+    skill_maps,
+)
 from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = "page.html.j2"
 VISION_LETTER = "V"  # stands for the vision encoder; it is no letter of a pattern
@@ -39,15 +50,20 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     """Writes `report.html` into `run_dir` and returns its path.
 
     Raises:
-        FileNotFoundError: the directory has no results of a run.
+        FileNotFoundError: the directory has no results of a run, no map and no pruning.
         ValueError: a file is not JSON.
     """
     run = Path(run_dir)
     records = read_metrics(run / METRICS_FILE)
-    results = _read_json(run / "results.json")
-    evaluation = _read_json(run / "evaluation.json")
-    if not (records or results or evaluation):
-        raise FileNotFoundError(f"{run}: no {METRICS_FILE}, results.json or evaluation.json here")
+    results = read_json(run / "results.json")
+    evaluation = read_json(run / "evaluation.json")
+    found = [discovery(name, skill_map) for name, skill_map in skill_maps(run)]
+    pruned = prunings(pruning_records(run))
+    if not (records or results or evaluation or found or pruned):
+        raise FileNotFoundError(
+            f"{run}: no {METRICS_FILE}, results.json, evaluation.json, {PRUNING_FILE} or skill map "
+            "here"
+        )
 
     from jinja2 import Environment, FileSystemLoader
 
@@ -58,7 +74,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         lstrip_blocks=True,
     )
     rl = rl_charts(records)
-    before = _read_json(run / BEFORE_FILE) if rl else {}
+    before = read_json(run / BEFORE_FILE) if rl else {}
     skills = _skills(results)
     scenes = [_scene(run, example) for example in evaluation.get("examples") or []]
     page = environment.get_template(TEMPLATE).render(
@@ -75,6 +91,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         scenes=_spread(scenes, MAX_SCENES),
         looks=_spread(_telling(scenes), MAX_LOOK_EXAMPLES),
         experts=experts(evaluation.get("experts") or {}, before.get("experts")),
+        discoveries=found,
+        prunings=pruned,
         rl=rl,
         hacked=hacked_steps(records),
         groups=last_groups(read_metrics(run / TABLE_FILE)) if rl else [],
@@ -82,6 +100,17 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def report_or_warn(folder: Path) -> list[Path]:
+    """Writes the report as the last thing of a command and returns its path. A failure is a
+    warning, since everything else is on disk; the list is then empty."""
+    try:
+        return [write_report(folder)]
+    except Exception as error:
+        again = f"python -m megatron_mm.report.page {folder}"
+        logger.warning("no report: %s; try again with %s", error, again)
+        return []
 
 
 def accuracy_table(results: dict[str, Any]) -> str:
@@ -94,15 +123,6 @@ def accuracy_table(results: dict[str, Any]) -> str:
         cells = [n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *cells]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
 
 
 def _skills(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from megatron_mm.evaluation.evaluate import Results, evaluate, write_results
 from megatron_mm.evaluation.examples import write_examples
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics_log import MetricsLogger
-from megatron_mm.report.page import accuracy_table, write_report
+from megatron_mm.report.page import accuracy_table, report_or_warn
 from megatron_mm.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -144,16 +144,8 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     if trainer.is_logger:
         print(accuracy_table({"skills": results}))
         if trainer.run.evaluation.report:
-            _report(output)
-
-
-def _report(output: Path) -> None:
-    """The last thing a run does: a failure here is a warning, everything else is on disk."""
-    try:
-        print(f"report: {write_report(output)}")
-    except Exception as error:
-        again = f"python -m megatron_mm.report.page {output}"
-        logger.warning("no report: %s; try again with %s", error, again)
+            for path in report_or_warn(output):
+                print(f"report: {path}")
 
 
 def _accuracies(results: Results) -> dict[str, float]:

@@ -26,8 +26,7 @@ def run_job(work: Callable[[dist.ProcessGroup], list[str]]) -> int:
     try:
         if started:
             groups.start(ParallelConfig())
-        timeout = datetime.timedelta(hours=2)  # a rank's share of a large model
-        for line in work(dist.new_group(backend="gloo", timeout=timeout)):
+        for line in work(patient_group()):
             if cli.rank() == 0:
                 print(line)
     except (CheckpointError, ConfigError) as error:
@@ -35,3 +34,8 @@ def run_job(work: Callable[[dist.ProcessGroup], list[str]]) -> int:
     if started and dist.is_initialized():
         dist.destroy_process_group()
     return status
+
+
+def patient_group() -> dist.ProcessGroup:
+    """Makes a gloo group of all ranks that waits while one writes its share of a large model."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
