@@ -34,12 +34,14 @@ class Model:
         flags: of the model, where it differs from the demo's.
         scenes: flags of make_digits.
         kinds: of questions.
+        reading: samples of the base's SFT that only read.
         steps: of the base's SFT, where they differ from the demo's.
     """
 
     flags: tuple[str, ...]
     scenes: tuple[str, ...]
     kinds: int
+    reading: int = 19200  # as in the demo
     steps: int | None = None
 
 
@@ -53,6 +55,7 @@ MODELS = {
         ),
         ("--scenes", "wide", "--rl-per-image", "4"),
         23,
+        25600,
         3000,
     ),
 }
@@ -149,7 +152,7 @@ def _of_seed(
     files += ["--tokenizer-model", str(data / "tokenizer.model"), "--seed", str(seed)]
     given = [*model.flags, *files]
     base = folder / "base"
-    rows = [f"{data}/align.jsonl:19200", f"{data}/mix.jsonl"]
+    rows = [f"{data}/align.jsonl:{model.reading}", f"{data}/mix.jsonl"]
     steps = _steps(size.base_iters or model.steps)
     made = [
         training(
@@ -210,8 +213,8 @@ def _measured(run: Path, skill_map: Path, data: Path, model: Model) -> list[Job]
     flags += ["--samples", str(PROBED), "--eval-samples", str(ASKED * model.kinds)]
     flags += ["--eval-batch-size", "512"]
     measures = run / "measures.json"
-    command = ("-m", "examples.digits.measure", "--checkpoint", str(run / "checkpoint"))
-    command += ("--skill-map", str(skill_map), "--data", str(data), "--out", str(measures))
+    command = ("-m", "examples.digits.measure", "--run", str(run))
+    command += ("--skill-map", str(skill_map), "--data", str(data))
     return [
         discovery(run / "checkpoint", data, run / "experts.json", flags, needs),
         Job(measures, command, measures.with_suffix(".log"), tuple(needs)),

@@ -1,5 +1,5 @@
-"""Wide scenes: a grid of coloured digits and shapes, and nine skills that differ more than those
-about digits alone. Two thirds of the cells show a handwritten digit, the others a shape.
+"""Wide scenes: a grid of digits and shapes in coloured cells, and nine skills that differ more than
+those about digits alone. Two thirds of the cells show a handwritten digit, the others a shape.
 
 A cell is (colour, thing): a thing is a digit, int, or the name of a shape.
 """
@@ -24,12 +24,9 @@ from examples.digits.asking import (
     span,
 )
 
-COLOURS = {
-    "red": (255, 40, 40),
-    "green": (40, 220, 40),
-    "blue": (70, 90, 255),
-    "yellow": (250, 230, 30),
-}
+# Of a cell's ground. Digits and shapes are white: a model this small does not learn to read digits
+# of four colours (10 % after 1,600 steps, colours 99 %).
+COLOURS = {"red": (110, 0, 0), "green": (0, 100, 0), "blue": (0, 0, 120), "yellow": (90, 90, 0)}
 SHAPES = ("circle", "square", "triangle", "cross")
 SHAPE_SHARE = 1 / 3  # of the cells
 ORDER = {"Smallest": 0, "Middle": 1, "Largest": 2}
@@ -38,7 +35,8 @@ Cell = tuple[str, int | str]
 
 # Relative frequency of each key in the mixed stage, as for digits.
 WEIGHTS = {
-    **{key: 2.0 for key in ("ocr", "colour", "shape", "find")},
+    "ocr": 3.0,
+    **{key: 2.0 for key in ("colour", "shape", "find")},
     **{f"{skill}/steps": 1.0 for skill in ("ocr", "colour", "shape", "find")},
     **{skill: 1.0 for skill in ("spatial", "count", "compare", "order", "multihop")},
     **{f"{skill}/steps": 2.0 for skill in ("spatial", "count", "compare", "order")},
@@ -79,14 +77,17 @@ def draw(
         thing: int | str
         if rng.random() < SHAPE_SHARE:
             thing = SHAPES[rng.integers(len(SHAPES))]
-            light = shape_mask(thing).astype(float)
+            light = shape_mask(thing) * 1.0
         else:
             chosen = rng.integers(len(pictures))
             thing, light = int(targets[chosen]), enlarged(pictures[chosen]) / 255
-        tiles.append((light[:, :, None] * COLOURS[colour]).round().astype(np.uint8))
+        tiles.append((light * 255).round().astype(np.uint8))
         cells.append((colour, thing))
     shifts = rng.integers(-jitter, jitter + 1, size=(grid**2, 2))
-    return render(tiles, grid, shifts), cells
+    light = render(tiles, grid, shifts)[:, :, None] / 255
+    grounds = [np.full((CELL_SIZE, CELL_SIZE, 3), COLOURS[colour]) for colour, _ in cells]
+    ground = render(grounds, grid, np.zeros_like(shifts))
+    return (ground + light * (255 - ground)).round().astype(np.uint8), cells
 
 
 def _digits(cells: Sequence[Cell]) -> list[int]:
@@ -106,8 +107,8 @@ def _shape(cell: int, cells: Sequence[Cell]) -> Span:
 
 
 def _some(cells: Sequence[int], rng: Random) -> list[int]:
-    """Draws one of the cells, three of them, or all in their order."""
-    count = rng.choice((1, 3, len(cells)))
+    """Draws one of the cells, three of them, or all in their order, which is half of the time."""
+    count = rng.choice((1, 3, len(cells), len(cells)))
     return list(cells) if count >= len(cells) else rng.sample(cells, count)
 
 
@@ -201,7 +202,7 @@ def _hops(cells: Sequence[Cell], hops: int, rng: Random) -> Made | None:
 
 WIDE = Scenes(
     weights=WEIGHTS,
-    reading=("ocr", "colour", "shape", "ocr/steps", "colour/steps", "shape/steps"),
+    reading=("ocr", "shape", "ocr/steps", "colour/steps", "ocr", "ocr/steps"),  # digits are hardest
     phrases=PHRASES,
     questions={
         "ocr": _ocr_question,
