@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,17 @@ def _same_work(a: dict[str, Any], b: dict[str, Any]) -> None:
     _same("unit of a rank", a["units"]["rank"], b["units"]["rank"])
     sections: dict[str, tuple[str, ...] | None] = dict(SAME)
     for side in (a, b):
-        section = OBJECTIVES[side["run"]["training"]["objective"]].section
-        if _generates(side) and section is not None:
-            sections[section] = ROLLOUTS
+        if _generates(side):
+            declared = OBJECTIVES[side["run"]["training"]["objective"]].sections
+            found = {name: _rollout_settings(kind) for name, kind in declared.items()}
+            sections |= {name: keys for name, keys in found.items() if keys}
     for name, keys in sections.items():
         first, second = ({k: x["run"][name].get(k) for k in keys or x["run"][name]} for x in (a, b))
         _same(name, first, second)
+
+
+def _rollout_settings(section: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(section) if f.name in ROLLOUTS)
 
 
 def _same(name: str, first: Any, second: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -79,11 +79,11 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Sections:
-    """Marks a dict of sections: a key of each part of the registry, with the part's `settings`.
+    """Marks a dict of sections, which the parts of the registry have.
 
-    Parts whose `settings` are None have no section. A part may call its section otherwise than
-    itself, by an attribute `section`. With `flat`, the sections stand beside the other fields in
-    files, not below the field's name.
+    A part has `sections`, the dataclass of each key, or `settings`, the dataclass of a section
+    under the part's own name; None for none. With `flat`, the sections stand beside the other
+    fields in files, not below the field's name.
     """
 
     registry: Registry
@@ -97,9 +97,8 @@ class Sections:
         """
         found: dict[str, type] = {}
         for name, part in self.registry.items():
-            if part.settings is not None:
-                key = getattr(part, "section", None) or name
-                if found.setdefault(key, part.settings) is not part.settings:
+            for key, settings in _sections_of(name, part).items():
+                if found.setdefault(key, settings) is not settings:
                     raise ConfigError(
                         f"{self.registry.what} {name} has the section {key}, which has other "
                         "settings already; choose another name for it"
@@ -109,6 +108,12 @@ class Sections:
     def defaults(self) -> dict[str, Any]:
         """Every section with its default settings."""
         return {key: settings() for key, settings in self.kinds()}
+
+
+def _sections_of(name: str, part: Any) -> Mapping[str, type]:
+    if hasattr(part, "sections"):
+        return part.sections
+    return {} if part.settings is None else {name: part.settings}
 
 
 def marker[T](hint: Any, kind: type[T]) -> T | None:

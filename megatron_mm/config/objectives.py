@@ -3,17 +3,15 @@
 An objective is declared by one `Declaration`. Registered ones have a name; any other is given by
 the dotted path of its declaration:
 
-    SMOOTHED = Declaration(
-        objective="my_objectives.LabelSmoothing", settings=Smoothing, section="smoothing"
-    )
+    SMOOTHED = Declaration("my_objectives.LabelSmoothing", sections={"smoothing": Smoothing})
 
     python -m megatron_mm.train --objective my_objectives.SMOOTHED --label-smoothing 0.2
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from megatron_mm.errors import ConfigError
@@ -40,8 +38,7 @@ class Declaration:
         source: (run, engine, tokenizer, loader) -> `train.source.StepSource`.
         loader: (run, tokenizer, *, data_parallel_rank, data_parallel_size) -> the loader of
             `source`.
-        settings: the dataclass of its settings; None if it has none.
-        section: the key of `settings` in files.
+        sections: its settings: key in files -> dataclass. Objectives may share a section.
         check: raises ConfigError for settings that do not fit the run.
         check_replicas: (run, replicas), raises ConfigError for settings that do not fit them.
         console: metrics shown on the console before the common ones.
@@ -54,8 +51,7 @@ class Declaration:
     objective: Part | None = None
     source: Part = "megatron_mm.train.sft.Supervised"
     loader: Part = "megatron_mm.train.sft.open_rows"
-    settings: type | None = None
-    section: str | None = None
+    sections: Mapping[str, type] = field(default_factory=dict)
     check: Callable[[RunConfig], None] | None = None
     check_replicas: Callable[[RunConfig, int], None] | None = None
     console: tuple[str, ...] = ("train/lm_loss",)
@@ -63,18 +59,11 @@ class Declaration:
     moe_aux_loss_coeff: Callable[[RunConfig], float] = balance_of_model
     generates: bool = False
 
-    def __post_init__(self):
-        if self.settings is not None and not self.section:
-            raise ConfigError(
-                f"an objective with the settings {self.settings.__name__} has no `section`; give "
-                "the key under which they stand in files"
-            )
-
 
 OBJECTIVES: Registry[Declaration] = Registry(
     "objective",
     {
-        "sft": Declaration("megatron_mm.train.sft.SupervisedFineTuning"),
+        "sft": "megatron_mm.train.declaration.SFT",
         "grpo": "megatron_mm.rl.declaration.GRPO",
     },
     kind="Declaration",
@@ -126,7 +115,7 @@ def check_objective(run: RunConfig) -> None:
     name = run.training.objective
     declared = OBJECTIVES[name]
     for section, settings in run.objectives.items():
-        if section == declared.section:
+        if section in declared.sections:
             continue
         default = type(settings)()
         for key, value in vars(settings).items():

@@ -69,17 +69,17 @@ class Alignment:
         Raises:
             RLError: for a map or a labeller that cannot be used.
         """
-        rl, language = run.section(EARLConfig), run.model.language
-        if not (rl.skill_map or rl.span_credit):
+        earl, language = run.section(EARLConfig), run.model.language
+        if not (earl.skill_map or earl.span_credit):
             return None
         maps = None
-        if rl.skill_map:
+        if earl.skill_map:
             layers = num_layers(effective_pattern(run.model))
             sizes = layers, language.num_experts, language.moe_router_topk
-            found, seed = load_skill_map(rl.skill_map, *sizes), rl.skill_map_shuffle_seed
+            found, seed = load_skill_map(earl.skill_map, *sizes), earl.skill_map_shuffle_seed
             control = shuffled(found, CONTROL_SEED if seed is None else seed)
             maps = Maps(found, found if seed is None else control, control)
-        return cls(maps, load_labeller(rl.span_labels), rl.on_missing_cluster)
+        return cls(maps, load_labeller(earl.span_labels), earl.on_missing_cluster)
 
     def spans(
         self, prompt: Prompt, completion: Completion, tokenizer: Tokenizer

@@ -1,4 +1,4 @@
-"""The settings of EARL, a part of those of reinforcement learning. Torch-free."""
+"""The settings of EARL: a section that fine-tuning and reinforcement learning share. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
 """The skill map: the experts of each layer that serve each skill, as readable JSON. make_map.py
 makes one.
 
-    {"format": "megatron_mm skill map 1", "num_layers": 4, "num_experts": 8, "moe_router_topk": 2,
-     "skills": {"ocr": [[1, 5], [0], [], [2, 7]], ...}, "info": {...}}
+    {"format": "megatron_mm skill map 2", "num_layers": 4, "num_experts": 8, "moe_router_topk": 2,
+     "common": [[0, 3], [1, 2], [4, 5], [0, 6]],
+     "skills": {"ocr": [[1, 5], [0, 4], [1, 3], [2, 7]], ...}, "info": {...}}
 
-`skills` lists for each skill the experts of each layer; `info` says how the map was found and how
-stable it is.
+`skills` lists for each skill the experts of each layer, `common` the experts of tokens without a
+skill; in a layer an expert belongs to one skill or to the common cluster. Format 1 has no `common`,
+and there an expert may serve several skills. `info` says how the map was found and how stable it
+is.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import torch
 
 from megatron_mm.errors import RLError
 
-FORMAT = "megatron_mm skill map 1"
+FORMAT = "megatron_mm skill map 2"
+OVERLAPPING = "megatron_mm skill map 1"
 SIZES = ("num_layers", "num_experts", "moe_router_topk")
 
 
@@ -28,22 +32,30 @@ SIZES = ("num_layers", "num_experts", "moe_router_topk")
 class SkillMap:
     """The experts of each skill in a model of these sizes.
 
+    Attributes:
+        skills: skill -> for each layer its experts, ascending; a layer may have none.
+        common: for each layer the experts of tokens without a skill. With it the clusters are
+            exclusive; None: an expert may serve several skills.
     Raises:
-        RLError: if sizes and clusters do not fit each other.
+        RLError: if sizes and clusters do not fit each other, or clusters overlap beside a common
+            one.
     """
 
     num_layers: int
     num_experts: int
     moe_router_topk: int
-    # skill -> for each layer its experts, ascending; a layer may have none
     skills: dict[str, list[list[int]]]
     info: dict[str, Any] = field(default_factory=dict)
+    common: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
         if not self.skills:
             raise RLError("a skill map with 0 skills; it needs at least 1")
         for skill, clusters in self.skills.items():
-            _check_clusters(self, skill, clusters)
+            _check_clusters(self, f"skill {skill!r}", clusters)
+        if self.common is not None:
+            _check_clusters(self, "the common cluster", self.common)
+            _check_exclusive(self)
 
     @property
     def names(self) -> list[str]:
@@ -59,6 +71,18 @@ class SkillMap:
             for layer, experts in enumerate(clusters):
                 member_SLE[s, layer, experts] = True
         return member_SLE
+
+    def clusters(self) -> torch.Tensor:
+        """Returns bool [S + 1, L, E]: `membership`, and the common cluster as the last skill, so
+        that -1, a token without a skill, is its number.
+
+        Raises:
+            RLError: for a map without a common cluster.
+        """
+        if self.common is None:
+            raise RLError("a skill map of format 1 has no common cluster; discover by knock-out")
+        everyone = {**self.skills, "": self.common}
+        return replace(self, skills=everyone, common=None).membership()
 
     def skill_ids(
         self, labels: Sequence[str | None], where: str, on_missing: str = "error"
@@ -80,23 +104,36 @@ class SkillMap:
 
 
 def load_skill_map(
-    path: str | Path, num_layers: int, num_experts: int, moe_router_topk: int
+    path: str | Path,
+    num_layers: int,
+    num_experts: int,
+    moe_router_topk: int,
+    *,
+    exclusive: bool = False,
 ) -> SkillMap:
     """Reads the map in a file, for a model of these sizes.
 
+    Args:
+        exclusive: whether clusters must be exclusive, with a common one (format 2).
     Raises:
         RLError: in one line, for a file that cannot be read, is no map, or was made for a model of
-            other sizes.
+            other sizes; for format 1 where `exclusive`.
     """
     try:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or f"not JSON ({error})"
         raise RLError(f"skill map {path}: {reason}") from None
-    if not isinstance(held, Mapping) or held.get("format") != FORMAT:
+    if not isinstance(held, Mapping) or held.get("format") not in (FORMAT, OVERLAPPING):
         found = held.get("format") if isinstance(held, Mapping) else type(held).__name__
         raise RLError(f"skill map {path}: format is {found!r}; this version reads {FORMAT!r}")
-    missing = [key for key in (*SIZES, "skills") if key not in held]
+    if exclusive and held["format"] != FORMAT:
+        raise RLError(
+            f"skill map {path}: format is {held['format']!r}, exclusive clusters need {FORMAT!r}; "
+            "discover by knock-out"
+        )
+    keys = (*SIZES, "skills", *(("common",) if held["format"] == FORMAT else ()))
+    missing = [key for key in keys if key not in held]
     if missing:
         raise RLError(f"skill map {path}: {missing[0]!r} is missing; write the map again")
     for key, expected in zip(SIZES, (num_layers, num_experts, moe_router_topk), strict=True):
@@ -108,15 +145,22 @@ def load_skill_map(
     if not isinstance(held["skills"], Mapping):
         raise RLError(f"skill map {path}: 'skills' is no object; write the map again")
     info = held.get("info", {})
+    common = held["common"] if held["format"] == FORMAT else None
+    if held["format"] == FORMAT and not isinstance(common, list):
+        raise RLError(f"skill map {path}: 'common' is no list; write the map again")
+    sizes = num_layers, num_experts, moe_router_topk
     try:
-        return SkillMap(num_layers, num_experts, moe_router_topk, dict(held["skills"]), info)
+        return SkillMap(*sizes, dict(held["skills"]), info, common)
     except RLError as error:
         raise RLError(f"skill map {path}: {error}") from None
 
 
 def save_skill_map(skill_map: SkillMap, path: str | Path) -> None:
     """Writes a map, one line for each skill; the file is whole or not there at all."""
-    head = {"format": FORMAT} | {key: getattr(skill_map, key) for key in SIZES}
+    head: dict[str, Any] = {"format": OVERLAPPING if skill_map.common is None else FORMAT}
+    head |= {key: getattr(skill_map, key) for key in SIZES}
+    if skill_map.common is not None:
+        head["common"] = skill_map.common
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     skills = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in skill_map.skills.items()]
     lines += ['  "skills": {', ",\n".join(skills), "  },"]
@@ -130,18 +174,40 @@ def save_skill_map(skill_map: SkillMap, path: str | Path) -> None:
 
 def shuffled(skill_map: SkillMap, seed: int) -> SkillMap:
     """Returns the control: in each layer the experts change places at random. The sizes of clusters
-    and of their overlaps stay as they are."""
+    and of their overlaps stay as they are, those of the common cluster too."""
     generator = torch.Generator().manual_seed(seed)
     skills: dict[str, list[list[int]]] = {skill: [] for skill in skill_map.skills}
+    common: list[list[int]] = []
     for layer in range(skill_map.num_layers):
         place = torch.randperm(skill_map.num_experts, generator=generator).tolist()
         for skill, clusters in skill_map.skills.items():
             skills[skill].append(sorted(place[expert] for expert in clusters[layer]))
-    return replace(skill_map, skills=skills, info=skill_map.info | {"shuffled_with_seed": seed})
+        if skill_map.common is not None:
+            common.append(sorted(place[expert] for expert in skill_map.common[layer]))
+    return replace(
+        skill_map,
+        skills=skills,
+        common=None if skill_map.common is None else common,
+        info=skill_map.info | {"shuffled_with_seed": seed},
+    )
 
 
-def _check_clusters(skill_map: SkillMap, skill: str, clusters: Any) -> None:
-    at = f"skill {skill!r}"
+def _check_exclusive(skill_map: SkillMap) -> None:
+    assert skill_map.common is not None
+    named = {"the common cluster": skill_map.common}
+    named |= {f"skill {skill!r}": clusters for skill, clusters in skill_map.skills.items()}
+    for layer in range(skill_map.num_layers):
+        owners: dict[int, str] = {}
+        for name, clusters in named.items():
+            for expert in clusters[layer]:
+                if owners.setdefault(expert, name) is not name:
+                    raise RLError(
+                        f"layer {layer}: expert {expert} is in {owners[expert]} and in {name}; "
+                        "clusters beside a common one share no expert"
+                    )
+
+
+def _check_clusters(skill_map: SkillMap, at: str, clusters: Any) -> None:
     if not isinstance(clusters, list) or not all(isinstance(c, list) for c in clusters):
         raise RLError(f"{at} is no list of layers, each a list of experts; write the map again")
     if len(clusters) != skill_map.num_layers:

@@ -26,19 +26,19 @@ from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.standins import fused_kernels
 from megatron_mm.rl.objective import ExpertAlignedObjective, PolicyObjective
 from megatron_mm.rl.policy_batch import PolicyBatch
-from megatron_mm.rl.settings import ResolvedRL, RLConfig, resolve_algorithm
+from megatron_mm.rl.settings import ResolvedRL, RLConfig, resolved
 
 
 def reinforced(run: RunConfig) -> ResolvedRL | None:
     """The settings of reinforcement learning, complete; None for another objective."""
-    if declaration(run).settings is not RLConfig:
+    if RLConfig not in declaration(run).sections.values():
         return None
-    return resolve_algorithm(run.section(RLConfig))
+    return resolved(run)
 
 
 def policy_objective(rl: ResolvedRL) -> PolicyObjective:
     """The objective as `Experience` makes it."""
-    return ExpertAlignedObjective(rl) if rl.router_loss_coeff else PolicyObjective(rl)
+    return ExpertAlignedObjective(rl) if rl.earl.router_loss_coeff else PolicyObjective(rl)
 
 
 def policy_batch(run: RunConfig, rl: ResolvedRL, batch: Microbatch) -> PolicyBatch:
@@ -52,10 +52,10 @@ def policy_batch(run: RunConfig, rl: ResolvedRL, batch: Microbatch) -> PolicyBat
         routes = balanced_routes(len(sampled), language.moe_router_topk, language.num_experts)
         replayed = dict.fromkeys(range(layers), routes)
     router = None
-    if rl.router_loss_coeff:
+    if rl.earl.router_loss_coeff:
         members = torch.zeros(1, layers, language.num_experts, dtype=torch.bool)
         taught_T = torch.where(sampled, 0, -1)
-        router = RouterTargets(taught_T, zeros_T, members, 1.0, rl.router_temperature)
+        router = RouterTargets(taught_T, zeros_T, members, 1.0, rl.earl.router_temperature)
     count = run.training.micro_batch_size
     return PolicyBatch(
         **vars(batch) | {"routes": replayed},
@@ -122,7 +122,7 @@ def trace_rollout(
         records: whether the rollout records routes.
     """
     run, pg = engine.run, engine.groups.pg
-    rl, lanes = resolve_algorithm(run.section(RLConfig)), pg.pp.size()
+    rl, lanes = resolved(run), pg.pp.size()
     rows, multiple = rows_of_a_lane(run, rl.num_generations, rl.max_num_seqs)
     filled = min(rows, run.training.micro_batch_size * rl.num_generations)
     prompts = torch.arange(filled) // rl.num_generations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mm.config.settings import RunConfig
+from megatron_mm.earl.checks import check_earl
 from megatron_mm.errors import ConfigError, unknown
 from megatron_mm.rl.algorithms import (
     ALGORITHMS,
@@ -13,13 +14,13 @@ from megatron_mm.rl.algorithms import (
     LOSS_AGGREGATIONS,
     POLICY_LOSSES,
 )
-from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
+from megatron_mm.rl.settings import RLConfig, resolved, rollout_plan
 
 
 def check_rl(run: RunConfig) -> None:
     """Raises ConfigError for settings that do not fit each other. Bounds are checked already."""
     _check_algorithm(run.section(RLConfig).algorithm)
-    rl = resolve_algorithm(run.section(RLConfig))
+    rl = resolved(run)
     ESTIMATORS.check(rl.advantage_estimator)
     POLICY_LOSSES.check(rl.policy_loss)
     LOSS_AGGREGATIONS.check(rl.loss_agg_mode)
@@ -45,30 +46,27 @@ def check_rl(run: RunConfig) -> None:
     # Dynamic sampling compares the functions' rewards; the router's is known too late for it.
     allowed = "false, or true with reward_funcs"
     _require(functions > 0 or not rl.filter_groups, "filter_groups", rl.filter_groups, allowed)
-    rewarded = functions + (rl.router_reward_weight > 0)
-    _require(rewarded > 0, "reward_funcs", rl.reward_funcs, "at least 1 reward")
+    routed = rl.earl.router_reward_weight > 0
+    _require(functions > 0 or routed, "reward_funcs", rl.reward_funcs, "at least 1 reward")
     idle = functions > 0 and rl.reward_weights and not any(rl.reward_weights)
     allowed = "none, or at least 1 weight that is not 0: nothing else is learnt from"
-    _require(not idle or rl.router_reward_weight > 0, "reward_weights", rl.reward_weights, allowed)
+    _require(not idle or routed, "reward_weights", rl.reward_weights, allowed)
     _require(
         rl.beta > 0 or not rl.use_kl_in_reward,
         "use_kl_in_reward",
         rl.use_kl_in_reward,
         "false, or true with beta above 0",
     )
-    for key in ("router_reward_weight", "router_loss_coeff", "skill_map_shuffle_seed"):
-        value = getattr(rl, key)
-        allowed = "left out, or this value with skill_map"
-        _require(value in (0, None) or bool(rl.skill_map), key, value, allowed)
-    drawn = rl.router_temperature
+    check_earl(run)
+    drawn = rl.earl.router_temperature
     allowed = "0, or this value with routing_replay R3, which trains through the drawn experts"
-    _require(not drawn or rl.routing_replay == "R3", "router_temperature", drawn, allowed)
+    _require(not drawn or rl.routing_replay == "R3", "router_temperature", drawn, allowed, "earl")
     steps = rollout_plan(run).steps
     allowed = (
         f"0, or this value where a rollout serves one step, not {steps}: see router_loss_coeff"
     )
-    late = rl.router_loss_coeff > 0 and steps > 1  # REINFORCE, without a ratio to the draw
-    _require(not (drawn and late), "router_temperature", drawn, allowed)
+    late = rl.earl.router_loss_coeff > 0 and steps > 1  # REINFORCE, without a ratio to the draw
+    _require(not (drawn and late), "router_temperature", drawn, allowed, "earl")
 
 
 def check_replicas(run: RunConfig, replicas: int) -> None:
@@ -129,6 +127,6 @@ def _check_rollouts(run: RunConfig) -> None:
     _require((rl.beta > 0) == bool(rl.ref_load), "ref_load", rl.ref_load, needed)
 
 
-def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
+def _require(condition: bool, key: str, value: Any, allowed: str, section: str = "rl") -> None:
     if not condition:
-        raise ConfigError(f"rl.{key} is {value!r}; allowed: {allowed}")
+        raise ConfigError(f"{section}.{key} is {value!r}; allowed: {allowed}")

@@ -77,9 +77,9 @@ def credit(
     lengths = [len(completion.tokens_G) for completion in scored.completions]
     to_go = kl if kl is not None and has_kl_to_go(rl.advantage_estimator) else None
     more: dict[str, tuple[float, torch.Tensor]] = {}  # name -> weight, [N]
-    if rl.router_reward_weight:
+    if rl.earl.router_reward_weight:
         assert hits is not None  # the weight is rejected without a skill map
-        more["router"] = rl.router_reward_weight, router_reward(hits.used).float()
+        more["router"] = rl.earl.router_reward_weight, router_reward(hits.used).float()
     if kl is not None and to_go is None:
         more["kl"] = -rl.beta, torch.tensor([float(values_G.sum()) for values_G in kl])
     rewards_PGC, failed_PGC = _with(scored.rewards_PGC, scored.failed_PGC, more)
@@ -102,8 +102,8 @@ def credit(
         kept = [t for t, k in zip(tokens, advantages.kept_PG.flatten(), strict=True) if k]
         sums = sum_over_readers(whitening_sums(torch.cat([torch.zeros(0), *kept])))
         tokens = [whiten(values_G, sums) for values_G in tokens]
-    if rl.span_credit:
-        tokens = with_span_credit(tokens, scored.spans, rl.span_credit)
+    if rl.earl.span_credit:
+        tokens = with_span_credit(tokens, scored.spans, rl.earl.span_credit)
     names = (*scored.names, *more)
     return Credited(scored, names, rewards_PGC, failed_PGC, advantages, tuple(tokens), hits)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_mm.config.objectives import Declaration
 from megatron_mm.config.settings import RunConfig
+from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.rl.checks import check_replicas, check_rl
 from megatron_mm.rl.settings import RLConfig
 
@@ -15,8 +16,7 @@ def _balance(run: RunConfig) -> float:
 GRPO = Declaration(
     source="megatron_mm.rl.rollout.experience.Experience",
     loader="megatron_mm.rl.rollout.prompts.PromptLoader",
-    settings=RLConfig,
-    section="rl",
+    sections={"rl": RLConfig, "earl": EARLConfig},
     check=check_rl,
     check_replicas=check_replicas,
     console=(

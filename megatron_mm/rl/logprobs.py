@@ -68,7 +68,7 @@ def measure_logprobs(
     if reference is not None:
         # The reference chooses its own experts, even where the policy replays routes. Drawn experts
         # it is given: equal weights must not differ by the draw.
-        drawn = rl.router_temperature > 0
+        drawn = rl.earl.router_temperature > 0
         free = batches if drawn else [replace(batch, routes=None) for batch in batches]
         with reference.in_place():
             ref = trainer_logprobs(engine, free, rl.temperature)

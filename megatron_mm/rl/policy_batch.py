@@ -122,8 +122,8 @@ def _router_targets(
             spans_N[n],
             credited.token_advantages[n],
             kept=kept_N[n],
-            clip=rl.router_loss_clip,
-            drawn=rl.router_temperature > 0,
+            clip=rl.earl.router_loss_clip,
+            drawn=rl.earl.router_temperature > 0,
         )
         for n in members
     }
@@ -133,11 +133,12 @@ def _router_targets(
     )
     counts = torch.tensor([int(divisor), count_taught(taught.values(), member_SLE)])
     divisor, positions = sum_over_readers(counts).tolist()
-    scale = rl.router_loss_coeff * divisor / max(positions, 1)
+    temperature = rl.earl.router_temperature
+    scale = rl.earl.router_loss_coeff * divisor / max(positions, 1)
     targets = []
     for batch in batches:
         mine = [taught[n] for n in batch.members]
         skill_T = batch.spread([skill_G for skill_G, _ in mine], -1, torch.int64)
         weight_T = batch.spread([weight_G for _, weight_G in mine])
-        targets.append(RouterTargets(skill_T, weight_T, member_SLE, scale, rl.router_temperature))
+        targets.append(RouterTargets(skill_T, weight_T, member_SLE, scale, temperature))
     return targets

@@ -25,7 +25,7 @@ from megatron_mm.rl.algorithms import (
 
 
 @dataclass
-class RLConfig(EARLConfig):
+class RLConfig:
     """Reinforcement learning with group rewards. Names are TRL's, or verl's where TRL has none.
 
     `algorithm` fills in every setting of the second block that is left at none, so each can also
@@ -121,8 +121,9 @@ class RLConfig(EARLConfig):
     stops with that reward's error. 1: all of them."""
 
 
+@dataclass(kw_only=True)
 class ResolvedRL(RLConfig):
-    """The settings with nothing left open: `resolve_algorithm` makes them."""
+    """The settings with nothing left open, and those of EARL: `resolve` makes them."""
 
     advantage_estimator: str
     policy_loss: str
@@ -130,20 +131,25 @@ class ResolvedRL(RLConfig):
     epsilon: float
     epsilon_high: float
     filter_groups: bool
+    earl: EARLConfig = field(default_factory=EARLConfig)
 
 
-def resolve_algorithm(rl: RLConfig) -> ResolvedRL:
+def resolve_algorithm(rl: RLConfig, earl: EARLConfig | None = None) -> ResolvedRL:
     """`rl` with the settings that are none filled in from its algorithm."""
     given = ALGORITHMS[rl.algorithm]
-    return ResolvedRL(
-        **vars(rl) | {k: v for k, v in given.items() if getattr(rl, k) is None},
-    )
+    values = vars(rl) | {k: v for k, v in given.items() if getattr(rl, k) is None}
+    return ResolvedRL(**values | ({} if earl is None else {"earl": earl}))
 
 
-def records_routes(rl: RLConfig, rewards_read_them: bool) -> bool:
+def resolved(run: RunConfig) -> ResolvedRL:
+    """The run's settings of reinforcement learning with nothing left open."""
+    return resolve_algorithm(run.section(RLConfig), run.section(EARLConfig))
+
+
+def records_routes(rl: ResolvedRL, rewards_read_them: bool) -> bool:
     """Whether a rollout records the experts that its tokens chose: to replay them, for the skill
     map, or for a reward function that reads `routed_experts`."""
-    return rl.routing_replay == "R3" or bool(rl.skill_map) or rewards_read_them
+    return rl.routing_replay == "R3" or bool(rl.earl.skill_map) or rewards_read_them
 
 
 class RolloutPlan(NamedTuple):

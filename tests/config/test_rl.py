@@ -1,6 +1,6 @@
 """RL settings: each algorithm is complete, and what does not fit is refused in one line."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from megatron_mm.config import ConfigError, RunConfig, load, validate
 from megatron_mm.config.flags import explained
 from megatron_mm.config.tree import leaves
+from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.rl.algorithms import ALGORITHMS
 from megatron_mm.rl.settings import RLConfig, resolve_algorithm
 
@@ -15,7 +16,9 @@ from megatron_mm.rl.settings import RLConfig, resolve_algorithm
 def run_with(**rl):
     run = RunConfig()
     run.training.objective, run.training.global_batch_size = "grpo", 8
+    earl = {f.name: rl.pop(f.name) for f in fields(EARLConfig) if f.name in rl}
     run.objectives["rl"] = RLConfig(**{"reward_funcs": ["exact"]} | rl)
+    run.objectives["earl"] = EARLConfig(**earl)
     return run
 
 
@@ -70,7 +73,7 @@ def test_settings_are_flags():
         ({"use_kl_in_reward": True}, "true with beta above 0"),
         (
             {"router_temperature": 0.5, "routing_replay": "R2"},
-            "rl.router_temperature is 0.5; allowed: 0, or this value with routing_replay R3",
+            "earl.router_temperature is 0.5; allowed: 0, or this value with routing_replay R3",
         ),
         (
             {
@@ -80,11 +83,11 @@ def test_settings_are_flags():
                 "router_loss_coeff": 0.1,
                 "num_iterations": 2,
             },
-            "rl.router_temperature is 0.5; allowed: 0, or this value where a rollout serves one",
+            "earl.router_temperature is 0.5; allowed: 0, or this value where a rollout serves one",
         ),
         (
             {"router_loss_coeff": 0.1},
-            "rl.router_loss_coeff is 0.1; allowed: left out, or this value",
+            "earl.router_loss_coeff is 0.1; allowed: left out, or this value",
         ),
         (
             {
@@ -101,6 +104,15 @@ def test_what_does_not_fit_is_refused(rl, message):
     with pytest.raises(ConfigError) as caught:
         validate(run_with(**rl))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_fine_tuning_has_no_settings_of_completions():
+    run = RunConfig()
+    run.section(EARLConfig).skill_map = "map.json"
+    validate(run)
+    run.section(EARLConfig).span_credit = 0.1
+    with pytest.raises(ConfigError, match="earl.span_credit is 0.1; allowed: 0 with objective sft"):
+        validate(run)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +156,7 @@ def test_rl_settings_of_a_run_without_rl_are_refused():
 
 
 def test_help_explains_every_setting_and_lists_the_names_of_a_registry():
-    settings = {leaf.name: leaf for leaf in leaves(RunConfig) if leaf.path[0] == "rl"}
+    settings = {leaf.name: leaf for leaf in leaves(RunConfig) if leaf.path[0] in ("rl", "earl")}
     assert len(settings) > 40 and all(leaf.explanation for leaf in settings.values())
     assert "grpo, dr_grpo, dapo, gspo" in explained(settings["algorithm"])
     assert "k1, k2, k3 or a dotted path; default: k3 [rl]" in explained(settings["kl_estimator"])

@@ -38,8 +38,12 @@ class Fish(Animal):
 
 @dataclass(frozen=True)
 class Part:
-    settings: type | None
-    section: str | None = None
+    settings: type
+
+
+@dataclass(frozen=True)
+class Mode:
+    sections: dict[str, type] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Speed:
 
 
 ANIMALS = Registry("animal", {"cat": Part(Animal), "fish": Part(Fish)}, needs=["settings"])
-MODES = Registry("mode", {"walk": Part(None), "run": Part(Speed, "running")}, needs=["settings"])
+MODES = Registry("mode", {"walk": Mode(), "run": Mode({"running": Speed})}, needs=["sections"])
 
 
 @dataclass

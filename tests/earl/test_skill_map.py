@@ -50,6 +50,32 @@ def test_the_shuffled_map_keeps_sizes_and_overlaps(skill_map):
     assert len({str(control.skills) for control in found}) > 15
 
 
+COMMON = [[1, 7], [0], [0, 7]]
+EXCLUSIVE = {"ocr": [[0, 3], [1], [3]], "count": [[4], [2, 5], [2, 5, 6]]}
+
+
+def test_a_map_with_a_common_cluster_is_read_back(tmp_path):
+    path = tmp_path / "map.json"
+    skill_map = SkillMap(3, 8, 2, EXCLUSIVE, {}, COMMON)
+    save_skill_map(skill_map, path)
+    assert load_skill_map(path, 3, 8, 2, exclusive=True) == skill_map
+    clusters = skill_map.clusters()
+    assert clusters.shape == (3, 3, 8) and torch.equal(clusters[:2], skill_map.membership())
+    assert clusters[-1].nonzero().tolist() == [[0, 1], [0, 7], [1, 0], [2, 0], [2, 7]]
+    control = shuffled(skill_map, 3)
+    assert control.common != COMMON
+    assert torch.equal(control.clusters().sum(2), clusters.sum(2))
+
+
+def test_a_map_without_a_common_cluster_is_not_exclusive(skill_map, tmp_path):
+    path = tmp_path / "map.json"
+    save_skill_map(skill_map, path)
+    with pytest.raises(RLError, match="map 1', exclusive clusters need 'megatron_mm skill map 2'"):
+        load_skill_map(path, 3, 8, 2, exclusive=True)
+    with pytest.raises(RLError, match="no common cluster"):
+        skill_map.clusters()
+
+
 def held(**changes):
     return {
         "format": "megatron_mm skill map 1",
@@ -60,11 +86,27 @@ def held(**changes):
     } | changes
 
 
+def both(**changes):
+    return held(format="megatron_mm skill map 2", skills=EXCLUSIVE, common=COMMON) | changes
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ([], "format is 'list'; this version reads 'megatron_mm skill map 1'"),
+        ([], "format is 'list'; this version reads 'megatron_mm skill map 2'"),
+        (held(format="megatron_mm skill map 2"), "'common' is missing"),
+        (both(common=3), "'common' is no list"),
+        (both(common=[[1], [0]]), "the common cluster has 2 layers, num_layers is 3"),
+        (both(common=[[1], [0], [9]]), "the common cluster, layer 2: expert 9 of 8"),
+        (
+            both(common=[[1], [0], [5]]),
+            "layer 2: expert 5 is in the common cluster and in skill 'count'",
+        ),
+        (
+            both(skills=EXCLUSIVE | {"ocr": [[4], [], []]}),
+            "layer 0: expert 4 is in skill 'ocr' and in skill 'count'",
+        ),
         (held(format="2"), "format is '2'"),
         (held(num_layers=4), "num_layers is 4, the model's is 3; discover the experts of this"),
         (held(num_experts=16), "num_experts is 16, the model's is 8"),

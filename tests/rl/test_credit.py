@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
 from megatron_mm.data.sample import Sample
 from megatron_mm.earl.alignment import Hits
+from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.rl.advantages import EPSILON
 from megatron_mm.rl.completion_batch import answered, completion_batch
@@ -77,7 +79,8 @@ def known(batch, old=None, ref=None) -> Logprobs:
 
 
 def settings(**changes) -> RLConfig:
-    return resolve_algorithm(RLConfig(num_generations=2, **changes))
+    earl = {f.name: changes.pop(f.name) for f in fields(EARLConfig) if f.name in changes}
+    return resolve_algorithm(RLConfig(num_generations=2, **changes), EARLConfig(**earl))
 
 
 def test_a_completion_is_credited_token_by_token():

@@ -30,7 +30,7 @@ class LabelSmoothing(SupervisedFineTuning):
         return (1 - self.share) * total + self.share * uniform, count
 
 
-SMOOTHED = Declaration("support.smoothed.LabelSmoothing", settings=Smoothing, section="smoothing")
+SMOOTHED = Declaration("support.smoothed.LabelSmoothing", sections={"smoothing": Smoothing})
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Clashing:
     """Has the name of the optimizer's."""
 
 
-CLASHING = Declaration("support.smoothed.LabelSmoothing", settings=Clashing, section="clashing")
+CLASHING = Declaration("support.smoothed.LabelSmoothing", sections={"clashing": Clashing})
 
 
 class WithoutLoss:

@@ -19,7 +19,7 @@ from megatron_mm.rl.rollout.draw import draw_rollout
 from megatron_mm.rl.rollout.failures import check_rewards
 from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.rollout.score import Scored, Scorer, informative, join
-from megatron_mm.rl.settings import RLConfig, records_routes, resolve_algorithm, rollout_plan
+from megatron_mm.rl.settings import records_routes, resolved, rollout_plan
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Collector:
         alignment: Alignment | None,
     ):
         self.engine, self.tokenizer, self.loader = engine, tokenizer, loader
-        self.rl, self.plan = resolve_algorithm(run.section(RLConfig)), rollout_plan(run)
+        self.rl, self.plan = resolved(run), rollout_plan(run)
         self.scorer = Scorer(self.rl, engine, tokenizer, alignment)
         self.record_routes = records_routes(self.rl, self.scorer.wants_routes)
 
@@ -85,7 +85,7 @@ class Collector:
 
     def _check(self, scored: Scored, of_group: Sequence[int], steps: int) -> None:
         # The router's reward applies to every completion.
-        others, most = self.rl.router_reward_weight > 0, self.rl.max_reward_failures
+        others, most = self.rl.earl.router_reward_weight > 0, self.rl.max_reward_failures
         check_rewards(self.engine, scored, self.scorer.weights, of_group, steps, most, others)
 
     def _round(self) -> Scored:

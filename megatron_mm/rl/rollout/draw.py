@@ -13,7 +13,7 @@ from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.rl.rollout.prompts import PromptSource
-from megatron_mm.rl.settings import RLConfig, rollout_plan
+from megatron_mm.rl.settings import resolved, rollout_plan
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def draw_rollout(
     Raises:
         DataError: on every rank, for a row that cannot be read.
     """
-    begin, groups, rl = time.perf_counter(), engine.groups, engine.run.section(RLConfig)
+    begin, groups, rl = time.perf_counter(), engine.groups, resolved(engine.run)
     numbers = loader.numbers(rollout_plan(engine.run).prompts)
     prompts: list[Prompt] = []
 
@@ -81,7 +81,7 @@ def draw_rollout(
             rl.top_p,
             rl.top_k,
             engine.run.training.seed,
-            rl.router_temperature,
+            rl.earl.router_temperature,
         ),
         num_generations=rl.num_generations,
         max_num_seqs=rl.max_num_seqs,

@@ -39,7 +39,7 @@ from megatron_mm.rl.rollout.draw import moe_layers
 from megatron_mm.rl.rollout.metrics import completions_table, rollout_metrics
 from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.rollout.score import Scored
-from megatron_mm.rl.settings import RLConfig, resolve_algorithm, rollout_plan
+from megatron_mm.rl.settings import resolved, rollout_plan
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Experience:
 
     def __init__(self, run: RunConfig, engine: Engine, tokenizer: Tokenizer, loader: PromptSource):
         self.run, self.engine, self.tokenizer, self.loader = run, engine, tokenizer, loader
-        self.rl, self.plan = resolve_algorithm(run.section(RLConfig)), rollout_plan(run)
+        self.rl, self.plan = resolved(run), rollout_plan(run)
         error = self.alignment = None
         try:
             self.alignment = Alignment.of(run)
@@ -65,7 +65,7 @@ class Experience:
         self.maps = None if self.alignment is None else self.alignment.maps
         # The clusters that the routers learn.
         self.member_SLE: torch.Tensor | None = None
-        if self.rl.router_loss_coeff:
+        if self.rl.earl.router_loss_coeff:
             assert self.maps is not None  # the coefficient is rejected without a skill map
             self.member_SLE = self.maps.used.membership()
         kind = PolicyObjective if self.member_SLE is None else ExpertAlignedObjective
