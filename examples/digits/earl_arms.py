@@ -145,9 +145,7 @@ def tier_of(where: str, arm: Arm) -> int:
     return arm.tier + where.startswith("all/")
 
 
-def _of_seed(
-    folder: Path, data: Path, model: Model, seed: int, tier: int, size: Size
-) -> list[Job]:
+def _of_seed(folder: Path, data: Path, model: Model, seed: int, tier: int, size: Size) -> list[Job]:
     files = ["--valid-data", str(data / "valid.jsonl"), "--eval-batch-size", "512"]
     files += ["--tokenizer-model", str(data / "tokenizer.model"), "--seed", str(seed)]
     given = [*model.flags, *files]
@@ -183,15 +181,11 @@ def _maps(folder: Path, data: Path) -> list[Job]:
     for name in ("shuffled", "lift"):
         target = folder / f"{name}.json"
         command = ("-m", "examples.digits.control_maps", "--map", str(found), f"--{name}")
-        made.append(
-            Job(target, (*command, str(target)), target.with_suffix(".log"), (found,))
-        )
+        made.append(Job(target, (*command, str(target)), target.with_suffix(".log"), (found,)))
     return made
 
 
-def _run(
-    folder: Path, name: str, arm: Arm, data: Path, given: Sequence[str], size: Size
-) -> Job:
+def _run(folder: Path, name: str, arm: Arm, data: Path, given: Sequence[str], size: Size) -> Job:
     what = name.partition("/")[0]
     rows = {"sft": "mix", "one": "rl_one", "all": "rl"}[what]
     start = folder / arm.start

@@ -192,9 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     keys = rng.choices(list(args.weights), weights=list(args.weights.values()), k=draws)
     mix = questions(kind, train, keys, args.mix_per_image, args.grid, rng)
     free = questions(kind, train, kind.free_keys, args.rl_per_image, args.grid, rng)
-    valid = valid_questions(
-        kind, held_out, list(kind.weights), args.valid_per_key, args.grid, rng
-    )
+    valid = valid_questions(kind, held_out, list(kind.weights), args.valid_per_key, args.grid, rng)
     files = {"align": align, "mix": mix, "rl": free, "valid": valid}
     if args.one is not None:
         files["rl_one"] = [row for row in free if result_key(row) == args.one]

@@ -89,15 +89,14 @@ class Measured:
             for layer, experts in enumerate(kept):
                 forbidden_LE[layer, experts] = False
             forbidding = self.engine.forbidding(dict(enumerate(forbidden_LE)))
+        asked = range(len(keys)) if chosen is None else chosen
         with forbidding:
-            records = ask(
-                self.engine, self.tokenizer, questions, range(len(keys)) if chosen is None else chosen, keys
-            )
+            records = ask(self.engine, self.tokenizer, questions, asked, keys)
         assert records is not None  # nothing asks it to stop
         return records
 
-    def use(self, skill_map: Any) -> list:
-        """Returns how often each skill of the map took each expert, [S][L][E]."""
+    def use(self, skill_map: Any) -> dict[str, list[list[float]]]:
+        """Returns how often each skill of the map took each expert, [L][E] of each."""
         import torch
 
         from megatron_mm.earl.count_probe import count_probe
@@ -111,7 +110,7 @@ class Measured:
         use_SLE = torch.stack(layers).permute(2, 0, 1).double()
         nothing_LE = torch.zeros(use_SLE.shape[1:], dtype=use_SLE.dtype)
         found = {skill: use_SLE[s] for s, skill in enumerate(skills)}
-        return [found.get(skill, nothing_LE).tolist() for skill in skill_map.names]
+        return {skill: found.get(skill, nothing_LE).tolist() for skill in skill_map.names}
 
     def with_few(self, skill_map: Any, answers: Path) -> dict[str, dict[str, float]]:
         """Returns for each number of experts kept the accuracy of each kind. With all experts it is

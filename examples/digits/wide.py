@@ -151,7 +151,11 @@ def _spatial(cells: Sequence[Cell], grid: int, rng: Random) -> Made:
     name, words, cell, target = neighbour(grid, rng)
     thing = cells[target][1]
     read = _digit(target, cells) if isinstance(thing, int) else _shape(target, cells)
-    return f"{words} {cell}", str(thing), [span(f"{name} is cell {target}", "spatial", target), read]
+    return (
+        f"{words} {cell}",
+        str(thing),
+        [span(f"{name} is cell {target}", "spatial", target), read],
+    )
 
 
 def _count(cells: Sequence[Cell], grid: int, rng: Random) -> Made:
