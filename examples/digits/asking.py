@@ -156,7 +156,9 @@ def render(tiles: Sequence[np.ndarray], grid: int, shifts: np.ndarray) -> np.nda
     Args:
         shifts: int [cells, 2], moves each tile by (down, right) pixels inside its cell.
     """
-    moved = [_moved(tile, *(int(v) for v in shift)) for tile, shift in zip(tiles, shifts)]
+    moved = [
+        _moved(tile, *(int(v) for v in shift)) for tile, shift in zip(tiles, shifts, strict=True)
+    ]
     rows = [np.concatenate(moved[r * grid : (r + 1) * grid], axis=1) for r in range(grid)]
     return np.concatenate(rows)
 
