@@ -24,6 +24,7 @@ from examples.digits.jobs import DIGITS, Job, digits_data, discovery, training
 ONE = "multihop/free"  # the kind that is reinforced alone
 ASKED = 40  # questions of each kind for the test by removal, asked once per skill
 PROBED = 2000  # rows that a probe reads
+LONGEST_WARMUP = 50  # of the configs, in steps
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,10 @@ def _of_seed(folder: Path, data: Path, model: Model, seed: int, tier: int, size:
 
 
 def _steps(count: int | None) -> list[str]:
-    return [] if count is None else ["--train-iters", str(count)]
+    if count is None:
+        return []
+    few = count <= LONGEST_WARMUP
+    return ["--train-iters", str(count), *(("--lr-warmup-iters", "0") if few else ())]
 
 
 def _maps(folder: Path, data: Path) -> list[Job]:

@@ -63,7 +63,7 @@ class Job:
 
 def run_all(jobs: Sequence[Job], side_by_side: int) -> list[str]:
     """Runs the jobs that are not done: always the first whose needs are there. A failed job stops
-    only those that need it. Returns a line for each that failed or could not start."""
+    only those that need it. Returns a line for each that failed, and one for those that need it."""
     waiting = [job for job in jobs if not job.done.exists()]
     failed: list[str] = []
     running: set[Path] = set()
@@ -98,9 +98,9 @@ def run_all(jobs: Sequence[Job], side_by_side: int) -> list[str]:
         thread.start()
     for thread in threads:
         thread.join()
-    for job in waiting:
-        lacking = next(str(path) for path in job.needs if not path.exists())
-        failed.append(f"{job.done}: not begun, {lacking} is missing")
+    if waiting:
+        lacking = next(path for path in waiting[0].needs if not path.exists())
+        failed.append(f"{len(waiting)} not begun; {waiting[0].done} needs {lacking}, for example")
     return failed
 
 

@@ -118,7 +118,7 @@ def test_jobs_run_once_in_order_and_a_failed_one_stops_its_own(tmp_path, capsys)
     assert (tmp_path / "order").read_text() == "abce"
     assert failed == [
         f"{tmp_path}/c.log: error: no",
-        f"{d}: not begun, {c} is missing",
+        f"1 not begun; {d} needs {c}, for example",
     ]
     assert a.read_text() == "fine" and not (tmp_path / "part_a").exists()
     # Again: what is done stays, what failed is tried.
