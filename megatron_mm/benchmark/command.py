@@ -109,6 +109,7 @@ def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
 
     from megatron_mm.config import ConfigError, load, validate
     from megatron_mm.config.objectives import OBJECTIVES, declaration
+    from megatron_mm.config.vision_parallel import decided
 
     run = load(None, flags)
     generates = args.command == "rl"
@@ -119,6 +120,7 @@ def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
             f"{run.training.objective}; allowed: benchmark.py {'train' if generates else 'rl'}"
         )
     validate(run, cli.world_size())
+    run = decided(run)
     kinds: Sequence[str] = ("real",)
     routings: Sequence[str] = ("natural",)
     if args.command == "train":
@@ -151,10 +153,15 @@ def _scaling(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(args.threads)
-    from megatron_mm.benchmark import scaling
+    from megatron_mm.benchmark import beside, scaling
     from megatron_mm.benchmark.measure import environment
+    from megatron_mm.config import ParallelConfig
+    from megatron_mm.parallel import groups
 
+    groups.start(ParallelConfig())
     found = scaling.measure(args.rounds, args.warmup)
+    found["encoder"] = beside.measure(args.rounds, args.warmup)
+    groups.stop()
     return {"command": args.command, "environment": environment()} | found
 
 
@@ -188,10 +195,11 @@ def _run(args: argparse.Namespace, flags: list[str]) -> None:
         result = _throughput(args, flags)
         _write(result, args.json, table.text(result))
     elif args.command == "scaling":
-        from megatron_mm.benchmark import scaling
+        from megatron_mm.benchmark import beside, scaling
 
         result = _scaling(args)
-        _write(result, args.json, scaling.text(result))
+        said = f"{scaling.text(result)}\n{beside.text(result['encoder'])}"
+        _write(result, args.json, said)
     else:
         _write(_against(args), args.json)
 

@@ -20,11 +20,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mm.benchmark.mock import made_step
 from megatron_mm.benchmark.models import make_run
 from megatron_mm.benchmark.throughput import spread
-from megatron_mm.config import ConfigError, ParallelConfig, RunConfig
+from megatron_mm.config import ConfigError, RunConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.parallel import groups
-from megatron_mm.parallel.groups import Groups
+from megatron_mm.parallel.groups import EncoderGroups, Groups
 from megatron_mm.perf.phases import Phases
 from megatron_mm.train.sft import SupervisedFineTuning
 
@@ -88,7 +88,7 @@ def one_forward_one_backward(
     return max(clock)
 
 
-def _alone(built: Groups) -> Groups:
+def alone(built: Groups) -> Groups:
     """Returns groups of this rank alone."""
     for rank in range(dist.get_world_size()):
         group = dist.new_group([rank])
@@ -99,7 +99,8 @@ def _alone(built: Groups) -> Groups:
         group = getattr(built.pg, field.name, None)
         single = isinstance(group, dist.ProcessGroup)
         setattr(pg, field.name, mine if single else group)
-    return replace(built, pg=pg, replica=mine, world=mine)
+    encoder = None if built.encoder is None else EncoderGroups(pg, mine)
+    return replace(built, pg=pg, replica=mine, world=mine, encoder=encoder)
 
 
 def _run(**parallel: Any) -> RunConfig:
@@ -111,19 +112,18 @@ def _run(**parallel: Any) -> RunConfig:
 
 
 def measure(rounds: int, warmup: int) -> dict[str, Any]:
-    """Measures all sides. Every rank calls it.
+    """Measures all sides, in a job that has no groups. Every rank calls it.
 
     Raises:
         ConfigError: there are not two ranks.
     """
-    groups.start(ParallelConfig())
     if dist.get_world_size() != 2:
         raise ConfigError(
             f"scaling runs on 2 ranks, here are {dist.get_world_size()}; allowed: torchrun "
             "--nproc-per-node 2"
         )
     found = in_turn(make_sides(), rounds, warmup)
-    groups.stop()
+    parallel_state.destroy_model_parallel()
     return summary(found)
 
 
@@ -134,7 +134,7 @@ def make_sides() -> dict[str, Side]:
     parallel_state.destroy_model_parallel()
     replicas = groups.build(plain.parallel)
     return {
-        "alone": Side(plain, _alone(replicas), MICROBATCHES),
+        "alone": Side(plain, alone(replicas), MICROBATCHES),
         "data parallel": Side(deepcopy(plain), replicas, MICROBATCHES),
         "pipeline parallel": Side(pipeline, stages, 2 * MICROBATCHES),
     }

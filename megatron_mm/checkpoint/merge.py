@@ -29,8 +29,8 @@ def merge_adapters(engine: Engine, source: Path, target: Path) -> Path:
     state = sharded.load(engine, source, finetune=True)
     if state["initialized"]:
         raise CheckpointError(f"cannot merge {source}: it lacks {state['initialized'][0]}")
-    for chunk in engine.chunks:
-        merge(chunk)
-        chunk.requires_grad_(False)  # nothing trainable, so no optimizer state is written
+    for module in engine.modules:
+        merge(module)
+        module.requires_grad_(False)  # nothing trainable, so no optimizer state is written
     engine.run.lora = LoraConfig()
     return sharded.save(engine, state["loader"], target, state["iteration"], state["extra"])

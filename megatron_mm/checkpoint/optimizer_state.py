@@ -18,7 +18,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_mm.checkpoint.parameters import parameters
+from megatron_mm.checkpoint.parameters import families, parameters
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel.param_layout import ParamLayout
 
@@ -150,12 +150,12 @@ def collect(
         on the CPU; "step": int64 scalar}. Frozen parameters have no entry.
     """
     by_param, split = _owned(engine)
-    pg = engine.groups.pg
     # A rank that owns nothing still takes part in the gather of those that do.
     split = split or engine.run.parallel.use_distributed_optimizer
     state: State = {}
-    for expert, group in ((False, pg.dp_cp), (True, pg.expt_dp)):
-        members = [(n, p) for n, p, layout in trainable(engine) if layout.expert == expert]
+    for family in families(engine):
+        group = family.data
+        members = [(name, param) for name, param, _ in family.entries if param.requires_grad]
         if not members:
             continue
         shared = group if split and group.size() > 1 else None

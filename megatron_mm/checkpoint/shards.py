@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_mm.checkpoint.optimizer_state import MOMENTS, owned, trainable
-from megatron_mm.checkpoint.parameters import parameters
+from megatron_mm.checkpoint.parameters import families, parameters
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel.param_layout import ParamLayout
@@ -72,11 +72,10 @@ def replicas(engine: Engine) -> dict[str, tuple[int, int]]:
     Copy (0, 0) is written. Data-parallel ranks take turns, parameter by parameter, to share the
     writing. Collective over the tensor- and expert-parallel groups.
     """
-    pg = engine.groups.pg
     result: dict[str, tuple[int, int]] = {}
-    for expert, across, data in ((False, pg.tp, pg.dp_cp), (True, pg.tp_ep, pg.expt_dp)):
-        every = parameters(engine)
-        offsets = {n: layout.offset for n, _, layout in every if layout.expert == expert}
+    for family in families(engine):
+        across, data = family.across, family.data
+        offsets = {name: layout.offset for name, _, layout in family.entries}
         held: list[dict] = [offsets]
         if across.size() > 1:
             held = [{}] * across.size()

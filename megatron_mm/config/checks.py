@@ -33,6 +33,7 @@ def validate(run: RunConfig, world_size: int | None = None) -> None:
     _check_pattern(run)
     _check_pipeline(run.parallel)
     _check_dispatcher(run)
+    _check_vision_parallel(run)
     _check_data(run)
     _check_training(run)
     _check_lora(run)
@@ -138,6 +139,18 @@ def _check_dispatcher(run: RunConfig) -> None:
         require(ranks > 1, "moe_token_dispatcher_type", "flex", allowed)
         dtype = run.model.language.moe_router_dtype
         require(dtype == "fp32", "moe_router_dtype", dtype, "fp32 with dispatcher type flex")
+
+
+def _check_vision_parallel(run: RunConfig) -> None:
+    parallel = run.parallel
+    size, tp = parallel.vision_tensor_parallel_size, parallel.tensor_model_parallel_size
+    beside = parallel.vision_parallel == "replica"
+    allowed = f"none, or 1 or tensor_model_parallel_size {tp} with vision_parallel replica"
+    fine = size is None or (beside and size in (1, tp))
+    require(fine, "vision_tensor_parallel_size", size, allowed)
+    allowed = "stage, because model.vision is none"
+    fine = not beside or run.model.vision is not None
+    require(fine, "vision_parallel", parallel.vision_parallel, allowed)
 
 
 def _check_data(run: RunConfig) -> None:

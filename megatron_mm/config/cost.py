@@ -42,7 +42,7 @@ def costs(run: RunConfig) -> Costs:
     model, tokens = run.model, run.data.seq_length
     kinds = LAYERS.used(model.hybrid_layer_pattern)
     first = 0.0
-    if model.vision is not None:
+    if model.vision is not None and run.parallel.vision_parallel != "replica":
         share = 1 / 3 if run.training.freeze_vision else 1.0
         first = share * vision(model, _tiles(run))
     work = Workload(

@@ -60,6 +60,14 @@ class ParallelConfig:
     overlap_param_gather: bool | None = None
     """Gather parameters during the forward pass, with the distributed optimizer; none: with
     replicas on a GPU."""
+    vision_parallel: Literal["stage", "replica"] | None = None
+    """Which ranks encode images. stage: those of the first pipeline stage, as part of it. replica:
+    all of a data-parallel replica, each a share of the tiles of all microbatches, before the
+    pipeline begins and again for gradients after it has ended. Default: replica in a pipeline whose
+    mean stage costs less than the encoder, unless its layout is given."""
+    vision_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that share each linear of the encoder, with vision_parallel replica: 1 or, by default,
+    tensor_model_parallel_size."""
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
     """How tokens reach experts on other ranks; flex is DeepEP. Megatron's allgather needs streams
     of one length and is not offered."""

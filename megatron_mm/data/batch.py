@@ -51,6 +51,23 @@ class BatchMemory:
         return replace(self, **_moved(self, device))
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """The tiles of a microbatch as they are dealt to ranks, one by one, in turn.
+
+    Attributes:
+        first: number of its first tile, counted over the microbatches that came with it.
+        count: how many it has.
+    """
+
+    first: int
+    count: int
+
+    def of(self, owner: int, owners: int) -> range:
+        """The tiles of one of the ranks, by their places in the microbatch."""
+        return range((owner - self.first) % owners, self.count, owners)
+
+
 @dataclass
 class Microbatch:
     """Every tensor of a microbatch. `Microbatch.build` makes it."""
@@ -67,6 +84,8 @@ class Microbatch:
     memories: dict[str, BatchMemory] = field(default_factory=dict)  # by name; none in a step
     samples: list[str] = field(default_factory=list)  # "file:row" of each sample
     skipped: list[str] = field(default_factory=list)  # rows left out, with the reason
+    # With it `pixels_NCHW` holds only the tiles dealt to this rank.
+    dealt: Dealt | None = None
     # Experts to use at every position, MoE index -> int16 [T, k] (model/routing.py), for the
     # layers of this rank's stages. None: routers choose.
     routes: dict[int, torch.Tensor] | None = None
@@ -130,6 +149,11 @@ class Microbatch:
             samples=list(samples),
             skipped=list(skipped),
         )
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of its images, on whichever ranks they are."""
+        return len(self.pixels_NCHW) if self.dealt is None else self.dealt.count
 
     def to(self, device: torch.device | str) -> Self:
         """Moves everything that is computed with; lengths and positions are read on the CPU."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.engine.encoder import EncoderSide
 from megatron_mm.engine.objective import Objective
 from megatron_mm.engine.optimizer import (
     build_optimizer,
@@ -38,7 +39,7 @@ from megatron_mm.engine.optimizer import (
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.layers.output import Predictions
-from megatron_mm.model.multimodal import MultimodalModel, build
+from megatron_mm.model.multimodal import MultimodalModel, build, build_encoder
 from megatron_mm.model.routing import Routes, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import held_positions
@@ -53,6 +54,7 @@ class Engine:
     Attributes:
         models: this rank's pipeline stages, each wrapped by DDP; one unless there are virtual
             stages.
+        encoder: the encoder, where it stands beside the pipeline.
     """
 
     run: RunConfig
@@ -60,11 +62,23 @@ class Engine:
     models: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    encoder: EncoderSide | None = None
 
     @property
     def chunks(self) -> list[MultimodalModel]:
         """This rank's pipeline stages, in model order."""
         return [wrapped.module for wrapped in self.models]
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """Everything of this rank that has parameters: its stages, and the encoder beside them."""
+        return [*self.chunks, *([] if self.encoder is None else [self.encoder.module])]
+
+    @property
+    def wrapped(self) -> list[DistributedDataParallel]:
+        """Everything that has gradients: `models`, and the encoder beside them if it is trained."""
+        beside = None if self.encoder is None else self.encoder.ddp
+        return self.models if beside is None else [*self.models, beside]
 
     @property
     def config(self) -> TransformerConfig:
@@ -106,19 +120,37 @@ class Engine:
                     pg_collection=groups.pg,
                 )
             )
-        config.finalize_model_grads_func = finalize_model_grads
+        encoder = None
+        if groups.encoder is not None:
+            module = build_encoder(run, groups.encoder.pg.tp, drawn=drawn)
+            freeze(module, run)
+            of_encoder = replace(
+                ddp,
+                use_distributed_optimizer=distributes(run, groups.encoder.pg),
+                overlap_grad_reduce=False,  # its gradients are ready after all others
+                overlap_param_gather=False,
+            )
+            encoder = EncoderSide.create(run, groups, module, of_encoder)
+        config.finalize_model_grads_func = partial(finish_gradients, encoder)
         config.no_sync_func = _each(models, "no_sync")
         if ddp.overlap_grad_reduce:
             config.grad_sync_func = _each(models, "start_grad_sync")
         if ddp.overlap_param_gather:
             config.param_sync_func = _each(models, "start_param_sync")
         optimizer = build_optimizer(run, models, groups.pg)
+        if encoder is not None and groups.encoder is not None and encoder.ddp is not None:
+            also = build_optimizer(run, [encoder.ddp], groups.encoder.pg, overlaps_gather=False)
+            # Its constructor wants one configuration of all; these differ in what is distributed.
+            optimizer.chained_optimizers += also.chained_optimizers
+            optimizer.model_chunks += also.model_chunks
+            optimizer.is_stub_optimizer &= also.is_stub_optimizer
         config.grad_scale_func = optimizer.scale_loss
-        return cls(run, groups, models, optimizer, build_scheduler(run, optimizer))
+        scheduler = build_scheduler(run, optimizer)
+        return cls(run, groups, models, optimizer, scheduler, encoder)
 
     def training(self, mode: bool) -> None:
         """Switches every stage to training or evaluation."""
-        for model in self.models:
+        for model in self.modules:
             model.train(mode)
 
     def forward_backward[B: Microbatch](
@@ -130,7 +162,7 @@ class Engine:
             The numbers of each microbatch that this rank's layers and, on the last stage, the
             objective added to the metrics.
         """
-        for model in self.models:
+        for model in self.wrapped:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         pg = self.groups.pg
@@ -244,12 +276,18 @@ class Engine:
         language = self.run.model.language
         sizes = language.moe_router_topk, language.num_experts
 
+        encoded = None
+        if self.encoder is not None:
+            encoded = self.encoder.encode(batches, train=not forward_only)
+
         def feed(chunk: MultimodalModel) -> Iterator[tuple[B, torch.Tensor | None, dict]]:
             for number, batch in enumerate(batches):
                 tokens = len(batch.tokens_T)
                 if batch.routes is not None:
                     check_routes(batch.routes, chunk.moe_layers, tokens, *sizes)
                 own = of_each[number] if number < len(of_each) else {}
+                if encoded is not None and chunk.pre_process:
+                    own = {**own, "encoded": encoded[min(number, wanted - 1)]}
                 held = positions and held_positions(positions(batch), tokens, pg.cp)
                 there = batch.tokens_T.device == device
                 yield batch if there else batch.to(device), held, own
@@ -296,6 +334,20 @@ class Engine:
         if len(self.models) > 1:
             return forward_backward_pipelining_with_interleaving(**common)[:wanted]
         return forward_backward_pipelining_without_interleaving(**common)
+
+
+def finish_gradients(
+    encoder: EncoderSide | None,
+    models: list[DistributedDataParallel],
+    num_tokens: torch.Tensor | None = None,
+    **given,
+) -> None:
+    """Finishes the gradients of a step, as the schedules ask when their last pass is done."""
+    if encoder is not None:
+        encoder.backward()
+    finalize_model_grads(models, num_tokens, **given)  # `num_tokens` becomes that of all ranks
+    if encoder is not None:
+        encoder.finish(num_tokens)
 
 
 def forward_step(finish: Callable, **model_kwargs) -> Callable:

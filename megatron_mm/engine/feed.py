@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from megatron_mm import platform
-from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.batch import Dealt, Microbatch
 from megatron_mm.engine import parcel
 from megatron_mm.errors import DataError, RLError
 from megatron_mm.parallel.agreement import largest
@@ -120,12 +121,15 @@ def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
 
 
 def broadcast_batches[B: Microbatch](groups: Groups, batches: Sequence[B]) -> list[B]:
-    """Broadcasts the reader's microbatches to its replica; pixels go to the first stage only."""
+    """Broadcasts the reader's microbatches to its replica. Pixels go to the first stage only, or,
+    with an encoder beside the pipeline, to the ranks that the tiles are dealt to."""
     if groups.replica.size() == 1:
         return list(batches)
     envelope = [replace(b, pixels_NCHW=b.pixels_NCHW.new_empty(0)) for b in batches]
     shapes = [tuple(b.pixels_NCHW.shape) for b in batches]
     received, shapes = from_reader(groups, (envelope, shapes))
+    if groups.encoder is not None:
+        return _deal(groups, batches, received, shapes)
     if not groups.is_first_stage:
         return received
     whole, device = [], platform.device()
@@ -139,6 +143,54 @@ def broadcast_batches[B: Microbatch](groups: Groups, batches: Sequence[B]) -> li
             dist.broadcast(pixels, group=groups.pg.tp_cp, group_src=0)
         whole.append(replace(batch, pixels_NCHW=pixels))
     return whole
+
+
+def _deal[B: Microbatch](
+    groups: Groups, read: Sequence[B], received: Sequence[B], shapes: Sequence[tuple[int, ...]]
+) -> list[B]:
+    """Gives every owner its tiles.
+
+    Args:
+        read: the microbatches as the reader has them; elsewhere anything.
+        received: the same on every rank, without pixels.
+        shapes: of their pixels.
+    """
+    assert groups.encoder is not None  # it has a group of owners
+    group, tp, device = groups.encoder.owners, groups.encoder.pg.tp, platform.device()
+    owners, me = group.size(), group.rank()
+    firsts = [0, *accumulate(shape[0] for shape in shapes)]
+    dealt = [Dealt(first, shape[0]) for first, shape in zip(firsts, shapes, strict=False)]
+    tile = next((shape[1:] for shape in shapes if shape[0]), (0, 0, 0))
+    counts = [sum(len(deal.of(owner, owners)) for deal in dealt) for owner in range(owners)]
+    mine = torch.empty(counts[me], *tile, dtype=torch.uint8, device=device)
+    if tp.rank() == 0 and sum(counts):
+        out = mine.new_empty(0, *tile)
+        if groups.is_reader:
+            out = platform.moved(
+                torch.cat(
+                    [
+                        batch.pixels_NCHW[_slice(deal.of(owner, owners))]
+                        for owner in range(owners)
+                        for batch, deal in zip(read, dealt, strict=True)
+                        if deal.count
+                    ]
+                ),
+                device,
+            )
+        sent = counts if groups.is_reader else [0] * owners
+        there = [counts[me], *[0] * (owners - 1)]  # the reader is the first of its owners
+        dist.all_to_all_single(mine, out, there, sent, group=group)
+    if tp.size() > 1 and len(mine):
+        dist.broadcast(mine, group=tp, group_src=0)
+    each = mine.split([len(deal.of(me, owners)) for deal in dealt])
+    return [
+        replace(batch, pixels_NCHW=pixels, dealt=deal)
+        for batch, pixels, deal in zip(received, each, dealt, strict=True)
+    ]
+
+
+def _slice(places: range) -> slice:
+    return slice(places.start, places.stop, places.step)
 
 
 def from_reader[T](groups: Groups, value: T) -> T:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     ParamKey,
@@ -106,9 +107,17 @@ def overlap_settings(parallel: ParallelConfig, hides: bool) -> tuple[bool, bool]
 
 
 def build_optimizer(
-    run: RunConfig, models: list[DistributedDataParallel], pg: ProcessGroupCollection
-) -> MegatronOptimizer:
-    """Builds AdamW, distributed over replicas unless switched off."""
+    run: RunConfig,
+    models: list[DistributedDataParallel],
+    pg: ProcessGroupCollection,
+    *,
+    overlaps_gather: bool = True,
+) -> ChainedOptimizer:
+    """Builds AdamW, distributed over replicas unless switched off.
+
+    Args:
+        overlaps_gather: False if `models` never gather parameters during their forward pass.
+    """
     settings = run.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -122,7 +131,7 @@ def build_optimizer(
         bf16=run.training.bf16,
         params_dtype=torch.bfloat16 if run.training.bf16 else torch.float32,
         use_distributed_optimizer=distributes(run, pg),
-        overlap_param_gather=overlaps(run, pg)[1],
+        overlap_param_gather=overlaps_gather and overlaps(run, pg)[1],
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,7 +142,8 @@ def build_optimizer(
             use_gloo_process_groups=False,
             pg_collection=pg,
         )
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    assert isinstance(optimizer, ChainedOptimizer)  # of megatron-core 0.19, also if of one part
+    for part in optimizer.chained_optimizers:
         inner = getattr(part, "optimizer", None)
         if isinstance(inner, torch.optim.AdamW):  # without apex and Transformer Engine
             # One pass over each tensor instead of ten; megatron-core has no setting for it.

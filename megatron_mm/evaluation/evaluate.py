@@ -188,7 +188,7 @@ def write_results(
         seconds: time trained.
     """
     run, groups = engine.run, engine.groups
-    sizes = {name: math.prod(layout.global_shape) for name, _, layout in layouts(*engine.chunks)}
+    sizes = {name: math.prod(layout.global_shape) for name, _, layout in layouts(*engine.modules)}
     parts: list = [None] * groups.world.size()
     dist.all_gather_object(parts, sizes, group=groups.world)
     parallel = run.parallel

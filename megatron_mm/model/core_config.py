@@ -81,12 +81,12 @@ def language_config(run: RunConfig) -> TransformerConfig:
     )
 
 
-def vision_config(run: RunConfig, language: TransformerConfig) -> TransformerConfig:
-    """Configures the linears of the vision encoder and of the projector: no sequence parallelism,
-    no experts, no FP8."""
-    tp = language.tensor_model_parallel_size
+def vision_config(run: RunConfig, language: TransformerConfig, tp: int) -> TransformerConfig:
+    """Configures the linears of the vision encoder and of the projector, which `tp` ranks share: no
+    sequence parallelism, no experts, no FP8."""
     return replace(
         language,
+        tensor_model_parallel_size=tp,
         **vision_family(run.model).core(vision_settings(run.model), tp),
         sequence_parallel=False,
         fp8=None,

@@ -7,7 +7,7 @@ one packed tensor (parallel/wire.py) whose contents the layer pattern decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from megatron.core.enums import ModelType
@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from megatron_mm import platform
 from megatron_mm.config import (
@@ -29,108 +30,24 @@ from megatron_mm.config import (
     read_memories,
     wire,
 )
-from megatron_mm.config.families import vision_family, vision_settings
 from megatron_mm.config.layers.kinds import LAYERS
-from megatron_mm.config.memories import VISION
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.images import normalise
 from megatron_mm.model.backends.choice import check_dispatcher, choose
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext, memory_rows
-from megatron_mm.model.core_config import language_config, vision_config
+from megatron_mm.model.core_config import language_config
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.layers.linear import ReplicatedLinear, vocab_embedding
+from megatron_mm.model.layers.linear import vocab_embedding
 from megatron_mm.model.layers.lora import add_lora
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.layers.output import OutputLayer, Predictions
-from megatron_mm.model.layers.projector import Projector
-from megatron_mm.model.recompute import Recompute
 from megatron_mm.model.routing import RouterTerm, Routes, Routing
 from megatron_mm.model.stack import Stack
+from megatron_mm.model.vision_tower import Encoded, Encoder, VisionTower, padded
 from megatron_mm.parallel.param_layout import initialize, leave_open, normal
 from megatron_mm.parallel.sequence import part, take
 from megatron_mm.parallel.wire import MemoryShape, Payload, WireShape, pack, unpack
 from megatron_mm.report.metrics import MUTED, Metrics
-
-
-class VisionTower(nn.Module):
-    """Tiles to stream tokens and memory rows, whole on every tensor- and context-parallel rank.
-
-    Context-parallel ranks share the tiles of the ViT among them and gather its features. The
-    projection of the memory `vision` is `memory_proj`, those of further memories are
-    `memory_projs.<name>`. A memory that no look reads has none.
-    """
-
-    def __init__(self, run: RunConfig, config: TransformerConfig, pg: ProcessGroupCollection):
-        super().__init__()
-        model, self.cp = run.model, pg.cp
-        inner = vision_config(run, config)
-        family, vision = vision_family(model), vision_settings(model)
-        self.grid = family.grid(vision, None)
-        encoder, recompute = family.module(), Recompute.of(run.training).vision
-        self.vit = encoder(vision, inner, pg.tp, recompute)
-        self.scale = torch.tensor(run.data.image_mean), torch.tensor(run.data.image_std)
-        if run.backend.compile_vision:
-            from megatron_mm.model.compiled import compile_layers  # imports the compiler
-
-            compile_layers(self.vit.layers)
-        self.projector = Projector(model, self.grid, inner, pg.tp)
-        self.memories = read_memories(model)
-        self.memory_proj: ReplicatedLinear | None = None
-        self.memory_projs = nn.ModuleDict()
-        for memory in self.memories:
-            linear = ReplicatedLinear(
-                vision.vision_hidden_size,
-                memory.width,
-                init=normal(vision.vision_init_method_std),
-                bias=True,
-                dtype=config.params_dtype,
-            )
-            if memory.name == VISION:
-                self.memory_proj = linear
-            else:
-                self.memory_projs[memory.name] = linear
-
-    def _normalised(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        return normalise(pixels_NCHW, *(platform.moved(x, pixels_NCHW.device) for x in self.scale))
-
-    def _features(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """[N, patches of a tile, V]"""
-        if self.cp.size() == 1:
-            return self.vit(self._normalised(pixels_NCHW))
-        tiles = len(pixels_NCHW)
-        padding = pixels_NCHW.new_zeros(-tiles % self.cp.size(), *pixels_NCHW.shape[1:])
-        padded = torch.cat((pixels_NCHW, padding))
-        mine = self.vit(self._normalised(take(padded, part(len(padded), self.cp))))
-        # Backward it sums what every rank's tokens and looks ask of the features.
-        return gather_from_sequence_parallel_region(mine, group=self.cp)[:tiles]
-
-    def forward(
-        self, batch: Microbatch, rows: Mapping[str, int]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns stream tokens [k, H] and, by name, memories [its rows, its width], zero beyond
-        the batch's patches.
-
-        A batch without images runs one empty tile whose features count nothing, so that
-        every parameter takes part in every backward pass (DDP's overlap asserts it).
-        """
-        pixels, empty = batch.pixels_NCHW, len(batch.pixels_NCHW) == 0
-        if empty:
-            pixels = pixels.new_zeros(1, 3, self.grid.height, self.grid.width)
-        features = self._features(pixels)
-        stream = self.projector(features if empty else features[batch.stream_tiles])
-        stream = stream.flatten(0, 1)
-        found = {}
-        for name in (memory.name for memory in self.memories):
-            project = self.memory_proj if name == VISION else self.memory_projs[name]
-            chosen = features if empty else features[batch.memories[name].tiles]
-            assert project is not None  # every memory in `memories` has one
-            memory = project(chosen.flatten(0, 1))
-            if empty:
-                memory = memory[:1] * 0.0
-            padding = memory.new_zeros(rows[name] - len(memory), memory.shape[1])
-            found[name] = torch.cat((memory, padding))
-        return (stream[:1] * 0.0 if empty else stream), found
 
 
 class MultimodalModel(MegatronModule):
@@ -163,6 +80,7 @@ class MultimodalModel(MegatronModule):
         self.leaves: Manifest | None = None if self.post_process else boundaries[index]
         kinds = [LAYERS[layer.kind] for layer in stage.layers]
         self.memories = {memory.name: memory for memory in looks}
+        self.encoded = read_memories(run.model)  # what comes out of the encoder, beside the stream
         # The memories that looks of this stage read.
         here = [
             looks[layer.known_reader].name
@@ -184,8 +102,8 @@ class MultimodalModel(MegatronModule):
         self.final_norm: nn.Module | None = None
         self.output_layer: OutputLayer | None = None
         if self.pre_process:
-            if run.model.vision is not None:
-                self.vision = VisionTower(run, config, pg)
+            if run.model.vision is not None and run.parallel.vision_parallel != "replica":
+                self.vision = VisionTower(run, config, pg.tp, pg.cp)
             self.embedding = vocab_embedding(
                 language.vocab_size, language.hidden_size, config=config, init=init, tp=pg.tp
             )
@@ -223,17 +141,19 @@ class MultimodalModel(MegatronModule):
         shape = self._wire_shape(batch, manifest, _has_prompts(cache))
         return sum(shape.sizes(self.model_config.language.hidden_size))
 
-    def _embed(self, batch: Microbatch, images: bool) -> Payload:
+    def _embed(self, batch: Microbatch, images: bool, encoded: Encoded | None) -> Payload:
         mine = part(len(batch.tokens_T), self.pg.cp)
         assert self.embedding is not None  # this is the first stage
         hidden = self.embedding(take(batch.tokens_T, mine))  # [T / CP, H], on every TP rank
         memories: dict[str, torch.Tensor] = {}
-        if self.vision is not None and images:
-            rows = {
-                memory.name: memory_rows(batch, memory, self.pg.tp.size())
-                for memory in self.vision.memories
-            }
-            stream, memories = self.vision(batch, rows)
+        if self.model_config.vision is not None and images:
+            rows = {m.name: memory_rows(batch, m, self.pg.tp.size()) for m in self.encoded}
+            if self.vision is not None:
+                stream, memories = self.vision(batch, rows)
+            else:
+                assert encoded is not None  # the engine gives it with every microbatch
+                stream = encoded.stream_kH
+                memories = {k: padded(memory, rows[k]) for k, memory in encoded.memories.items()}
             hidden = self._fill_in(hidden, stream.to(hidden.dtype), batch.stream_positions, mine)
         hidden = hidden.unsqueeze(1)
         memories = {name: memory.unsqueeze(1) for name, memory in memories.items()}
@@ -257,7 +177,7 @@ class MultimodalModel(MegatronModule):
         first, last = torch.searchsorted(positions, bounds).tolist()
         if first == last:
             # Nothing to fill in, but the ViT's collectives run backward on every rank.
-            return hidden_TH + 0.0 * stream_kH.sum()
+            return hidden_TH if self.vision is None else hidden_TH + 0.0 * stream_kH.sum()
         places = platform.moved(positions[first:last] - mine.start, hidden_TH.device)
         return hidden_TH.index_copy(0, places, stream_kH[first:last])
 
@@ -282,6 +202,7 @@ class MultimodalModel(MegatronModule):
         routes: Routes | None = None,
         router_term: RouterTerm | None = None,
         metrics: Metrics = MUTED,
+        encoded: Encoded | None = None,
     ) -> torch.Tensor | Predictions:
         """
         Args:
@@ -293,6 +214,7 @@ class MultimodalModel(MegatronModule):
             routes: if given, filled with the experts chosen at this rank's positions.
             router_term: added to the loss by every layer of experts of this stage.
             metrics: takes what layers add to the metrics of this microbatch.
+            encoded: its images on the first stage, where the encoder stands beside the pipeline.
 
         Returns:
             the predictions at these positions on the last stage, else the wire's tensor.
@@ -307,7 +229,7 @@ class MultimodalModel(MegatronModule):
         context.first_pass_metrics = metrics
         context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term)
         if self.arrives is None:
-            payload = self._embed(batch, prompts)
+            payload = self._embed(batch, prompts, encoded)
         else:
             payload = unpack(self.received, self._wire_shape(batch, self.arrives, prompts))
         payload = self.language(payload, context)
@@ -345,10 +267,25 @@ def build(
         for chunk in range(run.parallel.virtual_pipeline_model_parallel_size or 1)
     ]
     for model in chunks:
-        add_lora(model, run.lora, pg.tp)
-        if not drawn:
-            leave_open(model, platform.device())
-        elif platform.device().type != "meta":  # else there is nothing to fill
-            initialize(model, run.training.seed)
-        model.to(platform.device())
+        _complete(model, run, pg.tp, drawn)
     return chunks
+
+
+def build_encoder(run: RunConfig, tp: ProcessGroup, *, drawn: bool = True) -> Encoder:
+    """The encoder beside the pipeline, initialised and placed as `build` does.
+
+    Args:
+        tp: the ranks that share its linears.
+    """
+    encoder = Encoder(run, language_config(run), tp)
+    _complete(encoder, run, tp, drawn)
+    return encoder
+
+
+def _complete(model: MegatronModule, run: RunConfig, tp: ProcessGroup, drawn: bool) -> None:
+    add_lora(model, run.lora, tp)
+    if not drawn:
+        leave_open(model, platform.device())
+    elif platform.device().type != "meta":  # else there is nothing to fill
+        initialize(model, run.training.seed)
+    model.to(platform.device())

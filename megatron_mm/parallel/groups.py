@@ -17,6 +17,21 @@ from megatron_mm.parallel import descriptors
 
 
 @dataclass(frozen=True)
+class EncoderGroups:
+    """Groups of an encoder that stands beside the pipeline (`vision_parallel` replica).
+
+    Attributes:
+        pg: as for the model, but every rank of the job with the same part of the encoder is one of
+            its data-parallel ranks.
+        owners: the ranks of a replica with the same part of the encoder, those of the first
+            pipeline stage first: tiles are dealt to them.
+    """
+
+    pg: ProcessGroupCollection
+    owners: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
 class Groups:
     """megatron-core's process groups and two gloo groups on the CPU.
 
@@ -25,11 +40,13 @@ class Groups:
         replica: gloo group of one data-parallel replica (tensor x context x pipeline ranks); its
             first rank reads the data for all of them.
         world: gloo group of all ranks, for collective decisions.
+        encoder: of an encoder beside the pipeline; None if it is a part of the first stage.
     """
 
     pg: ProcessGroupCollection
     replica: dist.ProcessGroup
     world: dist.ProcessGroup
+    encoder: EncoderGroups | None = None
 
     @property
     def is_reader(self) -> bool:
@@ -85,6 +102,44 @@ def lay_out(parallel: ParallelConfig) -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def lay_out_encoder(parallel: ParallelConfig, pg: ProcessGroupCollection) -> EncoderGroups | None:
+    """Makes the groups of the encoder, if it stands beside the pipeline. Every rank calls it."""
+    if parallel.vision_parallel != "replica":
+        return None
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    tp, cp, dp, pp = (group.size() for group in (pg.tp, pg.cp, pg.dp, pg.pp))
+    # megatron-core's rank order, tp fastest: the number of a rank is its place in this block.
+    ranks = torch.arange(dist.get_world_size()).view(pp, dp, cp, tp)
+    parts = parallel.vision_tensor_parallel_size or tp
+    data, owners, alone = None, None, pg.tp
+    with platform.groups_of_one_share():
+        for part in range(parts):
+            # Ranks with this part: of the whole job, and of each replica.
+            same = ranks[..., part::parts] if parts > 1 else ranks
+            data = _joined(same.flatten().tolist(), timeout) or data
+            for replica in range(dp):
+                owners = _joined(same[:, replica].flatten().tolist(), timeout) or owners
+        if parts == 1 < tp:
+            alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    found = ProcessGroupCollection(
+        tp=alone,
+        mp=alone,
+        dp=data,
+        dp_cp=data,
+        intra_dist_opt=pg.intra_dist_opt,
+        # An encoder has no experts, and megatron-core asks for these groups all the same.
+        **{name: getattr(pg, name) for name in ("pp", "ep", "expt_dp", "expt_tp", "tp_ep_pp")},
+    )
+    assert owners is not None  # every rank is one of a replica's
+    return EncoderGroups(found, owners)
+
+
+def _joined(ranks: list[int], timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """A new group of these ranks, if this one is among them. Every rank calls it."""
+    group = dist.new_group(ranks, timeout=timeout)
+    return group if dist.get_rank() in ranks else None
+
+
 def build(parallel: ParallelConfig) -> Groups:
     """Makes all groups of this rank. Every rank of the running job calls it."""
     pg = lay_out(parallel)
@@ -98,7 +153,8 @@ def build(parallel: ParallelConfig) -> Groups:
         group = dist.new_group(ranks, timeout=timeout, backend="gloo")
         if dist.get_rank() in ranks:
             replica = group
-    return Groups(pg, replica, dist.new_group(timeout=timeout, backend="gloo"))
+    world = dist.new_group(timeout=timeout, backend="gloo")
+    return Groups(pg, replica, world, lay_out_encoder(parallel, pg))
 
 
 def stop() -> None:

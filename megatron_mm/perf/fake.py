@@ -23,7 +23,7 @@ from megatron_mm import platform
 from megatron_mm.config import RunConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.backends.interface import Backend
-from megatron_mm.parallel.groups import Groups, lay_out
+from megatron_mm.parallel.groups import Groups, lay_out, lay_out_encoder
 
 META = torch.device("meta")
 
@@ -48,7 +48,8 @@ def fake_job(
         try:
             pg = lay_out(run.parallel)
             # The two groups of ours decide things together and carry no tensors of the model.
-            yield Groups(pg, replica=pg.pp, world=dist.group.WORLD)
+            encoder = lay_out_encoder(run.parallel, pg)
+            yield Groups(pg, replica=pg.pp, world=dist.group.WORLD, encoder=encoder)
         finally:
             MoEAuxLossAutoScaler.main_loss_backward_scale = scale
             sys.excepthook = hook

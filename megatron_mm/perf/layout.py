@@ -14,6 +14,7 @@ from megatron_mm.config import (
     wire,
 )
 from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.config.vision_parallel import decided
 from megatron_mm.engine.optimizer import overlap_settings
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.hardware import GPU, Assumptions
@@ -72,6 +73,7 @@ def plan_layout(
 
 def on_gpus(run: RunConfig, world_size: int) -> RunConfig:
     """The run with what GPUs make of settings that are left open."""
+    run = decided(run)
     parallel = run.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     reduce, gather = overlap_settings(parallel, hides=world_size > ranks)

@@ -46,7 +46,7 @@ def planned(engine: Engine) -> State:
 
 
 def _state(engine: Engine, moments: list[torch.Tensor]) -> State:
-    params = [param for model in engine.models for param in model.parameters()]
+    params = [param for module in engine.modules for param in module.parameters()]
     grads = [param.main_grad for param in params if hasattr(param, "main_grad")]
     mains = [p for part in _parts(engine) for group in part.param_groups for p in group["params"]]
     seen: set[int] = set()

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 
 from megatron_mm import platform
+from megatron_mm.engine.encoder import EncoderSide
 from megatron_mm.parallel.groups import Groups
 
 # Methods of torch's ProcessGroup, and the argument that holds the tensors this rank hands over.
@@ -117,6 +118,9 @@ class Phases:
             group = getattr(groups.pg, field, None)
             if group is not None:
                 self._parts.setdefault(group.group_name, part)
+        if groups.encoder is not None:
+            self._parts.setdefault(groups.encoder.owners.group_name, "owners")
+            self._parts.setdefault(groups.encoder.pg.dp.group_name, "encoder dp")
         self._parts[groups.world.group_name] = self._parts[groups.replica.group_name] = "control"
         self._parts[dist.group.WORLD.group_name] = "world"
         self._spans: list[Span] = []
@@ -128,6 +132,8 @@ class Phases:
             self._replace(dist.ProcessGroup, name, self._operation(name))
         for phase in ("forward", "backward"):
             self._replace(schedules, f"{phase}_step", self._phase(phase))
+        for method, phase in (("encode", "encode"), ("backward", "encode backward")):
+            self._replace(EncoderSide, method, self._phase(phase))
         return self
 
     def __exit__(self, *_) -> None:

@@ -24,6 +24,7 @@ from megatron_mm.config import (
 )
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.perf.assumed import planned_batch
+from megatron_mm.perf.encoder import EncoderTrace, rough_encoder
 from megatron_mm.perf.kernels import Kernel, Link, Work
 from megatron_mm.perf.memory import State
 from megatron_mm.perf.rank import RankPlan, plan_rank
@@ -31,6 +32,7 @@ from megatron_mm.perf.rollout import reinforced, rough_rollout
 from megatron_mm.perf.trace import ChunkTrace
 
 FIRST, LAST = "first", "last"
+BESIDE = "first, encoder beside"  # FIRST without the encoder
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Pieces:
         plans: letter (with its memory, if it reads one), or FIRST and LAST for what only the first
             and the last stage have -> its plan as a stage.
         expert_ranks: ranks that the routed experts of a layer were dealt to.
+        encoder: the encoder beside a pipeline, for one sample; None without images.
     """
 
     plans: dict[str, RankPlan]
     expert_ranks: int
+    encoder: EncoderTrace | None
 
 
 def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
@@ -64,6 +68,7 @@ def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
     par.pipeline_model_parallel_size = len(pattern) + 2
     par.virtual_pipeline_model_parallel_size = None
     par.pipeline_model_parallel_layout = "|" + "|".join(pattern) + "|"
+    par.vision_parallel = "stage"
     small.training.micro_batch_size = 1
     shards = par.tensor_model_parallel_size * par.context_parallel_size
     per_stage = max(shards, par.expert_model_parallel_size)
@@ -76,7 +81,15 @@ def trace_pieces(run: RunConfig, images: int, supervised: float) -> Pieces:
     plans = {
         name: plan_rank(small, place * per_stage, world, batch) for name, place in wanted.items()
     }
-    return Pieces(plans, par.expert_model_parallel_size)
+    encoder = None
+    if run.model.vision is not None:
+        beside = deepcopy(small)
+        beside.parallel.vision_parallel = "replica"
+        plans[BESIDE] = plan_rank(beside, 0, world, batch)
+        beside.parallel.pipeline_model_parallel_size = 1
+        beside.parallel.pipeline_model_parallel_layout = None
+        encoder = plan_rank(beside, 0, per_stage, batch).encoder
+    return Pieces(plans, par.expert_model_parallel_size, encoder)
 
 
 def _piece(layer: Layer, reads: Sequence[str]) -> str:
@@ -111,10 +124,15 @@ def rough_rank(
     replicas = world_size // (ranks * shards)
     reads = [memory.name for memory in look_memories(run.model)]
     mine, traces = stages[place::ranks], []
+    beside = par.vision_parallel == "replica"
     found: list[RankPlan] = []
     for stage in mine:
         names = [_piece(layer, reads) for layer in stage.layers]
-        names = [FIRST] * (stage.index == 0) + names + [LAST] * (stage.index == len(stages) - 1)
+        names = (
+            [BESIDE if beside else FIRST] * (stage.index == 0)
+            + names
+            + [LAST] * (stage.index == len(stages) - 1)
+        )
         in_it = [pieces.plans[name] for name in names]
         traces.append(_together([plan.traces[0] for plan in in_it], run))
         found += in_it
@@ -129,18 +147,26 @@ def rough_rank(
     held = sum(plan.elements[0] - plan.elements[1] for plan in found) + held_experts
     expert = spread(sum(plan.trained[1] for plan in found))
     dense = sum(plan.trained[0] - plan.trained[1] for plan in found)
+    # Every rank holds the encoder, and the first stage's piece has it as well.
+    held -= sum(plan.encoder.elements for plan in found if plan.encoder is not None)
+    dense -= sum(plan.encoder.trained for plan in found if plan.encoder is not None)
+    encoder, microbatches = None, train.global_batch_size // (replicas * train.micro_batch_size)
+    if beside:
+        assert pieces.encoder is not None  # `validate` wants images for it
+        samples = microbatches * train.micro_batch_size
+        encoder = rough_encoder(pieces.encoder, samples, ranks, place == 0)
+    of_encoder = 0 if encoder is None else encoder.trained
     in_stage = world_size // ranks
     expert_replicas = in_stage // par.expert_model_parallel_size  # expert tensor parallel size 1
     word = 2 if train.bf16 else 4
     shared = replicas * par.context_parallel_size
+    whole = ranks * shared  # the ranks that share the encoder's state
     if not par.use_distributed_optimizer:
-        shared = expert_replicas = 1
+        shared = expert_replicas = whole = 1
     moments = 8 + (4 if train.bf16 else 0)
-    state = State(
-        word * held,
-        4 * (dense + expert),
-        moments * (dense // shared + expert // expert_replicas),
-    )
+    held += 0 if encoder is None else encoder.elements
+    updated = dense // shared + expert // expert_replicas + of_encoder // whole
+    state = State(word * held, 4 * (dense + expert + of_encoder), moments * updated)
     rl = reinforced(run)
     rollouts = [plan.rollout for plan in found if plan.rollout is not None]
     sent = {
@@ -148,18 +174,21 @@ def rough_rank(
         Link("reduce_scatter", "expt_dp"): 4 * expert,
         Link("all_gather", "dp_cp"): word * dense // shared,
         Link("all_gather", "expt_dp"): word * expert // expert_replicas,
+        Link("reduce_scatter", "encoder_dp"): 4 * of_encoder,
+        Link("all_gather", "encoder_dp"): word * of_encoder // whole,
     }
     return RankPlan(
         (place, ranks),
         tuple("".join(layer.kind for layer in stage.layers) for stage in mine),
         (held, held_experts),
-        (dense + expert, expert),
+        (dense + expert + of_encoder, expert),
         state,
         tuple(traces),
         [Kernel(moved=size, link=link) for link, size in sent.items()],
-        train.global_batch_size // (replicas * train.micro_batch_size),
+        microbatches,
         _groups(run, world_size),
         None if rl is None else rough_rollout(run, rl, rollouts, state.parameters),
+        encoder,
     )
 
 
@@ -204,4 +233,6 @@ def _groups(run: RunConfig, world_size: int) -> dict[str, tuple[int, ...]]:
         "dp_cp": tuple(range(0, stage, tp)),
         "expt_dp": tuple(range(0, stage, ep)),
         "pp": tuple(range(0, world_size, stage)),
+        "owners": tuple(p + c for p in range(0, world_size, stage) for c in range(0, tp * cp, tp)),
+        "encoder_dp": tuple(range(0, world_size, tp)),
     }

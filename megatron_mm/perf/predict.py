@@ -22,6 +22,7 @@ from megatron_mm.perf.rank import RankPlan
 from megatron_mm.perf.schedule import Timeline, timeline
 
 DATA_PARALLEL = ("dp", "dp_cp", "expt_dp", "intra_dp_cp", "intra_expt_dp")
+BESIDE = ("encoder_dp",)  # the encoder's: nothing hides their exchange
 Groups = Mapping[str, Sequence[int]]
 
 
@@ -62,6 +63,8 @@ class Prediction:
         gradients, parameters: exchange among replicas that nothing hides.
         update: everything else once a step: gradients cleared, their norm, the optimizer.
         stages: forward, backward of every stage for a microbatch.
+        encoder: encoding before the schedule, and after it, where the encoder stands beside the
+            pipeline; 0 otherwise.
         mfu: FLOPs of the model (three times those of its forward passes, or less where parts are
             frozen; nothing computed again) by the GPUs' peak.
     """
@@ -74,10 +77,12 @@ class Prediction:
     stages: tuple[tuple[float, float], ...]
     tokens_per_second_per_gpu: float
     mfu: float
+    encoder: tuple[float, float] = (0.0, 0.0)
 
     @property
     def seconds(self) -> float:
-        return self.schedule.seconds + self.gradients + self.parameters + self.update.seconds
+        exchange = self.gradients + self.parameters
+        return self.schedule.seconds + sum(self.encoder) + exchange + self.update.seconds
 
     @property
     def by_term(self) -> dict[str, float]:
@@ -88,6 +93,8 @@ class Prediction:
             "bubble": round(
                 max(0.0, self.schedule.seconds - busiest.seconds), 9
             ),  # no rounding errors
+            "encoding": self.encoder[0],
+            "encoder_gradients": self.encoder[1],
             "gradients": self.gradients,
             "parameters": self.parameters,
             "optimizer": self.update.seconds,
@@ -124,13 +131,15 @@ def predict(
             reduce = max(0.0, reduce - sum(backward[stage] for stage in mine))
         if run.parallel.overlap_param_gather:  # behind the first
             gather = max(0.0, gather - sum(forward[stage] for stage in mine))
-        gradients, parameters = max(gradients, reduce), max(parameters, gather)
+        also = exchanged(plan, gpu, assumed, BESIDE)
+        gradients, parameters = max(gradients, reduce + also[0]), max(parameters, gather + also[1])
         own = (kernel for kernel in plan.once if not _among_replicas(kernel))
         updates.append(played(own, plan.groups, gpu, assumed))
     update = max(updates, key=lambda terms: terms.seconds)
-    seconds = run_through.seconds + gradients + parameters + update.seconds
+    encoder = _encoder(plans, gpu, assumed)
+    seconds = run_through.seconds + sum(encoder) + gradients + parameters + update.seconds
     tokens = run.training.global_batch_size * run.data.seq_length
-    model = sum(model_flops(plan) for plan in plans) * microbatches * world_size / ranks
+    model = sum(step_flops(plan) for plan in plans) * world_size / ranks
     return Prediction(
         run_through,
         tuple(terms),
@@ -140,15 +149,29 @@ def predict(
         tuple(stages[stage] for stage in order),
         tokens / seconds / world_size,
         model / (seconds * world_size * gpu.bf16_flops),
+        encoder,
     )
 
 
-def model_flops(plan: RankPlan) -> int:
-    """FLOPs of a microbatch on one rank, nothing computed twice."""
-    return sum(
+def _encoder(plans: Sequence[RankPlan], gpu: GPU, assumed: Assumptions) -> tuple[float, float]:
+    """Seconds of the encoder's two passes beside the pipeline, on the busiest rank."""
+    longest = [0.0, 0.0]
+    for plan in plans:
+        if plan.encoder is not None:
+            for number, kernels in enumerate(plan.encoder.kernels):
+                took = played(kernels, plan.groups, gpu, assumed).seconds
+                longest[number] = max(longest[number], took)
+    return longest[0], longest[1]
+
+
+def step_flops(plan: RankPlan) -> int:
+    """FLOPs of a step on one rank, nothing computed twice."""
+    of_stages = sum(
         min(3 * trace.forward.flops, trace.forward.flops + trace.backward.flops)
         for trace in plan.traces
     )
+    beside = 0 if plan.encoder is None else plan.encoder.model_flops
+    return of_stages * plan.microbatches + beside
 
 
 def played(kernels: Iterable[Kernel], groups: Groups, gpu: GPU, assumed: Assumptions) -> Terms:
@@ -190,13 +213,21 @@ def roughly(work: Work, groups: Groups, gpu: GPU, assumed: Assumptions) -> float
 
 
 def _among_replicas(kernel: Kernel) -> bool:
-    return kernel.link is not None and kernel.link.group in DATA_PARALLEL
+    return kernel.link is not None and kernel.link.group in (*DATA_PARALLEL, *BESIDE)
 
 
-def exchanged(plan: RankPlan, gpu: GPU, assumed: Assumptions) -> tuple[float, float]:
-    """Seconds that gradients, and parameters, take among replicas once a step."""
+def exchanged(
+    plan: RankPlan, gpu: GPU, assumed: Assumptions, among: Sequence[str] = DATA_PARALLEL
+) -> tuple[float, float]:
+    """Seconds that gradients, and parameters, take among replicas once a step.
+
+    Args:
+        among: the groups that count.
+    """
     reduce = gather = 0.0
     for link, size in Work.of(filter(_among_replicas, plan.once)).sent.items():
+        if link.group not in among:
+            continue
         took = collective(link.kind, size, plan.groups.get(link.group, ()), gpu, assumed)
         if link.kind == "all_gather":
             gather += took

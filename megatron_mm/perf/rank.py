@@ -12,6 +12,7 @@ from megatron_mm.config import RunConfig, data_parallel_size
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.objective import Objective
 from megatron_mm.perf import memory
+from megatron_mm.perf.encoder import EncoderTrace, dealt, trace_encoder
 from megatron_mm.perf.fake import fake_engine, fake_job
 from megatron_mm.perf.kernels import Kernel, Link, Work
 from megatron_mm.perf.recorder import Recorder
@@ -45,6 +46,7 @@ class RankPlan:
         once: its kernels once a step, beside the microbatches.
         groups: the ranks of its groups, by role.
         rollout: its memory in one, with reinforcement learning.
+        encoder: its share of the encoder, where that stands beside the pipeline.
     """
 
     pipeline: tuple[int, int]
@@ -57,12 +59,17 @@ class RankPlan:
     microbatches: int
     groups: dict[str, tuple[int, ...]]
     rollout: RolloutTrace | None = None
+    encoder: EncoderTrace | None = None
 
     @property
     def activations(self) -> int:
         """Bytes at their peak."""
         order = events(*self.pipeline, len(self.traces), self.microbatches)
-        return activation_peak(order, self.traces)
+        in_schedule = activation_peak(order, self.traces)
+        if self.encoder is None:
+            return in_schedule
+        # The buffer of gathered activations outlives the schedule.
+        return max(in_schedule + self.encoder.leaves, self.encoder.peak + self.stays)
 
     @property
     def total(self) -> int:
@@ -88,6 +95,8 @@ class RankPlan:
         """Everything that the rank does in a step."""
         both = sum((trace.forward + trace.backward for trace in self.traces), Work())
         work = both.times(self.microbatches) + Work.of(self.once)
+        if self.encoder is not None:
+            work += self.encoder.forward + self.encoder.backward
         work.sent += Counter({Link("send", "pp"): self.microbatches * self._to_neighbours()})
         return work
 
@@ -112,7 +121,7 @@ def plan_rank(
     # Before anything is fake: it may import reward functions.
     records = rl is not None and records_routes(rl, reads_routes(rl.reward_funcs))
     with fake_job(run, rank, world_size, HOPPER if kernels == "cuda" else None) as groups:
-        recorder = Recorder(groups.pg)
+        recorder = Recorder(groups.pg, groups.encoder)
         engine = fake_engine(run, groups, planned_backend(run, kernels, recorder.add))
         state = memory.planned(engine)
         chunks = range(len(engine.chunks))
@@ -120,9 +129,16 @@ def plan_rank(
         given = batch
         if rl is not None:
             objective, given = policy_objective(rl), policy_batch(run, rl, batch)
-        traces = tuple(trace_chunk(engine, recorder, chunk, given, objective) for chunk in chunks)
+        microbatches = run.training.global_batch_size // replicas
+        encoder = encoded = None
+        if engine.encoder is not None:
+            encoder, encoded = trace_encoder(engine.encoder, recorder, batch, microbatches)
+            (given,) = dealt(given, 1, engine.encoder.owners.rank(), engine.encoder.owners.size())
+        traces = tuple(
+            trace_chunk(engine, recorder, chunk, given, objective, encoded) for chunk in chunks
+        )
         rollout = None if rl is None else trace_rollout(engine, recorder, batch, records)
-        params = [param for chunk in engine.chunks for param in chunk.parameters()]
+        params = [param for module in engine.modules for param in module.parameters()]
         trained = [param for param in params if param.requires_grad]
         return RankPlan(
             pipeline=(groups.pg.pp.rank(), groups.pg.pp.size()),
@@ -132,9 +148,10 @@ def plan_rank(
             state=state,
             traces=traces,
             once=trace_once(engine, recorder),
-            microbatches=run.training.global_batch_size // replicas,
+            microbatches=microbatches,
             groups=recorder.groups(),
             rollout=rollout,
+            encoder=encoder,
         )
 
 

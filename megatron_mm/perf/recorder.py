@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mm import platform
+from megatron_mm.parallel.groups import EncoderGroups
 from megatron_mm.perf.kernels import Kernel, Link, Work, kernel_of, size, tensors
 
 # The argument that holds the tensors this rank gives away, by collective; DDP's coalescing too.
@@ -59,24 +60,26 @@ class Recorder(TorchDispatchMode):
         kernels: since the beginning, in the order of their launch.
     """
 
-    def __init__(self, pg: ProcessGroupCollection):
+    def __init__(self, pg: ProcessGroupCollection, encoder: EncoderGroups | None = None):
         super().__init__()
         self.live = self.peak = 0
         self.kernels: list[Kernel] = []
         self._answer: float | None = None
         self._device = platform.device().type
         self._sizes: dict[int, tuple[int, weakref.ref]] = {}
-        self._pg = pg
+        held = {role: getattr(pg, role, None) for role in ROLES}
+        if encoder is not None:
+            held |= {"owners": encoder.owners, "encoder_dp": encoder.pg.dp}
+        self._groups: dict[str, ProcessGroup] = {}
         self._roles: dict[str, str] = {}
-        for role in ROLES:
-            group = getattr(pg, role, None)
-            if isinstance(group, ProcessGroup):
-                self._roles.setdefault(group.group_name, role)
+        for role, group in held.items():
+            if isinstance(group, ProcessGroup) and group.group_name not in self._roles:
+                self._roles[group.group_name], self._groups[role] = role, group
 
     def groups(self) -> dict[str, tuple[int, ...]]:
         """The ranks of every group, by role."""
-        found = {role: getattr(self._pg, role) for role in self._roles.values()}
-        return {role: tuple(dist.get_process_group_ranks(pg)) for role, pg in found.items()}
+        ranks = dist.get_process_group_ranks
+        return {role: tuple(ranks(group)) for role, group in self._groups.items()}
 
     def rebase(self) -> int:
         """Begins a new peak here; returns the bytes that are live."""

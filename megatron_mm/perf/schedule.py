@@ -67,6 +67,7 @@ def activation_peak(order: Sequence[Event], traces: Sequence[ChunkTrace]) -> int
             live -= trace.held
             peak = max(peak, live + gradient + trace.backward_peak)
             gradient, others = trace.arrives, 2 * trace.leaves
+            live += trace.grows
     early_or_late = sum(trace.arrives + trace.leaves for trace in traces)
     stays = sum(trace.stays for trace in traces)
     return peak + stays + (early_or_late if len(traces) > 1 else 0)

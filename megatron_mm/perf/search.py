@@ -14,7 +14,7 @@ from megatron_mm.config.settings import RecomputeModule
 from megatron_mm.perf.hardware import GPU, Assumptions
 from megatron_mm.perf.layout import LayoutPlan, most_sequences, on_gpus, plan_layout
 from megatron_mm.perf.pieces import Pieces, rough_rank, trace_pieces
-from megatron_mm.perf.predict import exchanged, room, roughly
+from megatron_mm.perf.predict import BESIDE, exchanged, room, roughly
 from megatron_mm.perf.rank import RankPlan
 
 SECONDS = 240  # for the whole search; then the answer is what was traced in full so far
@@ -167,11 +167,15 @@ def search(
 
 
 def candidates(run: RunConfig, world_size: int, gpu: GPU) -> Iterator[RunConfig]:
-    """Yields every layout that `validate` accepts, of sizes that are powers of two; routed experts
-    are not split among tensor-parallel ranks, which then hold more of them instead."""
+    """Yields every layout that `validate` accepts, of sizes that are powers of two, with the
+    encoder in the first stage and beside the pipeline. Routed experts are not split among
+    tensor-parallel ranks, which then hold more of them instead."""
     experts = run.model.language.num_experts
     contexts = (1, 2, 4, 8) if run.data.seq_length >= LONG else (1,)
-    for tp, pp, vpp, ep, cp, micro, recompute in product(
+    ways: tuple[Literal["stage", "replica"], ...] = ("stage",)
+    if run.model.vision is not None:
+        ways = ("stage", "replica")
+    for tp, pp, vpp, ep, cp, micro, recompute, vision in product(
         (1, 2, 4, 8),
         (1, 2, 4, 8, 16, 32),
         (None, 2),
@@ -179,8 +183,11 @@ def candidates(run: RunConfig, world_size: int, gpu: GPU) -> Iterator[RunConfig]
         contexts,
         (1, 2),
         RECOMPUTE,
+        ways,
     ):
         if tp > gpu.domain or (vpp and pp == 1) or _odd(world_size, tp * pp * cp, ep * pp):
+            continue
+        if vision == "replica" and pp == 1:  # the ranks of its only stage share the tiles already
             continue
         made = deepcopy(run)
         par, train = made.parallel, made.training
@@ -188,6 +195,7 @@ def candidates(run: RunConfig, world_size: int, gpu: GPU) -> Iterator[RunConfig]
         par.virtual_pipeline_model_parallel_size, par.context_parallel_size = vpp, cp
         par.expert_model_parallel_size, par.expert_tensor_parallel_size = ep, 1
         par.pipeline_model_parallel_layout, par.overlap_p2p_comm = None, None
+        par.vision_parallel, par.vision_tensor_parallel_size = vision, None
         train.micro_batch_size = micro
         train.recompute_granularity, train.recompute_modules = recompute
         try:
@@ -230,4 +238,9 @@ def _seconds(run: RunConfig, ranks: list[RankPlan], gpu: GPU, assumed: Assumptio
         exchange = max(exchange, reduce + gather)
     chunks = len(ranks[0].traces)
     filling = (sum(busy) - max(busy)) / chunks
-    return ranks[0].microbatches * max(busy) + filling + exchange
+    beside = 0.0
+    if ranks[0].encoder is not None:
+        works = [ranks[0].encoder.forward, ranks[0].encoder.backward]
+        beside = sum(roughly(work, ranks[0].groups, gpu, assumed) for work in works)
+        beside += sum(exchanged(ranks[0], gpu, assumed, BESIDE))
+    return ranks[0].microbatches * max(busy) + filling + exchange + beside

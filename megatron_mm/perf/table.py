@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_mm.config import RunConfig, dump_yaml
 from megatron_mm.perf.layout import LayoutPlan, most_sequences
-from megatron_mm.perf.predict import model_flops, room
+from megatron_mm.perf.predict import room, step_flops
 from megatron_mm.perf.rollout import reinforced
 from megatron_mm.perf.size import model_size
 
@@ -20,6 +20,8 @@ NAMES = {
     "collectives": "exposed collectives",
     "idle": "launches and waits",
     "bubble": "bubble",
+    "encoding": "encoding beside the pipeline",
+    "encoder_gradients": "the encoder's gradients",
     "gradients": "gradients' exchange",
     "parameters": "parameters' exchange",
     "optimizer": "optimizer",
@@ -77,6 +79,7 @@ def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
             "step_seconds": made.seconds,
             "bubble": made.schedule.bubble,
             "imbalance": imbalance(plan),
+            "encoder_seconds": list(made.encoder),
             "gradient_exchange_seconds": made.gradients,
             "parameter_exchange_seconds": made.parameters,
             "optimizer_seconds": made.update.seconds,
@@ -96,7 +99,7 @@ def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
                 "optimizer_bytes": rank.state.optimizer,
                 "activation_bytes": rank.activations,
                 "rollout": None if rank.rollout is None else asdict(rank.rollout),
-                "model_flops": model_flops(rank) * rank.microbatches,
+                "model_flops": step_flops(rank),
                 "flops": rank.step.flops,
                 "seconds_by_term": asdict(made.terms[place]),
                 "bytes_outside_products": rank.step.moved,
@@ -128,7 +131,7 @@ def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
         rows.append(
             (
                 str(place),
-                " | ".join(_first_and_last(rank.layers, place, len(plan.ranks))),
+                " | ".join(_first_and_last(rank.layers, place, len(plan.ranks), run)),
                 f"{rank.elements[0] / 1e9:.3f} B",
                 f"{rank.state.total / GB:.1f} GB",
                 f"{rank.activations / GB:.1f} GB",
@@ -157,12 +160,19 @@ def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
         f"MFU {made.mfu:.1%}; bubble {made.schedule.bubble:.1%}, busiest rank "
         f"{imbalance(plan):.2f} of the mean",
         *_rollout(plan),
-        "of the step: " + ", ".join(f"{NAMES[n]} {s:.3g} s" for n, s in made.by_term.items()),
+        "of the step: " + ", ".join(f"{NAMES[n]} {s:.3g} s" for n, s in _terms(plan)),
         f"the host's part: {counted.launches:,} launches, {counted.waits:,} waits a step",
         "assumed:",
         *(f"- {note}" for note in notes),
     ]
     return "\n".join(lines)
+
+
+def _terms(plan: LayoutPlan) -> list[tuple[str, float]]:
+    """The seconds of the step by term; those of an encoder beside the pipeline where it is one."""
+    beside = plan.run.parallel.vision_parallel == "replica"
+    found = plan.prediction.by_term.items()
+    return [(name, s) for name, s in found if beside or not name.startswith("encod")]
 
 
 def _rollout(plan: LayoutPlan) -> list[str]:
@@ -220,6 +230,8 @@ def describe(run: RunConfig, world_size: int) -> str:
     sizes = {"TP": tp, "PP": pp, "VPP": par.virtual_pipeline_model_parallel_size or 1, "CP": cp}
     sizes |= {"EP": par.expert_model_parallel_size, "DP": world_size // (tp * pp * cp)}
     words = [f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP")]
+    if par.vision_parallel == "replica":
+        words.append("encoder beside")
     if tp > 1:
         words.append(f"ETP{par.expert_tensor_parallel_size or tp}")
     recompute: str = train.recompute_granularity or "none"
@@ -228,10 +240,11 @@ def describe(run: RunConfig, world_size: int) -> str:
     return f"{' '.join(words)}, micro batch {train.micro_batch_size}, recompute {recompute}"
 
 
-def _first_and_last(layers: Sequence[str], place: int, ranks: int) -> list[str]:
+def _first_and_last(layers: Sequence[str], place: int, ranks: int, run: RunConfig) -> list[str]:
     words = list(layers)
     if place == 0:
-        words[0] = "ViT+emb " + words[0]
+        within = run.model.vision is not None and run.parallel.vision_parallel != "replica"
+        words[0] = ("ViT+emb " if within else "emb ") + words[0]
     if place == ranks - 1:
         words[-1] += " out"
     return words

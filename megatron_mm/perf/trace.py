@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import backward_step
 from megatron.core.pipeline_parallel.schedules import forward_step as schedule_forward
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.engine.engine import Engine, forward_step
+from megatron_mm.engine.engine import Engine, finish_gradients, forward_step
 from megatron_mm.engine.objective import Objective
+from megatron_mm.model.vision_tower import Encoded
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.perf.fake import META
 from megatron_mm.perf.kernels import Kernel, Work
@@ -36,6 +36,8 @@ class ChunkTrace:
         kernels: of the two passes, in the order of their launch; none in a rough plan.
         stays: bytes that the first microbatch leaves behind for good (megatron-core's buffer of
             gathered activations); in none of the above.
+        grows: bytes that every backward pass leaves until the end of the step: the gradients of
+            what the encoder beside the pipeline made.
     """
 
     arrives: int
@@ -47,6 +49,7 @@ class ChunkTrace:
     backward: Work
     kernels: tuple[Sequence[Kernel], Sequence[Kernel]] = ((), ())
     stays: int = 0
+    grows: int = 0
 
 
 def trace_chunk(
@@ -55,11 +58,13 @@ def trace_chunk(
     chunk: int,
     batch: Microbatch,
     objective: Objective,
+    encoded: Encoded | None = None,
 ) -> ChunkTrace:
     """Runs stage `chunk` of a fake rank once. Its DDP adds up gradients as in a step.
 
     Args:
         batch: of the objective.
+        encoded: of the first stage, from an encoder beside the pipeline.
     """
     wrapped, model = engine.models[chunk], engine.chunks[chunk]
     balance(model, len(batch.tokens_T), recorder.wait)
@@ -67,12 +72,14 @@ def trace_chunk(
         wrapped.disable_forward_pre_hook(param_sync=False)  # once a step: see trace_once
     before = recorder.live
     with _scale_of_its_own(), fused_kernels(recorder.add), recorder, wrapped.no_sync():
-        found = _once(engine, recorder, chunk, batch, objective)
+        found = _once(engine, recorder, chunk, batch, objective, encoded)
     model.received = None
-    stays = recorder.live - before
+    grows = 0 if encoded is None else _gradients_of(encoded)
+    stays = recorder.live - before - grows
     return replace(
         found,
         stays=stays,
+        grows=grows,
         forward_peak=found.forward_peak - stays,
         held=found.held - stays,
         backward_peak=found.backward_peak - stays,
@@ -91,8 +98,18 @@ def _scale_of_its_own() -> Iterator[None]:
         MoEAuxLossAutoScaler.main_loss_backward_scale = kept
 
 
+def _gradients_of(encoded: Encoded) -> int:
+    leaves = (encoded.stream_kH, *encoded.memories.values())
+    return sum(_bytes(leaf.grad) for leaf in leaves if leaf.grad is not None)
+
+
 def _once(
-    engine: Engine, recorder: Recorder, chunk: int, batch: Microbatch, objective: Objective
+    engine: Engine,
+    recorder: Recorder,
+    chunk: int,
+    batch: Microbatch,
+    objective: Objective,
+    encoded: Encoded | None,
 ) -> ChunkTrace:
     wrapped, model, config = engine.models[chunk], engine.chunks[chunk], engine.config
     pg, kwargs = engine.groups.pg, {"router_term": objective.router_term}
@@ -102,7 +119,8 @@ def _once(
         return (*objective.loss(output, batch, positions, pg, metrics), {})
 
     def feed():
-        yield batch.to(platform.device()), held_at, {}
+        own = {"encoded": encoded} if model.pre_process and encoded is not None else {}
+        yield batch.to(platform.device()), held_at, own
 
     start, begin = recorder.rebase(), len(recorder.kernels)
     arrived = None
@@ -149,11 +167,12 @@ def trace_once(engine: Engine, recorder: Recorder) -> list[Kernel]:
     begin = len(recorder.kernels)
     clipped = (10 * max(1.0, engine.run.optimizer.clip_grad)) ** 2
     with recorder, updating(recorder, clipped):
-        for model in engine.models:
+        for model in engine.wrapped:
             model.zero_grad_buffer()
         engine.optimizer.zero_grad()
         # A real number: it is divided by.
-        finalize_model_grads(engine.models, torch.ones((), dtype=torch.int), engine.groups.pg)
+        tokens = torch.ones((), dtype=torch.int)
+        finish_gradients(engine.encoder, engine.models, tokens, pg_collection=engine.groups.pg)
         engine.update(engine.gradient_norm())
         ddp = engine.models[0].ddp_config
         # Without overlap each optimizer of the chain gathers at the end of its step.

@@ -42,7 +42,7 @@ class Reference:
             self._put(own)
 
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
-        return chain.from_iterable(chunk.parameters() for chunk in self._engine.chunks)
+        return chain.from_iterable(module.parameters() for module in self._engine.modules)
 
     def _copy(self) -> list[torch.Tensor]:
         return [param.detach().cpu().clone() for param in self._parameters()]

@@ -11,11 +11,16 @@ from megatron_mm import cli
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if the run failed; 2 for wrong settings."""
     cli.setup_logging(cli.rank())
+    logger = logging.getLogger(__name__)
     from megatron_mm.config import ConfigError, load, validate
+    from megatron_mm.config.vision_parallel import chosen, decided
 
     try:
         run = load(None, argv)
         validate(run, cli.world_size())
+        if run.parallel.vision_parallel is None and run.model.vision is not None:
+            logger.info("images are encoded by the %s: %s", *chosen(run))
+        run = decided(run)
     except ConfigError as error:
         return cli.fail(error)
 
@@ -26,7 +31,7 @@ def main(argv: list[str]) -> int:
     try:
         platform.install()
     except RuntimeError as error:
-        logging.getLogger(__name__).error("%s", error)  # perhaps on this node alone
+        logger.error("%s", error)  # perhaps on this node alone
         return 1
 
     from megatron_mm.engine.kernels import choose_kernels

@@ -21,11 +21,12 @@ from support.checkpoint_runs import (
     whole,
 )
 
+BESIDE = dict(vision_parallel="replica")
 PLAIN = dict(use_distributed_optimizer=False)
 # layout -> (ranks, sizes, layouts whose checkpoints it reads). What is left of the ranks is data
 # parallel; expert-TP is TP unless given.
 LAYOUTS = {
-    "1": (1, {}, ("TP2xPP2", "DP4")),
+    "1": (1, {}, ("TP2xPP2", "DP4", "TP2xPP2 beside")),
     "1 plain": (1, PLAIN, ("PP2", "PP2xEP2")),
     "TP2": (2, dict(tp=2, etp=1), ("1", "TP2xEP2")),
     "TP2 expert-TP2": (2, dict(tp=2), ("TP2", "PP4")),
@@ -43,6 +44,8 @@ LAYOUTS = {
     "TP4": (4, dict(tp=4, etp=1), ("TP2xCP2",)),
     "TP2xCP2": (4, dict(tp=2, etp=1, context_parallel_size=2), ("CP2",)),
     "PP2xVPP2": (2, dict(pp=2, virtual_pipeline_model_parallel_size=2), ("TP2", "PP2xCP2xEP2")),
+    "TP2xPP2 beside": (4, dict(tp=2, pp=2, **BESIDE), ("PP2", "PP2 beside")),
+    "PP2 beside": (2, dict(pp=2, **BESIDE), ("TP2xPP2 beside",)),
     "PP2xCP2xEP2": (4, dict(pp=2, ep=2, context_parallel_size=2), ("PP2xVPP2", "EP2")),
 }
 STEP = ((1, 0, 2), (0, 0), (2,), (1, 1))  # microbatches enough for four replicas

@@ -32,6 +32,7 @@ LAYOUTS = {
     "CP2": (2, CP2),
     "EP2": (2, EP2),
     "PP2xVPP2": (2, PP2 | VPP2),
+    "PP2, encoder beside": (2, PP2 | dict(vision_parallel="replica")),
 }
 ASKED = (0, 12, 8)  # questions with images; more of them than rows
 NEW_TOKENS = 4

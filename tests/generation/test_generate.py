@@ -17,6 +17,7 @@ from megatron_mm.data.collate import collate
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.generation.answers import with_answers
 from megatron_mm.generation.generate import Prompts, generate, whole_logits
@@ -70,6 +71,8 @@ def trainer_logprobs(engine, samples, found, temperature: float) -> list[list[to
                 groups=engine.groups,
                 vocab_size=run.model.language.vocab_size,
             )
+            if engine.encoder is not None:
+                (batch,) = broadcast_batches(engine.groups, [batch])
             logits = engine.forward([batch], lambda _, w=wanted: w, finish)
             if logits:
                 scaled = (logits[0] / temperature).log_softmax(-1)

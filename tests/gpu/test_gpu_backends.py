@@ -242,7 +242,7 @@ def test_compiled_layers_of_the_vit(job):
 
     run = aligned_run()
     run.backend.transformer_impl = "local"
-    layer = VisionLayer(run.model.vision, vision_config(run, language_config(run)), job.pg.tp)
+    layer = VisionLayer(run.model.vision, vision_config(run, language_config(run), 1), job.pg.tp)
     initialize(layer, 1)
     layer.cuda()
     found = []

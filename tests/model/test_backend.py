@@ -46,7 +46,7 @@ def test_every_recipe_reaches_megatron_core(as_if_installed, recipe, fp8_format)
     assert (config.fp8, config.fp8_recipe, config.bf16) == (fp8_format, recipe, True)
     assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (16, "max")
     assert not config.fp8_param, "parameters stay bf16, as checkpoints hold them"
-    assert vision_config(run, config).fp8 is None
+    assert vision_config(run, config, 1).fp8 is None
 
 
 def test_first_and_last_layers_reach_megatron_core(as_if_installed):
@@ -119,10 +119,10 @@ def test_compile_vision_compiles_every_layer_of_the_vit_and_nothing_else(pg, mon
         multimodal.build(run, pg)
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
-    tower = multimodal.VisionTower(run, language_config(run), pg)
+    tower = multimodal.VisionTower(run, language_config(run), pg.tp, pg.cp)
     assert compiled == list(tower.vit.layers) and len(compiled) == 2
     run.backend.compile_vision = False
-    multimodal.VisionTower(run, language_config(run), pg)
+    multimodal.VisionTower(run, language_config(run), pg.tp, pg.cp)
     assert len(compiled) == 2
 
 

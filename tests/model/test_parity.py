@@ -239,7 +239,7 @@ def test_vision_tower_on_other_sizes(pg, style, size):
     ).eval()
     randomise(hf, 1)
     run = RunConfig(model=model)
-    ours = InternViT(model.vision, vision_config(run, language_config(run)), pg.tp, False)
+    ours = InternViT(model.vision, vision_config(run, language_config(run), 1), pg.tp, False)
     ledger = Ledger(hf, ours)
     copy_vision(ledger, hf.config, "", "")
     ledger.close()

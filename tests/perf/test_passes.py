@@ -56,7 +56,7 @@ def test_a_layer_of_the_vit(job, forward, backward):
     """With its norms in fp32 and the residual in two steps it was 94 and 166 (TP2: 67 and 113)."""
     run, pg, recorder = job
     with META:
-        layer = VisionLayer(run.model.vision, vision_config(run, language_config(run)), pg.tp)
+        layer = VisionLayer(run.model.vision, vision_config(run, language_config(run), 1), pg.tp)
     found = passes(recorder, layer, hidden(TILES, POSITIONS, WIDTH))
     assert found[0] <= forward and found[1] <= backward
 

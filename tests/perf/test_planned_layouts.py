@@ -40,6 +40,21 @@ LAYOUTS = {
     "PP2 VPP3": ({"pp": 2, "vpp": 3}, 1),
     "TP2 PP2 VPP2": ({"tp": 2, "pp": 2, "vpp": 2}, 1),
     "PP4": ({"pp": 4}, 1),
+    "PP2, encoder beside": ({"pp": 2, "vision_parallel": "replica"}, 1),
+    "TP2 PP2, bf16, encoder whole": (
+        {
+            "tp": 2,
+            "pp": 2,
+            "bf16": True,
+            "vision_parallel": "replica",
+            "vision_tensor_parallel_size": 1,
+        },
+        1,
+    ),
+    "PP2 DP2, bf16, frozen encoder beside": (
+        {"pp": 2, "bf16": True, "vision_parallel": "replica", "freeze_vision": True},
+        2,
+    ),
     "PP2, two memories": ({"pp": 2, **two_memories("detail", "overview")}, 1),
 }
 

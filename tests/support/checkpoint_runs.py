@@ -14,6 +14,7 @@ from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.optimizer_state import KINDS, collect
 from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
 from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.errors import CheckpointError
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
@@ -59,6 +60,8 @@ def train(engine: Engine, steps, images_of=MICROBATCHES) -> list[float]:
             for i, images in enumerate(images_of)
         ]
         mine = batches[pg.dp.rank() :: pg.dp.size()]
+        if engine.encoder is not None:
+            mine = broadcast_batches(engine.groups, mine)
         parts = engine.forward_backward(mine, SupervisedFineTuning())
         total = torch.zeros(2, dtype=torch.float64)
         for metrics in parts:
@@ -85,7 +88,7 @@ def whole(engine: Engine) -> dict[str, torch.Tensor]:
     """
     state = collect(engine)
     mine = {}
-    for name, param, layout in layouts(*engine.chunks):
+    for name, param, layout in layouts(*engine.modules):
         values = {"weight": param.detach().clone(), **state.get(name, {})}
         for kind in ("weight", *KINDS):
             if kind in values:

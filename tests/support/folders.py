@@ -283,7 +283,7 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Returns every parameter as a whole tensor on rank 0, {} elsewhere; nothing may be missing."""
     mine = {
         name: (layout.global_shape, layout.block, layout.held(param.detach()))
-        for name, param, layout in layouts(*engine.chunks)
+        for name, param, layout in layouts(*engine.modules)
     }
     result: dict[str, torch.Tensor] = {}
     for name, (shape, block, values) in (e for part in at_rank_0(mine) for e in part.items()):

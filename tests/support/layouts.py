@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_mm.config import ParallelConfig, RunConfig, token_multiple
 from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.model import multimodal
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
@@ -68,7 +69,7 @@ def swap_memories_of_looks(engine: Engine) -> None:
 
 def forget_reduction(engine: Engine, suffix: str) -> None:
     """Leaves the partial gradients of these parameters unsummed over tensor-parallel ranks."""
-    for name, param, _ in layouts(*engine.chunks):
+    for name, param, _ in layouts(*engine.modules):
         if name.endswith(suffix):
             assert param.sequence_parallel, f"{name} has no reduction to forget"
             param.sequence_parallel = False
@@ -116,11 +117,14 @@ def step_gradients(
     multiple = pad_multiple or token_multiple(run)
     batches = make_batches(run, multiple)
     dp, rank = made.pg.dp.size(), made.pg.dp.rank()
+    batches = batches[rank::dp]
+    if made.encoder is not None:  # every rank gets the tiles that it encodes
+        batches = broadcast_batches(made, batches)
     pack = multimodal.pack
     try:
         if sabotage:
             sabotage(engine)
-        parts = engine.forward_backward(batches[rank::dp], objective or SupervisedFineTuning())
+        parts = engine.forward_backward(batches, objective or SupervisedFineTuning())
     finally:
         multimodal.pack = pack  # the rank lives on
     loss = torch.zeros(2, dtype=torch.float64)
@@ -129,7 +133,7 @@ def step_gradients(
     dist.all_reduce(loss, group=made.world)
     blocks = {
         name: (layout.global_shape, layout.block, layout.held(param.main_grad).clone())
-        for name, param, layout in layouts(*engine.chunks)
+        for name, param, layout in layouts(*engine.modules)
         if param.requires_grad
     }
     return float(loss[0] / loss[1]), gather(blocks)

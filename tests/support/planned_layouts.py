@@ -16,6 +16,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
 from megatron_mm.perf import memory
 from megatron_mm.perf.assumed import balanced_routes, planned_batch
+from megatron_mm.perf.encoder import dealt
 from megatron_mm.perf.kernels import MORE_FLOPS
 from megatron_mm.perf.rank import RankPlan, plan_rank
 from megatron_mm.perf.recorder import Recorder
@@ -96,14 +97,18 @@ def measure(run: RunConfig, microbatches: int):
     generator = torch.Generator().manual_seed(0)
     tiles, _, side, _ = batch.pixels_NCHW.shape
     batch = replace(batch, pixels_NCHW=random_pixels(tiles, side, generator))
-    recorder = Recorder(made.pg)
+    batches = [batch] * microbatches
+    if engine.encoder is not None:
+        owners = engine.encoder.owners
+        batches = dealt(batch, microbatches, owners.rank(), owners.size())
+    recorder = Recorder(made.pg, made.encoder)
     with recorder:
-        engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
+        engine.forward_backward(batches, SupervisedFineTuning())
     peak = recorder.peak
     # In a step of its own: the counter's hooks on modules keep tensors alive.
     counter = FlopCounterMode(display=False, custom_mapping=_of_tensors())
     with counter:
-        engine.forward_backward([batch] * microbatches, SupervisedFineTuning())
+        engine.forward_backward(batches, SupervisedFineTuning())
     with recorder:
         engine.update(engine.gradient_norm())
     return memory.measured(engine), peak, recorder.work, counter.get_total_flops()

@@ -54,7 +54,7 @@ def other_microbatchs_routes(run: RunConfig, pad_multiple: int) -> list[Microbat
 
 def perturb_routers(engine: Engine) -> None:
     """Moves every router by the same values on every layout, far enough to change most choices."""
-    for name, param, layout in layouts(*engine.chunks):
+    for name, param, layout in layouts(*engine.modules):
         if name.endswith("router.weight"):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             param.data += torch.randn(layout.global_shape, generator=generator)[layout.block]

@@ -39,6 +39,7 @@ LAYOUTS = {
     "PP2xVPP2": (2, PP2 | VPP2),
     "TP2xPP2": (4, TP2 | PP2),
     "PP2xVPP2xCP2": (4, PP2 | VPP2 | CP2),
+    "PP2, encoder beside": (2, PP2 | dict(vision_parallel="replica")),
 }
 # Sizes that 3 ranks divide, and a prime vocabulary, which no number of ranks does.
 PRIME = dict(
@@ -115,7 +116,7 @@ def batch_hash(batch: Microbatch, without: tuple[str, ...] = ()) -> str:
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Returns copies of this rank's parameters by name."""
-    return {name: p.detach().clone() for name, p, _ in layouts(*trainer.engine.chunks)}
+    return {name: p.detach().clone() for name, p, _ in layouts(*trainer.engine.modules)}
 
 
 def peek(trainer) -> list:

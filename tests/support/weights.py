@@ -18,7 +18,7 @@ def randomise_engine(engine: Engine) -> None:
     A new model mostly repeats a function of its last token. At this scale every part of it, the
     look too, changes the answers, and they depend on the image.
     """
-    for name, param, layout in layouts(*engine.chunks):
+    for name, param, layout in layouts(*engine.modules):
         if param.dim() > 1:
             seed = zlib.crc32(name.encode())
             whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(seed))
@@ -41,7 +41,7 @@ def move_looks_off_zero(engine: Engine) -> None:
     While it is zero the look adds nothing, and a memory without gradient passes every test of
     gradients.
     """
-    for name, param, layout in layouts(*engine.chunks):
+    for name, param, layout in layouts(*engine.modules):
         if _is_out_projection(name):
             whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(3))
             layout.held(param.data).copy_(whole[layout.block] * 0.2)

@@ -89,7 +89,7 @@ def rng_at_start(seed: int) -> None:
     np.random.seed(seed)
 
 
-@pytest.mark.parametrize("name", ["one rank", "PP2", "DP2"])
+@pytest.mark.parametrize("name", ["one rank", "PP2", "DP2", "PP2, encoder beside"])
 def test_a_run_cut_anywhere_goes_on_to_the_bit(ranks, scenes, tmp_path, name):
     size, sizes = LAYOUTS[name]
     run = digits_run(scenes, lr_warmup_iters=3, train_iters=STEPS, **sizes)

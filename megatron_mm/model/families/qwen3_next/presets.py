@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_mm.config.settings_model import FusionConfig, ModelConfig
-from megatron_mm.model.families.internvit.presets import internvit_6b
+from megatron_mm.model.families.internvit.presets import internvit_6b, internvit_300m
 from megatron_mm.model.families.internvit.settings import InternViTSettings
 from megatron_mm.model.families.qwen3_next.settings import Qwen3NextSettings
 
@@ -115,9 +115,17 @@ def mm_80b() -> ModelConfig:
     )
 
 
+def mm_80b_300m() -> ModelConfig:
+    """mm-80b with InternViT-300M, which InternVL3.5 pairs with its 30B model of experts."""
+    model = mm_80b()
+    model.vision = internvit_300m()
+    return model
+
+
 PRESETS = {
     "tiny": tiny,
     "small": small,
     "qwen3-next-80b-a3b": qwen3_next_80b_a3b,
     "mm-80b": mm_80b,
+    "mm-80b-300m": mm_80b_300m,
 }
