@@ -96,8 +96,15 @@ def run_all(jobs: Sequence[Job], side_by_side: int) -> list[str]:
     threads = [threading.Thread(target=work) for _ in range(side_by_side)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:  # the commands got it too
+        with change:
+            waiting.clear()
+        for thread in threads:
+            thread.join()
+        raise
     if waiting:
         lacking = next(path for path in waiting[0].needs if not path.exists())
         failed.append(f"{len(waiting)} not begun; {waiting[0].done} needs {lacking}, for example")
