@@ -54,7 +54,9 @@ def figure(per_seed: Sequence[float], values: Values | None = None) -> Figure:
     return found
 
 
-def changes(after: Sequence[Scores], before: Sequence[Scores], kinds: Callable[[str], bool]):
+def changes(
+    after: Sequence[Scores], before: Sequence[Scores], kinds: Callable[[str], bool]
+) -> tuple[list[float], Values]:
     """Returns (change of each seed, changes of the questions), of the kinds that count."""
     sides = [[_only(s, kinds) for s in side] for side in (after, before)]
     per_seed = [over_questions(gaps([a], [b]))[0] for a, b in zip(*sides, strict=True)]
