@@ -1,158 +1,84 @@
-"""Compare arms on the digit scenes: train each from the same checkpoint, ask the same questions.
+"""Compare arms on digit scenes: train each from the same checkpoint, ask the same questions.
 
-    python tools/arms.py --out runs/arms --seeds 1 2 3
-    python tools/arms.py --out runs/arms --arms grpo earl --memory clvr none --seeds 1 --jobs 2
+    python tools/arms.py earl --seeds 1 2 3 --jobs 2              # EARL and its controls
+    python tools/arms.py earl --model wide --seeds 1 2 3 --jobs 2 # 32 experts, nine skills
+    python tools/arms.py memory --memory clvr none --seeds 1      # what looks may see
 
-For every memory and seed, one model is trained (`demo.yaml`, on the scenes of runs/demo/data) and
-its experts are discovered. Each arm (`examples/digits/arms/*.yaml`) continues from it, and its
-effect on these experts is measured. Finished parts are not repeated, so a stopped comparison can be
-resumed. The table is made from the runs' files; `--table` makes only the table. `sft_continued`
-trains for as long as `grpo` of the same memory and seed, so keep the load of the machine even. A
-run has one rank, because so small a model is no faster on two; `--jobs` memories and seeds run in
-parallel.
+What is finished is not repeated, so a stopped comparison goes on. Each run has one rank; `--jobs`
+run side by side. A run that fails stops only those that start from it. The table is made from the
+files of the finished runs, and names what is missing; `--table` makes only the table.
+`earl --tiers 1` trains only what tells most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import yaml
-
-ROOT = Path(__file__).resolve().parents[2]
-
-DIGITS = ROOT / "examples" / "digits"
-DATA = Path("runs/demo/data")  # as in the configs
-ASKED = 960  # questions of the causal test, asked once per skill
-ARMS = ("grpo", "sft_continued", "earl", "earl_shuffled", "earl_scalar")  # grpo sets the time
-# Memory of the looks, and three controls: keys without position, a memory no richer than the
-# stream, and another scene in the memory.
-MEMORIES = {
-    "clvr": (),
-    "none": ("--vision-memory", "none"),
-    "no_coordinates": ("--no-memory-coordinates",),
-    "thumbnail": ("--vision-memory", "thumbnail"),
-    "another": ("--memory-images", "other_images"),
-}
+from examples.digits import earl_arms, earl_table, memory_arms, memory_table
+from examples.digits.jobs import run_all
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/arms"))
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--memory", nargs="+", choices=MEMORIES, default=["clvr"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--jobs", type=int, default=1, help="memories and seeds side by side")
-    parser.add_argument("--sft-iters", type=int, help="steps before the arms; default the demo's")
-    parser.add_argument("--rl-iters", type=int, help="steps of every arm; default the configs'")
-    parser.add_argument("--table", action="store_true", help="make the table, train nothing")
-    return parser.parse_args(argv)
+    commands = parser.add_subparsers(dest="command", required=True)
+    earl = commands.add_parser("earl", help="experts for skills, and reinforcement")
+    memory = commands.add_parser("memory", help="what a look may see")
+    for command in (earl, memory):
+        command.add_argument("--out", type=Path, default=Path("runs/arms"))
+        command.add_argument("--seeds", nargs="+", type=int, default=[1])
+        command.add_argument("--jobs", type=int, default=1, help="runs side by side")
+        command.add_argument("--table", action="store_true", help="train nothing")
+        command.add_argument("--json", type=Path, help="where the table's figures go")
+        command.add_argument("--rl-iters", type=int, help="steps of RL; default the configs'")
+    earl.add_argument("--model", choices=earl_arms.MODELS, default="tiny")
+    earl.add_argument("--tiers", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3])
+    earl.add_argument("--questions", type=int, default=2000, help="of each kind")
+    earl.add_argument("--images", type=int, default=6000, help="for training")
+    earl.add_argument("--base-iters", type=int, help="steps of the base; default the model's")
+    earl.add_argument("--sft-iters", type=int, help="further steps of SFT; default the configs'")
+    memory.add_argument("--arms", nargs="*", choices=memory_arms.ARMS, default=memory_arms.ARMS)
+    memory.add_argument("--memory", nargs="+", choices=memory_arms.MEMORIES, default=["clvr"])
+    memory.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="the demo's")
+    memory.add_argument("--sft-iters", type=int, help="steps of SFT; default the demo's")
+    args = parser.parse_args(argv)
+    for name in ("jobs", "questions", "images", "base_iters", "sft_iters", "rl_iters"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; at least 1")
+    return args
 
 
-def run(command: list[str], log: Path) -> None:
-    """Runs a command.
-
-    Raises:
-        SystemExit: it failed; names the log.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{log.parent}: {' '.join(command[-6:])}", flush=True)
-    with log.open("w") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    if code:
-        lines = log.read_text().splitlines()
-        said = next((line for line in lines if line.startswith("error:")), f"status {code}")
-        raise SystemExit(f"{log}: {said}")
-
-
-def one_stage() -> list[str]:
-    """Returns flags for the demo's layers without pipeline stages."""
-    layout = yaml.safe_load((DIGITS / "demo.yaml").read_text())["parallel"]
-    layers = layout["pipeline_model_parallel_layout"].replace("|", "").replace(" ", "")
-    return ["--pipeline-model-parallel-size", "1", "--pipeline-model-parallel-layout", layers]
-
-
-def train(config: Path, folder: Path, flags: list[str]) -> None:
-    """Trains on one rank, unless it is done."""
-    if (folder / "results.json").exists():
-        return
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    run(
-        [*launch, "-m", "megatron_mm.train", "--config", str(config), "--output-dir", str(folder)]
-        + ["--wandb-mode", "disabled", "--no-report", *one_stage(), *flags],
-        folder / "train.log",
-    )
-
-
-def discover(checkpoint: Path, out: Path, flags: list[str]) -> None:
-    """Discovers experts, unless it is done."""
-    if out.exists():
-        return
-    tool = [sys.executable, str(ROOT / "tools" / "discover_experts.py"), "--samples=2000"]
-    tool += ["--checkpoint", str(checkpoint), "--data", str(DATA / "mix.jsonl")]
-    part = out.with_name(f"part_{out.name}")
-    run([*tool, "--out", str(part), *flags], out.with_suffix(".log"))
-    for suffix in (".png", ".json"):  # the picture first, because `out` marks completion
-        part.with_suffix(suffix).rename(out.with_suffix(suffix))
-
-
-def compare(args: argparse.Namespace, memory: str, seed: int) -> None:
-    """Trains and measures all arms of one memory and seed."""
-    folder = args.out / memory / f"seed{seed}"
-    given = [*MEMORIES[memory], "--seed", str(seed)]
-    base, skill_map = folder / "sft", folder / "map.json"
-    iters = [] if args.sft_iters is None else ["--train-iters", str(args.sft_iters)]
-    train(DIGITS / "demo.yaml", base, [*given, *iters, "--save", str(base / "checkpoint")])
-    discover(base / "checkpoint", skill_map, [])
-    measured = ["--skill-map", str(skill_map), "--selectivity", str(DATA / "valid.jsonl")]
-    measured += ["--eval-samples", str(ASKED)]
-    discover(base / "checkpoint", base / "experts.json", measured)
-    for arm in [name for name in ARMS if name in args.arms]:
-        flags = [*given, "--load", str(base / "checkpoint")]
-        flags += ["--save", str(folder / arm / "checkpoint")]
-        if arm.startswith("earl"):
-            flags += ["--skill-map", str(skill_map)]
-        if arm == "sft_continued":
-            grpo = folder / "grpo" / "results.json"
-            if not grpo.exists():
-                raise SystemExit(f"{grpo} is missing: sft_continued takes as long as grpo; run it")
-            minutes = json.loads(grpo.read_text())["seconds"] / 60
-            flags += ["--exit-duration-in-mins", f"{minutes:.4f}"]
-        elif args.rl_iters is not None:
-            flags += ["--train-iters", str(args.rl_iters)]
-        train(DIGITS / "arms" / f"{arm}.yaml", folder / arm, flags)
-        discover(folder / arm / "checkpoint", folder / arm / "experts.json", measured)
-
-
-def main(argv: list[str] | None = None) -> None:
-    from examples.digits.arms_table import markdown, table
-
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0; 1 if a run failed."""
     args = arguments(argv)
-    if not args.table:
-        if not (DATA / "rl.jsonl").exists():
-            make = f"python tools/make_digits.py --out {DATA} --jitter 1"
-            raise SystemExit(f"{DATA}: no digit scenes; {make}")
-        with ThreadPoolExecutor(args.jobs) as pool:
-            pairs = [(memory, seed) for memory in args.memory for seed in args.seeds]
-            started = [pool.submit(compare, args, *pair) for pair in pairs]
-            done, waiting = wait(started, return_when=FIRST_EXCEPTION)
-            for job in waiting:  # jobs beside a failed one still finish
-                job.cancel()
-            for problem in filter(None, (job.exception() for job in done)):
-                print(f"stopping: {problem}", file=sys.stderr)
-                raise problem
-    rows = table(args.out)
-    print(markdown(rows))
-    (args.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if args.command == "earl":
+        out = args.out / args.model
+        iters = (args.base_iters, args.sft_iters, args.rl_iters)
+        size = earl_arms.Size(args.questions, args.images, *iters)
+        jobs = earl_arms.jobs(out, earl_arms.MODELS[args.model], args.seeds, args.tiers, size)
+    else:
+        out = args.out / "memory"
+        iters = (args.sft_iters, args.rl_iters)
+        jobs = memory_arms.jobs(out, args.memory, args.seeds, args.arms, args.data, *iters)
+    failed = [] if args.table else run_all(jobs, args.jobs)
+    if args.command == "earl":
+        found = earl_table.summary(out)
+        text = earl_table.markdown(found)
+    else:
+        found = memory_table.table(out)
+        text = memory_table.markdown(found)
+    print(text)
+    target = args.json or out / "table.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(found, indent=1) + "\n")
+    for line in failed:
+        print(f"error: {line}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

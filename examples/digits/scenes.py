@@ -1,23 +1,26 @@
 """Digit scenes, the built-in task: questions about a grid of real handwritten digits.
 
-Cells are counted from 0, row by row: cell 4 is the centre of a 3x3 grid, row 0 the top row. Every
-question has a `direct` form (only the answer) and a `steps` form (every step written out as a span
-with its own skill and value, which the scene can verify). A `free` question leaves the form to the
-model: its tuning data mostly answer directly, and reinforcement learning finds out which form is
-right more often.
+A scene's cells are its digits. `asking.py` says what forms a question has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import Any
 
 import numpy as np
 
-SCAN_SIZE = 8  # pixels along one side of a scan in scikit-learn's bundled set
-CELL_SIZE = 16  # pixels along one side of a cell in a scene
-HELD_OUT_SCANS = 397  # the last ones, shown only in validation scenes
+from examples.digits.asking import (
+    Made,
+    Scans,
+    Scenes,
+    Span,
+    enlarged,
+    hop_path,
+    neighbour,
+    render,
+    span,
+)
 
 # Relative frequency of each key in the mixed stage. Reading and written-out hops are most frequent.
 DEFAULT_WEIGHTS = {
@@ -38,11 +41,6 @@ DEFAULT_WEIGHTS = {
     "arithmetic/free": 0.5,
     "multihop/free": 0.5,
 }
-FREE_KEYS = tuple(key for key in DEFAULT_WEIGHTS if key.endswith("/free"))
-WRITTEN_OUT = 0.1  # share of the free questions whose steps are shown
-ENDINGS = {"direct": "?", "steps": "? Show steps.", "free": "? Show steps or not."}
-
-# Each is one token in the demo's tokenizer, since training time is proportional to tokens.
 PHRASES = (
     *(
         "user\n",
@@ -60,104 +58,20 @@ PHRASES = (
     *("left is cell ", "right is cell ", "above is cell ", "below is cell "),
 )
 
-# Name, question, step (rows down, columns right).
-DIRECTIONS = (
-    ("left", "Left of cell", 0, -1),
-    ("right", "Right of cell", 0, 1),
-    ("above", "Above cell", -1, 0),
-    ("below", "Below cell", 1, 0),
-)
 
-Row = dict[str, Any]
-Span = dict[str, str]
-
-
-def load_scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scans, uint8 [n, 8, 8] (0 to 255), and digits, int [n], of the training part of
-    scikit-learn's set or of the held-out rest."""
-    from sklearn.datasets import load_digits  # slow to import
-
-    data = load_digits()
-    part = slice(-HELD_OUT_SCANS, None) if held_out else slice(None, -HELD_OUT_SCANS)
-    scans = (data.images[part] * (255.0 / 16.0)).round().astype(np.uint8)
-    return scans, data.target[part]
-
-
-def render(scans: np.ndarray, chosen: Sequence[int], grid: int, shifts: np.ndarray) -> np.ndarray:
-    """Draws a scene, uint8 [grid*16, grid*16].
-
-    Args:
-        chosen: scan of each cell.
-        shifts: int [cells, 2], moves each digit by (down, right) pixels inside its cell.
-    """
-    scale = CELL_SIZE // SCAN_SIZE
-    scene = np.zeros((grid * CELL_SIZE, grid * CELL_SIZE), dtype=np.uint8)
-    for cell, scan in enumerate(chosen):
-        row, col = divmod(cell, grid)
-        digit = scans[scan].repeat(scale, axis=0).repeat(scale, axis=1)
-        moved = np.zeros_like(digit)
-        down, right = (int(v) for v in shifts[cell])
-        to_y, to_x = (
-            slice(max(down, 0), CELL_SIZE + min(down, 0)),
-            slice(max(right, 0), CELL_SIZE + min(right, 0)),
-        )
-        from_y, from_x = (
-            slice(max(-down, 0), CELL_SIZE + min(-down, 0)),
-            slice(max(-right, 0), CELL_SIZE + min(-right, 0)),
-        )
-        moved[to_y, to_x] = digit[from_y, from_x]
-        scene[row * CELL_SIZE : (row + 1) * CELL_SIZE, col * CELL_SIZE : (col + 1) * CELL_SIZE] = (
-            moved
-        )
-    return scene
-
-
-def ask(key: str, digits: Sequence[int], grid: int, rng: Random) -> Row | None:
-    """Asks a question of kind `key` ("ocr", "ocr/steps", ...) about a scene.
-
-    Args:
-        digits: digit of each cell, [grid*grid].
-
-    Returns:
-        A row without its image; None if the scene allows no such question.
-    """
-    skill, _, form = key.partition("/")
-    form = form or "direct"
-    made = _QUESTIONS[skill](digits, grid, rng)
-    if made is None:
-        return None
-    question, answer, spans = made
-    steps = ", ".join(span["text"] for span in spans)
-    written = form == "steps" or (form == "free" and rng.random() < WRITTEN_OUT)
-    if form == "direct":
-        scorer = "per_word" if skill == "transcribe" else "exact"
-        spans = [_span(answer, skill, answer)]
-    else:
-        scorer = "per_clause" if skill == "transcribe" else "last_word"
-    return {
-        "messages": [
-            {"role": "user", "content": f"<image>{question}{ENDINGS[form]}"},
-            {"role": "assistant", "content": steps if written else answer},
-        ],
-        "images": [],
-        "skill": skill,
-        "form": form,
-        "ground_truth": answer,
-        "scorer": scorer,
-        "spans": spans,
-        "scene": "".join(str(d) for d in digits),
-    }
-
-
-def _span(text: str, skill: str, value: object) -> Span:
-    return {"text": text, "skill": skill, "value": str(value)}
+def draw(
+    scans: Scans, grid: int, jitter: int, rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
+    """Draws a scene, uint8 [grid*16, grid*16]. Returns it and the digits of its cells."""
+    pictures, targets = scans
+    chosen = rng.integers(len(pictures), size=grid**2)
+    shifts = rng.integers(-jitter, jitter + 1, size=(grid**2, 2))
+    image = render([enlarged(pictures[scan]) for scan in chosen], grid, shifts)
+    return image, [int(digit) for digit in targets[chosen]]
 
 
 def _read(cell: int, digits: Sequence[int], skill: str = "ocr") -> Span:
-    return _span(f"cell {cell} is {digits[cell]}", skill, digits[cell])
-
-
-Made = tuple[str, str, list[Span]]
+    return span(f"cell {cell} is {digits[cell]}", skill, digits[cell])
 
 
 def _transcribe(digits: Sequence[int], grid: int, rng: Random) -> Made:
@@ -190,16 +104,12 @@ def _count(digits: Sequence[int], grid: int, rng: Random) -> Made:
     count = rng.choice(sorted(by_count))
     digit = rng.choice(by_count[count])
     found = [_read(c, digits) for c, d in enumerate(digits) if d == digit]
-    return f"How many {digit}", str(count), [*found, _span(f"total {count}", "count", count)]
+    return f"How many {digit}", str(count), [*found, span(f"total {count}", "count", count)]
 
 
 def _spatial(digits: Sequence[int], grid: int, rng: Random) -> Made:
-    name, words, down, right = rng.choice(DIRECTIONS)
-    rows = [r for r in range(grid) if 0 <= r + down < grid]
-    cols = [c for c in range(grid) if 0 <= c + right < grid]
-    row, col = rng.choice(rows), rng.choice(cols)
-    cell, target = row * grid + col, (row + down) * grid + col + right
-    spans = [_span(f"{name} is cell {target}", "spatial", target), _read(target, digits)]
+    name, words, cell, target = neighbour(grid, rng)
+    spans = [span(f"{name} is cell {target}", "spatial", target), _read(target, digits)]
     return f"{words} {cell}", str(digits[target]), spans
 
 
@@ -207,31 +117,43 @@ def _arithmetic(digits: Sequence[int], grid: int, rng: Random) -> Made:
     row = rng.randrange(grid)
     cells = range(row * grid, (row + 1) * grid)
     total = sum(digits[c] for c in cells)
-    spans = [*(_read(c, digits) for c in cells), _span(f"total {total}", "arithmetic", total)]
+    spans = [*(_read(c, digits) for c in cells), span(f"total {total}", "arithmetic", total)]
     return f"Sum of row {row}", str(total), spans
 
 
 def _multihop(digits: Sequence[int], grid: int, rng: Random) -> Made | None:
+    del grid
     hops = rng.choice((1, 2))
-    starts = list(range(min(grid * grid, 10)))
-    rng.shuffle(starts)
-    for start in starts:
-        path = [start]
-        # A digit without a cell (9 on a 3x3 grid) or with a cell already read ends the path.
-        while len(path) <= hops and (to := digits[path[-1]]) < len(digits) and to not in path:
-            path.append(to)
-        if len(path) == hops + 1:
-            spans = [_read(path[0], digits), *(_read(c, digits, "multihop") for c in path[1:])]
-            word = "once" if hops == 1 else "twice"
-            return f"Hop {word} from cell {start}", str(digits[path[-1]]), spans
-    return None
+    path = hop_path(digits, hops, rng)
+    return path and _hops(digits, path, f"Hop {'once' if hops == 1 else 'twice'} from cell")
 
 
-_QUESTIONS = {
-    "transcribe": _transcribe,
-    "ocr": _ocr,
-    "count": _count,
-    "spatial": _spatial,
-    "arithmetic": _arithmetic,
-    "multihop": _multihop,
-}
+def _longer(digits: Sequence[int], grid: int, rng: Random) -> Made | None:
+    """Asks for three hops in words that the model knows, one question inside the other."""
+    del grid
+    path = hop_path(digits, 3, rng)
+    return path and _hops(digits, path, "Hop twice from cell Hop once from cell")
+
+
+def _hops(digits: Sequence[int], path: Sequence[int], words: str) -> Made:
+    spans = [_read(path[0], digits), *(_read(c, digits, "multihop") for c in path[1:])]
+    return f"{words} {path[0]}", str(digits[path[-1]]), spans
+
+
+DIGITS = Scenes(
+    weights=DEFAULT_WEIGHTS,
+    reading=("transcribe", "transcribe/steps"),
+    phrases=PHRASES,
+    questions={
+        "transcribe": _transcribe,
+        "ocr": _ocr,
+        "count": _count,
+        "spatial": _spatial,
+        "arithmetic": _arithmetic,
+        "multihop": _multihop,
+    },
+    longer=_longer,
+    word_by_word=frozenset({"transcribe"}),
+    draw=draw,
+    text=lambda digits: "".join(str(d) for d in digits),
+)

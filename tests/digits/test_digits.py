@@ -1,5 +1,6 @@
 """The embedded task: answers and steps checked against the scene itself."""
 
+import hashlib
 import re
 from random import Random
 
@@ -8,17 +9,14 @@ import pytest
 from PIL import Image
 
 from examples.digits import make_digits
-from examples.digits.scenes import (
-    CELL_SIZE,
-    DEFAULT_WEIGHTS,
-    HELD_OUT_SCANS,
-    ask,
-    load_scans,
-    render,
-)
+from examples.digits.asking import CELL_SIZE, HELD_OUT_SCANS, enlarged, load_scans, render
+from examples.digits.scenes import DEFAULT_WEIGHTS, DIGITS
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.scoring import chance, result_key, score
+
+JSONL = ("align", "mix", "rl", "valid")
+RECORDED = ["f2ab4e89a66b85a4", "ba3e18c5eae04d8f"]  # sha256
 
 
 def solve(question: str, digits: list[int], grid: int) -> str:
@@ -39,7 +37,7 @@ def solve(question: str, digits: list[int], grid: int) -> str:
     if question.startswith("Digit"):
         return str(digits[cell])
     if question.startswith("Hop"):
-        for _ in range(2 if "twice" in question else 1):
+        for _ in range(question.count("once") + 2 * question.count("twice")):
             cell = digits[cell]
         return str(digits[cell])
     padded = np.pad(np.reshape(digits, (grid, grid)), 1, constant_values=-1)
@@ -61,7 +59,7 @@ def test_answers_and_steps_agree_with_the_scene(grid, key):
     asked = written_out = 0
     for _ in range(200):
         digits = [rng.randrange(10) for _ in range(grid * grid)]
-        row = ask(key, digits, grid, rng)
+        row = DIGITS.ask(key, digits, grid, rng)
         if row is None:
             assert row is None and key.startswith("multihop")
             continue
@@ -94,12 +92,12 @@ def test_answers_and_steps_agree_with_the_scene(grid, key):
 
 def test_hops_never_leave_the_grid_or_return():
     rng = Random(0)
-    assert ask("multihop", [9] * 9, 3, rng) is None
+    assert DIGITS.ask("multihop", [9] * 9, 3, rng) is None
     for _ in range(20):  # any cell -> cell 0, but never 0 -> 0: one hop at most
-        row = ask("multihop", [0] * 9, 3, rng)
+        row = DIGITS.ask("multihop", [0] * 9, 3, rng)
         assert row is None or "Hop once" in row["messages"][0]["content"]
     for _ in range(50):
-        row = ask("multihop/steps", [1, 2, 3, 4, 5, 6, 7, 8, 9], 3, rng)
+        row = DIGITS.ask("multihop/steps", [1, 2, 3, 4, 5, 6, 7, 8, 9], 3, rng)
         cells = [int(n) for n in re.findall(r"cell (\d)", row["messages"][1]["content"])]
         assert len(set(cells)) == len(cells)
 
@@ -121,8 +119,8 @@ def test_held_out_scans_are_disjoint_and_only_they_are_in_valid(digits_folder):
     def drawn(scans):
         """Every way the scans can be drawn with a jitter of up to 1 pixel."""
         return {
-            render(scans, [n], 1, np.array([[down, right]])).tobytes()
-            for n in range(len(scans))
+            render([enlarged(scan)], 1, np.array([[down, right]])).tobytes()
+            for scan in scans
             for down in (-1, 0, 1)
             for right in (-1, 0, 1)
         }
@@ -133,14 +131,26 @@ def test_held_out_scans_are_disjoint_and_only_they_are_in_valid(digits_folder):
     assert all(cell.tobytes() in from_held for cell in cells("valid"))
 
 
-def test_render_places_each_scan_in_its_cell():
-    scans = np.arange(1, 5, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+def test_render_places_each_tile_in_its_cell():
+    tiles = [np.full((16, 16), n, dtype=np.uint8) for n in range(1, 5)]
     shifts = np.array([[0, 0], [1, 0], [0, -2], [0, 0]])
-    scene = render(scans, [0, 1, 2, 3], 2, shifts)
+    scene = render(tiles, 2, shifts)
     assert scene.shape == (32, 32)
     assert (scene[:16, :16] == 1).all() and (scene[16:, 16:] == 4).all()
     assert (scene[0, 16:] == 0).all() and (scene[1:16, 16:] == 2).all()
     assert (scene[16:, 14:16] == 0).all() and (scene[16:, :14] == 3).all()
+
+
+def test_the_demo_s_data_stay_as_they_are(digits_folder):
+    """Its figures depend on them. Recorded before there was a second kind of scene; of images the
+    pixels count, since a PNG's bytes are its library's."""
+    lines = [(digits_folder / f"{name}.jsonl").read_bytes() for name in JSONL]
+    pixels = [
+        np.asarray(Image.open(path)).tobytes()
+        for path in sorted((digits_folder / "images").iterdir())
+    ]
+    found = [hashlib.sha256(b"".join(parts)).hexdigest()[:16] for parts in (lines, pixels)]
+    assert found == RECORDED
 
 
 def test_files(digits_folder, tmp_path):
@@ -171,8 +181,41 @@ def test_weights_choose_the_skills(tmp_path):
     make_digits.main([*command.split(), "--weights", *others])
     rows = Rows(tmp_path / "mix.jsonl")
     assert {result_key(rows[i]) for i in range(len(rows))} == {"ocr/steps"}
-    with pytest.raises(SystemExit):
-        make_digits.main([*command.split(), "--weights", "sums=1"])
+    for wrong in (["--weights", "sums=1"], ["--one", "ocr"], ["--beyond", "-1"]):
+        with pytest.raises(SystemExit):
+            make_digits.main([*command.split(), *wrong])
+
+
+@pytest.mark.parametrize("scenes", ["digits", "wide"])
+def test_files_beyond_the_training_data(tmp_path, scenes):
+    command = f"--out {tmp_path} --scenes {scenes} --images 20 --valid-images 30 --valid-per-key 2"
+    make_digits.main([*command.split(), "--beyond", "3", "--one", "multihop/free"])
+    kinds = list(make_digits.SCENES[scenes].weights)
+    found = {}
+    for name in ("rl", "rl_one", "valid_larger", "valid_longer"):
+        rows = Rows(tmp_path / f"{name}.jsonl")
+        found[name] = [rows[i] for i in range(len(rows))]
+    ours = [row for row in found["rl"] if result_key(row) == "multihop/free"]
+    assert found["rl_one"] == ours and 0 < len(ours) < len(found["rl"])
+    assert [result_key(row) for row in found["valid_larger"]] == kinds * 3
+    for row in found["valid_larger"]:
+        assert Image.open(tmp_path / row["images"][0]).size == (64, 64)
+    hops = [kind for kind in kinds if kind.startswith("multihop")]
+    assert [result_key(row) for row in found["valid_longer"]] == hops * 3
+    for row in found["valid_longer"]:
+        assert Image.open(tmp_path / row["images"][0]).size == (48, 48)
+        assert row["form"] == "direct" or len(row["spans"]) == 4  # a cell, and three hops
+
+
+def test_longer_hops_are_asked_in_words_of_the_training_data():
+    digits, rng = [1, 2, 3, 4, 5, 6, 7, 8, 0], Random(3)
+    for _ in range(20):
+        row = DIGITS.ask("multihop/steps", digits, 3, rng, longer=True)
+        question = row["messages"][0]["content"].removeprefix("<image>").split("?")[0]
+        assert row["ground_truth"] == solve(question, digits, 3)
+        start = int(question[-1])
+        assert row["ground_truth"] == str((start + 4) % 9)  # each cell names the next
+    assert DIGITS.ask("multihop", [1, 2, 0, 9, 9, 9, 9, 9, 9], 3, rng, longer=True) is None
 
 
 def test_scoring():

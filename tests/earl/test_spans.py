@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from examples.digits.scenes import DEFAULT_WEIGHTS, PHRASES, ask
+from examples.digits.scenes import DEFAULT_WEIGHTS, DIGITS, PHRASES
 from megatron_mm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mm.earl.router_reward import label_positions
 from megatron_mm.earl.spans import Label, load_labeller, token_labels, token_pieces
@@ -82,7 +82,7 @@ def test_the_demos_own_answers_are_right(tokenizer, key):
     for _ in range(5):
         row = None
         while row is None:
-            row = ask(key, [rng.randrange(10) for _ in range(9)], 3, rng)
+            row = DIGITS.ask(key, [rng.randrange(10) for _ in range(9)], 3, rng)
         ids = [*tokenizer.encode(row["messages"][-1]["content"]), tokenizer.message_end_id]
         labels = token_labels(row, ids, tokenizer, load_labeller("clauses"), "a:1")
         spans, answer = row["spans"], row["messages"][-1]["content"]

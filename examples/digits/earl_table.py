@@ -1,0 +1,281 @@
+"""The tables of `earl_arms.py`, from the files of its finished runs.
+
+A change is the accuracy after a training less that before, of the same questions. *Gain* is the
+change of what was reinforced, *collateral* that of all other kinds: its mean over kinds, and the
+worst kind. Each figure is a mean over seeds, with half the width of its 95 % interval over
+questions, then over seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.digits.earl_arms import ONE, RL, SFT, Arm, arms
+from examples.digits.scores import (
+    FREE,
+    Scores,
+    Values,
+    accuracy,
+    gaps,
+    mean,
+    over_questions,
+    over_seeds,
+    read_scores,
+    worst,
+)
+
+REACHED = 0.7  # of the reward, for the count of steps
+SMOOTHED = 5  # rollouts of which the reward is a mean
+LEARNT = 0.5  # least accuracy with all experts of a kind that pruning is judged by
+AGAINST = {  # comparisons of changes
+    "scope": ("grpo", "kl", "experts", "aligned", "shuffled_scope"),
+    "experts": ("grpo",),
+    "shuffled_scope": ("grpo",),
+}
+
+Figure = dict[str, Any]  # value, questions: half a width, seeds: half a width
+
+
+def figure(per_seed: Sequence[float], values: Values | None = None) -> Figure:
+    """Returns a mean over seeds with halves of the widths of its intervals.
+
+    Args:
+        values: of each question, mean over seeds; None: there is no interval over questions.
+    """
+    found: Figure = {"value": mean(per_seed), "questions": None, "seeds": None}
+    if values is not None:
+        middle, low, _ = over_questions(values)
+        found["questions"] = middle - low
+    if (interval := over_seeds(per_seed)) is not None:
+        found["seeds"] = interval[0] - interval[1]
+    return found
+
+
+def changes(
+    after: Sequence[Scores], before: Sequence[Scores], kinds: Callable[[str], bool]
+) -> tuple[list[float], Values]:
+    """Returns (change of each seed, changes of the questions), of the kinds that count."""
+    sides = [[_only(s, kinds) for s in side] for side in (after, before)]
+    per_seed = [over_questions(gaps([a], [b]))[0] for a, b in zip(*sides, strict=True)]
+    return per_seed, gaps(*sides)
+
+
+def _only(scores: Scores, kinds: Callable[[str], bool]) -> Scores:
+    return {key: of_key for key, of_key in scores.items() if kinds(key)}
+
+
+def reinforced(where: str) -> Callable[[str], bool]:
+    """Returns whether a kind of question is reinforced in runs of `one/` or `all/`."""
+    return (lambda key: key == ONE) if where == "one" else (lambda key: key.endswith(FREE))
+
+
+def steps_to(folder: Path) -> float | None:
+    """Returns the step at which the reward of `ONE`, as a mean of the last rollouts, first reaches
+    `REACHED`; None if it does not."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [record for line in lines if f"reward/task/{ONE}" in (record := json.loads(line))]
+    rewards = [record[f"reward/task/{ONE}"] for record in records]
+    for end in range(SMOOTHED, len(rewards) + 1):
+        if mean(rewards[end - SMOOTHED : end]) >= REACHED:
+            return float(records[end - 1]["iteration"])
+    return None
+
+
+def read_experts(folder: Path) -> dict[str, float]:
+    """Reads what was measured of a run's experts: the share of labelled routes into the skill's
+    cluster, the information of experts about skills given the token, and how far a skill's accuracy
+    and that of the others fall without its cluster."""
+    path = folder / "experts.json"
+    if not path.exists():
+        return {}
+    info = json.loads(path.read_text())["info"]
+    hits = [row["hit"] for row in info["measured"].values() if row["experts"]]
+    causal = info["causal_test"]
+    own, others = [], []
+    for skill, without in causal["without"].items():
+        falls = {name: causal["accuracy"][name] - value for name, value in without.items()}
+        own.append(falls.pop(skill))
+        others += falls.values()
+    found = {
+        "hit": mean(hits),
+        "information": mean(info["mutual_information"]),
+        "own": mean(own),
+        "others": mean(others),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def read_measures(folder: Path) -> dict[str, float]:
+    """Reads the accuracies of a run with few experts kept, of the kinds that it has learnt, and out
+    of distribution."""
+    path = folder / "measures.json"
+    if not path.exists():
+        return {}
+    held = json.loads(path.read_text())
+    kept = held["kept"]
+    whole = kept[str(held["num_experts"])]
+    learnt = [kind for kind, share in whole.items() if share >= LEARNT]
+    found = {
+        f"kept {count}": mean(of_kind[kind] for kind in learnt) for count, of_kind in kept.items()
+    }
+    found |= {name: mean(held["beyond"][name].values()) for name in ("larger", "longer")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def summary(out: Path) -> dict[str, Any]:
+    """Summarises the finished runs of a model's folder, and names what is missing."""
+    seeds = sorted(out.glob("seed*"), key=lambda path: int(path.name.removeprefix("seed")))
+    found: dict[str, Any] = {"model": out.name, "seeds": [seed.name for seed in seeds]}
+    found["sft"] = [row for name in SFT if (row := _sft(seeds, name))]
+    scores: dict[Path, Scores] = {}
+    for where in ("one", "all"):
+        rows = {name: row for name in RL if (row := _rl(seeds, where, name, scores))}
+        found[where] = list(rows.values())
+        found[f"{where} against"] = [
+            row
+            for name, others in AGAINST.items()
+            for other in others
+            if (row := _against(seeds, where, name, other, scores))
+        ]
+    wanted = [f"{seed.name}/{name}" for name in ("base", *arms()) for seed in seeds]
+    lacking = [
+        f"{run}/{name}"
+        for run in wanted
+        for name in ("answers.jsonl", "experts.json", "measures.json")
+        if not (out / run / name).exists()
+        and not (run.endswith("/base") and name != "answers.jsonl")
+    ]
+    return found | {"missing": lacking}
+
+
+def _answered(seeds: Sequence[Path], *runs: str) -> list[Path]:
+    """Returns the seeds in which all these runs are finished."""
+    return [s for s in seeds if all((s / run / "answers.jsonl").exists() for run in runs)]
+
+
+def _scores(path: Path, held: dict[Path, Scores]) -> Scores:
+    if path not in held:
+        held[path] = read_scores(path / "answers.jsonl")
+    return held[path]
+
+
+def _measured(folders: Sequence[Path]) -> dict[str, Figure]:
+    """Returns the figures of the experts that were measured, over the seeds that have them."""
+    of_seeds = [read_experts(folder) | read_measures(folder) for folder in folders]
+    names = dict.fromkeys(name for found in of_seeds for name in found)
+    return {n: figure([found[n] for found in of_seeds if n in found]) for n in names}
+
+
+def _sft(seeds: Sequence[Path], name: str) -> dict[str, Any] | None:
+    if not (done := _answered(seeds, f"sft/{name}")):
+        return None
+    ours = [read_scores(seed / "sft" / name / "answers.jsonl") for seed in done]
+    row: dict[str, Any] = {"arm": name, "seeds": len(done)}
+    parts = {"free": reinforced("all"), "other": lambda key: not key.endswith(FREE)}
+    for part, kinds in parts.items():
+        row[part] = mean(accuracy(_only(scores, kinds)) for scores in ours)
+    row |= _measured([seed / "sft" / name for seed in done])
+    if name != "plain" and (paired := _answered(done, "sft/plain")):
+        sides = [
+            [read_scores(seed / "sft" / arm / "answers.jsonl") for seed in paired]
+            for arm in (name, "plain")
+        ]
+        for part, kinds in parts.items():
+            row[f"{part} against plain"] = figure(*changes(*sides, kinds))
+    return row
+
+
+def _rl(
+    seeds: Sequence[Path], where: str, name: str, held: dict[Path, Scores]
+) -> dict[str, Any] | None:
+    arm: Arm = RL[name]
+    if not (done := _answered(seeds, f"{where}/{name}", arm.start)):
+        return None
+    after, before = _sides(done, where, name, held)
+    counts = reinforced(where)
+    row: dict[str, Any] = {"arm": name, "seeds": len(done)}
+    row["gain"] = figure(*changes(after, before, counts))
+    per_seed, others = changes(after, before, lambda key: not counts(key))
+    row["collateral"] = figure(per_seed, others)
+    kind, (value, low, _) = worst(others)
+    row["worst"] = {"kind": kind, "value": value, "questions": value - low}
+    row["by kind"] = {key: float(value.mean()) for key, value in others.items()}
+    reached = [steps_to(seed / where / name) for seed in done]
+    row["steps"] = {"value": mean(reached), "reached": sum(s is not None for s in reached)}
+    return row | _measured([seed / where / name for seed in done])
+
+
+def _sides(
+    seeds: Sequence[Path], where: str, name: str, held: dict[Path, Scores]
+) -> tuple[list[Scores], list[Scores]]:
+    after = [_scores(seed / where / name, held) for seed in seeds]
+    return after, [_scores(seed / RL[name].start, held) for seed in seeds]
+
+
+def _against(
+    seeds: Sequence[Path], where: str, name: str, other: str, held: dict[Path, Scores]
+) -> dict[str, Any] | None:
+    """Compares the changes of two arms, in the seeds that have both."""
+    runs = (f"{where}/{name}", f"{where}/{other}", RL[name].start, RL[other].start)
+    if not (done := _answered(seeds, *runs)):
+        return None
+    counts = reinforced(where)
+    row: dict[str, Any] = {"arm": name, "other": other, "seeds": len(done)}
+    for part, kinds in (("gain", counts), ("collateral", lambda key: not counts(key))):
+        (ours, of_ours), (theirs, of_theirs) = (
+            changes(*_sides(done, where, arm, held), kinds) for arm in (name, other)
+        )
+        values = {key: of_ours[key] - of_theirs[key] for key in of_ours}
+        row[part] = figure([a - b for a, b in zip(ours, theirs, strict=True)], values)
+    return row
+
+
+Table = Sequence[Mapping[str, Any]]
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Formats a summary as Markdown tables."""
+    measured = dict.fromkeys(
+        name for part in ("sft", "one", "all") for row in found[part] for name in row
+    )
+    kept = [name for name in measured if name.startswith("kept")]
+    experts = ["hit", "information", "own", "others", *kept, "larger", "longer"]
+    sft = ["free", "other", "free against plain", "other against plain", *experts]
+    rl = ["gain", "collateral", "worst", "steps"]
+    lines = ["After SFT:", "", *_table(found["sft"], ["arm", "seeds", *sft])]
+    for where, title in (("one", f"RL on {ONE} alone"), ("all", "RL on all free questions")):
+        lines += ["", f"{title}:", "", *_table(found[where], ["arm", "seeds", *rl])]
+        rows = [row for row in found[where] if any(name in row for name in experts)]
+        lines += ["", *_table(rows, ["arm", *experts])] if rows else []
+        columns = ["arm", "other", "seeds", "gain", "collateral"]
+        lines += ["", *_table(found[f"{where} against"], columns)]
+    if found["missing"]:
+        first = ", ".join(found["missing"][:6])
+        lines += ["", f"Missing: {len(found['missing'])} files, such as {first}"]
+    return "\n".join(lines)
+
+
+def _table(rows: Table, columns: Sequence[str]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return lines + [f"| {' | '.join(_cell(c, row.get(c)) for c in columns)} |" for row in rows]
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if not isinstance(value, Mapping):
+        return f"`{value}`" if column in ("arm", "other") and isinstance(value, str) else str(value)
+    if column == "steps":
+        steps = "" if value["value"] is None else f"{value['value']:.0f} "
+        return f"{steps}({value['reached']})"
+    signed = column in ("gain", "collateral", "worst") or "against" in column
+    text = f"{value['value']:+.3f}" if signed else f"{value['value']:.3f}"
+    halves = [value.get(name) for name in ("questions", "seeds")]
+    spread = " / ".join(f"{half:.3f}" for half in halves if half is not None)
+    text += f" ± {spread}" if spread else ""
+    return f"{text} `{value['kind']}`" if "kind" in value else text
