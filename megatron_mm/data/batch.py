@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -86,6 +86,9 @@ class Microbatch:
     skipped: list[str] = field(default_factory=list)  # rows left out, with the reason
     # With it `pixels_NCHW` holds only the tiles dealt to this rank.
     dealt: Dealt | None = None
+    # int64, the skill (its number in the run's skill map) that each position exercises when it
+    # predicts the next token; -1: none. None in a run without a skill map.
+    skill_T: torch.Tensor | None = None
     # Experts to use at every position, MoE index -> int16 [T, k] (model/routing.py), for the
     # layers of this rank's stages. None: routers choose.
     routes: dict[int, torch.Tensor] | None = None
@@ -100,6 +103,7 @@ class Microbatch:
         *,
         labels_T: torch.Tensor | None = None,
         loss_mask_T: torch.Tensor | None = None,
+        skill_T: torch.Tensor | None = None,
         position_ids_T: torch.Tensor | None = None,
         pad_id: int = 0,
         pad_multiple: int = 1,
@@ -119,6 +123,7 @@ class Microbatch:
             lengths: of the samples; they add up to T.
             labels_T: default: zeros.
             loss_mask_T: default: nothing is supervised.
+            skill_T: default: None. The tail exercises no skill.
             position_ids_T: default: counted from 0 in every sample.
             pixels_NCHW: default: no tiles.
             stream_positions: default: none.
@@ -130,6 +135,8 @@ class Microbatch:
             labels_T = torch.zeros_like(tokens_T)
         if loss_mask_T is None:
             loss_mask_T = torch.zeros(real)
+        if skill_T is not None:
+            skill_T = torch.cat([skill_T, torch.full((tail,), -1)])
         if position_ids_T is None:
             position_ids_T = torch.cat([torch.zeros(0).long(), *map(torch.arange, lengths)])
         pad_T = torch.full((tail,), pad_id, dtype=torch.int64)
@@ -148,6 +155,7 @@ class Microbatch:
             memories=dict(memories or {}),
             samples=list(samples),
             skipped=list(skipped),
+            skill_T=skill_T,
         )
 
     @property
@@ -165,9 +173,13 @@ class Microbatch:
         return replace(self, **moved)
 
 
-def _moved(value: Microbatch | BatchMemory, device: torch.device | str) -> dict[str, torch.Tensor]:
-    return {
-        f.name: platform.moved(getattr(value, f.name), device)
-        for f in fields(value)
-        if isinstance(getattr(value, f.name), torch.Tensor) and f.name not in ON_CPU
-    }
+def _moved(value: Microbatch | BatchMemory, device: torch.device | str) -> dict[str, Any]:
+    """The tensors of a value, and what else moves itself, on another device."""
+    moved = {}
+    for name in (f.name for f in fields(value) if f.name not in ON_CPU):
+        held = getattr(value, name)
+        if isinstance(held, torch.Tensor):
+            moved[name] = platform.moved(held, device)
+        elif hasattr(held, "to"):
+            moved[name] = held.to(device)
+    return moved

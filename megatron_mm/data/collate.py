@@ -22,6 +22,7 @@ def collate(
     pad_id: int,
     pad_multiple: int = 1,
     skipped: Sequence[str] = (),
+    labelled: bool = False,
 ) -> Microbatch:
     """Joins `samples` into one stream of tokens; see `Microbatch` for the shapes.
 
@@ -31,6 +32,7 @@ def collate(
     Args:
         settings: None for a model without vision.
         skipped: rows left out, with the reason.
+        labelled: whether the microbatch has `skill_T`: that of its samples, -1 where one has none.
 
     Raises:
         DataError: `pad_multiple` is below 1.
@@ -44,12 +46,23 @@ def collate(
         lengths,
         labels_T=torch.cat([none, *(s.labels_T for s in samples)]),
         loss_mask_T=torch.cat([torch.zeros(0), *(s.loss_mask_T for s in samples)]),
+        skill_T=_skills(samples) if labelled else None,
         pad_id=pad_id,
         pad_multiple=pad_multiple,
         **({} if settings is None else _images(samples, lengths, settings)),
         samples=[sample.where for sample in samples],
         skipped=skipped,
     )
+
+
+def _skills(samples: Sequence[Sample]) -> torch.Tensor:
+    """Skills of all positions, int64 [T]."""
+    none = torch.zeros(0, dtype=torch.int64)
+    known = (
+        torch.full_like(sample.tokens_T, -1) if sample.skill_T is None else sample.skill_T
+        for sample in samples
+    )
+    return torch.cat([none, *known])
 
 
 def _images(

@@ -98,6 +98,7 @@ class Sample:
     loss_mask_T: torch.Tensor  # float32, 1 where the label is supervised
     images: list[SampleImage]
     where: str  # "file:row"
+    skill_T: torch.Tensor | None = None  # int64, as in `Microbatch`; None: no position has one
 
 
 class _Draft(NamedTuple):

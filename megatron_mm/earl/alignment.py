@@ -5,8 +5,9 @@ Routes stay on the ranks of their layers; ranks exchange only the sums of each c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,15 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.router_reward import hit_sums, label_positions
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.earl.skill_map import SkillMap, load_skill_map, shuffled
-from megatron_mm.earl.spans import Labeller, Span, load_labeller, token_labels
+from megatron_mm.earl.spans import (
+    Label,
+    Labeller,
+    Span,
+    answer_labels,
+    load_labeller,
+    token_labels,
+)
+from megatron_mm.errors import DataError, RLError
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.parallel.groups import Groups
 
@@ -76,7 +85,9 @@ class Alignment:
         if earl.skill_map:
             layers = num_layers(effective_pattern(run.model))
             sizes = layers, language.num_experts, language.moe_router_topk
-            found, seed = load_skill_map(earl.skill_map, *sizes), earl.skill_map_shuffle_seed
+            exclusive = earl.router_align_coeff > 0
+            found = load_skill_map(earl.skill_map, *sizes, exclusive=exclusive)
+            seed = earl.skill_map_shuffle_seed
             control = shuffled(found, CONTROL_SEED if seed is None else seed)
             maps = Maps(found, found if seed is None else control, control)
         return cls(maps, load_labeller(earl.span_labels), earl.on_missing_cluster)
@@ -91,15 +102,42 @@ class Alignment:
         """
         ids = completion.tokens_G.tolist()
         labels = token_labels(prompt.row, ids, tokenizer, self.labeller, prompt.where)
-        skills, missing = [-1] * len(labels), 0
-        if self.maps is not None:
-            names = [label.skill for label in labels]
-            skills, missing = self.maps.found.skill_ids(names, prompt.where, self.on_missing)
+        skills, missing = self._skill_ids(labels, prompt.where)
         spans = [
             (label.start, label.stop, skill, label.correct)
             for label, skill in zip(labels, skills, strict=True)
         ]
         return spans, missing
+
+    def row_skills(
+        self, tokenizer: Tokenizer, row: Mapping[str, Any], where: str, tokens: int
+    ) -> torch.Tensor:
+        """Returns the skill of each position of a training row, int64 [tokens]: that of the
+        labelled span of its answer in which the next token lies, else -1. Whether the span is right
+        is not asked: the answer is what the row teaches.
+
+        Args:
+            where: "file:row", for messages.
+            tokens: how many the sample has.
+        Raises:
+            DataError: the row's spans cannot be used, or a skill has no cluster.
+        """
+        try:
+            answer, labels = answer_labels(row, tokenizer, self.labeller, where)
+            skills, _ = self._skill_ids(labels, where)
+        except RLError as error:
+            raise DataError(str(error)) from None
+        skill_T = torch.full((tokens,), -1)
+        before = tokens - answer - 1  # the position before a token predicts it
+        for label, skill in zip(labels, skills, strict=True):
+            skill_T[before + label.start : before + label.stop] = skill
+        return skill_T
+
+    def _skill_ids(self, labels: Sequence[Label], where: str) -> tuple[list[int], int]:
+        if self.maps is None:
+            return [-1] * len(labels), 0
+        names = [label.skill for label in labels]
+        return self.maps.found.skill_ids(names, where, self.on_missing)
 
 
 def count_hits(

@@ -6,7 +6,10 @@ from megatron_mm.config.settings import RunConfig
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.errors import ConfigError
 
-NEED_A_MAP = ("router_reward_weight", "router_loss_coeff", "skill_map_shuffle_seed")
+NEED_A_MAP = (
+    *("router_reward_weight", "router_loss_coeff", "router_align_coeff"),
+    "skill_map_shuffle_seed",
+)
 OF_COMPLETIONS = ("router_reward_weight", "router_loss_coeff", "router_temperature", "span_credit")
 
 
@@ -19,6 +22,17 @@ def check_earl(run: RunConfig) -> None:
             raise ConfigError(
                 f"earl.{key} is {value!r}; allowed: left out, or this value with skill_map"
             )
+
+
+def check_policy_earl(run: RunConfig) -> None:
+    """Raises ConfigError as `check_earl`, and for alignment, a term of supervised fine-tuning."""
+    check_earl(run)
+    coefficient = run.section(EARLConfig).router_align_coeff
+    if coefficient:
+        raise ConfigError(
+            f"earl.router_align_coeff is {coefficient!r}; allowed: 0 with objective "
+            f"{run.training.objective}; align in supervised fine-tuning, before"
+        )
 
 
 def check_supervised_earl(run: RunConfig) -> None:

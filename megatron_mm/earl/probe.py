@@ -15,16 +15,14 @@ import torch.distributed as dist
 
 from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.data.chat import answer_text
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
-from megatron_mm.data.messages import check_messages
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.make_map import Tally, on_layers
 from megatron_mm.earl.route_counts import RouteCounts, count_routes
-from megatron_mm.earl.spans import Label, load_labeller, token_labels
+from megatron_mm.earl.spans import Label, answer_labels, load_labeller
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import from_reader, raise_together, receive
 from megatron_mm.errors import DataError, RLError
@@ -88,16 +86,7 @@ class ProbeRows:
         """Returns the number of tokens of a row's answer with its stop, and its labels; reads no
         image."""
         file, index = self._rows.locate(index)
-        row, where = file[index], file.where(index)
-        last = check_messages(row, where)[-1]
-        if last.role != "assistant":
-            raise DataError(
-                f"{where}: the last of {len(row['messages'])} messages is a {last.role} turn; "
-                "a probe follows the row's own answer, end with an assistant turn"
-            )
-        ids = self._tokenizer.encode(answer_text(last))
-        labels = token_labels(row, ids, self._tokenizer, self._labeller, where)
-        return len(ids) + 1, labels
+        return answer_labels(file[index], self._tokenizer, self._labeller, file.where(index))
 
     def plan(self, probe: Probe) -> ProbePlan:
         """Plans what is counted. Skills are shuffled among rows and not among spans: the spans of a

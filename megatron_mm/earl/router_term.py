@@ -1,15 +1,21 @@
 """The router term: a loss of the routers' own, on the tokens that exercise a skill.
 
 There are two forms. Where routers choose the best experts, the term raises the probability of the
-skill's cluster at right answers (`router_loss`). Where a rollout draws its experts, the term is
-REINFORCE with the router as a policy (`drawn_router_loss`).
+skill's cluster (`cluster_log_mass`). Where a rollout draws its experts, the term is REINFORCE with
+the router as a policy (`drawn_router_loss`).
 
-Shapes as in router_reward.py: T positions whose logits were sampled, t those of them that a rank
-holds, G tokens of one completion, k experts chosen, E experts, S skills, L layers.
+Both are sums of weighted terms. The weights of completions are made here, those of supervised
+fine-tuning in align_term.py.
+
+Shapes as in router_reward.py: T positions of the stream, t those of them that a rank holds, G
+tokens of one completion, k experts chosen, E experts, S skills, L layers. A position without a
+skill has skill -1 and so the last row of the clusters: the common one with `SkillMap.clusters()`.
+With `SkillMap.membership()` it must weigh 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,149 +23,156 @@ from typing import NamedTuple
 import torch
 
 from megatron_mm import platform
+from megatron_mm.data.batch import Microbatch
 from megatron_mm.earl.router_reward import label_positions
 from megatron_mm.earl.spans import Span
 from megatron_mm.parallel.sequence import take
-
-
-class CompletionTargets(NamedTuple):
-    """The targets of the router term for one completion.
-
-    Attributes:
-        skill_G: int64, the skill of each sampled token; -1: nothing is taught there.
-        weight_G: fp32, the factor of each token's term; a constant.
-    """
-
-    skill_G: torch.Tensor
-    weight_G: torch.Tensor
-
-
-def completion_targets(
-    spans: Sequence[Span], advantages_G: torch.Tensor, *, kept: bool, clip: float, drawn: bool
-) -> CompletionTargets:
-    """Makes the targets of one completion.
-
-    Args:
-        kept: whether the completion takes part in the loss; if not, nothing is taught.
-        clip: bound of the advantage (`router_loss_clip`).
-        drawn: whether its experts were drawn (`router_temperature` above 0).
-    """
-    skill_G, correct_G = label_positions(len(advantages_G), spans)
-    if not kept:
-        skill_G.fill_(-1)
-    if not drawn:
-        return CompletionTargets(skill_G, router_weights(advantages_G, correct_G, clip))
-    skill_G[:1] = -1  # drawn from the last prompt token, which took its best experts
-    return CompletionTargets(skill_G, drawn_weights(advantages_G, clip))
-
-
-def count_taught(targets: Iterable[CompletionTargets], member_SLE: torch.Tensor) -> int:
-    """Returns how many (position, layer) pairs have a skill with experts in that layer. The router
-    term is a mean over them."""
-    layers_S = member_SLE.any(2).sum(1)
-    return sum(int(layers_S[skill_G[skill_G >= 0]].sum()) for skill_G, _ in targets)
+from megatron_mm.report.metrics import Metrics
 
 
 @dataclass(frozen=True)
 class RouterTargets:
-    """The targets of the router term for one microbatch.
+    """The targets of the router term for one microbatch, beside the skills of its positions.
 
     Attributes:
-        skill_T: int64, the skill that each position of the stream exercises; -1: none.
-        weight_T: fp32, the factor of each position's term.
-        member_SLE: bool, `SkillMap.membership()`.
-        scale: factor of the whole term: its coefficient, times what the objective's loss will be
-            divided by, over the number of taught (position, layer) pairs of the minibatch.
+        weight_T: fp32, the factor of each position's term; 0: nothing is taught there.
+        cluster_SLE: bool, the clusters of a skill map.
+        scale: factor of the whole term. It holds what the objective's loss will be divided by.
         temperature: at which experts were drawn; 0: the routers chose the best ones.
     """
 
-    skill_T: torch.Tensor
     weight_T: torch.Tensor
-    member_SLE: torch.Tensor
+    cluster_SLE: torch.Tensor
     scale: float
-    temperature: float
+    temperature: float = 0.0
 
     def to(self, device: torch.device | str) -> RouterTargets:
-        names = ("skill_T", "weight_T", "member_SLE")
+        names = ("weight_T", "cluster_SLE")
         moved = {name: platform.moved(getattr(self, name), device) for name in names}
         return replace(self, **moved)
 
     def term(
         self,
         logits_tE: torch.Tensor,
-        routes_Tk: torch.Tensor | None,
+        batch: Microbatch,
         moe_index: int,
         positions: range,
+        metrics: Metrics,
     ) -> torch.Tensor:
-        """Returns one layer's term over some positions, a scalar with gradient to the logits.
-
-        Args:
-            routes_Tk: int16, the layer's drawn experts; needed with a temperature.
-            positions: those of the stream that the t rows are.
-        """
-        member_SE = self.member_SLE[:, moe_index]
-        skill_t, weight_t = take(self.skill_T, positions), take(self.weight_T, positions)
-        if self.temperature:
-            drawn_tk = take(routes_Tk, positions)
-            loss = drawn_router_loss(
-                logits_tE, drawn_tk, skill_t, weight_t, member_SE, self.temperature
-            )
-        else:
-            loss, _ = router_loss(logits_tE, skill_t, weight_t, member_SE)
+        """Returns one layer's term over some positions; see `model.routing.RouterTerm`. Adds
+        `moe/cluster_mass`, the mean probability that the router gives the cluster of a position
+        with a skill."""
+        assert batch.skill_T is not None  # whoever makes targets has labelled the positions
+        cluster_SE = self.cluster_SLE[:, moe_index]
+        skill_t, weight_t = take(batch.skill_T, positions), take(self.weight_T, positions)
+        log_mass_t = cluster_log_mass(logits_tE, skill_t, cluster_SE)
+        labelled_t = (skill_t >= 0) & _clustered(skill_t, cluster_SE)
+        mass_t = torch.where(labelled_t, log_mass_t.detach().exp(), 0.0)
+        metrics.ratio("moe/cluster_mass", mass_t.sum(), labelled_t.sum())
+        if not self.temperature:
+            return -(weight_t * log_mass_t).sum() * self.scale
+        assert batch.routes is not None  # replayed, or the draws would not be known
+        drawn_tk = take(batch.routes[moe_index], positions)
+        loss = drawn_router_loss(
+            logits_tE, drawn_tk, skill_t, weight_t, cluster_SE, self.temperature
+        )
         return loss * self.scale
+
+
+@dataclass(kw_only=True)
+class TaughtBatch(Microbatch):
+    """A microbatch with what its routers learn; None: nothing."""
+
+    router: RouterTargets | None = None
+
+
+def router_term(
+    logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range, metrics: Metrics
+) -> torch.Tensor:
+    """The term of the batch's own targets; a `model.routing.RouterTerm`."""
+    assert isinstance(batch, TaughtBatch) and batch.router is not None
+    return batch.router.term(logits_tE, batch, moe_index, positions, metrics)
+
+
+# ---- weights of completions ----
+
+
+class CompletionWeights(NamedTuple):
+    """The weights of one completion's router term, constants.
+
+    Attributes:
+        skill_G: int64, the skill of each sampled token; -1: none.
+        weight_G: fp32, the factor of each token's term.
+        counted_G: fp32. The term is divided by the sum of these over positions, layers in which
+            the skill has experts, and the whole step.
+    """
+
+    skill_G: torch.Tensor
+    weight_G: torch.Tensor
+    counted_G: torch.Tensor
+
+
+def rewarded_weights(length: int, spans: Sequence[Span], reward: float) -> CompletionWeights:
+    """Returns the weights where routers choose the best experts: the completion's task reward,
+    never below 0, where its span is right, else 0. The term is a mean with these weights. It only
+    ever pulls towards the cluster of a right answer: that other experts served a wrong one is no
+    evidence against them.
+
+    Args:
+        reward: NaN for a completion that is left out of the loss.
+    """
+    skill_G, correct_G = label_positions(length, spans)
+    worth = 0.0 if math.isnan(reward) else max(reward, 0.0)
+    weight_G = worth * (correct_G & (skill_G >= 0)).float()
+    return CompletionWeights(skill_G, weight_G, weight_G)
+
+
+def drawn_weights(
+    spans: Sequence[Span], advantages_G: torch.Tensor, *, kept: bool, clip: float
+) -> CompletionWeights:
+    """Returns the weights where experts are drawn: the advantage, held between -`clip` and `clip`,
+    at every labelled token but the first, whose experts the prompt's own pass took without a draw.
+    Where experts are drawn, those of a completion that did worse have done worse than others might
+    have, so the term pushes too, whether a span is right or wrong. Nothing bounds how far: it is
+    for routes that these very weights drew. The term is a mean over these tokens.
+
+    Args:
+        kept: whether the completion takes part in the loss; if not, nothing is taught.
+        clip: bound of the advantage (`router_loss_clip`).
+    """
+    skill_G, _ = label_positions(len(advantages_G), spans)
+    taught_G = (skill_G >= 0) & kept
+    taught_G[:1] = False
+    weight_G = advantages_G.detach().clamp(-clip, clip) * taught_G
+    return CompletionWeights(skill_G, weight_G.float(), taught_G.float())
+
+
+def sum_counted(weights: Iterable[CompletionWeights], cluster_SLE: torch.Tensor) -> float:
+    """Returns the sum of `counted_G` over tokens and the layers where their skill has experts."""
+    layers_S = cluster_SLE.any(2).sum(1).double()
+    return sum(float((layers_S[w.skill_G] * w.counted_G).sum()) for w in weights)
 
 
 # ---- where routers choose the best experts ----
 
 
-def router_weights(
-    advantages_T: torch.Tensor, correct_T: torch.Tensor, clip: float
-) -> torch.Tensor:
-    """Returns [T], constants: the advantage of a position's completion, held between 0 and `clip`,
-    where its span is right, else 0. The term only ever pulls towards the cluster of a right answer
-    in a completion that did better than its group: that other experts served a wrong one is no
-    evidence against them."""
-    return advantages_T.detach().clamp(0, clip) * correct_T
-
-
 def cluster_log_mass(
-    router_logits_TE: torch.Tensor, skill_T: torch.Tensor, member_SE: torch.Tensor
+    router_logits_TE: torch.Tensor, skill_T: torch.Tensor, cluster_SE: torch.Tensor
 ) -> torch.Tensor:
     """Returns [T]: log of the probability that the router's softmax gives the cluster of the
-    position's skill in one layer; 0 where there is no skill or no cluster."""
-    clustered_T = _clustered(skill_T, member_SE)
+    position's skill in one layer; 0 where the cluster is empty.
+
+    As a cluster's mass nears 1 the gradient vanishes, so its negative needs no lower bound.
+    """
+    clustered_T = _clustered(skill_T, cluster_SE)
     # Where nothing is taught every expert counts: the mass is 1 and the gradient is finite.
-    inside_TE = member_SE[skill_T.clamp(min=0)] | ~clustered_T.unsqueeze(1)
+    inside_TE = cluster_SE[skill_T] | ~clustered_T.unsqueeze(1)
     logits_TE = _at_least_fp32(router_logits_TE)
     inside_T = logits_TE.masked_fill(~inside_TE, -torch.inf).logsumexp(1)
     return torch.where(clustered_T, inside_T - logits_TE.logsumexp(1), 0.0)
 
 
-def router_loss(
-    router_logits_TE: torch.Tensor,
-    skill_T: torch.Tensor,
-    weights_T: torch.Tensor,
-    member_SE: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns one layer's router term before its coefficient: minus the weighted sum of
-    `cluster_log_mass`, and how many positions it is over (int64; those with weight 0 included).
-    The term is the first over the second, each summed over layers, microbatches and ranks.
-
-    As a cluster's mass nears 1 the gradient vanishes, so the term needs no upper bound.
-    """
-    mass_T = cluster_log_mass(router_logits_TE, skill_T, member_SE)
-    return -(weights_T * mass_T).sum(), _clustered(skill_T, member_SE).sum()
-
-
 # ---- where experts are drawn ----
-
-
-def drawn_weights(advantages_T: torch.Tensor, clip: float) -> torch.Tensor:
-    """Returns [T], constants: the advantage of a position's completion, held between -`clip` and
-    `clip`. Where experts are drawn, those of a completion that did worse have done worse than
-    others might have, so the term pushes too, whether a span is right or wrong. Nothing bounds how
-    far: it is for routes that these very weights drew."""
-    return advantages_T.detach().clamp(-clip, clip)
 
 
 def drawn_log_probability(
@@ -183,25 +196,25 @@ def drawn_router_loss(
     experts_Tk: torch.Tensor,
     skill_T: torch.Tensor,
     weights_T: torch.Tensor,
-    member_SE: torch.Tensor,
+    cluster_SE: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """Returns `router_loss` where experts were drawn: minus the weighted sum of their
-    log-probabilities at the same positions.
+    """Returns one layer's term where experts were drawn: minus the weighted sum of their
+    log-probabilities at positions with a skill that has experts in the layer.
 
     Args:
-        experts_Tk: int16, as recorded; anything where there is no skill.
+        experts_Tk: int16, as recorded; anything where the weight is 0.
     """
-    clustered_T = _clustered(skill_T, member_SE)
+    taught_T = (skill_T >= 0) & _clustered(skill_T, cluster_SE) & (weights_T != 0)
     any_k = torch.arange(experts_Tk.shape[1], device=experts_Tk.device)  # k different ones
-    experts_Tk = torch.where(clustered_T.unsqueeze(1), experts_Tk.long(), any_k)
+    experts_Tk = torch.where(taught_T.unsqueeze(1), experts_Tk.long(), any_k)
     logprobs_T = drawn_log_probability(router_logits_TE, experts_Tk, temperature)
-    return -(weights_T * torch.where(clustered_T, logprobs_T, 0.0)).sum()
+    return -(weights_T * torch.where(taught_T, logprobs_T, 0.0)).sum()
 
 
 def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
     return logits.float() if logits.itemsize < 4 else logits
 
 
-def _clustered(skill_T: torch.Tensor, member_SE: torch.Tensor) -> torch.Tensor:
-    return (skill_T >= 0) & member_SE.any(1)[skill_T.clamp(min=0)]
+def _clustered(skill_T: torch.Tensor, cluster_SE: torch.Tensor) -> torch.Tensor:
+    return cluster_SE.any(1)[skill_T]  # -1 is the last row

@@ -23,9 +23,13 @@ class EARLConfig:
     router_reward_weight: NonNegativeFloat = 0.0
     """Weight of the share of routes into the skill's experts beyond chance, as a reward."""
     router_loss_coeff: NonNegativeFloat = 0.0
-    """Coefficient of the router term of the loss."""
+    """Coefficient of the router term of the loss of completions. It weighs right spans by the
+    completion's reward."""
+    router_align_coeff: NonNegativeFloat = 0.0
+    """Coefficient of the alignment term of supervised fine-tuning: the routers learn to send the
+    tokens of a skill to its experts and all others to the common ones. 0.4 is a good value."""
     router_loss_clip: PositiveFloat = 2.0
-    """Bound of the advantage in the router term."""
+    """Bound of the advantage in the router term of drawn experts (router_temperature)."""
     router_temperature: NonNegativeFloat = 0.0
     """Above 0, experts of completions are drawn (Gumbel top-k of the logits divided by it, arXiv
     1903.06059), and the router term is about those drawn. The gradient is about moe_router_topk /

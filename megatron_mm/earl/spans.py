@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from megatron_mm.data.chat import answer_text
+from megatron_mm.data.messages import check_messages
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError, RLError
 from megatron_mm.evaluation.scoring import score
@@ -126,6 +128,28 @@ def token_labels(
         for i, part in enumerate(parts)
         if i in owners
     ]
+
+
+def answer_labels(
+    row: Row, tokenizer: Tokenizer, labeller: Labeller, where: str
+) -> tuple[int, list[Label]]:
+    """Returns the number of tokens of a row's own answer with its stop, and its labels in tokens. A
+    training sample ends with these tokens.
+
+    Args:
+        where: `file:row`, for messages.
+    Raises:
+        DataError: for a row that does not end with an answer, and from the labeller.
+        RLError: for labels that overlap or leave the text.
+    """
+    last = check_messages(row, where)[-1]
+    if last.role != "assistant":
+        raise DataError(
+            f"{where}: the last of {len(row['messages'])} messages is a {last.role} turn; skills "
+            "are labelled in the row's own answer, end with an assistant turn"
+        )
+    ids = tokenizer.encode(answer_text(last))
+    return len(ids) + 1, token_labels(row, ids, tokenizer, labeller, where)
 
 
 def _owner(parts: Sequence[Label], start: int, stop: int) -> int:

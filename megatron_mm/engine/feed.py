@@ -99,6 +99,14 @@ def receive[B: Microbatch](
     return broadcast_batches(groups, batches), stopping
 
 
+def sum_over_readers(groups: Groups, values: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of values, on the CPU, over the readers of all replicas, on every rank. Every
+    rank of the job calls it; what others than readers hand in does not count."""
+    total = values.clone() if groups.is_reader else torch.zeros_like(values)
+    dist.all_reduce(total, group=groups.world)
+    return total
+
+
 def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
     """Calls `make` on the replica's reader and returns its result on all ranks of the replica.
 

@@ -33,13 +33,19 @@ Routes = dict[int, torch.Tensor]  # moe index -> int16 [positions, k]
 
 class RouterTerm(Protocol):
     def __call__(
-        self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range
+        self,
+        logits_tE: torch.Tensor,
+        batch: Microbatch,
+        moe_index: int,
+        positions: range,
+        metrics: Metrics,
     ) -> torch.Tensor | None:
         """The term that one layer's router adds to the loss of a microbatch; None for nothing.
 
         Args:
             logits_tE: of the router, before anything is forbidden.
             positions: those of the stream that the t rows are.
+            metrics: takes whatever is worth a number; nothing when a block is computed again.
         Returns:
             a scalar with gradient to the logits: a sum over these positions, in the unit of
             the objective's loss, since both are divided by the same number at the end. Called
@@ -111,14 +117,14 @@ class Routing:
             changes nothing.
         forbidden: bool [E], True: its logit counts as minus infinity. Given routes are used as
             they are.
-        term: (logits [t, E], moe index) -> the router's own loss, added to the main one.
+        term: (logits [t, E], moe index, metrics) -> the router's own loss, added to the main one.
     """
 
     given: Routes = field(default_factory=dict)
     noise: dict[int, torch.Tensor] = field(default_factory=dict)
     record: Routes | None = None
     forbidden: Routes = field(default_factory=dict)
-    term: Callable[[torch.Tensor, int], torch.Tensor | None] | None = None
+    term: Callable[[torch.Tensor, int, Metrics], torch.Tensor | None] | None = None
 
     @classmethod
     def of(
@@ -178,7 +184,7 @@ class Choice:
             top_tk = logits_tE.gather(1, experts_tk)
         if asked.record is not None and not self.recomputing:
             asked.record[index] = experts_tk.to(torch.int16)
-        term = None if asked.term is None else asked.term(logits_tE, index)
+        term = None if asked.term is None else asked.term(logits_tE, index, self.metrics)
         if term is not None:
             self.metrics.loss_term("moe/router_loss", term)
             # Hangs the term's gradient on what follows. A repeated pass hangs it on a graph that
@@ -188,9 +194,14 @@ class Choice:
 
 
 def _term_here(
-    term: RouterTerm, batch: Microbatch, positions: range, logits_tE: torch.Tensor, index: int
+    term: RouterTerm,
+    batch: Microbatch,
+    positions: range,
+    logits_tE: torch.Tensor,
+    index: int,
+    metrics: Metrics,
 ) -> torch.Tensor | None:
-    return term(logits_tE, batch, index, positions)
+    return term(logits_tE, batch, index, positions, metrics)
 
 
 def whole_routes(record: Routes, pg: ProcessGroupCollection) -> Routes:

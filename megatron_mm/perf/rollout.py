@@ -54,11 +54,10 @@ def policy_batch(run: RunConfig, rl: ResolvedRL, batch: Microbatch) -> PolicyBat
     router = None
     if rl.earl.router_loss_coeff:
         members = torch.zeros(1, layers, language.num_experts, dtype=torch.bool)
-        taught_T = torch.where(sampled, 0, -1)
-        router = RouterTargets(taught_T, zeros_T, members, 1.0, rl.earl.router_temperature)
+        router = RouterTargets(zeros_T, members, 1.0, rl.earl.router_temperature)
     count = run.training.micro_batch_size
     return PolicyBatch(
-        **vars(batch) | {"routes": replayed},
+        **vars(batch) | {"routes": replayed, "skill_T": torch.where(sampled, 0, -1)},
         members=list(range(count)),
         completion_T=torch.where(sampled, sample_T, -1),
         lengths_N=torch.bincount(sample_T[sampled], minlength=count),

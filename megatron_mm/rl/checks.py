@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mm.config.settings import RunConfig
-from megatron_mm.earl.checks import check_earl
+from megatron_mm.earl.checks import check_policy_earl
 from megatron_mm.errors import ConfigError, unknown
 from megatron_mm.rl.algorithms import (
     ALGORITHMS,
@@ -57,7 +57,12 @@ def check_rl(run: RunConfig) -> None:
         rl.use_kl_in_reward,
         "false, or true with beta above 0",
     )
-    check_earl(run)
+    check_policy_earl(run)
+    chosen = rl.earl.router_loss_coeff > 0 and not rl.earl.router_temperature
+    allowed = "0, or this value with reward_funcs, whose rewards weigh the spans"
+    _require(
+        functions > 0 or not chosen, "router_loss_coeff", rl.earl.router_loss_coeff, allowed, "earl"
+    )
     drawn = rl.earl.router_temperature
     allowed = "0, or this value with routing_replay R3, which trains through the drawn experts"
     _require(not drawn or rl.routing_replay == "R3", "router_temperature", drawn, allowed, "earl")

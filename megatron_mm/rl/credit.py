@@ -21,6 +21,7 @@ from megatron_mm.rl.advantages import (
     is_whitened,
     returns_to_go,
     span_advantages,
+    weighted,
     whiten,
     whitening_sums,
 )
@@ -41,6 +42,8 @@ class Credited:
     Attributes:
         names: of all rewards: the functions', then "router" and "kl" where they are rewards.
         rewards_PGC, failed_PGC: of all rewards.
+        task_rewards_PG: weighted sums of the reward functions alone; NaN where a completion is left
+            out.
         advantages: of each completion.
         token_advantages: fp32 [G] of each of the N completions.
         hits: how often labelled tokens met their experts; None without a skill map.
@@ -50,6 +53,7 @@ class Credited:
     names: tuple[str, ...]
     rewards_PGC: torch.Tensor
     failed_PGC: torch.Tensor
+    task_rewards_PG: torch.Tensor
     advantages: Advantages
     token_advantages: tuple[torch.Tensor, ...]
     hits: Hits | None
@@ -104,8 +108,17 @@ def credit(
         tokens = [whiten(values_G, sums) for values_G in tokens]
     if rl.earl.span_credit:
         tokens = with_span_credit(tokens, scored.spans, rl.earl.span_credit)
-    names = (*scored.names, *more)
-    return Credited(scored, names, rewards_PGC, failed_PGC, advantages, tuple(tokens), hits)
+    _, task_rewards_PG = weighted(scored.rewards_PGC, scored.failed_PGC, torch.tensor([*weights]))
+    return Credited(
+        scored,
+        (*scored.names, *more),
+        rewards_PGC,
+        failed_PGC,
+        task_rewards_PG,
+        advantages,
+        tuple(tokens),
+        hits,
+    )
 
 
 def with_span_credit(

@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from megatron_mm import platform
-from megatron_mm.data.batch import Microbatch
+from megatron_mm.earl.router_term import router_term
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import RouterTerm
 from megatron_mm.report.metrics import Metrics
@@ -77,14 +77,7 @@ class ExpertAlignedObjective(PolicyObjective):
 
     def __init__(self, rl: ResolvedRL):
         super().__init__(rl)
-        self.router_term = self._router_term
-
-    def _router_term(
-        self, logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range
-    ) -> torch.Tensor:
-        assert isinstance(batch, PolicyBatch) and batch.router is not None
-        routes_Tk = None if batch.routes is None else batch.routes[moe_index]
-        return batch.router.term(logits_tE, routes_Tk, moe_index, positions)
+        self.router_term = router_term
 
 
 def _summed(sums: torch.Tensor, group: ProcessGroup) -> torch.Tensor:

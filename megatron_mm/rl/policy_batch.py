@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from megatron_mm.earl.router_reward import label_positions
 from megatron_mm.earl.router_term import (
-    CompletionTargets,
     RouterTargets,
-    completion_targets,
-    count_taught,
+    TaughtBatch,
+    drawn_weights,
+    rewarded_weights,
+    sum_counted,
 )
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.credit import Credited, SumOverReaders
@@ -21,14 +23,13 @@ from megatron_mm.rl.settings import ResolvedRL
 
 
 @dataclass(kw_only=True)
-class PolicyBatch(CompletionBatch):
+class PolicyBatch(CompletionBatch, TaughtBatch):
     """A microbatch to train on. A completion that is left out of the loss has `completion_T` -1
     and length 0. Values of sampled tokens are fp32 [T], 0 elsewhere.
 
     Attributes:
         old_logprobs_T: None: they are those of the training pass itself.
         rollout_weights_T: `truncated_importance_weights`, where the settings ask for them.
-        router: what the routers learn; None without a router term.
     """
 
     advantages_T: torch.Tensor
@@ -36,11 +37,6 @@ class PolicyBatch(CompletionBatch):
     old_logprobs_T: torch.Tensor | None
     ref_logprobs_T: torch.Tensor | None
     rollout_weights_T: torch.Tensor | None
-    router: RouterTargets | None
-
-    def to(self, device: torch.device | str) -> PolicyBatch:
-        moved = super().to(device)
-        return moved if self.router is None else replace(moved, router=self.router.to(device))
 
 
 def policy_batches(
@@ -92,6 +88,7 @@ def policy_batch(
     values = vars(batch) | {
         "completion_T": batch.completion_T.masked_fill(left_out_T, -1),
         "lengths_N": batch.lengths_N.masked_fill(out_N, 0),
+        "skill_T": _skills(batch, credited) if rl.earl.skill_map else None,
         "routes": batch.routes if logprobs.routes is None else logprobs.routes,
     }
     return PolicyBatch(
@@ -105,6 +102,13 @@ def policy_batch(
     )
 
 
+def _skills(batch: CompletionBatch, credited: Credited) -> torch.Tensor:
+    """Skills of all positions, int64 [T], -1 outside every span of a completion."""
+    spans_N, tokens_N = credited.scored.spans_N, credited.token_advantages
+    labelled = [label_positions(len(tokens_N[n]), spans_N[n])[0] for n in batch.members]
+    return batch.spread(labelled, -1, torch.int64)
+
+
 def _router_targets(
     batches: Sequence[CompletionBatch],
     credited: Credited,
@@ -112,33 +116,38 @@ def _router_targets(
     member_SLE: torch.Tensor,
     sum_over_readers: SumOverReaders,
 ) -> list[RouterTargets]:
-    """Makes the router targets of a step's microbatches. The router term is a mean over taught
+    """Makes the router targets of a step's microbatches. The router term is a weighted mean over
     positions and layers, but gradients will be divided by the policy loss's denominator. The scale
-    makes up for that; it needs both counts of the whole step."""
+    makes up for that; it needs both sums over the whole step."""
     kept_N, spans_N = credited.kept_N, credited.scored.spans_N
     members = [n for batch in batches for n in batch.members]
-    taught: dict[int, CompletionTargets] = {
-        n: completion_targets(
-            spans_N[n],
-            credited.token_advantages[n],
-            kept=kept_N[n],
-            clip=rl.earl.router_loss_clip,
-            drawn=rl.earl.router_temperature > 0,
-        )
-        for n in members
-    }
+    if rl.earl.router_temperature:
+        weights = {
+            n: drawn_weights(
+                spans_N[n],
+                credited.token_advantages[n],
+                kept=kept_N[n],
+                clip=rl.earl.router_loss_clip,
+            )
+            for n in members
+        }
+    else:
+        rewards_N = credited.task_rewards_PG.flatten().tolist()
+        lengths_N = [len(tokens) for tokens in credited.token_advantages]
+        weights = {n: rewarded_weights(lengths_N[n], spans_N[n], rewards_N[n]) for n in members}
     lengths = [len(credited.token_advantages[n]) for n in members if kept_N[n]]
     divisor = loss_denominator(
         rl.loss_agg_mode, torch.tensor(lengths, dtype=torch.int64), rl.max_completion_length
     )
-    counts = torch.tensor([int(divisor), count_taught(taught.values(), member_SLE)])
-    divisor, positions = sum_over_readers(counts).tolist()
-    temperature = rl.earl.router_temperature
-    scale = rl.earl.router_loss_coeff * divisor / max(positions, 1)
-    targets = []
-    for batch in batches:
-        mine = [taught[n] for n in batch.members]
-        skill_T = batch.spread([skill_G for skill_G, _ in mine], -1, torch.int64)
-        weight_T = batch.spread([weight_G for _, weight_G in mine])
-        targets.append(RouterTargets(skill_T, weight_T, member_SLE, scale, temperature))
-    return targets
+    sums = torch.tensor([divisor, sum_counted(weights.values(), member_SLE)], dtype=torch.float64)
+    divisor, counted = sum_over_readers(sums).tolist()
+    scale = rl.earl.router_loss_coeff * divisor / counted if counted else 0.0
+    return [
+        RouterTargets(
+            batch.spread([weights[n].weight_G for n in batch.members]),
+            member_SLE,
+            scale,
+            rl.earl.router_temperature,
+        )
+        for batch in batches
+    ]

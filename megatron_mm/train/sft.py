@@ -1,7 +1,10 @@
-"""Supervised fine-tuning: cross entropy over answers, and steps made of rows as they are."""
+"""Supervised fine-tuning: cross entropy over answers, and steps made of rows as they are. With a
+skill map its routers may be aligned (aligned.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +16,9 @@ from megatron_mm.config.objectives import part_of
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.earl.alignment import Alignment
+from megatron_mm.earl.router_term import router_term
+from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import receive
 from megatron_mm.engine.objective import Objective
@@ -20,6 +26,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import RouterTerm
 from megatron_mm.report.metrics import Metrics
+from megatron_mm.train.aligned import Aligner, LabelledLoader
 
 
 class SupervisedFineTuning:
@@ -28,7 +35,8 @@ class SupervisedFineTuning:
     router_term: RouterTerm | None = None
 
     def __init__(self, run: RunConfig | None = None):
-        del run  # it has no settings
+        if run is not None and run.section(EARLConfig).router_align_coeff:
+            self.router_term = router_term
 
     def positions(self, batch: Microbatch) -> torch.Tensor:
         return batch.loss_mask_T.nonzero().flatten()
@@ -56,11 +64,15 @@ class Supervised:
         del tokenizer
         self.groups, self.loader = engine.groups, loader
         self.objective: Objective = part_of(run, "objective")(run)
+        self.aligner = None
+        if coefficient := run.section(EARLConfig).router_align_coeff:
+            assert isinstance(loader, LabelledLoader)  # the coefficient is rejected without a map
+            self.aligner = Aligner(self.groups, self.objective, loader, coefficient)
         self.between = True
         self.metrics: dict[str, float] = {}
         self.table: list[dict[str, Any]] = []
 
-    def next_step(self, stop: bool) -> tuple[list[Microbatch], bool]:
+    def next_step(self, stop: bool) -> tuple[Sequence[Microbatch], bool]:
         position, loader = self.loader.state_dict(), self.loader
         try:
             batches, stopping = receive(
@@ -71,9 +83,12 @@ class Supervised:
             raise
         if stopping:
             loader.load_state_dict(position)  # what was read is read again on resume
-        elif not self.groups.is_reader:
+            return batches, True
+        if not self.groups.is_reader:
             loader.pass_over()
-        return batches, stopping
+        if self.aligner is not None:
+            return self.aligner.targets(batches), False
+        return batches, False
 
     def close(self) -> None:
         self.loader.close()
@@ -82,12 +97,15 @@ class Supervised:
 def open_rows(
     run: RunConfig, tokenizer: Tokenizer, *, data_parallel_rank: int, data_parallel_size: int
 ) -> TrainLoader:
-    """The training data of one replica, padded for the run's layout.
+    """The training data of one replica, padded for the run's layout; with a skill map, labelled.
 
     Raises:
         DataError: for unusable settings or files.
+        RLError: for a skill map or a labeller that cannot be used.
     """
-    return TrainLoader(
+    alignment = Alignment.of(run)
+    make = TrainLoader if alignment is None else partial(LabelledLoader, alignment)
+    return make(
         run,
         tokenizer,
         data_parallel_rank=data_parallel_rank,

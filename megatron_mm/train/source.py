@@ -12,7 +12,7 @@ from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.engine.objective import PARTS, Objective
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError, DataError, RLError
 from megatron_mm.parallel.groups import Groups
 
 
@@ -82,7 +82,7 @@ def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, Loader]:
             raise DataError("tokenizer_model is not set: name a .model file or a folder")
         tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
         loader = part_of(run, "loader")(run, tokenizer, **ranks)
-    except (ConfigError, DataError) as problem:
+    except (ConfigError, DataError, RLError) as problem:
         error = str(problem)
     raise_together(groups, error)
     return tokenizer, loader

@@ -57,6 +57,19 @@ def test_tokens_labels_and_boundaries(run, tokenizer, three):
     assert tokenizer.decode(learned) == "1 2<|im_end|>3<|im_end|>4<|im_end|>"
     assert (made.tokens_T[total:] == tokenizer.pad_id).all()
     assert made.loss_mask_T[total:].sum() == 0 and made.position_ids_T[total] == 0
+    assert made.skill_T is None
+
+
+def test_skills_stand_at_their_positions_and_padding_has_none(run, tokenizer, three):
+    builder, samples = build(run, tokenizer, three)
+    samples[1].skill_T = torch.arange(len(samples[1].tokens_T))
+    made = collate(samples, settings=builder.settings, pad_id=0, pad_multiple=16, labelled=True)
+    start, end = made.cu_seqlens[1:3].tolist()
+    assert made.skill_T.dtype == torch.int64 and made.skill_T.shape == made.tokens_T.shape
+    assert made.skill_T[start:end].tolist() == list(range(end - start))
+    assert (made.skill_T[:start] == -1).all() and (made.skill_T[end:] == -1).all()
+    nothing = collate([], settings=builder.settings, pad_id=0, pad_multiple=4, labelled=True)
+    assert nothing.skill_T.tolist() == [-1] * 4
 
 
 def test_a_full_multiple_has_no_tail(run, tokenizer, three):

@@ -12,8 +12,8 @@ from megatron_mm.earl.router_term import (
     drawn_log_probability,
     drawn_router_loss,
     drawn_weights,
-    router_loss,
-    router_weights,
+    rewarded_weights,
+    sum_counted,
 )
 from megatron_mm.errors import RLError
 
@@ -142,17 +142,11 @@ def assert_slopes(gradient, loss, rows):
 
 
 def test_the_router_term_equals_its_definition_and_its_gradient():
-    _, skill, correct, _, member_SLE = make()
+    _, skill, _, _, member_SLE = make()
     member = member_SLE[:, 2]  # where skill 1 has no experts
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(T, E, dtype=torch.float64, generator=generator, requires_grad=True)
-    advantages = torch.randn(T, dtype=torch.float64, generator=generator) * 2
-    weights = router_weights(advantages, correct, 1.5)
-    expected_weights = [
-        min(max(a, 0.0), 1.5) if c else 0.0
-        for a, c in zip(advantages.tolist(), correct.tolist(), strict=True)
-    ]
-    assert weights.tolist() == expected_weights
+    weights = torch.rand(T, dtype=torch.float64, generator=generator) * (skill >= 0)
 
     def loss(rows):
         total = 0.0
@@ -160,24 +154,22 @@ def test_the_router_term_equals_its_definition_and_its_gradient():
             s = int(skill[t])
             cluster = [e for e in range(E) if s >= 0 and member[s, e]]
             if cluster:
-                total -= expected_weights[t] * mass(row, s, cluster)
+                total -= float(weights[t]) * mass(row, s, cluster)
         return total
 
-    found, count = router_loss(logits, skill, weights, member)
+    found = -(weights * cluster_log_mass(logits, skill, member)).sum()
     rows = logits.detach().tolist()
     assert float(found.detach()) == pytest.approx(loss(rows), rel=1e-12)
-    assert count == sum(int(s) >= 0 and bool(member[s].any()) for s in skill)
     found.backward()
     assert_slopes(logits.grad, loss, rows)
 
 
 def test_the_router_term_pulls_towards_the_cluster_only():
-    member = torch.tensor([[True, True, False, False]])
+    member = torch.tensor([[True, True, False, False], [False, False, False, True]])
     logits = torch.zeros(2, 4, requires_grad=True)
-    weights = router_weights(torch.tensor([1.0, -1.0]), torch.tensor([True, True]), 2.0)
-    loss, _ = router_loss(logits, torch.tensor([0, 0]), weights, member)
-    loss.backward()
-    assert logits.grad[0].tolist() == [-0.25, -0.25, 0.25, 0.25] and not logits.grad[1].any()
+    (-cluster_log_mass(logits, torch.tensor([0, -1]), member)).sum().backward()
+    assert logits.grad[0].tolist() == [-0.25, -0.25, 0.25, 0.25]
+    assert logits.grad[1].tolist() == [0.25, 0.25, 0.25, -0.75]  # the last row is that of no skill
     sure = torch.tensor([[60.0, 0.0, -60.0, -60.0]], requires_grad=True)
     cluster_log_mass(sure, torch.tensor([0]), member).sum().backward()
     assert sure.grad.abs().max() < 1e-6
@@ -185,7 +177,30 @@ def test_the_router_term_pulls_towards_the_cluster_only():
     assert half.dtype == torch.float32 and float(half) == pytest.approx(math.log(0.5))
 
 
+def test_right_spans_of_a_completion_weigh_its_reward():
+    spans = [(0, 2, 1, True), (3, 4, 0, False), (4, 5, -1, True), (5, 6, 0, True)]
+    found = rewarded_weights(7, spans, 0.75)
+    assert found.skill_G.tolist() == [1, 1, -1, 0, -1, 0, -1]
+    assert found.weight_G.tolist() == [0.75, 0.75, 0, 0, 0, 0.75, 0]
+    assert torch.equal(found.counted_G, found.weight_G)
+    for reward in (math.nan, -1.0, 0.0):  # left out, punished, wrong
+        assert not rewarded_weights(7, spans, reward).weight_G.any()
+    member = torch.zeros(2, 3, 4, dtype=torch.bool)
+    member[0, :, 1] = member[1, 0, 2] = True  # three layers, one layer
+    assert sum_counted([found, found], member) == 2 * (2 * 0.75 * 1 + 0.75 * 3)
+
+
 # ---- drawn experts ----
+
+
+def test_every_drawn_expert_of_a_span_weighs_the_bounded_advantage():
+    spans = [(0, 2, 1, True), (2, 4, 0, False)]
+    advantages = torch.tensor([3.0, 3.0, -1.0, -3.0, 1.0])
+    found = drawn_weights(spans, advantages, kept=True, clip=2.0)
+    # Not the first token: the prompt's own pass took its experts.
+    assert found.weight_G.tolist() == [0, 2, -1, -2, 0]
+    assert found.counted_G.tolist() == [0, 1, 1, 1, 0]
+    assert not drawn_weights(spans, advantages, kept=False, clip=2.0).counted_G.any()
 
 
 def log_of_draw(logits, experts, temperature):
@@ -203,9 +218,7 @@ def test_the_term_of_drawn_experts_equals_its_definition_and_its_gradient(temper
     member, drawn = member_SLE[:, 2], routes[:, 2].clone()
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(T, E, dtype=torch.float64, generator=generator, requires_grad=True)
-    advantages = torch.randn(T, dtype=torch.float64, generator=generator) * 2
-    weights = drawn_weights(advantages, 1.5)
-    assert weights.tolist() == [min(max(a, -1.5), 1.5) for a in advantages.tolist()]
+    weights = torch.randn(T, dtype=torch.float64, generator=generator)
     asked = [bool(s >= 0 and member[s].any()) for s in skill]
     assert 5 < sum(asked) < T - 5
     drawn[~torch.tensor(asked)] = -1  # as where nothing was recorded

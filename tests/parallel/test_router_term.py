@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_mm.config import RunConfig, num_layers
-from megatron_mm.earl.router_term import router_loss
+from megatron_mm.earl.router_term import cluster_log_mass
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.layers.moe import Router
 from megatron_mm.parallel import groups
@@ -36,14 +36,15 @@ class PullsRouters(SupervisedFineTuning):
         self.member_SLE[1, 2] = False  # a skill without experts in a layer
         self.scale = scale
 
-    def router_term(self, logits_tE, batch, moe_index, positions):
+    def router_term(self, logits_tE, batch, moe_index, positions, metrics):
         if moe_index == 1:
             return None
         here = slice(positions.start, positions.stop)
         labels, mask = batch.labels_T[here], batch.loss_mask_T[here]
         skill = torch.where(mask > 0, labels % SKILLS, -1)
         weights = (labels % 7).to(logits_tE.dtype) / 7
-        return self.scale * router_loss(logits_tE, skill, weights, self.member_SLE[:, moe_index])[0]
+        mass = cluster_log_mass(logits_tE, skill, self.member_SLE[:, moe_index])
+        return -self.scale * (weights * (skill >= 0) * mass).sum()
 
 
 def step(ranks, size, sizes, multiple=None, objective=True, **training):
@@ -108,7 +109,8 @@ def both_ways(run: RunConfig):
         )
         total, count = total + loss, count + int(tokens)
         for index, logits in seen.items():
-            term = objective.router_term(logits.flatten(0, 1), batch, index, range(len(positions)))
+            here = range(len(positions))
+            term = objective.router_term(logits.flatten(0, 1), batch, index, here, MUTED)
             if term is not None:
                 total, direct[index] = total + term, direct[index] + term.detach()
     total.backward()

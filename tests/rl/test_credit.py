@@ -139,33 +139,48 @@ def test_policy_batches_hold_what_was_credited_and_leave_failures_out():
     assert one.advantages_T.tolist() == [0.0] * 5 + [0.5] * 3 + [0.0]
     assert other.advantages_T[other.sampled].tolist() == [0.0] * 4 + [-0.5]
     assert one.router is None and one.old_logprobs_T is None
+    assert one.skill_T is None  # without a skill map
     # The microbatches that forward passes read stay as they were.
     assert batches[0].lengths_N.tolist() == [2, 3] and (batches[0].completion_T == 0).sum() == 2
+
+
+def test_policy_batches_hold_the_skill_of_every_position():
+    spans = (([(0, 2, 1, True)], [(0, 1, 0, True)]), ([(0, 2, 0, True)], [(1, 3, 0, False)]))
+    rl = settings(algorithm="dr_grpo", skill_map="map.json")
+    found = credit(scored([[1.0, 0.0], [0.0, 0.5]], spans), [1.0], rl, None, None, alone)
+    batches = packed()
+    one, other = policy_batches(batches, [known(b) for b in batches], found, rl, None, alone)
+    # A prompt has two tokens; the second one's router decides the first token sampled.
+    assert one.skill_T.tolist() == [-1, 0, 0, -1, -1, 1, 1, -1, -1]
+    assert other.skill_T.tolist() == [-1, -1, 0, 0, -1, -1, -1, 0, -1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_router_targets_stand_at_the_positions_of_their_tokens(temperature):
     rl = settings(
         algorithm="dr_grpo", loss_agg_mode="token-mean", router_loss_coeff=0.3,
-        router_temperature=temperature,
+        router_temperature=temperature, skill_map="map.json",
     )  # fmt: skip
     member_SLE = torch.zeros(2, 3, 4, dtype=torch.bool)
     member_SLE[0, :, 1] = True  # skill 0 has experts in three layers, skill 1 in one
     member_SLE[1, 0, 2] = True
     spans = (([(0, 2, 1, True)], [(0, 1, 0, True)]), ([(0, 2, 0, True)], [(1, 3, 0, False)]))
-    before = scored([[1.0, 0.0], [math.nan, 0.5]], spans)
-    found = credit(before, [1.0], rl, None, None, alone)
+    before = scored([[1.0, 0.25], [math.nan, 0.5]], spans)
+    # A reward of the routers' own is no part of the task's.
+    hits = Hits(*[torch.zeros(4, 2, 4, dtype=torch.float64)] * 3)
+    found = credit(before, [1.0], rl, hits, None, alone)
     batches = packed()
     one, other = policy_batches(batches, [known(b) for b in batches], found, rl, member_SLE, alone)
-    drawn = temperature > 0
-    # The first token of a completion is drawn from the prompt's own pass; completion 2 failed.
-    skills = [-1, 1, -1] if drawn else [1, 1, -1]
-    assert one.router.skill_T.tolist() == [-1] * 5 + [*skills, -1]
-    weights = [0.5] * 3 if drawn else [0.5, 0.5, 0.0]
-    assert one.router.weight_T.tolist() == [0.0] * 5 + [*weights, 0.0]
-    assert other.router.skill_T[other.sampled].tolist() == [-1, 0, 0, -1, -1 if drawn else 0]
-    taught = 1 * 1 + 2 * 3 if drawn else 2 * 1 + 2 * 3 + 1 * 3
-    assert one.router.scale == other.router.scale == 0.3 * (3 + 1 + 4) / taught
+    assert one.skill_T[one.sampled].tolist() == [0, 0, 1, 1, -1]
+    mine, theirs = (batch.router.weight_T[batch.sampled].tolist() for batch in (one, other))
+    if temperature:  # every labelled token but the first of a completion; completion 2 failed
+        assert mine == [0, 0, 0, 0.375, 0] and theirs == [0, 0, 0, 0, 0]
+        counted = 1 * 1 + 2 * 3
+    else:  # reward x right
+        assert mine == [0, 0, 1, 1, 0] and theirs == [0, 0, 0, 0, 0.25]
+        counted = 2 * 1 * 1 + 0.25 * 3
+    assert not one.router.weight_T[~one.loss_mask_T.bool()].any()
+    assert one.router.scale == other.router.scale == pytest.approx(0.3 * (3 + 1 + 4) / counted)
 
 
 def test_rounds_join_and_groups_are_chosen():

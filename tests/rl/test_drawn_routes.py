@@ -53,7 +53,7 @@ def on_rank_draws(run: RunConfig) -> dict[str, int]:
                 number = group.number * size + member % size
                 for count in range(TOKENS):
                     place = next(at)
-                    taught = bool(batch.router.skill_T[place] >= 0)
+                    taught = bool(batch.router.weight_T[place] != 0)
                     counts["later taught" if count else "first taught"] += taught
                     counts[_what(batch, place, logits_TLE, number, count, run)] += 1
     finally:

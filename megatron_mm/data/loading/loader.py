@@ -12,7 +12,7 @@ from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.loading.curriculum import open_curriculum
-from megatron_mm.data.loading.reader import Place, Reader, in_worker
+from megatron_mm.data.loading.reader import Labels, Place, Reader, in_worker
 from megatron_mm.data.loading.sizes import Sizes
 from megatron_mm.data.loading.steps import InOrder, Packed, assign
 from megatron_mm.data.loading.workers import WorkerPool
@@ -47,6 +47,8 @@ class TrainLoader:
     returned, whatever has been read ahead. Workers start with the first step and end with `close`
     or the process.
 
+    Args:
+        labels: finds the skills of positions (`Reader`); None: microbatches have no `skill_T`.
     Raises:
         DataError: at construction, settings or files cannot be used.
     """
@@ -60,6 +62,7 @@ class TrainLoader:
         data_parallel_size: int,
         pad_multiple: int = 1,
         consumed_samples: int = 0,
+        labels: Labels | None = None,
     ) -> None:
         training, data = run.training, run.data
         per_step = training.micro_batch_size * data_parallel_size
@@ -77,7 +80,8 @@ class TrainLoader:
         curriculum = open_curriculum(data.train_data, training.seed)
         self._order, self.order = curriculum.order, curriculum.description
         self._place = curriculum.place
-        self._reader = Reader(run, tokenizer, curriculum.sources)
+        self._labelled = labels is not None
+        self._reader = Reader(run, tokenizer, curriculum.sources, labels=labels)
         self._sizes = Sizes(self._order, self._reader, self._place)
         total = self.num_microbatches * data_parallel_size
         self._sampler: InOrder | Packed
@@ -89,7 +93,7 @@ class TrainLoader:
         self.fingerprint = 0  # of the step that next_batch returned last, over the whole job
         self._pool: WorkerPool | None = None
         self._ahead: deque[_Upcoming] = deque()
-        self.load_state_dict({"consumed_samples": consumed_samples})
+        self._go_to({"consumed_samples": consumed_samples})
 
     @property
     def consumed_samples(self) -> int:
@@ -98,7 +102,7 @@ class TrainLoader:
 
     @consumed_samples.setter
     def consumed_samples(self, value: int) -> None:
-        self.load_state_dict({"consumed_samples": value})
+        self._go_to({"consumed_samples": value})
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values, the same on every rank that reads."""
@@ -110,6 +114,9 @@ class TrainLoader:
         Raises:
             DataError: a held sample would be lost.
         """
+        self._go_to(state)
+
+    def _go_to(self, state: dict[str, Any]) -> None:
         self._drop_ahead()
         self._sampler.load_state_dict(state)
         self._state = self._sampler.state_dict()
@@ -132,7 +139,7 @@ class TrainLoader:
                 raise step.error
             batch = [self._microbatch(step, m) for m in range(self.num_microbatches)]
         except BaseException:
-            self.load_state_dict(self._state)
+            self._go_to(self._state)
             raise
         self._state, self.fingerprint = step.after, step.fingerprint
         return batch
@@ -182,6 +189,7 @@ class TrainLoader:
             pad_id=self._reader.builder.tokenizer.pad_id,
             pad_multiple=self._pad_multiple,
             skipped=[*(step.skipped if number == 0 else []), *bad],
+            labelled=self._labelled,
         )
 
     def _drop_ahead(self) -> None:

@@ -30,9 +30,17 @@ class Prompt(NamedTuple):
     where: str  # "file:row"
 
 
+# (row, "file:row", tokens of its sample) -> the skill of each position, int64 [tokens] or -1.
+Labels = Callable[[dict[str, Any], str, int], torch.Tensor]
+
+
 class Reader:
     """Builds samples from rows of `sources`. In place of a bad row's sample it returns the text of
-    the DataError, so that a bad row does not affect the others."""
+    the DataError, so that a bad row does not affect the others.
+
+    Args:
+        labels: gives samples their `skill_T`; it must be one that can be pickled.
+    """
 
     def __init__(
         self,
@@ -40,15 +48,16 @@ class Reader:
         tokenizer: Tokenizer,
         sources: Sequence[RowFiles],
         cache_bytes: int = CACHE_BYTES,
+        labels: Labels | None = None,
     ) -> None:
         self.builder = SampleBuilder(run, tokenizer, cache_bytes)
-        self._sources = sources
+        self._sources, self._labels = sources, labels
         self._made_from = (run, tokenizer, sources)
 
     def for_workers(self, number: int) -> tuple[Any, ...]:
         """Returns the arguments of `in_worker` for each of `number` processes, which together cache
         as much as one reader."""
-        return (*self._made_from, CACHE_BYTES // number)
+        return (*self._made_from, CACHE_BYTES // number, self._labels)
 
     def where(self, place: Place) -> str:
         """Returns "file:row"."""
@@ -63,7 +72,13 @@ class Reader:
         return self.where(places[0]) + (f" and {others} rows with it" if others else "")
 
     def build(self, places: Sequence[Place]) -> list[Sample | str]:
-        return [self._read(self.builder.training, place) for place in places]
+        return [self._read(self._training, place) for place in places]
+
+    def _training(self, row: dict[str, Any], where: str, folder: Path) -> Sample:
+        sample = self.builder.training(row, where, folder)
+        if self._labels is not None:
+            sample.skill_T = self._labels(row, where, len(sample.tokens_T))
+        return sample
 
     def prompts(self, places: Sequence[Place]) -> list[Prompt | str]:
         return [self._read(self._prompt, place) for place in places]

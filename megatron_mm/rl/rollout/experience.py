@@ -13,11 +13,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_mm.cli import EVERY_RANK
 from megatron_mm.config import RunConfig
@@ -25,7 +25,7 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment, count_hits
 from megatron_mm.earl.hacking import HackingWatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import raise_together
+from megatron_mm.engine.feed import raise_together, sum_over_readers
 from megatron_mm.engine.totals import KnownTotals
 from megatron_mm.errors import RLError
 from megatron_mm.rl.completion_batch import CompletionBatch, pack_step
@@ -63,7 +63,7 @@ class Experience:
             error = str(problem)
         raise_together(engine.groups, error)
         self.maps = None if self.alignment is None else self.alignment.maps
-        # The clusters that the routers learn.
+        # The experts that the routers learn; positions without a skill weigh nothing.
         self.member_SLE: torch.Tensor | None = None
         if self.rl.earl.router_loss_coeff:
             assert self.maps is not None  # the coefficient is rejected without a skill map
@@ -72,6 +72,7 @@ class Experience:
         self.objective: PolicyObjective = kind(self.rl)
         self.collector = Collector(run, engine, tokenizer, loader, self.alignment)
         self.reference = Reference(engine, self.rl.ref_load) if self.rl.ref_load else None
+        self._sum_over_readers = partial(sum_over_readers, engine.groups)
         self._ready: deque[list[PolicyBatch]] = deque()
         self.watch = HackingWatch()
         self.known = KnownTotals()
@@ -164,13 +165,6 @@ class Experience:
         weights = self.collector.scorer.weights
         return credit(scored, weights, rl, hits, kl, self._sum_over_readers)
 
-    def _sum_over_readers(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums values over the readers of all replicas; every rank calls it."""
-        groups = self.engine.groups
-        total = values if groups.is_reader else torch.zeros_like(values)
-        dist.all_reduce(total, group=groups.world)
-        return total
-
     # ---- reporting ----
 
     def _report(self, credited: Credited, seconds: dict[str, float]) -> None:
@@ -178,7 +172,6 @@ class Experience:
         self.metrics = rollout_metrics(
             credited,
             self.engine.groups,
-            self.collector.scorer.weights,
             self.maps,
             moe_layers(self.engine),
             (self.engine.config.num_layers, language.num_experts, language.vocab_size),

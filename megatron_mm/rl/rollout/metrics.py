@@ -26,7 +26,7 @@ from megatron_mm.generation.lanes import Completion
 from megatron_mm.parallel.agreement import largest
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics import Total
-from megatron_mm.rl.advantages import component_sums, weighted
+from megatron_mm.rl.advantages import component_sums
 from megatron_mm.rl.credit import Credited
 
 SHOWN_GROUPS = 4  # in the table of completions
@@ -35,7 +35,6 @@ SHOWN_GROUPS = 4  # in the table of completions
 def rollout_metrics(
     credited: Credited,
     groups: Groups,
-    weights: Sequence[float],
     maps: Maps | None,
     layers: Sequence[int],
     sizes: tuple[int, int, int],
@@ -46,7 +45,6 @@ def rollout_metrics(
     calls it.
 
     Args:
-        weights: of the reward functions.
         layers: moe indices of this rank's routes.
         sizes: layers of experts in the model, experts of a layer, tokens of the vocabulary.
         seconds: by phase.
@@ -61,7 +59,7 @@ def rollout_metrics(
         components = component_sums(credited.rewards_PGC, credited.failed_PGC, credited.names)
         pairs |= {k: v.tolist() for k, v in components.items()}
         pairs |= _lengths(completions)
-        pairs |= _by_skill(credited, weights)
+        pairs |= _by_skill(credited)
         if credited.hits is not None and maps is not None:
             pairs |= hit_pairs(credited.hits, maps.found.names)
         pairs["rollout/generated"] = [float(scored.generated), 0.0]
@@ -172,12 +170,10 @@ def _extremes(completions: Sequence[Completion]) -> tuple[int, int]:
     return (min(lengths), max(lengths)) if lengths else (2**62, 0)
 
 
-def _by_skill(credited: Credited, weights: Sequence[float]) -> Pairs:
+def _by_skill(credited: Credited) -> Pairs:
     """Returns the weighted sum of the reward functions alone, over all rows and by the rows'
     skill."""
-    count = len(weights)
-    rewards_PGC, failed_PGC = credited.rewards_PGC[..., :count], credited.failed_PGC[..., :count]
-    total_PG = weighted(rewards_PGC, failed_PGC, torch.tensor(weights))[1]
+    total_PG = credited.task_rewards_PG
     seen_PG, total_PG = ~total_PG.isnan(), total_PG.nan_to_num(nan=0.0)
     pairs: Pairs = {"reward/task": [float(total_PG.sum()), float(seen_PG.sum())]}
     for p, group in enumerate(credited.scored.groups):
