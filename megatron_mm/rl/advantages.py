@@ -46,6 +46,17 @@ class Whitened:
         return self.estimate(rewards_PG, std_floor)
 
 
+@dataclass(frozen=True)
+class BatchScaled:
+    """Marks an estimator whose advantages are divided by the standard deviation of the rewards of
+    all completions afterwards (`scale`)."""
+
+    estimate: Callable[[torch.Tensor, float], torch.Tensor]
+
+    def __call__(self, rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
+        return self.estimate(rewards_PG, std_floor)
+
+
 def grpo(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
     """(r - mean) / std over the group: GRPO, arXiv 2402.03300, section 4.1.2.
 
@@ -76,6 +87,9 @@ def _reward(rewards_PG: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
     return rewards_PG.masked_fill(rewards_PG.isnan(), 0.0)
 
 
+# r - mean over the group, divided by the standard deviation of all rewards (TRL's scale_rewards
+# "batch"; Lite PPO, arXiv 2508.08221, section 4.1.3).
+grpo_batch = BatchScaled(dr_grpo)
 # The reward itself, whitened over the tokens of all completions that are kept: REINFORCE++, arXiv
 # 2501.03262.
 reinforce_plus_plus = Whitened(_reward, kl_to_go=True)
@@ -86,6 +100,11 @@ reinforce_plus_plus_baseline = Whitened(dr_grpo)
 def is_whitened(estimator: str) -> bool:
     """Whether the advantages of a registered estimator or dotted path need `whiten`."""
     return isinstance(ESTIMATORS[estimator], Whitened)
+
+
+def is_batch_scaled(estimator: str) -> bool:
+    """Whether the advantages of a registered estimator or dotted path need `scale`."""
+    return isinstance(ESTIMATORS[estimator], BatchScaled)
 
 
 def has_kl_to_go(estimator: str) -> bool:
@@ -111,7 +130,8 @@ def compute_advantages(
         weights: one for each of the C rewards.
         estimator: a name of ESTIMATORS or a dotted path; see `is_whitened`.
         aggregation: sum_then_normalize gives the estimator the weighted sum of the rewards;
-            normalize_then_sum gives it each reward alone, and sums the weighted advantages.
+            normalize_then_sum gives it each reward alone, and sums the weighted advantages, which
+            then need `standardise`.
         std_floor: lower bound of a group's standard deviation.
     Raises:
         RLError: if the numbers of weights and rewards differ.
@@ -206,12 +226,45 @@ def whitening_sums(values_K: torch.Tensor) -> torch.Tensor:
     return torch.stack((values_K.new_tensor(len(values_K)), values_K.sum(), (values_K**2).sum()))
 
 
+def scale(advantages_PG: torch.Tensor, sums_3: torch.Tensor) -> torch.Tensor:
+    """Returns A / std of the rewards of all completions.
+
+    Args:
+        sums_3: `whitening_sums` of the rewards that are no NaN.
+    """
+    return (advantages_PG.double() / (_batch(sums_3)[1] + EPSILON)).to(advantages_PG.dtype)
+
+
+def standardise(advantages_PG: torch.Tensor, sums_3: torch.Tensor) -> torch.Tensor:
+    """Returns (A - mean) / std over all completions, but 0 in groups where all A are 0: those have
+    nothing to learn from. GDPO's last step (arXiv 2601.05242, eq. 6; TRL's `normalize_then_sum`).
+
+    Args:
+        sums_3: `whitening_sums` of the advantages of completions that are kept.
+    """
+    mean, std = _batch(sums_3)
+    found_PG = ((advantages_PG.double() - mean) / (std + EPSILON)).to(advantages_PG.dtype)
+    return found_PG.masked_fill((advantages_PG == 0).all(1, keepdim=True), 0.0)
+
+
+def clip_sigma(advantages_PG: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Sets standardised advantages beyond `sigma` to 0: StableReinforce's advantage filter, arXiv
+    2505.02835, eq. 4."""
+    return advantages_PG.masked_fill(advantages_PG.abs() > sigma, 0.0)
+
+
 def whiten(values_K: torch.Tensor, sums_3: torch.Tensor) -> torch.Tensor:
     """Returns (A - mean) / std over the tokens of the whole batch, REINFORCE++'s normalisation."""
+    mean, std = _batch(sums_3)
+    return ((values_K.double() - mean) / (std + EPSILON)).to(values_K.dtype)
+
+
+def _batch(sums_3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mean and standard deviation, fp64, of what `whitening_sums` summed."""
     count, total, squares = sums_3.double().unbind()
     mean = total / count.clamp(min=1)
     variance = (squares - count * mean**2).clamp(min=0) / (count - 1).clamp(min=1)
-    return ((values_K.double() - mean) / (variance.sqrt() + EPSILON)).to(values_K.dtype)
+    return mean, variance.sqrt()
 
 
 def _valid(rewards: torch.Tensor) -> torch.Tensor:

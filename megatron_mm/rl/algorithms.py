@@ -22,6 +22,7 @@ ESTIMATORS: Registry[Callable[..., Any]] = Registry(
         name: f"{_ADVANTAGES}.{name}"
         for name in (
             "grpo",
+            "grpo_batch",
             "dr_grpo",
             "rloo",
             "reinforce_plus_plus",

@@ -57,6 +57,19 @@ def check_rl(run: RunConfig) -> None:
         rl.use_kl_in_reward,
         "false, or true with beta above 0",
     )
+    masks = rl.rollout_is is not None and rl.rollout_is_mode == "mask"
+    low, high = rl.rollout_is_threshold_low, rl.rollout_is_threshold
+    allowed = "0, or this value with rollout_is and rollout_is_mode mask"
+    _require(masks or not low, "rollout_is_threshold_low", low, allowed)
+    allowed = f"0 to rollout_is_threshold {high:g}"
+    _require(low <= high, "rollout_is_threshold_low", low, allowed)
+    whitened = rl.advantage_estimator.startswith("reinforce_plus_plus")
+    way, sigma = rl.multi_objective_aggregation, rl.advantage_clip_sigma
+    allowed = f"sum_then_normalize with estimator {rl.advantage_estimator}, which whitens"
+    fine = not whitened or way == "sum_then_normalize"
+    _require(fine, "multi_objective_aggregation", way, allowed)
+    allowed = f"0 with estimator {rl.advantage_estimator}, which whitens"
+    _require(not (whitened and sigma), "advantage_clip_sigma", sigma, allowed)
     check_policy_earl(run)
     chosen = rl.earl.router_loss_coeff > 0 and not rl.earl.router_temperature
     allowed = "0, or this value with reward_funcs, whose rewards weigh the spans"

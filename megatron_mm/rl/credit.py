@@ -7,7 +7,7 @@ Shapes: P groups of this replica, G completions of each or tokens of one, C rewa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,11 +16,15 @@ from megatron_mm.earl.router_reward import router_reward
 from megatron_mm.earl.spans import Span
 from megatron_mm.rl.advantages import (
     Advantages,
+    clip_sigma,
     compute_advantages,
     has_kl_to_go,
+    is_batch_scaled,
     is_whitened,
     returns_to_go,
+    scale,
     span_advantages,
+    standardise,
     weighted,
     whiten,
     whitening_sums,
@@ -47,6 +51,7 @@ class Credited:
         advantages: of each completion.
         token_advantages: fp32 [G] of each of the N completions.
         hits: how often labelled tokens met their experts; None without a skill map.
+        cut_N: whether each completion is left out because it reached the length limit.
     """
 
     scored: Scored
@@ -58,10 +63,14 @@ class Credited:
     token_advantages: tuple[torch.Tensor, ...]
     hits: Hits | None
 
+    cut_N: tuple[bool, ...]
+
     @property
     def kept_N(self) -> list[bool]:
-        """Whether each completion takes part in the loss: no reward of weight failed."""
-        return self.advantages.kept_PG.flatten().tolist()
+        """Whether each completion takes part in the loss: no reward of weight failed, and it was
+        not cut off where such completions are left out."""
+        kept_N = self.advantages.kept_PG.flatten().tolist()
+        return [kept and not cut for kept, cut in zip(kept_N, self.cut_N, strict=True)]
 
 
 def credit(
@@ -95,6 +104,7 @@ def credit(
         rl.multi_objective_aggregation,
         rl.reward_std_floor,
     )
+    advantages = over_the_batch(advantages, rl, sum_over_readers)
     values = advantages.advantages_PG.flatten()
     tokens = [value.expand(length) for value, length in zip(values, lengths, strict=True)]
     if to_go is not None:
@@ -118,7 +128,35 @@ def credit(
         advantages,
         tuple(tokens),
         hits,
+        tuple(rl.mask_truncated_completions and not c.finished for c in scored.completions),
     )
+
+
+def over_the_batch(
+    advantages: Advantages, rl: ResolvedRL, sum_over_readers: SumOverReaders
+) -> Advantages:
+    """Takes the steps that need all completions of the job: the batch's scale, GDPO's last
+    normalisation, StableReinforce's filter. Every rank of the job calls it.
+
+    Returns:
+        the same with other advantages, and with the metric of those that were filtered.
+    """
+    found_PG, kept_PG = advantages.advantages_PG, advantages.kept_PG
+    if is_batch_scaled(rl.advantage_estimator):
+        sums = sum_over_readers(whitening_sums(advantages.rewards_PG[kept_PG]))
+        found_PG = scale(found_PG, sums)
+    several = rl.multi_objective_aggregation == "normalize_then_sum"
+    if several or rl.advantage_clip_sigma:
+        sums = sum_over_readers(whitening_sums(found_PG[kept_PG]))
+        found_PG = standardise(found_PG, sums)
+    metrics = dict(advantages.sums)
+    if rl.advantage_clip_sigma:
+        clipped_PG = clip_sigma(found_PG, rl.advantage_clip_sigma)
+        gone = (clipped_PG != found_PG).sum()
+        metrics["frac_advantage_clipped"] = torch.stack((gone.double(), kept_PG.sum().double()))
+        found_PG = clipped_PG
+    found_PG = found_PG.masked_fill(~kept_PG, 0.0)
+    return replace(advantages, advantages_PG=found_PG, sums=metrics)
 
 
 def with_span_credit(

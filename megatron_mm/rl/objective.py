@@ -54,6 +54,7 @@ class PolicyObjective:
             batch.lengths_N.to(rows.device),
             at(batch.ref_logprobs_T),
             at(batch.rollout_weights_T),
+            entropy_K if self.rl.entropy_coef else None,
             (lambda sums_N: _summed(sums_N, pg.cp)) if pg.cp.size() > 1 else None,
         )
         numerator, sums = policy_loss(tokens, self.rl)
@@ -67,7 +68,8 @@ class PolicyObjective:
         for name, (total, number) in sums.items():
             metrics.ratio(name, total, number)
         metrics.ratio("train/policy_loss", numerator, count)
-        metrics.ratio("entropy", torch.where(mask_K, entropy_K, 0.0).double().sum(), mask_K.sum())
+        entropy = torch.where(mask_K, entropy_K.detach(), 0.0).double().sum()
+        metrics.ratio("entropy", entropy, mask_K.sum())
         return numerator, count.int()
 
 

@@ -18,7 +18,7 @@ from megatron_mm.earl.router_term import (
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.credit import Credited, SumOverReaders
 from megatron_mm.rl.logprobs import Logprobs
-from megatron_mm.rl.policy_losses import loss_denominator, truncated_importance_weights
+from megatron_mm.rl.policy_losses import importance_weights, loss_denominator
 from megatron_mm.rl.settings import ResolvedRL
 
 
@@ -29,7 +29,7 @@ class PolicyBatch(CompletionBatch, TaughtBatch):
 
     Attributes:
         old_logprobs_T: None: they are those of the training pass itself.
-        rollout_weights_T: `truncated_importance_weights`, where the settings ask for them.
+        rollout_weights_T: `importance_weights`, where the settings ask for them.
     """
 
     advantages_T: torch.Tensor
@@ -77,13 +77,8 @@ def policy_batch(
     left_out_T = torch.cat((out_N, torch.zeros(1, dtype=torch.bool)))[batch.completion_T]
     weights_T = None
     if rl.rollout_is:
-        weights_T = truncated_importance_weights(
-            logprobs.old_T,
-            logprobs.rollout_T,
-            batch.completion_T,
-            len(batch.members),
-            rl.rollout_is,
-            rl.rollout_is_threshold,
+        weights_T = importance_weights(
+            logprobs.old_T, logprobs.rollout_T, batch.completion_T, len(batch.members), rl
         )
     values = vars(batch) | {
         "completion_T": batch.completion_T.masked_fill(left_out_T, -1),

@@ -37,7 +37,8 @@ class Tokens:
     completion_K: torch.Tensor
     lengths_N: torch.Tensor  # sampled tokens of each completion, on all ranks together
     ref_logprobs_K: torch.Tensor | None = None  # under the reference model; for KL in the loss
-    rollout_weights_K: torch.Tensor | None = None  # `truncated_importance_weights`
+    rollout_weights_K: torch.Tensor | None = None  # `importance_weights`
+    entropy_K: torch.Tensor | None = None  # in nats, of the distributions; where it is rewarded
     # Sums a [N] tensor over the ranks that share this microbatch's completions (context
     # parallelism). None: they are all here.
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -164,11 +165,15 @@ def policy_loss(tokens: Tokens, rl: ResolvedRL) -> tuple[torch.Tensor, Sums]:
     loss_K = found.loss_K
     if tokens.rollout_weights_K is not None:
         loss_K = loss_K * tokens.rollout_weights_K
+    if tokens.entropy_K is not None:
+        loss_K = loss_K - rl.entropy_coef * tokens.entropy_K
     sums = {
         "clip_ratio/low_mean": _share(found.low_K, mask_K),
         "clip_ratio/high_mean": _share(found.high_K, mask_K),
         "clip_ratio/region_mean": _share(found.low_K | found.high_K, mask_K),
     }
+    if tokens.rollout_weights_K is not None and rl.rollout_is_mode == "mask":
+        sums["rollout_is/frac_masked"] = _share((tokens.rollout_weights_K == 0), mask_K)
     if tokens.ref_logprobs_K is not None:
         kl_K = kl_divergence(tokens.logprobs_K, tokens.ref_logprobs_K, rl.kl_estimator)
         if not rl.use_kl_in_reward:
@@ -192,23 +197,28 @@ def loss_denominator(
     return LOSS_AGGREGATIONS[mode].denominator(lengths_N, max_completion_length)
 
 
-def truncated_importance_weights(
+def importance_weights(
     old_logprobs_K: torch.Tensor,
     rollout_logprobs_K: torch.Tensor,
     completion_K: torch.Tensor,
     num_completions: int,
-    level: str,
-    threshold: float,
+    rl: ResolvedRL,
 ) -> torch.Tensor:
-    """Returns [K], constants: min(p_old / p_rollout, threshold) of each token or, with level
-    "sequence", of the product over its completion, all of which must be on this rank. "TIS" of Yao
-    et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025; verl's
-    rollout_is.
+    """Returns [K], constants: p_old / p_rollout of each token or, with `rollout_is` "sequence", of
+    the product over its completion, all of which must be on this rank.
+
+    Outside its bounds a weight is held at the upper one ("TIS" of Yao et al., "Your efficient RL
+    framework secretly brings you off-policy RL training", 2025) or, with `rollout_is_mode` "mask",
+    is 0 (TRL's `vllm_importance_sampling_mode`; MOPD, arXiv 2601.02780, section 4).
     """
     log_K = (old_logprobs_K - rollout_logprobs_K).detach()
-    if level == "sequence":
+    if rl.rollout_is == "sequence":
         log_K = _of_completion(completion_sums(log_K, completion_K, num_completions), completion_K)
-    return ratio(log_K).clamp(max=threshold)
+    weights_K, high = ratio(log_K), rl.rollout_is_threshold
+    if rl.rollout_is_mode == "truncate":
+        return weights_K.clamp(max=high)
+    inside_K = (weights_K >= rl.rollout_is_threshold_low) & (weights_K <= high)
+    return torch.where(inside_K, weights_K, 0.0)
 
 
 def logprob_abs_diff(tokens: Tokens, rollout_logprobs_K: torch.Tensor) -> Sums:
@@ -264,7 +274,8 @@ def _of_completion(values_N: torch.Tensor, completion_K: torch.Tensor) -> torch.
 def _cleaned(tokens: Tokens) -> Tokens:
     """Puts zeros where no token was sampled: the gradient of an infinite value there, times 0,
     would be NaN."""
-    names = ("logprobs_K", "old_logprobs_K", "advantages_K", "ref_logprobs_K", "rollout_weights_K")
+    names = ["logprobs_K", "old_logprobs_K", "advantages_K", "ref_logprobs_K"]
+    names += ["rollout_weights_K", "entropy_K"]
     values = {name: getattr(tokens, name) for name in names}
     mask_K = tokens.mask_K
     zeroed = {n: torch.where(mask_K, v, 0.0) for n, v in values.items() if v is not None}

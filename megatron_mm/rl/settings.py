@@ -90,10 +90,23 @@ class RLConfig:
     use_kl_in_reward: bool = False
     """Subtract the KL divergence from the reward instead of adding it to the loss."""
     rollout_is: Literal["token", "sequence"] | None = None
-    """Truncated importance sampling where rollout and trainer disagree on probabilities, for each
-    token or for each completion."""
+    """Importance sampling where rollout and trainer disagree on probabilities, for each token or
+    for each completion."""
+    rollout_is_mode: Literal["truncate", "mask"] = "truncate"
+    """What happens to weights of rollout_is outside their bounds: they are held at the bound, or
+    their tokens leave the loss."""
     rollout_is_threshold: PositiveFloat = 2.0
-    """Upper bound of the weights of rollout_is."""
+    """Upper bound of the weights of rollout_is, inclusive."""
+    rollout_is_threshold_low: NonNegativeFloat = 0.0
+    """Lower bound of the weights of rollout_is, inclusive; with rollout_is_mode mask."""
+    mask_truncated_completions: bool = False
+    """Leave completions that reached max_completion_length without an end out of the loss; their
+    rewards still count in their groups (DAPO, arXiv 2503.14476, section 3.4)."""
+    entropy_coef: float = 0.0
+    """Coefficient of the mean entropy, in nats, that is subtracted from the loss."""
+    advantage_clip_sigma: NonNegativeFloat = 0.0
+    """Standardise advantages over all completions, and set those beyond this many standard
+    deviations to 0 (StableReinforce, arXiv 2505.02835, eq. 4); 0: off."""
 
     reward_funcs: list[str] = field(default_factory=list)
     """Reward functions: built-in names or dotted paths, with options, for example exact,
@@ -103,7 +116,8 @@ class RLConfig:
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
         "sum_then_normalize"
     )
-    """Whether several rewards are summed before or after they are normalised in their group."""
+    """Whether several rewards are summed before they are normalised in their group, or after; then
+    the sum is normalised once more, over all completions (GDPO, arXiv 2601.05242, eq. 6)."""
     reward_std_floor: NonNegativeFloat = 0.0
     """Least standard deviation that a group's rewards are divided by."""
     reward_num_workers: PositiveInt = 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from megatron_mm.data.sample import Sample
 from megatron_mm.earl.alignment import Hits
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.generation.lanes import Completion
-from megatron_mm.rl.advantages import EPSILON
+from megatron_mm.rl.advantages import EPSILON, Advantages
 from megatron_mm.rl.completion_batch import answered, completion_batch
-from megatron_mm.rl.credit import completion_kl, credit
+from megatron_mm.rl.credit import completion_kl, credit, over_the_batch
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_batch import policy_batches
 from megatron_mm.rl.rollout.collect import assign_steps
@@ -199,3 +199,119 @@ def test_steps_follow_from_the_order_of_the_data_over_all_replicas():
     chosen, steps = assign_steps([9, 2, 4], [9, 2, 4, 1, 7, 3], prompts=5, prompts_per_step=2)
     # In order 1 2 | 3 4 | 7; number 9 is too much.
     assert chosen == [1, 2] and steps.of_group == (0, 1) and steps.count == 3
+
+
+def trl_gdpo(rewards, weights):
+    """TRL's `normalize_then_sum`, by loops: each reward over the deviation of its group, their
+    weighted sum, then once more over the whole batch. rewards: [P][G][C]."""
+    sums = []
+    for group in rewards:
+        columns = []
+        for values in zip(*group, strict=True):
+            mean = sum(values) / len(values)
+            std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+            columns.append([(v - mean) / (std + EPSILON) for v in values])
+        sums.append(
+            [
+                sum(w * c[g] for w, c in zip(weights, columns, strict=True))
+                for g in range(len(group))
+            ]
+        )
+    flat = [value for group in sums for value in group]
+    mean = sum(flat) / len(flat)
+    std = math.sqrt(sum((v - mean) ** 2 for v in flat) / (len(flat) - 1))
+    return [[(v - mean) / (std + EPSILON) for v in group] for group in sums]
+
+
+def of_rewards(rewards_PGC: list) -> Scored:
+    rewards = torch.tensor(rewards_PGC)
+    one = scored(rewards[..., 0].tolist())
+    return replace(
+        one,
+        names=("a", "b"),
+        rewards_PGC=rewards,
+        failed_PGC=rewards.isnan() & False,
+    )
+
+
+def credited_by(rewards, rl, sum_over=alone):
+    return credit(of_rewards(rewards), [2.0, 0.5], rl, None, None, sum_over)
+
+
+TWO = [[[1.0, 10.0], [0.0, 30.0]], [[1.0, 20.0], [1.0, 25.0]]]
+
+
+def test_rewards_normalised_one_by_one_are_normalised_together_at_the_end():
+    rl = settings(multi_objective_aggregation="normalize_then_sum")
+    found = credited_by(TWO, rl).advantages.advantages_PG
+    torch.testing.assert_close(found, torch.tensor(trl_gdpo(TWO, [2.0, 0.5])), rtol=1e-5, atol=1e-6)
+
+
+def test_an_idle_group_stays_at_zero_and_counts_in_the_batch():
+    """Three advantages are left of the first group, whose mean is not 0 once one has failed."""
+    rl = settings(multi_objective_aggregation="normalize_then_sum")
+    idle = [[1.0, 20.0], [1.0, 20.0]]
+    found = credited_by([TWO[0], idle], rl).advantages.advantages_PG
+    assert found[1].tolist() == [0.0, 0.0]
+    expected = trl_gdpo([TWO[0], idle], [2.0, 0.5])[0]
+    assert found[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_replicas_normalise_as_one():
+    rl = settings(multi_objective_aggregation="normalize_then_sum", advantage_clip_sigma=1.5)
+    values = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+
+    def of(rows):
+        return Advantages(rows, rows, torch.ones_like(rows, dtype=torch.bool), {})
+
+    whole = over_the_batch(of(values), rl, alone).advantages_PG
+    given = []
+    for part in values.split(2):
+        over_the_batch(of(part), rl, lambda sums: given.append(sums) or sums)
+    assert len(given) == 2  # one exchange
+    parts = [over_the_batch(of(p), rl, lambda _: sum(given)).advantages_PG for p in values.split(2)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("estimator", ["grpo_batch"])
+def test_the_scale_of_the_batch(estimator):
+    """TRL's scale_rewards "batch": r - mean of the group, over the deviation of all rewards."""
+    rewards = [[1.0, 0.0], [0.5, 0.25]]
+    rl = settings(advantage_estimator=estimator)
+    found = credit(scored(rewards), [1.0], rl, None, None, alone).advantages.advantages_PG
+    std = float(torch.tensor(rewards).flatten().std()) + EPSILON
+    expected = [[0.5 / std, -0.5 / std], [0.125 / std, -0.125 / std]]
+    assert found.flatten().tolist() == pytest.approx(sum(expected, []), rel=1e-5)
+
+
+def test_advantages_far_from_the_others_are_left_out():
+    rewards = [[1.0, 0.0], [0.0, 0.0]]
+    rl = settings(algorithm="dr_grpo", advantage_clip_sigma=1.0)
+    found = credit(scored(rewards), [1.0], rl, None, None, alone).advantages
+    # +-0.5 and two zeros: a deviation of 0.408, so both are 1.22 of it away.
+    assert found.advantages_PG.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert found.sums["frac_advantage_clipped"].tolist() == [2, 4]
+    rl = settings(algorithm="dr_grpo", advantage_clip_sigma=1.5)
+    found = credit(scored(rewards), [1.0], rl, None, None, alone).advantages
+    assert found.advantages_PG[0].tolist() == pytest.approx(
+        [0.5 / 0.40835, -0.5 / 0.40835], rel=1e-3
+    )
+
+
+def test_completions_that_were_cut_leave_the_loss_but_not_their_group():
+    before = scored([[1.0, 0.0], [0.5, 0.5]])
+    groups = tuple(
+        replace(
+            group,
+            completions=tuple(replace(c, finished=n != 1) for n, c in enumerate(group.completions)),
+        )
+        for group in before.groups
+    )
+    before = replace(before, groups=groups)
+    plain = credit(before, [1.0], settings(), None, None, alone)
+    rl = settings(mask_truncated_completions=True)
+    found = credit(before, [1.0], rl, None, None, alone)
+    assert torch.equal(found.advantages.advantages_PG, plain.advantages.advantages_PG)
+    assert plain.kept_N == [True] * 4 and found.kept_N == [True, False, True, False]
+    batches = policy_batches(packed(), [known(b) for b in packed()], found, rl, None, alone)
+    assert [int(n) for b in batches for n in b.lengths_N] == [2, 3, 0, 0]

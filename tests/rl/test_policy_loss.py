@@ -9,11 +9,11 @@ import torch
 from megatron_mm.rl.algorithms import ALGORITHMS
 from megatron_mm.rl.policy_losses import (
     Tokens,
+    importance_weights,
     kl_divergence,
     logprob_abs_diff,
     loss_denominator,
     policy_loss,
-    truncated_importance_weights,
 )
 from megatron_mm.rl.settings import RLConfig, resolve_algorithm
 from support import references
@@ -54,6 +54,10 @@ def flat(nested):
     return torch.tensor([x for row in nested for x in row], dtype=torch.float64)
 
 
+def entropy_of(logits_KV):
+    return -(logits_KV.softmax(1) * logits_KV.log_softmax(1)).sum(1)
+
+
 def make_tokens(theta, case, rl):
     """Returns the whole minibatch as one part, and the leaf that gradients end in."""
     logits_KV = torch.tensor([x for row in theta for x in row], dtype=torch.float64)
@@ -64,14 +68,7 @@ def make_tokens(theta, case, rl):
     completion_K = torch.arange(len(LENGTHS)).repeat_interleave(lengths_N)
     old_K, weights_K = flat(case.old), None
     if rl.rollout_is:
-        weights_K = truncated_importance_weights(
-            old_K,
-            flat(case.rollout),
-            completion_K,
-            len(LENGTHS),
-            rl.rollout_is,
-            rl.rollout_is_threshold,
-        )
+        weights_K = importance_weights(old_K, flat(case.rollout), completion_K, len(LENGTHS), rl)
     tokens = Tokens(
         logprobs_K,
         old_K,
@@ -80,6 +77,7 @@ def make_tokens(theta, case, rl):
         lengths_N,
         flat(case.ref) if rl.beta else None,
         weights_K,
+        entropy_K=entropy_of(logits_KV) if rl.entropy_coef else None,
     )
     return tokens, logits_KV
 
@@ -146,6 +144,41 @@ def test_kl_in_the_reward_is_not_in_the_loss_but_logged():
 def test_truncated_importance_sampling(level, threshold):
     rl = RLConfig(rollout_is=level, rollout_is_threshold=threshold, beta=0.1)
     check(resolve_algorithm(rl))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("bounds", [(0.5, 2.0), (0.9, 1.1), (0.0, 1.0)])
+def test_masked_importance_sampling(level, bounds):
+    low, high = bounds
+    rl = RLConfig(
+        rollout_is=level,
+        rollout_is_mode="mask",
+        rollout_is_threshold_low=low,
+        rollout_is_threshold=high,
+        beta=0.1,
+    )
+    sums = check(resolve_algorithm(rl))
+    masked, tokens = sums["rollout_is/frac_masked"].tolist()
+    assert 0 < masked <= tokens
+
+
+def test_bounds_of_importance_weights_are_inclusive():
+    rl = resolve_algorithm(
+        RLConfig(
+            rollout_is="token",
+            rollout_is_mode="mask",
+            rollout_is_threshold_low=0.5,
+            rollout_is_threshold=2.0,
+        )
+    )
+    ratios_K = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    found_K = importance_weights(ratios_K.log(), torch.zeros(5), torch.zeros(5).long(), 1, rl)
+    assert found_K.tolist() == pytest.approx([0.0, 0.5, 1.0, 2.0, 0.0])
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_entropy_is_rewarded(mode):
+    check(resolve_algorithm(RLConfig(entropy_coef=0.2, loss_agg_mode=mode, beta=0.1)))
 
 
 def some(tokens, keep_K, lengths_N=None):
@@ -231,7 +264,9 @@ def test_a_part_without_a_token_adds_nothing(policy, lengths):
     numerator.backward()
     assert numerator == 0 and logprobs.grad.tolist() == [0.0]
     assert not any(pair.any() for pair in sums.values())
-    weights = truncated_importance_weights(anything, anything, nothing, 0, "sequence", 2.0)
+    weights = importance_weights(
+        anything, anything, nothing, 0, resolve_algorithm(RLConfig(rollout_is="sequence"))
+    )
     assert weights.shape == (1,)
 
 

@@ -55,6 +55,13 @@ def kl(theta, case, estimator, i, t):
     return {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[estimator]
 
 
+def entropy(logits):
+    """Returns the entropy of the softmax of one position's logits, in nats."""
+    masses = [math.exp(x) for x in logits]
+    shares = [mass / sum(masses) for mass in masses]
+    return -sum(p * math.log(p) for p in shares)
+
+
 def loss(theta, frozen, case, rl):
     """Returns the loss of the whole minibatch."""
     per_completion = []
@@ -67,7 +74,14 @@ def loss(theta, frozen, case, rl):
                     drift = old[t] - case.rollout[i][t]
                 else:
                     drift = sum(o - r for o, r in zip(old, case.rollout[i], strict=True))
-                term *= min(math.exp(drift), rl.rollout_is_threshold)
+                weight, high = math.exp(drift), rl.rollout_is_threshold
+                low = rl.rollout_is_threshold_low
+                if rl.rollout_is_mode == "mask":
+                    term *= weight if low <= weight <= high else 0.0
+                else:
+                    term *= min(weight, high)
+            if rl.entropy_coef:
+                term -= rl.entropy_coef * entropy(theta[i][t])
             if rl.beta and not rl.use_kl_in_reward:
                 term += rl.beta * kl(theta, case, rl.kl_estimator, i, t)
             terms.append(term)
