@@ -7,6 +7,7 @@ anything that may log.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -34,7 +35,9 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = PREFIX.get(record.levelno, "")
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+        # A full disk or a closed terminal; there is no one left to tell.
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def setup_logging(rank: int) -> None:
@@ -54,6 +57,33 @@ def fail(error: Exception) -> int:
     if rank() == 0:
         logger.error("%s", error)
     return 2 if isinstance(error, ConfigError) else 1
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the type of an exception and the beginning of what it says."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def say(text: str) -> None:
+    """Prints on stdout; a full disk or a closed pipe there is a warning."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError) as error:
+        logger.warning("stdout cannot be written: %s", error)
+
+
+def let_go() -> None:
+    """Throws away what stdout and stderr could not take, before the interpreter tries once more and
+    makes an exit status of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def flag(key: str) -> str:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from megatron_mm import cli
+
+if TYPE_CHECKING:
+    from megatron_mm.config import RunConfig
+
+PATIENCE = 3.0  # seconds in which rank 0 says what is wrong everywhere, and torchrun ends the rest
 
 
 def main(argv: list[str]) -> int:
@@ -17,6 +25,9 @@ def main(argv: list[str]) -> int:
         run = load(None, argv)
         validate(run, cli.world_size())
     except ConfigError as error:
+        if cli.rank():  # perhaps only this rank was given them
+            time.sleep(PATIENCE)
+            logging.getLogger(__name__).error("rank %d: %s", cli.rank(), error)
         return cli.fail(error)
 
     from megatron_mm import platform
@@ -30,20 +41,59 @@ def main(argv: list[str]) -> int:
         return 1
 
     from megatron_mm.engine.kernels import choose_kernels
-    from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
+    from megatron_mm.errors import LaunchError
     from megatron_mm.parallel import groups
-    from megatron_mm.train.loop import train
 
-    status = 0
     try:
         choose_kernels(run)
+        groups.start(run.parallel)
     except ConfigError as error:
         return cli.fail(error)
-    groups.start(run.parallel)
-    try:
-        train(run, groups.build(run.parallel))
-    except (CheckpointError, ConfigError, DataError, NonFiniteError) as error:
-        status = cli.fail(error)
+    except LaunchError as error:
+        logging.getLogger(__name__).error("%s", error)  # perhaps on this rank alone
+        return 1
+    status = _run(run)
+    cli.let_go()
+    return status
+
+
+def _run(run: RunConfig) -> int:
+    """Trains in the job that has been started; returns the exit code."""
+    from megatron_mm.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DivergedError,
+        NonFiniteError,
+    )
+    from megatron_mm.parallel import groups
+    from megatron_mm.parallel.watch import Watch, lost_connection, store_of_the_job
+    from megatron_mm.train.alike import check_alike
+    from megatron_mm.train.loop import train
+    from megatron_mm.train.stopping import stopping
+
+    told, status = (CheckpointError, ConfigError, DataError, DivergedError, NonFiniteError), 0
+    # Alone there is no one to watch. A signal that comes while an error is told waits for it.
+    many = cli.world_size() > 1
+    watched = Watch(store_of_the_job(), cli.rank(), cli.world_size()) if many else None
+    with watched or nullcontext():
+        try:
+            check_alike(run)
+            train(run, groups.build(run.parallel))
+        except told as error:
+            status = cli.fail(error)
+        except KeyboardInterrupt:
+            return 130
+        except BaseException as error:
+            if watched is None:
+                raise
+            said = lost_connection(error)
+            if said is None:
+                watched.last_word(cli.one_line(error))
+                raise
+            with stopping(lambda: None):
+                logging.getLogger(__name__).error("%s", watched.why(said))
+            return 1
     # Not after anything else: other ranks may be inside a collective, and leaving the job in
     # good order would wait for them before the traceback is seen.
     groups.stop()

@@ -30,11 +30,13 @@ class Start:
         iteration: optimizer steps done.
         seconds: of training, so far.
         notes: of a conversion, for the way back.
+        losses: the last ones, for the guard against spikes.
     """
 
     iteration: int = 0
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
 
 
 def resumed(run: RunConfig, groups: Groups) -> RunConfig:
@@ -85,7 +87,8 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
         )
     loader.load_state_dict(state["loader"])
     _tell_order(extra.get("data"), loader.order)
-    return Start(state["iteration"], extra.get("seconds", 0.0), notes)
+    losses = extra.get("losses", [])
+    return Start(state["iteration"], extra.get("seconds", 0.0), notes, losses)
 
 
 def _tell(initialized: list[str], ignored: list[str], most: int = 4) -> None:
