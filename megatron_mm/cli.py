@@ -13,7 +13,7 @@ import os
 import sys
 from typing import NoReturn
 
-from megatron_mm.errors import ConfigError
+from megatron_mm.errors import ConfigError, LaunchError
 
 EVERY_RANK = {"every_rank": True}  # `extra` of a message that other ranks do not repeat
 PREFIX = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
@@ -52,9 +52,9 @@ def setup_logging(rank: int) -> None:
 
 
 def fail(error: Exception) -> int:
-    """Logs `error: ...` on rank 0, for an error that every rank raises. Returns the exit code: 2
-    for wrong settings, else 1."""
-    if rank() == 0:
+    """Logs `error: ...` on rank 0, for an error that every rank raises; on each rank that cannot join
+    its job. Returns the exit code: 2 for wrong settings, else 1."""
+    if rank() == 0 or isinstance(error, LaunchError):
         logger.error("%s", error)
     return 2 if isinstance(error, ConfigError) else 1
 

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm import platform
+from megatron_mm import cli, platform
 from megatron_mm.config import ConfigError, ParallelConfig, RunConfig, load, validate
+from megatron_mm.errors import LaunchError
 from megatron_mm.parallel import descriptors
 from megatron_mm.train.alike import code_version, digest_of, settings_of, version
 
@@ -223,7 +224,10 @@ def main(argv: list[str], show: Callable[[str, str, bool], None]) -> int:
 
     platform.end_with_parent()
     platform.quiet()
-    groups.start(ParallelConfig())
+    try:
+        groups.start(ParallelConfig())
+    except LaunchError as error:
+        return cli.fail(error)
     lines, problem = examine(argv)
     if dist.get_rank() == 0:
         for line in lines:

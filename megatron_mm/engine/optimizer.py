@@ -166,10 +166,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     # Replicas without a shared optimizer each have a sum of their own.
     wrong = (~found.isfinite()).any().float()
     dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
-    *numbers, wrong_anywhere = torch.cat((found, wrong[None])).tolist()
-    if wrong_anywhere:
-        return math.nan
-    roots = [square**0.5 for square in numbers]
+    roots = [square**0.5 for square in found.masked_fill(wrong.bool(), math.nan).tolist()]
     return roots[0] if len(roots) == 1 else math.sqrt(sum(root**2 for root in roots))
 
 

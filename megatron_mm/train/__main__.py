@@ -47,11 +47,8 @@ def main(argv: list[str]) -> int:
     try:
         choose_kernels(run)
         groups.start(run.parallel)
-    except ConfigError as error:
+    except (ConfigError, LaunchError) as error:
         return cli.fail(error)
-    except LaunchError as error:
-        logging.getLogger(__name__).error("%s", error)  # perhaps on this rank alone
-        return 1
     status = _run(run)
     cli.let_go()
     return status
@@ -73,9 +70,12 @@ def _run(run: RunConfig) -> int:
     from megatron_mm.train.stopping import stopping
 
     told, status = (CheckpointError, ConfigError, DataError, DivergedError, NonFiniteError), 0
-    # Alone there is no one to watch. A signal that comes while an error is told waits for it.
-    many = cli.world_size() > 1
-    watched = Watch(store_of_the_job(), cli.rank(), cli.world_size()) if many else None
+    watched = None
+    if cli.world_size() > 1:  # alone there is no one to watch
+        try:
+            watched = Watch(store_of_the_job(), cli.rank(), cli.world_size())
+        except RuntimeError as error:
+            logging.getLogger(__name__).warning("ranks are not watched: %s", cli.one_line(error))
     with watched or nullcontext():
         try:
             check_alike(run)
@@ -91,7 +91,7 @@ def _run(run: RunConfig) -> int:
             if said is None:
                 watched.last_word(cli.one_line(error))
                 raise
-            with stopping(lambda: None):
+            with stopping(lambda: None):  # torchrun tells this rank to end meanwhile
                 logging.getLogger(__name__).error("%s", watched.why(said))
             return 1
     # Not after anything else: other ranks may be inside a collective, and leaving the job in

@@ -66,6 +66,8 @@ def check_alike(run: RunConfig) -> None:
     Raises:
         ConfigError: on every rank; names the first part that differs, both values and their ranks.
     """
+    if dist.get_world_size() == 1:
+        return
     mine = parts_of(run)
     digests: list = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest_of(repr(sorted(mine.items())).encode()))

@@ -228,7 +228,8 @@ class Trainer:
             self.replicas.check(self.iteration)
         extra = {"seconds": self.seconds, "data": self.loader.order, NOTES: self.notes}
         extra["objective"] = self.run.training.objective
-        extra["losses"] = [*self.guard.losses]
+        if self.guard.factor:
+            extra["losses"] = [*self.guard.losses]
         state = self.loader.state_dict() if position is None else position
         seconds = self.saver.save(state, Path(save), self.iteration, extra)
         self.saved = self.iteration

@@ -55,8 +55,8 @@ def poison_sum(trainer) -> None:
         norm = trainer.engine.gradient_norm
 
         def poisoned() -> float:
-            *_, (_, param, _) = layouts(*trainer.engine.chunks)
-            param.main_grad.view(-1)[0] = math.nan
+            for _, param, _ in layouts(*trainer.engine.chunks):
+                param.main_grad.fill_(math.nan)
             return norm()
 
         trainer.engine.gradient_norm = poisoned
