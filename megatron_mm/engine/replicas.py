@@ -81,18 +81,21 @@ def key_of(name: str, layout: ParamLayout) -> int:
 
 @torch.no_grad()
 def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns an int64 scalar on the tensor's device: its bits in words of 8 bytes, each times an
-    odd number of its place, summed modulo 2^64. One flipped bit changes a word by a power of 2,
-    and the sum by that times an odd number, which is never 0 modulo 2^64."""
+    """Returns an int64 scalar on the tensor's device: its bits in words of 8 bytes, each mixed with
+    its place, summed modulo 2^64. The mixing is one to one, so a change of one word always changes
+    the sum; changes of several cancel out with a probability of about 2^-64."""
     raw = tensor.detach().reshape(-1).view(torch.uint8)
     if raw.storage_offset() % 8:
         raw = raw.clone()
     whole = len(raw) // 8 * 8
     words, rest = raw[:whole].view(torch.int64), raw[whole:].long()
-    total = torch.zeros((), dtype=torch.int64, device=raw.device)
-    for number, part in enumerate([*words.split(CHUNK), rest]):
-        places = torch.arange(len(part), dtype=torch.int64, device=raw.device)
-        total += (part * ((2 * places + 1) * ODD)).sum() * (2 * number + 1)
+    total, begin = torch.zeros((), dtype=torch.int64, device=raw.device), 0
+    for part in (*words.split(CHUNK), rest):
+        mixed = torch.arange(begin, begin + len(part), dtype=torch.int64, device=raw.device)
+        mixed.mul_(ODD).add_(part).mul_(ODD)
+        mixed ^= (mixed >> 31) & ((1 << 33) - 1)  # high bits to low ones; the sign is not copied
+        total += mixed.mul_(ODD).sum()
+        begin += len(part)
     return total
 
 

@@ -41,6 +41,9 @@ def test_order_counts_and_place_in_memory_does_not():
         held = torch.randn(1100)
         held[offset : offset + 999] = numbers
         assert int(digest(held[offset : offset + 999])) == int(digest(numbers))
+    signs = numbers.clone()
+    signs[[11, 701]] *= -1  # the highest bits of two words
+    assert int(digest(numbers)) != int(digest(signs))
     # NaN equals nothing, but its bits do; and -0 is another value than 0.
     assert int(digest(torch.tensor([float("nan")]))) == int(digest(torch.tensor([float("nan")])))
     assert int(digest(torch.tensor([0.0]))) != int(digest(torch.tensor([-0.0])))

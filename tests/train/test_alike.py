@@ -131,7 +131,7 @@ def test_files_that_differ_are_named_and_copies_are_not(ranks, scenes, tmp_path)
     for name, text in first.items():
         assert text.startswith(f"file {files.get(name, 'rows.jsonl')} differs: rank 1 on "), text
     assert "has none (No such file or directory)" in first["absent"]
-    assert "has 988,891 bytes" in first["longer"], first["longer"]
+    assert "has 1,068,891 bytes" in first["longer"], first["longer"]
 
 
 def test_the_odd_one_is_named_by_majority():
