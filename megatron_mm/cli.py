@@ -52,7 +52,7 @@ def setup_logging(rank: int) -> None:
 
 
 def fail(error: Exception) -> int:
-    """Logs `error: ...`: on rank 0 what every rank raises, on each rank that it cannot join the job.
+    """Logs `error: ...`: on rank 0 what every rank raises, on each that it cannot join the job.
     Returns the exit code: 2 for wrong settings, else 1."""
     if rank() == 0 or isinstance(error, LaunchError):
         logger.error("%s", error)

@@ -92,8 +92,10 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     total, begin = torch.zeros((), dtype=torch.int64, device=raw.device), 0
     for part in (*words.split(CHUNK), rest):
         mixed = torch.arange(begin, begin + len(part), dtype=torch.int64, device=raw.device)
-        mixed.mul_(ODD).add_(part).mul_(ODD)
-        mixed ^= (mixed >> 31) & ((1 << 33) - 1)  # high bits to low ones; the sign is not copied
+        mixed.mul_(ODD).add_(part)
+        for _ in range(2):  # high bits reach low ones, and then all; the sign is not copied
+            mixed.mul_(ODD)
+            mixed ^= (mixed >> 31) & ((1 << 33) - 1)
         total += mixed.mul_(ODD).sum()
         begin += len(part)
     return total
