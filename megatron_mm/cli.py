@@ -22,12 +22,20 @@ logger = logging.getLogger("megatron_mm")
 
 def rank() -> int:
     """Rank of this process under torchrun, 0 outside it."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes that torchrun started, 1 outside it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, otherwise: int) -> int:
+    """Returns a variable of torchrun's. What is no number is told when the job is joined."""
+    try:
+        return int(os.environ.get(variable, otherwise))
+    except ValueError:
+        return otherwise
 
 
 class _Stderr(logging.Handler):

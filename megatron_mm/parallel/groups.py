@@ -68,6 +68,8 @@ def start(parallel: ParallelConfig) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
     try:
+        if not 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):
+            raise ValueError("RANK is not below WORLD_SIZE")
         dist.init_process_group(
             platform.backend(),
             timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),

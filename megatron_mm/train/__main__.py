@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         if cli.rank():  # perhaps only this rank was given them
             time.sleep(PATIENCE)
-            logging.getLogger(__name__).error("rank %d: %s", cli.rank(), error)
+            cli.logger.error("rank %d: %s", cli.rank(), error)
         return cli.fail(error)
 
     from megatron_mm import platform
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> int:
     try:
         platform.install()
     except RuntimeError as error:
-        logging.getLogger(__name__).error("%s", error)  # perhaps on this node alone
+        cli.logger.error("%s", error)  # perhaps on this node alone
         return 1
 
     from megatron_mm.engine.kernels import choose_kernels
@@ -75,7 +74,7 @@ def _run(run: RunConfig) -> int:
         try:
             watched = Watch(store_of_the_job(), cli.rank(), cli.world_size())
         except RuntimeError as error:
-            logging.getLogger(__name__).warning("ranks are not watched: %s", cli.one_line(error))
+            cli.logger.warning("ranks are not watched: %s", cli.one_line(error))
     with watched or nullcontext():
         try:
             check_alike(run)
@@ -92,7 +91,7 @@ def _run(run: RunConfig) -> int:
                 watched.last_word(cli.one_line(error))
                 raise
             with stopping(lambda: None):  # torchrun tells this rank to end meanwhile
-                logging.getLogger(__name__).error("%s", watched.why(said))
+                cli.logger.error("%s", watched.why(said))
             return 1
     # Not after anything else: other ranks may be inside a collective, and leaving the job in
     # good order would wait for them before the traceback is seen.

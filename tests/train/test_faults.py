@@ -116,6 +116,7 @@ BAD_PLACES = {
     "a port that is none": ({"MASTER_PORT": "http"}, r"rank 0 of 2 cannot join the job at .*http"),
     "a port beyond all": ({"MASTER_PORT": "99999"}, r"rank 0 of 2 cannot join the job at .*99999"),
     "no port": ({"MASTER_PORT": None}, r"rank 0 of 2 cannot join the job at .*MASTER_PORT none"),
+    "a rank that is none": ({"RANK": "first"}, r"rank first of 2 cannot join the job at "),
     "a rank beyond all": ({"RANK": "5"}, r"rank 5 of 2 cannot join the job at "),
 }
 
@@ -169,4 +170,4 @@ def test_bad_settings_of_one_rank_are_said(config):
         [*ALONE, "--config", str(config), "--lr", "-1"],
         cwd=ROOT, env=environment() | env, capture_output=True, text=True, timeout=TIMEOUT,
     )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: rank 1: lr is -1")
+    assert done.returncode == 2 and done.stderr.startswith("error: rank 1: optimizer.lr is -1")

@@ -173,7 +173,7 @@ def on_rank_spike(run, folder: Path) -> tuple:
             held.append(trainer.iteration)
             stayed.append(parameter_hash(trainer.engine) == before)
             stayed.append(trainer.engine.learning_rate() != rate)  # the schedule goes on
-        else:
+        elif rate:  # 0 at the first step of a warm-up
             assert parameter_hash(trainer.engine) != before
     trainer.save()
     run.checkpoint.load = run.checkpoint.save
