@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.checkpoint.parameters import finish_param_gather
 from megatron_mm.checkpoint.saver import Saver
@@ -23,7 +24,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.engine.replicas import Replicas
 from megatron_mm.engine.totals import KnownTotals
-from megatron_mm.errors import CheckpointError, DataError, DivergedError, NonFiniteError
+from megatron_mm.errors import DataError, NonFiniteError
 from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics import Metrics, NotFinite, Total, own_totals, reduced
@@ -240,7 +241,7 @@ class Trainer:
         failed is only logged. Every rank calls it."""
         try:
             self.saver.finish()
-        except CheckpointError as error:
+        except (Exception, CheckpointException) as error:
             logger.warning("%s", error)
             self.saved = None  # what was being written is lost
         known = self.iteration in (self.begun, self.saved)
@@ -249,5 +250,6 @@ class Trainer:
         try:
             self.save(self.position)
             self.saver.finish()
-        except (CheckpointError, DivergedError) as error:
-            logger.warning("%s", error)
+        # Whatever it is, it must not hide the error that ends the run.
+        except (Exception, CheckpointException) as error:
+            logger.warning("nothing was saved: %s", error)
