@@ -61,6 +61,7 @@ FORGED = {
     "many digits": "the worker sent an answer that is no JSON",
     "two scores": "the worker sent an answer",
     "ready": "the worker sent an answer",
+    "begun for ever": "the worker sent ",
     "close": "the worker closed its pipe",
     "stop": "took longer than 2 s",
     "kill the group": "the worker ended with signal 9",
@@ -80,10 +81,11 @@ def test_what_a_function_writes_costs_one_sample(runner, word):
     assert time.monotonic() - began < 60
 
 
-def test_a_call_answers_for_itself_alone(runner):
-    """A thread that is left behind holds the interpreter: the worker does not even read the next
-    call, and its sample is not why."""
-    found = score(runner, ["thread"])
+@pytest.mark.parametrize("word", ["thread", "noise later", "die later"])
+def test_a_call_answers_for_itself_alone(runner, word):
+    """A thread that is left behind holds the interpreter, writes or ends the worker: that does not
+    even read the next call, and its sample is not why."""
+    found = score(runner, [word])
     assert values(found) == [1.0]
     time.sleep(0.6)
     large = ["x" * (1 << 24)]  # more than the pipe holds

@@ -94,6 +94,14 @@ def _do(word):
     if word == "ready":
         forged(ready=[[None], [False], [True]])
         time.sleep(600)
+    if word == "begun for ever":
+        while True:
+            forged(begun=True)
+            time.sleep(0.01)
+    if word == "noise later":
+        threading.Thread(target=lambda: (time.sleep(0.3), say(b"noise")), daemon=True).start()
+    if word == "die later":
+        threading.Thread(target=lambda: (time.sleep(0.3), os._exit(9)), daemon=True).start()
     if word == "close":
         os.closerange(3, 100)
         time.sleep(600)

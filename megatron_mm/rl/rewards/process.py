@@ -104,6 +104,8 @@ class RewardProcess:
         except ValueError as error:
             return Lost(f"the worker sent {error}")
         if isinstance(found, Begun):
+            if self.begun:  # or it would never be late
+                return Lost("the worker sent that it begins, twice")
             self.begun = True
             self.set_limit(self.limit)
             return self.hear()

@@ -253,9 +253,8 @@ class RewardRunner:
     def _is_innocent(self, worker: RewardProcess, answer: Lost) -> bool:
         """Whether an earlier call may be why a worker is lost, and the task may be tried again."""
         self._tries[worker.task] += 1
-        unheard = answer.timed_out and not worker.begun
         cramped = answer.out_of_memory and worker.answered > 0
-        return (unheard or cramped) and self._tries[worker.task] < MAX_TRIES
+        return (not worker.begun or cramped) and self._tries[worker.task] < MAX_TRIES
 
     def _take_in(self, pending: deque[Task], rewards: Rewards) -> None:
         """Waits until a worker answers, dies or runs out of time, and enters the outcome."""
