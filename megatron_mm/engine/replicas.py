@@ -22,7 +22,8 @@ from megatron_mm.errors import DivergedError
 from megatron_mm.parallel.agreement import everyones, largest
 from megatron_mm.parallel.param_layout import ParamLayout, layouts
 
-CHUNK = 1 << 22  # elements of 8 bytes that are multiplied at a time
+CHUNK = 1 << 22  # words of 8 bytes that are mixed at a time: enough to fill a GPU
+CPU_CHUNK = 1 << 15  # on the CPU: they stay in its cache, which is three times as fast
 ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as int64
 NONE = 0  # the key of no block
 
@@ -90,7 +91,8 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     whole = len(raw) // 8 * 8
     words, rest = raw[:whole].view(torch.int64), raw[whole:].long()
     total, begin = torch.zeros((), dtype=torch.int64, device=raw.device), 0
-    for part in (*words.split(CHUNK), rest):
+    chunk = CPU_CHUNK if raw.device.type == "cpu" else CHUNK
+    for part in (*words.split(chunk), rest):
         mixed = torch.arange(begin, begin + len(part), dtype=torch.int64, device=raw.device)
         mixed.mul_(ODD).add_(part)
         for _ in range(2):  # high bits reach low ones, and then all; the sign is not copied

@@ -52,7 +52,7 @@ def test_order_counts_and_place_in_memory_does_not():
 def test_tensors_of_several_chunks(monkeypatch):
     from megatron_mm.engine import replicas
 
-    monkeypatch.setattr(replicas, "CHUNK", 16)
+    monkeypatch.setattr(replicas, "CPU_CHUNK", 16)
     numbers = torch.randn(1000)
     seen = {int(digest(numbers))}
     for place in range(0, 1000, 7):
