@@ -7,12 +7,13 @@ anything that may log.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 from typing import NoReturn
 
-from megatron_mm.errors import ConfigError
+from megatron_mm.errors import ConfigError, LaunchError
 
 EVERY_RANK = {"every_rank": True}  # `extra` of a message that other ranks do not repeat
 PREFIX = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
@@ -21,12 +22,20 @@ logger = logging.getLogger("megatron_mm")
 
 def rank() -> int:
     """Rank of this process under torchrun, 0 outside it."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes that torchrun started, 1 outside it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, otherwise: int) -> int:
+    """Returns a variable of torchrun's. What is no number is told when the job is joined."""
+    try:
+        return int(os.environ.get(variable, otherwise))
+    except ValueError:
+        return otherwise
 
 
 class _Stderr(logging.Handler):
@@ -34,7 +43,9 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = PREFIX.get(record.levelno, "")
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+        # A full disk or a closed terminal; there is no one left to tell.
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def setup_logging(rank: int) -> None:
@@ -49,11 +60,38 @@ def setup_logging(rank: int) -> None:
 
 
 def fail(error: Exception) -> int:
-    """Logs `error: ...` on rank 0, for an error that every rank raises. Returns the exit code: 2
-    for wrong settings, else 1."""
-    if rank() == 0:
+    """Logs `error: ...`: on rank 0 what every rank raises, on each that it cannot join the job.
+    Returns the exit code: 2 for wrong settings, else 1."""
+    if rank() == 0 or isinstance(error, LaunchError):
         logger.error("%s", error)
     return 2 if isinstance(error, ConfigError) else 1
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the type of an exception and the beginning of what it says."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def say(text: str) -> None:
+    """Prints on stdout; a full disk or a closed pipe there is a warning."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError) as error:
+        logger.warning("stdout cannot be written: %s", error)
+
+
+def let_go() -> None:
+    """Throws away what stdout and stderr could not take, before the interpreter tries once more and
+    makes an exit status of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def flag(key: str) -> str:

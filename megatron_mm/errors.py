@@ -35,6 +35,14 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient is not finite. Raised before the update, on every rank."""
 
 
+class DivergedError(RuntimeError):
+    """Copies of a parameter differ between ranks. Raised on every rank."""
+
+
+class LaunchError(RuntimeError):
+    """This rank cannot join the job; other ranks may not know."""
+
+
 def unknown(what: str, name: object, allowed: Iterable[str]) -> ConfigError:
     """Returns the error for an unknown name. It lists similar names, else all of `allowed`."""
     allowed = sorted(allowed)

@@ -218,11 +218,12 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from megatron_mm.benchmark.compare import Different
     from megatron_mm.config import ConfigError
-    from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
+    from megatron_mm.errors import CheckpointError, DataError, LaunchError, NonFiniteError
 
+    told = (CheckpointError, ConfigError, DataError, Different, LaunchError, NonFiniteError)
     try:
         _run(args, flags)
-    except (CheckpointError, ConfigError, DataError, Different, NonFiniteError) as error:
+    except told as error:
         cli.fail(error)
         return 1
     return 0

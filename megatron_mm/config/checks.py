@@ -205,6 +205,9 @@ def _check_training(run: RunConfig) -> None:
         raise ConfigError(
             f"every module is frozen; allowed: at least 1 of the {len(MODULES)} freeze flags false"
         )
+    factor, sure = train.loss_spike_factor, not declaration(run).generates
+    allowed = f"0, or more than 1{'' if sure else f'; 0 with objective {train.objective}'}"
+    require(not factor or (factor > 1 and sure), "loss_spike_factor", factor, allowed)
     phases = [phase.samples for phase in run.data.train_data]
     # Packed samples are known to suffice only once their lengths are known.
     if phases and phases[-1] is not None and not run.data.packing:

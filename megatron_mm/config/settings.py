@@ -248,6 +248,13 @@ class TrainingConfig:
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
     """Parts that selective recompute runs again. core_attn: what mixes positions, without its
     projections; moe: a whole mixture of experts; vision: a whole layer of the ViT."""
+    check_weight_hash_across_dp_replicas_interval: PositiveInt | None = 100
+    """Steps between comparisons of all copies of parameters: of data-, tensor-, context- and
+    expert-parallel ranks. A copy that differs ends the run. They are also compared at the first
+    step and before each checkpoint; none: never."""
+    loss_spike_factor: NonNegativeFloat = 0.0
+    """How many times the median of the last 32 losses a loss may be before the update of its step
+    is held back; 0: any. Not with objectives that generate."""
     freeze_vision: bool = False
     """Do not train the vision encoder."""
     freeze_projector: bool = False

@@ -124,12 +124,15 @@ class RLConfig:
     """Processes that run reward functions, for each replica."""
     reward_timeout: PositiveFloat = 10.0
     """Seconds that one call of a reward function may take."""
+    reward_memory: PositiveFloat = 2.0
+    """GB that one of these processes may hold, with all that its functions start; what a call
+    starts ends with it."""
     reward_batch_size: PositiveInt = 1
     """Completions in one call of a reward function. A call of your own function that fails costs
     all of them."""
     reward_lost_value: Annotated[float | None, Bounds(ge=-1e30, le=1e30)] = None
-    """Reward of a completion whose call ran out of time or ended its worker. Default: 0 for
-    built-in rewards, a failure for your own."""
+    """Reward of a completion whose call ran out of time or memory, or ended its worker. Default: 0
+    for built-in rewards, a failure for your own."""
     max_reward_failures: Annotated[float, Bounds(gt=0, le=1)] = 1.0
     """Share of a step's completions that are left out because a reward failed, at which the run
     stops with that reward's error. 1: all of them."""

@@ -33,11 +33,13 @@ class Start:
         iteration: optimizer steps done.
         seconds: of training, so far.
         notes: of a conversion, for the way back.
+        losses: the last ones, for the guard against spikes.
     """
 
     iteration: int = 0
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
 
 
 def resumed(run: RunConfig, groups: Groups) -> RunConfig:
@@ -89,7 +91,8 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
     _check_scope(extra.get(SCOPE), engine, checkpoint)
     loader.load_state_dict(state["loader"])
     _tell_order(extra.get("data"), loader.order)
-    return Start(state["iteration"], extra.get("seconds", 0.0), notes)
+    losses = extra.get("losses", [])
+    return Start(state["iteration"], extra.get("seconds", 0.0), notes, losses)
 
 
 def scope_digest(engine: Engine) -> str | None:

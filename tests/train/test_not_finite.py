@@ -49,6 +49,19 @@ def poison_expert_gradient(trainer) -> None:
     poison_gradient(trainer, "experts.down")
 
 
+def poison_sum(trainer) -> None:
+    """On the last rank only, after gradients were summed over replicas."""
+    if trainer.groups.world.rank() == trainer.groups.world.size() - 1:
+        norm = trainer.engine.gradient_norm
+
+        def poisoned() -> float:
+            for _, param, _ in layouts(*trainer.engine.chunks):
+                param.main_grad.fill_(math.nan)
+            return norm()
+
+        trainer.engine.gradient_norm = poisoned
+
+
 def on_rank_poisoned(run, poison) -> dict:
     trainer = new_trainer(run)
     trainer.step()
@@ -82,12 +95,18 @@ POISONS = {
     "a gradient, one rank": (poison_gradient, "one rank", "gradient norm"),
     "a gradient of one replica": (poison_gradient, "DP2", "gradient norm"),
     "a gradient of one stage": (poison_gradient, "PP2", "gradient norm"),
+    "a sum of one replica": (poison_sum, "DP2", "gradient norm"),
+    "a sum of one tensor-parallel rank": (poison_sum, "TP2", "gradient norm"),
+    "a sum of one context-parallel rank": (poison_sum, "CP2", "gradient norm"),
     "a gradient of one rank's experts": (poison_expert_gradient, "EP2", "gradient norm"),
 }
 
 
 # Without the distributed optimizer gradients are summed and normed over other groups.
-SHARED_GRADIENTS = ("a gradient of one replica", "a gradient of one rank's experts")
+SHARED_GRADIENTS = (
+    *("a gradient of one replica", "a gradient of one rank's experts"),
+    *("a sum of one replica", "a sum of one context-parallel rank"),
+)
 
 
 @pytest.mark.parametrize(
