@@ -7,7 +7,9 @@ layout reads its part of any chunk. Ranks share the chunks.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import megatron_mm
 from megatron_mm.checkpoint import folders, sealed, storage
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX
+from megatron_mm.checkpoint.lock import held
 from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import RunConfig, data_parallel_size, to_dict
 from megatron_mm.convert.folder import NOTES, HFFolder
@@ -125,19 +128,29 @@ def convert(
     Raises:
         CheckpointError: on every rank; partial output is removed.
     """
+    with held(target, group):
+        work = imports(source, mapping, parameters, dtype)
+        return _convert(source, mapping, parameters, work, run, target, group, dtype, quiet)
+
+
+def _convert(source, mapping, parameters, work, run, target, group, dtype, quiet) -> Path:
     leader = group.rank() == 0
     final = target / folders.name_of(0)
     partial = folders.with_suffix(final, folders.PARTIAL)
     doing = f"cannot convert {source.folder} to {target}"
-    work = imports(source, mapping, parameters, dtype)
+    drawn = [secrets.token_hex(16)]
+    dist.broadcast_object_list(drawn, group=group, group_src=0)
+    identity = drawn[0]
     with raising_together(group, doing):
         if leader:
             _prepare(target, partial, sum(part.bytes for part in work))
     try:
-        chunks = _write(source, mapping, parameters, work, run, partial, group, doing, dtype, quiet)
+        chunks = _write(
+            source, mapping, parameters, work, run, partial, group, doing, dtype, quiet, identity
+        )
         with raising_together(group, doing):
             if leader:
-                _finish(source, chunks, run, partial)
+                _finish(source, chunks, run, partial, identity)
                 folders.publish(partial, final)
     except CheckpointError:
         if leader:
@@ -171,7 +184,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _write(
-    source, mapping, parameters, work, run, partial, group, doing, dtype, quiet
+    source, mapping, parameters, work, run, partial, group, doing, dtype, quiet, identity
 ) -> list[Chunk]:
     """Writes this rank's share. Returns the chunks of all ranks."""
     start, seed = dtype_of(source, mapping, dtype), run.training.seed
@@ -180,7 +193,7 @@ def _write(
     total, shown = sum(part.bytes for part in mine), group.rank() == 0 and not quiet
     with (
         raising_together(group, doing),
-        ChunkWriter(partial, group.rank()) as writer,
+        ChunkWriter(partial, group.rank(), identity) as writer,
         progress(total, "to megatron", shown) as done,
     ):
         for part in mine:
@@ -193,11 +206,16 @@ def _write(
     return [chunk for written in every for chunk in written]
 
 
-def _finish(source: HFFolder, chunks: list[Chunk], run: RunConfig, partial: Path) -> None:
-    write_index(partial, chunks)
+def _finish(
+    source: HFFolder, chunks: list[Chunk], run: RunConfig, partial: Path, identity: str
+) -> None:
+    write_index(partial, chunks, identity)
     (partial / ASSETS).mkdir()
+    checksums = {}
     for path in source.assets:
-        sealed.write_bytes(partial / ASSETS / path.name, path.read_bytes())
+        content = path.read_bytes()
+        sealed.write_bytes(partial / ASSETS / path.name, content)
+        checksums[f"{ASSETS}/{path.name}"] = zlib.crc32(content)
     sealed.sync_folder(partial / ASSETS)
     run = replace(run, data=source.data)  # an export of this checkpoint reads images so
     parallel = run.parallel
@@ -218,13 +236,14 @@ def _finish(source: HFFolder, chunks: list[Chunk], run: RunConfig, partial: Path
         "format": folders.FORMAT,
         "megatron_mm": megatron_mm.__version__,
         "iteration": 0,
+        "identity": identity,
         "layout": layout,
         "adam_step": 0,
         "scheduler": {},
         "loader": {},
         "extra": {NOTES: source.notes},
         "config": to_dict(run),
-        "checksums": storage.write_format(partial),
+        "checksums": checksums | storage.write_format(partial),
     }
     sealed.write_json(partial / folders.RUN, content)
     sealed.sync_folder(partial)

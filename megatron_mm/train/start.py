@@ -16,7 +16,7 @@ from megatron_mm.config import CheckpointConfig, RunConfig
 from megatron_mm.convert.folder import NOTES
 from megatron_mm.convert.live import load_hf
 from megatron_mm.engine.engine import Engine
-from megatron_mm.errors import CheckpointError
+from megatron_mm.errors import CheckpointError, DataError
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.source import Loader
 
@@ -83,7 +83,15 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
             f"{checkpoint.load} was saved with objective {saved}, this run's is {objective}; set "
             "finetune to begin with its weights, or go on with its own objective"
         )
-    loader.load_state_dict(state["loader"])
+    try:
+        loader.load_state_dict(state["loader"])
+    except DataError:
+        raise
+    # A forged one makes it fail in many ways; a run's own is checked by its checksum.
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{checkpoint.load} has a position in the data that cannot be read: {error!r}"
+        ) from error
     _tell_order(extra.get("data"), loader.order)
     return Start(state["iteration"], extra.get("seconds", 0.0), notes)
 

@@ -20,7 +20,7 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.engine.totals import KnownTotals
-from megatron_mm.errors import DataError, NonFiniteError
+from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
 from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics import Metrics, NotFinite, Total, own_totals, reduced
@@ -58,9 +58,11 @@ class Trainer:
             self.engine,
             asynchronous=run.checkpoint.async_save,
             keep_last=run.checkpoint.keep_last_checkpoints,
+            folder=Path(run.checkpoint.save) if run.checkpoint.save else None,
         )
         self.known = KnownTotals()
         self.stop_requested = False
+        self.not_finite: NonFiniteError | None = None  # the last step's
 
     @property
     def loader(self) -> Loader:
@@ -80,8 +82,15 @@ class Trainer:
 
         Raises:
             DataError: a row is bad (on every rank).
-            NonFiniteError: before the update (on every rank).
+            NonFiniteError: before the update (on every rank). Nothing is saved after it.
         """
+        try:
+            return self._step()
+        except NonFiniteError as error:
+            self.not_finite = error
+            raise
+
+    def _step(self) -> dict[str, float] | None:
         begin = time.perf_counter()
         if self.saver.failed:
             self.request_stop()  # seen by all ranks at this step; saving once more says why
@@ -181,7 +190,17 @@ class Trainer:
         return raise_together(self.groups, None, self.seconds >= 60 * limit)
 
     def save(self) -> float:
-        """Saves, or starts to (`async_save`); returns the seconds for which training paused."""
+        """Saves, or starts to (`async_save`); returns the seconds for which training paused.
+
+        Raises:
+            CheckpointError: on every rank; this save or the one before failed, or the last step's
+                loss or gradient was not finite, so that the weights may be ruined.
+        """
+        if self.not_finite is not None:
+            raise CheckpointError(
+                f"cannot save iteration {self.iteration}: {self.not_finite}; earlier checkpoints "
+                "are kept: go on from one of them"
+            )
         save = self.run.checkpoint.save
         assert save is not None, "a run without `save` has nowhere to save to"
         folder = Path(save)

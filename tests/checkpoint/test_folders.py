@@ -15,7 +15,9 @@ def checkpoint(folder: Path, iteration: int, name: str = "", mark: str = "") -> 
     path = folder / (name or folders.name_of(iteration))
     path.mkdir(parents=True)
     (path / "tensors").write_text(mark)
-    run = {"format": folders.FORMAT, "iteration": iteration, "mark": mark}
+    run = {key: kind() for key, kind in folders.KINDS.items()}
+    run |= {"format": folders.FORMAT, "iteration": iteration, "mark": mark, "identity": "0" * 32}
+    run["config"] = {"model": {}, "training": {}}
     sealed.write_json(path / "run.json", run)
     return path
 
