@@ -162,7 +162,12 @@ def _open(content: torch.Tensor) -> tuple[tuple[int, int], bytes]:
     data = content[begin : begin + found.file_size]
     if len(data) != found.file_size:
         raise CheckpointError("it is not stored as torch stores it")
-    if zlib.crc32(data.numpy()) != found.CRC:
+    # torch writes it behind the tensor too ("data descriptor"), where other readers look for it.
+    behind = content[begin + len(data) : begin + len(data) + 8].numpy().tobytes()
+    crc = zlib.crc32(data.numpy())
+    if crc != found.CRC or (
+        found.flag_bits & 8 and behind != struct.pack("<4sI", b"PK\7\x08", crc)
+    ):
         raise CheckpointError("its checksum is another")
     return (begin, found.file_size), comment
 

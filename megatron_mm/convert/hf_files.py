@@ -38,7 +38,10 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 # What a file of JSON that is not what it should be makes Python raise.
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
+MALFORMED = (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    *(RecursionError, OverflowError, MemoryError),
+)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

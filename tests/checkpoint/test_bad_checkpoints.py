@@ -60,10 +60,7 @@ def test_a_damaged_shard_file(ranks, folder, tensor, part):
     info = next(v for k, v in index.storage_data.items() if k.fqn.startswith(tensor))
     path = folder / NAME / info.relative_path
     content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(io.BytesIO(content[info.offset : info.offset + info.length])) as block:
-        values = block.getinfo("archive/data/0")
-    inside = {"header": values.header_offset, "values": info.length - 900}[part]
-    content[info.offset + inside] ^= 0xFF
+    content[info.offset + (0 if part == "header" else info.length // 2)] ^= 0xFF
     path.write_bytes(content)
     message = refused(ranks, folder)
     assert f"{info.relative_path} is damaged in the chunk at byte {info.offset}" in message
