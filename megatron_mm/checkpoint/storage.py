@@ -10,7 +10,6 @@ wait in a barrier for ever. torch's writer, on which it builds, reports failures
 from __future__ import annotations
 
 import io
-import math
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -165,22 +164,19 @@ def read_tensors(
     """
     reader = Reader(folder, identity)
     filled = dict.fromkeys(shards, 0)
-    needed = [
-        (block.place.file, block.place.begin, key, block)
-        for key, shard in shards.items()
-        for block in index.tensors[key].blocks
-        if block.place is not None and math.prod(_overlap(shard, block)[1])
-    ]
-    for _, _, key, block in sorted(needed, key=lambda found: found[:2]):  # as they lie on disk
+    needed = []
+    for key, shard in shards.items():
+        for block in index.tensors[key].blocks:
+            shared = _overlap(shard, block)
+            if shared is not None and block.place is not None:
+                needed.append((block.place.file, block.place.begin, key, block, shared))
+    needed.sort(key=lambda found: found[:2])  # as they lie on disk
+    for _, _, key, block, (begin, size) in needed:
         shard, part = shards[key], reader.read(key, index.tensors[key], block)
-        begin, size = _overlap(shard, block)
         for d, (start, count) in enumerate(zip(begin, size, strict=True)):
             part = part.narrow(d, start - block.offset[d], count)
-        places = [
-            slice(a - b, a - b + n)
-            for a, n, b in zip(begin, size, shard.global_offset, strict=True)
-        ]
-        shard.data[tuple(places)].copy_(part)
+        box = zip(begin, size, shard.global_offset, strict=True)
+        shard.data[tuple(slice(a - b, a - b + n) for a, n, b in box)].copy_(part)
         filled[key] += part.numel()
     for key, shard in shards.items():
         if filled[key] != shard.data.numel():
@@ -190,11 +186,11 @@ def read_tensors(
             )
 
 
-def _overlap(shard: ShardedTensor, block: Block) -> tuple[list[int], list[int]]:
-    """Returns (offset, sizes) of what a shard and a block share; sizes are 0 for nothing."""
+def _overlap(shard: ShardedTensor, block: Block) -> tuple[list[int], list[int]] | None:
+    """Returns (offset, sizes) of what a shard and a block share; None for nothing."""
     begin, size = [], []
     sides = zip(shard.global_offset, shard.local_shape, block.offset, block.sizes, strict=True)
     for a, n, b, m in sides:
         begin.append(max(a, b))
-        size.append(max(0, min(a + n, b + m) - begin[-1]))
-    return begin, size
+        size.append(min(a + n, b + m) - begin[-1])
+    return (begin, size) if all(n > 0 for n in size) else None

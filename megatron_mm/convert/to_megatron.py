@@ -213,9 +213,9 @@ def _finish(
     (partial / ASSETS).mkdir()
     checksums = {}
     for path in source.assets:
-        content = path.read_bytes()
-        sealed.write_bytes(partial / ASSETS / path.name, content)
-        checksums[f"{ASSETS}/{path.name}"] = zlib.crc32(content)
+        asset = path.read_bytes()
+        sealed.write_bytes(partial / ASSETS / path.name, asset)
+        checksums[f"{ASSETS}/{path.name}"] = zlib.crc32(asset)
     sealed.sync_folder(partial / ASSETS)
     run = replace(run, data=source.data)  # an export of this checkpoint reads images so
     parallel = run.parallel
