@@ -40,7 +40,9 @@ def publish(partial: Path, final: Path) -> None:
     sealed.write_bytes(pointer, f"{final.name}\n".encode())
     pointer.replace(folder / LATEST)
     sealed.sync_folder(folder)
-    if replaced.exists():
+    if replaced.is_symlink():  # what it leads to is not ours
+        replaced.unlink()
+    elif replaced.exists():
         shutil.rmtree(replaced)
 
 

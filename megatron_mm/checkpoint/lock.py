@@ -44,13 +44,15 @@ class Lock:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / NAME
         while True:
-            self._file = self._path.open("a+", encoding="utf-8", errors="backslashreplace")
+            # The folder may be a stranger's: its `.lock` could be a link to any file.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            handle = os.open(self._path, flags, 0o666)
+            self._file = os.fdopen(handle, "r+", encoding="utf-8", errors="backslashreplace")
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 with self._file:
                     if error.errno in BUSY:
-                        self._file.seek(0)
                         owner = shown(self._file.read(200).strip() or "another process")
                         raise CheckpointError(
                             f"another job saves to {folder}: {owner}; stop it, or give this one "

@@ -126,8 +126,11 @@ def _check_scheduler(stored: dict, engine: Engine, finetune: bool) -> None:
         return
     for key, value in engine.scheduler.state_dict().items():
         found = stored.get(key)
-        number = type(value) in (int, float) and type(found) in (int, float)
-        if not number and type(found) is not type(value):
+        if type(value) in (int, float):
+            fine = type(found) in (int, float) and abs(found) < 2**53  # NaN is not
+        else:
+            fine = type(found) is type(value)
+        if not fine:
             raise CheckpointError(
                 f"its {folders.RUN} is damaged: scheduler.{key} is {shown(found)}"
             )

@@ -95,6 +95,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_whole(index)
     carried = [k.removeprefix(CARRIED_PREFIX) for k in shapes if k.startswith(CARRIED_PREFIX)]
     notes = stored["extra"].get(NOTES) or {}
+    if type(notes) is not dict:
+        raise CheckpointError(f"{path / folders.RUN} is damaged: extra.{NOTES} is no dict")
     reader = ChunkReader(path, index, stored["identity"])
     return Checkpoint(path, run, stored["iteration"], reader, parameters, carried, notes)
 

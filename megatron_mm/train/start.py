@@ -72,7 +72,14 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
         return Start()
     state = sharded.load(engine, Path(checkpoint.load), finetune=checkpoint.finetune)
     extra = state["extra"]
-    notes = extra.get(NOTES, {})
+    notes, seconds = extra.get(NOTES, {}), extra.get("seconds", 0.0)
+    for key, value, kinds in (
+        (NOTES, notes, (dict,)),
+        ("seconds", seconds, (int, float)),
+        ("data", extra.get("data"), (dict, type(None))),
+    ):
+        if type(value) not in kinds:
+            raise CheckpointError(f"{checkpoint.load} is damaged: extra.{key} is {value!r:.80}")
     if checkpoint.finetune:
         _tell(state["initialized"], state["ignored"])
         return Start(notes=notes)
@@ -93,7 +100,7 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
             f"{checkpoint.load} has a position in the data that cannot be read: {error!r}"
         ) from error
     _tell_order(extra.get("data"), loader.order)
-    return Start(state["iteration"], extra.get("seconds", 0.0), notes)
+    return Start(state["iteration"], seconds, notes)
 
 
 def _tell(initialized: list[str], ignored: list[str], most: int = 4) -> None:

@@ -91,6 +91,17 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     assert (tmp_path / "iter_0000004" / "tensors").read_text() == "moved aside"
 
 
+def test_a_link_in_the_place_of_a_checkpoint_is_replaced_and_not_followed(tmp_path):
+    folder = tmp_path / "saved"
+    checkpoint(tmp_path, 3, "elsewhere", mark="old")
+    partial = checkpoint(folder, 3, "iter_0000003.partial", mark="new")
+    (folder / "iter_0000003").symlink_to(tmp_path / "elsewhere")
+    folders.publish(partial, folder / "iter_0000003")
+    assert names(folder) == ["iter_0000003", "latest"]
+    assert (folder / "iter_0000003" / "tensors").read_text() == "new"
+    assert (tmp_path / "elsewhere" / "tensors").read_text() == "old"
+
+
 @pytest.mark.parametrize("content", ["", "iter_2", "../iter_0000001", "iter_0000001 x", "\xff"])
 def test_a_damaged_pointer(tmp_path, content):
     checkpoint(tmp_path, 1)

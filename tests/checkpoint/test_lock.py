@@ -96,6 +96,25 @@ def test_what_an_owner_s_file_says_is_shown_escaped(tmp_path):
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
+def test_a_stranger_s_lock_that_leads_elsewhere(tmp_path):
+    """A folder that was downloaded, and in which a run is to go on."""
+    (tmp_path / "precious").write_text("mine")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        lock.Lock(saved)
+    (saved / ".lock").unlink()
+    (saved / ".lock").symlink_to(tmp_path / "new")
+    with pytest.raises(OSError, match="symbolic links"):
+        lock.Lock(saved)
+    (saved / ".lock").unlink()
+    os.mkfifo(saved / ".lock")  # opening it would wait for ever
+    with pytest.raises(OSError):
+        lock.Lock(saved)
+    assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, code):
     def without(*_):
