@@ -125,7 +125,7 @@ def _check_scheduler(stored: dict, engine: Engine, finetune: bool) -> None:
     if finetune:
         return
     for key, value in engine.scheduler.state_dict().items():
-        found = stored.get(key)
+        found: Any = stored.get(key)
         if type(value) in (int, float):
             fine = type(found) in (int, float) and abs(found) < 2**53  # NaN is not
         else:
