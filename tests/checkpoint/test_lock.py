@@ -34,8 +34,8 @@ class Owner:
                 if heir and not os.fork():
                     time.sleep(60)
                     os._exit(0)
-                os.write(write, b"x")
                 signal.signal(signal.SIGTERM, lambda *_: (held.release(), os._exit(0)))
+                os.write(write, b"x")
                 time.sleep(60)
             finally:
                 os._exit(1)
@@ -63,7 +63,7 @@ def test_a_second_job_is_one_line_that_names_the_first(owned, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
 def test_a_job_that_ended_however_is_gone(tmp_path, how):
     owner = Owner(tmp_path)
     owner.end(how)

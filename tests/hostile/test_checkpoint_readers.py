@@ -7,13 +7,15 @@ import time
 from types import ModuleType
 
 import pytest
-from hostile.readers import index, safetensors
+from hostile.readers import blocks, index, run_json, safetensors
 
-INPUTS = 600  # of each reader
+INPUTS = 400  # of each reader
 SECONDS = 5  # for an input that takes a thousandth of one
 
 
-@pytest.mark.parametrize("reader", [index, safetensors], ids=lambda reader: reader.NAME)
+@pytest.mark.parametrize(
+    "reader", [blocks, index, run_json, safetensors], ids=lambda reader: reader.NAME
+)
 def test_damage_is_one_line_or_harmless(reader: ModuleType, tmp_path):
     lines = set()
     for seed in range(INPUTS):
@@ -30,4 +32,4 @@ def test_damage_is_one_line_or_harmless(reader: ModuleType, tmp_path):
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {error!r:.300}") from error
         assert time.perf_counter() - begin < SECONDS, f"seed {seed} took too long"
-    assert len(lines) > 40, "the damage is always the same"
+    assert len(lines) > 20, "the damage is always the same"

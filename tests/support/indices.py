@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import zlib
@@ -32,8 +33,8 @@ def grid(tensors: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> Metadat
     for key, (shape, counts) in tensors.items():
         sizes = torch.Size(n // c for n, c in zip(shape, counts, strict=True))
         chunks = []
-        for cell in torch.cartesian_prod(*map(torch.arange, counts)).reshape(-1, len(shape)):
-            offset = torch.Size(int(i) * n for i, n in zip(cell, sizes, strict=True))
+        for cell in itertools.product(*map(range, counts)):
+            offset = torch.Size(i * n for i, n in zip(cell, sizes, strict=True))
             length = 1500 + 4 * sizes.numel()
             places[MetadataIndex(key, offset, len(chunks))] = _StorageInfo(
                 "__0_0.distcp", at, length

@@ -54,6 +54,8 @@ def make(rng: random.Random, folder: Path) -> Path:
     elif how == 8:
         content = whole(*rng.choices(PIECES, k=rng.randrange(40)))
     place(folder, content)
+    with (folder / "__0_0.distcp").open("wb") as stream:
+        stream.truncate(10**6)
     return folder
 
 
