@@ -30,7 +30,8 @@ def make(rng: random.Random, folder: Path) -> Path:
     """A folder of checkpoints with one in it."""
     path = folder / folders.name_of(RUN["iteration"])
     path.mkdir()
-    sealed.write_json(path / folders.RUN, altered(rng, RUN, rng.choice((0.0, 0.02, 0.1))))
+    run = {k: altered(rng, v, 0.02) for k, v in RUN.items() if rng.random() > 0.02}
+    sealed.write_json(path / folders.RUN, run)
     for file, chance in ((path / folders.RUN, 0.4), (folder / folders.LATEST, 0.2)):
         if file.name == folders.LATEST:
             file.write_text(f"{path.name}\n")
