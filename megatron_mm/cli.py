@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_mm.errors import ConfigError, LaunchError
@@ -97,6 +98,13 @@ def let_go() -> None:
 def flag(key: str) -> str:
     """Flag of a setting: `--max-new-tokens` for `max_new_tokens`."""
     return "--" + key.replace("_", "-")
+
+
+def path(text: str) -> Path:
+    """Type of an argument that is a path: an empty one would be the current folder."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -67,7 +67,7 @@ def _before(trainer: Trainer) -> None:
 
 
 def _open_outputs(trainer: Trainer) -> MetricsLogger:
-    """Opens the log and tries the checkpoint folder: better to fail now than hours later."""
+    """Opens the log: better to fail now than hours later. The saver has tried its folder."""
     run, error = trainer.run, None
     log: MetricsLogger | None = None
     try:
@@ -79,12 +79,6 @@ def _open_outputs(trainer: Trainer) -> MetricsLogger:
             enabled=trainer.is_logger,
             console=declaration(run).console,
         )
-        if run.checkpoint.save and trainer.is_logger:
-            folder = Path(run.checkpoint.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
     except (OSError, ValueError) as problem:
         error = f"cannot write the run's output: {problem}"
     raise_together(trainer.groups, error)

@@ -24,7 +24,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.engine.replicas import Replicas
 from megatron_mm.engine.totals import KnownTotals
-from megatron_mm.errors import DataError, NonFiniteError
+from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
 from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics import Metrics, NotFinite, Total, own_totals, reduced
@@ -83,6 +83,7 @@ class Trainer:
             self.engine,
             asynchronous=run.checkpoint.async_save,
             keep_last=run.checkpoint.keep_last_checkpoints,
+            folder=Path(run.checkpoint.save) if run.checkpoint.save else None,
         )
         self.known = KnownTotals()
         self.replicas = Replicas(self.engine)
@@ -93,6 +94,7 @@ class Trainer:
         # The position in the data after the last whole step; None where it cannot be saved.
         self.position: dict | None = None
         self.stop_requested = False
+        self.not_finite: NonFiniteError | None = None  # the last step's
 
     @property
     def loader(self) -> Loader:
@@ -112,8 +114,15 @@ class Trainer:
 
         Raises:
             DataError: a row is bad (on every rank).
-            NonFiniteError: before the update (on every rank).
+            NonFiniteError: before the update (on every rank). Nothing is saved after it.
         """
+        try:
+            return self._step()
+        except NonFiniteError as error:
+            self.not_finite = error
+            raise
+
+    def _step(self) -> dict[str, float] | None:
         begin = time.perf_counter()
         self.position = self.loader.state_dict() if self.source.between else None
         if self.saver.failed:
@@ -238,9 +247,15 @@ class Trainer:
             position: in the data; None: the loader's.
 
         Raises:
-            CheckpointError: on every rank; this save or the one before it failed.
+            CheckpointError: on every rank; this save or the one before failed, or the last step's
+                loss or gradient was not finite, so that the weights may be ruined.
             DivergedError: on every rank; copies of a parameter differ.
         """
+        if self.not_finite is not None:
+            raise CheckpointError(
+                f"cannot save iteration {self.iteration}: {self.not_finite}; earlier checkpoints "
+                "are kept: go on from one of them"
+            )
         save = self.run.checkpoint.save
         assert save is not None, "a run without `save` has nowhere to save to"
         if self.run.training.check_weight_hash_across_dp_replicas_interval:

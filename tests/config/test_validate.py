@@ -188,6 +188,16 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("text", ["", " ", "\t", "\n", "a\0b", "\0"])
+@pytest.mark.parametrize("key", ["save", "load", "load-hf", "output-dir"])
+def test_a_folder_without_a_name(key, text):
+    """An empty --save would be the current folder, and an empty --load no checkpoint at all."""
+    with pytest.raises(ConfigError) as error:
+        validate(load(None, ["--preset", "tiny", f"--{key}", text]))
+    allowed = "the path of a folder" if key == "output-dir" else "none, or the path of a folder"
+    assert str(error.value) == f"{key.replace('-', '_')} is {text!r}; allowed: {allowed}"
+
+
 @pytest.mark.parametrize(("flags", "words"), CASES)
 def test_refused(flags, words):
     with pytest.raises(ConfigError) as error:

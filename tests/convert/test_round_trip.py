@@ -296,8 +296,8 @@ def test_small_blocks_and_shards(job, tmp_path, monkeypatch):
         tmp_path / "mega/iter_0000000",
         json.loads((tmp_path / "mega/iter_0000000/run.json").read_text())["checksums"],
     )
-    chunks = index.state_dict_metadata["model.language.layers.0.moe.inner.experts.gate_up"].chunks
-    assert [c.offsets[0] for c in chunks] == [0, 2, 4]
+    blocks = index.tensors["model.language.layers.0.moe.inner.experts.gate_up"].blocks
+    assert [block.offset[0] for block in blocks] == [0, 2, 4]
     to_folder(tmp_path / "mega", tmp_path / "out")
     assert_same(read_all(tmp_path / "out"), read_all(tmp_path / "in"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5
