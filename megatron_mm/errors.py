@@ -15,6 +15,10 @@ class DataError(ValueError):
     """Data or data settings are wrong; names the place (`file:row`, rows from 1)."""
 
 
+class DecoderError(RuntimeError):
+    """Images cannot be decoded on this machine, whatever their content."""
+
+
 class EndOfData(DataError):
     """All samples of finite phases have been trained on."""
 
