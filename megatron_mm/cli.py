@@ -10,7 +10,8 @@ import argparse
 import logging
 import os
 import sys
-from typing import NoReturn
+import unicodedata
+from typing import NoReturn, TextIO
 
 from megatron_mm.errors import ConfigError
 
@@ -29,12 +30,34 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def printable(text: str) -> str:
+    """Returns text that cannot command a terminal: control and format characters (escape sequences,
+    carriage returns, marks that turn the direction of writing) and what is no Unicode are spelled
+    as in Python, `\\x1b`. Line breaks and tabs stay."""
+    return "".join(c if c in "\n\t" or not _commands(c) else _spelled(c) for c in text)
+
+
+def _commands(character: str) -> bool:
+    # Cc control, Cf format, Cs half a pair, Zl and Zp line and paragraph separators
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Prints text, whoever wrote it, to stdout or `file`."""
+    print(printable(str(text)), file=file, flush=True)
+
+
 class _Stderr(logging.Handler):
     """Writes one line per message to whatever `sys.stderr` is at that time."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = PREFIX.get(record.levelno, "")
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+        # A line break in a message does not begin a line that looks like ours.
+        say(f"{prefix}{record.getMessage()}".replace("\n", "\n  "), sys.stderr)
 
 
 def setup_logging(rank: int) -> None:

@@ -42,7 +42,8 @@ class NonFiniteError(RuntimeError):
 def unknown(what: str, name: object, allowed: Iterable[str]) -> ConfigError:
     """Returns the error for an unknown name. It lists similar names, else all of `allowed`."""
     allowed = sorted(allowed)
-    near = get_close_matches(str(name), allowed, n=3, cutoff=0.6)
+    name = str(name)[:80]  # it may be anything, of any length
+    near = get_close_matches(name, allowed, n=3, cutoff=0.6)
     hint = (
         f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed) or 'none'}"
     )

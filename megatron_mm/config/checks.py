@@ -220,6 +220,14 @@ def _check_training(run: RunConfig) -> None:
     ):
         off = "false" if given is True else "none"
         require(not given or bool(present), key, given, f"{off}, or this value with {other}")
+    for key, path in (
+        ("save", run.checkpoint.save),
+        ("load", run.checkpoint.load),
+        ("load_hf", run.checkpoint.load_hf),
+        ("output_dir", run.logging.output_dir),
+        ("valid_data", run.data.valid_data),
+    ):
+        require(path is None or bool(path.strip()), key, path, "a path, or leave it out")
     both = run.checkpoint.load_hf and run.checkpoint.load
     require(not both, "load_hf", run.checkpoint.load_hf, "none, or this value without load")
 

@@ -169,8 +169,8 @@ def main(argv: list[str]) -> int:
         if found.warning:
             logger.warning("%s", found.warning)
         if cli.rank() == 0:
-            print("\n".join(table(found, causal)))
+            cli.say("\n".join(table(found, causal)))
             for skill in found.skill_map.info["without_cluster"]:
-                print(f"left out: {skill} has no expert of lift {args.min_lift:g}")
-            print(f"written: {args.out}, {args.out.with_suffix('.png')}")
+                cli.say(f"left out: {skill} has no expert of lift {args.min_lift:g}")
+            cli.say(f"written: {args.out}, {args.out.with_suffix('.png')}")
     return command.status

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_mm.cli import printable, say
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -196,7 +198,7 @@ class MetricsLogger:
         shown += [f"{k} {v:.1%}" for k, v in sorted(numbers.items()) if k.startswith("accuracy/")]
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(", ".join(shown[:3]))
+            self._bar.set_postfix_str(printable(", ".join(shown[:3])))
             return
         evaluated = any(key.startswith("accuracy/") for key in numbers)
         if step % self._interval and step != self._total_steps and not evaluated:
@@ -204,7 +206,7 @@ class MetricsLogger:
         elapsed = time.monotonic() - self._started
         left = elapsed / max(1, step - self._start_step) * (self._total_steps - step)
         text = " | ".join([f"step {step}/{self._total_steps}", *shown])
-        print(f"{text} | left {format_duration(left)}", file=self._stream, flush=True)
+        say(f"{text} | left {format_duration(left)}", self._stream)
 
 
 def _compact(value: float) -> float | int | None:

@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write report.html for a run directory.")
     parser.add_argument("run_dir", type=Path)
     try:
-        print(write_report(parser.parse_args(argv).run_dir))
+        cli.say(write_report(parser.parse_args(argv).run_dir))
     except (OSError, ValueError) as error:
         return cli.fail(error)
     return 0

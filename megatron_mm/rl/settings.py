@@ -12,6 +12,7 @@ from megatron_mm.config.fields import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Samples,
 )
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.earl.settings import EARLConfig
@@ -34,12 +35,12 @@ class RLConfig(EARLConfig):
 
     algorithm: Annotated[str, Named(ALGORITHMS)] = "grpo"
     """Published algorithm. It decides every setting below whose default is none."""
-    num_generations: PositiveInt = 8
+    num_generations: Samples = 8
     """Completions of each prompt; together they are its group."""
-    rollout_batch_size: PositiveInt | None = None
+    rollout_batch_size: Samples | None = None
     """Prompts of a rollout on all replicas together. Default: as many as one optimizer step has;
     global_batch_size counts completions of a step."""
-    num_iterations: PositiveInt = 1
+    num_iterations: Annotated[int, Bounds(ge=1, le=1000)] = 1
     """Optimizer steps that see each completion."""
     max_completion_length: PositiveInt = 256
     """Longest completion in tokens; generation stops there."""
@@ -49,7 +50,7 @@ class RLConfig(EARLConfig):
     """Sample from the most likely tokens whose probabilities sum to this."""
     top_k: NonNegativeInt = 0
     """Sample from this many most likely tokens; 0: from all."""
-    max_num_seqs: PositiveInt = 64
+    max_num_seqs: Samples = 64
     """Completions that a replica generates at the same time."""
     routing_replay: Literal["none", "R2", "R3"] = "none"
     """Experts that the training pass takes: its own choice (none), those of the trainer's pass
@@ -71,7 +72,7 @@ class RLConfig(EARLConfig):
     filter_groups: bool | None = None
     """Dynamic sampling: groups whose rewards are all equal are replaced by new ones (DAPO, arXiv
     2503.14476). Default: the algorithm's."""
-    max_generation_rounds: PositiveInt = 10
+    max_generation_rounds: Annotated[int, Bounds(ge=1, le=1000)] = 10
     """Rounds of generation for one rollout with filter_groups."""
     delta: PositiveFloat | None = None
     """Dual clip: bound of the ratio where the advantage is negative (arXiv 1912.09729)."""
@@ -106,7 +107,7 @@ class RLConfig(EARLConfig):
     """Whether several rewards are summed before or after they are normalised in their group."""
     reward_std_floor: NonNegativeFloat = 0.0
     """Least standard deviation that a group's rewards are divided by."""
-    reward_num_workers: PositiveInt = 2
+    reward_num_workers: Annotated[int, Bounds(ge=1, le=256)] = 2
     """Processes that run reward functions, for each replica."""
     reward_timeout: PositiveFloat = 10.0
     """Seconds that one call of a reward function may take."""

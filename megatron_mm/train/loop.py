@@ -9,6 +9,7 @@ import logging
 import signal
 from pathlib import Path
 
+from megatron_mm import cli
 from megatron_mm.config import RunConfig, to_dict
 from megatron_mm.config.objectives import declaration, part_of
 from megatron_mm.engine.feed import raise_together
@@ -142,7 +143,7 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     if trainer.run.evaluation.report:
         write_examples(engine, trainer.tokenizer, records, output)
     if trainer.is_logger:
-        print(accuracy_table({"skills": results}))
+        cli.say(accuracy_table({"skills": results}))
         if trainer.run.evaluation.report:
             _report(output)
 
@@ -150,7 +151,7 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
 def _report(output: Path) -> None:
     """The last thing a run does: a failure here is a warning, everything else is on disk."""
     try:
-        print(f"report: {write_report(output)}")
+        cli.say(f"report: {write_report(output)}")
     except Exception as error:
         again = f"python -m megatron_mm.report.page {output}"
         logger.warning("no report: %s; try again with %s", error, again)

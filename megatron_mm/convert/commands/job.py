@@ -29,7 +29,7 @@ def run_job(work: Callable[[dist.ProcessGroup], list[str]]) -> int:
         timeout = datetime.timedelta(hours=2)  # a rank's share of a large model
         for line in work(dist.new_group(backend="gloo", timeout=timeout)):
             if cli.rank() == 0:
-                print(line)
+                cli.say(line)
     except (CheckpointError, ConfigError) as error:
         status = cli.fail(error)
     if started and dist.is_initialized():

@@ -21,6 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS, MAX_BYTES = 2**26, 2**29
 
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+TURNS = ("<|im_start|>", "<|im_end|>")
 # Generation starts behind this text, so that it was encoded by itself in training.
 BEFORE_ANSWER = "<|im_start|>assistant\n"
 
@@ -166,6 +167,13 @@ class MegatronMMProcessor(ProcessorMixin):
         for number, piece in enumerate(pieces):
             piece += BEFORE_ANSWER if number < len(pieces) - 1 else ""
             ids += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+        # A tokenizer may normalise text, such as full-width brackets, to a control token.
+        for token, allowed in [(t, 0) for t in (START, END, CONTEXT)] + [
+            (t, text.count(t)) for t in TURNS
+        ]:
+            found = ids.count(self.tokenizer.convert_tokens_to_ids(token))
+            if found != allowed:
+                raise ValueError(f"text becomes {found} tokens {token}, the template has {allowed}")
         return ids
 
     def _check(self, kwargs: dict, return_tensors) -> None:
