@@ -111,7 +111,7 @@ def scores_of(function: RewardFunction, call: Call) -> Answer | str | Lost:
         # Tensors and arrays have tolist.
         values = result.tolist() if hasattr(result, "tolist") else result
         # Their elements are no rewards, or come in no order.
-        if isinstance(values, (str, bytes, Mapping, Set)):
+        if isinstance(values, (str, bytes, bytearray, memoryview, Mapping, Set)):
             return f"returned a {type(values).__name__}, not a list of rewards"
         values = list(values)
         if len(values) != count:
