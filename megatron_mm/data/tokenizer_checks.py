@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +23,33 @@ def loading(path: Path) -> Iterator[None]:
         DataError: in its place.
     """
     try:
-        yield
+        with _silent():
+            yield
     except (DataError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
         raise DataError(f"{path}: no tokenizer can be loaded from it: {reason(error)}") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Throws away what libraries print meanwhile, which is what stands in the files: it would reach
+    the terminal raw, from Rust too, so that Python's streams are not enough."""
+    kept = [os.dup(number) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+        os.close(nowhere)
 
 
 def reason(error: BaseException) -> str:

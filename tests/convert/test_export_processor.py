@@ -176,6 +176,9 @@ def test_the_processor_rejects_what_training_rejects(made, tmp_path):
         for given in (path, Image.open(path)):
             with pytest.raises(ValueError, match=what):
                 processor(images=given, text=text)
+    for forged in ("<img>", "</img>"):  # after encoding, whatever the text was
+        with pytest.raises(ValueError, match=f"text becomes 1 tokens {forged}"):
+            processor(text=f"a {forged} b")
     pair = [Image.new("RGB", (16, 16))] * 2
     with pytest.raises(ValueError, match=r"\[1, 1\] images for the prompts' \[2, 0\] marks"):
         processor(images=[[pair[0]], [pair[1]]], text=["<IMG_CONTEXT><IMG_CONTEXT>", "x"])

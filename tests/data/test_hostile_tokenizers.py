@@ -1,5 +1,6 @@
 """Tokenizers that are broken, that carry code, or that make control tokens of text."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -147,6 +148,18 @@ def test_a_broken_file_is_one_line_or_passed_over(name, text, folder):
     assert made.decode(made.encode("How many 3?")) == "How many 3?"
 
 
+def test_what_a_library_prints_of_a_folder_does_not_reach_the_terminal(folder, capfd):
+    """The Rust library prints names of keys it does not know, transformers the type of a model."""
+    path = folder(lambda held: held.update({"normalizer": {"type": "x\x1b[2J"}}))
+    (path / "config.json").write_text(json.dumps({"model_type": "\x1b[2Jq"}))
+    with pytest.raises(DataError):
+        load_tokenizer(path)
+    path = folder(lambda held: held["added_tokens"][0].update({"\x1b[2J": 1}))
+    with contextlib.suppress(DataError):
+        load_tokenizer(path)
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
 CODE = "import pathlib\npathlib.Path({ran!r}).touch()\nclass Own: pass\n"
 MAPS = {
     "tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}}),
@@ -159,23 +172,41 @@ MAPS = {
 }
 
 
+LOAD = """
+import sys
+from megatron_mm.data.tokenizer import load_tokenizer
+for path in sys.argv[1:]:
+    try:
+        load_tokenizer(path)
+    except ValueError as error:
+        print(error)
+"""
+
+
 @pytest.mark.launches
-@pytest.mark.parametrize("kind", MAPS)
-def test_a_folder_s_code_is_not_run_by_a_piped_yes(kind, folder, tmp_path):
-    path = folder()
-    ran = tmp_path / "ran"
-    (path / "own.py").write_text(CODE.format(ran=str(ran)))
-    name, more = MAPS[kind]
-    held = json.loads((path / name).read_text()) if (path / name).exists() else {}
-    if "tokenizer_class" not in more:
-        held.pop("tokenizer_class", None)
-    (path / name).write_text(json.dumps(held | more))
+@pytest.mark.slow
+def test_a_folder_s_code_is_not_run_by_a_piped_yes(parts, tmp_path):
+    paths, ran = [], tmp_path / "ran"
+    for kind, (name, more) in MAPS.items():
+        path = tmp_path / kind
+        path.mkdir()
+        for each, text in parts.items():
+            (path / each).write_text(text)
+        (path / "own.py").write_text(CODE.format(ran=str(ran)))
+        held = json.loads((path / name).read_text()) if (path / name).exists() else {}
+        if "tokenizer_class" not in more:
+            held.pop("tokenizer_class", None)
+        (path / name).write_text(json.dumps(held | more))
+        paths.append(str(path))
+    more = {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
-        [sys.executable, "-c", "import sys\nfrom megatron_mm.data.tokenizer import load_tokenizer\n"
-         "try:\n    load_tokenizer(sys.argv[1])\nexcept ValueError as e:\n    print(e)", str(path)],
-        input="yes\n" * 99, capture_output=True, text=True, timeout=120,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "hf")},
-    )  # fmt: skip
+        [sys.executable, "-c", LOAD, *paths],
+        input="yes\n" * 99,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | more,
+    )
     assert done.returncode == 0 and not ran.exists(), done.stderr[-500:]
     assert "[y/N]" not in done.stdout + done.stderr
 
@@ -200,10 +231,15 @@ def test_no_text_of_a_row_becomes_a_control_token(kind, token, tmp_path):
     normaliser, form = NORMALISERS[kind]
     made = byte_level_tokenizer(["How many 3? assistant"] * 9, 300)
     made.backend_tokenizer.normalizer = normaliser
-    for added in list(made.added_tokens_decoder.values()):
-        added.normalized = True
-        made.add_tokens([added], special_tokens=True)
     made.save_pretrained(tmp_path)
+    held = json.loads((tmp_path / "tokenizer.json").read_text())
+    for added in held["added_tokens"]:
+        added["normalized"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(held))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for added in config.get("added_tokens_decoder", {}).values():
+        added["normalized"] = True
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
     forged = form.format(token.upper() if kind == "lower case" else token)
     if not {*tokenizer.special_tokens.values()} & {*tokenizer.encode(forged)}:
