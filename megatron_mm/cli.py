@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import sys
+import unicodedata
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from megatron_mm.errors import ConfigError, LaunchError
 
@@ -39,14 +40,42 @@ def _number(variable: str, otherwise: int) -> int:
         return otherwise
 
 
+def printable(text: str) -> str:
+    """Returns text that cannot command a terminal: control and format characters (escape sequences,
+    carriage returns, marks that turn the direction of writing) and what is no Unicode are spelled
+    as in Python, `\\x1b`. Line breaks and tabs stay."""
+    return "".join(c if c in "\n\t" or not _commands(c) else _spelled(c) for c in text)
+
+
+def _commands(character: str) -> bool:
+    # Cc control, Cf format, Cs half a pair, Zl and Zp line and paragraph separators
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Prints text, whoever wrote it, to stdout or `file`. A full disk or a closed pipe behind
+    stdout is a warning; what `file` raises is its caller's."""
+    try:
+        print(printable(str(text)), file=file, flush=True)
+    except (OSError, ValueError) as error:
+        if file is not None:
+            raise
+        logger.warning("stdout cannot be written: %s", error)
+
+
 class _Stderr(logging.Handler):
     """Writes one line per message to whatever `sys.stderr` is at that time."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = PREFIX.get(record.levelno, "")
-        # A full disk or a closed terminal; there is no one left to tell.
+        # A line break in a message does not begin a line that looks like ours. A full disk or a
+        # closed terminal: there is no one left to tell.
         with contextlib.suppress(OSError, ValueError):
-            print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+            say(f"{prefix}{record.getMessage()}".replace("\n", "\n  "), sys.stderr)
 
 
 def setup_logging(rank: int) -> None:
@@ -72,14 +101,6 @@ def one_line(error: BaseException) -> str:
     """Returns the type of an exception and the beginning of what it says."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
-
-
-def say(text: str) -> None:
-    """Prints on stdout; a full disk or a closed pipe there is a warning."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError) as error:
-        logger.warning("stdout cannot be written: %s", error)
 
 
 def let_go() -> None:

@@ -169,7 +169,7 @@ def _write(result: dict[str, Any], file: Path | None, said: str | None = None) -
     if cli.rank():
         return
     text = json.dumps(result, indent=1)
-    print(text if said is None else said)
+    cli.say(text if said is None else said)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n", encoding="utf-8")

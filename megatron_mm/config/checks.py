@@ -252,6 +252,8 @@ def _check_training(run: RunConfig) -> None:
         require(path is None or is_path(path), key, path, "none, or the path of a folder")
     path = run.logging.output_dir
     require(is_path(path), "output_dir", path, "the path of a folder")
+    path = run.data.valid_data
+    require(path is None or is_path(path), "valid_data", path, "none, or the path of a file")
     both = run.checkpoint.load_hf and run.checkpoint.load
     require(not both, "load_hf", run.checkpoint.load_hf, "none, or this value without load")
 

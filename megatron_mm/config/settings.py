@@ -19,7 +19,9 @@ from megatron_mm.config.fields import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Samples,
     Sections,
+    Workers,
 )
 from megatron_mm.config.objectives import OBJECTIVES
 from megatron_mm.config.settings_model import ModelConfig
@@ -165,9 +167,9 @@ class DataConfig:
     packing: bool = False
     """Fill a microbatch with whole samples up to micro_batch_size * seq_length tokens;
     global_batch_size then counts places of seq_length tokens."""
-    num_workers: NonNegativeInt = 0
+    num_workers: Workers = 0
     """Processes that read ahead for each replica; 0: rows are read between the steps."""
-    max_num_tiles: PositiveInt = 12
+    max_num_tiles: Annotated[int, Bounds(ge=1, le=256)] = 12
     """Most tiles of an image in InternVL's dynamic tiling, the thumbnail not counted."""
     max_image_tokens: PositiveInt | None = None
     """Most image tokens of a row, counted as the stream tokens of every tile that the ViT sees; a
@@ -230,9 +232,9 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     exit_duration_in_mins: PositiveFloat | None = None
     """Minutes of training after which the run ends early, and evaluates."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Samples = 1
     """Samples of one forward pass of one replica; with packing, places of seq_length tokens."""
-    global_batch_size: PositiveInt = 1
+    global_batch_size: Samples = 1
     """Samples of an optimizer step over all replicas; with packing, places of seq_length tokens;
     in reinforcement learning, completions."""
     seed: NonNegativeInt = 1234
@@ -342,7 +344,7 @@ class EvaluationConfig:
     """Steps between evaluations; none: only at the end."""
     eval_samples: PositiveInt | None = None
     """Rows of valid_data in an evaluation; none: all."""
-    eval_batch_size: PositiveInt = 32
+    eval_batch_size: Samples = 32
     """Rows that are answered together."""
     max_new_tokens: PositiveInt = 64
     """Most tokens of an answer."""

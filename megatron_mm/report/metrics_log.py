@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_mm.cli import printable, say
 from megatron_mm.report.sinks import Appended, Guarded, TensorBoard, WandB
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ class Console:
         shown += [f"{k} {v:.1%}" for k, v in sorted(numbers.items()) if k.startswith("accuracy/")]
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(", ".join(shown[:3]))
+            self._bar.set_postfix_str(printable(", ".join(shown[:3])))
             return
         evaluated = any(key.startswith("accuracy/") for key in numbers)
         if step % self._interval and step != self._total_steps and not evaluated:
@@ -181,7 +182,7 @@ class Console:
         elapsed = time.monotonic() - self._started
         left = elapsed / max(1, step - self._start_step) * (self._total_steps - step)
         text = " | ".join([f"step {step}/{self._total_steps}", *shown])
-        print(f"{text} | left {format_duration(left)}", file=self._stream, flush=True)
+        say(f"{text} | left {format_duration(left)}", self._stream)
 
     def close(self) -> None:
         if self._bar is not None:

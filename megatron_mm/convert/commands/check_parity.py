@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         checkpoint = to_hf.open_checkpoint(args.checkpoint)
         differing = list(parity.differing_tensors(source, mapping, checkpoint))
         for line in differing[:10]:
-            print(line)
+            cli.say(line)
         if differing:
             raise ConvertError(f"{len(differing)} tensors differ (first {differing[0]})")
         count = sum(1 for link in mapping.links for _ in link.hf_tensors()) + len(mapping.carried)

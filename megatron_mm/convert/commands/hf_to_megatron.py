@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
         lines = summary.mapping_lines(source, mapping, dtype)
         if args.dry_run:
             if mapping.problem():
-                print("\n".join(lines))
+                cli.say("\n".join(lines))
                 raise CheckpointError(f"{args.hf}: {mapping.problem()}")
             return [*lines, "dry run: nothing was written"]
         with raising_together(group, f"cannot convert {args.hf}"):

@@ -28,7 +28,7 @@ def run_job(work: Callable[[dist.ProcessGroup], list[str]]) -> int:
             groups.start(ParallelConfig())
         for line in work(patient_group()):
             if cli.rank() == 0:
-                print(line)
+                cli.say(line)
     except (CheckpointError, ConfigError, LaunchError) as error:
         status = cli.fail(error)
     if started and dist.is_initialized():

@@ -130,7 +130,7 @@ def scores_of(function: RewardFunction, call: Call) -> Answer | Failed | Lost:
         # Tensors and arrays have tolist.
         values = result.tolist() if hasattr(result, "tolist") else result
         # Their elements are no rewards, or come in no order.
-        if isinstance(values, (str, bytes, bytearray, Mapping, Set)):
+        if isinstance(values, (str, bytes, bytearray, memoryview, Mapping, Set)):
             return Failed(f"returned a {type(values).__name__}, not a list of rewards")
         found = values if hasattr(values, "__len__") else [*itertools.islice(values, count + 1)]
         if len(found) != count:
