@@ -136,8 +136,8 @@ def test_floats_take_ints_and_text_without_a_dot(write):
             "model: {preset: huge}",
             [
                 "huge",
-                "allowed: mm-80b, mm-80b-300m, qwen3-next-80b-a3b, qwen3.5-35b-a3b, qwen3.5-397b-a17b, "
-                "small, tiny",
+                "allowed: mm-80b, mm-80b-300m, qwen3-next-80b-a3b, qwen3.5-35b-a3b, "
+                "qwen3.5-397b-a17b, small, tiny",
             ],
         ),
         ("model: {preset: [tiny]}", ["model.preset is ['tiny']", "allowed: text"]),
