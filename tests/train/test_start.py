@@ -172,7 +172,7 @@ def test_a_forgotten_parameter_is_one_error_on_every_rank(ranks, scenes, tmp_pat
     for open_, partial, unchanged in ranks(size, forgotten, run, tmp_path / "runs"):
         assert unchanged and "\n" not in open_ + partial
         assert "nothing fills final_norm.weight: it is neither stored nor new" in open_
-        lacks = f"of model.final_norm.weight, 0 of the {width} numbers that a rank holds are stored"
+        lacks = f"of model.final_norm.weight, 0 of the {width} numbers are stored"
         assert lacks in partial
 
 
