@@ -118,7 +118,7 @@ def load_skill_map(
     if not isinstance(info, Mapping):
         raise RLError(f"skill map {path}: 'info' is no object; write the map again")
     try:
-        return SkillMap(num_layers, num_experts, moe_router_topk, dict(held["skills"]), info)
+        return SkillMap(num_layers, num_experts, moe_router_topk, dict(held["skills"]), dict(info))
     except RLError as error:
         raise RLError(f"skill map {path}: {error}") from None
 

@@ -14,7 +14,7 @@ import resource
 import signal
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from megatron_mm.errors import DataError
 from megatron_mm.pictures import decode
@@ -28,7 +28,7 @@ MEMORY = 3 * 2**30
 SECONDS = 15
 
 
-def write(stream: BinaryIO, head: dict[str, Any], *body: bytes) -> None:
+def write(stream: IO[bytes], head: dict[str, Any], *body: bytes) -> None:
     """Writes one message; its body is the parts of `body` joined."""
     text = json.dumps(head).encode()
     stream.write(LENGTHS.pack(len(text), sum(map(len, body))) + text)
@@ -37,7 +37,7 @@ def write(stream: BinaryIO, head: dict[str, Any], *body: bytes) -> None:
     stream.flush()
 
 
-def read(stream: BinaryIO, largest: int) -> tuple[dict[str, Any], bytes]:
+def read(stream: IO[bytes], largest: int) -> tuple[dict[str, Any], bytes]:
     """Reads one message.
 
     Raises:
