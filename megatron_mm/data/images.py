@@ -74,9 +74,14 @@ class ImageFile:
             return self.held
         assert self.path is not None  # one of the two is given
         # Nor may it be a pipe or a device, whose bytes need not come.
-        if not self.path.is_file():
+        try:
+            exists = self.path.is_file()
+            size = self.path.stat().st_size if exists else 0
+        except OSError as error:  # a name of thousands of letters, a folder that may not be read
+            raise DataError(f"{self.name} cannot be read ({error.strerror})") from None
+        if not exists:
             raise DataError(f"{self.name} does not exist; correct the path in the row")
-        self._require(self.path.stat().st_size)
+        self._require(size)
         return self.path
 
     def _require(self, size: int) -> None:

@@ -240,6 +240,10 @@ def test_no_text_of_a_row_becomes_a_control_token(kind, token, tmp_path):
     for added in config.get("added_tokens_decoder", {}).values():
         added["normalized"] = True
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if kind == "lower case":  # the tokens themselves become others
+        with pytest.raises(DataError, match="is <IMG_CONTEXT> and is decoded as"):
+            load_tokenizer(tmp_path)
+        return
     tokenizer = load_tokenizer(tmp_path)
     forged = form.format(token.upper() if kind == "lower case" else token)
     if not {*tokenizer.special_tokens.values()} & {*tokenizer.encode(forged)}:

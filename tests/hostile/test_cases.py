@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_mm.earl.skill_map import FORMAT, load_skill_map
@@ -45,6 +47,10 @@ ROWS = {
     "calls in lists": {"messages": [ASK, ANSWER | {"tool_calls": DEEP}]},
     "a truth of 400 digits": {"messages": [ASK, ANSWER], "ground_truth": 10**400},
     "a reward model in lists": {"prompt": [ASK], "response": "3", "reward_model": DEEP},
+    "an image of 5,000 letters": {"messages": [ASK, ANSWER], "images": ["a" * 5000]},
+    "an image in folders": {"messages": [ASK, ANSWER], "images": ["a/" * 5000 + "b"]},
+    "an image of NUL": {"messages": [ASK, ANSWER], "images": ["a\0b"]},
+    "an image of half a pair": {"messages": [ASK, ANSWER], "images": ["a\ud800b"]},
     "a role of 5,000 letters": {"messages": [ASK | {"role": "a\n" * 5000}, ANSWER]},
 }
 
@@ -55,6 +61,14 @@ def test_rows(kind, tmp_path):
     with pytest.raises(DataError, match=r"rows.jsonl:1: ") as caught:
         rows.use(tmp_path / "rows.jsonl")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2100
+
+
+def test_a_parquet_file_whose_columns_are_no_unicode(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"messages": ["[]"], "columnname": ["a"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"columnname", b"column\x80ame"))
+    with pytest.raises(DataError, match="rows.parquet: cannot be read as parquet"):
+        rows.use(path)
 
 
 def test_a_long_message_keeps_both_ends():
