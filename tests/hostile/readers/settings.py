@@ -32,7 +32,7 @@ def make(rng: Random, folder: Path) -> tuple[Path, list[str]]:
         tree = mutated_tree(rng, tree)
     try:
         text = yaml.safe_dump(tree, allow_unicode=True)
-    except (yaml.YAMLError, ValueError, UnicodeError):  # the number 10**400 cannot be written
+    except (yaml.YAMLError, ValueError, RecursionError):  # 10**400 cannot be written
         text = yaml.safe_dump(to_dict(RunConfig())["training"])
     for _ in range(rng.choice((0, 0, 1, 3))):
         at = rng.randrange(len(text) + 1)
