@@ -377,7 +377,13 @@ def test_a_plan_is_what_a_step_takes(ranks):
 def test_a_search_has_its_piece():
     run = plan_run({"tp": 2})
     pieces = trace_pieces(run, images=1, supervised=1.0)
-    assert pieces.plans.keys() == {"first", "last", "G", "*", "E", "M", "L vision", "J"}
+    assert pieces.plans.keys() == {
+        "first",
+        "first, encoder beside",
+        "last",
+        *"G*EMJ",
+        "L vision",
+    }
     hidden, width = run.model.language.hidden_size, mlp_width(run)
     assert pieces.plans["M"].elements == (3 * hidden * width // 2 + hidden, 0)  # and its norm
 
