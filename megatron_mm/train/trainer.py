@@ -118,6 +118,7 @@ class Trainer:
         metrics |= self.router_norms.measure()
         metrics["train/learning_rate"] = self.engine.learning_rate()
         self.engine.update(norm)
+        self.source.stepped(metrics)
         self.iteration += 1
         self.seconds += time.perf_counter() - begin
         return metrics | {
