@@ -152,10 +152,13 @@ def test_packing_keeps_the_pairs_of_a_step(scenes, rows):
 
 
 def test_images_of_a_pair_are_encoded_once(scenes, rows):
+    """A scene has 10 tiles, the last of which, its thumbnail, stands in the stream of each side."""
     (batch,) = loader(pairs_run(scenes, rows, micro_batch_size=8)).next_batch()
-    pictured = sum("images" in json.loads(line) for line in rows.read_text().splitlines())
-    assert pictured < 32 and 0 < batch.num_tiles <= 10 * 8
-    assert len(batch.stream_tiles) == 2 * batch.num_tiles
+    lines = rows.read_text().splitlines()
+    shown = [json.loads(lines[int(name.rpartition(":")[2]) - 1]) for name in batch.samples]
+    images = sum("images" in row for row in shown)
+    assert 0 < images < 8 and batch.num_tiles == 10 * images
+    assert batch.stream_tiles.tolist() == [10 * n + 9 for n in range(images) for _ in range(2)]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -210,19 +213,8 @@ def test_pairs_are_refused_where_they_are_not_read(scenes, rows):
 
 
 def test_settings_are_flags():
-    flags = [
-        "--objective",
-        "dpo",
-        "--loss-type",
-        "sigmoid",
-        "sft",
-        "--loss-weights",
-        "1",
-        "0.5",
-        "--dpo-beta",
-        "0.2",
-    ]
-    run = load(None, ["--preset", "tiny", *flags])
+    flags = "--objective dpo --loss-type sigmoid sft --loss-weights 1 0.5 --dpo-beta 0.2"
+    run = load(None, ["--preset", "tiny", *flags.split()])
     assert loss_terms(run.section(DPOConfig)) == {"sigmoid": 1.0, "sft": 0.5}
     mpo = load(None, ["--objective", "dpo", "--preset", "tiny", "--loss-type", "mpo"])
     assert loss_terms(mpo.section(DPOConfig)) == {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from megatron_mm.config import RunConfig, validate
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
+from megatron_mm.preference import objective
+from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.train.trainer import Trainer
 from support.layouts import gather
 from support.trainers import digits_run
@@ -79,6 +83,46 @@ def on_rank_steps(run: RunConfig, steps: int) -> list[dict[str, float]]:
         return [metrics_of(trainer) for _ in range(steps)]
     finally:
         trainer.source.close()
+
+
+def on_rank_without_sums(run: RunConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Returns what `on_rank_gradients` does where context-parallel ranks do not add up answers."""
+    whole = objective.dist
+    objective.dist = SimpleNamespace(all_reduce=lambda *args, **kwargs: None)
+    try:
+        return on_rank_gradients(run)
+    finally:
+        objective.dist = whole  # the rank lives on
+
+
+class Balance:
+    """No loss but the routers': the main one is flat, and divided by tokens."""
+
+    router_term = None
+
+    def positions(self, batch):
+        return batch.sampled
+
+    def loss(self, predictions, batch, positions_K, pg, metrics):
+        total = predictions.logprobs(batch.labels_T[positions_K]).sum() * 0
+        return total, batch.loss_mask_T[positions_K].sum().int()
+
+
+def on_rank_balances(run: RunConfig) -> tuple[float, float]:
+    """Returns the gradient norms of a step of pairs, and of the same microbatches as mere
+    completions of which no more is asked than balance."""
+    trainer = pairs_trainer(run)
+    batches, _ = trainer.source.next_step(False)
+    plain = [
+        CompletionBatch(**{f.name: getattr(batch, f.name) for f in fields(CompletionBatch)})
+        for batch in batches
+    ]
+    norms = []
+    for some, what in ((batches, trainer.source.objective), (plain, Balance())):
+        trainer.engine.forward_backward(some, what)
+        norms.append(trainer.engine.gradient_norm())
+    trainer.source.close()
+    return norms[0], norms[1]
 
 
 def _passed(trainer: Trainer) -> dict[str, float]:
