@@ -21,12 +21,16 @@ export PYTHON
 # removal of the interpreter it points to.
 READY := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd)" ] && $(PY) -c '' 2>/dev/null && echo yes)
 
-.PHONY: help setup test quick lint demo demo-control clean FORCE
+# Minutes of `make fuzz`.
+MINUTES ?= 60
+
+.PHONY: help setup test quick fuzz lint demo demo-control clean FORCE
 
 help:
 	@echo "make setup         create .venv with the tested versions"
 	@echo "make test          run the tests"
 	@echo "make quick         those without ranks, launches and kills: 2 minutes on two cores"
+	@echo "make fuzz          hostile inputs for every reader, for an hour or MINUTES=n"
 	@echo "make lint          ruff check and format check, mypy"
 	@echo "make demo          train, discover experts, reinforce: the digits demo, into runs/demo"
 	@echo "make demo-control  the same without the look back at the image"
@@ -60,6 +64,9 @@ test: setup
 
 quick: setup
 	@$(PYTEST) -m "not ranks and not kills and not launches and not slow"
+
+fuzz: setup
+	@$(PY) -m tests.hostile.fuzz --minutes $(MINUTES)
 
 lint: setup
 	@$(PY) -m ruff check .

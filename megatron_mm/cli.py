@@ -7,12 +7,15 @@ anything that may log.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
-from typing import NoReturn
+import unicodedata
+from pathlib import Path
+from typing import NoReturn, TextIO
 
-from megatron_mm.errors import ConfigError
+from megatron_mm.errors import ConfigError, LaunchError
 
 EVERY_RANK = {"every_rank": True}  # `extra` of a message that other ranks do not repeat
 PREFIX = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
@@ -21,12 +24,47 @@ logger = logging.getLogger("megatron_mm")
 
 def rank() -> int:
     """Rank of this process under torchrun, 0 outside it."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes that torchrun started, 1 outside it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, otherwise: int) -> int:
+    """Returns a variable of torchrun's. What is no number is told when the job is joined."""
+    try:
+        return int(os.environ.get(variable, otherwise))
+    except ValueError:
+        return otherwise
+
+
+def printable(text: str) -> str:
+    """Returns text that cannot command a terminal: control and format characters (escape sequences,
+    carriage returns, marks that turn the direction of writing) and what is no Unicode are spelled
+    as in Python, `\\x1b`. Line breaks and tabs stay."""
+    return "".join(c if c in "\n\t" or not _commands(c) else _spelled(c) for c in text)
+
+
+def _commands(character: str) -> bool:
+    # Cc control, Cf format, Cs half a pair, Zl and Zp line and paragraph separators
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Prints text, whoever wrote it, to stdout or `file`. A full disk or a closed pipe behind
+    stdout is a warning; what `file` raises is its caller's."""
+    try:
+        print(printable(str(text)), file=file, flush=True)
+    except (OSError, ValueError) as error:
+        if file is not None:
+            raise
+        logger.warning("stdout cannot be written: %s", error)
 
 
 class _Stderr(logging.Handler):
@@ -34,7 +72,10 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = PREFIX.get(record.levelno, "")
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+        # A line break in a message does not begin a line that looks like ours. A full disk or a
+        # closed terminal: there is no one left to tell.
+        with contextlib.suppress(OSError, ValueError):
+            say(f"{prefix}{record.getMessage()}".replace("\n", "\n  "), sys.stderr)
 
 
 def setup_logging(rank: int) -> None:
@@ -49,16 +90,42 @@ def setup_logging(rank: int) -> None:
 
 
 def fail(error: Exception) -> int:
-    """Logs `error: ...` on rank 0, for an error that every rank raises. Returns the exit code: 2
-    for wrong settings, else 1."""
-    if rank() == 0:
+    """Logs `error: ...`: on rank 0 what every rank raises, on each that it cannot join the job.
+    Returns the exit code: 2 for wrong settings, else 1."""
+    if rank() == 0 or isinstance(error, LaunchError):
         logger.error("%s", error)
     return 2 if isinstance(error, ConfigError) else 1
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the type of an exception and the beginning of what it says."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def let_go() -> None:
+    """Throws away what stdout and stderr could not take, before the interpreter tries once more and
+    makes an exit status of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def flag(key: str) -> str:
     """Flag of a setting: `--max-new-tokens` for `max_new_tokens`."""
     return "--" + key.replace("_", "-")
+
+
+def path(text: str) -> Path:
+    """Type of an argument that is a path: an empty one would be the current folder."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_mm.errors import ConfigError, unknown
 
+MAX_ENTRY = 10_000  # characters of a part with its arguments
+
 
 def import_object(
     path: str, what: str, error: type[ValueError] = ConfigError, kind: str = "object"
@@ -157,6 +159,8 @@ def parse_specs(entries: Sequence[str], registry: Registry) -> list[Spec]:
 
 def _parse(entry: str, registry: Registry) -> tuple[str, dict[str, Any]]:
     try:
+        if len(entry) > MAX_ENTRY:
+            raise ValueError
         node = ast.parse(entry.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else None
         keywords = call.keywords if call else []
@@ -167,9 +171,10 @@ def _parse(entry: str, registry: Registry) -> tuple[str, dict[str, Any]]:
         path = ast.unparse(call.func if call else node)
         if len(options) != len(keywords) or not all(p.isidentifier() for p in path.split(".")):
             raise ValueError
-    except (SyntaxError, ValueError):
+    # MemoryError is Python's for brackets in too many brackets, TypeError for a list as a key.
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise registry.error(
-            f"{registry.what} {entry!r} cannot be read; write name, name(key=value, ...) with "
-            "plain values, or a dotted path"
+            f"{registry.what} {entry[:160]!r} cannot be read; write name, name(key=value, ...) "
+            "with plain values, or a dotted path"
         ) from None
     return path, options

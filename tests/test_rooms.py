@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    *("errors", "platform", "plugins", "cli"),
+    *("errors", "platform", "plugins", "cli", "pictures"),
     *("config", "report", "parallel", "data", "model", "engine", "generation"),
     *("checkpoint", "convert", "evaluation", "earl", "rl", "preference", "train"),
     *("perf", "benchmark", "doctor"),

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mm.parallel.descriptors import raise_limit  # noqa: E402
 
+SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 CPP_LOG = "TORCH_CPP_LOG_LEVEL"  # read when torch is loaded
 
 
@@ -52,6 +53,8 @@ def _why(error: Exception, args: Namespace) -> str:
 
 def main(argv: list[str]) -> int:
     # torchrun's own messages have many lines; `_why` replaces them. Those of the ranks stay.
+    # Without it an agent dies of SIGUSR1, and its ranks with it; with it, it hands it on.
+    os.environ.setdefault(SIGNALS, "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     given = os.environ.get(CPP_LOG)
     os.environ[CPP_LOG] = given or "FATAL"
     from torch.distributed.run import get_args_parser, run

@@ -169,7 +169,7 @@ def _write(result: dict[str, Any], file: Path | None, said: str | None = None) -
     if cli.rank():
         return
     text = json.dumps(result, indent=1)
-    print(text if said is None else said)
+    cli.say(text if said is None else said)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n", encoding="utf-8")
@@ -218,11 +218,12 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from megatron_mm.benchmark.compare import Different
     from megatron_mm.config import ConfigError
-    from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
+    from megatron_mm.errors import CheckpointError, DataError, LaunchError, NonFiniteError
 
+    told = (CheckpointError, ConfigError, DataError, Different, LaunchError, NonFiniteError)
     try:
         _run(args, flags)
-    except (CheckpointError, ConfigError, DataError, Different, NonFiniteError) as error:
+    except told as error:
         cli.fail(error)
         return 1
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mm import cli, platform
 from megatron_mm.config import RunConfig
-from megatron_mm.errors import CheckpointError, ConfigError, DataError, RLError
+from megatron_mm.errors import CheckpointError, ConfigError, DataError, LaunchError, RLError
 
 
 class CheckpointCommand:
@@ -68,7 +68,7 @@ class CheckpointCommand:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        shown = isinstance(error, (CheckpointError, ConfigError, DataError, RLError))
+        shown = isinstance(error, (CheckpointError, ConfigError, DataError, LaunchError, RLError))
         if shown:
             assert isinstance(error, Exception)
             self.status = cli.fail(error)

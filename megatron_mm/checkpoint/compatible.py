@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.config import (
     ConfigError,
     LoraConfig,
@@ -57,7 +58,9 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
     try:
         found = dict(_flat(to_dict(from_dict(ModelConfig, stored, "model"))))
     except ConfigError as error:
-        raise CheckpointError(f"its run.json describes no model of this version: {error}") from None
+        raise CheckpointError(
+            f"its run.json describes no model of this version: {shown(error, 1000)}"
+        ) from None
     here = dict(_flat(to_dict(model)))
     for key in sorted(found.keys() | here.keys()):
         a, b = found.get(key), here.get(key)
@@ -66,8 +69,8 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
         if a == b or _may_change(key) or (finetune and key.startswith("fusion.")):
             continue
         raise CheckpointError(
-            f"it holds another model: {key} is {found.get(key, 'absent')!r} there and "
-            f"{here.get(key, 'absent')!r} here"
+            f"it holds another model: {shown(key)} is {shown(repr(found.get(key, 'absent')), 500)} "
+            f"there and {here.get(key, 'absent')!r} here"
         )
 
 
@@ -81,7 +84,7 @@ def check_adapters(stored: dict, lora: LoraConfig) -> None:
     try:
         there = from_dict(LoraConfig, stored, "lora")
     except ConfigError as error:
-        raise CheckpointError(f"its run.json describes no adapters: {error}") from None
+        raise CheckpointError(f"its run.json describes no adapters: {shown(error, 1000)}") from None
     if there.lora_rank is None or lora.lora_rank is None:
         return
     for key in ("lora_rank", "lora_alpha"):

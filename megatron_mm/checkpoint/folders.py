@@ -12,9 +12,10 @@ import shutil
 from pathlib import Path
 
 from megatron_mm.checkpoint import sealed
+from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 LATEST, RUN = "latest", "run.json"
 PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
 NAME = re.compile(r"iter_\d{7,}")
@@ -39,7 +40,9 @@ def publish(partial: Path, final: Path) -> None:
     sealed.write_bytes(pointer, f"{final.name}\n".encode())
     pointer.replace(folder / LATEST)
     sealed.sync_folder(folder)
-    if replaced.exists():
+    if replaced.is_symlink():  # what it leads to is not ours
+        replaced.unlink()
+    elif replaced.exists():
         shutil.rmtree(replaced)
 
 
@@ -112,13 +115,56 @@ def resolve(folder: Path) -> tuple[Path, dict]:
     run = sealed.read_json(path / RUN)
     if run.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path / RUN} has format {run.get('format')}; this version: {FORMAT}"
+            f"{path / RUN} has format {shown(run.get('format'))}; this version: {FORMAT}"
         )
+    _check_run(path, run)
     return path, run
 
 
+# Keys of run.json that every reader needs, with their types.
+KINDS = {
+    "iteration": int,
+    "identity": str,
+    "layout": dict,
+    "adam_step": int,
+    "scheduler": dict,
+    "loader": dict,
+    "extra": dict,
+    "config": dict,
+    "checksums": dict,
+}
+IDENTITY = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+
+def _check_run(path: Path, run: dict) -> None:
+    """Checks the outer form of a run.json, and that it is the one of its folder.
+
+    Raises:
+        CheckpointError: names the first key that is wrong.
+    """
+    for key, kind in KINDS.items():
+        if type(run.get(key)) is not kind:
+            raise CheckpointError(f"{path / RUN} is damaged: {key} is no {kind.__name__}")
+    for key in ("iteration", "adam_step"):
+        if not 0 <= run[key] < 2**53:
+            raise CheckpointError(f"{path / RUN} is damaged: {key} is {shown(run[key])}")
+    if not IDENTITY.fullmatch(run["identity"]):
+        raise CheckpointError(f"{path / RUN} is damaged: identity is {shown(run['identity'])}")
+    for key in ("model", "training"):
+        if type(run["config"].get(key)) is not dict:
+            raise CheckpointError(f"{path / RUN} is damaged: config.{key} is no dict")
+    for key in ("layout", "checksums"):
+        if not all(type(value) is int for value in run[key].values()):
+            raise CheckpointError(f"{path / RUN} is damaged: {key} holds other things than numbers")
+    name = path.name.removesuffix(REPLACED)
+    if NAME.fullmatch(name) and name != name_of(run["iteration"]):
+        raise CheckpointError(
+            f"{path / RUN} is of iteration {run['iteration']}, another than its folder's"
+        )
+
+
 def _latest(folder: Path) -> Path:
-    content = (folder / LATEST).read_bytes().strip()
+    content = sealed.read_all(folder / LATEST).strip()
     name = content.decode("ascii", "replace")
     if not NAME.fullmatch(name):
         raise CheckpointError(f"{LATEST} names no checkpoint but {name[:40]!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint.lock import held
 from megatron_mm.config import LoraConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
@@ -26,6 +27,11 @@ def merge_adapters(engine: Engine, source: Path, target: Path) -> Path:
     Raises:
         CheckpointError: on every rank, if `source` does not fit or has no adapters.
     """
+    with held(target, engine.groups.world):
+        return _merged(engine, source, target)
+
+
+def _merged(engine: Engine, source: Path, target: Path) -> Path:
     state = sharded.load(engine, source, finetune=True)
     if state["initialized"]:
         raise CheckpointError(f"cannot merge {source}: it lacks {state['initialized'][0]}")

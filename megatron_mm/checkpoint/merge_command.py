@@ -84,5 +84,5 @@ def main(argv: list[str]) -> int:
         engine = command.engine(stored_run(path, stored["config"], given, cli.world_size()))
         merged = merge_adapters(engine, path, Path(target))
         if cli.rank() == 0:
-            print(f"merged: {merged}")
+            cli.say(f"merged: {merged}")
     return command.status

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import random
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+from megatron_mm.checkpoint.collective import one_line
+from megatron_mm.errors import CheckpointError
 
 
 def _tracker():
@@ -29,6 +35,32 @@ def capture() -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "tracker": None if tracker is None else dict(tracker.get_states()),
     }
+
+
+def checked(content: bytes, path: Path) -> dict[str, Any]:
+    """Returns the states in the bytes of a generator file, tried on generators of its own.
+
+    Raises:
+        CheckpointError: they are none.
+    """
+    try:
+        # Stored, not compressed, as torch writes them: what is unpacked is no larger than the file.
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(entry.compress_type or entry.flag_bits & 1 for entry in archive.infolist()):
+                raise CheckpointError("it is compressed")
+        state = torch.load(io.BytesIO(content), weights_only=True)
+        name, keys, *rest = state["numpy"]
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        torch.Generator().set_state(state["torch"])
+        tracker = {} if state["tracker"] is None else state["tracker"]
+        for found in (state["cuda"], *tracker.values()):
+            if found is not None and (found.dtype, found.dim()) != (torch.uint8, 1):
+                raise CheckpointError("a generator's state is no list of bytes")
+    # A forged pickle makes torch and the generators fail in many ways.
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
+    return state
 
 
 def restore(state: dict[str, Any]) -> None:

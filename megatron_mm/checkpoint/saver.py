@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.checkpoint import snapshot
+from megatron_mm.checkpoint.lock import hold
 from megatron_mm.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,23 @@ class Saver:
     most the steps since then.
     """
 
-    def __init__(self, engine: Engine, *, asynchronous: bool, keep_last: int | None):
-        """Every rank calls it, because asynchronous saving makes a process group."""
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        asynchronous: bool,
+        keep_last: int | None,
+        folder: Path | None = None,
+    ):
+        """Every rank calls it.
+
+        Args:
+            folder: is held until `close`, so that no second job saves there.
+
+        Raises:
+            CheckpointError: on every rank; `folder` cannot be held.
+        """
+        self._lock = hold(folder, engine.groups.world)
         self._engine, self._keep_last = engine, keep_last
         self._group, self._thread = engine.groups.world, None
         self._writing: Future | None = None
@@ -83,10 +99,13 @@ class Saver:
             writing.result()
 
     def close(self) -> None:
-        """Finishes while another error may be on its way: a failed save is only logged."""
+        """Finishes while another error may be on its way: a failed save is only logged. Other jobs
+        may save to the folder from now on."""
         try:
             self.finish()
         except (Exception, CheckpointException) as error:
             logger.warning("%s", error)
         if self._thread is not None:
             self._thread.shutdown()
+        if self._lock is not None:
+            self._lock.release()

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import zlib
 from pathlib import Path
 from typing import Any
 
+from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.errors import CheckpointError
 
 KEY = "checksum"
+MOST_BYTES = 32 * 2**20  # of a small file
 
 
 def _checksum(content: dict) -> int:
@@ -41,6 +44,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_bytes(path, f"{text}\n".encode())
 
 
+def read_all(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Reads a file of `most` bytes at most.
+
+    Raises:
+        CheckpointError: it is larger, or no file, such as a pipe, which might never end.
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a file")
+    if status.st_size > most:
+        raise CheckpointError(
+            f"{path} is damaged: it has {status.st_size} bytes, up to {most} are allowed"
+        )
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads what `write_json` wrote.
 
@@ -48,24 +68,27 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged or of another version.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_all(path))
         found = content.pop(KEY)
+        expected = _checksum(content)
     except KeyError as error:
         raise CheckpointError(f"{path} has no {KEY}: damaged, or of another version") from error
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if found != (expected := _checksum(content)):
-        raise CheckpointError(f"{path} is damaged: its checksum is {expected}, not {found!r}")
+        raise CheckpointError(f"{path} is damaged: {shown(error)}") from error
+    if found != expected:
+        raise CheckpointError(
+            f"{path} is damaged: its checksum is {expected}, not {shown(repr(found)[:200])}"
+        )
     return content
 
 
-def read_bytes(path: Path, checksum: int | None) -> bytes:
+def read_bytes(path: Path, checksum: int | None, most: int = MOST_BYTES) -> bytes:
     """Reads a file whose CRC-32 is known.
 
     Raises:
-        CheckpointError: the CRC-32 is not `checksum`.
+        CheckpointError: the CRC-32 is not `checksum`, or the file has more than `most` bytes.
     """
-    content = path.read_bytes()
+    content = read_all(path, most)
     if checksum is None:
         raise CheckpointError(f"{path} was not there when the checkpoint was made")
     if (found := zlib.crc32(content)) != checksum:

@@ -8,7 +8,6 @@ the whole tensor, so any layout can load them.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from megatron_mm.checkpoint.compatible import (
     check_model,
     check_tensors,
 )
+from megatron_mm.checkpoint.index import check_whole
 from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
+from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.checkpoint.snapshot import layout_of, rng_name, take, write
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError
@@ -81,22 +82,23 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     expected = shards.expected_shapes(engine, with_optimizer=not finetune)
     with raising_together(groups.world, doing):
         check_model(run["config"]["model"], engine.run.model, finetune=finetune)
-        check_adapters(run["config"].get("lora", {}), engine.run.lora)
+        check_adapters(run["config"].get("lora") or {}, engine.run.lora)
         _check_precision(run["config"], engine, finetune)
-        stored, index = storage.read_index(path, run["checksums"])
+        stored, index = storage.read_index(path, run["checksums"], run["identity"])
         added = check_tensors(stored, expected, finetune=finetune)
+        _check_scheduler(run["scheduler"], engine, finetune)
+        check_whole(index)
         storage.check_files(path, index, groups.world.rank(), groups.world.size())
     same_layout = run["layout"] == layout_of(engine)
     with raising_together(groups.world, doing):
         wanted = shards.empty_shards(engine, set(stored), with_optimizer=not finetune)
         shards.check_complete(engine, wanted.keys(), set(added))
-        storage.check_whole(wanted, index)
-        storage.read_tensors(wanted, path, index)
+        storage.read_tensors(wanted, path, index, run["identity"])
         generators = None
         if same_layout and not finetune:
             name = rng_name(dist.get_rank())
             content = sealed.read_bytes(path / name, run["checksums"].get(name))
-            generators = torch.load(io.BytesIO(content), weights_only=True)
+            generators = rng.checked(content, path / name)
     finish_param_gather(engine)  # a gather under way would overwrite loaded weights
     _apply(engine, {key: entry.data for key, entry in wanted.items()}, set(added), run, finetune)
     if generators is not None:
@@ -111,10 +113,31 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
 
 
 def _check_precision(config: dict, engine: Engine, finetune: bool) -> None:
-    there, here = config["training"]["bf16"], engine.run.training.bf16
+    there, here = config["training"].get("bf16"), engine.run.training.bf16
     if there != here and not finetune:
         raise CheckpointError(
-            f"training.bf16 is {there} there and {here} here; only finetune may change it"
+            f"training.bf16 is {shown(there)} there and {here} here; only finetune may change it"
+        )
+
+
+def _check_scheduler(stored: dict, engine: Engine, finetune: bool) -> None:
+    """Checks that the schedule's state has the values of ours by name and type."""
+    if finetune:
+        return
+    for key, value in engine.scheduler.state_dict().items():
+        found: Any = stored.get(key)
+        if type(value) in (int, float):
+            fine = type(found) in (int, float) and abs(found) < 2**53  # NaN is not
+        else:
+            fine = type(found) is type(value)
+        if not fine:
+            raise CheckpointError(
+                f"its {folders.RUN} is damaged: scheduler.{key} is {shown(found)}"
+            )
+    steps = stored["num_steps"]
+    if type(steps) is not int or not 0 <= steps < 2**53:
+        raise CheckpointError(
+            f"its {folders.RUN} is damaged: scheduler.num_steps is {shown(steps)}"
         )
 
 

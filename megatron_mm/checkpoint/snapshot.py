@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+import secrets
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 import megatron_mm
 from megatron_mm.checkpoint import folders, optimizer_state, rng, sealed, shards, storage
 from megatron_mm.checkpoint.collective import raising_together
+from megatron_mm.checkpoint.finite import not_finite
 from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
 from megatron_mm.config import to_dict
 from megatron_mm.engine.engine import Engine
@@ -36,7 +38,8 @@ class Snapshot:
     Attributes:
         tensors: this rank's shards, on the CPU.
         generators: content of its generator file.
-        run: content of run.json, with the checksums known so far.
+        run: content of run.json, with the checksums known so far. Its "identity" is drawn anew for
+            every save.
     """
 
     iteration: int
@@ -50,31 +53,42 @@ def take(engine: Engine, loader_state: dict, iteration: int, extra: dict | None 
 
     Raises:
         CheckpointError: on every rank; `loader_state` or `extra` has no JSON form, or parameters
-            took different numbers of steps.
+            took different numbers of steps, or a weight or the optimizer's state is not finite.
     """
     finish_param_gather(engine)
+    doing = f"cannot save iteration {iteration}"
+    with raising_together(engine.groups.world, doing):
+        ruined = not_finite(engine)
+        if ruined:
+            raise CheckpointError(
+                f"{ruined} is not finite; earlier checkpoints are kept: go on from one of them"
+            )
     tensors, steps = _tensors(engine)
     buffer = io.BytesIO()
     torch.save(rng.capture(), buffer)
     generators = buffer.getvalue()
     notes: list = [None] * engine.groups.world.size()
-    dist.all_gather_object(notes, (steps, zlib.crc32(generators)), group=engine.groups.world)
+    dist.all_gather_object(
+        notes, (steps, zlib.crc32(generators), secrets.token_hex(16)), group=engine.groups.world
+    )
     run = {
         "format": folders.FORMAT,
         "megatron_mm": megatron_mm.__version__,
         "iteration": iteration,
+        "identity": notes[0][2],
         "layout": layout_of(engine),
         "adam_step": 0,
         "scheduler": engine.scheduler.state_dict(),
         "loader": loader_state,
         "extra": extra or {},
         "config": to_dict(engine.run),
-        "checksums": {rng_name(rank): checksum for rank, (_, checksum) in enumerate(notes)},
+        "checksums": {rng_name(rank): checksum for rank, (_, checksum, _) in enumerate(notes)},
     }
-    with raising_together(engine.groups.world, f"cannot save iteration {iteration}"):
-        run["adam_step"] = _same_step(set().union(*(found for found, _ in notes)))
+    with raising_together(engine.groups.world, doing):
+        run["adam_step"] = _same_step(set().union(*(found for found, _, _ in notes)))
         if dist.get_rank() == 0:
-            run = json.loads(json.dumps(run))  # a copy, because callers may change the values
+            # A copy, because callers may change the values. NaN has no JSON form either.
+            run = json.loads(json.dumps(run, allow_nan=False))
     return Snapshot(iteration, tensors, generators, run)
 
 
@@ -159,7 +173,7 @@ def _write(
             folders.clear_leftovers(final.parent)
             partial.mkdir()
     with raising_together(group, doing):
-        storage.write_tensors(snapshot.tensors, partial, group)
+        storage.write_tensors(snapshot.tensors, partial, group, snapshot.run["identity"])
     with raising_together(group, doing):
         sealed.write_bytes(partial / rng_name(group.rank()), snapshot.generators)
         if leader:

@@ -10,11 +10,6 @@ wait in a barrier for ever. torch's writer, on which it builds, reports failures
 from __future__ import annotations
 
 import io
-import math
-import pickle
-import struct
-import warnings
-import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,23 +23,52 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.checkpointable import CheckpointableShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.futures import Future
 
+from megatron_mm.checkpoint import index as indices
 from megatron_mm.checkpoint import sealed
-from megatron_mm.checkpoint.collective import one_line
+from megatron_mm.checkpoint.blocks import MarkedStream, Reader, mark
+from megatron_mm.checkpoint.index import Block, Index, Shape
+from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.errors import CheckpointError
 
 METADATA = ".metadata"
 INDEX_FILES = (CONFIG_FNAME, METADATA)
 
 
+class _Marks:
+    """Marks every block that torch's writer writes, in the place of its transforms
+    (filesystem.py:233)."""
+
+    def __init__(self, identity: str):
+        self._identity = identity
+
+    def transform_save_stream(self, item: WriteItem, stream: Any) -> tuple[Any, list[str]]:
+        key, offset = item.index.fqn, item.index.offset
+        comment = mark(self._identity, key, None if offset is None else tuple(offset))
+        return _Closing(stream, comment), []
+
+
+class _Closing(MarkedStream):
+    """Stream that torch's writer closes when a block is written; the file stays open."""
+
+    def close(self) -> None:
+        self.finish()
+
+
 class Writer(FileSystemWriter):
-    """torch's writer with clear disk errors: its zip writer hides an OSError such as a full disk
-    behind "unexpected pos"."""
+    """torch's writer with the save's identity on the index and on every block, and with clear disk
+    errors: its zip writer hides an OSError such as a full disk behind "unexpected pos"."""
+
+    def __init__(self, folder: Path, identity: str):
+        super().__init__(folder, sync_files=True, thread_count=1)
+        self._identity, self.transforms = identity, _Marks(identity)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self._identity)  # torch's would name this machine's folder
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
         try:
@@ -56,7 +80,9 @@ class Writer(FileSystemWriter):
             raise (hidden or error) from None
 
 
-def write_tensors(shards: Iterable[ShardedTensor], folder: Path, group: dist.ProcessGroup) -> None:
+def write_tensors(
+    shards: Iterable[ShardedTensor], folder: Path, group: dist.ProcessGroup, identity: str
+) -> None:
     """Writes each rank's shards to `__<rank>_0.distcp`; rank 0 adds the index. Every rank calls it.
 
     Raises:
@@ -70,7 +96,7 @@ def write_tensors(shards: Iterable[ShardedTensor], folder: Path, group: dist.Pro
         items[ShardedObject("common_state", None, (1,), (0,)).unique_key] = common
     checkpoint.save(
         items,
-        storage_writer=Writer(folder, sync_files=True, thread_count=1),
+        storage_writer=Writer(folder, identity),
         planner=MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         process_group=group,
     )
@@ -82,176 +108,42 @@ def write_format(folder: Path) -> dict[str, int]:
     return {name: zlib.crc32((folder / name).read_bytes()) for name in INDEX_FILES}
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickler that allows only the types of an index, since a pickle may run any code."""
-
-    ALLOWED = {
-        "torch": {"Size"},
-        "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "pathlib": {"PosixPath"},
-        "pathlib._local": {"PosixPath"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index needs")
-        return super().find_class(module, name)
-
-
-class _View(io.RawIOBase):
-    """Read-only file over the bytes of a tensor, without a copy."""
-
-    def __init__(self, content: torch.Tensor):
-        self._bytes, self._at = memoryview(content.numpy()), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {0: 0, 1: self._at, 2: len(self._bytes)}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        part = self._bytes[self._at : self._at + len(buffer)]
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)
-
-
-def _in_place(content: torch.Tensor) -> torch.Tensor:
-    """Returns the one tensor in the bytes of a `torch.save`, as a view; checks the checksums.
-
-    The pickle is read only for shape and strides, by torch's restricted unpickler.
-    """
-    found = None
-    with zipfile.ZipFile(_View(content)) as archive:
-        for entry in archive.infolist():
-            if entry.filename.endswith("/data/0"):
-                found = entry
-            else:
-                archive.read(entry)  # raises BadZipFile for a wrong checksum
-    if found is None:
-        raise CheckpointError("it holds no tensor")
-    # A local header has 30 bytes, followed by a name and padding of the lengths it gives.
-    head = content[found.header_offset : found.header_offset + 30].numpy().tobytes()
-    begin = found.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
-    data = content[begin : begin + found.file_size]
-    if found.compress_type or len(data) != found.file_size:
-        raise CheckpointError("it is not stored as torch stores it")
-    if zlib.crc32(data.numpy()) != found.CRC:
-        raise CheckpointError("its checksum is another")
-    meta = torch.load(_View(content), map_location="meta", weights_only=True)
-    whole = data.clone() if begin % meta.element_size() else data
-    whole = whole.view(meta.dtype)
-    return whole.as_strided(
-        meta.size(), meta.stride(), whole.storage_offset() + meta.storage_offset()
-    )
-
-
-class Reader(FileSystemReader):
-    """torch's reader with a known index and verified zip checksums: torch writes them but does not
-    check them when it reads, so a flipped bit would go unnoticed."""
-
-    def __init__(self, folder: Path, index: Metadata):
-        super().__init__(folder)
-        self._index = index
-        self._chunk = "no chunk"
-
-    def _slice_file(self, file: io.IOBase, info: Any) -> io.BytesIO:
-        self._chunk = f"{info.relative_path} is damaged in the chunk at byte {info.offset}"
-        content = io.BytesIO(super()._slice_file(file, info).read())
-        with zipfile.ZipFile(content) as archive:
-            if archive.testzip():
-                raise CheckpointError(self._chunk)
-        content.seek(0)
-        return content
-
-    def tensor(self, info: Any) -> torch.Tensor:
-        """Reads the stored tensor at a place in a file, without a copy.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
-        self._chunk = f"{info.relative_path} is damaged in the chunk at byte {info.offset}"
-        content = torch.empty(info.length, dtype=torch.uint8)
-        try:
-            path = Path(self.path) / info.relative_path
-            with path.open("rb") as file:
-                file.seek(info.offset)
-                if file.readinto(content.numpy()) != info.length:
-                    raise CheckpointError("the file ends in it")
-            return _in_place(content)
-        except OSError:
-            raise
-        except Exception as error:
-            raise CheckpointError(f"{self._chunk}: {one_line(error)}") from error
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
-        try:
-            return super().read_data(plan, planner)
-        except (CheckpointError, OSError):
-            raise
-        # A wrong bit in a length or offset makes zipfile and torch fail in many ways.
-        except Exception as error:
-            raise CheckpointError(f"{self._chunk}: {one_line(error)}") from error
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._index
-
-
 def read_index(
-    folder: Path, checksums: dict[str, int]
-) -> tuple[dict[str, tuple[int, ...]], Metadata]:
+    folder: Path, checksums: dict[str, int], identity: str | None = None
+) -> tuple[dict[str, Shape], Index]:
     """Returns (key -> whole shape of every stored tensor, the index).
 
+    Args:
+        identity: the save that the index must belong to; None: any.
+
     Raises:
-        CheckpointError: the checkpoint is incomplete or the index is damaged.
+        CheckpointError: the checkpoint is incomplete, or the index is damaged or of another save.
     """
     for name in INDEX_FILES:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
-    content = {n: sealed.read_bytes(folder / n, checksums.get(n)) for n in INDEX_FILES}
+    most = indices.MOST_BYTES
+    content = {n: sealed.read_bytes(folder / n, checksums.get(n), most) for n in INDEX_FILES}
     try:
-        index = _IndexUnpickler(io.BytesIO(content[METADATA])).load()
-        entries = index.state_dict_metadata.items()
-        shapes = {k: tuple(e.size) for k, e in entries if isinstance(e, TensorStorageMetadata)}
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
+        index = indices.parse(content[METADATA])
+    except CheckpointError as error:
         raise CheckpointError(f"{folder / METADATA} is damaged: {error}") from error
-    return shapes, index
+    if identity is not None and index.identity != identity:
+        raise CheckpointError(
+            f"{folder / METADATA} is of another save: its identity is "
+            f"{shown(index.identity or 'none')}, the checkpoint's is {identity}"
+        )
+    return {key: entry.shape for key, entry in index.tensors.items()}, index
 
 
-def check_files(folder: Path, index: Metadata, rank: int = 0, ranks: int = 1) -> None:
+def check_files(folder: Path, index: Index, rank: int = 0, ranks: int = 1) -> None:
     """Checks presence and size of every `ranks`-th shard file, starting with number `rank`.
 
     Raises:
-        CheckpointError: a file is missing, too short, or outside of the folder.
+        CheckpointError: a file is missing or too short.
     """
-    needed: dict[str, int] = {}
-    for info in index.storage_data.values():
-        if Path(info.relative_path).name != info.relative_path:
-            raise CheckpointError(f"{folder / METADATA} names {info.relative_path!r}, not a file")
-        end = info.offset + info.length
-        needed[info.relative_path] = max(needed.get(info.relative_path, 0), end)
     wrong = []
-    for name, size in sorted(needed.items())[rank::ranks]:
+    for name, size in sorted(index.needed.items())[rank::ranks]:
         path = folder / name
         if not path.is_file():
             wrong.append(f"{name} is missing")
@@ -259,36 +151,46 @@ def check_files(folder: Path, index: Metadata, rank: int = 0, ranks: int = 1) ->
             wrong.append(f"{name} has {found} of {size} bytes")
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise CheckpointError(f"{folder}: of {len(needed)} shard files {wrong[0]}{more}")
+        raise CheckpointError(f"{folder}: of {len(index.needed)} shard files {wrong[0]}{more}")
 
 
-def check_whole(shards: dict[str, ShardedTensor], index: Metadata) -> None:
-    """Checks that the stored chunks cover every shard: torch reads those that there are, and would
-    leave the rest of a shard as it was.
+def read_tensors(
+    shards: dict[str, ShardedTensor], folder: Path, index: Index, identity: str
+) -> None:
+    """Fills the shards' data from the checkpoint. Local: no rank waits for another.
 
     Raises:
-        CheckpointError: names the first tensor of which numbers are missing.
+        CheckpointError: a block is damaged or of another save, or numbers of a shard are missing.
     """
+    reader = Reader(folder, identity)
+    filled = dict.fromkeys(shards, 0)
+    needed = []
     for key, shard in shards.items():
-        begin, size = shard.global_offset, shard.local_shape
-        found = 0
-        for chunk in index.state_dict_metadata[key].chunks:
-            sides = zip(chunk.offsets, chunk.sizes, begin, size, strict=True)
-            found += math.prod(max(0, min(a + n, b + m) - max(a, b)) for a, n, b, m in sides)
-        if found < math.prod(size):
+        for block in index.tensors[key].blocks:
+            shared = _overlap(shard, block)
+            if shared is not None and block.place is not None:
+                needed.append((block.place.file, block.place.begin, key, block, shared))
+    needed.sort(key=lambda found: found[:2])  # as they lie on disk
+    for _, _, key, block, (begin, size) in needed:
+        shard, part = shards[key], reader.read(key, index.tensors[key], block)
+        for d, (start, count) in enumerate(zip(begin, size, strict=True)):
+            part = part.narrow(d, start - block.offset[d], count)
+        box = zip(begin, size, shard.global_offset, strict=True)
+        shard.data[tuple(slice(a - b, a - b + n) for a, n, b in box)].copy_(part)
+        filled[key] += part.numel()
+    for key, shard in shards.items():
+        if filled[key] != shard.data.numel():
             raise CheckpointError(
-                f"of {key}, {found} of the {math.prod(size)} numbers that a rank holds are stored"
+                f"of {key}, {filled[key]} of the {shard.data.numel()} numbers that a rank holds "
+                "are stored"
             )
 
 
-def read_tensors(shards: dict[str, ShardedTensor], folder: Path, index: Metadata) -> None:
-    """Fills the shards' data from the checkpoint. Local: no rank waits for another."""
-    items = {key: CheckpointableShardedTensor.from_sh_ten(s) for key, s in shards.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that it reads without collectives
-        checkpoint.load(
-            items,
-            storage_reader=Reader(folder, index),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=True,
-        )
+def _overlap(shard: ShardedTensor, block: Block) -> tuple[list[int], list[int]] | None:
+    """Returns (offset, sizes) of what a shard and a block share; None for nothing."""
+    begin, size = [], []
+    sides = zip(shard.global_offset, shard.local_shape, block.offset, block.sizes, strict=True)
+    for a, n, b, m in sides:
+        begin.append(max(a, b))
+        size.append(min(a + n, b + m) - begin[-1])
+    return (begin, size) if all(n > 0 for n in size) else None

@@ -185,6 +185,11 @@ def _check_data(run: RunConfig) -> None:
         require(data.use_thumbnail, "use_thumbnail", data.use_thumbnail, allowed)
 
 
+def is_path(text: str) -> bool:
+    """Whether a text can be a path: it is not blank, and holds no NUL, which ends a path in C."""
+    return bool(text.strip()) and "\0" not in text
+
+
 def _check_sources(phase: DataPhase, key: str) -> None:
     if not phase.mixture:
         require(bool(phase.path), f"{key}.path", phase.path, "a .jsonl or .parquet file")
@@ -205,6 +210,9 @@ def _check_training(run: RunConfig) -> None:
         raise ConfigError(
             f"every module is frozen; allowed: at least 1 of the {len(MODULES)} freeze flags false"
         )
+    factor, sure = train.loss_spike_factor, not declaration(run).generates
+    allowed = f"0, or more than 1{'' if sure else f'; 0 with objective {train.objective}'}"
+    require(not factor or (factor > 1 and sure), "loss_spike_factor", factor, allowed)
     phases = [phase.samples for phase in run.data.train_data]
     # Packed samples are known to suffice only once their lengths are known.
     if phases and phases[-1] is not None and not run.data.packing:
@@ -239,6 +247,13 @@ def _check_training(run: RunConfig) -> None:
     ):
         off = "false" if given is True else "none"
         require(not given or bool(present), key, given, f"{off}, or this value with {other}")
+    for key in ("save", "load", "load_hf"):
+        path = getattr(run.checkpoint, key)
+        require(path is None or is_path(path), key, path, "none, or the path of a folder")
+    path = run.logging.output_dir
+    require(is_path(path), "output_dir", path, "the path of a folder")
+    path = run.data.valid_data
+    require(path is None or is_path(path), "valid_data", path, "none, or the path of a file")
     both = run.checkpoint.load_hf and run.checkpoint.load
     require(not both, "load_hf", run.checkpoint.load_hf, "none, or this value without load")
 

@@ -41,10 +41,10 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        low = f"{self.ge:g}" if self.ge is not None else None
-        low = f"more than {self.gt:g}" if self.gt is not None else low
-        high = f"{self.le:g}" if self.le is not None else None
-        high = f"less than {self.lt:g}" if self.lt is not None else high
+        low = _number(self.ge) if self.ge is not None else None
+        low = f"more than {_number(self.gt)}" if self.gt is not None else low
+        high = _number(self.le) if self.le is not None else None
+        high = f"less than {_number(self.lt)}" if self.lt is not None else high
         if low and high:
             return f"{low} to {high}" if self.lt is None else f"{low} to below {self.lt:g}"
         if self.ge is not None:
@@ -52,8 +52,21 @@ class Bounds:
         return f"{high} or less" if self.le is not None else low or high or "any number"
 
 
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+# No whole number of a run is larger, and C libraries take no more: torch's sizes, numpy's seeds.
+MOST = 2**31 - 1
+
+
 PositiveInt = Annotated[int, Bounds(gt=0)]
 NonNegativeInt = Annotated[int, Bounds(ge=0)]
+# Numbers of things that are made one by one: a slip must not begin work without an end.
+Samples = Annotated[int, Bounds(ge=1, le=2**20)]
+Experts = Annotated[int, Bounds(ge=1, le=2**14)]
+Layers = Annotated[int, Bounds(ge=1, le=1024)]
+Workers = Annotated[int, Bounds(ge=0, le=256)]
 PositiveFloat = Annotated[float, Bounds(gt=0)]
 NonNegativeFloat = Annotated[float, Bounds(ge=0)]
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_origin
 
 from megatron_mm.config import megatron
 from megatron_mm.config.settings import DataPhase, RunConfig
-from megatron_mm.config.tree import Leaf, coerce, expected, leaves, optional
+from megatron_mm.config.tree import Leaf, brief, coerce, expected, leaves, optional
 from megatron_mm.errors import ConfigError
 
 
@@ -132,7 +132,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         raise _unknown_flag(rest[0].split("=")[0], names)
     if rest:
         raise ConfigError(
-            f"unexpected value {rest[0]!r}; allowed: values behind their flag, "
+            f"unexpected value {brief(rest[0])}; allowed: values behind their flag, "
             f"and none behind --flag or --no-flag"
         )
     values = vars(given)
@@ -147,7 +147,7 @@ def _unknown_flag(word: str, names: list[str]) -> ConfigError:
     near = get_close_matches(word, names, n=3, cutoff=0.6)
     # Without a near miss a list of all the flags would be a page long.
     hint = f"did you mean {' or '.join(near)}?" if near else "allowed: the flags of --help"
-    return ConfigError(f"unknown flag {word}; {hint}")
+    return ConfigError(f"unknown flag {word[:80]}; {hint}")
 
 
 def _read(hint: Any, text: Any, key: str) -> Any:
@@ -161,7 +161,7 @@ def _read(hint: Any, text: Any, key: str) -> Any:
         try:
             text = int(text) if inner is int else [int(part) for part in text]
         except ValueError:
-            raise ConfigError(f"{key} is {text!r}; allowed: {expected(hint)}") from None
+            raise ConfigError(f"{key} is {brief(text)}; allowed: {expected(hint)}") from None
     return coerce(hint, text, key)
 
 
@@ -169,6 +169,8 @@ def _phase(text: str, key: str) -> dict[str, Any]:
     path, colon, samples = text.rpartition(":")
     if not colon or "/" in samples:  # no number of samples; a folder may well contain a colon
         return {"path": text, "samples": None}
-    if not samples.isdecimal():
-        raise ConfigError(f"{key} is {text!r}; allowed: path or path:samples with a whole number")
+    if not samples.isdecimal() or len(samples) > 18:
+        raise ConfigError(
+            f"{key} is {brief(text)}; allowed: path or path:samples with a whole number"
+        )
     return {"path": path, "samples": int(samples)}

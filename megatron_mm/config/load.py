@@ -20,7 +20,7 @@ from megatron_mm.config.flags import parse_early, parse_flags
 from megatron_mm.config.objectives import OBJECTIVES, make_known
 from megatron_mm.config.presets import preset, vision_preset
 from megatron_mm.config.settings import RunConfig
-from megatron_mm.config.tree import coerce, from_dict, merge, to_dict
+from megatron_mm.config.tree import brief, coerce, from_dict, merge, to_dict
 from megatron_mm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,38 @@ logger = logging.getLogger(__name__)
 __all__ = ["dump_yaml", "from_dict", "load", "read_yaml", "run_of_checkpoint", "to_dict"]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML lets a repeated key silently win over the first; a run must not lose a setting."""
+PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+MAX_BYTES, MAX_NODES, MAX_DIGITS = 2**20, 10_000, 64
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads what settings are made of: text, numbers, true and false, none, lists, mappings. A date
+    is text. PyYAML lets a repeated key silently win over the first; a run must not lose a setting.
+    """
+
+    # Without the forms of a date, and without `=`, a forgotten form of a default.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in forms if not tag.endswith((":timestamp", ":value"))]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind not in PLAIN:
+            raise ConfigError(f"{_place(node)}: the tag {kind!r}; allowed: {', '.join(PLAIN)}")
+        number = kind in ("int", "float") and isinstance(node, yaml.ScalarNode)
+        if number and len(node.value) > MAX_DIGITS:
+            raise ConfigError(
+                f"{_place(node)}: a number of {len(node.value)} characters; allowed: {MAX_DIGITS}"
+            )
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:  # of a tag's constructor
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"{_place(node)}: {str(node.value)[:80]!r} is no {kind}; write it as text"
+            ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -37,26 +67,66 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
                 continue
             if key.value in seen:
-                where = f"{key.start_mark.name} line {key.start_mark.line + 1}"
-                raise ConfigError(f"{where}: key {key.value} is given twice; allowed: once")
+                raise ConfigError(f"{_place(key)}: key {key.value} is given twice; allowed: once")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _place(node: yaml.Node) -> str:
+    return f"{node.start_mark.name} line {node.start_mark.line + 1}"
+
+
+def _check_nodes(root: yaml.Node, path: str) -> None:
+    """Counts the values that a file stands for, each alias as all that it repeats.
+
+    Raises:
+        ConfigError: there are too many, or one holds itself.
+    """
+    counts: dict[yaml.Node, int] = {}
+    open_nodes: set[yaml.Node] = set()
+
+    def count(node: yaml.Node) -> int:
+        if node in open_nodes:
+            raise ConfigError(f"{_place(node)}: a value that holds itself; write it without alias")
+        if node not in counts:
+            open_nodes.add(node)
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            pairs = isinstance(node, yaml.MappingNode)
+            below = [part for pair in parts for part in pair] if pairs else parts
+            counts[node] = 1 + sum(map(count, below))
+            open_nodes.discard(node)
+        return counts[node]
+
+    if count(root) > MAX_NODES:
+        raise ConfigError(f"config {path} stands for {count(root)} values; allowed: {MAX_NODES}")
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 
-    Raises ConfigError when the file cannot be read, is not YAML, or repeats a key.
+    Raises ConfigError when the file cannot be read, is not YAML, repeats a key, or is more than a
+    file of settings: over 1 MiB, 10,000 values, or lists in lists without an end.
     """
     try:
-        with Path(path).open(encoding="utf-8") as stream:
-            # A subclass of SafeLoader: builds plain values only, never objects.
-            tree = yaml.load(stream, Loader=_UniqueKeyLoader)  # noqa: S506
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(path).open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"config {path} has over {MAX_BYTES} bytes; allowed: a YAML file")
+        loader = _PlainLoader(content.decode())
+        loader.name = str(path)
+        node = loader.get_single_node()
+        if node is not None:
+            _check_nodes(node, path)
+        tree = {} if node is None else loader.construct_document(node)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL, or no UTF-8
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"config {path}: {reason}; allowed: a YAML file") from None
+        raise ConfigError(f"config {path!s}: {reason}; allowed: a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"config {path} is nested too deeply; allowed: a mapping") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         kind = type(tree).__name__
@@ -75,8 +145,10 @@ def _with_bases(path: str) -> dict[str, Any]:
         chain.append(at.resolve())
         tree = read_yaml(str(at))
         base = tree.pop("base", None)
-        if base is not None and not isinstance(base, str):
-            raise ConfigError(f"config {at}: base is {base!r}; allowed: the path of a YAML file")
+        if base is not None and (not isinstance(base, str) or "\0" in base):
+            raise ConfigError(
+                f"config {at}: base is {brief(base)}; allowed: the path of a YAML file"
+            )
         trees.append(tree)
         at = None if base is None else at.parent / base
     whole: dict[str, Any] = {}

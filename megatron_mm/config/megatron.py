@@ -214,6 +214,8 @@ REFUSED: dict[str, str] = {
     "--rampup-batch-size": "the batch does not grow: use --global-batch-size",
     "--no-check-for-nan-in-loss-and-grad": "a number that is not finite ends the run",
     "--rerun-mode": "a number that is not finite ends the run: leave it out",
+    "--check-for-spiky-loss": "use --loss-spike-factor",
+    "--check-for-large-grads": "a number that is not finite ends the run: use --loss-spike-factor",
     "--skip-train": "a run that has ended only evaluates: use --resume --save",
     "--optimizer-cpu-offload": "the optimizer's state stays on the device: leave it out",
     "--moe-input-jitter-eps": _NOT_ROUTED_SO,

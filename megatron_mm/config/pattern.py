@@ -12,6 +12,7 @@ Everything in this file is a pure function of strings and tuples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -21,6 +22,7 @@ from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import Memory, look_memories, memories
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.config.settings_model import ModelConfig
+from megatron_mm.config.tree import brief
 from megatron_mm.errors import ConfigError
 
 
@@ -72,8 +74,17 @@ class Stage:
     layers: tuple[Layer, ...]
 
 
+# Letters of a model. Dealing them to stages takes the square of their number.
+MAX_LETTERS = 1024
+
+
 def _wrong(pattern: str, reason: str) -> ConfigError:
-    return ConfigError(f"hybrid_layer_pattern {pattern!r}: {reason}")
+    return ConfigError(f"hybrid_layer_pattern {brief(pattern)}: {reason}")
+
+
+def _check_length(key: str, pattern: str) -> None:
+    if len(pattern) > 2 * MAX_LETTERS:
+        raise ConfigError(f"{key} has {len(pattern)} characters; allowed: up to {2 * MAX_LETTERS}")
 
 
 def _words(letters: list[str]) -> str:
@@ -87,6 +98,7 @@ def parse_pattern(pattern: str) -> tuple[Layer, ...]:
     without its mixer, a `J` before its `L`, an `L` that is never injected, or no layers at all.
     Positions in messages count characters from 1, spaces included.
     """
+    _check_length("hybrid_layer_pattern", pattern)
     mixers, closers = LAYERS.of_role("mixer"), LAYERS.of_role("ffn")
     opens, closes = (LAYERS.of_pair(side) for side in ("opens", "closes"))
     allowed = ", ".join(LAYERS)
@@ -135,6 +147,8 @@ def parse_pattern(pattern: str) -> tuple[Layer, ...]:
             f"{opened} {look} but only {closed} {injection}; every {look} needs a {injection} "
             "after it",
         )
+    if len(layers) > MAX_LETTERS:
+        raise _wrong(pattern, f"has {len(layers)} letters; allowed: up to {MAX_LETTERS}")
     if not count:
         raise _wrong(pattern, f"has no layers; allowed: letters from {allowed}")
     readers = [place for place, layer in enumerate(layers) if LAYERS[layer.kind].reads_memory]
@@ -195,14 +209,15 @@ def _squeeze(pattern: str) -> str:
 
 
 def _same_layers(pattern: str, layout: str) -> None:
+    _check_length("pipeline_model_parallel_layout", layout)
     expected, found = _squeeze(pattern), _squeeze(layout).replace("|", "")
     if expected == found:
         return
     pairs = enumerate(zip(expected, found, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
     raise ConfigError(
-        f"pipeline_model_parallel_layout {layout!r} is not hybrid_layer_pattern {pattern!r} with "
-        f"| added: letter {at + 1} is {found[at : at + 1] or 'missing'}, "
+        f"pipeline_model_parallel_layout {brief(layout)} is not hybrid_layer_pattern "
+        f"{brief(pattern)} with | added: letter {at + 1} is {found[at : at + 1] or 'missing'}, "
         f"allowed: {expected[at : at + 1] or 'nothing more'}"
     )
 
@@ -233,14 +248,14 @@ def stages(
         parts = _squeeze(layout).split("|")
         if len(parts) != size:
             raise ConfigError(
-                f"pipeline_model_parallel_layout {layout!r} has {len(parts)} stages; "
+                f"pipeline_model_parallel_layout {brief(layout)} has {len(parts)} stages; "
                 f"allowed: pipeline_model_parallel_size {size}, virtual stages counted"
             )
         for index, part in enumerate(parts[1:-1], start=1):
             if not part:
                 raise ConfigError(
-                    f"pipeline_model_parallel_layout {layout!r}: stage {index} of {len(parts)} is "
-                    f"empty; allowed: an empty first or last stage"
+                    f"pipeline_model_parallel_layout {brief(layout)}: stage {index} of "
+                    f"{len(parts)} is empty; allowed: an empty first or last stage"
                 )
         cuts = [0]
         for part in parts:
@@ -286,15 +301,16 @@ def _balanced_cuts(
 
     largest: dict[int, float] = {0: 0.0}
     for stage in range(size):
-        largest = {
-            stop: min(
-                max(before, of_stage(stage, start, stop))
-                for start, before in largest.items()
-                if held[start] < held[stop]
-            )
-            for stop in range(1, end + 1)
-            if any(held[start] < held[stop] for start in largest)
-        }
+        reached: dict[int, float] = {}
+        for stop in range(1, end + 1):
+            for start in range(stop - 1, -1, -1):
+                here = of_stage(stage, start, stop)
+                if here >= reached.get(stop, math.inf):
+                    break  # an earlier start only makes this stage larger
+                if start in largest and held[start] < held[stop]:
+                    before = max(largest[start], here)
+                    reached[stop] = min(reached.get(stop, math.inf), before)
+        largest = reached
     limit = largest[end] * (1 + 1e-9)
     best: dict[int, tuple[float, int, list[int]]] = {0: (0.0, 0, [0])}
     for stage in range(size):

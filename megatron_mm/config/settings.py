@@ -19,7 +19,9 @@ from megatron_mm.config.fields import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Samples,
     Sections,
+    Workers,
 )
 from megatron_mm.config.objectives import OBJECTIVES
 from megatron_mm.config.settings_model import ModelConfig
@@ -165,9 +167,9 @@ class DataConfig:
     packing: bool = False
     """Fill a microbatch with whole samples up to micro_batch_size * seq_length tokens;
     global_batch_size then counts places of seq_length tokens."""
-    num_workers: NonNegativeInt = 0
+    num_workers: Workers = 0
     """Processes that read ahead for each replica; 0: rows are read between the steps."""
-    max_num_tiles: PositiveInt = 12
+    max_num_tiles: Annotated[int, Bounds(ge=1, le=256)] = 12
     """Most tiles of an image in InternVL's dynamic tiling, the thumbnail not counted."""
     max_image_tokens: PositiveInt | None = None
     """Most image tokens of a row, counted as the stream tokens of every tile that the ViT sees; a
@@ -230,10 +232,10 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     exit_duration_in_mins: PositiveFloat | None = None
     """Minutes of training after which the run ends early, and evaluates."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Samples = 1
     """Samples, or preference pairs, of one forward pass of one replica; with packing, places of
     seq_length tokens, or of two times that."""
-    global_batch_size: PositiveInt = 1
+    global_batch_size: Samples = 1
     """Samples of an optimizer step over all replicas; with packing, places of seq_length tokens;
     in reinforcement learning, completions; of preference pairs always the pairs."""
     seed: NonNegativeInt = 1234
@@ -249,6 +251,13 @@ class TrainingConfig:
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
     """Parts that selective recompute runs again. core_attn: what mixes positions, without its
     projections; moe: a whole mixture of experts; vision: a whole layer of the ViT."""
+    check_weight_hash_across_dp_replicas_interval: PositiveInt | None = 100
+    """Steps between comparisons of all copies of parameters: of data-, tensor-, context- and
+    expert-parallel ranks. A copy that differs ends the run. They are also compared at the first
+    step and before each checkpoint; none: never."""
+    loss_spike_factor: NonNegativeFloat = 0.0
+    """How many times the median of the last 32 losses a loss may be before the update of its step
+    is held back; 0: any. Not with objectives that generate."""
     freeze_vision: bool = False
     """Do not train the vision encoder."""
     freeze_projector: bool = False
@@ -336,7 +345,7 @@ class EvaluationConfig:
     """Steps between evaluations; none: only at the end."""
     eval_samples: PositiveInt | None = None
     """Rows of valid_data in an evaluation; none: all."""
-    eval_batch_size: PositiveInt = 32
+    eval_batch_size: Samples = 32
     """Rows that are answered together."""
     max_new_tokens: PositiveInt = 64
     """Most tokens of an answer."""

@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_mm.config.fields import (
+    MOST,
     Bounds,
     Chosen,
     Named,
@@ -23,6 +24,8 @@ from megatron_mm.config.fields import (
     marker,
 )
 from megatron_mm.errors import ConfigError, unknown
+
+MAX_TEXT = 2**16  # characters of a setting
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
     inner, may_be_none = optional(hint)
     if value is None and may_be_none:
         return None
-    wrong = ConfigError(f"{key} is {value!r}; allowed: {expected(hint)}")
+    wrong = ConfigError(f"{key} is {brief(value)}; allowed: {expected(hint)}")
     chosen, sections = _marked(hint, Chosen), _marked(hint, Sections)
     if chosen:
         if not isinstance(value, Mapping):
@@ -178,16 +181,32 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
     # A bool is an int to Python; a size of `true` is a mistake.
     if type(value) is not inner:
         raise wrong
+    if isinstance(value, int) and abs(value) > MOST:
+        raise ConfigError(f"{key} is {brief(value)}; allowed: up to {MOST}")
+    if isinstance(value, str) and ("\0" in value or len(value) > MAX_TEXT):
+        allowed = f"text of up to {MAX_TEXT} characters without NUL"
+        raise ConfigError(f"{key} is {brief(value)}; allowed: {allowed}")
     named = _marked(hint, Named)
     if named and "." not in value:  # a dotted path is imported when the run is checked
         named.registry.check(value)
     return value
 
 
+def brief(value: Any) -> str:
+    """`repr` of a value for a message. Long ones, and numbers too long to print, are shortened."""
+    if isinstance(value, int) and abs(value) > 2**63:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # it holds such a number, or itself
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 160 else f"{text[:120]}... ({len(text)} characters)"
+
+
 def _sections(sections: Sections, value: Any, key: str) -> dict[str, Any]:
     """A complete dict: sections that are absent have their defaults."""
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key} is {value!r}; allowed: a mapping")
+        raise ConfigError(f"{key} is {brief(value)}; allowed: a mapping")
     kinds = dict(sections.kinds())
     for name in value:
         if name not in kinds:
@@ -220,7 +239,7 @@ def from_dict[T](cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T
         ConfigError: for an unknown key or a value of the wrong type.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{where or cls.__name__} is {mapping!r}; allowed: {expected(cls)}")
+        raise ConfigError(f"{where or cls.__name__} is {brief(mapping)}; allowed: {expected(cls)}")
     hints, given = hints_of(cls), dict(mapping)
     flat: dict[str, dict[str, Any]] = {}
     for name, sections in _flat_sections(hints):

@@ -7,7 +7,9 @@ reads its part of any chunk.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +20,7 @@ import torch.distributed as dist
 import megatron_mm
 from megatron_mm.checkpoint import folders, sealed, storage
 from megatron_mm.checkpoint.collective import raising_together
+from megatron_mm.checkpoint.lock import held
 from megatron_mm.config import RunConfig, data_parallel_size, to_dict
 from megatron_mm.convert.stored import Chunk, ChunkWriter, write_index
 from megatron_mm.convert.work import progress, share
@@ -68,9 +71,31 @@ def write_checkpoint[P: Part](
     Raises:
         CheckpointError: on every rank; partial output is removed.
     """
+    with held(target, group):
+        return _in_lock(
+            target, iteration, parts, make, run, extra, assets, group, doing, what, quiet
+        )
+
+
+def _in_lock[P: Part](
+    target: Path,
+    iteration: int,
+    parts: Sequence[P],
+    make: Callable[[P], Made],
+    run: RunConfig,
+    extra: dict[str, Any],
+    assets: Sequence[Path],
+    group: dist.ProcessGroup,
+    doing: str,
+    what: str,
+    quiet: bool,
+) -> Path:
     leader = group.rank() == 0
     final = target / folders.name_of(iteration)
     partial = folders.with_suffix(final, folders.PARTIAL)
+    drawn = [secrets.token_hex(16)]
+    dist.broadcast_object_list(drawn, group=group, group_src=0)
+    (identity,) = drawn
     with raising_together(group, doing):
         if leader:
             target.mkdir(parents=True, exist_ok=True)
@@ -79,13 +104,14 @@ def write_checkpoint[P: Part](
             check_space(target, sum(part.bytes for part in parts))
             partial.mkdir()
     try:
-        chunks = _write(parts, make, partial, group, doing, what, quiet)
+        chunks = _write(parts, make, partial, identity, group, doing, what, quiet)
         with raising_together(group, doing):
             if leader:
-                write_index(partial, chunks)
+                write_index(partial, chunks, identity)
+                checksums = storage.write_format(partial)
                 if assets:
-                    _copy(assets, partial / ASSETS)
-                content = _content(run, iteration, extra, storage.write_format(partial))
+                    checksums |= _copy(assets, partial / ASSETS)
+                content = _content(run, iteration, extra, identity, checksums)
                 sealed.write_json(partial / folders.RUN, content)
                 sealed.sync_folder(partial)
                 folders.publish(partial, final)
@@ -126,6 +152,7 @@ def _write[P: Part](
     parts: Sequence[P],
     make: Callable[[P], Made],
     partial: Path,
+    identity: str,
     group: dist.ProcessGroup,
     doing: str,
     what: str,
@@ -137,7 +164,7 @@ def _write[P: Part](
     total, shown = sum(part.bytes for part in mine), group.rank() == 0 and not quiet
     with (
         raising_together(group, doing),
-        ChunkWriter(partial, group.rank()) as writer,
+        ChunkWriter(partial, group.rank(), identity) as writer,
         progress(total, what, shown) as done,
     ):
         for part in mine:
@@ -150,14 +177,21 @@ def _write[P: Part](
     return [chunk for written in every for chunk in written]
 
 
-def _copy(assets: Sequence[Path], folder: Path) -> None:
+def _copy(assets: Sequence[Path], folder: Path) -> dict[str, int]:
+    """Copies files into a folder of the checkpoint; returns their checksums."""
     folder.mkdir()
+    checksums = {}
     for path in assets:
-        sealed.write_bytes(folder / path.name, path.read_bytes())
+        content = path.read_bytes()
+        sealed.write_bytes(folder / path.name, content)
+        checksums[f"{folder.name}/{path.name}"] = zlib.crc32(content)
     sealed.sync_folder(folder)
+    return checksums
 
 
-def _content(run: RunConfig, iteration: int, extra: dict, checksums: dict) -> dict[str, Any]:
+def _content(
+    run: RunConfig, iteration: int, extra: dict, identity: str, checksums: dict
+) -> dict[str, Any]:
     """Returns what run.json holds."""
     parallel = run.parallel
     tp, pp, cp = (
@@ -177,6 +211,7 @@ def _content(run: RunConfig, iteration: int, extra: dict, checksums: dict) -> di
         "format": folders.FORMAT,
         "megatron_mm": megatron_mm.__version__,
         "iteration": iteration,
+        "identity": identity,
         "layout": layout,
         "adam_step": 0,
         "scheduler": {},

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from megatron_mm.checkpoint import sealed
+from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.config import (
     ConfigError,
     DataConfig,
@@ -21,7 +23,7 @@ from megatron_mm.config import (
     without_clvr,
 )
 from megatron_mm.config.hf import fused_type, in_transformers_words
-from megatron_mm.convert.hf_files import INDEX, PICKLES, Stored, stored_tensors
+from megatron_mm.convert.hf_files import INDEX, MALFORMED, PICKLES, Stored, stored_tensors
 from megatron_mm.convert.mapping import (
     EMBEDDING,
     HEAD,
@@ -30,10 +32,11 @@ from megatron_mm.convert.mapping import (
     StateMapping,
     read_mapping,
 )
-from megatron_mm.errors import ConvertError
+from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.parallel.param_layout import ParamLayout
 
 CONFIG, CLVR_KEY, IMAGE_CONTEXT = "config.json", "clvr", "<IMG_CONTEXT>"
+MOST_JSON = 256 * 2**20  # bytes; the largest tokenizers have about 35 MB
 NOTES = "huggingface"  # key of `HFFolder.notes` in a checkpoint's `extra`
 # Files copied along with the weights. Code is not among them.
 TRAVELS = (
@@ -87,12 +90,19 @@ class HFFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a small file.
+
+    Raises:
+        ConvertError: it is no JSON, no object, or larger than any tokenizer.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(sealed.read_all(path, MOST_JSON))
     except OSError as error:
         raise ConvertError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} is not JSON: {error}") from None
+    except CheckpointError as error:  # of read_all, with the path in it
+        raise ConvertError(str(error)) from None
+    except MALFORMED as error:
+        raise ConvertError(f"{path} is not JSON: {shown(error)}") from None
     if not isinstance(content, dict):
         raise ConvertError(f"{path} holds a {type(content).__name__}, not an object")
     return content
@@ -108,17 +118,18 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
         ConvertError: a file is missing or damaged, disagrees with another, or describes a model
             that is not supported.
     """
-    config = in_transformers_words(read_json(hf / CONFIG))
-    if CLVR_KEY in config:  # exported by megatron_mm
-        config["model_type"] = fused_type(config.get("vision_config") or {})
-    new: tuple[tuple[str, ...], ...] = (LOOKS,)
-    if hf_vision is not None:
-        config = _fused(config, hf, hf_vision)
-        new = (LOOKS, PROJECTOR)
+    new: tuple[tuple[str, ...], ...] = (LOOKS,) if hf_vision is None else (LOOKS, PROJECTOR)
     try:
+        config = in_transformers_words(read_json(hf / CONFIG))
+        if CLVR_KEY in config:  # exported by megatron_mm
+            config["model_type"] = fused_type(config.get("vision_config") or {})
+        if hf_vision is not None:
+            config = _fused(config, hf, hf_vision)
         model = _with_clvr(from_transformers_dict(config), config)
     except ConfigError as error:
         raise ConvertError(f"{hf / CONFIG}: {error}") from None
+    except MALFORMED as error:
+        raise ConvertError(f"{hf / CONFIG} describes no model: {shown(repr(error), 200)}") from None
     tied = not model.language.untie_embeddings_and_output_weights
     model.language.untie_embeddings_and_output_weights = True
     tensors: dict[str, Stored] = {}
@@ -194,6 +205,8 @@ def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) ->
     if model.vision is None:
         return None
     said, found = config.get("image_token_id"), tokenizer_id(folder, IMAGE_CONTEXT)
+    if said is not None and type(said) is not int:
+        raise ConvertError(f"{folder / CONFIG}: image_token_id is no whole number: {shown(said)}")
     if said is not None and found is not None and said != found:
         raise ConvertError(
             f"{folder / CONFIG}: image_token_id is {said}, but {IMAGE_CONTEXT} is {found} in the "
@@ -209,21 +222,36 @@ def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) ->
 
 
 def tokenizer_id(folder: Path, token: str) -> int | None:
-    """Returns the id of a special token in a folder's tokenizer; None if it has no such token."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        for entry in read_json(path).get("added_tokens") or []:
-            if entry.get("content") == token:
-                return int(entry["id"])
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        for number, entry in (read_json(path).get("added_tokens_decoder") or {}).items():
-            if entry.get("content") == token:
-                return int(number)
-    path = folder / "added_tokens.json"
-    if path.is_file() and token in (found := read_json(path)):
-        return int(found[token])
+    """Returns the id of a special token in a folder's tokenizer; None if it has no such token.
+
+    Raises:
+        ConvertError: a file of the tokenizer is damaged.
+    """
+    for name, listed in (
+        ("tokenizer.json", _added_tokens),
+        ("tokenizer_config.json", _added_tokens_decoder),
+        ("added_tokens.json", dict.items),
+    ):
+        path = folder / name
+        if not path.is_file():
+            continue
+        content = read_json(path)
+        try:
+            found = next((number for text, number in listed(content) if text == token), None)
+            if found is not None:
+                return int(found)
+        except MALFORMED as error:
+            raise ConvertError(f"{path} lists no tokens: {shown(repr(error), 200)}") from None
     return None
+
+
+def _added_tokens(content: dict) -> list[tuple[str, Any]]:
+    return [(entry.get("content"), entry.get("id")) for entry in content.get("added_tokens") or []]
+
+
+def _added_tokens_decoder(content: dict) -> list[tuple[str, Any]]:
+    decoder = content.get("added_tokens_decoder") or {}
+    return [(entry.get("content"), number) for number, entry in decoder.items()]
 
 
 def check_folder(source: HFFolder, mapping: StateMapping) -> None:

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import torch
 
+from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.families.transforms import Shape
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 MOST_HEADER = 100 * 2**20  # bytes; the format's own limit
+MOST_DIMENSIONS, MOST_SIZE = 16, 2**60
+MOST_NAME = 1000  # letters
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,6 +37,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# What a file of JSON that is not what it should be makes Python raise.
+MALFORMED = (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    *(RecursionError, OverflowError, MemoryError),
+)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -89,11 +97,12 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         entries = json.loads(text, object_pairs_hook=_unique)
         entries.pop("__metadata__", None)
-        found = {name: _entry(path, 8 + length, entry) for name, entry in entries.items()}
+        found = {n: _entry(path, 8 + length, n, entry) for n, entry in entries.items()}
     except ConvertError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConvertError(f"{path} has a header that cannot be read: {error!r}") from None
+    except MALFORMED as error:
+        problem = shown(repr(error), 200)
+        raise ConvertError(f"{path} has a header that cannot be read: {problem}") from None
     at = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != at:
@@ -105,25 +114,35 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} is given twice")
+    made: dict[str, object] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"{shown(name)} is given twice")
+        made[name] = value
     return made
 
 
-def _entry(path: Path, base: int, entry: dict) -> Stored:
+def _entry(path: Path, base: int, name: str, entry: dict) -> Stored:
+    if not name.isprintable() or not 0 < len(name) <= MOST_NAME:
+        raise ConvertError(f"{path}: {shown(name)} is no name of a tensor")
     begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if entry["dtype"] not in DTYPES:
-        raise ConvertError(f"{path}: dtype {entry['dtype']!r} is unknown")
-    whole = [type(n) is int and n >= 0 for n in (begin, end, *shape)]
-    stored = Stored(path, base + begin, DTYPES[entry["dtype"]], shape)
-    if not all(whole) or stored.nbytes != end - begin:
+    kind, shape = entry["dtype"], entry["shape"]
+    if type(kind) is not str or kind not in DTYPES:
+        raise ConvertError(f"{path}: dtype {shown(repr(kind)[:200])} of {name} is unknown")
+    if type(shape) is not list or len(shape) > MOST_DIMENSIONS:
+        raise ConvertError(f"{path}: {name} has no shape of up to {MOST_DIMENSIONS} dimensions")
+    # Checked before anything is multiplied, also where another dimension is 0.
+    whole = [type(n) is int and 0 <= n < MOST_SIZE for n in (begin, end, *shape)]
+    if not all(whole) or math.prod(n for n in shape if n) >= MOST_SIZE:
         raise ConvertError(
-            f"{path}: a tensor of shape {list(shape)} and dtype {entry['dtype']} has "
-            f"{stored.nbytes} bytes, its header says {begin} to {end}"
+            f"{path}: {name} has a shape or offsets that are no sizes: "
+            f"{shown(repr(shape)[:200])} at {shown(repr((begin, end))[:200])}"
+        )
+    stored = Stored(path, base + begin, DTYPES[kind], tuple(shape))
+    if stored.nbytes != end - begin:
+        raise ConvertError(
+            f"{path}: {name} of shape {shape} and dtype {kind} has {stored.nbytes} bytes, its "
+            f"header says {begin} to {end}"
         )
     return stored
 
@@ -152,11 +171,13 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _from_index(folder: Path, index: Path) -> dict[str, Stored]:
+    if (size := index.stat().st_size) > MOST_HEADER:
+        raise ConvertError(f"{index} has {size} bytes; up to {MOST_HEADER} are allowed")
     try:
         places = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
         files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConvertError(f"{index} is no index: {error!r}") from None
+    except MALFORMED as error:
+        raise ConvertError(f"{index} is no index: {shown(repr(error), 200)}") from None
     tensors: dict[str, Stored] = {}
     for name in files:
         # Links to other folders are allowed, as in Hugging Face's cache; paths are not.
@@ -164,8 +185,11 @@ def _from_index(folder: Path, index: Path) -> dict[str, Stored]:
             not isinstance(name, str)
             or Path(name).name != name
             or not name.endswith(".safetensors")
+            or not name.isprintable()
+            or len(name) > 255
         ):
-            raise ConvertError(f"{index} names {name!r}; allowed: a .safetensors file beside it")
+            named = shown(repr(name)[:200])
+            raise ConvertError(f"{index} names {named}; allowed: a .safetensors file beside it")
         if not (folder / name).is_file():
             raise ConvertError(f"{folder / name} is missing; {index.name} names it")
         held = read_header(folder / name)
@@ -173,13 +197,13 @@ def _from_index(folder: Path, index: Path) -> dict[str, Stored]:
             if places.get(tensor) != name:
                 raise ConvertError(
                     f"{folder / name} holds {tensor}, which {index.name} places in "
-                    f"{places.get(tensor)!r}"
+                    f"{shown(repr(places.get(tensor))[:200])}"
                 )
         tensors |= held
     absent = sorted(places.keys() - tensors.keys())
     if absent:
         raise ConvertError(
-            f"{folder / places[absent[0]]} does not hold {absent[0]}, which {index.name} places "
-            "there"
+            f"{folder / places[absent[0]]} does not hold {shown(absent[0])}, which "
+            f"{index.name} places there"
         )
     return tensors

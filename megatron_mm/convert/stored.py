@@ -1,7 +1,7 @@
 """Writes and reads a checkpoint's tensor files chunk by chunk, with one chunk in memory at a time.
 
-The files are byte for byte those that `checkpoint.storage` writes for the same chunks, but torch's
-writer needs a rank's whole state in memory.
+The files are in the form that `checkpoint.storage` writes, block by block, but torch's writer
+needs a rank's whole state in memory.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_mm.checkpoint import sealed, storage
+from megatron_mm.checkpoint.blocks import MarkedStream, Reader, mark
+from megatron_mm.checkpoint.index import Block, Index, Shape
 from megatron_mm.convert.spool import Spool
 from megatron_mm.errors import ConvertError
-from megatron_mm.model.families.transforms import Shape
 
 # Most bytes of a chunk of stacked experts, unless one expert has more: small enough to hold several
 # in memory, large enough that the overhead of a chunk (about 1 KB) does not matter.
@@ -73,7 +74,8 @@ class _Stream:
 class ChunkWriter(AbstractContextManager):
     """Writer of one rank's file. `finish` makes it durable and returns its chunks."""
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path, rank: int, identity: str):
+        self._identity = identity
         self._name, self._spool = f"__{rank}_0.distcp", Spool()
         self._stream = _Stream(self._spool, folder / self._name)
         self._chunks: list[Chunk] = []
@@ -83,9 +85,10 @@ class ChunkWriter(AbstractContextManager):
         begin = self._stream.size
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes the whole storage of a view
-        torch.save(tensor.contiguous(), self._stream)
-        self._stream.flush()
         offset = (first, *(0 for _ in shape[1:])) if shape else ()
+        marked = MarkedStream(self._stream, mark(self._identity, key, offset))
+        torch.save(tensor.contiguous(), marked)
+        marked.finish()
         info = _StorageInfo(self._name, begin, self._stream.size - begin)
         self._chunks.append(
             Chunk(key, tuple(shape), offset, tuple(tensor.shape), tensor.dtype, info)
@@ -104,18 +107,20 @@ class ChunkWriter(AbstractContextManager):
         self._spool.__exit__()
 
 
-def write_common(folder: Path) -> tuple[str, _StorageInfo]:
+def write_common(folder: Path, identity: str) -> tuple[str, _StorageInfo]:
     """Writes the objects common to all ranks, which `dist_checkpointing.load` needs."""
-    content = io.BytesIO()
-    torch.save([{}], content)
-    sealed.write_bytes(folder / "__common.distcp", content.getvalue())
     key = ShardedObject("common_state", None, (1,), (0,)).unique_key
+    content = io.BytesIO()
+    marked = MarkedStream(content, mark(identity, key, None))
+    torch.save([{}], marked)
+    marked.finish()
+    sealed.write_bytes(folder / "__common.distcp", content.getvalue())
     return key, _StorageInfo("__common.distcp", 0, content.getbuffer().nbytes)
 
 
-def write_index(folder: Path, chunks: Sequence[Chunk]) -> None:
+def write_index(folder: Path, chunks: Sequence[Chunk], identity: str) -> None:
     """Writes the index of all ranks' chunks, which tile every tensor exactly once."""
-    key, info = write_common(folder)
+    key, info = write_common(folder, identity)
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     tensors[key] = BytesStorageMetadata()
     places = {MetadataIndex(key): info}
@@ -131,7 +136,7 @@ def write_index(folder: Path, chunks: Sequence[Chunk]) -> None:
     metadata = Metadata(
         state_dict_metadata=tensors,
         storage_data=places,
-        storage_meta=StorageMeta(),
+        storage_meta=StorageMeta(save_id=identity),
         version=CURRENT_DCP_VERSION,
     )
     sealed.write_bytes(folder / storage.METADATA, pickle.dumps(metadata))
@@ -140,22 +145,20 @@ def write_index(folder: Path, chunks: Sequence[Chunk]) -> None:
 class ChunkReader:
     """Reader of a checkpoint's tensors, whole or by ranges of rows."""
 
-    def __init__(self, folder: Path, index: Metadata):
-        self._reader, self._index = storage.Reader(folder, index), index
-        self._places = index.storage_data
+    def __init__(self, folder: Path, index: Index, identity: str):
+        self._reader, self._tensors = Reader(folder, identity), index.tensors
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._index.state_dict_metadata[key].properties.dtype
+        return self._tensors[key].dtype
 
     def shape(self, key: str) -> Shape:
-        return tuple(self._index.state_dict_metadata[key].size)
+        return self._tensors[key].shape
 
     def ranges(self, key: str) -> Iterator[tuple[int, int]]:
         """Yields row ranges (first, last) in order, such that no chunk crosses a border: reading
         range by range reads every chunk once."""
         begin = end = 0
-        chunks = self._index.state_dict_metadata[key].chunks
-        for first, last in sorted((c.offsets[0], c.offsets[0] + c.sizes[0]) for c in chunks):
+        for first, last in sorted(map(_rows, self._tensors[key].blocks)):
             if first >= end > begin:
                 yield begin, end
                 begin = first
@@ -166,25 +169,26 @@ class ChunkReader:
         """Reads the tensor, or its rows first..last-1.
 
         Raises:
-            CheckpointError: a chunk is damaged.
+            CheckpointError: a chunk is damaged or of another save.
             ConvertError: chunks are missing.
         """
-        entry = self._index.state_dict_metadata[key]
-        shape = tuple(entry.size)
+        entry = self._tensors[key]
+        if not entry.shape:
+            return self._reader.read(key, entry, entry.blocks[0])
         if first is None:
-            first, last = 0, shape[0] if shape else 0
+            first, last = 0, entry.shape[0]
         assert last is not None  # the two come together
-        wanted = [
-            c for c in entry.chunks if c.offsets[0] < last and c.offsets[0] + c.sizes[0] > first
-        ]
-        if len(wanted) == 1 and tuple(wanted[0].sizes) == (last - first, *shape[1:]):
-            return self._chunk(key, wanted[0])
-        whole, filled = torch.empty((last - first, *shape[1:]), dtype=self.dtype(key)), 0
-        for chunk in wanted:
-            part = self._chunk(key, chunk)
-            low, high = max(first, chunk.offsets[0]), min(last, chunk.offsets[0] + chunk.sizes[0])
-            part = part[low - chunk.offsets[0] : high - chunk.offsets[0]]
-            inner = zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
+        sizes = (last - first, *entry.shape[1:])
+        wanted = [b for b in entry.blocks if _rows(b)[0] < last and _rows(b)[1] > first]
+        if len(wanted) == 1 and wanted[0].sizes == sizes:
+            return self._reader.read(key, entry, wanted[0])
+        whole, filled = torch.empty(sizes, dtype=entry.dtype), 0
+        for block in wanted:
+            part = self._reader.read(key, entry, block)
+            begin, end = _rows(block)
+            low, high = max(first, begin), min(last, end)
+            part = part[low - begin : high - begin]
+            inner = zip(block.offset[1:], block.sizes[1:], strict=True)
             place = (slice(low - first, high - first), *(slice(o, o + n) for o, n in inner))
             whole[place] = part
             filled += part.numel()
@@ -192,8 +196,6 @@ class ChunkReader:
             raise ConvertError(f"{key}: its chunks hold {filled} of {whole.numel()} elements")
         return whole
 
-    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        tensor = self._reader.tensor(self._places[MetadataIndex(key, chunk.offsets)])
-        if not torch.is_tensor(tensor) or tensor.shape != chunk.sizes:
-            raise ConvertError(f"{key}: the chunk at {list(chunk.offsets)} is not what it says")
-        return tensor
+
+def _rows(block: Block) -> tuple[int, int]:
+    return block.offset[0], block.offset[0] + block.sizes[0]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_mm.checkpoint import folders, sealed, storage
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
+from megatron_mm.checkpoint.index import check_whole
 from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import ModelConfig, RunConfig, run_of_checkpoint
 from megatron_mm.convert import export
@@ -37,6 +38,8 @@ from megatron_mm.convert.work import nbytes, progress, share
 from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.parallel.param_layout import ParamLayout
+
+MOST_ASSET = 2**30  # bytes of a tokenizer's file
 
 
 @dataclass
@@ -79,16 +82,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     path, stored = folders.resolve(folder)
     run = run_of_checkpoint(stored["config"])
-    shapes, index = storage.read_index(path, stored["checksums"])
+    shapes, index = storage.read_index(path, stored["checksums"], stored["identity"])
     storage.check_files(path, index)
+    for file in travelling(path / ASSETS):
+        name = f"{ASSETS}/{file.name}"
+        sealed.read_bytes(file, stored["checksums"].get(name), MOST_ASSET)
     parameters = blueprint(run.model)
     expected = {weight_key(name): layout.global_shape for name, layout in parameters.items()}
     added = check_tensors(shapes, expected, finetune=True)
     if added:
         raise CheckpointError(f"of {len(expected)} tensors expected, {added[0]} is missing")
+    check_whole(index)
     carried = [k.removeprefix(CARRIED_PREFIX) for k in shapes if k.startswith(CARRIED_PREFIX)]
-    notes = (stored.get("extra") or {}).get(NOTES) or {}
-    reader = ChunkReader(path, index)
+    notes = stored["extra"].get(NOTES) or {}
+    if type(notes) is not dict:
+        raise CheckpointError(f"{path / folders.RUN} is damaged: extra.{NOTES} is no dict")
+    reader = ChunkReader(path, index, stored["identity"])
     return Checkpoint(path, run, stored["iteration"], reader, parameters, carried, notes)
 
 

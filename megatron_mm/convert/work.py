@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from megatron_mm.cli import printable
+
 
 def share[T](parts: Sequence[T], size: Callable[[T], int], rank: int, ranks: int) -> list[T]:
     """Returns the parts of one rank, in order. The largest are assigned first, each to the rank
@@ -38,6 +40,11 @@ def nbytes(shape: Sequence[int], itemsize: int) -> int:
 def progress(total: int, what: str, enabled: bool) -> Iterator[Callable[[int], None]]:
     """Shows a progress bar of bytes on stderr. Yields a function that adds bytes done."""
     with tqdm(
-        total=total, desc=what, unit="B", unit_scale=True, disable=not enabled, leave=False
+        total=total,
+        desc=printable(what),
+        unit="B",
+        unit_scale=True,
+        disable=not enabled,
+        leave=False,
     ) as bar:
         yield bar.update

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_mm.data.files.forms import from_json
+from megatron_mm.data.files.forms import from_json, to_json
 from megatron_mm.data.messages import (
     IMAGE_MARK,
     Message,
@@ -143,7 +143,7 @@ def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: 'tools' must be a list of objects, or such a list as JSON text")
-    if not is_unicode(json.dumps(tools, ensure_ascii=False)):
+    if not is_unicode(to_json(tools, "tools", where)):
         raise DataError(f"{where}: 'tools' holds half a surrogate pair (\\ud800 to \\udfff)")
     return tools
 
@@ -221,7 +221,10 @@ def _encode(
                 encoded.add([tokenizer.image_context_id] * count)
                 encoded.add([tokenizer.image_end_id])
             text = text if piece else before + text
-            ids = tokenizer.encode(text) if text else []
+            try:
+                ids = tokenizer.encode(text) if text else []
+            except ValueError as error:
+                raise DataError(f"{where}: {turn.source} cannot be encoded: {error}") from None
             forged = tokenizer.find_forged(ids, answer=turn.role == "assistant")
             if forged is not None:
                 raise DataError(

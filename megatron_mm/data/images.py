@@ -1,4 +1,4 @@
-"""Decodes image files safely and cuts them into tiles by InternVL's dynamic tiling.
+"""Reads the image files of rows and cuts them into tiles by InternVL's dynamic tiling.
 
 An image is stretched to the grid of square tiles with the closest aspect ratio and cut. If there
 is more than one tile, a thumbnail of the whole image follows (Chen et al. 2024, arXiv:2404.16821).
@@ -6,23 +6,20 @@ is more than one tile, a thumbnail of the whole image follows (Chen et al. 2024,
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from megatron_mm.errors import DataError
-
-# Larger images are rejected before decoding: a small compressed file can claim gigapixels.
-MAX_PIXELS = 2**26
+from megatron_mm.pictures.decode import scaled
+from megatron_mm.pictures.process import MAX_PIXELS, PictureProcess
 
 
 @dataclass(frozen=True)
@@ -66,20 +63,26 @@ class ImageFile:
     path: Path | None = None
     held: bytes | None = None
 
-    def open(self) -> BinaryIO:
-        """Opens the bytes for reading.
+    def held_or_path(self) -> Path | bytes:
+        """Returns the bytes, or the file that holds them.
 
         Raises:
             DataError: the file is missing or empty; the message does not name the row.
         """
         if self.held is not None:
             self._require(len(self.held))
-            return io.BytesIO(self.held)
+            return self.held
         assert self.path is not None  # one of the two is given
-        if not self.path.is_file():
+        # Nor may it be a pipe or a device, whose bytes need not come.
+        try:
+            exists = self.path.is_file()
+            size = self.path.stat().st_size if exists else 0
+        except OSError as error:  # a name of thousands of letters, a folder that may not be read
+            raise DataError(f"{self.name} cannot be read ({error.strerror})") from None
+        if not exists:
             raise DataError(f"{self.name} does not exist; correct the path in the row")
-        self._require(self.path.stat().st_size)
-        return self.path.open("rb")
+        self._require(size)
+        return self.path
 
     def _require(self, size: int) -> None:
         if not size:
@@ -95,109 +98,77 @@ def find_image(image: str | bytes, number: int, folder: Path, where: str) -> Ima
     return ImageFile(f"image {path}", path)
 
 
-def load_image(image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an image as 8-bit RGB, as a viewer shows it: turned as its EXIF orientation says,
-    transparency over white. CMYK and palettes are converted.
+class Decoder:
+    """Reads images in a process of its own (megatron_mm/pictures), which starts with the first."""
 
-    Raises:
-        DataError: the image cannot be used; names `where`.
-    """
-    with _opened(image, where, max_pixels) as opened:
-        return shown(opened)
+    def __init__(self) -> None:
+        self._process = PictureProcess()
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.close()
+
+    def size(self, image: ImageFile, where: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+        """Returns (width, height) in pixels as a viewer shows the image, without decoding it.
+
+        Raises:
+            DataError: the image cannot be used, as far as its header shows; names `where`.
+            DecoderError: the machine cannot decode images.
+        """
+        with _named(where):
+            return self._process.size(image.held_or_path(), image.name, max_pixels)
+
+    def pixels(self, image: ImageFile, where: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Returns an image as a viewer shows it, uint8 [H, W, 3]: turned as its EXIF orientation
+        says, transparency over white. CMYK and palettes are converted. Raises as `size`, also for
+        pixels that cannot be decoded."""
+        with _named(where):
+            found = self._process.scaled(image.held_or_path(), image.name, [None], max_pixels)
+            return found[0]
+
+    def tiles(
+        self, image: ImageFile, where: str, grid: TileGrid, image_size: int, used: Sequence[int]
+    ) -> np.ndarray:
+        """Returns the tiles `used` (ascending) of an image, uint8 [N, image_size, image_size, 3].
+        Raises as `pixels`."""
+        cells, side = grid.rows * grid.cols, image_size
+        in_grid = [tile for tile in used if tile < cells]
+        sizes = [(grid.cols * side, grid.rows * side)] if in_grid else []
+        sizes += [(side, side)] if len(in_grid) < len(used) else []
+        with _named(where):
+            found = self._process.scaled(image.held_or_path(), image.name, sizes)
+        parts = [_cells(found[0], grid, side)[in_grid]] if in_grid else []
+        parts += [found[-1][None]] if len(in_grid) < len(used) else []
+        return np.concatenate(parts)
+
+
+def load_image(image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes one image as 8-bit RGB, in a process that ends with it; see `Decoder.pixels`."""
+    with Decoder() as decoder:
+        return Image.fromarray(decoder.pixels(_as_file(image), where, max_pixels))
 
 
 def image_size(
     image: ImageFile | Path, where: str, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """Returns (width, height) in pixels as `load_image` would, without decoding.
-
-    Raises:
-        DataError: as `load_image`, for everything that the header shows.
-    """
-    with _opened(image, where, max_pixels) as opened:
-        turned = orientation(opened) in (5, 6, 7, 8)
-        return opened.size[::-1] if turned else opened.size
+    """Returns (width, height) in pixels as `load_image` would, without decoding; see
+    `Decoder.size`."""
+    with Decoder() as decoder:
+        return decoder.size(_as_file(image), where, max_pixels)
 
 
-def shown(image: Image.Image) -> Image.Image:
-    """Returns an image as a viewer shows it, in RGB: turned as its EXIF orientation says,
-    transparency over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8, by which `shown` will turn an opened image. Pixels are
-    decoded only for a PNG whose EXIF stands behind them."""
-    if image.format == "TIFF":
-        return 1  # it is opened with the size of the turned image
-    late = image.format == "PNG" and "exif" not in image.info and _has_late_exif(image)
-    exif = image.getexif() if late else Image.Image.getexif(image)
-    return exif.get(ExifTags.Base.Orientation, 1)
-
-
-def _has_late_exif(image: Image.Image) -> bool:
-    """Whether a chunk behind a PNG's first pixels may hold EXIF or XMP."""
-    file = image.fp
-    begin = file.tell()
-    try:
-        file.seek(len(b"\x89PNG\r\n\x1a\n"))
-        behind = False
-        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
-            if behind and head[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-                return True
-            behind |= head[4:] == b"IDAT"
-            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)  # the chunk, its checksum
-        return False
-    finally:
-        file.seek(begin)
+def _as_file(image: ImageFile | Path) -> ImageFile:
+    return ImageFile(f"image {image}", image) if isinstance(image, Path) else image
 
 
 @contextmanager
-def _opened(image: ImageFile | Path, where: str, max_pixels: int) -> Iterator[Image.Image]:
-    if isinstance(image, Path):
-        image = ImageFile(f"image {image}", image)
+def _named(where: str) -> Iterator[None]:
     try:
-        with image.open() as file, Image.open(file) as opened:
-            _check_header(opened, image.name, max_pixels)
-            yield opened
+        yield
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{where}: {image.name} is beyond the limit of {max_pixels} pixels; shrink it"
-        ) from error
-    # PIL chooses a decoder by content, and decoders raise exceptions of any kind.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{where}: {image.name} cannot be decoded ({reason}); replace the file"
-        ) from error
-
-
-def _check_header(image: Image.Image, name: str, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise DataError(
-            f"{name} has {width}x{height} = {width * height} pixels, the limit is {max_pixels}; "
-            "shrink the image"
-        )
-    if width < 1 or height < 1:
-        raise DataError(f"{name} is {width}x{height}; it holds no pixel")
-    # PIL would clip these to white instead of scaling them, or silently drop the lower bits.
-    deep = any(str(part.args).endswith((";16B", ";16L", ";16N")) for part in image.tile)
-    if image.mode[0] in "IF" or deep:
-        raise DataError(
-            f"{name} has mode {image.mode} (more than 8 bits a channel); save it with 8 bits"
-        )
-    # The question does not say which frame it means. An MPO holds one photo several times.
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":
-        raise DataError(f"{name} has {frames} frames, 1 is allowed; save the frame you mean")
 
 
 @lru_cache(maxsize=4096)
@@ -239,15 +210,16 @@ def cut_tiles(image: Image.Image, grid: TileGrid, image_size: int) -> np.ndarray
     """Returns the tiles of an RGB image, uint8 [N, image_size, image_size, 3], row by row, then
     the thumbnail."""
     size = image_size
-    canvas = np.asarray(_resize(image, grid.cols * size, grid.rows * size))
-    tiles = (
-        canvas.reshape(grid.rows, size, grid.cols, size, 3)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(grid.rows * grid.cols, size, size, 3)
-    )
+    tiles = _cells(np.asarray(scaled(image, grid.cols * size, grid.rows * size)), grid, size)
     if grid.thumbnail:
-        tiles = np.concatenate([tiles, np.asarray(_resize(image, size, size))[None]])
+        tiles = np.concatenate([tiles, np.asarray(scaled(image, size, size))[None]])
     return np.ascontiguousarray(tiles)
+
+
+def _cells(canvas: np.ndarray, grid: TileGrid, size: int) -> np.ndarray:
+    """Cuts uint8 [rows * size, cols * size, 3] to [rows * cols, size, size, 3], row by row."""
+    cut = canvas.reshape(grid.rows, size, grid.cols, size, 3).transpose(0, 2, 1, 3, 4)
+    return cut.reshape(grid.rows * grid.cols, size, size, 3)
 
 
 def channels_first(tiles: np.ndarray) -> torch.Tensor:
@@ -275,9 +247,3 @@ def normalise(
     # A tensor, since CUDA multiplies by the reciprocal of a number: the last bit would differ.
     whole = torch.full_like(mean_C11, 255.0)
     return (pixels_NCHW.to(torch.float32) / whole - mean_C11) / std_C11
-
-
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), Image.Resampling.BICUBIC)

@@ -6,12 +6,11 @@ says. The keys are those of OpenAI's and Hugging Face's chat format.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mm.data.files.forms import from_json
+from megatron_mm.data.files.forms import from_json, to_json
 from megatron_mm.errors import DataError
 
 IMAGE_MARK = "<image>"
@@ -177,11 +176,9 @@ def _tool_call(call: Any, at: str) -> ToolCall:
         )
     if outer.get("type", "function") != "function":
         raise DataError(f"{at} is of type {outer['type']!r}; allowed: 'function'")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    try:
-        held = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{at}: 'arguments' is not JSON ({error})") from None
+    given = isinstance(arguments, str)
+    text = arguments if given else to_json(arguments, "arguments", at)
+    held = from_json(text, "arguments", at)
     if not isinstance(held, dict):
         raise DataError(f"{at}: 'arguments' is a {type(held).__name__}; write an object")
     if not isinstance(outer.get("id", ""), str):

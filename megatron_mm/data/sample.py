@@ -17,12 +17,10 @@ from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.chat import Encoded, encode_prompt, encode_row
 from megatron_mm.data.files.keys import check_keys
 from megatron_mm.data.images import (
+    Decoder,
     ImageFile,
     TileGrid,
-    cut_tiles,
     find_image,
-    image_size,
-    load_image,
 )
 from megatron_mm.data.tiles import (
     ImageSettings,
@@ -127,6 +125,7 @@ class SampleBuilder:
         self._extra_columns = run.data.extra_columns
         # Rollouts hand a row's other keys to the reward functions.
         self._columns = declaration(run).generates
+        self._decoder = Decoder()
         self._cache: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._cache_bytes, self._held_bytes = cache_bytes, 0
         self._sizes: dict[Path | None, tuple[int, int]] = {}
@@ -234,7 +233,7 @@ class SampleBuilder:
         """Returns (width, height) in pixels, from memory for files seen before."""
         if file.path in self._sizes:
             return self._sizes[file.path]
-        size = image_size(file, where)
+        size = self._decoder.size(file, where)
         if file.path is not None:
             if len(self._sizes) >= MAX_SIZES:
                 self._sizes.clear()
@@ -250,8 +249,7 @@ class SampleBuilder:
         if found is not None:
             self._cache.move_to_end(key)
             return found
-        image = load_image(file, where)
-        found = np.ascontiguousarray(cut_tiles(image, grid, self._vision.image_size)[used])
+        found = self._decoder.tiles(file, where, grid, self._vision.image_size, used)
         if file.path is None or found.nbytes > self._cache_bytes:
             return found
         self._cache[key] = found

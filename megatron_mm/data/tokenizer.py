@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mm.data.tokenizer_checks import (
+    check_control_tokens,
+    check_files,
+    check_vocabulary,
+    guarded,
+    loading,
+)
 from megatron_mm.errors import DataError
 
 SPECIAL_TOKENS = {
@@ -99,10 +106,11 @@ def load_tokenizer(path: str | Path, end_tokens: Sequence[str] = ()) -> Tokenize
         DataError: it is missing, unreadable or lacks a special token.
     """
     path = Path(path)
-    if path.is_dir():
-        return _from_huggingface(path, tuple(end_tokens))
-    if path.is_file():
-        return _from_sentencepiece(path, tuple(end_tokens))
+    if "\0" not in str(path) and (path.is_dir() or path.is_file()):
+        make = _from_huggingface if path.is_dir() else _from_sentencepiece
+        with loading(path):
+            check_files(path)
+            return make(path, tuple(end_tokens))
     raise DataError(
         f"tokenizer_model {str(path)!r} is neither a SentencePiece file nor a folder; "
         "set tokenizer_model"
@@ -154,6 +162,7 @@ def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     except (RuntimeError, OSError) as error:
         raise DataError(f"{path}: not a SentencePiece model; set tokenizer_model") from error
     size = model.get_piece_size()
+    encode = guarded(model.encode, size)
     vocabulary = {model.id_to_piece(i): i for i in range(size)}
     controls = {t for t, i in vocabulary.items() if model.is_control(i)}
     names = controls | ({*SPECIAL_TOKENS.values()} & vocabulary.keys())
@@ -173,16 +182,17 @@ def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
         return "".join([*pieces, model.decode(plain)])
 
     required = _required_ids(special, path)
+    check_control_tokens(special, [*SPECIAL_TOKENS.values()], path, encode, decode)
     end = model.eos_id()
     ends = [required["message_end_id"], *([] if end < 0 else [end])]
     ends += _configured_ends(path.parent, size)
-    ends += _ids(end_tokens, vocabulary, model.encode, path)
+    ends += _ids(end_tokens, vocabulary, encode, path)
     return Tokenizer(
         vocab_size=size,
         **required,
         special_tokens=special,
         end_ids=tuple(dict.fromkeys(ends)),
-        encode=model.encode,
+        encode=encode,
         decode_known=decode,
         path=str(path),
         end_tokens=end_tokens,
@@ -192,14 +202,10 @@ def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
 def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     from transformers import AutoTokenizer  # takes seconds to import
 
-    try:
-        # A question whether to run a folder's code would leave every rank waiting.
-        model = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises plain ones for a damaged file
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: no tokenizer can be loaded from this folder: {reason}") from error
+    # A question whether to run a folder's code would leave every rank waiting for an answer.
+    model = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     vocabulary = model.get_vocab()
-    size = max(vocabulary.values()) + 1  # ids may have gaps
+    size = check_vocabulary(vocabulary, path)
     marked = {str(t) for t in model.all_special_tokens}
     marked |= {str(t) for t in model.added_tokens_decoder.values() if t.special}
     names = marked | ({*SPECIAL_TOKENS.values()} & vocabulary.keys())
@@ -214,11 +220,16 @@ def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
                 "no text of the template could then have; save the tokenizer without"
             )
 
-    def encode(text: str) -> list[int]:
-        return model.encode(text, add_special_tokens=False)
+    encode = guarded(lambda text: model.encode(text, add_special_tokens=False), size)
 
+    def decode(ids: list[int]) -> str:
+        return model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    check_control_tokens(special, [*SPECIAL_TOKENS.values()], path, encode, decode)
     ends = [required["message_end_id"]]
     ends += [] if model.eos_token_id is None else [model.eos_token_id]
+    if not 0 <= ends[-1] < size:
+        raise DataError(f"{path}: the end of text is token {ends[-1]} of {size}")
     ends += [*_configured_ends(path, size), *_ids(end_tokens, vocabulary, encode, path)]
     return Tokenizer(
         vocab_size=size,
@@ -226,9 +237,7 @@ def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
         special_tokens=special,
         end_ids=tuple(dict.fromkeys(ends)),
         encode=encode,
-        decode_known=lambda ids: model.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        ),
+        decode_known=decode,
         path=str(path),
         end_tokens=end_tokens,
     )
@@ -248,7 +257,7 @@ def _configured_ends(folder: Path, vocab_size: int) -> list[int]:
         return []
     try:
         config: Any = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise DataError(f"{path} holds a {type(config).__name__}, not an object")

@@ -243,12 +243,12 @@ def main(argv: list[str]) -> int:
         where = f"{socket.gethostname()}: " if launched else ""
         for line in lines:
             if not launched or not able or os.environ["RANK"] == "0":
-                print(f"{where}{line}")
+                cli.say(f"{where}{line}")
     if not launched or not able:
         return int(not able)
     from megatron_mm.doctor import ranks
 
-    return ranks.main(argv, lambda name, text, ok: print(Finding(name, text, ok, True)))
+    return ranks.main(argv, lambda name, text, ok: cli.say(Finding(name, text, ok, True)))
 
 
 if __name__ == "__main__":

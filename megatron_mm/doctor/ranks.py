@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -23,9 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm import platform
-from megatron_mm.config import ConfigError, ParallelConfig, RunConfig, load, to_dict, validate
+from megatron_mm import cli, platform
+from megatron_mm.config import ConfigError, ParallelConfig, RunConfig, load, validate
+from megatron_mm.errors import LaunchError
 from megatron_mm.parallel import descriptors
+from megatron_mm.train.alike import code_version, digest_of, settings_of, version
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -34,23 +34,6 @@ PACKAGES = (
 )
 LARGEST_SKEW = 1.0  # seconds: rendezvous and logs compare clocks of different nodes
 BYTES_PER_PARAMETER = 12  # in a checkpoint: fp32 weights and both moments of Adam
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
-
-
-def _code() -> str:
-    """Digest of the source files, since the folder need not be a checkout."""
-    files = sorted((ROOT / "megatron_mm").rglob("*.py"))
-    return _digest(*(file.read_bytes() for file in files))
 
 
 def _revision() -> str:
@@ -77,8 +60,8 @@ def _run(argv: list[str]) -> tuple[RunConfig | None, str]:
 def note(run: RunConfig | None, problem: str) -> dict[str, Any]:
     """Collects what must be equal on all ranks, by name."""
     same: dict[str, Any] = {"python": ".".join(map(str, sys.version_info[:3]))}
-    same |= {name: _version(name) for name in PACKAGES}
-    same |= {"revision": _revision(), "code": _code(), "config": problem or "none"}
+    same |= {name: version(name) for name in PACKAGES}
+    same |= {"revision": _revision(), "code": code_version(), "config": problem or "none"}
     if torch.cuda.is_available():
         same["gpu"] = torch.cuda.get_device_name()
         same["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -87,15 +70,9 @@ def note(run: RunConfig | None, problem: str) -> dict[str, Any]:
         same["infiniband"] = ", ".join(states) or "none"
     words = sorted(k for k in os.environ if k.startswith("NCCL_") or k == "OMP_NUM_THREADS")
     same["environment"] = " ".join(f"{k}={os.environ[k]}" for k in words) or "none"
-    settings: dict[str, str] = {}
+    settings = {} if run is None else settings_of(run)
     if run is not None:
-        same["config"] = _digest(json.dumps(to_dict(run), sort_keys=True).encode())
-        for section, part in to_dict(run).items():
-            # `plugins` is a setting of the run itself, beside the sections.
-            pairs = part.items() if isinstance(part, dict) else [(None, part)]
-            for key, value in pairs:
-                name = section if key is None else f"{section}.{key}"
-                settings[name] = json.dumps(value)
+        same["config"] = digest_of(json.dumps(settings, sort_keys=True).encode())
     limit = descriptors.raise_limit()
     return {
         "host": socket.gethostname(),
@@ -247,7 +224,10 @@ def main(argv: list[str], show: Callable[[str, str, bool], None]) -> int:
 
     platform.end_with_parent()
     platform.quiet()
-    groups.start(ParallelConfig())
+    try:
+        groups.start(ParallelConfig())
+    except LaunchError as error:
+        return cli.fail(error)
     lines, problem = examine(argv)
     if dist.get_rank() == 0:
         for line in lines:

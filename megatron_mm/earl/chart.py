@@ -48,11 +48,11 @@ def draw(found: Discovery) -> bytes:
     panels[-1].set_xlabel("expert", fontsize=9)
     bar = figure.colorbar(image, ax=list(panels), shrink=0.8)
     if found.knocked_out:
-        bar.set_label("rise of the loss without the expert, over the largest", fontsize=9)
+        bar.set_label("rise of the loss without\nthe expert, over the largest", fontsize=9)
     else:
         marks = (0.25, 0.5, 1, 2, 4)
         bar.set_ticks([log2(mark) for mark in marks], labels=[f"{mark:g}x" for mark in marks])
-        bar.set_label("chosen, against the base rate at the same tokens", fontsize=9)
+        bar.set_label("chosen, against the base\nrate at the same tokens", fontsize=9)
     if found.warning is not None:
         figure.suptitle(
             "not to be relied on: no better than chance", fontsize=10, color="firebrick"

@@ -172,10 +172,10 @@ def main(argv: list[str]) -> int:
         if found.warning:
             logger.warning("%s", found.warning)
         if cli.rank() == 0:
-            print("\n".join(table(found, causal)))
+            cli.say("\n".join(table(found, causal)))
             info = found.skill_map.info
             missing = f"expert of lift {info['min_lift']:g}" if "min_lift" in info else "right span"
             for skill in info.get("without_cluster", ()):
-                print(f"left out: {skill} has no {missing}")
-            print(f"written: {args.out}, {args.out.with_suffix('.png')}")
+                cli.say(f"left out: {skill} has no {missing}")
+            cli.say(f"written: {args.out}, {args.out.with_suffix('.png')}")
     return command.status

@@ -25,6 +25,7 @@ from megatron_mm.errors import RLError
 
 FORMAT = "megatron_mm skill map 2"
 OVERLAPPING = "megatron_mm skill map 1"
+MAX_BYTES = 2**26  # of a file; 1,000 skills of a model of 80 layers need 2**23
 SIZES = ("num_layers", "num_experts", "moe_router_topk")
 
 
@@ -120,13 +121,19 @@ def load_skill_map(
             other sizes; for format 1 where `exclusive`.
     """
     try:
-        held = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"over {MAX_BYTES} bytes")
+        held = json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"not JSON ({error})"
         raise RLError(f"skill map {path}: {reason}") from None
     if not isinstance(held, Mapping) or held.get("format") not in (FORMAT, OVERLAPPING):
         found = held.get("format") if isinstance(held, Mapping) else type(held).__name__
-        raise RLError(f"skill map {path}: format is {found!r}; this version reads {FORMAT!r}")
+        raise RLError(
+            f"skill map {path}: format is {str(found)[:80]!r}; this version reads {FORMAT!r}"
+        )
     if exclusive and held["format"] != FORMAT:
         raise RLError(
             f"skill map {path}: format is {held['format']!r}, exclusive clusters need {FORMAT!r}; "
@@ -137,20 +144,22 @@ def load_skill_map(
     if missing:
         raise RLError(f"skill map {path}: {missing[0]!r} is missing; write the map again")
     for key, expected in zip(SIZES, (num_layers, num_experts, moe_router_topk), strict=True):
-        if held[key] != expected:
+        if type(held[key]) is not int or held[key] != expected:
             raise RLError(
-                f"skill map {path}: {key} is {held[key]}, the model's is {expected}; "
+                f"skill map {path}: {key} is {str(held[key])[:80]}, the model's is {expected}; "
                 "discover the experts of this model"
             )
     if not isinstance(held["skills"], Mapping):
         raise RLError(f"skill map {path}: 'skills' is no object; write the map again")
     info = held.get("info", {})
+    if not isinstance(info, Mapping):
+        raise RLError(f"skill map {path}: 'info' is no object; write the map again")
     common = held["common"] if held["format"] == FORMAT else None
     if held["format"] == FORMAT and not isinstance(common, list):
         raise RLError(f"skill map {path}: 'common' is no list; write the map again")
     sizes = num_layers, num_experts, moe_router_topk
     try:
-        return SkillMap(*sizes, dict(held["skills"]), info, common)
+        return SkillMap(*sizes, dict(held["skills"]), dict(info), common)
     except RLError as error:
         raise RLError(f"skill map {path}: {error}") from None
 

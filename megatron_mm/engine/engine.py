@@ -210,6 +210,10 @@ class Engine:
         clip_and_step(self.optimizer, gradient_norm, self.run.optimizer.clip_grad)
         self.scheduler.step(increment=1)
 
+    def pass_over(self) -> None:
+        """Advances the schedule without an update."""
+        self.scheduler.step(increment=1)
+
     def learning_rate(self) -> float:
         """Current learning rate of the language model; other modules have multiples of it."""
         return float(self.scheduler.get_lr({}))

@@ -158,7 +158,8 @@ def build_optimizer(
 
 @torch.no_grad()
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """L2 norm of all gradients of the model, the same on every rank. Needs `prepare_grads`.
+    """L2 norm of all gradients of the model, the same on every rank; NaN on every rank if it is not
+    finite on any. Needs `prepare_grads`.
 
     megatron-core's `get_grad_norm` without Transformer Engine and apex, to the bit on the CPU; but
     that reads the norm of every parameter from the device, this one number for all.
@@ -175,7 +176,11 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
             square = torch.linalg.vector_norm(norms).square()
         dist.all_reduce(square, group=group)
         squares.append(square)
-    roots = [square**0.5 for square in torch.stack(squares).tolist()]
+    found = torch.stack(squares)
+    # Replicas without a shared optimizer each have a sum of their own.
+    wrong = (~found.isfinite()).any().float()
+    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+    roots = [square**0.5 for square in found.masked_fill(wrong.bool(), math.nan).tolist()]
     return roots[0] if len(roots) == 1 else math.sqrt(sum(root**2 for root in roots))
 
 

@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm import platform
 from megatron_mm.config import ParallelConfig
+from megatron_mm.errors import LaunchError
 from megatron_mm.parallel import descriptors
 
 
@@ -69,6 +70,10 @@ def start(parallel: ParallelConfig) -> None:
 
     A collective that waits longer than `distributed_timeout_minutes` raises on every rank with
     gloo; with NCCL it ends the process.
+
+    Raises:
+        LaunchError: this rank cannot join: the port is taken, the address unknown, a variable of
+            torchrun's wrong.
     """
     descriptors.raise_limit()
     # Otherwise every gloo group connects each of its ranks with all others at once.
@@ -79,10 +84,33 @@ def start(parallel: ParallelConfig) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
-    dist.init_process_group(
-        platform.backend(),
-        timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
-        **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+    try:
+        if not 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):
+            raise ValueError("RANK is not below WORLD_SIZE")
+        dist.init_process_group(
+            platform.backend(),
+            timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
+            **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+        )
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
+        raise LaunchError(_why(error)) from None
+
+
+def _why(error: Exception) -> str:
+    """Returns in one line why this rank cannot join the job."""
+    rank, address, port, size = (
+        os.environ.get(key, "none") for key in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
+    )
+    text = " ".join(str(error).split())
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return (
+            f"rank {rank} cannot listen on MASTER_PORT {port}: another program has it; set another "
+            "MASTER_PORT (torchrun: --master-port), or start with --standalone"
+        )
+    text = text if len(text) <= 160 else text[:157] + "..."
+    return (
+        f"rank {rank} of {size} cannot join the job at MASTER_ADDR {address}, MASTER_PORT {port}: "
+        f"{text}; start all ranks with one address and a free port, or with torchrun"
     )
 
 

@@ -87,7 +87,7 @@ def _plan(args: argparse.Namespace, run: RunConfig, device: GPU, assumed: Assump
             run, args.world_size, device, assumed, args.images, args.supervised, bar.update
         )
     notes = table.assumptions(plan, args.images, args.supervised)
-    print(table.table(plan, notes))
+    cli.say(table.table(plan, notes))
     if args.json:
         _write(args.json, table.as_dict(plan, notes))
     if args.chart:
@@ -109,8 +109,8 @@ def _search(args: argparse.Namespace, run: RunConfig, device: GPU, assumed: Assu
             run, args.world_size, device, assumed, args.images, args.supervised, args.top, bar
         )
     notes = table.assumptions(found.plans[0], args.images, args.supervised)
-    print(table.ranking(found.plans, found.considered, found.fitting))
-    print("assumed:", *(f"- {note}" for note in notes), sep="\n")
+    cli.say(table.ranking(found.plans, found.considered, found.fitting))
+    cli.say("\n".join(["assumed:", *(f"- {note}" for note in notes)]))
     if args.json:
         _write(args.json, {"layouts": [table.as_dict(plan, notes) for plan in found.plans]})
     return 0

@@ -10,9 +10,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from megatron_mm.cli import printable, say
+from megatron_mm.report.sinks import Appended, Guarded, TensorBoard, WandB
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ TABLE_FILE = "completions.jsonl"
 ROUTER_NORM = "moe/router_grad_norm/"  # followed by the layer number
 # Shown on the console after the objective's own; the rest is in the file.
 CONSOLE_KEYS = ("moe/load_balancing_loss", "train/grad_norm", "train/learning_rate")
-WHEN_NOT_ZERO = ("train/skipped_samples",)
+WHEN_NOT_ZERO = ("train/skipped_samples", "train/held_back")
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -56,7 +59,8 @@ def format_duration(seconds: float) -> str:
 
 
 class MetricsLogger:
-    """Logs a dictionary of numbers per step.
+    """Logs a dictionary of numbers per step. Once it is made, nothing that goes wrong with it is an
+    error; see `sinks`.
 
     Args:
         config: `LoggingConfig`.
@@ -68,7 +72,8 @@ class MetricsLogger:
         console: names of metrics that the console shows first.
 
     Raises:
-        ValueError: the output directory holds files that are not records of a run.
+        OSError: the output directory cannot be written.
+        ValueError: it holds files that are not records of a run.
     """
 
     def __init__(
@@ -81,87 +86,59 @@ class MetricsLogger:
         stream: TextIO | None = None,
         console: Sequence[str] = ("train/lm_loss",),
     ) -> None:
-        self.enabled = enabled
-        self._shown = (*console, *CONSOLE_KEYS)
-        self._file: TextIO | None = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
-        self._bar: Any = None
+        self._files: dict[str, Appended] = {}
+        self._views: list[Guarded] = []
         if not enabled:
             return
-        self._stream = sys.stderr if stream is None else stream
-        self._interval = max(1, config.log_interval)
-        self._start_step, self._total_steps = start_step, total_steps
-        self._started = time.monotonic()
         directory = Path(config.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = _open_record(directory / METRICS_FILE, start_step)
-        self._table = directory / TABLE_FILE
-        _open_record(self._table, start_step).close()
+        for name in (METRICS_FILE, TABLE_FILE):
+            self._files[name] = _open_record(directory / name, start_step)
+        out = sys.stderr if stream is None else stream
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides steps of an earlier attempt after the step to resume from.
-            self._tensorboard = SummaryWriter(
-                str(directory / "tensorboard"), purge_step=start_step + 1
-            )
+            folder, purge = directory / "tensorboard", start_step + 1
+            self._views.append(Guarded("TensorBoard", lambda: TensorBoard(folder, purge)))
         if config.wandb_mode != "disabled":
-            self._wandb = self._start_wandb(config, run_config, directory)
-        if self._stream.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                unit="step",
-                file=self._stream,
-                dynamic_ncols=True,
+            self._views.append(Guarded("W&B logging", lambda: WandB(config, run_config, directory)))
+        interval, keys = max(1, config.log_interval), (*console, *CONSOLE_KEYS)
+        self._views.append(
+            Guarded(
+                "console",
+                lambda: Console(out, keys, interval, start_step, total_steps),
+                lasting=True,
             )
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Records metrics of a step. A step may be logged several times with different keys."""
-        if not self.enabled or self._file is None:
+        if not self._files:
             return
         numbers = {key: float(value) for key, value in metrics.items()}
         # JSON has no NaN or infinity; they become null.
         record = {key: _compact(value) for key, value in numbers.items()}
-        try:
-            self._file.write(json.dumps({"iteration": step, **record}) + "\n")
-            self._file.flush()
-        except OSError as error:  # a full disk must not end the run
-            logger.warning("step %d was not recorded: %s", step, error)
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, step)
-        if self._wandb is not None:
-            # Logged as a value, because W&B's own step counter rejects logging a step twice.
-            self._wandb.log({**numbers, "iteration": step})
-        self._show(step, numbers)
+        self._files[METRICS_FILE].write(_line({"iteration": step, **record}))
+        for view in self._views:
+            view.log(step, numbers)
 
     def table(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Appends rows (completions and their rewards) to completions.jsonl. Values without a JSON
         form, such as dates, become text."""
-        if not self.enabled or not rows:
+        if not self._files or not rows:
             return
         try:
-            with self._table.open("a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"iteration": step, **row}, default=str) + "\n" for row in rows
-                )
-        except OSError as error:
+            lines = [_line({"iteration": step, **row}) for row in rows]
+        except (TypeError, ValueError, RecursionError) as error:  # a key or a circle of a user's
             logger.warning("step %d's table was not written: %s", step, error)
+            return
+        self._files[TABLE_FILE].write(b"".join(lines))
 
     def close(self) -> None:
-        """Closes all views. May be called twice."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._file is not None:
-            self._file.close()
-        self._bar = self._tensorboard = self._wandb = self._file = None
+        """Closes the files and all views. May be called twice."""
+        for file in self._files.values():
+            file.close()
+        for view in self._views:
+            view.close()
+        self._files, self._views = {}, []
 
     def __enter__(self) -> MetricsLogger:
         return self
@@ -169,34 +146,35 @@ class MetricsLogger:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start_wandb(self, config: Any, run_config: dict[str, Any], directory: Path) -> Any:
-        try:
-            import wandb
 
-            run = wandb.init(
-                project=config.wandb_project,
-                dir=str(directory),
-                mode=config.wandb_mode,
-                config=run_config,
-                # Quiet, without capturing the console or copying the code.
-                settings=wandb.Settings(
-                    silent=True, console="off", disable_code=True, disable_git=True
-                ),
+class Console:
+    """A line for each step, or a bar on a terminal."""
+
+    def __init__(
+        self, stream: TextIO, keys: Sequence[str], interval: int, start_step: int, total_steps: int
+    ):
+        self._stream, self._keys, self._interval = stream, keys, interval
+        self._start_step, self._total_steps = start_step, total_steps
+        self._started = time.monotonic()
+        self._bar: Any = None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                file=stream,
+                dynamic_ncols=True,
             )
-            run.define_metric("*", step_metric="iteration")
-        except Exception as error:  # of any kind: training goes on without this view
-            reason = str(error).strip() or type(error).__name__
-            logger.warning("no W&B logging: %s", reason.splitlines()[0])
-            return None
-        return run
 
-    def _show(self, step: int, numbers: dict[str, float]) -> None:
-        shown = [f"{key} {numbers[key]:.4g}" for key in self._shown if key in numbers]
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        shown = [f"{key} {numbers[key]:.4g}" for key in self._keys if key in numbers]
         shown += [f"{key} {numbers[key]:.0f}" for key in WHEN_NOT_ZERO if numbers.get(key)]
         shown += [f"{k} {v:.1%}" for k, v in sorted(numbers.items()) if k.startswith("accuracy/")]
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(", ".join(shown[:3]))
+            self._bar.set_postfix_str(printable(", ".join(shown[:3])))
             return
         evaluated = any(key.startswith("accuracy/") for key in numbers)
         if step % self._interval and step != self._total_steps and not evaluated:
@@ -204,7 +182,15 @@ class MetricsLogger:
         elapsed = time.monotonic() - self._started
         left = elapsed / max(1, step - self._start_step) * (self._total_steps - step)
         text = " | ".join([f"step {step}/{self._total_steps}", *shown])
-        print(f"{text} | left {format_duration(left)}", file=self._stream, flush=True)
+        say(f"{text} | left {format_duration(left)}", self._stream)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, default=str) + "\n").encode()
 
 
 def _compact(value: float) -> float | int | None:
@@ -214,7 +200,7 @@ def _compact(value: float) -> float | int | None:
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
-def _open_record(path: Path, start_step: int) -> TextIO:
+def _open_record(path: Path, start_step: int) -> Appended:
     """Drops the records after `start_step` and opens the file for appending."""
     found = read_metrics(path)
     if not all(isinstance(record, dict) and "iteration" in record for record in found):
@@ -227,4 +213,4 @@ def _open_record(path: Path, start_step: int) -> TextIO:
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in kept)
     partial.replace(path)
-    return path.open("a", encoding="utf-8")
+    return Appended(path)

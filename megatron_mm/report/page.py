@@ -24,6 +24,8 @@ import numpy as np
 from megatron_mm import cli
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import VISION
+from megatron_mm.errors import DataError
+from megatron_mm.pictures.process import PictureProcess
 from megatron_mm.report.charts import curves, experts, histories, percent, skill_chart
 from megatron_mm.report.charts_rl import rl_charts
 from megatron_mm.report.metrics_log import METRICS_FILE, TABLE_FILE, format_duration, read_metrics
@@ -76,7 +78,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     rl = rl_charts(records)
     before = read_json(run / BEFORE_FILE) if rl else {}
     skills = _skills(results)
-    scenes = [_scene(run, example) for example in evaluation.get("examples") or []]
+    with PictureProcess() as decoder:
+        scenes = [_scene(run, example, decoder) for example in evaluation.get("examples") or []]
     page = environment.get_template(TEMPLATE).render(
         name=run.resolve().name,
         tiles=_tiles(results, records, skills),
@@ -217,10 +220,10 @@ def _data_uri(image: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _scene(run: Path, example: dict) -> dict[str, Any]:
+def _scene(run: Path, example: dict, decoder: PictureProcess) -> dict[str, Any]:
     """Prepares an evaluated question. Its image path may be relative to the run or to the working
     directory."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     scene = {key: example.get(key) for key in ("key", "question", "prediction", "truth")}
     score = float(example.get("score") or 0)
@@ -231,9 +234,14 @@ def _scene(run: Path, example: dict) -> dict[str, Any]:
     path = next((p for p in (run / example["image"], Path(example["image"])) if p.exists()), None)
     if path is None:
         return scene | {"missing": example["image"]}
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")  # turned as the model saw it
-    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    try:
+        width, height = decoder.size(path, str(path))
+        shrink = min(1.0, MAX_IMAGE_SIDE / max(width, height))
+        small = max(1, round(width * shrink)), max(1, round(height * shrink))
+        (pixels,) = decoder.scaled(path, str(path), [small])
+    except (DataError, OSError):
+        return scene | {"missing": example["image"]}
+    image = Image.fromarray(pixels)
     scene |= {"image": _data_uri(image), "aspect": f"{image.width} / {image.height}"}
     scene["looks"] = [shown for look in example.get("looks") or [] if (shown := _look(look))]
     return scene
@@ -275,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write report.html for a run directory.")
     parser.add_argument("run_dir", type=Path)
     try:
-        print(write_report(parser.parse_args(argv).run_dir))
+        cli.say(write_report(parser.parse_args(argv).run_dir))
     except (OSError, ValueError) as error:
         return cli.fail(error)
     return 0

@@ -12,6 +12,7 @@ from megatron_mm.config.fields import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Samples,
 )
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.earl.settings import EARLConfig
@@ -34,12 +35,12 @@ class RLConfig:
 
     algorithm: Annotated[str, Named(ALGORITHMS)] = "grpo"
     """Published algorithm. It decides every setting below whose default is none."""
-    num_generations: PositiveInt = 8
+    num_generations: Samples = 8
     """Completions of each prompt; together they are its group."""
-    rollout_batch_size: PositiveInt | None = None
+    rollout_batch_size: Samples | None = None
     """Prompts of a rollout on all replicas together. Default: as many as one optimizer step has;
     global_batch_size counts completions of a step."""
-    num_iterations: PositiveInt = 1
+    num_iterations: Annotated[int, Bounds(ge=1, le=1000)] = 1
     """Optimizer steps that see each completion."""
     max_completion_length: PositiveInt = 256
     """Longest completion in tokens; generation stops there."""
@@ -49,7 +50,7 @@ class RLConfig:
     """Sample from the most likely tokens whose probabilities sum to this."""
     top_k: NonNegativeInt = 0
     """Sample from this many most likely tokens; 0: from all."""
-    max_num_seqs: PositiveInt = 64
+    max_num_seqs: Samples = 64
     """Completions that a replica generates at the same time."""
     routing_replay: Literal["none", "R2", "R3"] = "none"
     """Experts that the training pass takes: its own choice (none), those of the trainer's pass
@@ -71,7 +72,7 @@ class RLConfig:
     filter_groups: bool | None = None
     """Dynamic sampling: groups whose rewards are all equal are replaced by new ones (DAPO, arXiv
     2503.14476). Default: the algorithm's."""
-    max_generation_rounds: PositiveInt = 10
+    max_generation_rounds: Annotated[int, Bounds(ge=1, le=1000)] = 10
     """Rounds of generation for one rollout with filter_groups."""
     delta: PositiveFloat | None = None
     """Dual clip: bound of the ratio where the advantage is negative (arXiv 1912.09729)."""
@@ -93,8 +94,8 @@ class RLConfig:
     """Importance sampling where rollout and trainer disagree on probabilities, for each token or
     for each completion."""
     rollout_is_mode: Literal["truncate", "mask"] = "truncate"
-    """What happens to weights of rollout_is outside their bounds: they are held at the bound, or
-    their tokens leave the loss."""
+    """Treatment of weights of rollout_is outside their bounds: truncate holds them at the upper
+    one, mask takes their tokens out of the loss."""
     rollout_is_threshold: PositiveFloat = 2.0
     """Upper bound of the weights of rollout_is, inclusive."""
     rollout_is_threshold_low: NonNegativeFloat = 0.0
@@ -102,7 +103,7 @@ class RLConfig:
     mask_truncated_completions: bool = False
     """Leave completions that reached max_completion_length without an end out of the loss; their
     rewards still count in their groups (DAPO, arXiv 2503.14476, section 3.4)."""
-    entropy_coef: float = 0.0
+    entropy_coef: Annotated[float, Bounds(ge=-1e6, le=1e6)] = 0.0
     """Coefficient of the mean entropy, in nats, that is subtracted from the loss."""
     advantage_clip_sigma: NonNegativeFloat = 0.0
     """Standardise advantages over all completions, and set those beyond this many standard
@@ -120,16 +121,19 @@ class RLConfig:
     the sum is normalised once more, over all completions (GDPO, arXiv 2601.05242, eq. 6)."""
     reward_std_floor: NonNegativeFloat = 0.0
     """Least standard deviation that a group's rewards are divided by."""
-    reward_num_workers: PositiveInt = 2
+    reward_num_workers: Annotated[int, Bounds(ge=1, le=256)] = 2
     """Processes that run reward functions, for each replica."""
     reward_timeout: PositiveFloat = 10.0
     """Seconds that one call of a reward function may take."""
+    reward_memory: PositiveFloat = 2.0
+    """GB that one of these processes may hold, with all that its functions start; what a call
+    starts ends with it."""
     reward_batch_size: PositiveInt = 1
     """Completions in one call of a reward function. A call of your own function that fails costs
     all of them."""
     reward_lost_value: Annotated[float | None, Bounds(ge=-1e30, le=1e30)] = None
-    """Reward of a completion whose call ran out of time or ended its worker. Default: 0 for
-    built-in rewards, a failure for your own."""
+    """Reward of a completion whose call ran out of time or memory, or ended its worker. Default: 0
+    for built-in rewards, a failure for your own."""
     max_reward_failures: Annotated[float, Bounds(gt=0, le=1)] = 1.0
     """Share of a step's completions that are left out because a reward failed, at which the run
     stops with that reward's error. 1: all of them."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import sys
+import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from megatron_mm import cli
+
+if TYPE_CHECKING:
+    from megatron_mm.config import RunConfig
+
+PATIENCE = 3.0  # seconds in which rank 0 says what is wrong everywhere, and torchrun ends the rest
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if the run failed; 2 for wrong settings."""
     cli.setup_logging(cli.rank())
-    logger = logging.getLogger(__name__)
     from megatron_mm.config import ConfigError, load, validate
     from megatron_mm.config.vision_parallel import chosen, decided
 
@@ -19,9 +25,12 @@ def main(argv: list[str]) -> int:
         run = load(None, argv)
         validate(run, cli.world_size())
         if run.parallel.vision_parallel is None and run.model.vision is not None:
-            logger.info("images are encoded by the %s: %s", *chosen(run))
+            cli.logger.info("images are encoded by the %s: %s", *chosen(run))
         run = decided(run)
     except ConfigError as error:
+        if cli.rank():  # perhaps only this rank was given them
+            time.sleep(PATIENCE)
+            cli.logger.error("rank %d: %s", cli.rank(), error)
         return cli.fail(error)
 
     from megatron_mm import platform
@@ -31,24 +40,63 @@ def main(argv: list[str]) -> int:
     try:
         platform.install()
     except RuntimeError as error:
-        logger.error("%s", error)  # perhaps on this node alone
+        cli.logger.error("%s", error)  # perhaps on this node alone
         return 1
 
     from megatron_mm.engine.kernels import choose_kernels
-    from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
+    from megatron_mm.errors import LaunchError
     from megatron_mm.parallel import groups
-    from megatron_mm.train.loop import train
 
-    status = 0
     try:
         choose_kernels(run)
-    except ConfigError as error:
+        groups.start(run.parallel)
+    except (ConfigError, LaunchError) as error:
         return cli.fail(error)
-    groups.start(run.parallel)
-    try:
-        train(run, groups.build(run.parallel))
-    except (CheckpointError, ConfigError, DataError, NonFiniteError) as error:
-        status = cli.fail(error)
+    status = _run(run)
+    cli.let_go()
+    return status
+
+
+def _run(run: RunConfig) -> int:
+    """Trains in the job that has been started; returns the exit code."""
+    from megatron_mm.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DivergedError,
+        NonFiniteError,
+    )
+    from megatron_mm.parallel import groups
+    from megatron_mm.parallel.watch import Watch, lost_connection, store_of_the_job
+    from megatron_mm.train.alike import check_alike
+    from megatron_mm.train.loop import train
+    from megatron_mm.train.stopping import stopping
+
+    told, status = (CheckpointError, ConfigError, DataError, DivergedError, NonFiniteError), 0
+    watched = None
+    if cli.world_size() > 1:  # alone there is no one to watch
+        try:
+            watched = Watch(store_of_the_job(), cli.rank(), cli.world_size())
+        except RuntimeError as error:
+            cli.logger.warning("ranks are not watched: %s", cli.one_line(error))
+    with watched or nullcontext():
+        try:
+            check_alike(run)
+            train(run, groups.build(run.parallel))
+        except told as error:
+            status = cli.fail(error)
+        except KeyboardInterrupt:
+            return 130
+        except BaseException as error:
+            if watched is None:
+                raise
+            said = lost_connection(error)
+            if said is None:
+                watched.last_word(cli.one_line(error))
+                raise
+            with stopping(lambda: None):  # torchrun tells this rank to end meanwhile
+                cli.logger.error("%s", watched.why(said))
+            return 1
     # Not after anything else: other ranks may be inside a collective, and leaving the job in
     # good order would wait for them before the traceback is seen.
     groups.stop()

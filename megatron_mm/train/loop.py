@@ -6,18 +6,26 @@ There is one loop for every objective (config/objectives.py) and every layout.
 from __future__ import annotations
 
 import logging
-import signal
+from contextlib import ExitStack
 from pathlib import Path
 
+from megatron_mm import cli
 from megatron_mm.config import RunConfig, to_dict
 from megatron_mm.config.objectives import declaration, part_of
 from megatron_mm.engine.feed import raise_together
-from megatron_mm.errors import DataError, EndOfData
+from megatron_mm.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    EndOfData,
+    NonFiniteError,
+)
 from megatron_mm.evaluation.evaluate import Results, evaluate, write_results
 from megatron_mm.evaluation.examples import write_examples
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics_log import MetricsLogger
 from megatron_mm.report.page import accuracy_table, report_or_warn
+from megatron_mm.train.stopping import stopping
 from megatron_mm.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -26,18 +34,23 @@ logger = logging.getLogger(__name__)
 def train(run: RunConfig, groups: Groups) -> Trainer:
     """Trains to `train_iters`, evaluates, reports. Every rank calls it; errors are collective."""
     trainer = Trainer(run, groups)
-    previous = signal.signal(signal.SIGTERM, trainer.request_stop)
-    log = _open_outputs(trainer)
-    try:
+    with stopping(trainer.request_stop), ExitStack() as at_end:
+        at_end.callback(trainer.source.close)
+        at_end.callback(trainer.saver.close)
+        log = _open_outputs(trainer)
+        at_end.callback(log.close)
         _before(trainer)
-        finished = _steps(trainer, log)
+        try:
+            finished = _steps(trainer, log)
+        except BaseException as error:
+            # Other errors of one rank find the others inside a collective.
+            together = isinstance(error, (DataError, NonFiniteError))
+            told = isinstance(error, (CheckpointError, DivergedError))
+            if together or (groups.world.size() == 1 and not told):
+                trainer.rescue()
+            raise
         if finished and run.data.valid_data:
             _finish(trainer, log)
-    finally:
-        trainer.saver.close()
-        trainer.source.close()
-        log.close()
-        signal.signal(signal.SIGTERM, previous)
     return trainer
 
 
@@ -54,7 +67,7 @@ def _before(trainer: Trainer) -> None:
 
 
 def _open_outputs(trainer: Trainer) -> MetricsLogger:
-    """Opens the log and tries the checkpoint folder: better to fail now than hours later."""
+    """Opens the log: better to fail now than hours later. The saver has tried its folder."""
     run, error = trainer.run, None
     log: MetricsLogger | None = None
     try:
@@ -66,12 +79,6 @@ def _open_outputs(trainer: Trainer) -> MetricsLogger:
             enabled=trainer.is_logger,
             console=declaration(run).console,
         )
-        if run.checkpoint.save and trainer.is_logger:
-            folder = Path(run.checkpoint.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
     except (OSError, ValueError) as problem:
         error = f"cannot write the run's output: {problem}"
     raise_together(trainer.groups, error)
@@ -83,18 +90,13 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
     """Trains until the end or a stop signal, saving as asked; whether the end was reached."""
     run, total = trainer.run, trainer.run.training.train_iters
     save_interval, eval_interval = run.checkpoint.save_interval, run.evaluation.eval_interval
-    saved = trainer.iteration if run.checkpoint.load and not run.checkpoint.finetune else None
-    begun, ended, due = trainer.iteration, False, False
+    ended, due = False, False
     while trainer.iteration < total and not ended:
         try:
             metrics = trainer.step()
         except DataError as error:
-            ended = isinstance(error, EndOfData) and trainer.iteration > begun
+            ended = isinstance(error, EndOfData) and trainer.iteration > trainer.begun
             if not ended:
-                # All ranks are here, and what they trained until now need not be lost.
-                if run.checkpoint.save and trainer.iteration not in (begun, saved):
-                    trainer.save()
-                    trainer.saver.finish()
                 raise
             logger.info("ending at step %d of %d: %s", trainer.iteration, total, error)
             break
@@ -106,7 +108,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             due = due or bool(save_interval and now % save_interval == 0)
             if due and trainer.source.between:
                 metrics["checkpoint/save_stall"] = trainer.save()
-                saved, due = now, False
+                due = False
         finally:
             log.log(now, metrics)  # a step that cannot be saved was done all the same
             if trainer.is_logger:
@@ -116,7 +118,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             results, _ = evaluate(trainer.engine, trainer.tokenizer, lambda: trainer.stop_requested)
             if results:
                 log.log(now, _accuracies(results))
-    if run.checkpoint.save and saved != trainer.iteration:
+    if run.checkpoint.save and trainer.saved != trainer.iteration:
         trainer.save()
     elif trainer.iteration < total and not (ended or run.checkpoint.save):
         logger.info("stopped at step %d; nothing was saved", trainer.iteration)
@@ -131,6 +133,8 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     if not results:
         return
     log.log(trainer.iteration, _accuracies(results))
+    if trainer.is_logger:  # first, in case nothing can be written
+        cli.say(accuracy_table({"skills": results}))
     write_results(
         engine,
         results,
@@ -141,11 +145,9 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     )
     if trainer.run.evaluation.report:
         write_examples(engine, trainer.tokenizer, records, output)
-    if trainer.is_logger:
-        print(accuracy_table({"skills": results}))
-        if trainer.run.evaluation.report:
-            for path in report_or_warn(output):
-                print(f"report: {path}")
+    if trainer.is_logger and trainer.run.evaluation.report:
+        for path in report_or_warn(output):
+            cli.say(f"report: {path}")
 
 
 def _accuracies(results: Results) -> dict[str, float]:

@@ -61,7 +61,8 @@ class StepSource(Protocol):
         ...
 
     def stepped(self, metrics: Mapping[str, float]) -> None:
-        """Takes in what the step that was just taken measured, the same on every rank."""
+        """Takes in what a step measured, the same on every rank, after its update and before the
+        position is saved. A step that is held back is not told."""
         ...
 
     def close(self) -> None: ...

@@ -17,7 +17,7 @@ from megatron_mm.config import MODULES, CheckpointConfig, RunConfig
 from megatron_mm.convert.folder import NOTES
 from megatron_mm.convert.live import load_hf
 from megatron_mm.engine.engine import Engine
-from megatron_mm.errors import CheckpointError
+from megatron_mm.errors import CheckpointError, DataError
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.source import Loader
 
@@ -33,11 +33,13 @@ class Start:
         iteration: optimizer steps done.
         seconds: of training, so far.
         notes: of a conversion, for the way back.
+        losses: the last ones, for the guard against spikes.
     """
 
     iteration: int = 0
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
 
 
 def resumed(run: RunConfig, groups: Groups) -> RunConfig:
@@ -75,7 +77,16 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
         return Start()
     state = sharded.load(engine, Path(checkpoint.load), finetune=checkpoint.finetune)
     extra = state["extra"]
-    notes = extra.get(NOTES, {})
+    notes, seconds = extra.get(NOTES, {}), extra.get("seconds", 0.0)
+    losses = extra.get("losses", [])
+    for key, value, kinds in (
+        (NOTES, notes, (dict,)),
+        ("seconds", seconds, (int, float)),
+        ("data", extra.get("data"), (dict, type(None))),
+        ("losses", losses, (list,)),
+    ):
+        if type(value) not in kinds:
+            raise CheckpointError(f"{checkpoint.load} is damaged: extra.{key} is {value!r:.80}")
     if checkpoint.finetune:
         _tell(state["initialized"], state["ignored"])
         return Start(notes=notes)
@@ -87,9 +98,17 @@ def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_to
             "finetune to begin with its weights, or go on with its own objective"
         )
     _check_scope(extra.get(SCOPE), engine, checkpoint)
-    loader.load_state_dict(state["loader"])
+    try:
+        loader.load_state_dict(state["loader"])
+    except DataError:
+        raise
+    # A forged one makes it fail in many ways; a run's own is checked by its checksum.
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{checkpoint.load} has a position in the data that cannot be read: {error!r}"
+        ) from error
     _tell_order(extra.get("data"), loader.order)
-    return Start(state["iteration"], extra.get("seconds", 0.0), notes)
+    return Start(state["iteration"], seconds, notes, losses)
 
 
 def scope_digest(engine: Engine) -> str | None:

@@ -12,15 +12,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mm.checkpoint.parameters import finish_param_gather
 from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import RunConfig
+from megatron_mm.config.objectives import declaration
 from megatron_mm.convert.folder import NOTES
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
+from megatron_mm.engine.replicas import Replicas
 from megatron_mm.engine.totals import KnownTotals
-from megatron_mm.errors import DataError, NonFiniteError
+from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
 from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics import Metrics, NotFinite, Total, own_totals, reduced
@@ -32,6 +36,7 @@ from megatron_mm.train.source import (
     open_expert_scope,
     open_step_source,
 )
+from megatron_mm.train.spikes import SpikeGuard
 from megatron_mm.train.start import (
     SCOPE,
     loads_weights,
@@ -51,6 +56,7 @@ class Trainer:
 
     Attributes:
         iteration: optimizer steps done.
+        saved: the last of them that a checkpoint holds; None if none does.
     """
 
     def __init__(self, run: RunConfig, groups: Groups):
@@ -77,9 +83,18 @@ class Trainer:
             self.engine,
             asynchronous=run.checkpoint.async_save,
             keep_last=run.checkpoint.keep_last_checkpoints,
+            folder=Path(run.checkpoint.save) if run.checkpoint.save else None,
         )
         self.known = KnownTotals()
+        self.replicas = Replicas(self.engine)
+        self.guard = SpikeGuard(run.training.loss_spike_factor, begun.losses)
+        self.begun = self.iteration
+        goes_on = run.checkpoint.load and not run.checkpoint.finetune
+        self.saved = self.iteration if goes_on else None
+        # The position in the data after the last whole step; None where it cannot be saved.
+        self.position: dict | None = None
         self.stop_requested = False
+        self.not_finite: NonFiniteError | None = None  # the last step's
 
     @property
     def loader(self) -> Loader:
@@ -90,7 +105,7 @@ class Trainer:
         return dist.get_rank() == 0
 
     def request_stop(self, *_) -> None:
-        """SIGTERM: save after the current step, then leave."""
+        """Asks to save after the current step, then leave."""
         self.stop_requested = True
 
     def step(self) -> dict[str, float] | None:
@@ -99,9 +114,17 @@ class Trainer:
 
         Raises:
             DataError: a row is bad (on every rank).
-            NonFiniteError: before the update (on every rank).
+            NonFiniteError: before the update (on every rank). Nothing is saved after it.
         """
+        try:
+            return self._step()
+        except NonFiniteError as error:
+            self.not_finite = error
+            raise
+
+    def _step(self) -> dict[str, float] | None:
         begin = time.perf_counter()
+        self.position = self.loader.state_dict() if self.source.between else None
         if self.saver.failed:
             self.request_stop()  # seen by all ranks at this step; saving once more says why
         batches, stopping = self.source.next_step(self.stop_requested)
@@ -117,14 +140,32 @@ class Trainer:
             )
         metrics |= self.router_norms.measure()
         metrics["train/learning_rate"] = self.engine.learning_rate()
-        self.engine.update(norm)
-        self.source.stepped(metrics)
-        self.iteration += 1
+        every = self.run.training.check_weight_hash_across_dp_replicas_interval
+        if every and (self.iteration == self.begun or self.iteration % every == 0):
+            self.replicas.check(self.iteration)
+        self._update(norm, metrics)
         self.seconds += time.perf_counter() - begin
         return metrics | {
             "train/grad_norm": norm,
             "perf/iteration_time": time.perf_counter() - begin,
         }
+
+    def _update(self, norm: float, metrics: dict[str, float]) -> None:
+        """Updates the parameters, unless the guard holds the step back; counts it in any case."""
+        objection = None
+        if self.run.training.loss_spike_factor:
+            loss = metrics[declaration(self.run).console[0]]
+            objection = self.guard.objection(loss)
+            metrics["train/held_back"] = float(objection is not None)
+        self.position = None  # half a step cannot be saved
+        if objection is None:
+            self.engine.update(norm)
+            self.source.stepped(metrics)
+        else:
+            logger.warning("step %d: %s", self.iteration + 1, objection)
+            self.engine.pass_over()
+        self.iteration += 1
+        self.position = self.loader.state_dict() if self.source.between else None
 
     def _reduced(self, parts: Sequence[Metrics], batches: Sequence[Microbatch]) -> dict[str, float]:
         """The metrics of the step over all microbatches and ranks; the same on every rank.
@@ -200,12 +241,51 @@ class Trainer:
             return False
         return raise_together(self.groups, None, self.seconds >= 60 * limit)
 
-    def save(self) -> float:
-        """Saves, or starts to (`async_save`); returns the seconds for which training paused."""
+    def save(self, position: dict | None = None) -> float:
+        """Saves, or starts to (`async_save`); returns the seconds for which training paused.
+
+        Args:
+            position: in the data; None: the loader's.
+
+        Raises:
+            CheckpointError: on every rank; this save or the one before failed, or the last step's
+                loss or gradient was not finite, so that the weights may be ruined.
+            DivergedError: on every rank; copies of a parameter differ.
+        """
+        if self.not_finite is not None:
+            raise CheckpointError(
+                f"cannot save iteration {self.iteration}: {self.not_finite}; earlier checkpoints "
+                "are kept: go on from one of them"
+            )
         save = self.run.checkpoint.save
         assert save is not None, "a run without `save` has nowhere to save to"
-        folder = Path(save)
+        if self.run.training.check_weight_hash_across_dp_replicas_interval:
+            finish_param_gather(self.engine)
+            self.replicas.check(self.iteration)
         extra = {"seconds": self.seconds, "data": self.loader.order, NOTES: self.notes}
         extra["objective"] = self.run.training.objective
         extra[SCOPE] = scope_digest(self.engine)
-        return self.saver.save(self.loader.state_dict(), folder, self.iteration, extra)
+        if self.guard.factor:
+            extra["losses"] = [*self.guard.losses]
+        state = self.loader.state_dict() if position is None else position
+        seconds = self.saver.save(state, Path(save), self.iteration, extra)
+        self.saved = self.iteration
+        return seconds
+
+    def rescue(self) -> None:
+        """Saves the last whole step while an error is on its way, if that is not saved yet; that it
+        failed is only logged. Every rank calls it."""
+        try:
+            self.saver.finish()
+        except (Exception, CheckpointException) as error:
+            logger.warning("%s", error)
+            self.saved = None  # what was being written is lost
+        known = self.iteration in (self.begun, self.saved)
+        if not self.run.checkpoint.save or known or self.position is None:
+            return
+        try:
+            self.save(self.position)
+            self.saver.finish()
+        # Whatever it is, it must not hide the error that ends the run.
+        except (Exception, CheckpointException) as error:
+            logger.warning("nothing was saved: %s", error)

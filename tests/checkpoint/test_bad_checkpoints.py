@@ -92,7 +92,7 @@ def test_a_damaged_run_file(ranks, folder):
     (folder / NAME / "run.json").write_text('{"format": 1}')
     assert "run.json has no checksum" in refused(ranks, folder)
     sealed.write_json(folder / NAME / "run.json", {"format": 1})
-    assert "run.json has format 1; this version: 2" in refused(ranks, folder)
+    assert "run.json has format 1; this version: 3" in refused(ranks, folder)
 
 
 def test_a_missing_generator_file(ranks, folder):

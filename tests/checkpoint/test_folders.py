@@ -15,7 +15,9 @@ def checkpoint(folder: Path, iteration: int, name: str = "", mark: str = "") -> 
     path = folder / (name or folders.name_of(iteration))
     path.mkdir(parents=True)
     (path / "tensors").write_text(mark)
-    run = {"format": folders.FORMAT, "iteration": iteration, "mark": mark}
+    run = {key: kind() for key, kind in folders.KINDS.items()}
+    run |= {"format": folders.FORMAT, "iteration": iteration, "mark": mark, "identity": "0" * 32}
+    run["config"] = {"model": {}, "training": {}}
     sealed.write_json(path / "run.json", run)
     return path
 
@@ -87,6 +89,17 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     ours = [folders.name_of(i) for i in (1, 2, 4)]
     assert names(tmp_path) == [*ours, "iter_0000005.backup", "mine.partial"]
     assert (tmp_path / "iter_0000004" / "tensors").read_text() == "moved aside"
+
+
+def test_a_link_in_the_place_of_a_checkpoint_is_replaced_and_not_followed(tmp_path):
+    folder = tmp_path / "saved"
+    checkpoint(tmp_path, 3, "elsewhere", mark="old")
+    partial = checkpoint(folder, 3, "iter_0000003.partial", mark="new")
+    (folder / "iter_0000003").symlink_to(tmp_path / "elsewhere")
+    folders.publish(partial, folder / "iter_0000003")
+    assert names(folder) == ["iter_0000003", "latest"]
+    assert (folder / "iter_0000003" / "tensors").read_text() == "new"
+    assert (tmp_path / "elsewhere" / "tensors").read_text() == "old"
 
 
 @pytest.mark.parametrize("content", ["", "iter_2", "../iter_0000001", "iter_0000001 x", "\xff"])

@@ -172,7 +172,9 @@ def test_every_replica_gets_as_many_prompts(replicas, batch, problem):
     assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "objective"), [("mm-80b", "sft"), ("mm-80b-earl", "grpo")])
+@pytest.mark.parametrize(
+    ("name", "objective"), [("mm-80b", "sft"), ("mm-80b-align", "sft"), ("mm-80b-earl", "grpo")]
+)
 def test_the_examples_fit_the_gpus_that_they_name(name, objective):
     run = load(Path(__file__).parents[2] / "examples" / f"{name}.yaml")
     validate(run, 256)

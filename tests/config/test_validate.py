@@ -143,7 +143,7 @@ CASES = [
         "--train-data a.jsonl:8 b.jsonl:8 --train-iters 5 --global-batch-size 4",
         "train_data holds 16 samples in its 2 phases, but train_iters * global_batch_size is 20",
     ),
-    ("--num-workers=-1", "num_workers is -1; allowed: 0 or more"),
+    ("--num-workers=-1", "num_workers is -1; allowed: 0 to 256"),
     ("--max-image-tokens 0", "max_image_tokens is 0; allowed: more than 0"),
     (
         "--image-stream all --max-image-tokens 600 --seq-length 512",
@@ -156,8 +156,8 @@ CASES = [
     ("--weight-decay -1", "optimizer.weight_decay is -1.0; allowed: 0 or more"),
     ("--lr-warmup-iters 101", "lr_warmup_iters is 101; allowed: 0 to train_iters 100"),
     ("--adam-beta2 1", "adam_beta2 is 1.0; allowed: 0 to below 1"),
-    ("--num-experts 0", "model.language.num_experts is 0; allowed: more than 0"),
-    ("--vision-num-layers -1", "model.vision.vision_num_layers is -1; allowed: more than 0"),
+    ("--num-experts 0", "model.language.num_experts is 0; allowed: 1 to 16384"),
+    ("--vision-num-layers -1", "model.vision.vision_num_layers is -1; allowed: 1 to 1024"),
     ("--tensor-model-parallel-size 0", f"parallel.{TP} is 0; allowed: more than 0"),
     ("--save-interval 0 --save x", "checkpoint.save_interval is 0; allowed: more than 0"),
     ("--save-interval 5", "save_interval is 5; allowed: none, or this value with save"),
@@ -186,6 +186,16 @@ CASES = [
     ("--lora-rank 4 --lora-targets vision vision", "at least one of language, vision, projector"),
     ("--lora-rank 4 --lora-targets clvr", "lora-targets[0] is 'clvr'; allowed: language, vision"),
 ]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t", "\n", "a\0b", "\0"])
+@pytest.mark.parametrize("key", ["save", "load", "load-hf", "output-dir"])
+def test_a_folder_without_a_name(key, text):
+    """An empty --save would be the current folder, and an empty --load no checkpoint at all."""
+    with pytest.raises(ConfigError) as error:
+        validate(load(None, ["--preset", "tiny", f"--{key}", text]))
+    allowed = "the path of a folder" if key == "output-dir" else "none, or the path of a folder"
+    assert str(error.value) == f"{key.replace('-', '_')} is {text!r}; allowed: {allowed}"
 
 
 @pytest.mark.parametrize(("flags", "words"), CASES)

@@ -172,10 +172,13 @@ def test_the_processor_rejects_what_training_rejects(made, tmp_path):
     Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16)).save(deep)
     images = [Image.new("L", (8, 8), value) for value in (0, 99)]
     images[0].save(frames, save_all=True, append_images=images[1:])
-    for path, what in ((deep, "more than 8 bits"), (frames, "2 frames")):
+    for path, what in ((deep, "more than 8 bits"), (frames, "more than 1 frame")):
         for given in (path, Image.open(path)):
             with pytest.raises(ValueError, match=what):
                 processor(images=given, text=text)
+    for forged in ("<img>", "</img>"):  # after encoding, whatever the text was
+        with pytest.raises(ValueError, match=f"text becomes 1 tokens {forged}"):
+            processor(text=f"a {forged} b")
     pair = [Image.new("RGB", (16, 16))] * 2
     with pytest.raises(ValueError, match=r"\[1, 1\] images for the prompts' \[2, 0\] marks"):
         processor(images=[[pair[0]], [pair[1]]], text=["<IMG_CONTEXT><IMG_CONTEXT>", "x"])

@@ -231,8 +231,10 @@ def test_layouts_of_conversion_do_not_matter(ranks, source, tmp_path):
     one, two = (to_hf.open_checkpoint(tmp_path / name) for name in ("one", "two"))
     for name in one.parameters:
         assert torch.equal(*(c.reader.read(f"model.{name}") for c in (one, two))), name
-    files = {info.relative_path for info in two.reader._index.storage_data.values()}
-    assert {"__0_0.distcp", "__1_0.distcp"} <= files
+    _, index = storage.read_index(
+        two.path, json.loads((two.path / "run.json").read_text())["checksums"]
+    )
+    assert {"__0_0.distcp", "__1_0.distcp"} <= index.needed.keys()
 
 
 def test_dist_checkpointing_reads_it(job, tmp_path):
@@ -296,8 +298,8 @@ def test_small_blocks_and_shards(job, tmp_path, monkeypatch):
         tmp_path / "mega/iter_0000000",
         json.loads((tmp_path / "mega/iter_0000000/run.json").read_text())["checksums"],
     )
-    chunks = index.state_dict_metadata["model.language.layers.0.moe.inner.experts.gate_up"].chunks
-    assert [c.offsets[0] for c in chunks] == [0, 2, 4]
+    blocks = index.tensors["model.language.layers.0.moe.inner.experts.gate_up"].blocks
+    assert [block.offset[0] for block in blocks] == [0, 2, 4]
     to_folder(tmp_path / "mega", tmp_path / "out")
     assert_same(read_all(tmp_path / "out"), read_all(tmp_path / "in"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5

@@ -114,7 +114,7 @@ def test_an_end_that_is_plain_vocabulary_ends_answers_alone(folder):
     row = {"messages": [{"role": "user", "content": user}, answer]}
     encode_row(row, "r:1", tokenizer, [], 99)
     answer["content"] = "7\n8"
-    with pytest.raises(DataError, match="r:1: message 2 spells the special token\\s+; remove"):
+    with pytest.raises(DataError, match="r:1: message 2 spells the special token \\\\n; remove"):
         encode_row(row, "r:1", tokenizer, [], 99)
 
 

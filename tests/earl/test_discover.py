@@ -165,7 +165,7 @@ def test_a_cluster_of_nearly_all_experts_cannot_be_forbidden():
         ({"--data": "nowhere.jsonl"}, 1, "nowhere.jsonl: there is no such file"),
         ({"--data": "bad"}, 1, "bad.jsonl:2: span 1 of 1 has no text 'skill'"),
         ({"--data": "plain"}, 1, "0 of 2 rows have labels; rows need 'spans'"),
-        ({"--data": "question"}, 1, "the last of 1 messages is a user turn; a probe follows"),
+        ({"--data": "question"}, 1, "the last of 1 messages is a user turn; skills are labelled"),
         ({"--labeller": "paragraphs"}, 1, "labeller 'paragraphs' is not built in"),
         (
             {"--method": "lift", "--min-lift": "50"},

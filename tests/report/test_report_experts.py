@@ -114,9 +114,9 @@ def test_prunings_of_one_model_are_a_table_and_curves(page):
 
 
 def test_a_skill_whose_name_begins_another_is_not_the_tasks():
-    results = {"ocr": result(0.5), "ocr2": result(0.5), "count": result(0.5)}
-    one = record(2, 0.5, skills=["ocr2"], before=results, after=results)
-    assert [row[0] for row in prunings([one])[0]["rows"]] == ["ocr2", "ocr", "count"]
+    results = {"ocr2": result(0.5), "ocr/free": result(0.5), "count": result(0.5)}
+    one = record(2, 0.5) | {"skills": ["ocr"], "before": results, "after": results}
+    assert [row[0] for row in prunings([one])[0]["rows"]] == ["ocr/free", "ocr2", "count"]
 
 
 def test_prunings_of_other_models_and_tasks_stand_apart():

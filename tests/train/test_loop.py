@@ -14,7 +14,7 @@ import torch
 
 from megatron_mm.config import MODULES
 from megatron_mm.config.settings import DataPhase, ParallelConfig
-from megatron_mm.errors import DataError
+from megatron_mm.errors import CheckpointError, DataError
 from megatron_mm.evaluation import evaluate as evaluation
 from megatron_mm.generation.generate import _Generation
 from megatron_mm.parallel import groups
@@ -270,19 +270,22 @@ def test_saves_every_interval_and_at_the_end(ranks, scenes, tmp_path):
 def on_rank_outputs(run) -> str:
     try:
         loop.train(run, groups.build(run.parallel))
-    except DataError as problem:
+    except (DataError, CheckpointError) as problem:
         return str(problem)
     return "no error"
 
 
-@pytest.mark.parametrize("setting", ["output_dir", "save"])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("output_dir", "cannot write the run's output: "), ("save", "cannot save to ")],
+)
 def test_outputs_that_cannot_be_written_are_one_error_before_the_first_step(
-    ranks, scenes, tmp_path, setting
+    ranks, scenes, tmp_path, setting, words
 ):
     (tmp_path / "taken").write_text("a file where a folder should be")
     settings = {"output_dir": str(tmp_path / "out")} | {setting: str(tmp_path / "taken")}
     first, second = ranks(2, on_rank_outputs, digits_run(scenes, **settings))
-    assert first == second and first.startswith("cannot write the run's output: ")
+    assert first == second and first.startswith(words)
     assert str(tmp_path / "taken") in first
     assert read_metrics(tmp_path / "out" / "metrics.jsonl") == []
 

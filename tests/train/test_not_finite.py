@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from megatron_mm.errors import NonFiniteError
+from megatron_mm.checkpoint import folders
+from megatron_mm.errors import CheckpointError, NonFiniteError
 from megatron_mm.parallel.param_layout import layouts
 from support.fingerprints import parameter_hash
 from support.trainers import LAYOUTS, digits_run, new_trainer, peek
@@ -49,6 +52,19 @@ def poison_expert_gradient(trainer) -> None:
     poison_gradient(trainer, "experts.down")
 
 
+def poison_sum(trainer) -> None:
+    """On the last rank only, after gradients were summed over replicas."""
+    if trainer.groups.world.rank() == trainer.groups.world.size() - 1:
+        norm = trainer.engine.gradient_norm
+
+        def poisoned() -> float:
+            for _, param, _ in layouts(*trainer.engine.chunks):
+                param.main_grad.fill_(math.nan)
+            return norm()
+
+        trainer.engine.gradient_norm = poisoned
+
+
 def on_rank_poisoned(run, poison) -> dict:
     trainer = new_trainer(run)
     trainer.step()
@@ -82,12 +98,18 @@ POISONS = {
     "a gradient, one rank": (poison_gradient, "one rank", "gradient norm"),
     "a gradient of one replica": (poison_gradient, "DP2", "gradient norm"),
     "a gradient of one stage": (poison_gradient, "PP2", "gradient norm"),
+    "a sum of one replica": (poison_sum, "DP2", "gradient norm"),
+    "a sum of one tensor-parallel rank": (poison_sum, "TP2", "gradient norm"),
+    "a sum of one context-parallel rank": (poison_sum, "CP2", "gradient norm"),
     "a gradient of one rank's experts": (poison_expert_gradient, "EP2", "gradient norm"),
 }
 
 
 # Without the distributed optimizer gradients are summed and normed over other groups.
-SHARED_GRADIENTS = ("a gradient of one replica", "a gradient of one rank's experts")
+SHARED_GRADIENTS = (
+    *("a gradient of one replica", "a gradient of one rank's experts"),
+    *("a sum of one replica", "a sum of one context-parallel rank"),
+)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +139,42 @@ def test_a_number_that_is_not_finite_stops_every_rank_before_the_update(
             assert named == {found[1]["read"][-1]}
         else:  # experts shared by replicas hand a NaN on, so the other's loss may be named
             assert len(named) == 1 and named <= read
+
+
+def on_rank_saves_after(run, poison) -> tuple[str, list[str], int]:
+    """(the error of a save after a step whose loss or gradient was not finite, the folder, what
+    its newest checkpoint is of)."""
+    trainer = new_trainer(run)
+    trainer.step()
+    trainer.save()
+    poison(trainer)
+    with pytest.raises(NonFiniteError):
+        trainer.step()
+    with pytest.raises(CheckpointError) as caught:
+        trainer.save()
+        trainer.saver.finish()
+    trainer.saver.close()
+    dist.barrier()
+    folder = Path(run.checkpoint.save)
+    path, stored = folders.resolve(folder)
+    return str(caught.value), sorted(p.name for p in folder.iterdir()), stored["iteration"]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    "case", ["a weight, one rank", "a patch of one replica", "a gradient of one stage"]
+)
+def test_nothing_is_saved_after_it(ranks, scenes, tmp_path, case, behind):
+    """Not even where every weight is finite: what made the loss so may be in them."""
+    poison, name, message = POISONS[case]
+    size, sizes = LAYOUTS[name]
+    run = digits_run(
+        scenes, micro_batch_size=1, keep_last_checkpoints=1, async_save=behind, **sizes
+    )
+    run.checkpoint.save = str(tmp_path / "saved")
+    found = ranks(size, on_rank_saves_after, run, poison)
+    assert len({error for error, _, _ in found}) == 1
+    for error, names, iteration in found:
+        assert error.startswith(f"cannot save iteration 1: {message}") and "\n" not in error
+        assert "earlier checkpoints are kept" in error
+        assert (names, iteration) == (["iter_0000001", "latest"], 1)

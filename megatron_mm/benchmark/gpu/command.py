@@ -59,7 +59,7 @@ def main(argv: list[str], pretend: Pretend = None) -> int:
             raise ConfigError("--dry needs what pretends a GPU; run tools/gpu_check.py")
         if args.list:
             for check in chosen:
-                print(f"{check.name:<12}{check.seconds:4.0f} s  {check.what}")
+                cli.say(f"{check.name:<12}{check.seconds:4.0f} s  {check.what}")
             return 0
         return _visit(args, chosen, begin, pretend if args.dry else None)
     except ConfigError as error:
@@ -92,7 +92,7 @@ def _visit(args: argparse.Namespace, checks: list[Check], begin: float, pretend:
     failed = [row.name for row in rows if row.status == "failed"]
     counts = {s: sum(row.status == s for row in rows) for s in ("ok", "failed", "skipped")}
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
-    print(f"{said}; {time.monotonic() - begin:.0f} s")
+    cli.say(f"{said}; {time.monotonic() - begin:.0f} s")
     return int(bool(failed))
 
 
@@ -113,7 +113,7 @@ class _Output:
             self._open.close()
 
     def add(self, row: Row) -> None:
-        print(row.line(), flush=True)
+        cli.say(row.line())
         if self._open is not None:
             self._open.write(json.dumps(row.as_dict()) + "\n")
             self._open.flush()

@@ -15,8 +15,6 @@ its weights reach the transformers model by way of this package's table of names
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megatron_mm import cli
 
 
@@ -41,9 +39,9 @@ def main(argv: list[str]) -> int:
     from megatron_mm.parallel import groups
 
     parser = cli.Parser(__doc__)
-    parser.add_argument("--hf", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--image", type=Path)
+    parser.add_argument("--hf", type=cli.path, required=True)
+    parser.add_argument("--checkpoint", type=cli.path, required=True)
+    parser.add_argument("--image", type=cli.path)
     parser.add_argument("--prompt", help="default: random tokens")
     parser.add_argument("--tensors-only", action="store_true")
     parser.add_argument("--trust-remote-code", action="store_true")
@@ -58,7 +56,7 @@ def main(argv: list[str]) -> int:
         checkpoint = to_hf.open_checkpoint(args.checkpoint)
         differing = list(parity.differing_tensors(source, mapping, checkpoint))
         for line in differing[:10]:
-            print(line)
+            cli.say(line)
         if differing:
             raise ConvertError(f"{len(differing)} tensors differ (first {differing[0]})")
         count = sum(1 for link in mapping.links for _ in link.hf_tensors()) + len(mapping.carried)

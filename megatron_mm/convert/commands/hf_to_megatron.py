@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
-from pathlib import Path
 
 from megatron_mm import cli
 from megatron_mm.config import (
@@ -93,9 +92,9 @@ def main(argv: list[str]) -> int:
     from megatron_mm.model.blueprint import blueprint
 
     parser = cli.Parser(__doc__)
-    parser.add_argument("--hf", type=Path, required=True)
-    parser.add_argument("--hf-vision", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--hf", type=cli.path, required=True)
+    parser.add_argument("--hf-vision", type=cli.path)
+    parser.add_argument("--out", type=cli.path, required=True)
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as in the folder")
     parser.add_argument("--dry-run", action="store_true")
 
@@ -115,7 +114,7 @@ def main(argv: list[str]) -> int:
         lines = summary.mapping_lines(source, mapping, dtype)
         if args.dry_run:
             if mapping.problem():
-                print("\n".join(lines))
+                cli.say("\n".join(lines))
                 raise CheckpointError(f"{args.hf}: {mapping.problem()}")
             return [*lines, "dry run: nothing was written"]
         with raising_together(group, f"cannot convert {args.hf}"):

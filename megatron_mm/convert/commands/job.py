@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_mm import cli
 from megatron_mm.config import ConfigError, ParallelConfig
-from megatron_mm.errors import CheckpointError
+from megatron_mm.errors import CheckpointError, LaunchError
 from megatron_mm.parallel import groups
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -19,8 +19,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def run_job(work: Callable[[dist.ProcessGroup], list[str]]) -> int:
     """Runs `work` on every rank of the job (torchrun's, or one of a single rank) and prints the
-    lines it returns on rank 0. Returns the exit code: 0, 1 for a CheckpointError, 2 for a
-    ConfigError."""
+    lines it returns on rank 0. Returns the exit code: 0, 2 for a ConfigError, 1 for any
+    other error that is told."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     status, started = 0, not dist.is_initialized()
     try:
@@ -28,8 +28,8 @@ def run_job(work: Callable[[dist.ProcessGroup], list[str]]) -> int:
             groups.start(ParallelConfig())
         for line in work(patient_group()):
             if cli.rank() == 0:
-                print(line)
-    except (CheckpointError, ConfigError) as error:
+                cli.say(line)
+    except (CheckpointError, ConfigError, LaunchError) as error:
         status = cli.fail(error)
     if started and dist.is_initialized():
         dist.destroy_process_group()

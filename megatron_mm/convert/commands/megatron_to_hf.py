@@ -11,8 +11,6 @@ checkpoint was converted from, or from `--assets`.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megatron_mm import cli
 
 
@@ -33,10 +31,10 @@ def main(argv: list[str]) -> int:
     from megatron_mm.errors import CheckpointError
 
     parser = cli.Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=cli.path, required=True)
+    parser.add_argument("--out", type=cli.path, required=True)
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as in the checkpoint")
-    parser.add_argument("--assets", type=Path, help="folder of tokenizer and processor files")
+    parser.add_argument("--assets", type=cli.path, help="folder of tokenizer and processor files")
     parser.add_argument("--stacked", action="store_true", help="a layer's experts as one tensor")
     parser.add_argument("--max-shard-size", type=int, default=SHARD_BYTES, help="bytes")
 

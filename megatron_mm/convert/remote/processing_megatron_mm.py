@@ -9,14 +9,19 @@ import base64
 import os
 from collections.abc import Sequence
 from io import BytesIO
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
+
+# What training reads. PIL would hand a PostScript file to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS, MAX_BYTES = 2**26, 2**29
 
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+TURNS = ("<|im_start|>", "<|im_end|>")
 # Generation starts behind this text, so that it was encoded by itself in training.
 BEFORE_ANSWER = "<|im_start|>assistant\n"
 
@@ -37,7 +42,7 @@ def grid_of(width: int, height: int, size: int, most: int) -> tuple[int, int]:
 def shown(image) -> Image.Image:
     """An image as a viewer shows it: turned as its EXIF orientation says, transparency over white.
     It may be PIL's, an array or tensor uint8 [H, W, 3 or 4], the bytes of a file, a path, base64 or
-    an address (whose transparency transformers drops)."""
+    an address."""
     if isinstance(image, (np.ndarray, torch.Tensor)):
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (3, 4):
@@ -51,19 +56,25 @@ def shown(image) -> Image.Image:
         image = path
     if isinstance(image, str) and not os.path.isfile(image):
         if image.startswith(("http://", "https://")):
-            return load_image(image)
-        image = base64.b64decode(image.split("base64,")[-1], validate=True)
+            with urlopen(image, timeout=30) as answer:
+                image = answer.read(MAX_BYTES + 1)
+            if len(image) > MAX_BYTES:
+                raise ValueError(f"an image of more than {MAX_BYTES} bytes")
+        else:
+            image = base64.b64decode(image.split("base64,")[-1], validate=True)
     with BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as file:
-        return _shown(Image.open(file))
+        return _shown(Image.open(file, formats=FORMATS))
 
 
 def _shown(image: Image.Image) -> Image.Image:
     # The header of a file, which training would have refused too.
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"an image of {image.width}x{image.height} pixels, over {MAX_PIXELS}")
     deep = any(str(p.args).endswith((";16B", ";16L", ";16N")) for p in getattr(image, "tile", []))
     if image.mode[0] in "IF" or deep:
         raise ValueError(f"an image of mode {image.mode} (more than 8 bits a channel)")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise ValueError(f"an image of {image.n_frames} frames; give the one you mean")
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ValueError("an image of more than 1 frame; give the one you mean")
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -156,6 +167,13 @@ class MegatronMMProcessor(ProcessorMixin):
         for number, piece in enumerate(pieces):
             piece += BEFORE_ANSWER if number < len(pieces) - 1 else ""
             ids += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+        # A tokenizer may normalise text, such as full-width brackets, to a control token.
+        for token, allowed in [(t, 0) for t in (START, END, CONTEXT)] + [
+            (t, text.count(t)) for t in TURNS
+        ]:
+            found = ids.count(self.tokenizer.convert_tokens_to_ids(token))
+            if found != allowed:
+                raise ValueError(f"text becomes {found} tokens {token}, the template has {allowed}")
         return ids
 
     def _check(self, kwargs: dict, return_tensors) -> None:

@@ -43,8 +43,20 @@ def from_json(value: Any, key: str, where: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {key!r} is not JSON ({error})") from None
+
+
+def to_json(value: Any, key: str, where: str) -> str:
+    """Returns a key's value as JSON text. A parquet file may hold dates, bytes and others.
+
+    Raises:
+        DataError: JSON has no such value.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {key!r} cannot be written as JSON ({error})") from None
 
 
 def normalise_row(row: Row, where: str) -> Row:
@@ -114,6 +126,10 @@ def _as_text(truth: Any, where: str) -> Any:
     """Returns a number as text, 7.0 as "7": a column of integers with gaps holds it so."""
     if isinstance(truth, bool) or not isinstance(truth, (int, float)):
         return truth
+    if isinstance(truth, int):
+        if truth.bit_length() > 1024:
+            raise DataError(f"{where}: ground_truth has {truth.bit_length()} bits; write text")
+        return str(truth)
     if not math.isfinite(truth):
         raise DataError(f"{where}: ground_truth is {truth}; write the answer or leave it out")
     return str(int(truth)) if truth == int(truth) else str(truth)

@@ -45,7 +45,7 @@ class ParquetRows:
         try:
             with pq.ParquetFile(path) as file:
                 metadata, names = file.metadata, file.schema_arrow.names
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # or a name that is no UTF-8
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{path}: cannot be read as parquet ({reason})") from error
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]

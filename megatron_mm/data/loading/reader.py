@@ -12,7 +12,7 @@ from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.files.rows import RowFiles
 from megatron_mm.data.sample import CACHE_BYTES, Sample, SampleBuilder, Size
 from megatron_mm.data.tokenizer import Tokenizer
-from megatron_mm.errors import DataError
+from megatron_mm.errors import DataError, DecoderError
 
 
 class Place(NamedTuple):
@@ -102,7 +102,7 @@ class Reader:
             return turn(file[index], where, file.folder)
         except DataError as error:
             return str(error)
-        except MemoryError:  # not caused by the row
+        except (MemoryError, DecoderError):  # not caused by the row
             raise
         except Exception as error:  # of any kind: the message must name the row
             reason = " ".join(str(error).split())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron_mm.rl.rewards.worker import Answer, Score
+from megatron_mm.rl.rewards.messages import Answer, Score
 
 
 class Task(NamedTuple):

@@ -3,7 +3,8 @@
 A call that hangs is killed at its time limit, and a worker that dies is replaced. No exception is
 raised; the samples of such a call get a recorded failure. Under a built-in reward they get 0 as
 well: there it was the completion that was too much, and a failure would spare it its advantage.
-There are no threads: `score` waits for all workers at once.
+There are no threads: `score` waits for all workers at once. A call answers for itself alone: one
+that a worker never began with, or that found its memory taken by earlier ones, is tried again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import atexit
 import multiprocessing
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -20,13 +21,22 @@ from typing import Any
 from megatron_mm.errors import RLError
 from megatron_mm.plugins import parse_specs
 from megatron_mm.rl.rewards.functions import REWARDS
+from megatron_mm.rl.rewards.messages import (
+    Answer,
+    Call,
+    Failed,
+    Lost,
+    Message,
+    Ready,
+    one_line,
+)
 from megatron_mm.rl.rewards.process import RewardProcess, answers
 from megatron_mm.rl.rewards.result import Rewards, Task
-from megatron_mm.rl.rewards.worker import Answer, Call, Lost, Ready, one_line
 
 # Calls of one reward that may run out of time within one `score`. Other ranks wait meanwhile, and
 # give up after `distributed_timeout_minutes`.
 MAX_TIMEOUTS = 10
+MAX_TRIES = 3  # of a call, where something else may be why it came to nothing
 MAX_STARTS = 3  # failed starts in a row before the waiting samples are given up
 
 
@@ -45,6 +55,7 @@ class RewardRunner:
         timeout: float = 10.0,
         batch_size: int = 1,
         lost_value: float | None = None,
+        memory: float = 2.0,
     ) -> None:
         """
         Args:
@@ -53,10 +64,12 @@ class RewardRunner:
                 Those of a built-in one are then called one by one.
             lost_value: reward of a sample whose call ran out of time or ended its worker. None: 0
                 for built-in functions, a failure for others.
+            memory: GB that a worker, with all that its functions start, may hold.
         """
         self._specs = parse_specs(reward_funcs, REWARDS)
         self.names = [spec.name for spec in self._specs]
         self._timeout, self._batch_size, self._lost_value = timeout, batch_size, lost_value
+        self._memory = int(memory * 1e9)
         self._num_workers = num_workers if self._specs else 0
         # A fresh interpreter: a fork would copy the trainer's threads' locks and its CUDA state.
         self._context = multiprocessing.get_context("spawn")
@@ -68,7 +81,7 @@ class RewardRunner:
         atexit.register(self._at_exit)
         try:
             for _ in range(self._num_workers):
-                self._workers.append(RewardProcess(self._context, self._specs))
+                self._workers.append(self._new_worker())
             for worker in self._workers:
                 self._signature = self._first_answer(worker)
         except BaseException:
@@ -132,6 +145,7 @@ class RewardRunner:
             self._lose(worker)
         self._failed_starts = 0
         self._timeouts = [0 for _ in rewarded]
+        self._tries: Counter[Task] = Counter()
         while pending or any(worker.task for worker in self._workers):
             self._fill_up()
             if not self._workers:
@@ -166,9 +180,12 @@ class RewardRunner:
             self._lose(worker)
         while len(self._workers) < self._num_workers and self._failed_starts < MAX_STARTS:
             try:
-                self._workers.append(RewardProcess(self._context, self._specs))
+                self._workers.append(self._new_worker())
             except OSError:  # no memory, no processes left
                 self._failed_starts += 1
+
+    def _new_worker(self) -> RewardProcess:
+        return RewardProcess(self._context, self._specs, self._memory)
 
     def _lose(self, worker: RewardProcess) -> None:
         self._failed_starts += not worker.ready
@@ -181,7 +198,7 @@ class RewardRunner:
             found = answers([worker])
         answer = found[0][1]
         if not isinstance(answer, Ready):
-            reason = answer.reason if isinstance(answer, Lost) else answer
+            reason = answer.reason if isinstance(answer, (Failed, Lost)) else "it said nothing"
             raise RLError(f"a reward worker cannot start: {reason}")
         worker.ready = True
         return answer
@@ -205,29 +222,25 @@ class RewardRunner:
         }
         prompts, completions, ids = (list(given[key][part]) for key in arguments[:3])
         routed = given.get("routed_experts") if routes else None
-        worker.task, worker.since = task, time.monotonic()
         try:
             routed = None if routed is None else list(routed[part])
-            worker.pipe.send(Call(function, prompts, completions, ids, columns, routed))
-        except OSError:
-            rewards.record(task, f"the worker {worker.how_it_ended()}")
-            self._lose(worker)
+            call = Call(0, function, prompts, completions, ids, columns, routed)
+            worker.send(task, call, self._timeout)
         except Exception as error:  # a value that cannot be pickled; nothing was written
             rewards.record(task, f"cannot be sent to a worker: {one_line(error)}")
-            worker.task = None
-        worker.set_limit(self._timeout)
 
     def _value_if_lost(self, function: int) -> float | None:
         if self._lost_value is None and self._signature.built_in[function]:
             return 0.0
         return self._lost_value
 
-    def _enter(self, task: Task, answer: Any, pending: deque[Task], rewards: Rewards) -> None:
+    def _enter(self, task: Task, answer: Message, pending: deque[Task], rewards: Rewards) -> None:
         """Enters the outcome of a task. Samples of a failed call are tried one by one, where one of
         them has to answer for it alone."""
         if isinstance(answer, Answer):
             rewards.record(task, answer)
             return
+        assert isinstance(answer, (Failed, Lost))
         value, lost = self._value_if_lost(task.function), isinstance(answer, Lost)
         alone = self._signature.built_in[task.function] or (lost and value is not None)
         if alone and task.stop - task.start > 1:
@@ -235,7 +248,13 @@ class RewardRunner:
         elif lost and value is not None:
             rewards.record_lost(task, answer.reason, value)
         else:
-            rewards.record(task, answer.reason if lost else answer)
+            rewards.record(task, answer.reason)
+
+    def _is_innocent(self, worker: RewardProcess, answer: Lost) -> bool:
+        """Whether an earlier call may be why a worker is lost, and the task may be tried again."""
+        self._tries[worker.task] += 1
+        cramped = answer.out_of_memory and worker.answered > 0
+        return (not worker.begun or cramped) and self._tries[worker.task] < MAX_TRIES
 
     def _take_in(self, pending: deque[Task], rewards: Rewards) -> None:
         """Waits until a worker answers, dies or runs out of time, and enters the outcome."""
@@ -246,11 +265,14 @@ class RewardRunner:
                 continue
             if worker.task is not None:
                 rewards.seconds[self.names[worker.task.function]] += time.monotonic() - worker.since
-                lost = isinstance(answer, Lost)
-                self._timeouts[worker.task.function] += lost and answer.timed_out
-                self._enter(worker.task, answer, pending, rewards)
+                if isinstance(answer, Lost) and self._is_innocent(worker, answer):
+                    pending.appendleft(worker.task)
+                else:
+                    late = isinstance(answer, Lost) and answer.timed_out
+                    self._timeouts[worker.task.function] += late
+                    self._enter(worker.task, answer, pending, rewards)
                 worker.task = None
-            if isinstance(answer, Lost) or not worker.ready:
+            if isinstance(answer, Lost) or not worker.ready or worker.is_full:
                 self._lose(worker)
 
 

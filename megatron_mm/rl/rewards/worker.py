@@ -1,103 +1,122 @@
-"""The process that reward functions run in: reads calls from a pipe, writes scores back."""
+"""The processes that reward functions run in.
+
+A worker is two processes. The keeper runs no function: it waits for the trainer's end or the
+worker's, and then ends everything that a function started, wherever that has gone. The other one,
+its child, reads calls from a pipe and writes scores back.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import itertools
 import math
 import os
+import pickle
+import resource
 import select
 import signal
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
-from megatron_mm.plugins import Spec
+from megatron_mm.rl.rewards import family
 from megatron_mm.rl.rewards.functions import RewardFunction
+from megatron_mm.rl.rewards.messages import (
+    LARGEST,
+    Answer,
+    Begun,
+    Call,
+    Failed,
+    Lost,
+    Ready,
+    Score,
+    body_of,
+    one_line,
+    read_body,
+    write_body,
+)
 
-LARGEST = 1e30  # a reward; sums of squares of larger ones are not finite
-MAX_REASON = 300  # characters of a failure's reason that are kept
-
-
-class Call(NamedTuple):
-    """Samples for one function; all lists are of one length."""
-
-    function: int
-    prompts: list[Any]
-    completions: list[Any]
-    completion_ids: list[Any]
-    columns: dict[str, list[Any]]
-    routed_experts: list[Any] | None
-
-
-class Score(NamedTuple):
-    """The score of one sample: a number, None where the reward does not apply, or the reason of a
-    failure."""
-
-    value: float | None
-    reason: str | None = None
+MAX_LOGGED = 10_000  # numbers of `log_metric` in one call
 
 
-class Answer(NamedTuple):
-    """The worker's answer to a call.
+def work(pipe: Connection, lifeline: Connection, memory: int) -> None:
+    """Answers calls until the trainer's process ends or closes the pipe. The first message tells
+    the functions; the first answer is a Ready, or says why they cannot be loaded.
 
-    Attributes:
-        scores: one for each sample.
-        logged: numbers that the function gave to `log_metric`, by the metric's name.
+    Args:
+        lifeline: its other end closes when the trainer ends, in whatever way.
+        memory: bytes that this process and each of its children may allocate.
     """
-
-    scores: list[Score]
-    logged: list[tuple[str, float]]
-
-
-class Lost(NamedTuple):
-    """The loss of a worker, in place of its answer; it has to be replaced."""
-
-    reason: str
-    timed_out: bool = False
-
-
-class Ready(NamedTuple):
-    """A worker's first answer: what it has to know of each function (see RewardFunction)."""
-
-    wants: list[frozenset[str] | None]
-    wants_routes: list[bool]
-    built_in: list[bool]
-
-
-def work(pipe: Connection, lifeline: Connection, specs: Sequence[Spec]) -> None:
-    """Answers calls until the trainer's process ends or closes the pipe. The first answer is a
-    Ready, or a text that says why functions cannot be loaded."""
-    os.setsid()  # a group of its own, so that whatever a function starts ends with it
-    end_with_parent(lifeline)
+    os.setsid()
+    family.adopt_orphans()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # One thread each: there are many workers, and a thread's memory counts before it is used.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    keeper = os.getpid()
+    child = os.fork()
+    if child:
+        pipe.close()
+        _keep(child, lifeline)
+    os.setsid()  # a function that signals its process group must not reach the keeper
+    family.end_with(keeper)
+    lifeline.close()
     _silence()
+    family.limit_memory(memory)
+    # The copy of this process that a function forks must not answer in its place.
+    os.register_at_fork(after_in_child=pipe.close)
+    with contextlib.suppress(EOFError, OSError):  # the trainer has closed the pipe
+        _answer_calls(pipe)
+    os._exit(0)  # no handler of a function's keeps it
+
+
+def _keep(child: int, lifeline: Connection) -> NoReturn:
+    """Waits until the child or the trainer ends, ends what is left, and ends as the child did."""
+    watched = select.poll()
+    watched.register(lifeline.fileno(), select.POLLHUP)
+    watched.register(os.pidfd_open(child), select.POLLIN)
+    status: int | None = None
+    while status is None:
+        # Every second for orphans that have ended and wait to be reaped.
+        if any(fd == lifeline.fileno() for fd, _ in watched.poll(1000)):
+            break
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                status = ended[1] if ended[0] == child else status
+    family.end(os.getpid())
+    if status is not None and os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    os._exit(1 if status is None else os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _answer_calls(pipe: Connection) -> None:
+    def tell(number: int, message: Any) -> None:
+        write_body(pipe.fileno(), body_of(number, message))
+
     try:
-        functions = [RewardFunction(spec) for spec in specs]
+        functions = [RewardFunction(spec) for spec in pickle.loads(read_body(pipe.fileno()))]
     except BaseException as error:
-        pipe.send(one_line(error))
+        tell(0, Failed(one_line(error)))
         return
-    pipe.send(
-        Ready(
-            [f.wants for f in functions],
-            [f.wants_routes for f in functions],
-            [f.built_in for f in functions],
-        )
-    )
+    wants = [f.wants for f in functions], [f.wants_routes for f in functions]
+    tell(0, Ready(*wants, [f.built_in for f in functions]))
     while True:
-        try:
-            call: Call = pipe.recv()
-        except (EOFError, OSError):
-            return
-        pipe.send(scores_of(functions[call.function], call))
+        call: Call = pickle.loads(read_body(pipe.fileno()))
+        tell(call.number, Begun())
+        tell(call.number, scores_of(functions[call.function], call))
 
 
-def scores_of(function: RewardFunction, call: Call) -> Answer | str | Lost:
-    """Returns one score for each sample, or the reason why the call has none; a Lost where a
-    completion was too much for a built-in function."""
+def scores_of(function: RewardFunction, call: Call) -> Answer | Failed | Lost:
+    """Returns one score for each sample, or the reason why the call has none; a Lost where memory
+    ran out, or a completion was too much for a built-in function."""
     count = len(call.completions)
     logged: list[tuple[str, float]] = []
 
     def log_metric(name: str, value: float) -> None:
-        logged.append((str(name), float(value)))
+        if len(logged) < MAX_LOGGED:
+            logged.append((str(name), float(value)))
 
     try:
         result = function(
@@ -111,23 +130,25 @@ def scores_of(function: RewardFunction, call: Call) -> Answer | str | Lost:
         # Tensors and arrays have tolist.
         values = result.tolist() if hasattr(result, "tolist") else result
         # Their elements are no rewards, or come in no order.
-        if isinstance(values, (str, bytes, Mapping, Set)):
-            return f"returned a {type(values).__name__}, not a list of rewards"
-        values = list(values)
-        if len(values) != count:
-            return f"returned {len(values)} rewards for {count} completions"
-        return Answer([_score(value) for value in values], logged)
-    except (MemoryError, RecursionError, OverflowError) as error:
-        return Lost(one_line(error)) if function.built_in else one_line(error)
+        if isinstance(values, (str, bytes, bytearray, memoryview, Mapping, Set)):
+            return Failed(f"returned a {type(values).__name__}, not a list of rewards")
+        found = values if hasattr(values, "__len__") else [*itertools.islice(values, count + 1)]
+        if len(found) != count:
+            return Failed(f"returned {len(found)} rewards for {count} completions")
+        return Answer([_score(value) for value in found], logged)
+    except MemoryError as error:
+        return Lost(one_line(error), out_of_memory=True)
+    except (RecursionError, OverflowError) as error:
+        return Lost(one_line(error)) if function.built_in else Failed(one_line(error))
     except BaseException as error:  # SystemExit too
-        return one_line(error)
+        return Failed(one_line(error))
 
 
 def _score(value: Any) -> Score:
     if value is None:
         return Score(None)
     try:
-        if isinstance(value, (str, bytes)):
+        if isinstance(value, (str, bytes, bytearray)):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
@@ -136,27 +157,6 @@ def _score(value: Any) -> Score:
         number = math.inf
     # Rewards are added in fp32.
     return Score(number) if abs(number) <= LARGEST else Score(None, f"returned {number}")
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
-
-
-def end_with_parent(lifeline: Connection) -> None:
-    """Has the kernel kill this process group when the other end of `lifeline` closes, which happens
-    however the trainer ends. A waiting thread would not do: a regular expression that hangs holds
-    Python's lock."""
-    fd = lifeline.fileno()
-    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpid())
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-    # The pipe may have closed before this was set up.
-    poll = select.poll()
-    poll.register(fd, select.POLLHUP)
-    if poll.poll(0):
-        os._exit(1)
 
 
 def _silence() -> None:

@@ -136,6 +136,7 @@ class Scorer:
                 rl.reward_timeout,
                 rl.reward_batch_size,
                 rl.reward_lost_value,
+                rl.reward_memory,
             )
             return self._runner.names, self._runner.wants_routes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_mm.config.fields import NonNegativeFloat, PositiveFloat, PositiveInt
+from megatron_mm.config.fields import Layers, NonNegativeFloat, PositiveFloat, PositiveInt
 from megatron_mm.config.settings_model import VisionConfig
 
 
@@ -16,7 +16,7 @@ class InternViTSettings(VisionConfig):
     type: str = "internvit"
     vision_hidden_size: PositiveInt = 1024
     vision_init_method_std: PositiveFloat = 0.02
-    vision_num_layers: PositiveInt = 24
+    vision_num_layers: Layers = 24
     """Layers of the ViT."""
     vision_ffn_hidden_size: PositiveInt = 4096
     """Inner features of the ViT's MLP."""

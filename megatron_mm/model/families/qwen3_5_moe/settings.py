@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_mm.config.fields import NonNegativeFloat, PositiveFloat, PositiveInt
+from megatron_mm.config.fields import Experts, NonNegativeFloat, PositiveFloat, PositiveInt
 from megatron_mm.config.settings_model import LanguageConfig
 
 
@@ -31,7 +31,7 @@ class Qwen35MoeSettings(LanguageConfig):
     linear_value_head_dim: PositiveInt = 128
     linear_num_key_heads: PositiveInt = 16
     linear_num_value_heads: PositiveInt = 32
-    num_experts: PositiveInt = 256
+    num_experts: Experts = 256
     moe_router_topk: PositiveInt = 8
     moe_ffn_hidden_size: PositiveInt = 512
     moe_shared_expert_intermediate_size: PositiveInt = 512
