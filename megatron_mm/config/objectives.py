@@ -65,6 +65,7 @@ OBJECTIVES: Registry[Declaration] = Registry(
     {
         "sft": "megatron_mm.train.declaration.SFT",
         "grpo": "megatron_mm.rl.declaration.GRPO",
+        "dpo": "megatron_mm.preference.declaration.DPO",
     },
     kind="Declaration",
     needs=[part.name for part in fields(Declaration)],

@@ -227,16 +227,17 @@ class TrainingConfig:
 
     objective: Annotated[str, Named(OBJECTIVES)] = "sft"
     """Objective that is trained. sft: supervised fine-tuning; grpo: reinforcement learning, with
-    the settings of the section rl."""
+    the settings of the section rl; dpo: preference pairs, with those of the section dpo."""
     train_iters: PositiveInt = 100
     """Optimizer steps of the whole run."""
     exit_duration_in_mins: PositiveFloat | None = None
     """Minutes of training after which the run ends early, and evaluates."""
     micro_batch_size: Samples = 1
-    """Samples of one forward pass of one replica; with packing, places of seq_length tokens."""
+    """Samples, or preference pairs, of one forward pass of one replica; with packing, places of
+    seq_length tokens, or of two times that."""
     global_batch_size: Samples = 1
     """Samples of an optimizer step over all replicas; with packing, places of seq_length tokens;
-    in reinforcement learning, completions."""
+    in reinforcement learning, completions; of preference pairs always the pairs."""
     seed: NonNegativeInt = 1234
     """Seed of initialisation, of the order of samples and of sampling; the same seed gives the
     same model under every layout."""

@@ -163,6 +163,12 @@ class Microbatch:
         """Tiles of its images, on whichever ranks they are."""
         return len(self.pixels_NCHW) if self.dealt is None else self.dealt.count
 
+    @property
+    def loss_weight(self) -> torch.Tensor:
+        """What this microbatch adds to the number that the loss is divided by, a scalar on the
+        device of its tensors. It weighs the balancing loss of its routers."""
+        return self.loss_mask_T.sum()
+
     def to(self, device: torch.device | str) -> Self:
         """Moves everything that is computed with; lengths and positions are read on the CPU."""
         moved = _moved(self, device)

@@ -138,6 +138,20 @@ class SampleBuilder:
         """Returns the conversation up to where the last answer begins. Raises DataError."""
         return self._build(encode_prompt, row, where, folder)
 
+    def beside(self, sample: Sample, row: dict[str, Any], where: str, folder: Path) -> Sample:
+        """Returns the sample that `training` would, with the image objects of `sample`, so that a
+        microbatch of both holds their tiles once. Raises DataError, also for images that begin at
+        other tokens than there."""
+        encoded = self._draft(encode_row, row, where, folder).encoded
+        starts = [image.start for image in sample.images]
+        if encoded.image_starts != starts:
+            raise DataError(
+                f"{where}: its {len(encoded.image_starts)} images begin at the tokens "
+                f"{encoded.image_starts}, those of the other side at {starts}; show images in the "
+                "prompt only"
+            )
+        return self._sample(encoded, sample.images, where)
+
     def measure(self, row: dict[str, Any], where: str, folder: Path) -> Size:
         """Returns the size that `training` would have, from the text and the headers of the
         images. Raises DataError for all that is wrong with the row but pixels that cannot be
@@ -206,6 +220,9 @@ class SampleBuilder:
                 for key, used in tiles_by_images(grid, self._vision).items()
             }
             images.append(SampleImage.build(grid, tiles, self._vision, start))
+        return self._sample(encoded, images, where)
+
+    def _sample(self, encoded: Encoded, images: list[SampleImage], where: str) -> Sample:
         tokens_T = torch.tensor(encoded.tokens, dtype=torch.int64)
         labels_T = torch.full_like(tokens_T, self.tokenizer.pad_id)
         labels_T[:-1] = tokens_T[1:]

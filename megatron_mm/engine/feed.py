@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_mm import platform
 from megatron_mm.data.batch import Dealt, Microbatch
+from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.engine import parcel
 from megatron_mm.errors import DataError, RLError
 from megatron_mm.parallel.agreement import largest
@@ -97,6 +98,26 @@ def receive[B: Microbatch](
             error = f"reading failed: {type(problem).__name__}: {problem}"
     stopping = raise_together(groups, error, stop, mark)
     return broadcast_batches(groups, batches), stopping
+
+
+def receive_step(groups: Groups, loader: TrainLoader, stop: bool) -> tuple[list[Any], bool]:
+    """Returns the loader's next step as `receive` does. Every rank of the job calls it. If any rank
+    wants to stop, the position is as it was.
+
+    Raises:
+        DataError: on every rank of the job; the position is as it was.
+    """
+    position = loader.state_dict()
+    try:
+        batches, stopping = receive(groups, loader.next_batch, stop, lambda: loader.fingerprint)
+    except DataError:
+        loader.load_state_dict(position)  # some readers had read, others had not
+        raise
+    if stopping:
+        loader.load_state_dict(position)  # what was read is read again on resume
+    elif not groups.is_reader:
+        loader.pass_over()
+    return batches, stopping
 
 
 def sum_over_readers(groups: Groups, values: torch.Tensor) -> torch.Tensor:

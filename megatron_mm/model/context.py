@@ -40,7 +40,7 @@ class StreamContext:
         local: of this context-parallel rank's part of it.
         position_ids_t: int64 [T / CP], positions inside their samples, of the part.
         padding_1t: bool, True on this rank's positions that are padding; None without padding.
-        supervised_tokens: of the whole microbatch, a scalar.
+        loss_weight: of the whole microbatch, a scalar; see `Microbatch.loss_weight`.
         memories: name -> who may look at which patch, for the memories that the looks of this
             stage read, seen from the part.
         recomputing: the pass is a repetition for the backward pass.
@@ -57,7 +57,7 @@ class StreamContext:
     local: Segments
     position_ids_t: torch.Tensor
     padding_1t: torch.Tensor | None
-    supervised_tokens: torch.Tensor
+    loss_weight: torch.Tensor
     memories: dict[str, MemoryMap]
     recomputing: bool = False
     looks: dict[int, list[torch.Tensor]] | None = None
@@ -103,7 +103,7 @@ class StreamContext:
             local,
             take(batch.position_ids_T, mine),
             padding,
-            batch.loss_mask_T.sum(),
+            batch.loss_weight,
             memories,
         )
 
@@ -155,6 +155,6 @@ class StreamContext:
 def _one_token_each(
     rows: int, mine: range, device: torch.device
 ) -> tuple[Segments, Segments, torch.Tensor]:
-    """Segments of the stream and of a part of it, and the number of supervised tokens."""
+    """Segments of the stream and of a part of it, and the weight of its loss."""
     whole = Segments.from_cu_seqlens(torch.arange(rows + 1), device)
     return whole, whole.within(mine), torch.zeros((), device=device)

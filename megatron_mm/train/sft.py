@@ -3,7 +3,7 @@ skill map its routers may be aligned (aligned.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,8 @@ from megatron_mm.earl.alignment import Alignment
 from megatron_mm.earl.router_term import router_term
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import receive
+from megatron_mm.engine.feed import receive_step
 from megatron_mm.engine.objective import Objective
-from megatron_mm.errors import DataError
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import RouterTerm
 from megatron_mm.report.metrics import Metrics
@@ -73,22 +72,13 @@ class Supervised:
         self.table: list[dict[str, Any]] = []
 
     def next_step(self, stop: bool) -> tuple[Sequence[Microbatch], bool]:
-        position, loader = self.loader.state_dict(), self.loader
-        try:
-            batches, stopping = receive(
-                self.groups, loader.next_batch, stop, lambda: loader.fingerprint
-            )
-        except DataError:
-            loader.load_state_dict(position)  # some readers had read, others had not
-            raise
-        if stopping:
-            loader.load_state_dict(position)  # what was read is read again on resume
-            return batches, True
-        if not self.groups.is_reader:
-            loader.pass_over()
-        if self.aligner is not None:
+        batches, stopping = receive_step(self.groups, self.loader, stop)
+        if self.aligner is not None and not stopping:
             return self.aligner.targets(batches), False
-        return batches, False
+        return batches, stopping
+
+    def stepped(self, metrics: Mapping[str, float]) -> None:
+        """Takes nothing from a step."""
 
     def close(self) -> None:
         self.loader.close()

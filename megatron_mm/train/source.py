@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -60,10 +60,18 @@ class StepSource(Protocol):
         """
         ...
 
+    def stepped(self, metrics: Mapping[str, float]) -> None:
+        """Takes in what a step measured, the same on every rank, after its update and before the
+        position is saved. A step that is held back is not told."""
+        ...
+
     def close(self) -> None: ...
 
 
-SOURCE_PARTS = ("loader", "objective", "metrics", "table", "between", "next_step", "close")
+SOURCE_PARTS = (
+    *("loader", "objective", "metrics", "table", "between"),
+    *("next_step", "stepped", "close"),
+)
 
 
 def open_data(run: RunConfig, groups: Groups) -> tuple[Tokenizer, Loader]:

@@ -160,6 +160,7 @@ class Trainer:
         self.position = None  # half a step cannot be saved
         if objection is None:
             self.engine.update(norm)
+            self.source.stepped(metrics)
         else:
             logger.warning("step %d: %s", self.iteration + 1, objection)
             self.engine.pass_over()

@@ -159,7 +159,7 @@ def test_experts_of_another_kind_are_refused(pg):
     layer = MixtureOfExperts(language_config(run), pg, 0, 0.1, 0.1, choose(run.backend))
     layer.experts = torch.nn.Identity()
     context = SimpleNamespace(
-        supervised_tokens=1.0, padding_1t=None, routing=None, scope=object(), metrics=MUTED
+        loss_weight=1.0, padding_1t=None, routing=None, scope=object(), metrics=MUTED
     )
     with pytest.raises(ValueError, match="layer 0 of experts is a Identity, which knows no expert"):
         layer(torch.zeros(4, 1, run.model.language.hidden_size), context)

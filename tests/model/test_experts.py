@@ -159,7 +159,7 @@ def on_a_device_without_numbers(layer: MixtureOfExperts, training: bool) -> tupl
     forward pass and of both."""
     layer.train(training)
     context = SimpleNamespace(
-        supervised_tokens=torch.ones((), device=META),
+        loss_weight=torch.ones((), device=META),
         padding_1t=None,
         routing=None,
         scope=None,

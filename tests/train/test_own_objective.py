@@ -107,7 +107,7 @@ def test_the_loop_logs_its_metric(ranks, scenes, tmp_path):
     ("name", "message"),
     [
         ("sftt", "unknown objective sftt; did you mean sft?"),
-        ("dpo", "unknown objective dpo; allowed: grpo, sft"),
+        ("kto", "unknown objective kto; allowed: dpo, grpo, sft"),
         ("support.smoothed.CLASHING", "has the name of optimizer.lr; every setting is a flag"),
         ("nowhere.DPO", "objective nowhere.DPO cannot be imported: ModuleNotFoundError"),
         ("support.smoothed.HALF", "objective support.smoothed.HALF has no `source`; it needs"),

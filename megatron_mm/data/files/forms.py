@@ -15,16 +15,18 @@ from typing import Any
 from megatron_mm.errors import DataError
 
 Row = dict[str, Any]
+# Keys that only rows of preference pairs have: preference/forms.py reads those rows.
+SIDES = ("chosen", "rejected", "rejected_response", "rejected_messages")
 
 
 def check_columns(columns: Iterable[str], where: str) -> None:
     """Checks that rows with these columns can hold a conversation.
 
     Raises:
-        DataError: neither "messages" nor "prompt" is among them.
+        DataError: neither "messages" nor "prompt" is among them, nor a side of a pair.
     """
     columns = list(columns)
-    if "messages" not in columns and "prompt" not in columns:
+    if not {"messages", "prompt", *SIDES} & {*columns}:
         raise DataError(
             f"{where}: 0 of the columns 'messages' and 'prompt' among {len(columns)} "
             f"({', '.join(columns[:8])}); rename the column that holds the conversation"
@@ -66,7 +68,8 @@ def normalise_row(row: Row, where: str) -> Row:
         DataError: an image is neither a path nor bytes, a row has both `image` and `images`, or
             two truths that differ.
     """
-    verl = row.get("messages") is None and row.get("prompt") is not None
+    pair = any(row.get(key) is not None for key in SIDES)  # whose prompt may be called that too
+    verl = row.get("messages") is None and row.get("prompt") is not None and not pair
     row = _from_verl(row, where) if verl else dict(row)
     truths = [row.get("ground_truth"), _truth_of_verl(row.get("reward_model"), where)]
     known = [_as_text(truth, where) for truth in truths if truth is not None]
@@ -86,8 +89,13 @@ def normalise_row(row: Row, where: str) -> Row:
         row["images"] = image if isinstance(image, list) else [image]
     images = row.get("images")
     if isinstance(images, list) and any(not isinstance(image, str) for image in images):
-        row["images"] = [_image(i, n, where) for n, i in enumerate(images, start=1)]
+        row["images"] = held_images(images, where)
     return row
+
+
+def held_images(images: list[Any], where: str) -> list[str | bytes]:
+    """Returns the path or the bytes of each image of a row. Raises DataError."""
+    return [_image(image, number, where) for number, image in enumerate(images, start=1)]
 
 
 def _from_verl(row: Row, where: str) -> Row:

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_mm.data.files.forms import check_columns, normalise_row
+from megatron_mm.data.files.forms import SIDES, check_columns, normalise_row
 from megatron_mm.data.loading.shuffle import RowGroup, RowGroupCache
 from megatron_mm.errors import DataError
 
 # Columns of objects. Parquet gives each object the keys of all, null where it had none.
-NESTED = ("messages", "prompt", "tools", "spans")
+NESTED = ("messages", "prompt", "tools", "spans", "conversations", *SIDES)
 
 
 def _without_nulls(value: Any) -> Any:

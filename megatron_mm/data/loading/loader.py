@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,6 @@ from megatron_mm.data.loading.reader import Labels, Place, Reader, in_worker
 from megatron_mm.data.loading.sizes import Sizes
 from megatron_mm.data.loading.steps import InOrder, Packed, assign
 from megatron_mm.data.loading.workers import WorkerPool
-from megatron_mm.data.sample import Sample
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 
@@ -53,6 +53,8 @@ class TrainLoader:
         DataError: at construction, settings or files cannot be used.
     """
 
+    reader_type: type[Reader] = Reader
+
     def __init__(
         self,
         run: RunConfig,
@@ -81,19 +83,20 @@ class TrainLoader:
         self._order, self.order = curriculum.order, curriculum.description
         self._place = curriculum.place
         self._labelled = labels is not None
-        self._reader = Reader(run, tokenizer, curriculum.sources, labels=labels)
+        self._reader = self.reader_type(run, tokenizer, curriculum.sources, labels=labels)
         self._sizes = Sizes(self._order, self._reader, self._place)
-        total = self.num_microbatches * data_parallel_size
-        self._sampler: InOrder | Packed
-        if data.packing:
-            capacity = training.micro_batch_size * data.seq_length
-            self._sampler = Packed(self._order, total, capacity, self._sizes, self._skip_bad)
-        else:
-            self._sampler = InOrder(self._order, total, training.micro_batch_size)
+        self._sampler = self._make_sampler(run)
         self.fingerprint = 0  # of the step that next_batch returned last, over the whole job
         self._pool: WorkerPool | None = None
         self._ahead: deque[_Upcoming] = deque()
         self._go_to({"consumed_samples": consumed_samples})
+
+    def _make_sampler(self, run: RunConfig) -> InOrder | Packed:
+        total, size = self.num_microbatches * self._size, run.training.micro_batch_size
+        if run.data.packing:
+            capacity = size * run.data.seq_length
+            return Packed(self._order, total, capacity, self._sizes, self._skip_bad)
+        return InOrder(self._order, total, size)
 
     @property
     def consumed_samples(self) -> int:
@@ -137,7 +140,7 @@ class TrainLoader:
                 self._ahead.append(self._choose_step())
             if step.error is not None:
                 raise step.error
-            batch = [self._microbatch(step, m) for m in range(self.num_microbatches)]
+            batch = [self._microbatch(step, m) for m in range(len(step.places))]
         except BaseException:
             self._go_to(self._state)
             raise
@@ -148,7 +151,7 @@ class TrainLoader:
         """Advances by a step that this replica's reader has read. With packing the state is known
         only on readers, which save it."""
         if isinstance(self._sampler, InOrder):
-            self._sampler.next_step()
+            self._sampler.pass_over()
             self._state = self._sampler.state_dict()
 
     def close(self) -> None:
@@ -183,12 +186,16 @@ class TrainLoader:
         bad = [text for text in found if isinstance(text, str)]
         if bad and not self._skip_bad:
             raise DataError(bad[0])
+        good = [made for made in found if not isinstance(made, str)]
+        return self._join(good, [*(step.skipped if number == 0 else []), *bad])
+
+    def _join(self, made: Sequence[Any], skipped: list[str]) -> Microbatch:
         return collate(
-            [sample for sample in found if isinstance(sample, Sample)],
+            made,
             settings=self._reader.builder.settings,
             pad_id=self._reader.builder.tokenizer.pad_id,
             pad_multiple=self._pad_multiple,
-            skipped=[*(step.skipped if number == 0 else []), *bad],
+            skipped=skipped,
             labelled=self._labelled,
         )
 

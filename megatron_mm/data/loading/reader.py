@@ -36,7 +36,8 @@ Labels = Callable[[dict[str, Any], str, int], torch.Tensor]
 
 class Reader:
     """Builds samples from rows of `sources`. In place of a bad row's sample it returns the text of
-    the DataError, so that a bad row does not affect the others.
+    the DataError, so that a bad row does not affect the others. A subclass may make something else
+    of a row than a sample.
 
     Args:
         labels: gives samples their `skill_T`; it must be one that can be pickled.
@@ -57,7 +58,7 @@ class Reader:
     def for_workers(self, number: int) -> tuple[Any, ...]:
         """Returns the arguments of `in_worker` for each of `number` processes, which together cache
         as much as one reader."""
-        return (*self._made_from, CACHE_BYTES // number, self._labels)
+        return (type(self), *self._made_from, CACHE_BYTES // number, self._labels)
 
     def where(self, place: Place) -> str:
         """Returns "file:row"."""
@@ -71,10 +72,11 @@ class Reader:
         others = len(places) - 1
         return self.where(places[0]) + (f" and {others} rows with it" if others else "")
 
-    def build(self, places: Sequence[Place]) -> list[Sample | str]:
+    def build(self, places: Sequence[Place]) -> list[Any]:
+        """Returns what training takes from each row, a `Sample` here, or why the row is bad."""
         return [self._read(self._training, place) for place in places]
 
-    def _training(self, row: dict[str, Any], where: str, folder: Path) -> Sample:
+    def _training(self, row: dict[str, Any], where: str, folder: Path) -> Any:
         sample = self.builder.training(row, where, folder)
         if self._labels is not None:
             sample.skill_T = self._labels(row, where, len(sample.tokens_T))
@@ -87,7 +89,11 @@ class Reader:
         return Prompt(self.builder.prompt(row, where, folder), row, where)
 
     def measure(self, places: Sequence[Place]) -> list[Size | str]:
-        return [self._read(self.builder.measure, place) for place in places]
+        """Returns the cost of what `build` makes of each row, or why the row is bad."""
+        return [self._read(self._measured, place) for place in places]
+
+    def _measured(self, row: dict[str, Any], where: str, folder: Path) -> Size:
+        return self.builder.measure(row, where, folder)
 
     def _read(self, turn: Callable[..., Any], place: Place) -> Any:
         file, index = self._sources[place.source].locate(place.row)
@@ -103,8 +109,8 @@ class Reader:
             return f"{where}: reading failed: {type(error).__name__}: {reason}"
 
 
-def in_worker(*arguments: Any) -> Reader:
+def in_worker(kind: type[Reader], *arguments: Any) -> Reader:
     """Makes the reader of a worker process. One thread, since `num_workers` sets the number of
     processes."""
     torch.set_num_threads(1)
-    return Reader(*arguments)
+    return kind(*arguments)

@@ -43,11 +43,16 @@ class InOrder:
         Raises:
             DataError: fewer samples than a whole step are left.
         """
-        start, size = self._consumed, self._size
-        end = start + self._count * size
+        numbers, size = self.pass_over(), self._size
+        return Step([[*numbers[n : n + size]] for n in range(0, len(numbers), size)], None, [])
+
+    def pass_over(self) -> range:
+        """Advances by a step and returns its samples. Raises like `next_step`."""
+        start = self._consumed
+        end = start + self._count * self._size
         self._order.locate(end - 1)
         self._consumed = end
-        return Step([list(range(n, n + size)) for n in range(start, end, size)], None, [])
+        return range(start, end)
 
     def state_dict(self) -> dict[str, Any]:
         return {"consumed_samples": self._consumed}

@@ -34,14 +34,14 @@ from megatron_mm.report.metrics import MUTED, Metrics
 class Router(TopKRouter):
     """megatron-core's router, with the load-balancing loss weighted like the main loss.
 
-    Gradients are divided by the number of supervised tokens of the whole batch at the end.
-    megatron-core weights a microbatch's balancing loss by this rank's unpadded tokens, which
-    differ between ranks when one holds the padding, and outnumber the supervised ones when
-    prompts are long. Weighted by the microbatch's supervised tokens, the coefficient means
-    the same on every layout.
+    Gradients are divided by the number of supervised tokens of the whole batch at the end, or by
+    what else the objective counts, such as pairs. megatron-core weights a microbatch's balancing
+    loss by this rank's unpadded tokens, which differ between ranks when one holds the padding, and
+    outnumber the supervised ones when prompts are long. Weighted by the microbatch's share of that
+    number, the coefficient means the same on every layout.
     """
 
-    supervised_tokens: torch.Tensor | float = 0.0  # of the current microbatch
+    loss_weight: torch.Tensor | float = 0.0  # `Microbatch.loss_weight` of the current one
     metrics: Metrics = MUTED  # of the current pass
 
     def attach_and_log_load_balancing_loss(
@@ -51,7 +51,7 @@ class Router(TopKRouter):
         share = 1 / reduce_group.size()
         self.metrics.ratio("moe/load_balancing_loss", aux_loss / aux_loss_coeff, share)
         # Every rank of tp_cp has its own positions' share of the loss.
-        return MoEAuxLossAutoScaler.apply(activation, aux_loss * self.supervised_tokens)
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss * self.loss_weight)
 
 
 class MixtureOfExperts(MoELayer):
@@ -113,7 +113,7 @@ class MixtureOfExperts(MoELayer):
 
     def forward(self, hidden_t1H: torch.Tensor, context: StreamContext) -> torch.Tensor:
         """[t, 1, H] -> [t, 1, H]"""
-        self.router.supervised_tokens = context.supervised_tokens
+        self.router.loss_weight = context.loss_weight
         self.router.metrics = context.metrics
         routing, index = context.routing, self.layer_number - 1
         # megatron-core's router asks this object instead of taking the best k itself.

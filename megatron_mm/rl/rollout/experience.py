@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -87,6 +87,9 @@ class Experience:
     def close(self) -> None:
         """Ends the reward workers."""
         self.collector.close()
+
+    def stepped(self, metrics: Mapping[str, float]) -> None:
+        """Takes nothing from a step."""
 
     def next_step(self, stop: bool) -> tuple[list[PolicyBatch], bool]:
         """Returns the microbatches of the next step, and whether any rank wants to stop: then there
