@@ -199,7 +199,7 @@ class Engine:
     def gradient_norm(self) -> float:
         """L2 norm of all gradients of the model before clipping, the same on every rank."""
         self.optimizer.prepare_grads()
-        return gradient_norm(self.optimizer)
+        return gradient_norm(self.optimizer, self.groups.pg.dp_cp)
 
     def update(self, gradient_norm: float) -> None:
         """Clips the gradients, updates the parameters and advances the schedule.

@@ -157,12 +157,16 @@ def build_optimizer(
 
 
 @torch.no_grad()
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
+def gradient_norm(optimizer: MegatronOptimizer, replicas: ProcessGroup) -> float:
     """L2 norm of all gradients of the model, the same on every rank; NaN on every rank if it is not
     finite on any. Needs `prepare_grads`.
 
     megatron-core's `get_grad_norm` without Transformer Engine and apex, to the bit on the CPU; but
     that reads the norm of every parameter from the device, this one number for all.
+
+    Args:
+        replicas: the ranks that hold the same parameters as this one. Without a shared optimizer
+            each of them has a sum of its own.
     """
     by_group: dict[ProcessGroup, list[torch.Tensor]] = {}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -177,9 +181,9 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
         dist.all_reduce(square, group=group)
         squares.append(square)
     found = torch.stack(squares)
-    # Replicas without a shared optimizer each have a sum of their own.
     wrong = (~found.isfinite()).any().float()
-    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+    if replicas.size() > 1:
+        dist.all_reduce(wrong, op=dist.ReduceOp.MAX, group=replicas)
     roots = [square**0.5 for square in found.masked_fill(wrong.bool(), math.nan).tolist()]
     return roots[0] if len(roots) == 1 else math.sqrt(sum(root**2 for root in roots))
 

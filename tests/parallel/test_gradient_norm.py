@@ -64,7 +64,7 @@ def gradients_of_a_step(run: RunConfig, parallel: ParallelConfig) -> Engine:
 def on_rank_both_norms(run: RunConfig, parallel: ParallelConfig) -> dict:
     engine = gradients_of_a_step(run, parallel)
     with Reads() as ours:
-        found = gradient_norm(engine.optimizer)
+        found = gradient_norm(engine.optimizer, engine.groups.pg.dp_cp)
     with Reads() as theirs:
         expected = float(engine.optimizer.get_grad_norm())
     poisoned = [norm_with(engine, value) for value in (math.inf, math.nan)]
@@ -85,7 +85,7 @@ def norm_with(engine: Engine, value: float) -> float:
             if param.requires_grad and mp.rank() == mp.size() - 1:
                 param.main_grad.view(-1)[0] = value
     engine.optimizer.prepare_grads()
-    return gradient_norm(engine.optimizer)
+    return gradient_norm(engine.optimizer, engine.groups.pg.dp_cp)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

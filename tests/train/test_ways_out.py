@@ -61,7 +61,8 @@ ONE_RANK = {
     "a bug": (lambda: Fault(Engine, "forward_backward", ZeroDivisionError()), True),
     "no memory": (lambda: Fault(Engine, "forward_backward", MemoryError()), True),
     "a bug before the update": (lambda: Fault(Engine, "learning_rate", RuntimeError("x")), True),
-    "a norm that is not finite": (lambda: Fault(Engine, "gradient_norm", None), True),
+    # Its weights may be ruined: the checkpoints before it are what counts.
+    "a norm that is not finite": (lambda: Fault(Engine, "gradient_norm", None), False),
     "a bug in the update": (lambda: Fault(Engine, "update", RuntimeError("x")), False),
     "a bug after the update": (lambda: Fault(Engine, "update", RuntimeError("x"), True), False),
     "a bug in the log": (lambda: Fault(MetricsLogger, "log", RuntimeError("x")), True),
@@ -109,22 +110,23 @@ def test_the_last_whole_step_is_saved(one_rank, name):
     assert saved == ([AT, 4 * AT, True] if ONE_RANK[name][1] else [None]), (error, saved)
 
 
-def on_rank_together(run, folder: Path) -> list[tuple]:
-    """Errors that all ranks have together: a norm that is not finite, an evaluation."""
+def on_rank_together(run, folder: Path) -> list[bool]:
+    """Errors that all ranks have together, a norm that is not finite and an evaluation: whether the
+    last whole step was saved."""
     made, found = groups.build(run.parallel), []
     run.evaluation.eval_interval, run.evaluation.eval_samples = AT, 2
     for name in ("a norm that is not finite", "an evaluation"):
         run.checkpoint.save = str(folder / name)
         with ONE_RANK[name][0](), pytest.raises((NonFiniteError, DataError)):
             loop.train(run, made)
-        found.append((folder / name / "latest").read_text())
+        found.append((folder / name / "latest").is_file())
     return found
 
 
 def test_what_ends_all_ranks_together_is_saved(ranks, scenes, tmp_path):
     run = digits_run(scenes, train_iters=6, output_dir=str(tmp_path / "out"), **TP2)
     for saved in ranks(2, on_rank_together, run, tmp_path):
-        assert saved == ["iter_0000003\n"] * 2
+        assert saved == [False, True]
 
 
 def on_rank_cannot_save(run) -> str:

@@ -101,6 +101,8 @@ def _answer_calls(pipe: Connection) -> None:
         tell(0, Failed(one_line(error)))
         return
     wants = [f.wants for f in functions], [f.wants_routes for f in functions]
+    if any(wants[1]):
+        import torch  # noqa: F401  # a call's routes are tensors; its limit is not for the import
     tell(0, Ready(*wants, [f.built_in for f in functions]))
     while True:
         call: Call = pickle.loads(read_body(pipe.fileno()))
