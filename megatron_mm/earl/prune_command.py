@@ -138,8 +138,8 @@ def main(argv: list[str]) -> int:
             lines += table(before, after, (experts, choice.count))
         write_record(groups, args.out / PRUNING_FILE, record)
         if cli.rank() == 0:
-            print("\n".join(lines))
+            cli.say("\n".join(lines))
             written = [made, args.out / PRUNING_FILE, *report_or_warn(args.out)]
             written += [] if args.hf_out is None else [args.hf_out]
-            print(f"written: {', '.join(map(str, written))}")
+            cli.say(f"written: {', '.join(map(str, written))}")
     return command.status
