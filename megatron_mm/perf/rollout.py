@@ -21,6 +21,7 @@ from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.perf.assumed import balanced_routes
+from megatron_mm.perf.encoder import dealt
 from megatron_mm.perf.fake import META
 from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.standins import fused_kernels
@@ -139,7 +140,7 @@ def trace_rollout(
         if engine.chunks[-1].post_process:
             drawing = _draw(engine, recorder, rl, rows)
     engine.training(True)
-    weights = sum(p.nbytes for chunk in engine.chunks for p in chunk.parameters())
+    weights = sum(p.nbytes for module in engine.modules for p in module.parameters())
     return RolloutTrace(
         rows * lanes,
         lanes,
@@ -187,13 +188,18 @@ def rough_rollout(
 def _prefill(engine: Engine, cache: DecodeCache, batch: Microbatch, records: bool) -> None:
     pg, config = engine.groups.pg, engine.config
     routes: Routes | None = {} if records else None
-    tokens, there = len(batch.tokens_T), batch.to(META)
+    tokens, there, images = len(batch.tokens_T), batch.to(META), {}
+    if engine.encoder is not None:  # the prompts of all lanes together
+        owners = engine.encoder.owners
+        lanes = dealt(batch, pg.pp.size(), owners.rank(), owners.size())
+        images = {"encoded": engine.encoder.encode(lanes, train=False)[0]}
     for chunk in engine.chunks:
         if chunk.arrives is not None:
             shape = chunk.wire_rows(batch, chunk.arrives, cache), 1, config.hidden_size
             chunk.set_input_tensor(torch.empty(shape, dtype=config.pipeline_dtype, device=META))
         held = held_positions(last_positions(batch), tokens, pg.cp)
-        chunk(there, held, cache=cache, routes=routes)
+        own = images if chunk.pre_process else {}
+        chunk(there, held, cache=cache, routes=routes, **own)
         chunk.received = None
     whole = whole_routes(routes, pg) if routes else {}
     if whole:
