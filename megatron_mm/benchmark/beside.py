@@ -82,7 +82,7 @@ def summary(found: dict[str, list]) -> dict[str, Any]:
 
 
 def _seconds(notes: list[dict[str, Any]], phase: str) -> float:
-    """Of the slower rank, without communication."""
+    """Returns the seconds of the slower rank, without communication."""
     return max(note["phases"].get(phase, {"seconds": 0.0})["seconds"] for note in notes)
 
 

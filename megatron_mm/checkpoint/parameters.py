@@ -41,8 +41,8 @@ def families(engine: Engine) -> list[Family]:
         Family([entry for entry in held if not entry[2].expert], pg.tp, pg.dp_cp),
         Family([entry for entry in held if entry[2].expert], pg.tp_ep, pg.expt_dp),
     ]
-    if engine.encoder is not None and engine.groups.encoder is not None:
-        beside = engine.groups.encoder.pg
+    if engine.encoder is not None:
+        beside = engine.encoder.pg
         found.append(Family([*layouts(engine.encoder.module)], beside.tp, beside.dp_cp))
     return [family for family in found if family.entries]
 

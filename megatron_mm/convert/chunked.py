@@ -72,55 +72,37 @@ def write_checkpoint[P: Part](
         CheckpointError: on every rank; partial output is removed.
     """
     with held(target, group):
-        return _in_lock(
-            target, iteration, parts, make, run, extra, assets, group, doing, what, quiet
-        )
-
-
-def _in_lock[P: Part](
-    target: Path,
-    iteration: int,
-    parts: Sequence[P],
-    make: Callable[[P], Made],
-    run: RunConfig,
-    extra: dict[str, Any],
-    assets: Sequence[Path],
-    group: dist.ProcessGroup,
-    doing: str,
-    what: str,
-    quiet: bool,
-) -> Path:
-    leader = group.rank() == 0
-    final = target / folders.name_of(iteration)
-    partial = folders.with_suffix(final, folders.PARTIAL)
-    drawn = [secrets.token_hex(16)]
-    dist.broadcast_object_list(drawn, group=group, group_src=0)
-    (identity,) = drawn
-    with raising_together(group, doing):
-        if leader:
-            target.mkdir(parents=True, exist_ok=True)
-            check_target(target, iteration)
-            folders.clear_leftovers(target)
-            check_space(target, sum(part.bytes for part in parts))
-            partial.mkdir()
-    try:
-        chunks = _write(parts, make, partial, identity, group, doing, what, quiet)
+        leader = group.rank() == 0
+        final = target / folders.name_of(iteration)
+        partial = folders.with_suffix(final, folders.PARTIAL)
+        drawn = [secrets.token_hex(16)]
+        dist.broadcast_object_list(drawn, group=group, group_src=0)
+        (identity,) = drawn
         with raising_together(group, doing):
             if leader:
-                write_index(partial, chunks, identity)
-                checksums = storage.write_format(partial)
-                if assets:
-                    checksums |= _copy(assets, partial / ASSETS)
-                content = _content(run, iteration, extra, identity, checksums)
-                sealed.write_json(partial / folders.RUN, content)
-                sealed.sync_folder(partial)
-                folders.publish(partial, final)
-    except CheckpointError:
-        if leader:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(partial)
-        raise
-    return final
+                target.mkdir(parents=True, exist_ok=True)
+                check_target(target, iteration)
+                folders.clear_leftovers(target)
+                check_space(target, sum(part.bytes for part in parts))
+                partial.mkdir()
+        try:
+            chunks = _write(parts, make, partial, identity, group, doing, what, quiet)
+            with raising_together(group, doing):
+                if leader:
+                    write_index(partial, chunks, identity)
+                    checksums = storage.write_format(partial)
+                    if assets:
+                        checksums |= _copy(assets, partial / ASSETS)
+                    content = _content(run, iteration, extra, identity, checksums)
+                    sealed.write_json(partial / folders.RUN, content)
+                    sealed.sync_folder(partial)
+                    folders.publish(partial, final)
+        except CheckpointError:
+            if leader:
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(partial)
+            raise
+        return final
 
 
 def check_target(target: Path, iteration: int) -> None:

@@ -165,7 +165,7 @@ class Microbatch:
 
     @property
     def loss_weight(self) -> torch.Tensor:
-        """What this microbatch adds to the number that the loss is divided by, a scalar on the
+        """This microbatch's part of the number that the loss is divided by, a scalar on the
         device of its tensors. It weighs the balancing loss of its routers."""
         return self.loss_mask_T.sum()
 

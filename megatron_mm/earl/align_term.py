@@ -45,7 +45,7 @@ def balance(mass_S: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What a step holds, over all its microbatches.
+    """Numbers of positions in a step, over all its microbatches.
 
     Attributes:
         labelled_S: int64, positions of each skill.

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm import platform
 from megatron_mm.config import RunConfig
@@ -143,6 +144,11 @@ class EncoderSide:
         return cls(groups, module, ddp, tuple(parts))
 
     @property
+    def pg(self) -> ProcessGroupCollection:
+        assert self.groups.encoder is not None  # `create` asserts it
+        return self.groups.encoder.pg
+
+    @property
     def owners(self) -> dist.ProcessGroup:
         assert self.groups.encoder is not None
         return self.groups.encoder.owners
@@ -156,8 +162,7 @@ class EncoderSide:
     def answering(self) -> range:
         """Those of them that send gradients back. Tensor-parallel ranks have the same ones, so
         where all of them are owners, one of them does."""
-        assert self.groups.encoder is not None
-        same = self.groups.pg.tp.size() // self.groups.encoder.pg.tp.size()
+        same = self.groups.pg.tp.size() // self.pg.tp.size()
         return range(0, self.readers, same)
 
     def encode(self, batches: Sequence[Microbatch], *, train: bool) -> list[Encoded]:

@@ -144,8 +144,8 @@ class Engine:
             config.param_sync_func = _each(models, "start_param_sync")
         scoped = expert_scope is not None
         optimizer = build_optimizer(run, models, groups.pg, scoped=scoped)
-        if encoder is not None and groups.encoder is not None and encoder.ddp is not None:
-            also = build_optimizer(run, [encoder.ddp], groups.encoder.pg, overlaps_gather=False)
+        if encoder is not None and encoder.ddp is not None:
+            also = build_optimizer(run, [encoder.ddp], encoder.pg, overlaps_gather=False)
             # Its constructor wants one configuration of all; these differ in what is distributed.
             optimizer.chained_optimizers += also.chained_optimizers
             optimizer.model_chunks += also.model_chunks
@@ -156,7 +156,7 @@ class Engine:
 
     @property
     def expert_scope(self) -> torch.Tensor | None:
-        """As given to `create`."""
+        """The scope that was given to `create`."""
         return self.chunks[0].expert_scope
 
     def training(self, mode: bool) -> None:

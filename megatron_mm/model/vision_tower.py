@@ -130,7 +130,7 @@ class Encoder(MegatronModule):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder beside the pipeline makes of a microbatch's images, for its first stage.
+    """A microbatch's images, encoded beside the pipeline for its first stage.
 
     Attributes:
         stream_kH: the tokens of the stream, as `VisionTower.forward` returns them.

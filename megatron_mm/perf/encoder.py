@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron_mm.data.batch import Dealt, Microbatch
 from megatron_mm.engine.encoder import EncoderSide
@@ -55,8 +56,13 @@ class EncoderTrace:
         return max(0, self.backward.flops - self.forward.flops)
 
 
-def dealt(batch: Microbatch, count: int, owner: int, owners: int) -> list[Microbatch]:
-    """`count` microbatches like this one as an owner of their tiles has them."""
+def dealt(batch: Microbatch, count: int, group: ProcessGroup) -> list[Microbatch]:
+    """Returns `count` microbatches like this one as this rank has them, an owner of their tiles.
+
+    Args:
+        group: all owners.
+    """
+    owner, owners = group.rank(), group.size()
     tiles = len(batch.pixels_NCHW)
     deals = [Dealt(number * tiles, tiles) for number in range(count)]
     return [
@@ -73,7 +79,7 @@ def trace_encoder(
     Returns:
         the trace, and what one microbatch's first stage is given, which no recorder has counted.
     """
-    batches = dealt(batch, microbatches, side.owners.rank(), side.owners.size())
+    batches = dealt(batch, microbatches, side.owners)
     start, begin = recorder.rebase(), len(recorder.kernels)
     with fused_kernels(recorder.add), recorder:
         encoded = side.encode(batches, train=True)

@@ -133,7 +133,7 @@ def plan_rank(
         encoder = encoded = None
         if engine.encoder is not None:
             encoder, encoded = trace_encoder(engine.encoder, recorder, batch, microbatches)
-            (given,) = dealt(given, 1, engine.encoder.owners.rank(), engine.encoder.owners.size())
+            (given,) = dealt(given, 1, engine.encoder.owners)
         traces = tuple(
             trace_chunk(engine, recorder, chunk, given, objective, encoded) for chunk in chunks
         )

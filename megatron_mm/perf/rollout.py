@@ -190,8 +190,7 @@ def _prefill(engine: Engine, cache: DecodeCache, batch: Microbatch, records: boo
     routes: Routes | None = {} if records else None
     tokens, there, images = len(batch.tokens_T), batch.to(META), {}
     if engine.encoder is not None:  # the prompts of all lanes together
-        owners = engine.encoder.owners
-        lanes = dealt(batch, pg.pp.size(), owners.rank(), owners.size())
+        lanes = dealt(batch, pg.pp.size(), engine.encoder.owners)
         images = {"encoded": engine.encoder.encode(lanes, train=False)[0]}
     for chunk in engine.chunks:
         if chunk.arrives is not None:

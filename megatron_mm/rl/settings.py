@@ -141,7 +141,7 @@ class RLConfig:
 
 @dataclass(kw_only=True)
 class ResolvedRL(RLConfig):
-    """The settings with nothing left open, and those of EARL: `resolve` makes them."""
+    """The settings with nothing left open, and those of EARL: `resolved` makes them."""
 
     advantage_estimator: str
     policy_loss: str

@@ -1,4 +1,4 @@
-"""What all ranks of a job must have in common, compared before anything is built.
+"""Settings, files and code that all ranks of a job must share, compared before anything is built.
 
 Ranks that disagree would train on in silence: each with its own learning rate, seed or data. First
 every rank sends one digest; only if those differ are the parts sent, and the first that differs is
@@ -45,7 +45,7 @@ MANY = 64  # files of one setting, beyond which two blocks of each are read
 
 
 class File(NamedTuple):
-    """What is compared of a file: its size in bytes, its time in ns, a digest of its content."""
+    """A file as it is compared: its size in bytes, its time in ns, a digest of its content."""
 
     size: int
     time: int

@@ -174,7 +174,7 @@ def test_one_block_of_an_earlier_save(ranks, saved):
 
 
 def test_a_block_without_an_identity(ranks, saved):
-    """As torch writes it. The comment's length is what it is, so that offsets stay."""
+    """torch writes blocks so. The comment keeps its length, so that offsets stay."""
     path, found = saved / FOURTH / "__0_0.distcp", places(saved / FOURTH)
     place = next(v for (key, _), v in found.items() if key == "model.final_norm.weight")
     content = bytearray(path.read_bytes())

@@ -96,7 +96,7 @@ def test_no_object_gets_a_state_that_is_not_its_own(tmp_path, what):
 
 
 def test_the_forged_path_deletes_nothing_at_the_next_save(tmp_path):
-    """What was found: PosixPath.suffix set to ".partial" made the clean-up remove every folder."""
+    """The fault was: PosixPath.suffix set to ".partial" made the clean-up remove every folder."""
     saved, forged = tmp_path / "saved", tmp_path / "forged"
     for path in (saved / "iter_0000001", saved / "iter_0000002", forged):
         path.mkdir(parents=True)

@@ -87,8 +87,8 @@ def test_one_number_that_is_not_finite(ranks, tmp_path, size, what, value, rank,
 
 
 def every_place(run) -> list[str | None]:
-    """What is said of a NaN at the places of one weight where a vector instruction might pass
-    over it, of the largest finite number, and of nothing wrong."""
+    """Returns the reasons for a NaN at the places of one weight where a vector instruction might
+    pass over it, for the largest finite number, and for nothing wrong."""
     engine = create(run)
     param = parameter(engine, GATE)
     flat, said = param.data.view(-1), []

@@ -99,8 +99,7 @@ def measure(run: RunConfig, microbatches: int):
     batch = replace(batch, pixels_NCHW=random_pixels(tiles, side, generator))
     batches = [batch] * microbatches
     if engine.encoder is not None:
-        owners = engine.encoder.owners
-        batches = dealt(batch, microbatches, owners.rank(), owners.size())
+        batches = dealt(batch, microbatches, engine.encoder.owners)
     recorder = Recorder(made.pg, made.encoder)
     with recorder:
         engine.forward_backward(batches, SupervisedFineTuning())

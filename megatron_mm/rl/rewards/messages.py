@@ -1,4 +1,4 @@
-"""What the two ends of a reward worker tell each other, and how it crosses the pipe.
+"""Messages between the two ends of a reward worker, and how they cross the pipe.
 
 A message is its length (8 bytes, little-endian) and its body. The trainer's calls are pickled: a
 worker trusts the trainer. A worker runs other people's code, so what comes back is JSON, and

@@ -87,7 +87,7 @@ class RewardProcess:
         self.set_limit(seconds)
 
     def events(self) -> int:
-        """What of its pipe is waited for, as flags of `select.poll`."""
+        """The events of its pipe that are waited for, as flags of `select.poll`."""
         return select.POLLIN | (select.POLLOUT if self._outgoing else 0)
 
     @property
