@@ -65,8 +65,8 @@ FAULTS = {
     "a copy that waits, in every batch": Fault(
         "megatron_mm.data.batch",
         "_moved",
-        "platform.moved(getattr(value, f.name), device)",
-        "getattr(value, f.name).to(device)",
+        "platform.moved(held, device)",
+        "held.to(device)",
         "training waits of other",
     ),
     "kernels in every norm": Fault(

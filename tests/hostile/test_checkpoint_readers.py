@@ -25,7 +25,7 @@ def test_damage_is_one_line_or_harmless(reader: ModuleType, tmp_path):
         begin = time.perf_counter()
         try:
             reader.read(made)
-        except reader.RAISES as error:
+        except reader.ALLOWED as error:
             line = str(error)
             assert line.isprintable() and len(line) < 1500, f"seed {seed}: {line[:200]!r}"
             lines.add(line.replace(str(folder), ""))

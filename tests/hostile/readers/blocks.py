@@ -14,7 +14,7 @@ from support.indices import IDENTITY
 from support.mutations import damaged
 
 NAME = "blocks"
-RAISES = (CheckpointError,)
+ALLOWED = (CheckpointError,)
 FILE = "__0_0.distcp"
 PIECES = (
     *(b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08"),

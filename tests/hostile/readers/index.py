@@ -16,7 +16,7 @@ from support.indices import grid, name, place, text, whole
 from support.mutations import NUMBERS, TEXTS, damaged
 
 NAME = "index"
-RAISES = (CheckpointError,)
+ALLOWED = (CheckpointError,)
 
 META = "torch.distributed.checkpoint.metadata"
 PIECES = (

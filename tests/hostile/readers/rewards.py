@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_mm.cli import printable
-from megatron_mm.rl.rewards.worker import MAX_REASON, Answer, Call, Lost, scores_of
+from megatron_mm.rl.rewards.messages import MAX_REASON, Answer, Call, answer_of, body_of
+from megatron_mm.rl.rewards.worker import scores_of
 from tests.hostile.mutate import value
 
 NAME = "rewards"
@@ -86,17 +86,17 @@ def make(rng: Random, folder: Path) -> Any:
 
 
 def read(value: Any) -> None:
-    """Scores three completions."""
-    call = Call(0, ["?"] * COUNT, ["3"] * COUNT, [[1]] * COUNT, {}, None)
-    answer = scores_of(value, call)
+    """Scores three completions and sends the answer over the pipe, as a worker does."""
+    call = Call(1, 0, ["?"] * COUNT, ["3"] * COUNT, [[1]] * COUNT, {}, None)
+    said = scores_of(value, call)
+    answer = answer_of(body_of(call.number, said), call.number, COUNT)
     if isinstance(answer, Answer):
         assert len(answer.scores) == COUNT
         assert not isinstance(value.result, (dict, set, frozenset, str, bytes, bytearray))
         for score in answer.scores:
             assert score.value is None or math.isfinite(score.value)
-            assert score.reason is None or len(score.reason) <= 2 * MAX_REASON
+            assert score.reason is None or len(score.reason) <= MAX_REASON
         return
-    text = answer.reason if isinstance(answer, Lost) else answer
-    assert text and "\n" not in text and len(text) <= 2 * MAX_REASON
-    assert all(c.isprintable() for c in printable(text))
-    raise ValueError(text)
+    assert answer.reason and len(answer.reason) <= MAX_REASON
+    assert answer.reason.isprintable()
+    raise ValueError(answer.reason)

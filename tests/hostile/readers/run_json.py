@@ -10,7 +10,7 @@ from megatron_mm.errors import CheckpointError
 from support.mutations import altered, damaged
 
 NAME = "run_json"
-RAISES = (CheckpointError,)
+ALLOWED = (CheckpointError,)
 RUN = {
     "format": folders.FORMAT,
     "megatron_mm": "1.0",
