@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mm.checkpoint.lock import NAME as LOCK
 from megatron_mm.convert import to_hf
 from megatron_mm.errors import CheckpointError
 from support.folders import save_fused
@@ -51,12 +52,13 @@ def mega(hf, tools):
 
 def content(folder: Path) -> dict[str, str]:
     """Every file below a folder and what is in it, without the identity that each save draws
-    anew and the checksums of files that carry it. `checkpoint_is_there` checks those."""
+    anew and the checksums of files that carry it, which `checkpoint_is_there` checks, and without
+    the lock of a process that was killed."""
     identities = {json.loads(run.read_text())["identity"] for run in folder.rglob("run.json")}
     return {
         path.relative_to(folder).as_posix(): _digest(path, identities)
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != LOCK
     }
 
 
@@ -103,6 +105,7 @@ def kill_often(tools: Tools, tool: str, args: list, target: Path, is_there) -> C
         assert tools.run(*command)[0] == 0, f"does not start again after {kill}"
         assert is_there(target) and content(target) == whole, kill
         assert list(target.parent.iterdir()) == [target], "leftovers"
+        assert not (target / LOCK).exists(), "the lock of a run that has ended"
     print(f"{tool}: {len(kills)} kills, {changes} changes: {dict(seen)}")
     return seen
 
