@@ -68,8 +68,8 @@ class ParallelConfig:
     vision_parallel: Literal["stage", "replica"] | None = None
     """Which ranks encode images. stage: those of the first pipeline stage, as part of it. replica:
     all of a data-parallel replica, each a share of the tiles of all microbatches, before the
-    pipeline begins and again for gradients after it has ended. Default: replica in a pipeline whose
-    mean stage costs less than the encoder, unless its layout is given."""
+    pipeline begins and again for gradients after it has ended. Default: replica where the
+    encoder costs more than each stage would with its share, unless the layout is given."""
     vision_tensor_parallel_size: PositiveInt | None = None
     """Ranks that share each linear of the encoder, with vision_parallel replica: 1 or, by default,
     tensor_model_parallel_size."""

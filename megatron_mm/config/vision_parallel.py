@@ -11,7 +11,7 @@ from megatron_mm.config.settings import ParallelConfig, RunConfig
 
 
 def encoder_share(run: RunConfig) -> float:
-    """The encoder's share of the forward pass's FLOPs, by settings alone."""
+    """The encoder's share of a step's FLOPs, by settings alone (see cost.py)."""
     found = costs(replace(run, parallel=ParallelConfig(vision_parallel="stage")))
     layers = parse_pattern(effective_pattern(run.model))
     rest = sum(found.letters[layer.kind] for layer in layers) + found.last
@@ -21,9 +21,9 @@ def encoder_share(run: RunConfig) -> float:
 def chosen(run: RunConfig) -> tuple[Literal["stage", "replica"], str]:
     """Returns `vision_parallel` of a run that leaves it open, and the reason in words.
 
-    In a first stage the encoder is balanced as long as it costs no more than a mean stage. Beside
-    the pipeline it costs one forward pass more, and no stage waits for it. `tools/plan.py search`
-    compares both in full.
+    A first stage cannot cost less than the encoder in it. Beside the pipeline every rank has its
+    share, but an encoder that learns runs forward once more, a third of its step.
+    `tools/plan.py search` compares both in full.
     """
     parallel = run.parallel
     if run.model.vision is None:
@@ -34,8 +34,13 @@ def chosen(run: RunConfig) -> tuple[Literal["stage", "replica"], str]:
         return "stage", "the layout of the pipeline is given"
     stages = parallel.pipeline_model_parallel_size
     stages *= parallel.virtual_pipeline_model_parallel_size or 1
-    share, mean = encoder_share(run), 1 / stages
-    words = f"the encoder is {share:.0%} of the arithmetic, a mean stage {mean:.0%}"
+    share = encoder_share(run)
+    learns = run.trains("vision") or run.lora.freezes("vision")  # by itself, or by its adapters
+    mean = (1 + share / 3 if learns else 1.0) / stages
+    words = (
+        f"the encoder is {share:.0%} of a step, and beside the pipeline each of {stages} stages "
+        f"has {mean:.0%}"
+    )
     return ("replica" if share > mean else "stage"), words
 
 

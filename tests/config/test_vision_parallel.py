@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mm.config import ConfigError, RunConfig, preset, validate
-from megatron_mm.config.vision_parallel import chosen, decided
+from megatron_mm.config.vision_parallel import chosen, decided, encoder_share
 
 
 def run_of(name: str, **parallel) -> RunConfig:
@@ -30,6 +30,27 @@ def test_the_way_that_is_chosen(name, parallel, way):
     run = run_of(name, **parallel)
     assert chosen(run)[0] == way and run.parallel.vision_parallel is None
     assert decided(run).parallel.vision_parallel == way
+
+
+@pytest.mark.parametrize(
+    ("freeze", "share", "way"),
+    [
+        (False, 0.58, "stage"),
+        (False, 0.62, "replica"),
+        (True, 0.48, "stage"),
+        (True, 0.52, "replica"),
+    ],
+)
+def test_an_encoder_that_learns_runs_forward_twice(freeze, share, way):
+    """With a share of s, the first of two stages costs s and each of two beside the encoder
+    (1 + s / 3) / 2, or, frozen, 1 / 2: they meet at 0.6 and at 0.5."""
+    run = run_of("mm-80b", pipeline_model_parallel_size=2)
+    run.training.freeze_vision = freeze
+    run.model.vision.vision_num_layers = 1
+    while encoder_share(run) < share:
+        run.model.vision.vision_num_layers += 1
+    assert encoder_share(run) < share + 0.02
+    assert chosen(run)[0] == way
 
 
 def test_what_is_given_stays():
