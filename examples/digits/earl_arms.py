@@ -23,7 +23,7 @@ from examples.digits.jobs import DIGITS, Job, digits_data, discovery, training
 
 ONE = "multihop/free"  # the kind that is reinforced alone
 ASKED = 40  # questions of each kind for the test by removal, asked once per skill
-PROBED = 1000  # rows that a probe reads
+PROBED = 400  # rows that a probe reads: one more pass each for every expert of every layer
 LONGEST_WARMUP = 50  # of the configs, in steps
 
 
