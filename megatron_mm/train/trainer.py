@@ -45,6 +45,7 @@ from megatron_mm.train.start import (
     start,
     tell_frozen,
 )
+from megatron_mm.train.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class Trainer:
         )
         self.known = KnownTotals()
         self.replicas = Replicas(self.engine)
+        self.stragglers = Stragglers(groups)
         self.guard = SpikeGuard(run.training.loss_spike_factor, begun.losses)
         self.begun = self.iteration
         goes_on = run.checkpoint.load and not run.checkpoint.finetune
@@ -144,6 +146,7 @@ class Trainer:
         if every and (self.iteration == self.begun or self.iteration % every == 0):
             self.replicas.check(self.iteration)
         self._update(norm, metrics)
+        metrics |= self.stragglers.look(self.iteration)
         self.seconds += time.perf_counter() - begin
         return metrics | {
             "train/grad_norm": norm,
