@@ -4,12 +4,14 @@
     python tools/benchmark.py compare A.json B.json
     torchrun --nproc-per-node 2 tools/benchmark.py scaling [--json FILE]
     python tools/benchmark.py train|rl --against transformers [--json FILE]
+    python tools/benchmark.py faults --config FILE [any trainer flag] [--json FILE]
     python tools/benchmark.py gdn|clvr|convert [--json FILE]
 
 train   throughput of a run on its layout; or against transformers (one rank)
 rl      the same for a GRPO run; or completions and steps against transformers and TRL
 compare two results of train or rl, if they measured the same work
 scaling data- and pipeline-parallel efficiency on two ranks
+faults  what faults cost a run on two agents of this machine: goodput, steps lost, time to resume
 gdn     the gated delta rule alone, forward and backward, against transformers
 clvr    the cost of looks, and what a short stream with a memory saves
 convert Hugging Face folders to checkpoints and back, against a plain copy of the folder
@@ -29,6 +31,7 @@ from megatron_mm import cli
 
 ROUNDS = {"train": 20, "rl": 8, "gdn": 20, "clvr": 20, "convert": 3, "scaling": 10}
 WARMUP = {"train": 4, "rl": 1, "gdn": 4, "clvr": 4, "convert": 1, "scaling": 2}
+FAULTS = ("kill", "freeze", "slow", "disk", "nan")
 DATA, ROUTING = ("real", "mock"), ("natural", "balanced")
 
 
@@ -61,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.choices["convert"]
     command.add_argument("--gigabytes", type=float, default=4.2, help="size of the synthetic model")
     command.add_argument("--folder", type=Path, help="working folder; default: a temporary one")
+    command = commands.add_parser("faults", allow_abbrev=False)
+    command.add_argument("--json", type=Path, help="write the numbers to this file")
+    command.add_argument("--kinds", nargs="+", choices=FAULTS, default=["kill"], help="in turn")
+    command.add_argument("--every", type=int, default=100, help="steps between two faults")
+    command.add_argument("--faults", type=int, default=5, help="how many")
+    command.add_argument("--folder", type=Path, help="for logs; default: a temporary one")
     command = commands.add_parser("compare")
     command.add_argument("a", type=Path, metavar="A.json")
     command.add_argument("b", type=Path, metavar="B.json")
@@ -182,6 +191,12 @@ def _run(args: argparse.Namespace, flags: list[str]) -> None:
         found = compare.compare(compare.read(args.a), compare.read(args.b))
         _write(found, args.json, compare.text(found))
         return
+    if args.command == "faults":
+        from megatron_mm.benchmark import faults
+
+        found = faults.measure(flags, args.kinds, args.every, args.faults, args.folder)
+        _write({"command": args.command} | found, args.json, faults.text(found))
+        return
     from megatron_mm import platform
 
     platform.quiet()
@@ -209,11 +224,14 @@ def main(argv: list[str]) -> int:
     cli.setup_logging(cli.rank())
     parser = _parser()
     args, flags = parser.parse_known_args(argv)
-    runs = args.command in ("train", "rl") and args.against is None
+    faults = args.command == "faults"
+    runs = faults or (args.command in ("train", "rl") and args.against is None)
     if flags and not runs:
         parser.error(f"unknown: {' '.join(flags)}")
     if runs and not any(flag in ("--config", "--preset") for flag in flags):
         parser.error(f"{args.command} needs a run: --config FILE or --preset NAME, or --against")
+    if faults and (args.every < 2 or args.faults < 1):
+        parser.error(f"--every {args.every} --faults {args.faults}; at least 2 and 1")
     # no notices about missing packages
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from megatron_mm.benchmark.compare import Different

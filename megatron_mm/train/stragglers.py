@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 EVERY = 50  # steps between two looks
 FACTOR = 1.5  # times the median; clocks of healthy GPUs of a kind differ by a tenth
-REPEATS = 5
-SIZES = {"cuda": 4096, "cpu": 256}  # of a product: about a millisecond of work
+PRODUCTS = 50
+SIZES = {"cuda": 4096, "cpu": 256}  # of a product, which takes a millisecond or less
 METRIC = "perf/slowest_rank"  # its time over the median
 
 
@@ -76,19 +76,19 @@ def slower(seconds: Sequence[float]) -> set[int]:
 
 
 def _seconds(device: torch.device) -> float:
-    """Returns the median time of a product and a pass over its result, on the otherwise idle
-    device."""
+    """Returns the time of some products and of a pass over each of their results, on the otherwise
+    idle device. Not a median of them: a rank that stands still now and then is slow."""
     size = SIZES.get(device.type, 64)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     held = torch.full((size, size), 1 / size, dtype=dtype, device=device)
-    found = []
-    for _ in range(REPEATS + 1):  # the first one warms up
-        _wait(device)
-        begin = time.perf_counter()
+    begin = 0.0
+    for number in range(PRODUCTS + 1):
         (held @ held).add_(1)
-        _wait(device)
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found[1:])
+        if not number:  # the first one warms up
+            _wait(device)
+            begin = time.perf_counter()
+    _wait(device)
+    return time.perf_counter() - begin
 
 
 def _wait(device: torch.device) -> None:
