@@ -5,6 +5,9 @@ is up, but not whose fault it is. So each rank has a thread that writes a number
 where its program is; a rank that fails by an error leaves its last word. Each thread also watches
 the next rank, and says when it has not heard of it for `SILENCE` seconds, long before the
 collective's own time is up.
+
+A frozen rank may be the one that holds the store. Asking it then takes for ever, so nobody but
+threads that may be left behind asks.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 BEAT = 1.0  # seconds between signs of life
 SILENCE = 30.0  # seconds without one, after which a rank is named
 STORE_SECONDS = 10  # for the store to answer
+HOLDER = "the store of the job, which rank 0 or its agent holds,"
 LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|timed out|timeout|broken pipe|socket|gloo|nccl|"
     r"remote peer|peer (has )?(exited|closed)",
@@ -106,8 +110,13 @@ class Watch:
         self._sign = Sign(socket.gethostname(), 0)
         self._main = threading.get_ident()
         self._lock, self._ending = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
+        self._heard = time.monotonic()  # when the store answered last
+        self._threads = [
+            threading.Thread(target=task, name=f"watch {task.__name__}", daemon=True)
+            for task in (self._run, self._mind_the_store)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> Watch:
         return self
@@ -116,29 +125,34 @@ class Watch:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the threads."""
         self._ending.set()
-        self._thread.join(timeout=2 * BEAT)
+        for thread in self._threads:
+            thread.join(timeout=2 * BEAT)
 
     def last_word(self, text: str) -> None:
         """Tells the others why this rank fails."""
-        self._give(word=text)
+        _within(STORE_SECONDS, lambda: self._give(word=text))
 
     def why(self, said: str) -> str:
-        """Describes a collective that failed; takes two beats.
+        """Describes a collective that failed; takes two beats, or `STORE_SECONDS` more if the store
+        does not answer.
 
         Args:
             said: what the library said; see `lost_connection`.
         """
+        silent = f"{HOLDER} does not answer: its process is frozen or gone"
+        found = _within(STORE_SECONDS + 3 * BEAT, lambda: self._guilty(said)) or silent
+        return f"{found}; rank {self._rank} cannot go on without it ({said})"
+
+    def _guilty(self, said: str) -> str:
         self._give(left=True)
         before = self._signs()
         found = guilty({}, before, True) if any(s.word for s in before.values()) else None
         if found is None:
             time.sleep(2.5 * BEAT)
             found = guilty(before, self._signs(), bool(ENDED.search(said)))
-        if found is None:
-            found = "another rank has failed or does not answer"
-        return f"{found}; rank {self._rank} cannot go on without it ({said})"
+        return "another rank has failed or does not answer" if found is None else found
 
     def _give(self, **changes: Any) -> None:
         with self._lock, contextlib.suppress(RuntimeError):  # the store may be gone
@@ -156,6 +170,22 @@ class Watch:
                 return {rank: _read(raw) for rank, raw in zip(others, found, strict=True)}
         return {}
 
+    def _mind_the_store(self) -> None:
+        """Says when the store has not answered for long, and when it does again."""
+        told = False
+        while not self._ending.wait(BEAT):
+            silence = time.monotonic() - self._heard
+            if told and silence < SILENCE:
+                logger.warning("%s answers again", HOLDER[:-1], extra=cli.EVERY_RANK)
+                told = False
+            elif not told and silence > SILENCE:
+                told = True
+                logger.warning(
+                    "%s has not answered for %d s: its process is frozen or gone",
+                    *(HOLDER, silence),
+                    extra=cli.EVERY_RANK,
+                )
+
     def _run(self) -> None:
         other = (self._rank + 1) % self._size
         heard, since, told = -1, time.monotonic(), False
@@ -163,6 +193,7 @@ class Watch:
             waits, place = _where(self._main)
             self._give(waits=waits, place=place)
             sign = self._sign_of(other)
+            self._heard = time.monotonic()
             if sign is None or sign.word or sign.left:
                 continue
             if sign.beat != heard:
@@ -187,6 +218,15 @@ class Watch:
             if self._store.check([f"sign/{rank}"]):
                 return _read(self._store.get(f"sign/{rank}"))
         return None
+
+
+def _within[T](seconds: float, task: Callable[[], T]) -> T | None:
+    """Returns what a task returns; None if that takes longer, and it is left behind."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(task()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
 def _read(raw: bytes) -> Sign:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -137,6 +140,56 @@ def test_survivors_name_the_one_and_not_each_other(monkeypatch, failed):
         )
         assert text.startswith("rank 2 on ") and what in text, text
         assert text.endswith(f"rank {rank} cannot go on without it (closed by peer)")
+
+
+HOLDER = """
+import datetime, sys, time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder():
+    """A process that holds a store, and a connection to it."""
+    command = [sys.executable, "-c", HOLDER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            port = int(process.stdout.readline())
+            yield process, dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
+        finally:
+            process.kill()
+
+
+@pytest.mark.launches
+def test_a_frozen_store_is_named_and_holds_nobody_up(monkeypatch, said, holder):
+    """Asking it would take for ever: TCPStore has no limit for an answer."""
+    monkeypatch.setattr(watch, "BEAT", 0.05)
+    monkeypatch.setattr(watch, "SILENCE", 0.5)
+    monkeypatch.setattr(watch, "STORE_SECONDS", 1.0)
+    process, store = holder
+    with Watch(store, 1, 2) as watched:
+        time.sleep(0.3)
+        assert said() == []
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        (line,) = said()
+        assert line.startswith(
+            "warning: the store of the job, which rank 0 or its agent holds, has"
+        )
+        begin = time.monotonic()
+        watched.last_word("a fault")
+        text = watched.why("timed out")
+        assert time.monotonic() - begin < 10
+        assert text.startswith("the store of the job, which rank 0 or its agent holds, does not")
+        assert text.endswith("rank 1 cannot go on without it (timed out)")
+        process.send_signal(signal.SIGCONT)
+        time.sleep(1.0)
+        assert said() == [
+            "warning: the store of the job, which rank 0 or its agent holds answers again"
+        ]
 
 
 def test_a_store_that_is_gone_ends_no_rank(monkeypatch):
