@@ -63,7 +63,6 @@ class FaultJob:
         own = {
             **{"NNODES": "2", "NPROC_PER_NODE": "1", "SKIP_DOCTOR": "1"},
             **{"RDZV_ENDPOINT": f"127.0.0.1:{_free_port()}", "PYTHON": sys.executable},
-            **{"RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=2"},
             **{"MAX_RESTARTS": str(restarts)},
             **{"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         }
