@@ -199,9 +199,9 @@ def teacher_gaps(
     batches: Sequence[CompletionBatch], logprobs: Sequence[Logprobs]
 ) -> list[torch.Tensor]:
     """Returns log p_teacher - log p_policy of every token before the first update, [G] of each of
-    the replica's completions, in their order. As an advantage it has the gradient of the reverse
-    divergence KL(policy || teacher) (MiMo-V2-Flash, arXiv 2601.02780, eq. 8; Nemotron-Cascade 2,
-    arXiv 2603.19220, eq. 3)."""
+    the replica's completions, in their order. As an advantage it descends the reverse divergence
+    KL(policy || teacher) of the next token, at prefixes that the policy wrote (MiMo-V2-Flash, arXiv
+    2601.02780, eq. 8; Nemotron-Cascade 2, arXiv 2603.19220, eq. 3)."""
     return per_completion(batches, [_gap(known) for known in logprobs])
 
 
