@@ -122,7 +122,7 @@ def held_weights(run: RunConfig, rl: ResolvedRL, weights: int) -> int:
     reference = run.section(ReferenceConfig)
     averages = reference.sync_ref_model and reference.ref_model_mixup_alpha < 1
     wide = 2 if averages and run.training.bf16 else 1  # an average is in fp32
-    sets = len(teacher_folders(rl)) + (wide if rl.ref_load else 0)
+    sets = len({*teacher_folders(rl).values()}) + (wide if rl.ref_load else 0)
     return (sets + 1) * weights if sets else 0
 
 

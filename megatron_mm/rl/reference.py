@@ -37,9 +37,11 @@ def open_sets(engine: Engine) -> WeightSets:
     if rl.ref_load:
         folder, names = rl.ref_load, [name for name, _, _ in parameters(engine)]
         hold_reference(sets, engine, names, lambda: weights_of(engine, folder))
+    known: dict[str, WeightSet] = {}  # a checkpoint with several names is held once
     for name, folder in teacher_folders(rl).items():
-        weights = _teacher(engine, name, folder)
-        sets.add(teacher_set(name), WeightSet.of(weights))
+        if folder not in known:
+            known[folder] = WeightSet.of(_teacher(engine, name, folder))
+        sets.add(teacher_set(name), known[folder])
     return sets
 
 
