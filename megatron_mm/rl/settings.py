@@ -96,9 +96,9 @@ class RLConfig:
     teacher_key: str | None = None
     """Column of the rows that names the teacher of a prompt. Needed with several teachers."""
     teacher_kl_coef: NonNegativeFloat = 0.0
-    """Share of log p_teacher - log p_policy, before the first update, in the advantage of a token
-    (arXiv 2601.02780, eq. 8 and 9); above 0 with teacher_load. Without reward_funcs nothing else is
-    learnt from."""
+    """Coefficient of log p_teacher - log p_policy, before the first update, in the advantage of a
+    token (arXiv 2601.02780, eq. 8 and 9); above 0 with teacher_load. Without reward_funcs nothing
+    else is learnt from."""
     rollout_is: Literal["token", "sequence"] | None = None
     """Importance sampling where rollout and trainer disagree on probabilities, for each token or
     for each completion."""
