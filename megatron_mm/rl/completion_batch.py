@@ -128,6 +128,22 @@ def token_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def bins_by_name[Name](
+    names: Sequence[Name], of: Sequence[Name], lengths: Sequence[int], capacity: int
+) -> list[list[list[int]]]:
+    """Returns for each name the `token_bins` of the samples that are its own.
+
+    Args:
+        of: the name of each sample.
+    """
+    found = []
+    for name in names:
+        mine = [i for i, its in enumerate(of) if its == name]
+        inside = token_bins([lengths[i] for i in mine], capacity)
+        found.append([[mine[i] for i in places] for places in inside])
+    return found
+
+
 def pack_step(
     engine: Engine, tokenizer: Tokenizer, groups: Sequence[Group], chosen: Sequence[int]
 ) -> list[CompletionBatch]:
@@ -153,10 +169,7 @@ def pack_step(
             for prompt, n in zip(asked, members, strict=True)
         ]
         of = [teacher_of(prompt.row, prompt.where, rl) for prompt in asked]
-        for teacher, its in zip(teachers, bins, strict=True):
-            mine = [i for i, name in enumerate(of) if name == teacher]
-            lengths = [len(samples[i].tokens_T) for i in mine]
-            its += [[mine[i] for i in inside] for inside in token_bins(lengths, capacity)]
+        bins = bins_by_name(teachers, of, [len(s.tokens_T) for s in samples], capacity)
     counts = torch.tensor([len(its) for its in bins])
     dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=engine.groups.world)
     stages = engine.groups.pg.pp.size() if len(engine.chunks) > 1 else 1

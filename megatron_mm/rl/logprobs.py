@@ -60,8 +60,6 @@ def measure_logprobs(
         sets: the reference model, if there is one, and the teachers of the microbatches.
     """
     old: list = [None] * len(batches)
-    ref: list = [None] * len(batches)
-    taught: list = [None] * len(batches)
     routes: list = [None] * len(batches)
     replays = rl.routing_replay == "R2"
     # A single step on these weights computes them itself: old and new are the same.
@@ -71,26 +69,38 @@ def measure_logprobs(
         if record is not None:
             whole = [whole_routes(one, engine.groups.pg) for one in record]
             routes = [{layer: taken.cpu() for layer, taken in one.items()} for one in whole]
-    # The others choose their own experts, even where the policy replays routes. Drawn experts the
-    # reference is given: equal weights must not differ by the draw.
-    free = [replace(batch, routes=None) for batch in batches]
-    if REFERENCE in sets or rl.teacher_load:
-        with sets.swapping() as put:
-            if REFERENCE in sets:
-                put(REFERENCE)
-                drawn = rl.earl.router_temperature > 0
-                ref = trainer_logprobs(engine, batches if drawn else free, rl.temperature)
-            for name in teacher_folders(rl):
-                places = [n for n, batch in enumerate(batches) if batch.teacher == name]
-                if places:  # on every rank alike
-                    put(teacher_set(name))
-                    found = trainer_logprobs(engine, [free[n] for n in places], rl.temperature)
-                    for n, known_T in zip(places, found, strict=True):
-                        taught[n] = known_T
+    ref, taught = _by_others(engine, batches, rl, sets)
     rollout = [
         batch.spread([completions[n].logprobs_G for n in batch.members]) for batch in batches
     ]
     return [Logprobs(*values) for values in zip(rollout, old, ref, routes, taught, strict=True)]
+
+
+def _by_others(
+    engine: Engine, batches: Sequence[CompletionBatch], rl: ResolvedRL, sets: WeightSets
+) -> tuple[list, list]:
+    """Returns what the reference says of each microbatch, and its teacher; None where there is
+    none. They choose their own experts, even where the policy replays routes. Drawn experts the
+    reference is given: equal weights must not differ by the draw."""
+    ref: list = [None] * len(batches)
+    taught: list = [None] * len(batches)
+    if REFERENCE not in sets and not rl.teacher_load:
+        return ref, taught
+    free = [replace(batch, routes=None) for batch in batches]
+    with sets.swapping() as put:
+        if REFERENCE in sets:
+            put(REFERENCE)
+            drawn = rl.earl.router_temperature > 0
+            ref = trainer_logprobs(engine, batches if drawn else free, rl.temperature)
+        for name in teacher_folders(rl):
+            places = [n for n, batch in enumerate(batches) if batch.teacher == name]
+            if not places:  # on every rank
+                continue
+            put(teacher_set(name))
+            found = trainer_logprobs(engine, [free[n] for n in places], rl.temperature)
+            for n, known_T in zip(places, found, strict=True):
+                taught[n] = known_T
+    return ref, taught
 
 
 def trainer_logprobs(

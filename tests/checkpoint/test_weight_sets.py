@@ -128,30 +128,28 @@ def test_thirty_steps_are_those_of_a_slow_loop(ranks):
 
 
 def on_rank_small_moves(run: RunConfig) -> tuple[int, int, bool]:
-    """Moves by 0.005 of a difference of one bf16 step, in fp32 and in the parameters' own dtype;
-    returns in how many tensors anything moved, and whether equal weights stay equal."""
+    """Moves sets by 0.005 of a difference of one bf16 step, in fp32 and in the parameters' own
+    dtype; returns in how many tensors anything moved, and whether equal weights stay equal."""
     engine = create(run)
-    sets, coarse = moving_sets(engine), WeightSets(engine)
     names = [name for name, _, _ in parameters(engine)]
-    coarse.add("coarse", WeightSet(names, lambda: copied(engine)))
-    begin = copied(engine)
-    for which, one in (("reference", sets), ("coarse", coarse)):
-        one.mix(which, 0.005)  # made here, of these weights
-    still = all(torch.equal(w, begin[n].float()) for n, w in _weights(sets, "reference"))
+    sets, begin = WeightSets(engine), copied(engine)
+    fine = WeightSet(names, lambda: copied(engine), torch.float32)
+    coarse = WeightSet(names, lambda: copied(engine))
+    sets.add("fine", fine)
+    sets.add("coarse", coarse)
+
+    def moved(one: WeightSet) -> int:
+        return sum(not torch.equal(w.float(), begin[n].float()) for n, w in one.weights.items())
+
+    for name in ("fine", "coarse"):
+        sets.mix(name, 0.005)  # made here, of these weights
+    still = moved(fine) == moved(coarse) == 0
     with torch.no_grad():
         for _, param, _ in parameters(engine):
             param.mul_(1 + 2**-7)
-    moved = []
-    for which, one in (("reference", sets), ("coarse", coarse)):
-        one.mix(which, 0.005)
-        moved.append(
-            sum(not torch.equal(w.float(), begin[n].float()) for n, w in _weights(one, which))
-        )
-    return *moved, still
-
-
-def _weights(sets: WeightSets, name: str):
-    return sets._sets[name].weights.items()
+    for name in ("fine", "coarse"):
+        sets.mix(name, 0.005)
+    return moved(fine), moved(coarse), still
 
 
 def test_a_small_step_is_not_lost_in_bf16(ranks):
