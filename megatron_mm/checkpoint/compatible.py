@@ -29,6 +29,8 @@ NOT_THE_MODEL = {
 }
 # Prefix of tensors that no parameter holds (multi-token prediction): kept for the export.
 CARRIED_PREFIX = "carried."
+# Prefix of the sets of weights that follow the model's (`Engine.moving`).
+MOVING_PREFIX = "moving."
 # CLVR's own parameters, which a base model lacks.
 CLVR = ("model.language.looks.", "model.vision.memory_proj")
 
@@ -110,7 +112,7 @@ def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
     missing = [key for key in missing if key not in set(added)]
     foreign = sorted(stored.keys() - expected.keys())
     if finetune:
-        ignored = ("optimizer.", CARRIED_PREFIX, *CLVR)
+        ignored = ("optimizer.", MOVING_PREFIX, CARRIED_PREFIX, *CLVR)
         foreign = [key for key in foreign if not key.startswith(ignored)]
     shared = sorted(stored.keys() & expected.keys())
     misshaped = [key for key in shared if tuple(stored[key]) != tuple(expected[key])]
@@ -129,6 +131,8 @@ def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
         hint = ""
         if any(key.startswith("optimizer.") for key in missing + foreign):
             hint = "; optimizer state fits only the same trainable modules, else use finetune"
+        if any(key.startswith(MOVING_PREFIX) for key in missing + foreign):
+            hint = "; set sync_ref_model and the reference as there, else use finetune"
         # Dropping them would silently load another model than the one that was trained.
         adapters = [key for key in foreign if key.startswith("model.") and is_adapter(key)]
         if adapters:

@@ -1,4 +1,5 @@
-"""Saves and loads a run: weights, optimizer, schedule, data position, random generators.
+"""Saves and loads a run: weights, optimizer, schedule, data position, random generators, and the
+sets of weights that move with the model's (`Engine.moving`).
 
 A checkpoint is a folder `iter_0000120` with tensors in megatron-core's distributed format,
 `run.json`, and one generator file per rank. It is written under another name and renamed when
@@ -27,7 +28,9 @@ from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
 from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.checkpoint.snapshot import layout_of, rng_name, take, write
 from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.weight_set import Weights
 from megatron_mm.errors import CheckpointError
+from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.param_layout import initialize_one
 
 
@@ -55,13 +58,29 @@ def save(
     return write(taken, Path(folder), engine.groups.world)
 
 
+def find(groups: Groups, folder: Path | str) -> tuple[Path, dict[str, Any]]:
+    """Returns (checkpoint, content of its run.json) as rank 0 finds them; see `folders.resolve`.
+    Every rank calls it.
+
+    Raises:
+        CheckpointError: on every rank; there is no complete checkpoint.
+    """
+    found: list[Any] = [None]
+    with raising_together(groups.world, f"cannot load {folder}"):
+        if dist.get_rank() == 0:
+            found = [folders.resolve(Path(folder))]
+    dist.broadcast_object_list(found, src=0, group=groups.world)
+    return found[0]
+
+
 def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, Any]:
     """Overwrites the engine's state from a checkpoint. Every rank calls it.
 
     Args:
         folder: a checkpoint, or the folder of checkpoints whose `latest` names one.
-        finetune: loads only weights. Optimizer, schedule and generators stay as they are;
-            parameters of CLVR and of adapters that the checkpoint lacks are drawn from the seed.
+        finetune: loads only weights. Optimizer, schedule, generators and sets that move stay as
+            they are; parameters of CLVR and of adapters that the checkpoint lacks are drawn from
+            the seed.
 
     Returns:
         "iteration", "loader" and "extra" as saved; "initialized": names of parameters of CLVR and
@@ -73,13 +92,8 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     """
     groups = engine.groups
     doing = f"cannot load {folder}"
-    found: list[Any] = [None]
-    with raising_together(groups.world, doing):
-        if dist.get_rank() == 0:
-            found = [folders.resolve(Path(folder))]
-    dist.broadcast_object_list(found, src=0, group=groups.world)
-    path, run = found[0]
-    expected = shards.expected_shapes(engine, with_optimizer=not finetune)
+    path, run = find(groups, folder)
+    expected = shards.expected_shapes(engine, weights_alone=finetune)
     with raising_together(groups.world, doing):
         check_model(run["config"]["model"], engine.run.model, finetune=finetune)
         check_adapters(run["config"].get("lora") or {}, engine.run.lora)
@@ -91,7 +105,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
         storage.check_files(path, index, groups.world.rank(), groups.world.size())
     same_layout = run["layout"] == layout_of(engine)
     with raising_together(groups.world, doing):
-        wanted = shards.empty_shards(engine, set(stored), with_optimizer=not finetune)
+        wanted = shards.empty_shards(engine, set(stored), weights_alone=finetune)
         shards.check_complete(engine, wanted.keys(), set(added))
         storage.read_tensors(wanted, path, index, run["identity"])
         generators = None
@@ -167,6 +181,18 @@ def _apply(
     if finetune:
         engine.optimizer.reload_model_params()
         return
+    for which, moving in engine.moving.items():
+        moving.fill(_moving(engine, which, tensors))
     optimizer_state.restore(engine, state)
     engine.scheduler.num_steps = 0  # load_state_dict adds to it (optimizer_param_scheduler.py:390)
     engine.scheduler.load_state_dict(run["scheduler"])
+
+
+def _moving(engine: Engine, which: str, tensors: dict[str, torch.Tensor]) -> Weights:
+    """Returns the weights of a set that moves, shaped like the parameters."""
+    moving, found = engine.moving[which], {}
+    for name, param, layout in parameters(engine):
+        if name in moving.names:
+            data = tensors.get(shards.moving_key(which, name))
+            found[name] = shards.from_shard(data, layout, param, moving.dtype or param.dtype)
+    return found

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from megatron_mm.checkpoint.compatible import MOVING_PREFIX
 from megatron_mm.checkpoint.optimizer_state import MOMENTS, owned, trainable
 from megatron_mm.checkpoint.parameters import families, parameters
 from megatron_mm.engine.engine import Engine
@@ -23,6 +24,10 @@ def weight_key(name: str) -> str:
 
 def state_key(kind: str, name: str) -> str:
     return f"optimizer.{kind}.{name}"
+
+
+def moving_key(which: str, name: str) -> str:
+    return f"{MOVING_PREFIX}{which}.{name}"
 
 
 def kinds_saved(param: torch.Tensor) -> tuple[str, ...]:
@@ -52,10 +57,15 @@ def to_shard(
     )
 
 
-def from_shard(data: torch.Tensor | None, layout: ParamLayout, like: torch.Tensor) -> torch.Tensor:
+def from_shard(
+    data: torch.Tensor | None,
+    layout: ParamLayout,
+    like: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Inverse of `to_shard`: returns the loaded data (None: only padding) shaped like the
-    parameter, in fp32 on the CPU."""
-    whole = torch.zeros(like.shape)
+    parameter, in fp32 on the CPU, or in `dtype`."""
+    whole = torch.zeros(like.shape, dtype=dtype)
     if data is not None:
         layout.held(whole).copy_(data)
     return whole
@@ -87,15 +97,23 @@ def replicas(engine: Engine) -> dict[str, tuple[int, int]]:
     return result
 
 
-def expected_shapes(engine: Engine, *, with_optimizer: bool) -> Shapes:
+def expected_shapes(engine: Engine, *, weights_alone: bool) -> Shapes:
     """Returns the whole shape of every tensor in a checkpoint of this model. Collective over the
-    pipeline-parallel group; ranks of one stage have the same names and whole shapes."""
+    pipeline-parallel group; ranks of one stage have the same names and whole shapes.
+
+    Args:
+        weights_alone: leave out the optimizer's state and the sets that move.
+    """
     mine: Shapes = {}
     for name, param, layout in parameters(engine):
         mine[weight_key(name)] = layout.global_shape
-        if with_optimizer and param.requires_grad:
-            for kind in kinds_saved(param):
-                mine[state_key(kind, name)] = layout.global_shape
+        if weights_alone:
+            continue
+        for kind in kinds_saved(param) if param.requires_grad else ():
+            mine[state_key(kind, name)] = layout.global_shape
+        for which, moving in engine.moving.items():
+            if name in moving.names:
+                mine[moving_key(which, name)] = layout.global_shape
     pp = engine.groups.pg.pp
     parts: list[Shapes] = [mine]
     if pp.size() > 1:
@@ -105,9 +123,13 @@ def expected_shapes(engine: Engine, *, with_optimizer: bool) -> Shapes:
 
 
 def empty_shards(
-    engine: Engine, stored: set[str], *, with_optimizer: bool
+    engine: Engine, stored: set[str], *, weights_alone: bool
 ) -> dict[str, ShardedTensor]:
-    """Allocates CPU buffers for the shards this rank needs, of the tensors in `stored`."""
+    """Allocates CPU buffers for the shards this rank needs, of the tensors in `stored`.
+
+    Args:
+        weights_alone: see `expected_shapes`.
+    """
     wanted: dict[str, ShardedTensor] = {}
 
     def want(key: str, layout: ParamLayout, param: torch.Tensor, dtype: torch.dtype) -> None:
@@ -117,11 +139,16 @@ def empty_shards(
     for name, param, layout in parameters(engine):
         if weight_key(name) in stored:
             want(weight_key(name), layout, param, param.dtype)
-    if with_optimizer:
-        mine = owned(engine)  # other ranks load the state of the other parameters
-        for name, param, layout in trainable(engine):
-            for kind in kinds_saved(param) if name in mine else ():
-                want(state_key(kind, name), layout, param, torch.float32)
+    if weights_alone:
+        return wanted
+    mine = owned(engine)  # other ranks load the state of the other parameters
+    for name, param, layout in trainable(engine):
+        for kind in kinds_saved(param) if name in mine else ():
+            want(state_key(kind, name), layout, param, torch.float32)
+    for which, moving in engine.moving.items():
+        for name, param, layout in parameters(engine):
+            if name in moving.names:
+                want(moving_key(which, name), layout, param, moving.dtype or param.dtype)
     return wanted
 
 

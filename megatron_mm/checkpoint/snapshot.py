@@ -106,6 +106,10 @@ def _tensors(engine: Engine) -> tuple[list[ShardedTensor], set[int]]:
             for kind in saved[name] if name in state else ():
                 key = shards.state_key(kind, name)
                 tensors.append(shards.to_shard(key, layout, state[name][kind]))
+            for which, moving in engine.moving.items():
+                if name in moving.names:
+                    copy = moving.weights[name].clone()  # the set moves on in place
+                    tensors.append(shards.to_shard(shards.moving_key(which, name), layout, copy))
     return tensors, {int(entry["step"]) for entry in state.values()}
 
 

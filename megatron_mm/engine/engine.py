@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -36,6 +36,7 @@ from megatron_mm.engine.optimizer import (
     gradient_norm,
     overlaps,
 )
+from megatron_mm.engine.weight_set import WeightSet
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.layers.output import Predictions
@@ -55,6 +56,8 @@ class Engine:
         models: this rank's pipeline stages, each wrapped by DDP; one unless there are virtual
             stages.
         encoder: the encoder, where it stands beside the pipeline.
+        moving: sets of weights that follow the model's, by name. They belong to the state of the
+            run: checkpoints hold them.
     """
 
     run: RunConfig
@@ -63,6 +66,7 @@ class Engine:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     encoder: EncoderSide | None = None
+    moving: dict[str, WeightSet] = field(default_factory=dict)
 
     @property
     def chunks(self) -> list[MultimodalModel]:

@@ -1,5 +1,5 @@
 """Memory of reinforcement learning beside a supervised step: the rollout's caches and draws, the
-policy's microbatch, the reference in host memory."""
+policy's microbatch, the reference and the teachers in host memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.standins import fused_kernels
 from megatron_mm.rl.objective import ExpertAlignedObjective, PolicyObjective
 from megatron_mm.rl.policy_batch import PolicyBatch
-from megatron_mm.rl.settings import ResolvedRL, RLConfig, resolved
+from megatron_mm.rl.reference_settings import ReferenceConfig
+from megatron_mm.rl.settings import ResolvedRL, RLConfig, resolved, teacher_folders
 
 
 def reinforced(run: RunConfig) -> ResolvedRL | None:
@@ -83,7 +84,8 @@ class RolloutTrace:
             rule, inputs of the convolutions, the looks' keys and values, recorded routes.
         prefill: the most that a prefill of a microbatch of prompts holds beside the caches.
         drawing: logits of all rows, and what drawing from those of a lane takes.
-        host: in host memory: the reference's weights, and this model's while those are in place.
+        host: in host memory: the weights of the reference and of every teacher, and this model's
+            while those are in place.
     """
 
     rows: int
@@ -109,6 +111,19 @@ class RolloutTrace:
             return math.inf if room >= self.prefill else 0
         most = min(found) // self.multiple * self.multiple
         return int(most) if most >= self.least else 0
+
+
+def held_weights(run: RunConfig, rl: ResolvedRL, weights: int) -> int:
+    """Bytes of host memory that the sets of weights of a rank take (`rl/reference.py`).
+
+    Args:
+        weights: bytes of its parameters.
+    """
+    reference = run.section(ReferenceConfig)
+    averages = reference.sync_ref_model and reference.ref_model_mixup_alpha < 1
+    wide = 2 if averages and run.training.bf16 else 1  # an average is in fp32
+    sets = len({*teacher_folders(rl).values()}) + (wide if rl.ref_load else 0)
+    return (sets + 1) * weights if sets else 0
 
 
 def trace_rollout(
@@ -149,7 +164,7 @@ def trace_rollout(
         held * lanes,
         prefill,
         drawing,
-        2 * weights if rl.ref_load else 0,
+        held_weights(run, rl, weights),
     )
 
 
@@ -181,7 +196,7 @@ def rough_rollout(
         sum(piece.cache * rows // piece.rows for piece in pieces),
         run.training.micro_batch_size * max(piece.prefill for piece in pieces),
         drawing,
-        2 * weights if rl.ref_load else 0,
+        held_weights(run, rl, weights),
     )
 
 

@@ -188,7 +188,7 @@ def _rollout(plan: LayoutPlan) -> list[str]:
         f"{_most(plan)} sequences (max_num_seqs) fit; its time is not predicted"
     )
     if worst.host:
-        line += f"; reference: {worst.host / GB:.1f} GB of host memory a rank"
+        line += f"; reference and teachers: {worst.host / GB:.1f} GB of host memory a rank"
     return [line]
 
 

@@ -9,6 +9,7 @@ from megatron_mm.config.fields import Bounds, PositiveFloat
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.errors import ConfigError
 from megatron_mm.plugins import Registry
+from megatron_mm.rl.reference_settings import check_reference
 
 _LOSSES = "megatron_mm.preference.losses"
 # Name -> (pairs, settings) -> the loss of each pair; losses.py.
@@ -90,3 +91,4 @@ def check_dpo(run: RunConfig) -> None:
             f"dpo.dpo_label_smoothing is {dpo.dpo_label_smoothing}; allowed: 0 with loss_type "
             f"{', '.join(names)}, or this value with {' or '.join(SMOOTHED)}"
         )
+    check_reference(run, None)

@@ -17,6 +17,7 @@ from megatron_mm.preference.reference import open_reference
 from megatron_mm.preference.settings import DPOConfig
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.logprobs import trainer_logprobs
+from megatron_mm.rl.reference import REFERENCE, follow
 
 
 class PairSteps:
@@ -30,7 +31,7 @@ class PairSteps:
         del tokenizer
         self.engine, self.loader = engine, loader
         self.objective = PreferenceObjective(run.section(DPOConfig))
-        self.reference, loader.started_from = open_reference(engine)
+        self.sets, loader.started_from = open_reference(engine)
         self.between = True
         self.metrics: dict[str, float] = {}
         self.table: list[dict[str, Any]] = []
@@ -42,7 +43,8 @@ class PairSteps:
         batches, stopping = receive_step(self.engine.groups, self.loader, stop)
         if stopping:
             return [], True
-        with self.reference.in_place():
+        with self.sets.swapping() as put:
+            put(REFERENCE)
             known = trainer_logprobs(self.engine, batches, 1.0)
         delta = self.loader.delta
         self.metrics = {"rewards/delta": delta}
@@ -50,9 +52,10 @@ class PairSteps:
         return made, False
 
     def stepped(self, metrics: Mapping[str, float]) -> None:
-        """Takes the rewards of a step into their running mean."""
+        """Takes the rewards of a step into their mean; moves the reference, if it is due."""
         mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
         self.loader.take_rewards(mean, int(metrics["train/pairs"]))
+        follow(self.sets, self.engine)
 
     def close(self) -> None:
         self.loader.close()

@@ -38,6 +38,7 @@ class Line(NamedTuple):
 
 POLICY = {
     "KL from the reference (nats a token)": [Line("kl")],
+    "divergence from the teachers (nats a token)": [Line("teacher/kl")],
     "entropy (nats a token)": [Line("entropy")],
     "tokens whose ratio is clipped": [
         Line("clip_ratio/region_mean", "all"),
@@ -73,7 +74,7 @@ GRADIENTS = "gradient norm of each router"
 def rl_charts(records: list[dict]) -> dict[str, list[dict[str, Any]]]:
     """Returns charts as {name or title, last, svg}, by section of the page; empty without RL."""
     keys = list(dict.fromkeys(key for record in records for key in record))
-    if "reward" not in keys:
+    if not {"reward", "teacher/kl"} & {*keys}:
         return {}
     return {
         "rewards": _rewards(records, keys),

@@ -152,6 +152,12 @@ def compute_advantages(
     return Advantages(advantages_PG, total_PG, kept_PG, _group_sums(total_PG, kept_PG))
 
 
+def without_rewards(groups: int, size: int) -> Advantages:
+    """Returns advantages of 0 for completions that nothing scores."""
+    nothing_PG = torch.zeros(groups, size)
+    return Advantages(nothing_PG, nothing_PG, torch.ones_like(nothing_PG, dtype=torch.bool), {})
+
+
 def weighted(
     rewards_PGC: torch.Tensor, failed_PGC: torch.Tensor, weights_C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

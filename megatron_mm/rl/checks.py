@@ -14,7 +14,15 @@ from megatron_mm.rl.algorithms import (
     LOSS_AGGREGATIONS,
     POLICY_LOSSES,
 )
-from megatron_mm.rl.settings import RLConfig, resolved, rollout_plan
+from megatron_mm.rl.reference_settings import check_reference
+from megatron_mm.rl.settings import (
+    ResolvedRL,
+    RLConfig,
+    has_base_advantage,
+    resolved,
+    rollout_plan,
+    teacher_folders,
+)
 
 
 def check_rl(run: RunConfig) -> None:
@@ -25,7 +33,10 @@ def check_rl(run: RunConfig) -> None:
     POLICY_LOSSES.check(rl.policy_loss)
     LOSS_AGGREGATIONS.check(rl.loss_agg_mode)
     KL_ESTIMATORS.check(rl.kl_estimator)
-    _require(rl.num_generations > 1, "num_generations", rl.num_generations, "2 or more, a group")
+    taught = _check_teachers(rl)
+    alone = taught and not has_base_advantage(rl)
+    allowed = "2 or more, a group"
+    _require(rl.num_generations > 1 or alone, "num_generations", rl.num_generations, allowed)
     _require(rl.epsilon <= 1, "epsilon", rl.epsilon, "above 0 to 1; 1 is no lower bound")
     least = 1 + rl.epsilon_high
     allowed = f"none, or more than 1 + epsilon_high = {least:g}"
@@ -47,10 +58,11 @@ def check_rl(run: RunConfig) -> None:
     allowed = "false, or true with reward_funcs"
     _require(functions > 0 or not rl.filter_groups, "filter_groups", rl.filter_groups, allowed)
     routed = rl.earl.router_reward_weight > 0
-    _require(functions > 0 or routed, "reward_funcs", rl.reward_funcs, "at least 1 reward")
+    allowed = "at least 1 reward, or none with teacher_load"
+    _require(functions > 0 or routed or taught, "reward_funcs", rl.reward_funcs, allowed)
     idle = functions > 0 and rl.reward_weights and not any(rl.reward_weights)
     allowed = "none, or at least 1 weight that is not 0: nothing else is learnt from"
-    _require(not idle or routed, "reward_weights", rl.reward_weights, allowed)
+    _require(not idle or routed or taught, "reward_weights", rl.reward_weights, allowed)
     _require(
         rl.beta > 0 or not rl.use_kl_in_reward,
         "use_kl_in_reward",
@@ -103,6 +115,19 @@ def check_replicas(run: RunConfig, replicas: int) -> None:
         )
 
 
+def _check_teachers(rl: ResolvedRL) -> bool:
+    """Whether there are teachers, whose settings fit together."""
+    names, share = [*teacher_folders(rl)], rl.teacher_kl_coef
+    allowed = "above 0 with teacher_load" if names else "0, or this value with teacher_load"
+    _require((share > 0) == bool(names), "teacher_kl_coef", share, allowed)
+    key, several = rl.teacher_key, len(names) > 1
+    allowed = f"the column that names a row's teacher: {', '.join(names)}"
+    _require(bool(key) or not several, "teacher_key", key, allowed)
+    allowed = "none, or a column with teacher_load"
+    _require(key is None or bool(names), "teacher_key", key, allowed)
+    return bool(names)
+
+
 def _check_algorithm(name: str) -> None:
     """Rejects an algorithm that leaves open what the built-in ones decide."""
     given, needed = ALGORITHMS[name], ALGORITHMS["grpo"]
@@ -143,6 +168,7 @@ def _check_rollouts(run: RunConfig) -> None:
             )
     needed = "the reference model's checkpoint with beta above 0, none with beta 0"
     _require((rl.beta > 0) == bool(rl.ref_load), "ref_load", rl.ref_load, needed)
+    check_reference(run, None if rl.ref_load else "rl.ref_load and rl.beta above 0")
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str, section: str = "rl") -> None:

@@ -25,7 +25,8 @@ from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.model.routing import Routes
 from megatron_mm.rl.rollout.draw import Group, moe_layers
-from megatron_mm.rl.settings import RLConfig
+from megatron_mm.rl.settings import RLConfig, teacher_folders
+from megatron_mm.rl.teachers import teacher_of
 
 
 @dataclass(kw_only=True)
@@ -37,11 +38,13 @@ class CompletionBatch(Microbatch):
         completion_T: int64, the number within the microbatch of the completion whose token was
             sampled from here; -1: none.
         lengths_N: int64, sampled tokens of each.
+        teacher: the name of the teacher of all of them, if there is one.
     """
 
     members: list[int]
     completion_T: torch.Tensor
     lengths_N: torch.Tensor
+    teacher: str | None = None
 
     @property
     def sampled(self) -> torch.Tensor:
@@ -95,6 +98,20 @@ def completion_batch(
     )
 
 
+def per_completion(
+    batches: Sequence[CompletionBatch], values: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Returns [G] of each of the replica's completions, in their order.
+
+    Args:
+        values: [T] of each microbatch.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for batch, values_T in zip(batches, values, strict=True):
+        found |= dict(zip(batch.members, batch.split(values_T), strict=True))
+    return [found[n] for n in range(len(found))]
+
+
 def token_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Returns the indices of samples in bins of at most `capacity` tokens. Each goes into the first
     bin with room, so that neighbours (completions of one prompt, whose images are then computed
@@ -111,45 +128,67 @@ def token_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def bins_by_name[Name](
+    names: Sequence[Name], of: Sequence[Name], lengths: Sequence[int], capacity: int
+) -> list[list[list[int]]]:
+    """Returns for each name the `token_bins` of the samples that are its own.
+
+    Args:
+        of: the name of each sample.
+    """
+    found = []
+    for name in names:
+        mine = [i for i, its in enumerate(of) if its == name]
+        inside = token_bins([lengths[i] for i in mine], capacity)
+        found.append([[mine[i] for i in places] for places in inside])
+    return found
+
+
 def pack_step(
     engine: Engine, tokenizer: Tokenizer, groups: Sequence[Group], chosen: Sequence[int]
 ) -> list[CompletionBatch]:
-    """Returns the completions of one step in as many microbatches on every replica, with the
-    rollout's routes where they are replayed (R3). Every rank of the job calls it.
+    """Returns the completions of one step in as many microbatches on every replica, and as many of
+    each teacher, with the rollout's routes where they are replayed (R3). All completions of a
+    microbatch have the same teacher. Every rank of the job calls it.
 
     Args:
         groups: of this replica, all of the rollout; chosen: the places of those in this step.
     """
-    run = engine.run
-    size = run.section(RLConfig).num_generations
+    run, rl = engine.run, engine.run.section(RLConfig)
+    size = rl.num_generations
     completions = [completion for group in groups for completion in group.completions]
     members = [p * size + g for p in chosen for g in range(size)]
     capacity = run.training.micro_batch_size * run.data.seq_length
-    samples, bins = [], []
+    teachers: list[str | None] = [*teacher_folders(rl)] or [None]
+    samples: list[Sample] = []
+    bins: list[list[list[int]]] = [[] for _ in teachers]
     if engine.groups.is_reader:
+        asked = [groups[n // size].asked for n in members]
         samples = [
-            answered(groups[n // size].asked.sample, completions[n].tokens_G) for n in members
+            answered(prompt.sample, completions[n].tokens_G)
+            for prompt, n in zip(asked, members, strict=True)
         ]
-        bins = token_bins([len(s.tokens_T) for s in samples], capacity)
-    count = torch.tensor(max(1, len(bins)))
-    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=engine.groups.world)
+        of = [teacher_of(prompt.row, prompt.where, rl) for prompt in asked]
+        bins = bins_by_name(teachers, of, [len(s.tokens_T) for s in samples], capacity)
+    counts = torch.tensor([len(its) for its in bins])
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=engine.groups.world)
     stages = engine.groups.pg.pp.size() if len(engine.chunks) > 1 else 1
-    total = -(-int(count) // stages) * stages  # the interleaved schedule takes whole rounds
+    total = max(1, int(counts.sum()))
+    counts[-1] += -(-total // stages) * stages - counts.sum()  # the interleaved schedule's rounds
     batches: list[CompletionBatch] = []
     if engine.groups.is_reader:
-        bins += [[] for _ in range(total - len(bins))]
-        batches = [
-            completion_batch(
-                [samples[i] for i in inside],
-                [members[i] for i in inside],
-                settings=image_settings(run),
-                pad_id=tokenizer.pad_id,
-                pad_multiple=token_multiple(run),
-            )
-            for inside in bins
-        ]
+        for teacher, its, count in zip(teachers, bins, counts.tolist(), strict=True):
+            for inside in its + [[] for _ in range(count - len(its))]:
+                batch = completion_batch(
+                    [samples[i] for i in inside],
+                    [members[i] for i in inside],
+                    settings=image_settings(run),
+                    pad_id=tokenizer.pad_id,
+                    pad_multiple=token_multiple(run),
+                )
+                batches.append(replace(batch, teacher=teacher))
     batches = broadcast_batches(engine.groups, batches)
-    if run.section(RLConfig).routing_replay != "R3":
+    if rl.routing_replay != "R3":
         return batches
     layers, k = moe_layers(engine), run.model.language.moe_router_topk
     return [

@@ -28,8 +28,9 @@ from megatron_mm.rl.advantages import (
     weighted,
     whiten,
     whitening_sums,
+    without_rewards,
 )
-from megatron_mm.rl.completion_batch import CompletionBatch
+from megatron_mm.rl.completion_batch import CompletionBatch, per_completion
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_losses import kl_divergence
 from megatron_mm.rl.rollout.score import Scored
@@ -80,12 +81,14 @@ def credit(
     hits: Hits | None,
     kl: Sequence[torch.Tensor] | None,
     sum_over_readers: SumOverReaders,
+    taught: Sequence[torch.Tensor] | None = None,
 ) -> Credited:
     """Turns rewards into advantages.
 
     Args:
         weights: of the reward functions.
         kl: [G] of each completion, where the KL divergence is a part of the reward.
+        taught: [G] of each completion, `teacher_gaps`, where there are teachers.
     """
     lengths = [len(completion.tokens_G) for completion in scored.completions]
     to_go = kl if kl is not None and has_kl_to_go(rl.advantage_estimator) else None
@@ -96,14 +99,17 @@ def credit(
     if kl is not None and to_go is None:
         more["kl"] = -rl.beta, torch.tensor([float(values_G.sum()) for values_G in kl])
     rewards_PGC, failed_PGC = _with(scored.rewards_PGC, scored.failed_PGC, more)
-    advantages = compute_advantages(
-        rewards_PGC,
-        failed_PGC,
-        [*weights, *(weight for weight, _ in more.values())],
-        rl.advantage_estimator,
-        rl.multi_objective_aggregation,
-        rl.reward_std_floor,
-    )
+    if rewards_PGC.shape[2]:
+        advantages = compute_advantages(
+            rewards_PGC,
+            failed_PGC,
+            [*weights, *(weight for weight, _ in more.values())],
+            rl.advantage_estimator,
+            rl.multi_objective_aggregation,
+            rl.reward_std_floor,
+        )
+    else:
+        advantages = without_rewards(*rewards_PGC.shape[:2])
     advantages = over_the_batch(advantages, rl, sum_over_readers)
     values = advantages.advantages_PG.flatten()
     tokens = [value.expand(length) for value, length in zip(values, lengths, strict=True)]
@@ -118,6 +124,8 @@ def credit(
         tokens = [whiten(values_G, sums) for values_G in tokens]
     if rl.earl.span_credit:
         tokens = with_span_credit(tokens, scored.spans, rl.earl.span_credit)
+    if taught is not None:
+        tokens = [t + rl.teacher_kl_coef * gap for t, gap in zip(tokens, taught, strict=True)]
     _, task_rewards_PG = weighted(scored.rewards_PGC, scored.failed_PGC, torch.tensor([*weights]))
     return Credited(
         scored,
@@ -183,11 +191,37 @@ def completion_kl(
 ) -> list[torch.Tensor]:
     """Returns the KL divergence from the reference model at every token, [G] of each of the
     replica's completions, in their order."""
-    found: dict[int, torch.Tensor] = {}
+    values = [kl_divergence(known.old_T, known.ref_T, estimator) for known in logprobs]
+    return per_completion(batches, values)
+
+
+def teacher_gaps(
+    batches: Sequence[CompletionBatch], logprobs: Sequence[Logprobs]
+) -> list[torch.Tensor]:
+    """Returns log p_teacher - log p_policy of every token before the first update, [G] of each of
+    the replica's completions, in their order. As an advantage it descends the reverse divergence
+    KL(policy || teacher) of the next token, at prefixes that the policy wrote (MiMo-V2-Flash, arXiv
+    2601.02780, eq. 8; Nemotron-Cascade 2, arXiv 2603.19220, eq. 3)."""
+    return per_completion(batches, [_gap(known) for known in logprobs])
+
+
+def teacher_sums(
+    batches: Sequence[CompletionBatch], logprobs: Sequence[Logprobs]
+) -> dict[str, list[float]]:
+    """Returns [numerator, denominator] of `teacher/kl`, the mean of log p_policy - log p_teacher
+    over sampled tokens, and of `teacher/kl/<name>`."""
+    sums: dict[str, list[float]] = {}
     for batch, known in zip(batches, logprobs, strict=True):
-        kl_T = kl_divergence(known.old_T, known.ref_T, estimator)
-        found |= dict(zip(batch.members, batch.split(kl_T), strict=True))
-    return [found[n] for n in range(len(found))]
+        gap = -float(_gap(known).double().sum())
+        for name in ("teacher/kl", f"teacher/kl/{batch.teacher}"):
+            total, count = sums.get(name, [0.0, 0.0])
+            sums[name] = [total + gap, count + len(batch.sampled)]
+    return sums
+
+
+def _gap(known: Logprobs) -> torch.Tensor:
+    assert known.teacher_T is not None and known.old_T is not None  # measured where there are any
+    return known.teacher_T - known.old_T
 
 
 def _with(

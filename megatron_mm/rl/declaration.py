@@ -6,6 +6,7 @@ from megatron_mm.config.objectives import Declaration
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.rl.checks import check_replicas, check_rl
+from megatron_mm.rl.reference_settings import ReferenceConfig
 from megatron_mm.rl.settings import RLConfig
 
 
@@ -16,13 +17,14 @@ def _balance(run: RunConfig) -> float:
 GRPO = Declaration(
     source="megatron_mm.rl.rollout.experience.Experience",
     loader="megatron_mm.rl.rollout.prompts.PromptLoader",
-    sections={"rl": RLConfig, "earl": EARLConfig},
+    sections={"rl": RLConfig, "earl": EARLConfig, "reference": ReferenceConfig},
     check=check_rl,
     check_replicas=check_replicas,
     console=(
         "reward",
         "reward_std",
         "kl",
+        "teacher/kl",
         "entropy",
         "completions/mean_length",
         "rollout/moe/hit_rate",

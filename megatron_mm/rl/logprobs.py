@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from megatron_mm.checkpoint.weight_sets import WeightSets
 from megatron_mm.engine.engine import Engine
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.rl.completion_batch import CompletionBatch
-from megatron_mm.rl.reference import Reference
-from megatron_mm.rl.settings import ResolvedRL
+from megatron_mm.rl.reference import REFERENCE, teacher_set
+from megatron_mm.rl.settings import ResolvedRL, teacher_folders
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Logprobs:
             training pass itself.
         ref_T: under the reference model, if there is one.
         routes: the experts of the pass that gave `old_T`, where they are replayed (R2).
+        teacher_T: under the teacher of the microbatch, if there is one.
     """
 
     rollout_T: torch.Tensor
     old_T: torch.Tensor | None
     ref_T: torch.Tensor | None
     routes: Routes | None
+    teacher_T: torch.Tensor | None = None
 
 
 def measure_logprobs(
@@ -46,36 +49,58 @@ def measure_logprobs(
     rl: ResolvedRL,
     *,
     steps: int,
-    reference: Reference | None,
+    sets: WeightSets,
 ) -> list[Logprobs]:
-    """Runs the forward passes that the settings need. Every rank of the job calls it.
+    """Runs the forward passes that the settings need. Every rank of the job calls it. Each set of
+    weights is put in place once.
 
     Args:
         batches: of all steps of a rollout; completions: of this replica.
         steps: optimizer steps that the rollout serves.
+        sets: the reference model, if there is one, and the teachers of the microbatches.
     """
     old: list = [None] * len(batches)
-    ref: list = [None] * len(batches)
     routes: list = [None] * len(batches)
     replays = rl.routing_replay == "R2"
     # A single step on these weights computes them itself: old and new are the same.
-    if steps > 1 or rl.rollout_is or rl.use_kl_in_reward or replays:
+    if steps > 1 or rl.rollout_is or rl.use_kl_in_reward or rl.teacher_load or replays:
         record: list[Routes] | None = [{} for _ in batches] if replays else None
         old = trainer_logprobs(engine, batches, rl.temperature, record)
         if record is not None:
             whole = [whole_routes(one, engine.groups.pg) for one in record]
             routes = [{layer: taken.cpu() for layer, taken in one.items()} for one in whole]
-    if reference is not None:
-        # The reference chooses its own experts, even where the policy replays routes. Drawn experts
-        # it is given: equal weights must not differ by the draw.
-        drawn = rl.earl.router_temperature > 0
-        free = batches if drawn else [replace(batch, routes=None) for batch in batches]
-        with reference.in_place():
-            ref = trainer_logprobs(engine, free, rl.temperature)
+    ref, taught = _by_others(engine, batches, rl, sets)
     rollout = [
         batch.spread([completions[n].logprobs_G for n in batch.members]) for batch in batches
     ]
-    return [Logprobs(*values) for values in zip(rollout, old, ref, routes, strict=True)]
+    return [Logprobs(*values) for values in zip(rollout, old, ref, routes, taught, strict=True)]
+
+
+def _by_others(
+    engine: Engine, batches: Sequence[CompletionBatch], rl: ResolvedRL, sets: WeightSets
+) -> tuple[list, list]:
+    """Returns what the reference says of each microbatch, and its teacher; None where there is
+    none. They choose their own experts, even where the policy replays routes. Drawn experts the
+    reference is given: equal weights must not differ by the draw."""
+    ref: list = [None] * len(batches)
+    taught: list = [None] * len(batches)
+    if REFERENCE not in sets and not rl.teacher_load:
+        return ref, taught
+    free = [replace(batch, routes=None) for batch in batches]
+    with sets.swapping() as put:
+        if REFERENCE in sets:
+            put(REFERENCE)
+            drawn = rl.earl.router_temperature > 0
+            ref = trainer_logprobs(engine, batches if drawn else free, rl.temperature)
+        for name in teacher_folders(rl):
+            places = [n for n, batch in enumerate(batches) if batch.teacher == name]
+            if not places:  # on every rank
+                continue
+            put(teacher_set(name))
+            found = trainer_logprobs(engine, [free[n] for n in places], rl.temperature)
+            for n, known_T in zip(places, found, strict=True):
+                taught[n] = known_T
+    return ref, taught
 
 
 def trainer_logprobs(

@@ -16,6 +16,7 @@ from megatron_mm.config.fields import (
 )
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.earl.settings import EARLConfig
+from megatron_mm.errors import ConfigError
 from megatron_mm.rl.algorithms import (
     ALGORITHMS,
     ESTIMATORS,
@@ -90,6 +91,14 @@ class RLConfig:
     gradient is zero."""
     use_kl_in_reward: bool = False
     """Subtract the KL divergence from the reward instead of adding it to the loss."""
+    teacher_load: list[str] = field(default_factory=list)
+    """On-policy distillation: the checkpoint of a teacher or, of several, name=checkpoint each."""
+    teacher_key: str | None = None
+    """Column of the rows that names the teacher of a prompt. Needed with several teachers."""
+    teacher_kl_coef: NonNegativeFloat = 0.0
+    """Coefficient of log p_teacher - log p_policy, before the first update, in the advantage of a
+    token (arXiv 2601.02780, eq. 8 and 9); above 0 with teacher_load. Without reward_funcs nothing
+    else is learnt from."""
     rollout_is: Literal["token", "sequence"] | None = None
     """Importance sampling where rollout and trainer disagree on probabilities, for each token or
     for each completion."""
@@ -168,6 +177,37 @@ def records_routes(rl: ResolvedRL, rewards_read_them: bool) -> bool:
     """Whether a rollout records the experts that its tokens chose: to replay them, for the skill
     map, or for a reward function that reads `routed_experts`."""
     return rl.routing_replay == "R3" or bool(rl.earl.skill_map) or rewards_read_them
+
+
+def teacher_folders(rl: RLConfig) -> dict[str, str]:
+    """Returns the checkpoint of each teacher by its name; one without a name is `teacher`.
+
+    Raises:
+        ConfigError: for a name or a path that is missing, or a name that stands twice.
+    """
+    found: dict[str, str] = {}
+    for word in rl.teacher_load:
+        name, equals, folder = word.partition("=")
+        if not equals or "/" in name:  # a path may well contain a =
+            name, folder = "teacher", word
+        unnamed = folder == word and len(rl.teacher_load) > 1
+        if unnamed or not name or not folder or name in found:
+            raise ConfigError(
+                f"rl.teacher_load is {rl.teacher_load!r}; allowed: one checkpoint, or "
+                "name=checkpoint for each teacher, every name once"
+            )
+        found[name] = folder
+    return found
+
+
+def has_base_advantage(rl: ResolvedRL) -> bool:
+    """Whether anything but teachers gives an advantage."""
+    return bool(
+        rl.reward_funcs
+        or rl.earl.router_reward_weight
+        or rl.use_kl_in_reward
+        or rl.earl.span_credit
+    )
 
 
 class RolloutPlan(NamedTuple):

@@ -10,7 +10,7 @@ from megatron_mm.config.flags import explained
 from megatron_mm.config.tree import leaves
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.rl.algorithms import ALGORITHMS
-from megatron_mm.rl.settings import RLConfig, resolve_algorithm
+from megatron_mm.rl.settings import RLConfig, resolve_algorithm, teacher_folders
 
 
 def run_with(**rl):
@@ -63,7 +63,38 @@ def test_settings_are_flags():
         ({"epsilon": 1.5}, "rl.epsilon is 1.5"),
         ({"reward_weights": [1.0, 2.0]}, "one for each of the 1 reward_funcs"),
         ({"reward_weights": [float("nan")]}, "finite numbers"),
-        ({"reward_funcs": []}, "at least 1 reward"),
+        ({"reward_funcs": []}, "at least 1 reward, or none with teacher_load"),
+        ({"teacher_kl_coef": 1.0}, "rl.teacher_kl_coef is 1.0; allowed: 0, or this value with tea"),
+        (
+            {"teacher_load": ["one"]},
+            "rl.teacher_kl_coef is 0.0; allowed: above 0 with teacher_load",
+        ),
+        (
+            {"teacher_load": ["a=one", "b=two"], "teacher_kl_coef": 1.0},
+            "rl.teacher_key is None; allowed: the column that names a row's teacher: a, b",
+        ),
+        ({"teacher_key": "skill"}, "rl.teacher_key is 'skill'; allowed: none, or a column with"),
+        (
+            {"teacher_load": ["one", "b=two"], "teacher_kl_coef": 1.0, "teacher_key": "skill"},
+            "rl.teacher_load is ['one', 'b=two']; allowed: one checkpoint, or name=checkpoint for",
+        ),
+        (
+            {"teacher_load": ["a=one", "a=two"], "teacher_kl_coef": 1.0, "teacher_key": "skill"},
+            "rl.teacher_load is ['a=one', 'a=two']; allowed: one checkpoint, or name=checkpoint",
+        ),
+        (
+            {
+                "teacher_load": ["one"],
+                "teacher_kl_coef": 1.0,
+                "reward_funcs": [],
+                "filter_groups": True,
+            },
+            "rl.filter_groups is True; allowed: false, or true with reward_funcs",
+        ),
+        (
+            {"teacher_load": ["one"], "teacher_kl_coef": 1.0, "num_generations": 1},
+            "rl.num_generations is 1; allowed: 2 or more, a group",
+        ),
         ({"num_generations": 3}, "rl.num_generations is 3; allowed: one that divides global_batch"),
         ({"num_generations": 4, "rollout_batch_size": 3}, "a multiple of global_batch_size / num"),
         ({"rollout_batch_size": 3}, "train_iters is 100; allowed: a multiple of a rollout's 3 st"),
@@ -108,6 +139,32 @@ def test_what_does_not_fit_is_refused(rl, message):
     with pytest.raises(ConfigError) as caught:
         validate(run_with(**rl))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_teachers_are_flags_and_need_no_group():
+    flags = "--teacher-load steps=runs/a free=runs/b=c --teacher-key form --teacher-kl-coef 0.5"
+    rl = load(None, ["--preset", "tiny", *flags.split()]).section(RLConfig)
+    assert teacher_folders(rl) == {"steps": "runs/a", "free": "runs/b=c"}
+    assert teacher_folders(RLConfig(teacher_load=["./a=b"])) == {"teacher": "./a=b"}
+    run = run_with(teacher_load=["one"], teacher_kl_coef=1.0, reward_funcs=[], num_generations=1)
+    validate(run)
+
+
+def test_a_reference_moves_where_there_is_one():
+    run = run_with(beta=0.1, ref_load="ref")
+    reference = run.objectives["reference"]
+    reference.sync_ref_model = True
+    validate(run)
+    run.lora.lora_rank = 4
+    with pytest.raises(ConfigError, match=r"sync_ref_model is True; allowed: false with lora_rank"):
+        validate(run)
+    run = run_with()
+    run.objectives["reference"] = reference
+    with pytest.raises(ConfigError, match=r"false, or true with rl.ref_load and rl.beta above 0"):
+        validate(run)
+    run.training.objective, run.objectives["rl"] = "sft", RLConfig()
+    with pytest.raises(ConfigError, match=r"reference.sync_ref_model is True; allowed: False with"):
+        validate(run)
 
 
 @pytest.mark.parametrize(

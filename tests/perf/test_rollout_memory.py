@@ -23,8 +23,9 @@ from megatron_mm.perf.hardware import Assumptions, gpu
 from megatron_mm.perf.layout import most_sequences, plan_layout
 from megatron_mm.perf.pieces import rough_rank, trace_pieces
 from megatron_mm.perf.rank import plan_rank
-from megatron_mm.perf.rollout import RolloutTrace
-from megatron_mm.rl.settings import RLConfig
+from megatron_mm.perf.rollout import RolloutTrace, held_weights
+from megatron_mm.rl.reference_settings import ReferenceConfig
+from megatron_mm.rl.settings import RLConfig, resolved
 from support.planned_layouts import layout_run, world_of
 
 NEW, GROUP, ROWS = 32, 2, 8
@@ -213,6 +214,24 @@ def test_a_reward_that_reads_routes_has_them_recorded():
     lm, positions = run.model.language, 192
     routes = 2 * run.model.hybrid_layer_pattern.count("E") * positions * lm.moe_router_topk
     assert recorded.cache - plain.cache == plain.rows * routes
+
+
+def test_host_memory_has_the_reference_and_every_teacher():
+    """Beside the model's own weights while another set is in place. A checkpoint with two names is
+    held once; an average is kept in fp32."""
+    run = rl_run({"bf16": True})
+    rl, reference = run.section(RLConfig), run.section(ReferenceConfig)
+    weights = 1000
+    assert held_weights(run, resolved(run), weights) == 0
+    rl.teacher_load = ["a=one", "b=two", "c=one"]
+    assert held_weights(run, resolved(run), weights) == 3 * weights
+    rl.ref_load = "ref"
+    assert held_weights(run, resolved(run), weights) == 4 * weights
+    reference.sync_ref_model = True
+    assert held_weights(run, resolved(run), weights) == 5 * weights
+    reference.ref_model_mixup_alpha = 1.0
+    plan = plan_rank(run, 0, 1, planned_batch(run))
+    assert plan.rollout.host == 4 * plan.state.parameters
 
 
 def test_the_most_rows_that_fit():

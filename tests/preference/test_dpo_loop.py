@@ -6,7 +6,6 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,7 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.errors import CheckpointError, DataError
 from megatron_mm.preference.loader import PairLoader
 from megatron_mm.preference.settings import DPOConfig, loss_terms
-from support.fingerprints import state_hash
-from support.pair_runs import metrics_of, on_rank_steps, pairs_run, pairs_trainer, write_pairs
+from support.pair_runs import on_rank_save, on_rank_steps, pairs_run, pairs_trainer, write_pairs
 from support.trainers import PP2, VPP2, digits_run
 
 FROZEN = {f"freeze_{module}": True for module in MODULES}
@@ -29,17 +27,6 @@ MOVES = dict(lr=1e-3)
 @pytest.fixture(scope="module")
 def rows(scenes, tmp_path_factory):
     return write_pairs(scenes, tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
-
-
-def on_rank_save(run: RunConfig, folder: Path, steps: int = 0) -> tuple[list[dict], str]:
-    """Takes steps and saves; returns their metrics and the hash of the end's state."""
-    run.checkpoint.save = str(folder)
-    trainer = pairs_trainer(run)
-    found = [metrics_of(trainer) for _ in range(steps)]
-    trainer.save()
-    trainer.saver.finish()
-    trainer.source.close()
-    return found, state_hash(trainer.engine)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,12 @@ from megatron_mm.config import Memory
 from megatron_mm.data.images import TileGrid
 from megatron_mm.data.sample import ImageMemory, Sample, SampleImage
 from megatron_mm.data.tiles import ImageSettings
-from megatron_mm.rl.completion_batch import answered, completion_batch, token_bins
+from megatron_mm.rl.completion_batch import (
+    answered,
+    bins_by_name,
+    completion_batch,
+    token_bins,
+)
 
 
 def prompt(length: int, tiles: int = 0) -> Sample:
@@ -62,3 +67,8 @@ def test_bins_hold_what_fits_and_keep_neighbours_together():
     assert token_bins([6, 4, 2, 4], 8) == [[0, 2], [1, 3]]
     assert token_bins([20, 3], 8) == [[0], [1]]
     assert token_bins([], 8) == []
+
+
+def test_bins_of_names_hold_their_own():
+    found = bins_by_name(["a", "b", "c"], ["b", "a", "b", "b"], [4, 4, 4, 4], 8)
+    assert found == [[[1]], [[0, 2], [3]], []]

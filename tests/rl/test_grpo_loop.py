@@ -18,39 +18,18 @@ from megatron_mm.parallel import groups
 from megatron_mm.rl.algorithms import ALGORITHMS
 from megatron_mm.rl.settings import RLConfig
 from megatron_mm.train.trainer import Trainer
-from support.fingerprints import parameter_hash
 from support.grpo_runs import (
     TOKENS,
     grpo_run,
+    on_rank_cut,
     on_rank_reference,
+    on_rank_resume,
     on_rank_steps,
-    step_of,
     trainer_of,
 )
 from support.trainers import CP2, PP2, TP2, VPP2
 
 # ---- resuming ----
-
-
-def on_rank_cut(run: RunConfig, folder: Path, cut: bool) -> tuple[list[dict], str]:
-    """Takes the steps of four rollouts; with a cut, of two, and saves for `on_rank_resume`."""
-    run.checkpoint.save = str(folder)
-    trainer = trainer_of(run)
-    steps = 4 if cut else 8
-    found = [step_of(trainer) for _ in range(steps)]
-    if cut:
-        trainer.save()
-        trainer.saver.finish()
-    trainer.source.close()
-    return found, parameter_hash(trainer.engine)
-
-
-def on_rank_resume(run: RunConfig, folder: Path) -> tuple[list[dict], str]:
-    run.checkpoint.load = str(folder)
-    trainer = trainer_of(run)
-    found = [step_of(trainer) for _ in range(4)]
-    trainer.source.close()
-    return found, parameter_hash(trainer.engine)
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, {}), (2, PP2), (2, {})])

@@ -34,12 +34,15 @@ def parameter_hash(engine: Engine) -> str:
 
 
 def state_hash(engine: Engine, *, generators: bool = True) -> str:
-    """Returns the sha256 of parameters, owned optimizer state, schedule and random generators."""
+    """Returns the sha256 of parameters, owned optimizer state, sets of weights that move, schedule
+    and random generators."""
     digest = hashlib.sha256(parameter_hash(engine).encode())
     for name, mine in owned(engine).items():
         for kind in KINDS:
             _add(digest, f"{kind}.{name}[{mine.start}:{mine.stop}]", mine.tensor(kind))
         _add(digest, f"step.{name}", mine.step)
+    for which, moving in engine.moving.items():
+        _add(digest, f"moving.{which}", dict(sorted(moving.weights.items())))
     _add(digest, "scheduler", engine.scheduler.state_dict())
     if generators:
         _add(digest, "rng", rng.capture())

@@ -12,6 +12,7 @@ from megatron_mm.config import RunConfig, preset, validate
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
+from support.fingerprints import state_hash
 from support.trainers import digits_run
 from support.weights import randomise_engine
 
@@ -117,6 +118,28 @@ def on_rank_reference(run: RunConfig, folder: Path) -> list[dict]:
     trainer.saver.finish()
     trainer.source.close()
     return []
+
+
+def on_rank_cut(run: RunConfig, folder: Path, cut: bool) -> tuple[list[dict], str]:
+    """Takes the steps of four rollouts; with a cut, of two, and saves for `on_rank_resume`. Returns
+    what `step_of` returns for each, and a hash of the end's state."""
+    run.checkpoint.save = str(folder)
+    trainer = trainer_of(run)
+    steps = 4 if cut else 8
+    found = [step_of(trainer) for _ in range(steps)]
+    if cut:
+        trainer.save()
+        trainer.saver.finish()
+    trainer.source.close()
+    return found, state_hash(trainer.engine, generators=False)
+
+
+def on_rank_resume(run: RunConfig, folder: Path) -> tuple[list[dict], str]:
+    run.checkpoint.load = str(folder)
+    trainer = trainer_of(run)
+    found = [step_of(trainer) for _ in range(4)]
+    trainer.source.close()
+    return found, state_hash(trainer.engine, generators=False)
 
 
 def assert_same_steps(one: list[dict], other: list[dict], bound: float) -> None:

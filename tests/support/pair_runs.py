@@ -15,6 +15,7 @@ from megatron_mm.parallel.param_layout import layouts
 from megatron_mm.preference import objective
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.train.trainer import Trainer
+from support.fingerprints import state_hash
 from support.layouts import gather
 from support.trainers import digits_run
 from support.weights import randomise_engine
@@ -83,6 +84,17 @@ def on_rank_steps(run: RunConfig, steps: int) -> list[dict[str, float]]:
         return [metrics_of(trainer) for _ in range(steps)]
     finally:
         trainer.source.close()
+
+
+def on_rank_save(run: RunConfig, folder: Path, steps: int = 0) -> tuple[list[dict], str]:
+    """Takes steps and saves; returns their metrics and the hash of the end's state."""
+    run.checkpoint.save = str(folder)
+    trainer = pairs_trainer(run)
+    found = [metrics_of(trainer) for _ in range(steps)]
+    trainer.save()
+    trainer.saver.finish()
+    trainer.source.close()
+    return found, state_hash(trainer.engine)
 
 
 def on_rank_without_sums(run: RunConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:

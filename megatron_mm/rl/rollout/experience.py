@@ -24,16 +24,17 @@ from megatron_mm.config import RunConfig
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment, count_hits
 from megatron_mm.earl.hacking import HackingWatch
+from megatron_mm.earl.metrics import Pairs
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together, sum_over_readers
 from megatron_mm.engine.totals import KnownTotals
 from megatron_mm.errors import RLError
 from megatron_mm.rl.completion_batch import CompletionBatch, pack_step
-from megatron_mm.rl.credit import Credited, completion_kl, credit
+from megatron_mm.rl.credit import Credited, completion_kl, credit, teacher_gaps, teacher_sums
 from megatron_mm.rl.logprobs import Logprobs, measure_logprobs
 from megatron_mm.rl.objective import ExpertAlignedObjective, PolicyObjective
 from megatron_mm.rl.policy_batch import PolicyBatch, policy_batches
-from megatron_mm.rl.reference import Reference
+from megatron_mm.rl.reference import follow, open_sets
 from megatron_mm.rl.rollout.collect import Collector
 from megatron_mm.rl.rollout.draw import moe_layers
 from megatron_mm.rl.rollout.metrics import completions_table, rollout_metrics
@@ -71,7 +72,7 @@ class Experience:
         kind = PolicyObjective if self.member_SLE is None else ExpertAlignedObjective
         self.objective: PolicyObjective = kind(self.rl)
         self.collector = Collector(run, engine, tokenizer, loader, self.alignment)
-        self.reference = Reference(engine, self.rl.ref_load) if self.rl.ref_load else None
+        self.sets = open_sets(engine)
         self._sum_over_readers = partial(sum_over_readers, engine.groups)
         self._ready: deque[list[PolicyBatch]] = deque()
         self.watch = HackingWatch()
@@ -89,7 +90,8 @@ class Experience:
         self.collector.close()
 
     def stepped(self, metrics: Mapping[str, float]) -> None:
-        """Takes nothing from a step."""
+        """Moves the reference model, if it is due."""
+        follow(self.sets, self.engine)
 
     def next_step(self, stop: bool) -> tuple[list[PolicyBatch], bool]:
         """Returns the microbatches of the next step, and whether any rank wants to stop: then there
@@ -132,7 +134,7 @@ class Experience:
             scored.completions,
             rl,
             steps=self.plan.steps,
-            reference=self.reference,
+            sets=self.sets,
         )
         seconds = scored.seconds | {"logprobs": time.perf_counter() - measured}
         credited = self._credit(scored, batches, logprobs)
@@ -148,7 +150,8 @@ class Experience:
             )
             for step in packed
         ]
-        self._report(credited, seconds | {"rollout": time.perf_counter() - begin})
+        taught = teacher_sums(batches, logprobs) if rl.teacher_load else {}
+        self._report(credited, seconds | {"rollout": time.perf_counter() - begin}, taught)
         return made * rl.num_iterations
 
     def _credit(
@@ -157,7 +160,7 @@ class Experience:
         batches: Sequence[CompletionBatch],
         logprobs: Sequence[Logprobs],
     ) -> Credited:
-        rl, hits, kl = self.rl, None, None
+        rl, hits, kl, taught = self.rl, None, None, None
         if self.maps is not None:
             layers = moe_layers(self.engine)
             hits = count_hits(
@@ -165,12 +168,14 @@ class Experience:
             )
         if rl.use_kl_in_reward:
             kl = completion_kl(batches, logprobs, rl.kl_estimator)
+        if rl.teacher_load:
+            taught = teacher_gaps(batches, logprobs)
         weights = self.collector.scorer.weights
-        return credit(scored, weights, rl, hits, kl, self._sum_over_readers)
+        return credit(scored, weights, rl, hits, kl, self._sum_over_readers, taught)
 
     # ---- reporting ----
 
-    def _report(self, credited: Credited, seconds: dict[str, float]) -> None:
+    def _report(self, credited: Credited, seconds: dict[str, float], taught: Pairs) -> None:
         language = self.run.model.language
         self.metrics = rollout_metrics(
             credited,
@@ -179,6 +184,7 @@ class Experience:
             moe_layers(self.engine),
             (self.engine.config.num_layers, language.num_experts, language.vocab_size),
             seconds,
+            taught,
             self.known,
         )
         more, warning = self.watch.observe(self.metrics)

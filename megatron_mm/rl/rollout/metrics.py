@@ -39,6 +39,7 @@ def rollout_metrics(
     layers: Sequence[int],
     sizes: tuple[int, int, int],
     seconds: Mapping[str, float],
+    taught: Pairs,
     known: KnownTotals,
 ) -> dict[str, float]:
     """Returns the metrics of the whole job's rollout, the same on every rank. Every rank of the job
@@ -48,6 +49,7 @@ def rollout_metrics(
         layers: moe indices of this rank's routes.
         sizes: layers of experts in the model, experts of a layer, tokens of the vocabulary.
         seconds: by phase.
+        taught: `teacher_sums`; empty without teachers.
         known: what earlier rollouts have told.
     """
     scored = credited.scored
@@ -60,6 +62,7 @@ def rollout_metrics(
         pairs |= {k: v.tolist() for k, v in components.items()}
         pairs |= _lengths(completions)
         pairs |= _by_skill(credited)
+        pairs |= taught
         if credited.hits is not None and maps is not None:
             pairs |= hit_pairs(credited.hits, maps.found.names)
         pairs["rollout/generated"] = [float(scored.generated), 0.0]

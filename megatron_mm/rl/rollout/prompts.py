@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from megatron_mm.config.settings import RunConfig
@@ -12,6 +12,7 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.scoring import result_key
 from megatron_mm.rl.settings import RLConfig
+from megatron_mm.rl.teachers import teacher_of
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class PromptLoader:
     ) -> None:
         curriculum = open_curriculum(run.data.train_data, run.training.seed)
         self._place, self.order = curriculum.place, curriculum.description
-        self._reader = Reader(run, tokenizer, curriculum.sources)
+        self._rl = run.section(RLConfig)
+        self._reader = Reader(self._with_key(run), tokenizer, curriculum.sources)
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._longest = run.data.seq_length - run.section(RLConfig).max_completion_length
+        self._longest = run.data.seq_length - self._rl.max_completion_length
         self._skip_bad = run.data.on_bad_sample == "skip"
         self.consumed_samples = 0
 
@@ -94,6 +96,13 @@ class PromptLoader:
         good = {i: prompt for i, prompt in enumerate(checked) if isinstance(prompt, Prompt)}
         return Drawn([*good.values()], [numbers[i] for i in good], skipped)
 
+    def _with_key(self, run: RunConfig) -> RunConfig:
+        """The run, whose rows may have the column that names their teacher."""
+        columns = run.data.extra_columns
+        if self._rl.teacher_key is not None:
+            columns = [*columns, self._rl.teacher_key]
+        return replace(run, data=replace(run.data, extra_columns=columns))
+
     def _checked(self, prompt: Prompt | str) -> Prompt | str:
         if isinstance(prompt, str):
             return prompt
@@ -101,6 +110,10 @@ class PromptLoader:
             result_key(prompt.row)  # the name that its reward is reported under
         except DataError as error:
             return f"{prompt.where}: {error}"
+        try:
+            teacher_of(prompt.row, prompt.where, self._rl)
+        except DataError as error:
+            return str(error)
         if len(prompt.sample.tokens_T) <= self._longest:
             return prompt
         return (
