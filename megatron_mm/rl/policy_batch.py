@@ -68,7 +68,7 @@ def policy_batches(
     threshold = None
     if rl.top_entropy_quantile < 1:
         mine = [
-            known.entropy_T[kept_completions(batch, credited)[1] >= 0]
+            entropies(known)[kept_completions(batch, credited)[1] >= 0]
             for batch, known in zip(batches, logprobs, strict=True)
         ]
         entropies_K = values_of_readers(torch.cat([torch.zeros(0), *mine]))
@@ -77,6 +77,12 @@ def policy_batches(
         policy_batch(batch, known, credited, rl, router, threshold)
         for batch, known, router in zip(batches, logprobs, routers, strict=True)
     ]
+
+
+def entropies(logprobs: Logprobs) -> torch.Tensor:
+    """Returns the entropies, fp32 [T], that `top_entropy_quantile` has had measured."""
+    assert logprobs.entropy_T is not None
+    return logprobs.entropy_T
 
 
 def kept_completions(
@@ -124,7 +130,7 @@ def policy_batch(
         ref_logprobs_T=logprobs.ref_T,
         rollout_weights_T=weights_T,
         kl_weights_T=_kl_weights(batch, credited) if rl.beta else None,
-        learnt_T=None if threshold is None else logprobs.entropy_T.double() >= threshold,
+        learnt_T=None if threshold is None else entropies(logprobs).double() >= threshold,
         router=router,
     )
 
