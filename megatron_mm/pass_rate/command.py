@@ -123,16 +123,17 @@ def main(argv: list[str]) -> int:
 
 
 def _with_model(args: argparse.Namespace, rest: list[str]) -> int:
-    from megatron_mm.checkpoint import sharded
     from megatron_mm.checkpoint.command import CheckpointCommand
-    from megatron_mm.data.tokenizer import load_tokenizer
-    from megatron_mm.earl.knock_out import stamps
-    from megatron_mm.pass_rate.measure import measure, told
-    from megatron_mm.pass_rate.runs import key_of, run_of_flags
-    from megatron_mm.pass_rate.without_images import drop_images
-    from megatron_mm.pass_rate.without_images import told as told_of_pairs
 
-    with CheckpointCommand() as command:
+    with CheckpointCommand() as command:  # before megatron-core is imported, which warns
+        from megatron_mm.checkpoint import sharded
+        from megatron_mm.data.tokenizer import load_tokenizer
+        from megatron_mm.earl.knock_out import stamps
+        from megatron_mm.pass_rate.measure import measure, told
+        from megatron_mm.pass_rate.runs import key_of, run_of_flags
+        from megatron_mm.pass_rate.without_images import drop_images
+        from megatron_mm.pass_rate.without_images import told as told_of_pairs
+
         path, stored = command.resolve(args.checkpoint)
         scores = args.command == "measure"
         run = run_of_flags(stored["config"], rest, cli.world_size(), scores=scores)
