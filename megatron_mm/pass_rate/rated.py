@@ -18,7 +18,7 @@ from typing import Any
 from megatron_mm.data.files.forms import Row, to_json
 from megatron_mm.data.files.keys import RATED
 from megatron_mm.data.files.rows import Rows
-from megatron_mm.data.messages import is_unicode
+from megatron_mm.data.messages import check_messages, is_unicode
 from megatron_mm.errors import DataError
 
 
@@ -62,6 +62,7 @@ def rated(row: Row, where: str) -> Rated:
         raise DataError(
             f"{where}: no {lacking[0]!r}; rate the rows first: tools/pass_rate.py measure"
         )
+    check_messages(row, where)
     accuracy, said = row["accuracy"], row["completions"]
     known = accuracy is None or (
         isinstance(accuracy, (int, float)) and not isinstance(accuracy, bool) and 0 <= accuracy <= 1
@@ -101,7 +102,10 @@ def line_of(row: Row, where: str) -> str:
 def check_images_beside(row: Row, where: str, folder: Path, out: Path) -> None:
     """Raises DataError for a row with image paths, which start at its file's folder, that is to be
     written to a file in another folder."""
-    names = [name for name in row.get("images") or [] if isinstance(name, str)]
+    images = row.get("images") or []
+    if not isinstance(images, list):
+        raise DataError(f"{where}: 'images' must be a list of paths or bytes")
+    names = [name for name in images if isinstance(name, str)]
     if names and folder.resolve() != out.parent.resolve():
         raise DataError(
             f"{where}: the path of image {names[0]!r} starts at {folder}, and {out} is not there; "

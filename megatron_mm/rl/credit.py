@@ -168,7 +168,9 @@ def judge(scored: Scored, rl: ResolvedRL, advantages: Advantages) -> Judged:
 def weighted_by(advantages: Advantages, factors: Factors, judged: Judged) -> Advantages:
     """Returns the advantages times their factors, with metrics of both factors and of p."""
     kept_PG, rates_P = advantages.kept_PG, judged.pass_rate_P1.squeeze(1)
-    sums = {"pass_rate": torch.stack((rates_P.nansum(), (~rates_P.isnan()).sum().double()))}
+    sums = {
+        "weighting/pass_rate": torch.stack((rates_P.nansum(), (~rates_P.isnan()).sum().double()))
+    }
     for name, factor in (("advantage", factors.advantages_PG), ("kl", factors.kl_PG)):
         total = torch.as_tensor(factor)[kept_PG].double().sum()
         sums[f"weighting/{name}"] = torch.stack((total, kept_PG.sum().double()))
