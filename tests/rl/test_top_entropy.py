@@ -72,11 +72,13 @@ def test_the_mask_is_trls_over_all_microbatches(bins, share):
     )
     found = credit(scored([[1.0, float("nan")], [0.5, 0.25]]), [1.0], rl, None, None, alone)
     batches = batches_of(*bins)
+    entropies = [torch.tensor(row) for row in ENTROPIES]
     known = [
-        Logprobs(b.spread([]), None, None, None,
-                 b.spread([torch.tensor(ENTROPIES[n]) for n in b.members]))
+        Logprobs(
+            b.spread([]), None, None, None, entropy_T=b.spread([entropies[n] for n in b.members])
+        )
         for b in batches
-    ]  # fmt: skip
+    ]
     made = policy_batches(batches, known, found, rl, None, alone, alone)
     learnt = {
         n: part.tolist()
