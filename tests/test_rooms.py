@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("errors", "platform", "plugins", "cli", "pictures"),
     *("config", "report", "parallel", "data", "model", "engine", "generation"),
-    *("checkpoint", "convert", "evaluation", "earl", "rl", "preference", "train"),
+    *("checkpoint", "convert", "evaluation", "earl", "rl", "preference", "pass_rate", "train"),
     *("perf", "benchmark", "doctor"),
 )
 

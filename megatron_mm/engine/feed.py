@@ -128,6 +128,23 @@ def sum_over_readers(groups: Groups, values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def values_of_readers(groups: Groups, values_K: torch.Tensor) -> torch.Tensor:
+    """Returns the values of all replicas, fp32 on the CPU, one replica's after the other, on every
+    rank. Every rank of the job calls it; all ranks of a replica hand in the same."""
+    group = groups.pg.dp  # the ranks at this place in each replica
+    if group.size() == 1:
+        return values_K
+    device = platform.device()
+    counts = torch.zeros(group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(values_K)], device=device), group=group)
+    most = int(counts.max())
+    padded = torch.cat((values_K, values_K.new_zeros(most - len(values_K))))
+    whole = torch.empty(group.size() * most, device=device)
+    dist.all_gather_into_tensor(whole, platform.moved(padded, device), group=group)
+    rows = whole.cpu().view(group.size(), most)
+    return torch.cat([row[:count] for row, count in zip(rows, counts.tolist(), strict=True)])
+
+
 def broadcast_from_reader[T](groups: Groups, make: Callable[[], T]) -> T:
     """Calls `make` on the replica's reader and returns its result on all ranks of the replica.
 

@@ -48,6 +48,15 @@ LOSS_AGGREGATIONS: Registry[Any] = Registry(
     kind="LossAggregation",
     needs=("per_token", "denominator"),
 )
+# (judged groups, options) -> Factors; any of them may be combined
+WEIGHTINGS: Registry[Callable[..., Any]] = Registry(
+    "advantage weighting",
+    {
+        name: f"megatron_mm.rl.weightings.{name}"
+        for name in ("observe_r1", "odsw", "stcr", "dads", "univg")
+    },
+    kind="function",
+)
 # (log-probabilities [K], those of the reference [K]) -> KL divergence [K]
 KL_ESTIMATORS: Registry[Callable[..., Any]] = Registry(
     "KL estimator",

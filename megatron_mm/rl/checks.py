@@ -7,17 +7,20 @@ from typing import Any
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.earl.checks import check_policy_earl
 from megatron_mm.errors import ConfigError, unknown
+from megatron_mm.plugins import parse_specs
 from megatron_mm.rl.algorithms import (
     ALGORITHMS,
     ESTIMATORS,
     KL_ESTIMATORS,
     LOSS_AGGREGATIONS,
     POLICY_LOSSES,
+    WEIGHTINGS,
 )
 from megatron_mm.rl.reference_settings import check_reference
 from megatron_mm.rl.settings import (
     ResolvedRL,
     RLConfig,
+    difficulty_name,
     has_base_advantage,
     resolved,
     rollout_plan,
@@ -82,6 +85,7 @@ def check_rl(run: RunConfig) -> None:
     _require(fine, "multi_objective_aggregation", way, allowed)
     allowed = f"0 with estimator {rl.advantage_estimator}, which whitens"
     _require(not (whitened and sigma), "advantage_clip_sigma", sigma, allowed)
+    _check_weighting(run)
     check_policy_earl(run)
     chosen = rl.earl.router_loss_coeff > 0 and not rl.earl.router_temperature
     allowed = "0, or this value with reward_funcs, whose rewards weigh the spans"
@@ -137,6 +141,19 @@ def _check_algorithm(name: str) -> None:
     for key in given:
         if key not in needed:
             raise unknown(f"key in algorithm {name}:", key, needed)
+
+
+def _check_weighting(run: RunConfig) -> None:
+    rl = run.section(RLConfig)
+    specs = parse_specs(rl.advantage_weighting, WEIGHTINGS)
+    if specs or rl.difficulty_reward is not None:
+        difficulty_name(rl)
+    for spec in specs:
+        WEIGHTINGS.check(spec.path)
+    in_loss = rl.beta > 0 and not rl.use_kl_in_reward
+    allowed = "without dads, or with beta above 0 and use_kl_in_reward false: it weighs that term"
+    weighs_kl = any(spec.path == "dads" for spec in specs)
+    _require(in_loss or not weighs_kl, "advantage_weighting", rl.advantage_weighting, allowed)
 
 
 def _check_rollouts(run: RunConfig) -> None:

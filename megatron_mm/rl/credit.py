@@ -34,7 +34,8 @@ from megatron_mm.rl.completion_batch import CompletionBatch, per_completion
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_losses import kl_divergence
 from megatron_mm.rl.rollout.score import Scored
-from megatron_mm.rl.settings import ResolvedRL
+from megatron_mm.rl.settings import ResolvedRL, difficulty_name
+from megatron_mm.rl.weightings import Factors, Judged, Weighting
 
 # Sums a tensor over the readers of all replicas; every rank of the job calls it.
 SumOverReaders = Callable[[torch.Tensor], torch.Tensor]
@@ -53,6 +54,7 @@ class Credited:
         token_advantages: fp32 [G] of each of the N completions.
         hits: how often labelled tokens met their experts; None without a skill map.
         cut_N: whether each completion is left out because it reached the length limit.
+        kl_factors_N: of beta, fp32; None without `advantage_weighting`.
     """
 
     scored: Scored
@@ -63,8 +65,8 @@ class Credited:
     advantages: Advantages
     token_advantages: tuple[torch.Tensor, ...]
     hits: Hits | None
-
     cut_N: tuple[bool, ...]
+    kl_factors_N: torch.Tensor | None
 
     @property
     def kept_N(self) -> list[bool]:
@@ -82,6 +84,7 @@ def credit(
     kl: Sequence[torch.Tensor] | None,
     sum_over_readers: SumOverReaders,
     taught: Sequence[torch.Tensor] | None = None,
+    weigh: Weighting | None = None,
 ) -> Credited:
     """Turns rewards into advantages.
 
@@ -89,6 +92,7 @@ def credit(
         weights: of the reward functions.
         kl: [G] of each completion, where the KL divergence is a part of the reward.
         taught: [G] of each completion, `teacher_gaps`, where there are teachers.
+        weigh: of `advantage_weighting`; every rank of the job calls it.
     """
     lengths = [len(completion.tokens_G) for completion in scored.completions]
     to_go = kl if kl is not None and has_kl_to_go(rl.advantage_estimator) else None
@@ -110,6 +114,12 @@ def credit(
         )
     else:
         advantages = without_rewards(*rewards_PGC.shape[:2])
+    kl_factors_N = None
+    if weigh is not None:
+        judged = judge(scored, rl, advantages)
+        factors = weigh(judged)
+        kl_factors_N = torch.as_tensor(factors.kl_PG).flatten()
+        advantages = weighted_by(advantages, factors, judged)
     advantages = over_the_batch(advantages, rl, sum_over_readers)
     values = advantages.advantages_PG.flatten()
     tokens = [value.expand(length) for value, length in zip(values, lengths, strict=True)]
@@ -137,6 +147,37 @@ def credit(
         tuple(tokens),
         hits,
         tuple(rl.mask_truncated_completions and not c.finished for c in scored.completions),
+        kl_factors_N,
+    )
+
+
+def judge(scored: Scored, rl: ResolvedRL, advantages: Advantages) -> Judged:
+    """Returns the replica's groups as weightings see them."""
+    c = scored.names.index(difficulty_name(rl))
+    values_PG = scored.rewards_PGC[..., c].masked_fill(scored.failed_PGC[..., c], torch.nan)
+    lengths = [len(completion.tokens_G) for completion in scored.completions]
+    return Judged(
+        advantages.rewards_PG,
+        values_PG,
+        values_PG >= rl.difficulty_threshold,  # NaN is not
+        torch.tensor(lengths, dtype=torch.int64).view(values_PG.shape),
+        advantages.advantages_PG,
+    )
+
+
+def weighted_by(advantages: Advantages, factors: Factors, judged: Judged) -> Advantages:
+    """Returns the advantages times their factors, with metrics of both factors and of p."""
+    kept_PG, rates_P = advantages.kept_PG, judged.pass_rate_P1.squeeze(1)
+    sums = {
+        "weighting/pass_rate": torch.stack((rates_P.nansum(), (~rates_P.isnan()).sum().double()))
+    }
+    for name, factor in (("advantage", factors.advantages_PG), ("kl", factors.kl_PG)):
+        total = torch.as_tensor(factor)[kept_PG].double().sum()
+        sums[f"weighting/{name}"] = torch.stack((total, kept_PG.sum().double()))
+    return replace(
+        advantages,
+        advantages_PG=advantages.advantages_PG * factors.advantages_PG,
+        sums=advantages.sums | sums,
     )
 
 

@@ -1,6 +1,6 @@
 """Log-probabilities of sampled tokens before the first update, by forward passes.
 
-Shapes: T stream, K positions that a rank computes.
+Shapes: T stream, K positions that a rank computes, C log-probabilities and entropies.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Logprobs:
         ref_T: under the reference model, if there is one.
         routes: the experts of the pass that gave `old_T`, where they are replayed (R2).
         teacher_T: under the teacher of the microbatch, if there is one.
+        entropy_T: of the distributions that the tokens were drawn from, in nats, as the trainer
+            computes them; where settings ask for it.
     """
 
     rollout_T: torch.Tensor
@@ -40,6 +42,7 @@ class Logprobs:
     ref_T: torch.Tensor | None
     routes: Routes | None
     teacher_T: torch.Tensor | None = None
+    entropy_T: torch.Tensor | None = None
 
 
 def measure_logprobs(
@@ -61,11 +64,15 @@ def measure_logprobs(
     """
     old: list = [None] * len(batches)
     routes: list = [None] * len(batches)
-    replays = rl.routing_replay == "R2"
+    entropies: list = [None] * len(batches)
+    replays, ranks_tokens = rl.routing_replay == "R2", rl.top_entropy_quantile < 1
     # A single step on these weights computes them itself: old and new are the same.
-    if steps > 1 or rl.rollout_is or rl.use_kl_in_reward or rl.teacher_load or replays:
+    needs_old = steps > 1 or rl.rollout_is or rl.use_kl_in_reward or rl.teacher_load or replays
+    if needs_old or ranks_tokens:
         record: list[Routes] | None = [{} for _ in batches] if replays else None
-        old = trainer_logprobs(engine, batches, rl.temperature, record)
+        held = entropies if ranks_tokens else None
+        found = trainer_logprobs(engine, batches, rl.temperature, record, held)
+        old = found if needs_old else old
         if record is not None:
             whole = [whole_routes(one, engine.groups.pg) for one in record]
             routes = [{layer: taken.cpu() for layer, taken in one.items()} for one in whole]
@@ -73,7 +80,8 @@ def measure_logprobs(
     rollout = [
         batch.spread([completions[n].logprobs_G for n in batch.members]) for batch in batches
     ]
-    return [Logprobs(*values) for values in zip(rollout, old, ref, routes, taught, strict=True)]
+    kinds = (rollout, old, ref, routes, taught, entropies)
+    return [Logprobs(*values) for values in zip(*kinds, strict=True)]
 
 
 def _by_others(
@@ -108,6 +116,7 @@ def trainer_logprobs(
     batches: Sequence[CompletionBatch],
     temperature: float,
     routes: list[Routes] | None = None,
+    entropies: list[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Returns fp32 [T] of each microbatch, on the CPU of every rank of the replica: the
     log-probabilities of sampled tokens at their positions, 0 elsewhere. Every rank of the job calls
@@ -115,24 +124,32 @@ def trainer_logprobs(
 
     Args:
         routes: filled as by `Engine.forward`.
+        entropies: one for each microbatch, to be replaced by the entropies of the distributions at
+            the same positions, in nats.
     """
-    groups = engine.groups
+    groups, kinds = engine.groups, 1 if entropies is None else 2
 
     def finish(
         predictions: Predictions, batch: CompletionBatch, positions: torch.Tensor
     ) -> torch.Tensor:
         rows = positions.to(predictions.device)
-        logprobs_K = predictions.logprobs(batch.labels_T[rows], temperature)
+        labels_K = batch.labels_T[rows]
+        if entropies is None:
+            found = [predictions.logprobs(labels_K, temperature)]
+        else:
+            found = [*predictions.logprobs_and_entropy(labels_K, temperature)]
         here_K = batch.completion_T[rows] >= 0
-        whole_T = torch.zeros(len(batch.tokens_T))
-        whole_T[positions] = torch.where(here_K, logprobs_K, 0.0).cpu()
-        return whole_T
+        whole_CT = torch.zeros(kinds, len(batch.tokens_T))
+        whole_CT[:, positions] = torch.where(here_K, torch.stack(found), 0.0).cpu()
+        return whole_CT
 
     found = engine.forward(batches, lambda batch: batch.sampled, finish, routes=routes)
     lengths = [len(batch.tokens_T) for batch in batches]
-    total = torch.zeros(sum(lengths))
+    total = torch.zeros(kinds, sum(lengths))
     # Context-parallel ranks hold different positions, tensor-parallel ones the same.
     if groups.is_last_stage and groups.pg.tp.rank() == 0:
-        total = torch.cat(found)
+        total = torch.cat(found, 1)
     dist.all_reduce(total, group=groups.replica)
-    return list(total.split(lengths))
+    if entropies is not None:
+        entropies[:] = total[1].split(lengths)
+    return list(total[0].split(lengths))

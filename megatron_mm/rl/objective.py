@@ -55,6 +55,8 @@ class PolicyObjective:
             at(batch.ref_logprobs_T),
             at(batch.rollout_weights_T),
             entropy_K if self.rl.entropy_coef else None,
+            at(batch.kl_weights_T),
+            at(batch.learnt_T),
             (lambda sums_N: _summed(sums_N, pg.cp)) if pg.cp.size() > 1 else None,
         )
         numerator, sums = policy_loss(tokens, self.rl)

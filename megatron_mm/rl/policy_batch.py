@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,11 @@ from megatron_mm.earl.router_term import (
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.credit import Credited, SumOverReaders
 from megatron_mm.rl.logprobs import Logprobs
-from megatron_mm.rl.policy_losses import importance_weights, loss_denominator
+from megatron_mm.rl.policy_losses import entropy_threshold, importance_weights, loss_denominator
 from megatron_mm.rl.settings import ResolvedRL
+
+# Joins the values, fp32 [K], of all replicas; every rank of the job calls it.
+ValuesOfReaders = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -30,6 +33,8 @@ class PolicyBatch(CompletionBatch, TaughtBatch):
     Attributes:
         old_logprobs_T: None: they are those of the training pass itself.
         rollout_weights_T: `importance_weights`, where the settings ask for them.
+        kl_weights_T: factors of beta, where the settings ask for them.
+        learnt_T: bool, where the policy loss learns; None: everywhere.
     """
 
     advantages_T: torch.Tensor
@@ -37,6 +42,8 @@ class PolicyBatch(CompletionBatch, TaughtBatch):
     old_logprobs_T: torch.Tensor | None
     ref_logprobs_T: torch.Tensor | None
     rollout_weights_T: torch.Tensor | None
+    kl_weights_T: torch.Tensor | None
+    learnt_T: torch.Tensor | None
 
 
 def policy_batches(
@@ -46,8 +53,9 @@ def policy_batches(
     rl: ResolvedRL,
     member_SLE: torch.Tensor | None,
     sum_over_readers: SumOverReaders,
+    values_of_readers: ValuesOfReaders,
 ) -> list[PolicyBatch]:
-    """Makes the microbatches of one step.
+    """Makes the microbatches of one step. Every rank of the job calls it.
 
     Args:
         batches, logprobs: this replica's part of the step.
@@ -57,10 +65,36 @@ def policy_batches(
         routers: list[RouterTargets | None] = [None] * len(batches)
     else:
         routers = [*_router_targets(batches, credited, rl, member_SLE, sum_over_readers)]
+    threshold = None
+    if rl.top_entropy_quantile < 1:
+        mine = [
+            entropies(known)[kept_completions(batch, credited)[1] >= 0]
+            for batch, known in zip(batches, logprobs, strict=True)
+        ]
+        entropies_K = values_of_readers(torch.cat([torch.zeros(0), *mine]))
+        threshold = entropy_threshold(entropies_K, rl.top_entropy_quantile)
     return [
-        policy_batch(batch, known, credited, rl, router)
+        policy_batch(batch, known, credited, rl, router, threshold)
         for batch, known, router in zip(batches, logprobs, routers, strict=True)
     ]
+
+
+def entropies(logprobs: Logprobs) -> torch.Tensor:
+    """Returns the entropies, fp32 [T], that `top_entropy_quantile` has had measured."""
+    assert logprobs.entropy_T is not None
+    return logprobs.entropy_T
+
+
+def kept_completions(
+    batch: CompletionBatch, credited: Credited
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns bool [N], which completions are left out of the loss, and the batch's `completion_T`
+    without them."""
+    kept_N = credited.kept_N
+    out_N = torch.tensor([not kept_N[n] for n in batch.members], dtype=torch.bool)
+    # Position -1 takes the last entry: no token was sampled there.
+    left_out_T = torch.cat((out_N, torch.zeros(1, dtype=torch.bool)))[batch.completion_T]
+    return out_N, batch.completion_T.masked_fill(left_out_T, -1)
 
 
 def policy_batch(
@@ -69,19 +103,21 @@ def policy_batch(
     credited: Credited,
     rl: ResolvedRL,
     router: RouterTargets | None,
+    threshold: torch.Tensor | None,
 ) -> PolicyBatch:
-    """Makes one microbatch to train on. Nothing else makes a `PolicyBatch`."""
-    kept_N = credited.kept_N
-    out_N = torch.tensor([not kept_N[n] for n in batch.members], dtype=torch.bool)
-    # Position -1 takes the last entry: no token was sampled there.
-    left_out_T = torch.cat((out_N, torch.zeros(1, dtype=torch.bool)))[batch.completion_T]
+    """Makes one microbatch to train on. Nothing else makes a `PolicyBatch`.
+
+    Args:
+        threshold: the entropy that tokens reach which the policy loss learns; None: all.
+    """
+    out_N, completion_T = kept_completions(batch, credited)
     weights_T = None
     if rl.rollout_is:
         weights_T = importance_weights(
             logprobs.old_T, logprobs.rollout_T, batch.completion_T, len(batch.members), rl
         )
     values = vars(batch) | {
-        "completion_T": batch.completion_T.masked_fill(left_out_T, -1),
+        "completion_T": completion_T,
         "lengths_N": batch.lengths_N.masked_fill(out_N, 0),
         "skill_T": _skills(batch, credited) if rl.earl.skill_map else None,
         "routes": batch.routes if logprobs.routes is None else logprobs.routes,
@@ -93,8 +129,17 @@ def policy_batch(
         old_logprobs_T=logprobs.old_T,
         ref_logprobs_T=logprobs.ref_T,
         rollout_weights_T=weights_T,
+        kl_weights_T=_kl_weights(batch, credited) if rl.beta else None,
+        learnt_T=None if threshold is None else entropies(logprobs).double() >= threshold,
         router=router,
     )
+
+
+def _kl_weights(batch: CompletionBatch, credited: Credited) -> torch.Tensor | None:
+    factors_N, tokens_N = credited.kl_factors_N, credited.token_advantages
+    if factors_N is None:
+        return None
+    return batch.spread([factors_N[n].expand(len(tokens_N[n])) for n in batch.members])
 
 
 def _skills(batch: CompletionBatch, credited: Credited) -> torch.Tensor:

@@ -39,6 +39,8 @@ class Tokens:
     ref_logprobs_K: torch.Tensor | None = None  # under the reference model; for KL in the loss
     rollout_weights_K: torch.Tensor | None = None  # `importance_weights`
     entropy_K: torch.Tensor | None = None  # in nats, of the distributions; where it is rewarded
+    kl_weights_K: torch.Tensor | None = None  # factors of beta
+    learnt_K: torch.Tensor | None = None  # bool: where the policy loss learns; None: everywhere
     # Sums a [N] tensor over the ranks that share this microbatch's completions (context
     # parallelism). None: they are all here.
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -163,6 +165,8 @@ def policy_loss(tokens: Tokens, rl: ResolvedRL) -> tuple[torch.Tensor, Sums]:
     tokens = _cleaned(tokens)
     found = POLICY_LOSSES[rl.policy_loss](tokens, rl)
     loss_K = found.loss_K
+    if tokens.learnt_K is not None:  # as in TRL, all tokens stay in the mean and in the KL term
+        loss_K = torch.where(tokens.learnt_K, loss_K, 0.0)
     if tokens.rollout_weights_K is not None:
         loss_K = loss_K * tokens.rollout_weights_K
     if tokens.entropy_K is not None:
@@ -172,12 +176,15 @@ def policy_loss(tokens: Tokens, rl: ResolvedRL) -> tuple[torch.Tensor, Sums]:
         "clip_ratio/high_mean": _share(found.high_K, mask_K),
         "clip_ratio/region_mean": _share(found.low_K | found.high_K, mask_K),
     }
+    if tokens.learnt_K is not None:
+        sums["entropy/frac_learnt"] = _share(tokens.learnt_K, mask_K)
     if tokens.rollout_weights_K is not None and rl.rollout_is_mode == "mask":
         sums["rollout_is/frac_masked"] = _share((tokens.rollout_weights_K == 0), mask_K)
     if tokens.ref_logprobs_K is not None:
         kl_K = kl_divergence(tokens.logprobs_K, tokens.ref_logprobs_K, rl.kl_estimator)
         if not rl.use_kl_in_reward:
-            loss_K = loss_K + rl.beta * kl_K
+            own = 1.0 if tokens.kl_weights_K is None else tokens.kl_weights_K
+            loss_K = loss_K + rl.beta * own * kl_K
         sums["kl"] = _share(kl_K.detach(), mask_K)
     if LOSS_AGGREGATIONS[rl.loss_agg_mode].per_token:
         loss_K = loss_K / tokens.of_completion(tokens.lengths_N)
@@ -219,6 +226,19 @@ def importance_weights(
         return weights_K.clamp(max=high)
     inside_K = (weights_K >= rl.rollout_is_threshold_low) & (weights_K <= high)
     return torch.where(inside_K, weights_K, 0.0)
+
+
+def entropy_threshold(entropies_K: torch.Tensor, share: float) -> torch.Tensor:
+    """Returns the entropy, fp64, that the `share` of tokens with the highest ones reach: the
+    quantile 1 - share with linear interpolation, as `torch.quantile`, which TRL's
+    `top_entropy_quantile` takes, but of any number of tokens. Infinite of none."""
+    if not len(entropies_K):
+        return torch.tensor(torch.inf, dtype=torch.float64)
+    ordered_K = entropies_K.double().sort().values
+    place = (1 - share) * (len(ordered_K) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered_K) - 1)
+    return torch.lerp(ordered_K[low], ordered_K[high], place - low)
 
 
 def logprob_abs_diff(tokens: Tokens, rollout_logprobs_K: torch.Tensor) -> Sums:

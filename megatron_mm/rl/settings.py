@@ -17,6 +17,7 @@ from megatron_mm.config.fields import (
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.errors import ConfigError
+from megatron_mm.plugins import parse_specs
 from megatron_mm.rl.algorithms import (
     ALGORITHMS,
     ESTIMATORS,
@@ -24,6 +25,7 @@ from megatron_mm.rl.algorithms import (
     LOSS_AGGREGATIONS,
     POLICY_LOSSES,
 )
+from megatron_mm.rl.rewards.functions import REWARDS
 
 
 @dataclass
@@ -114,6 +116,9 @@ class RLConfig:
     rewards still count in their groups (DAPO, arXiv 2503.14476, section 3.4)."""
     entropy_coef: Annotated[float, Bounds(ge=-1e6, le=1e6)] = 0.0
     """Coefficient of the mean entropy, in nats, that is subtracted from the loss."""
+    top_entropy_quantile: Annotated[float, Bounds(gt=0, le=1)] = 1.0
+    """Share of a step's tokens that the policy loss learns from, those of the highest entropy
+    before the rollout's first update (arXiv 2506.01939, section 5); 1: all."""
     advantage_clip_sigma: NonNegativeFloat = 0.0
     """Standardise advantages over all completions, and set those beyond this many standard
     deviations to 0 (StableReinforce, arXiv 2505.02835, eq. 4); 0: off."""
@@ -128,6 +133,14 @@ class RLConfig:
     )
     """Whether several rewards are summed before they are normalised in their group, or after; then
     the sum is normalised once more, over all completions (GDPO, arXiv 2601.05242, eq. 6)."""
+    advantage_weighting: list[str] = field(default_factory=list)
+    """Factors of advantages by how difficult their group was, which are multiplied: observe_r1,
+    odsw(stage='medium'), stcr, dads, univg or dotted paths, with options."""
+    difficulty_reward: str | None = None
+    """Reward function that says which completions are right, by its name in the metrics. Default:
+    the only one."""
+    difficulty_threshold: Annotated[float, Bounds(ge=-1e6, le=1e6)] = 0.5
+    """Least value of difficulty_reward with which a completion is right."""
     reward_std_floor: NonNegativeFloat = 0.0
     """Least standard deviation that a group's rewards are divided by."""
     reward_num_workers: Annotated[int, Bounds(ge=1, le=256)] = 2
@@ -171,6 +184,24 @@ def resolve_algorithm(rl: RLConfig, earl: EARLConfig | None = None) -> ResolvedR
 def resolved(run: RunConfig) -> ResolvedRL:
     """The run's settings of reinforcement learning with nothing left open."""
     return resolve_algorithm(run.section(RLConfig), run.section(EARLConfig))
+
+
+def difficulty_name(rl: RLConfig) -> str:
+    """The name of the reward that says which completions are right.
+
+    Raises:
+        ConfigError: none is named, and there is not exactly one; or there is none of that name.
+        RLError: a reward is written wrongly.
+    """
+    names = [spec.name for spec in parse_specs(rl.reward_funcs, REWARDS)]
+    if rl.difficulty_reward is None and len(names) == 1:
+        return names[0]
+    if rl.difficulty_reward not in names:
+        raise ConfigError(
+            f"rl.difficulty_reward is {rl.difficulty_reward!r}; allowed: one of the {len(names)} "
+            f"reward_funcs ({', '.join(names)}), the one that says which completions are right"
+        )
+    return rl.difficulty_reward
 
 
 def records_routes(rl: ResolvedRL, rewards_read_them: bool) -> bool:

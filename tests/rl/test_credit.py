@@ -8,51 +8,19 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from megatron_mm.data.sample import Sample
 from megatron_mm.earl.alignment import Hits
 from megatron_mm.earl.settings import EARLConfig
-from megatron_mm.generation.lanes import Completion
 from megatron_mm.rl.advantages import EPSILON, Advantages
 from megatron_mm.rl.completion_batch import answered, completion_batch
 from megatron_mm.rl.credit import completion_kl, credit, over_the_batch
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_batch import policy_batches
 from megatron_mm.rl.rollout.collect import assign_steps
-from megatron_mm.rl.rollout.draw import Group
 from megatron_mm.rl.rollout.score import Scored, informative, join
 from megatron_mm.rl.settings import RLConfig, resolve_algorithm
+from support.rollouts import LENGTHS, alone, prompt, scored
 
-LENGTHS = [3, 1, 2, 4]  # two groups of two completions
-
-
-def alone(values: torch.Tensor) -> torch.Tensor:
-    """The sum over readers on one rank."""
-    return values
-
-
-def scored(rewards, spans=None, failed=None, numbers=(0, 1), **changes) -> Scored:
-    completions = [
-        Completion(torch.arange(10, 10 + n), torch.full((n,), -1.0), True) for n in LENGTHS
-    ]
-    groups = tuple(
-        Group(number, tuple(completions[2 * p : 2 * p + 2]), None)
-        for p, number in enumerate(numbers)
-    )
-    rewards_PGC = torch.tensor(rewards).unsqueeze(2)
-    values = dict(
-        groups=groups,
-        names=("exact",),
-        rewards_PGC=rewards_PGC,
-        failed_PGC=torch.tensor(failed).unsqueeze(2) if failed else rewards_PGC.isnan(),
-        spans=spans or tuple(([], []) for _ in groups),
-        rounds=1,
-        generated=4,
-        missing=0,
-        skipped=(),
-        failures=(),
-        seconds={"generate": 1.0},
-    )
-    return Scored(**(values | changes))
+ALONE = (alone, alone)  # sums over the readers, and their values
 
 
 def packed():
@@ -67,10 +35,6 @@ def packed():
         )
         for members in ([2, 0], [3, 1])
     ]
-
-
-def prompt() -> Sample:
-    return Sample(torch.tensor([5, 6]), torch.tensor([6, 6]), torch.zeros(2), [], "rows:1")
 
 
 def known(batch, old=None, ref=None) -> Logprobs:
@@ -133,7 +97,7 @@ def test_policy_batches_hold_what_was_credited_and_leave_failures_out():
     rl = settings(algorithm="dr_grpo")
     found = credit(scored([[1.0, 0.0], [math.nan, 0.5]]), [1.0], rl, None, None, alone)
     batches = packed()
-    one, other = policy_batches(batches, [known(b) for b in batches], found, rl, None, alone)
+    one, other = policy_batches(batches, [known(b) for b in batches], found, rl, None, *ALONE)
     assert one.lengths_N.tolist() == [0, 3] and other.lengths_N.tolist() == [4, 1]
     assert one.completion_T.tolist() == [-1] * 5 + [1, 1, 1, -1]
     assert one.advantages_T.tolist() == [0.0] * 5 + [0.5] * 3 + [0.0]
@@ -149,7 +113,7 @@ def test_policy_batches_hold_the_skill_of_every_position():
     rl = settings(algorithm="dr_grpo", skill_map="map.json")
     found = credit(scored([[1.0, 0.0], [0.0, 0.5]], spans), [1.0], rl, None, None, alone)
     batches = packed()
-    one, other = policy_batches(batches, [known(b) for b in batches], found, rl, None, alone)
+    one, other = policy_batches(batches, [known(b) for b in batches], found, rl, None, *ALONE)
     # A prompt has two tokens; the second one's router decides the first token sampled.
     assert one.skill_T.tolist() == [-1, 0, 0, -1, -1, 1, 1, -1, -1]
     assert other.skill_T.tolist() == [-1, -1, 0, 0, -1, -1, -1, 0, -1]
@@ -170,7 +134,7 @@ def test_router_targets_stand_at_the_positions_of_their_tokens(temperature):
     hits = Hits(*[torch.zeros(4, 2, 4, dtype=torch.float64)] * 3)
     found = credit(before, [1.0], rl, hits, None, alone)
     batches = packed()
-    one, other = policy_batches(batches, [known(b) for b in batches], found, rl, member_SLE, alone)
+    one, other = policy_batches(batches, [known(b) for b in batches], found, rl, member_SLE, *ALONE)
     assert one.skill_T[one.sampled].tolist() == [0, 0, 1, 1, -1]
     mine, theirs = (batch.router.weight_T[batch.sampled].tolist() for batch in (one, other))
     if temperature:  # every labelled token but the first of a completion; completion 2 failed
@@ -313,5 +277,5 @@ def test_completions_that_were_cut_leave_the_loss_but_not_their_group():
     found = credit(before, [1.0], rl, None, None, alone)
     assert torch.equal(found.advantages.advantages_PG, plain.advantages.advantages_PG)
     assert plain.kept_N == [True] * 4 and found.kept_N == [True, False, True, False]
-    batches = policy_batches(packed(), [known(b) for b in packed()], found, rl, None, alone)
+    batches = policy_batches(packed(), [known(b) for b in packed()], found, rl, None, *ALONE)
     assert [int(n) for b in batches for n in b.lengths_N] == [2, 3, 0, 0]

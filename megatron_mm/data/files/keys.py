@@ -15,6 +15,8 @@ USED = (
 )
 # verl's columns; `forms.py` has taken what the rest of the package needs.
 VERL = ("data_source", "ability", "reward_model", "extra_info")
+# What tools/pass_rate.py adds to a row. Nothing that trains on the row reads it.
+RATED = ("accuracy", "completions", "finished", "right", "scores")
 # Keys by which other formats say what a model sees or learns. They are columns of no reward.
 MEANT = (
     *("conversations", "conversation", "prompt", "system", "system_prompt", "instruction"),
@@ -50,7 +52,7 @@ def check_keys(
     Raises:
         DataError: names the keys that nothing uses.
     """
-    allowed = {*USED, *more, *extra}
+    allowed = {*USED, *RATED, *more, *extra}
     if "data_source" in row or "reward_model" in row:
         allowed |= {*VERL}
     if ANY in allowed:

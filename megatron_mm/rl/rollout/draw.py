@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
@@ -12,7 +13,7 @@ from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.generation.sampling import Sampling
-from megatron_mm.rl.rollout.prompts import PromptSource
+from megatron_mm.rl.rollout.prompts import Drawn, PromptSource
 from megatron_mm.rl.settings import resolved, rollout_plan
 
 
@@ -56,17 +57,40 @@ def draw_rollout(
     engine: Engine, tokenizer: Tokenizer, loader: PromptSource, *, record_routes: bool
 ) -> Rollout:
     """Draws the next `rollout_batch_size` prompts of the job and completes this replica's. Every
-    rank of the job calls it.
+    rank of the job calls it. Raises as `complete`."""
+    numbers = loader.numbers(rollout_plan(engine.run).prompts)
+    return complete(engine, tokenizer, loader, numbers, record_routes=record_routes)
 
+
+class PromptRows(Protocol):
+    """Rows that have numbers."""
+
+    def read(self, numbers: list[int]) -> Drawn:
+        """Reads rows by number, on the replica's reader; may raise DataError."""
+        ...
+
+
+def complete(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    rows: PromptRows,
+    numbers: list[int],
+    *,
+    record_routes: bool,
+) -> Rollout:
+    """Completes rows of this replica, as many times as the settings say. Every rank of the job
+    calls it.
+
+    Args:
+        numbers: of this replica's rows, unique in the job: draws follow from them.
     Raises:
         DataError: on every rank, for a row that cannot be read.
     """
     begin, groups, rl = time.perf_counter(), engine.groups, resolved(engine.run)
-    numbers = loader.numbers(rollout_plan(engine.run).prompts)
     prompts: list[Prompt] = []
 
     def read() -> tuple[list[int], list[str]]:
-        drawn = loader.read(numbers)
+        drawn = rows.read(numbers)
         prompts.extend(drawn.prompts)
         return drawn.kept, drawn.skipped
 

@@ -26,9 +26,14 @@ from megatron_mm.earl.alignment import Alignment, count_hits
 from megatron_mm.earl.hacking import HackingWatch
 from megatron_mm.earl.metrics import Pairs
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import raise_together, sum_over_readers
+from megatron_mm.engine.feed import (
+    broadcast_from_reader,
+    raise_together,
+    sum_over_readers,
+    values_of_readers,
+)
 from megatron_mm.engine.totals import KnownTotals
-from megatron_mm.errors import RLError
+from megatron_mm.errors import ConfigError, RLError
 from megatron_mm.rl.completion_batch import CompletionBatch, pack_step
 from megatron_mm.rl.credit import Credited, completion_kl, credit, teacher_gaps, teacher_sums
 from megatron_mm.rl.logprobs import Logprobs, measure_logprobs
@@ -41,6 +46,7 @@ from megatron_mm.rl.rollout.metrics import completions_table, rollout_metrics
 from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.rollout.score import Scored
 from megatron_mm.rl.settings import resolved, rollout_plan
+from megatron_mm.rl.weightings import Factors, Judged, Weighting, weighting_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +64,12 @@ class Experience:
         self.run, self.engine, self.tokenizer, self.loader = run, engine, tokenizer, loader
         self.rl, self.plan = resolved(run), rollout_plan(run)
         error = self.alignment = None
+        self._weighting: Weighting | None = None
         try:
             self.alignment = Alignment.of(run)
-        except RLError as problem:
+            if self.rl.advantage_weighting:
+                self._weighting = weighting_of(self.rl.advantage_weighting)
+        except (ConfigError, RLError) as problem:
             error = str(problem)
         raise_together(engine.groups, error)
         self.maps = None if self.alignment is None else self.alignment.maps
@@ -147,6 +156,7 @@ class Experience:
                 rl,
                 self.member_SLE,
                 self._sum_over_readers,
+                partial(values_of_readers, engine.groups),
             )
             for step in packed
         ]
@@ -171,7 +181,14 @@ class Experience:
         if rl.teacher_load:
             taught = teacher_gaps(batches, logprobs)
         weights = self.collector.scorer.weights
-        return credit(scored, weights, rl, hits, kl, self._sum_over_readers, taught)
+        weigh = None if self._weighting is None else self._weigh
+        return credit(scored, weights, rl, hits, kl, self._sum_over_readers, taught, weigh)
+
+    def _weigh(self, judged: Judged) -> Factors:
+        """Weighs on the readers, so that what fails on one of them fails on every rank."""
+        weighting = self._weighting
+        assert weighting is not None  # else it is not called
+        return broadcast_from_reader(self.engine.groups, lambda: weighting(judged))
 
     # ---- reporting ----
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -89,12 +90,8 @@ class PromptLoader:
             DataError: for a bad row, unless `on_bad_sample` is skip.
         """
         found = self._reader.prompts([self._place(number) for number in numbers])
-        checked = [self._checked(prompt) for prompt in found]
-        skipped = [text for text in checked if isinstance(text, str)]
-        if skipped and not self._skip_bad:
-            raise DataError(skipped[0])
-        good = {i: prompt for i, prompt in enumerate(checked) if isinstance(prompt, Prompt)}
-        return Drawn([*good.values()], [numbers[i] for i in good], skipped)
+        known = [self._with_teacher(prompt) for prompt in found]
+        return sorted_out(known, numbers, self._longest, self._skip_bad)
 
     def _with_key(self, run: RunConfig) -> RunConfig:
         """The run, whose rows may have the column that names their teacher."""
@@ -103,24 +100,50 @@ class PromptLoader:
             columns = [*columns, self._rl.teacher_key]
         return replace(run, data=replace(run.data, extra_columns=columns))
 
-    def _checked(self, prompt: Prompt | str) -> Prompt | str:
+    def _with_teacher(self, prompt: Prompt | str) -> Prompt | str:
+        """Returns the row, or why it has no teacher where there are some."""
         if isinstance(prompt, str):
             return prompt
-        try:
-            result_key(prompt.row)  # the name that its reward is reported under
-        except DataError as error:
-            return f"{prompt.where}: {error}"
         try:
             teacher_of(prompt.row, prompt.where, self._rl)
         except DataError as error:
             return str(error)
-        if len(prompt.sample.tokens_T) <= self._longest:
-            return prompt
-        return (
-            f"{prompt.where}: a prompt of {len(prompt.sample.tokens_T)} tokens leaves no room for "
-            f"max_completion_length in seq_length: {self._longest} tokens fit; use fewer tiles or "
-            "raise seq_length"
-        )
+        return prompt
 
     def close(self) -> None:
         """Closes nothing; a TrainLoader has workers to end."""
+
+
+def sorted_out(
+    found: Sequence[Prompt | str], numbers: Sequence[int], longest: int, skip_bad: bool
+) -> Drawn:
+    """Returns the rows that can be completed, and why others cannot.
+
+    Args:
+        found: each a prompt or why the row is bad; numbers: of them.
+        longest: tokens that a prompt may have.
+    Raises:
+        DataError: for a bad row, unless `skip_bad`.
+    """
+    checked = [_checked(prompt, longest) for prompt in found]
+    skipped = [text for text in checked if isinstance(text, str)]
+    if skipped and not skip_bad:
+        raise DataError(skipped[0])
+    good = {i: prompt for i, prompt in enumerate(checked) if isinstance(prompt, Prompt)}
+    return Drawn([*good.values()], [numbers[i] for i in good], skipped)
+
+
+def _checked(prompt: Prompt | str, longest: int) -> Prompt | str:
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        result_key(prompt.row)  # the name that its reward is reported under
+    except DataError as error:
+        return f"{prompt.where}: {error}"
+    if len(prompt.sample.tokens_T) <= longest:
+        return prompt
+    return (
+        f"{prompt.where}: a prompt of {len(prompt.sample.tokens_T)} tokens leaves no room for "
+        f"max_completion_length in seq_length: {longest} tokens fit; use fewer tiles or "
+        "raise seq_length"
+    )

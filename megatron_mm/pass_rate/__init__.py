@@ -1,0 +1,1 @@
+"""How often a model answers each row rightly, and what is chosen by that."""

@@ -1,0 +1,192 @@
+"""Files that commands write: whole or not there, and one that grows round by round.
+
+A file that grows is FILE.partial beside FILE.progress, which says how much of it holds. Whatever
+ends the command, the next one cuts off what came later and goes on there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_mm.checkpoint import sealed
+from megatron_mm.checkpoint.lock import BUSY, WITHOUT
+from megatron_mm.errors import CheckpointError, DataError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes an OSError of the body a DataError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def check_new(path: Path) -> None:
+    """Raises DataError for a file that is there."""
+    if path.exists():
+        raise DataError(f"{path} is there already; remove it, or name another --out")
+
+
+def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
+    """Writes lines to new files. All of them are whole, or none is there.
+
+    Raises:
+        DataError: a file is there already or cannot be written.
+    """
+    for path in contents:
+        check_new(path)
+    partial = {path: path.with_name(path.name + ".partial") for path in contents}
+    try:
+        for path, lines in contents.items():
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sealed.write_bytes(partial[path], "".join(f"{x}\n" for x in lines).encode())
+        for path in contents:
+            with writing(path):
+                partial[path].replace(path)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+@dataclass
+class Tally:
+    """What a command has done so far.
+
+    Attributes:
+        rows: read, those that were left out among them.
+        sums: by name.
+    """
+
+    rows: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, rows: int, sums: Mapping[str, float]) -> None:
+        self.rows += rows
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+
+class Growing:
+    """A file of lines that grows round by round, held by one process. Close it.
+
+    Attributes:
+        tally: of the rounds that it holds.
+        done: whether an earlier command finished it.
+
+    Raises:
+        DataError: at construction: the file is there already and not this command's, another
+            process writes it, or what is there is of other settings.
+    """
+
+    def __init__(self, path: Path, key: str):
+        """
+        Args:
+            key: digest of all that the lines depend on.
+        """
+        self.path, self._key, self.tally, self.done = path, key, Tally(), False
+        self._file: BinaryIO | None = None
+        self._partial, self._progress = (
+            path.with_name(path.name + end) for end in (".partial", ".progress")
+        )
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        held = self._held()
+        # A command that was killed between its last two steps has left the one without the other.
+        if path.exists() and held is not None and not self._partial.exists():
+            self.tally, self.done = held[1], True
+            self._progress.unlink()
+            return
+        check_new(path)
+        with writing(self._partial):
+            self._file = self._partial.open("ab")
+        try:
+            self._hold()
+            size, self.tally = held or (0, Tally())
+            there = os.fstat(self._file.fileno()).st_size
+            if there < size:
+                raise DataError(
+                    f"{self._partial} has {there} bytes, {self._progress} says {size}; remove both"
+                )
+            with writing(self._partial):
+                self._file.truncate(size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _held(self) -> tuple[int, Tally] | None:
+        """Returns how many bytes hold, and the tally of them; None without a beginning."""
+        if not self._progress.exists():
+            return None
+        try:
+            content = sealed.read_json(self._progress)
+            key, size = content["key"], content["bytes"]
+            tally = Tally(content["rows"], content["sums"])
+        except (CheckpointError, OSError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{self._progress} cannot be read ({reason}); remove it") from None
+        if key != self._key:
+            raise DataError(
+                f"{self._partial} was begun with another checkpoint, other data or settings; go on "
+                "with those, remove it and its .progress, or name another --out"
+            )
+        return size, tally
+
+    def _hold(self) -> None:
+        assert self._file is not None
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in BUSY:
+                raise DataError(
+                    f"another process writes {self._partial}; wait for it, or name another --out"
+                ) from None
+            if error.errno not in WITHOUT:  # a file system that has no locks
+                raise
+
+    def append(self, lines: Sequence[str], rows: int, sums: Mapping[str, float]) -> None:
+        """Adds the lines of a round: they are on disk when it returns, or will be cut off.
+
+        Args:
+            rows: that were read for them; sums: to be added to the tally.
+        Raises:
+            DataError: they cannot be written.
+        """
+        assert self._file is not None, "the file is finished"
+        with writing(self._partial):
+            self._file.write("".join(f"{line}\n" for line in lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            size = self._file.tell()
+        self.tally.add(rows, sums)
+        content: dict[str, Any] = {"key": self._key, "bytes": size}
+        content |= {"rows": self.tally.rows, "sums": self.tally.sums}
+        fresh = self._progress.with_name(self._progress.name + ".new")
+        with writing(self._progress):
+            sealed.write_json(fresh, content)
+            fresh.replace(self._progress)
+            sealed.sync_folder(self.path.parent)
+
+    def finish(self) -> None:
+        """Gives the file its name."""
+        if self.done:
+            return
+        with writing(self.path):
+            self._partial.replace(self.path)
+            sealed.sync_folder(self.path.parent)
+            self._progress.unlink(missing_ok=True)
+        self.done = True
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self._file is not None:
+            with suppress(OSError):  # what could not be written was said already
+                self._file.close()
+            self._file = None
