@@ -3,6 +3,7 @@
     python tools/arms.py earl --seeds 1 2 3 --jobs 2              # EARL and its controls
     python tools/arms.py earl --model wide --seeds 1 2 3 --jobs 2 # 32 experts, nine skills
     python tools/arms.py memory --memory clvr none --seeds 1      # what looks may see
+    python tools/arms.py cascade --seeds 1 2 3 --jobs 2           # MPO, GSPO, distillation
 
 What is finished is not repeated, so a stopped comparison goes on. Each run has one rank; `--jobs`
 run side by side. A run that fails stops only those that start from it. The table is made from the
@@ -15,7 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+from examples.cascade import arms as cascade_arms
+from examples.cascade import table as cascade_table
 from examples.digits import earl_arms, earl_table, memory_arms, memory_table
 from examples.digits.jobs import run_all
 
@@ -27,17 +31,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     earl = commands.add_parser("earl", help="experts for skills, and reinforcement")
     memory = commands.add_parser("memory", help="what a look may see")
-    for command in (earl, memory):
+    cascade = commands.add_parser("cascade", help="preference pairs, RL, distillation")
+    for command in (earl, memory, cascade):
         command.add_argument("--out", type=Path, default=Path("runs/arms"))
         command.add_argument("--seeds", nargs="+", type=int, default=[1])
         command.add_argument("--jobs", type=int, default=1, help="runs side by side")
         command.add_argument("--table", action="store_true", help="train nothing")
         command.add_argument("--json", type=Path, help="where the table's figures go")
+    for command in (earl, memory):
         command.add_argument("--rl-iters", type=int, help="steps of RL; default the configs'")
     earl.add_argument("--model", choices=earl_arms.MODELS, default="tiny")
     earl.add_argument("--tiers", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3])
-    earl.add_argument("--questions", type=int, default=2000, help="of each kind")
-    earl.add_argument("--images", type=int, default=6000, help="for training")
+    for command in (earl, cascade):
+        command.add_argument("--questions", type=int, default=2000, help="of each kind")
+        command.add_argument("--images", type=int, default=6000, help="for training")
+    cascade.add_argument("--pool", type=int, default=3000, help="questions that are rated")
+    cascade.add_argument("--iters", type=int, help="steps of every run; default the configs'")
     earl.add_argument("--base-iters", type=int, help="steps of the base; default the model's")
     earl.add_argument("--sft-iters", type=int, help="further steps of SFT; default the configs'")
     memory.add_argument("--arms", nargs="*", choices=memory_arms.ARMS, default=memory_arms.ARMS)
@@ -45,7 +54,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     memory.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="the demo's")
     memory.add_argument("--sft-iters", type=int, help="steps of SFT; default the demo's")
     args = parser.parse_args(argv)
-    for name in ("jobs", "questions", "images", "base_iters", "sft_iters", "rl_iters"):
+    counts = ("jobs", "questions", "images", "base_iters", "sft_iters", "rl_iters", "pool", "iters")
+    for name in counts:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; at least 1")
@@ -60,14 +70,22 @@ def main(argv: list[str] | None = None) -> int:
         iters = (args.base_iters, args.sft_iters, args.rl_iters)
         size = earl_arms.Size(args.questions, args.images, *iters)
         jobs = earl_arms.jobs(out, earl_arms.MODELS[args.model], args.seeds, args.tiers, size)
+    elif args.command == "cascade":
+        out = args.out / "cascade"
+        of = cascade_arms.Size(args.questions, args.images, args.pool, args.iters)
+        jobs = cascade_arms.jobs(out, args.seeds, of)
     else:
         out = args.out / "memory"
         iters = (args.sft_iters, args.rl_iters)
         jobs = memory_arms.jobs(out, args.memory, args.seeds, args.arms, args.data, *iters)
     failed = [] if args.table else run_all(jobs, args.jobs)
+    found: Any
     if args.command == "earl":
         found = earl_table.summary(out)
         text = earl_table.markdown(found)
+    elif args.command == "cascade":
+        found = cascade_table.summary(out)
+        text = cascade_table.markdown(found)
     else:
         found = memory_table.table(out)
         text = memory_table.markdown(found)

@@ -24,7 +24,7 @@ def test_every_config_is_a_run_on_one_rank_and_on_two(config):
     run = load(path, [])
     validate(run, 2)
     validate(load(path, one_stage()), 1)
-    expected = "grpo" if config.startswith("grpo") else "sft"
+    expected = "grpo" if config.startswith(("grpo", "opd")) else "sft"
     assert run.checkpoint.finetune and run.training.objective == expected
 
 
