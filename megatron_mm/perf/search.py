@@ -17,7 +17,8 @@ from megatron_mm.perf.pieces import Pieces, rough_rank, trace_pieces
 from megatron_mm.perf.predict import BESIDE, exchanged, room, roughly
 from megatron_mm.perf.rank import RankPlan
 
-SECONDS = 240  # for the whole search; then the answer is what was traced in full so far
+SECONDS = 240  # of the processor for layouts in full; then the answer is what fits so far
+PATIENCE = 4  # times as long until something fits
 ROUGH = 1.15  # rough plans may need this many times the room; full plans decide
 LONG = 32768  # tokens of a sample from which on context parallelism is tried
 RECOMPUTE: tuple[tuple[Literal["full", "selective"] | None, list[RecomputeModule]], ...] = (
@@ -105,7 +106,6 @@ def search(
     Raises:
         ConfigError: no layout divides, or none fits.
     """
-    until = time.monotonic() + SECONDS
     tried = list(candidates(run, world_size, gpu))
     if not tried:
         validate(run, world_size)  # explains why the run's own layout is none of them
@@ -138,10 +138,10 @@ def search(
     progress.set_description("layouts")
     plans: list[LayoutPlan] = []
     off: dict[tuple, float] = {}  # how far off the rough memory was, by split
-    late = False
+    late, begin = False, time.process_time()
     for _, _, needed, candidate in ranked:
-        # One at least is traced, however long the sub-layers took.
-        late = bool(off) and time.monotonic() > until
+        limit = SECONDS if plans else PATIENCE * SECONDS
+        late = bool(off) and time.process_time() - begin > limit  # one at least is traced
         if len(plans) == top or late:
             break
         corrected = needed * off.get(_key(candidate), 0.0)
@@ -159,7 +159,8 @@ def search(
         seen = f"none of {len(tried)} layouts fits"
         if late:
             seen = (
-                f"no layout was found to fit in {SECONDS} s, not all of {len(ranked)} were traced"
+                f"no layout was found to fit in {PATIENCE * SECONDS} s, not all of {len(ranked)} "
+                "were traced"
             )
         raise refused.error(seen, world_size, gpu)
     plans.sort(key=lambda plan: plan.prediction.seconds)
