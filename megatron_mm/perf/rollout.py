@@ -68,6 +68,8 @@ def policy_batch(run: RunConfig, rl: ResolvedRL, batch: Microbatch) -> PolicyBat
         old_logprobs_T=zeros_T,
         ref_logprobs_T=zeros_T if rl.ref_load else None,
         rollout_weights_T=zeros_T if rl.rollout_is else None,
+        kl_weights_T=zeros_T if rl.beta and rl.advantage_weighting else None,
+        learnt_T=sampled if rl.top_entropy_quantile < 1 else None,
         router=router,
     )
 

@@ -19,12 +19,13 @@ import torch.distributed as dist
 from megatron_mm.config import RunConfig, validate
 from megatron_mm.config.settings import DataPhase
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.engine.weight_set import WeightSet
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
-from megatron_mm.rl.reference import Reference
+from megatron_mm.rl.reference import REFERENCE, weights_of
 from megatron_mm.rl.settings import RLConfig
 from megatron_mm.train import loop
 from megatron_mm.train.trainer import Trainer
@@ -139,7 +140,8 @@ def on_rank_compared(run: RunConfig, folder: Path) -> list[float]:
     trainer.run.checkpoint.save = str(folder)
     trainer.save()
     trainer.saver.finish()
-    trainer.source.reference = Reference(trainer.engine, str(folder))
+    held = WeightSet.of(weights_of(trainer.engine, str(folder)))
+    trainer.source.sets.add(REFERENCE, held)
     try:
         return [trainer.step()["kl"] for _ in range(4)]
     finally:

@@ -10,14 +10,16 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint.weight_sets import WeightSets
 from megatron_mm.config import RunConfig
 from megatron_mm.convert import to_hf
 from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.weight_set import WeightSet
 from megatron_mm.errors import CheckpointError
 from megatron_mm.model.layers.lora import is_adapter
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
-from megatron_mm.rl.reference import Reference
+from megatron_mm.rl.reference import REFERENCE, weights_of
 from megatron_mm.train.start import tell_frozen
 from support.trainers import LAYOUTS, PRIME, TP3, digits_run, new_trainer
 from support.weights import move_looks_off_zero
@@ -179,9 +181,11 @@ def test_a_forgotten_parameter_is_one_error_on_every_rank(ranks, scenes, tmp_pat
 def beside_a_reference(run, folder: str) -> tuple[bool, dict[str, torch.Tensor]]:
     """Whether weights are still open when the reference has been read, and the reference's."""
     engine = Engine.create(run, groups.build(run.parallel), drawn=False)
-    reference = Reference(engine, folder)
+    sets = WeightSets(engine)
+    sets.add(REFERENCE, WeightSet.of(weights_of(engine, folder)))
     still = all(tensor.isnan().all() for tensor in weights(engine).values())
-    with reference.in_place():
+    with sets.swapping() as put:
+        put(REFERENCE)
         return still, weights(engine)
 
 
