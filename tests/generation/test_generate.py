@@ -170,7 +170,7 @@ def one_rank(ranks, scenes):
 def test_log_probabilities_are_the_trainers(one_rank, temperature):
     """Sums in another order through six sub-layers of fp32; 980 tokens were within 3e-6 on one
     rank, TP2, PP2 and CP2 each."""
-    assert one_rank[temperature]["worst"] <= 1e-5
+    assert one_rank[temperature]["worst"] <= limit(temperature)
 
 
 def test_greedy_completions_are_those_of_the_slow_decoder(ranks, scenes, one_rank):
@@ -179,12 +179,18 @@ def test_greedy_completions_are_those_of_the_slow_decoder(ranks, scenes, one_ran
         assert one_rank[0.0]["tokens"][number] == [answer, answer]
 
 
+def limit(temperature: float) -> float:
+    """How far log-probabilities may differ: logits by 1e-5, a hundred roundings, over the
+    temperature that divides them."""
+    return 1e-5 / (temperature or 1.0)
+
+
 def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_rows(ranks, scenes, one_rank):
     tokens = one_rank[0.8]["tokens"]
     assert sum(a != b for a, b in tokens.values()) >= len(ASKED) - 1
     for rows in (2, 14):
         other = ranks(1, on_rank_sample, digits_run(scenes), 0.8, 2, rows)[0]
-        assert other["tokens"] == tokens and other["worst"] <= 1e-5
+        assert other["tokens"] == tokens and other["worst"] <= limit(0.8)
 
 
 @pytest.mark.parametrize("name", [name for name in DECODED if name != "one rank"])
@@ -196,8 +202,8 @@ def test_completions_do_not_depend_on_the_layout(ranks, scenes, one_rank, name, 
     logprobs = merged(answers, "logprobs")
     for number, group in one_rank[temperature]["logprobs"].items():
         for ours, theirs in zip(group, logprobs[number], strict=True):
-            assert (ours - theirs).abs().max() <= 1e-5
-    assert max(answer["worst"] for answer in answers) <= 1e-5
+            assert (ours - theirs).abs().max() <= limit(temperature)
+    assert max(answer["worst"] for answer in answers) <= limit(temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -210,8 +216,8 @@ def test_the_padding_of_a_vocabulary_is_never_drawn(ranks, scenes, temperature):
     logprobs = merged(answers, "logprobs")
     for number, group in expected["logprobs"].items():
         for ours, theirs in zip(group, logprobs[number], strict=True):
-            assert (ours - theirs).abs().max() <= 1e-5
-    assert max(answer["worst"] for answer in answers) <= 1e-5
+            assert (ours - theirs).abs().max() <= limit(temperature)
+    assert max(answer["worst"] for answer in answers) <= limit(temperature)
 
 
 def test_padding_is_cut_off_what_is_drawn_from(ranks, scenes):

@@ -92,8 +92,9 @@ def through_constants(groups, taught: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_gradients_are_those_of_autograd_with_constants(groups, way):
     found, expected = way(GROUPS[groups], TAUGHT), by_autograd(TAUGHT)
     for name, value in expected.items():
-        # Sums of at most 16 products in fp32, 1e-7 each, of terms up to some ten.
-        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-5)
+        # Sums in fp32, 1e-7 of terms up to some hundred, which cancel: 2e-5 was seen. A row that
+        # counts wrongly is off by its own size, which is about 1.
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-4)
     for name in ("gate_up", "down"):
         learns = found[name].flatten(1).abs().sum(1) > 0
         assert learns.tolist() == [True, False, False, True, True]
