@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm.config import RunConfig
-from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.layers.output import Predictions
-from megatron_mm.report.metrics import Metrics
 from megatron_mm.train.declaration import SFT
 from megatron_mm.train.sft import SupervisedFineTuning
 
@@ -26,15 +23,8 @@ class Planted(SupervisedFineTuning):
         super().__init__(run)
         self._file = Path(run.logging.output_dir) / NAN_FILE
 
-    def loss(
-        self,
-        predictions: Predictions,
-        batch: Microbatch,
-        positions_K: torch.Tensor,
-        pg: ProcessGroupCollection,
-        metrics: Metrics,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        total, count = super().loss(predictions, batch, positions_K, pg, metrics)
+    def loss(self, *step: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, count = super().loss(*step)
         if self._file.exists():
             self._file.unlink(missing_ok=True)
             total = total * float("nan")

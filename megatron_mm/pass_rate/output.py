@@ -58,7 +58,7 @@ def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
 
 @dataclass
 class Tally:
-    """What a command has done so far.
+    """The state of a command between two rounds.
 
     Attributes:
         rows: read, those that were left out among them.

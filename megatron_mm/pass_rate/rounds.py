@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Made:
-    """What a replica makes of its rows of a round; empty on ranks that do not read.
+    """The output of a replica for its rows of a round; empty on ranks that do not read.
 
     Attributes:
         lines: by row, then by place within it.
