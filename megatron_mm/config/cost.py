@@ -57,9 +57,10 @@ def costs(run: RunConfig) -> Costs:
 
 
 def _memory_rows(run: RunConfig, memory: Memory) -> MemoryRows:
-    """The memory of one image; the coordinates of its keys are left out."""
-    tiles = {"thumbnail": 1, "tiles": run.data.max_num_tiles}[memory.tiles]
-    seen = tiles * patches(run.model)
+    """The memory of one image; the coordinates of its keys are left out, and glimpses, which follow
+    from data: a query costs little beside the keys and values."""
+    of = {"thumbnail": 1, "tiles": run.data.max_num_tiles, "pyramid": _tiles(run)}
+    seen = of[memory.tiles] * patches(run.model)
     return MemoryRows(rows=seen, pairs=run.data.seq_length * seen)
 
 

@@ -141,10 +141,10 @@ def check_memories(run: RunConfig) -> None:
         raise ConfigError(f"memories holds {names}; allowed: none, because model.vision is none")
     found, read = memories(model, run.data.memory_images), look_memories(model)
     for memory in found:
-        if memory.tiles == "thumbnail" and not run.data.use_thumbnail:
+        if memory.tiles in ("thumbnail", "pyramid") and not run.data.use_thumbnail:
             raise ConfigError(
                 f"use_thumbnail is False; allowed: true, because {memory.tiles_setting} is "
-                "thumbnail"
+                f"{memory.tiles}"
             )
         if not read:  # nothing is built
             continue

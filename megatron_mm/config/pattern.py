@@ -2,8 +2,8 @@
 
 Each letter is one sub-layer of a kind registered in config/layers/kinds.py, such as `G` gated
 DeltaNet, `*` gated attention, `E` mixture of experts, `L` look at the vision memory, `J` inject
-what a look found. Spaces mean nothing. A *layout* is the same pattern with `|` at the pipeline
-stage boundaries.
+what a look found, `Q` glimpse at a place that a token asks for, `V` show what the glimpse found.
+Spaces mean nothing. A *layout* is the same pattern with `|` at the pipeline stage boundaries.
 
 A transformers "layer" is a mixer (`G` or `*`) and the feed-forward (`E`) after it, with one number.
 Side letters such as `L` and `J` are not numbered, so adding them never shifts checkpoint keys.
@@ -33,7 +33,8 @@ class Layer:
     Attributes:
         kind: its letter.
         number: the transformers layer that a mixer or a feed-forward belongs to; None for a side.
-        pair: the pair of look and injection that a side belongs to; None for the others.
+        pair: the pair that a side belongs to, counted by key (`looks`, `queries`); None for the
+            others.
         reader: its place among the layers that read a vision memory; None for the others.
     """
 
@@ -59,6 +60,11 @@ class Layer:
         return self.pair
 
     @property
+    def refinement(self) -> tuple[str, int]:
+        """The key and the number of the pair of a side: the name of what waits between them."""
+        return LAYERS[self.kind].key, self.known_pair
+
+    @property
     def known_reader(self) -> int:
         """`reader` of a layer that reads a vision memory."""
         assert self.reader is not None
@@ -74,6 +80,7 @@ class Stage:
     layers: tuple[Layer, ...]
 
 
+LOOKS = "looks"  # the key of CLVR's pairs
 # Letters of a model. Dealing them to stages takes the square of their number.
 MAX_LETTERS = 1024
 
@@ -92,7 +99,8 @@ def _words(letters: list[str]) -> str:
 
 
 def parse_pattern(pattern: str) -> tuple[Layer, ...]:
-    """Reads a model pattern. The k-th `L` is injected by the k-th `J`; several may wait.
+    """Reads a model pattern. The k-th `L` is injected by the k-th `J`, the k-th `Q` shown by the
+    k-th `V`; several may wait.
 
     Raises ConfigError for an unknown letter, a mixer without its feed-forward, a feed-forward
     without its mixer, a `J` before its `L`, an `L` that is never injected, or no layers at all.
@@ -100,10 +108,12 @@ def parse_pattern(pattern: str) -> tuple[Layer, ...]:
     """
     _check_length("hybrid_layer_pattern", pattern)
     mixers, closers = LAYERS.of_role("mixer"), LAYERS.of_role("ffn")
-    opens, closes = (LAYERS.of_pair(side) for side in ("opens", "closes"))
+    opens = LAYERS.of_pair("opens")
     allowed = ", ".join(LAYERS)
     layers: list[Layer] = []
-    count = opened = closed = 0
+    count = 0
+    opened: dict[str, int] = dict.fromkeys((LAYERS[letter].key for letter in opens), 0)
+    closed = dict(opened)
     open_mixer: str | None = None  # the mixer that still waits for its feed-forward
     for position, letter in enumerate(pattern, start=1):
         here = f"{letter!r} at position {position}"
@@ -131,22 +141,26 @@ def parse_pattern(pattern: str) -> tuple[Layer, ...]:
             layers.append(Layer(letter, number=count - 1))
             open_mixer = None
         elif letter in opens:
-            layers.append(Layer(letter, pair=opened))
-            opened += 1
+            key = LAYERS[letter].key
+            layers.append(Layer(letter, pair=opened[key]))
+            opened[key] += 1
         else:
-            if closed == opened:
-                raise _wrong(pattern, f"{here} has no {_words(opens)} before it to inject")
-            layers.append(Layer(letter, pair=closed))
-            closed += 1
+            key = LAYERS[letter].key
+            if closed.get(key) == opened.get(key):
+                openers = _words(LAYERS.of_pair("opens", key))
+                raise _wrong(pattern, f"{here} has no {openers} before it to inject")
+            layers.append(Layer(letter, pair=closed[key]))
+            closed[key] += 1
     if open_mixer:
         raise _wrong(pattern, f"{open_mixer} needs an {_words(closers)} after it")
-    if closed < opened:
-        look, injection = _words(opens), _words(closes)
-        raise _wrong(
-            pattern,
-            f"{opened} {look} but only {closed} {injection}; every {look} needs a {injection} "
-            "after it",
-        )
+    for key, count_opened in opened.items():
+        if closed[key] < count_opened:
+            look, injection = (_words(LAYERS.of_pair(p, key)) for p in ("opens", "closes"))
+            raise _wrong(
+                pattern,
+                f"{count_opened} {look} but only {closed[key]} {injection}; every {look} needs a "
+                f"{injection} after it",
+            )
     if len(layers) > MAX_LETTERS:
         raise _wrong(pattern, f"has {len(layers)} letters; allowed: up to {MAX_LETTERS}")
     if not count:
@@ -174,13 +188,13 @@ def routed_layers(pattern: str) -> list[int]:
 
 
 def memories_of_pairs(model: ModelConfig) -> dict[int, Memory]:
-    """Returns the memory that the look of each pair reads; empty if no look is built."""
+    """Returns the memory that the look (`L`) of each pair reads; empty if no look is built."""
     read = look_memories(model)
     layers = parse_pattern(model.hybrid_layer_pattern) if read else ()
     return {
-        layer.pair: read[layer.reader]
+        layer.known_pair: read[layer.known_reader]
         for layer in layers
-        if layer.pair is not None and layer.reader is not None
+        if LAYERS[layer.kind].key == LOOKS and layer.reader is not None
     }
 
 

@@ -30,7 +30,7 @@ from megatron_mm.errors import ConfigError
 RecomputeModule = Literal["core_attn", "moe", "vision"]
 # Parts of a model that learn, or are frozen, by themselves; `engine.optimizer.module_of` says which
 # parameters belong to which.
-MODULES = ("vision", "projector", "language", "experts", "clvr", "router")
+MODULES = ("vision", "projector", "language", "experts", "clvr", "avm", "router")
 LoraTarget = Literal["language", "vision", "projector"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
@@ -207,6 +207,9 @@ class OptimizerConfig:
     """Learning rate of the routed experts, as a multiple of lr."""
     lr_mult_clvr: NonNegativeFloat = 1.0
     """Learning rate of the looks and their memory, as a multiple of lr."""
+    lr_mult_avm: NonNegativeFloat = 1.0
+    """Learning rate of the glimpses (letter Q), as a multiple of lr; their memory has that of
+    lr_mult_clvr."""
     lr_mult_router: NonNegativeFloat = 1.0
     """Learning rate of the routers of experts, as a multiple of lr."""
     weight_decay: NonNegativeFloat = 0.01
@@ -263,12 +266,14 @@ class TrainingConfig:
     freeze_projector: bool = False
     """Do not train the projector."""
     freeze_language: bool = False
-    """Do not train the language model; its routed experts, routers and looks have flags of their
-    own."""
+    """Do not train the language model; its routed experts, routers, looks and glimpses have flags
+    of their own."""
     freeze_experts: bool = False
     """Do not train the routed experts; shared experts are part of the language model."""
     freeze_clvr: bool = False
     """Do not train the looks and their memory."""
+    freeze_avm: bool = False
+    """Do not train the glimpses (letter Q)."""
     freeze_router: bool = False
     """Do not train the routers of experts."""
 

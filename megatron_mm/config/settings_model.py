@@ -21,7 +21,7 @@ from megatron_mm.config.fields import (
 )
 from megatron_mm.config.layers.kinds import LAYERS
 
-VisionMemory = Literal["none", "thumbnail", "tiles"]
+VisionMemory = Literal["none", "thumbnail", "tiles", "pyramid"]
 ImageStream = Literal["thumbnail", "tiles", "all"]
 
 
@@ -128,7 +128,8 @@ class FusionConfig:
     """The order of stream tokens: v2 in reading order; v1, of the first InternVL releases, leaves
     rows and columns swapped."""
     vision_memory: VisionMemory = "none"
-    """The tiles of each image that the memory `vision` holds; none: there is no such memory."""
+    """The tiles of each image that the memory `vision` holds; pyramid: the thumbnail and the tiles
+    together; none: there is no such memory."""
     memory_hidden_size: PositiveInt | None = None
     """Features of a row of the memory `vision`; none: hidden_size // 4."""
     memory_coordinates: bool = True
@@ -152,7 +153,8 @@ class ModelConfig:
 
     hybrid_layer_pattern: str = "GEGEGE*E" * 12
     """Letters of the layers in their order, such as GEGEGE*E; spaces mean nothing. G gated
-    DeltaNet, * attention, E mixture of experts, L look at the image, J inject what it found."""
+    DeltaNet, * attention, E mixture of experts, L look at the image, J inject what it found, Q
+    glimpse at the place that a token asks for, V show its slots what was found."""
     language: Annotated[LanguageConfig, Chosen(LANGUAGE_FAMILIES, "qwen3_next")] = field(
         default_factory=lambda: LANGUAGE_FAMILIES["qwen3_next"].settings()
     )

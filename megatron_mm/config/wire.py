@@ -18,11 +18,11 @@ class Manifest:
 
     Attributes:
         memories: names, in alphabetical order.
-        refinements: numbers of pairs, ascending.
+        refinements: keys and numbers of pairs, ascending.
     """
 
     memories: tuple[str, ...]
-    refinements: tuple[int, ...]
+    refinements: tuple[tuple[str, int], ...]
 
 
 def wire(stages: Sequence[Stage], read: Sequence[str]) -> tuple[Manifest, ...]:
@@ -38,8 +38,8 @@ def wire(stages: Sequence[Stage], read: Sequence[str]) -> tuple[Manifest, ...]:
     for boundary in range(1, len(stages)):
         before = [layer for stage in stages[:boundary] for layer in stage.layers]
         after = [layer for stage in stages[boundary:] for layer in stage.layers]
-        opened = {layer.known_pair for layer in before if LAYERS[layer.kind].pair == "opens"}
-        closed = {layer.known_pair for layer in after if LAYERS[layer.kind].pair == "closes"}
+        opened = {layer.refinement for layer in before if LAYERS[layer.kind].pair == "opens"}
+        closed = {layer.refinement for layer in after if LAYERS[layer.kind].pair == "closes"}
         memories = {read[layer.known_reader] for layer in after if LAYERS[layer.kind].reads_memory}
         manifests.append(Manifest(tuple(sorted(memories)), tuple(sorted(opened & closed))))
     return tuple(manifests)

@@ -7,6 +7,7 @@ T tokens in the stream, N tiles, M patches of a memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
@@ -17,7 +18,7 @@ import torch
 from megatron_mm import platform
 
 # Shapes follow from these: reading them from a GPU would stall it.
-ON_CPU = ("cu_seqlens", "stream_positions", "visible_M2")
+ON_CPU = ("cu_seqlens", "stream_positions", "visible_M2", "positions_N")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class BatchMemory:
 
     tiles: torch.Tensor  # int64, tile by tile of the memory: its place among the N tiles
     coordinates_M2: torch.Tensor  # float32 (y, x) of each patch centre, 0..1 of its image
+    extents_M: torch.Tensor  # float32, the side of each patch, in shares of its image's
     visible_M2: torch.Tensor  # int64 [from, to): the positions that may see each patch
 
     @classmethod
@@ -33,20 +35,55 @@ class BatchMemory:
         cls,
         tiles: Sequence[int] = (),
         coordinates: Sequence[torch.Tensor] = (),
+        extents: Sequence[torch.Tensor] = (),
         visible: Sequence[torch.Tensor] = (),
     ) -> BatchMemory:
         """Joins the patches of several images.
 
         Args:
             coordinates, visible: of each image, [its patches, 2].
+            extents: of each image, [its patches].
         """
         return cls(
             torch.tensor(tiles, dtype=torch.int64),
             torch.cat([torch.zeros(0, 2), *coordinates]),
+            torch.cat([torch.zeros(0), *extents]),
             torch.cat([torch.zeros(0, 2, dtype=torch.int64), *visible]),
         )
 
     def to(self, device: torch.device | str) -> BatchMemory:
+        """Moves what is computed with; see `Microbatch.to`."""
+        return replace(self, **_moved(self, device))
+
+
+@dataclass(frozen=True)
+class BatchQueries:
+    """The queries of a microbatch: tokens that ask for a place of an image (letter Q). The slots
+    of each stand behind it.
+
+    Attributes:
+        positions_N: int64, where in the stream, ascending; on the CPU.
+        targets_N3: float32, the place (y, x, scale) that each should ask for; NaN: any.
+    """
+
+    positions_N: torch.Tensor
+    targets_N3: torch.Tensor
+
+    @classmethod
+    def build(
+        cls, positions: Sequence[int] = (), targets: Sequence[Sequence[float] | None] = ()
+    ) -> BatchQueries:
+        """
+        Args:
+            targets: (y, x, scale) of each; None: any.
+        """
+        rows = [(math.nan,) * 3 if target is None else target for target in targets]
+        return cls(
+            torch.tensor(positions, dtype=torch.int64),
+            torch.tensor(rows, dtype=torch.float32).view(-1, 3),
+        )
+
+    def to(self, device: torch.device | str) -> BatchQueries:
         """Moves what is computed with; see `Microbatch.to`."""
         return replace(self, **_moved(self, device))
 
@@ -82,6 +119,7 @@ class Microbatch:
     stream_tiles: torch.Tensor  # int64, the tiles whose shuffled features enter the stream
     stream_positions: torch.Tensor  # int64, where in T, tile by tile, row by row
     memories: dict[str, BatchMemory] = field(default_factory=dict)  # by name; none in a step
+    queries: BatchQueries = field(default_factory=BatchQueries.build)  # none in a step
     samples: list[str] = field(default_factory=list)  # "file:row" of each sample
     skipped: list[str] = field(default_factory=list)  # rows left out, with the reason
     # int64, the skill (its number in the run's skill map) that each position exercises when it
@@ -111,6 +149,7 @@ class Microbatch:
         stream_tiles: Sequence[int] = (),
         stream_positions: torch.Tensor | None = None,
         memories: Mapping[str, BatchMemory] | None = None,
+        queries: BatchQueries | None = None,
         samples: Sequence[str] = (),
         skipped: Sequence[str] = (),
     ) -> Microbatch:
@@ -127,6 +166,7 @@ class Microbatch:
             position_ids_T: default: counted from 0 in every sample.
             pixels_NCHW: default: no tiles.
             stream_positions: default: none.
+            queries: default: none.
         """
         real = len(tokens_T)
         tail = -real % pad_multiple if real else pad_multiple
@@ -153,6 +193,7 @@ class Microbatch:
             stream_tiles=torch.tensor(stream_tiles, dtype=torch.int64),
             stream_positions=none if stream_positions is None else stream_positions,
             memories=dict(memories or {}),
+            queries=queries or BatchQueries.build(),
             samples=list(samples),
             skipped=list(skipped),
             skill_T=skill_T,
@@ -179,7 +220,9 @@ class Microbatch:
         return replace(self, **moved)
 
 
-def _moved(value: Microbatch | BatchMemory, device: torch.device | str) -> dict[str, Any]:
+def _moved(
+    value: Microbatch | BatchMemory | BatchQueries, device: torch.device | str
+) -> dict[str, Any]:
     """The tensors of a value, and what else moves itself, on another device."""
     moved = {}
     for name in (f.name for f in fields(value) if f.name not in ON_CPU):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mm.data.files.forms import from_json, to_json
+from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.messages import (
     IMAGE_MARK,
     Message,
@@ -26,7 +27,7 @@ from megatron_mm.data.messages import (
     check_messages,
     is_unicode,
 )
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
 from megatron_mm.errors import DataError
 
 # The words that Qwen3's models were trained to read tools by.
@@ -64,11 +65,13 @@ class Encoded:
     Attributes:
         supervised: whether token t itself is learned, because it is part of an answer.
         image_starts: position of the first context token of each image.
+        queries: position of each query token (data/looks.py); its slots follow.
     """
 
     tokens: list[int] = field(default_factory=list)
     supervised: list[bool] = field(default_factory=list)
     image_starts: list[int] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], supervised: bool = False) -> None:
         self.tokens.extend(ids)
@@ -81,6 +84,7 @@ def encode_row(
     tokenizer: Tokenizer,
     image_token_counts: Sequence[int],
     seq_length: int,
+    looks: LookTokens | None = None,
 ) -> Encoded:
     """Encodes a whole conversation for training. Every assistant turn and its `<|im_end|>` are
     supervised, unless its `weight` is 0 or its `loss` false.
@@ -88,11 +92,12 @@ def encode_row(
     Args:
         where: "file:row", for messages.
         image_token_counts: number of stream tokens of each image.
+        looks: None for a model without glimpses.
 
     Raises:
         DataError: the conversation is malformed, `<image>` marks do not match the images, text
-            spells a control token, nothing is learnt, or the sample has more than `seq_length`
-            tokens.
+            spells a control token, nothing is learnt, a `<look>` has no image before it or is one
+            too many, or the sample has more than `seq_length` tokens.
     """
     messages = check_messages(row, where)
     answers = sum(message.role == "assistant" for message in messages)
@@ -106,7 +111,8 @@ def encode_row(
         raise DataError(
             f"{where}: 0 of {answers} assistant turns are learnt; set the weight or loss of one"
         )
-    encoded = _encode(turns(messages, tools_of(row, where)), where, tokenizer, image_token_counts)
+    written = turns(messages, tools_of(row, where))
+    encoded = _encode(written, where, tokenizer, image_token_counts, looks)
     return _check_length(encoded, where, seq_length)
 
 
@@ -116,6 +122,7 @@ def encode_prompt(
     tokenizer: Tokenizer,
     image_token_counts: Sequence[int],
     seq_length: int,
+    looks: LookTokens | None = None,
 ) -> Encoded:
     """Encodes everything before the last answer, up to and including
     `<|im_start|>assistant\\n`, without supervision. Raises like `encode_row`."""
@@ -123,7 +130,7 @@ def encode_prompt(
     if messages[-1].role == "assistant":
         messages = messages[:-1]
     before = turns(messages, tools_of(row, where))
-    encoded = _encode(before, where, tokenizer, image_token_counts)
+    encoded = _encode(before, where, tokenizer, image_token_counts, looks)
     if before:
         encoded.add(tokenizer.encode("\n"))
     encoded.add([tokenizer.message_start_id])
@@ -196,7 +203,11 @@ def _without_leading_breaks(text: str) -> str:
 
 
 def _encode(
-    written: Sequence[Turn], where: str, tokenizer: Tokenizer, image_token_counts: Sequence[int]
+    written: Sequence[Turn],
+    where: str,
+    tokenizer: Tokenizer,
+    image_token_counts: Sequence[int],
+    looks: LookTokens | None,
 ) -> Encoded:
     marks = sum(len(turn.texts) - 1 for turn in written)
     if marks != len(image_token_counts):
@@ -231,9 +242,41 @@ def _encode(
                     f"{where}: {turn.source} spells the special token {forged}; "
                     "remove it, the template writes these tokens"
                 )
-            encoded.add(ids, supervised=turn.learnt)
+            if looks is None:
+                encoded.add(ids, supervised=turn.learnt)
+            else:
+                _add_with_looks(encoded, ids, turn, where, looks)
         encoded.add([tokenizer.message_end_id], supervised=turn.learnt)
     return encoded
+
+
+def _add_with_looks(
+    encoded: Encoded, ids: Sequence[int], turn: Turn, where: str, looks: LookTokens
+) -> None:
+    """Adds the ids of a text and the slots behind each query. A query is learnt as any word; its
+    slots are given."""
+    asks = looks.query_id in ids
+    if looks.slot_id in ids or (asks and turn.role != "assistant"):
+        spelt = LOOK if asks and turn.role != "assistant" else LOOK_CONTEXT
+        raise DataError(
+            f"{where}: {turn.source} spells the special token {spelt}; remove it, "
+            f"only answers ask for looks, with {LOOK}"
+        )
+    if asks and not encoded.image_starts:
+        raise DataError(
+            f"{where}: {turn.source} has {LOOK} and no image stands before it; show one first"
+        )
+    for index in ids:
+        if index == looks.query_id:
+            encoded.queries.append(len(encoded.tokens))
+        encoded.add([index], supervised=turn.learnt)
+        if index == looks.query_id:
+            encoded.add([looks.slot_id] * looks.slots)
+    if len(encoded.queries) > looks.most:
+        raise DataError(
+            f"{where}: {len(encoded.queries)} {LOOK} up to {turn.source}, max_queries is "
+            f"{looks.most}; ask less often or raise max_queries"
+        )
 
 
 def _check_length(encoded: Encoded, where: str, seq_length: int) -> Encoded:

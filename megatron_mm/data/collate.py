@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_mm.data.batch import BatchMemory, Microbatch
+from megatron_mm.data.batch import BatchMemory, BatchQueries, Microbatch
 from megatron_mm.data.images import channels_first
 from megatron_mm.data.sample import Sample, SampleImage
 from megatron_mm.data.tiles import ImageSettings
@@ -50,9 +51,18 @@ def collate(
         pad_id=pad_id,
         pad_multiple=pad_multiple,
         **({} if settings is None else _images(samples, lengths, settings)),
+        queries=_queries(samples, lengths),
         samples=[sample.where for sample in samples],
         skipped=skipped,
     )
+
+
+def _queries(samples: Sequence[Sample], lengths: list[int]) -> BatchQueries:
+    """The queries of all samples, at their positions in the stream."""
+    starts = accumulate(lengths, initial=0)
+    pairs = zip(samples, starts, strict=False)
+    positions = [start + position for sample, start in pairs for position in sample.queries]
+    return BatchQueries.build(positions, [t for sample in samples for t in sample.targets])
 
 
 def _skills(samples: Sequence[Sample]) -> torch.Tensor:
@@ -101,10 +111,11 @@ def _images(
 def _memory(name: str, shown: Sequence[tuple[SampleImage, int, torch.Tensor]]) -> BatchMemory:
     """The memory of this name over all images."""
     tiles: list[int] = []
-    coordinates, visible = [], []
+    coordinates, extents, visible = [], [], []
     for image, first, span in shown:
         held = image.memories[name]
         tiles += [first + tile for tile in held.tiles]
         coordinates.append(held.coordinates_M2)
+        extents.append(held.extents_M)
         visible.append(span.expand(len(held.coordinates_M2), 2))
-    return BatchMemory.build(tiles, coordinates, visible)
+    return BatchMemory.build(tiles, coordinates, extents, visible)

@@ -22,11 +22,13 @@ from megatron_mm.data.images import (
     TileGrid,
     find_image,
 )
+from megatron_mm.data.looks import LOOKS, LookTokens, Target, read_boxes, targets_of
 from megatron_mm.data.tiles import (
     ImageSettings,
     choose_grids,
     image_settings,
     memory_coordinates,
+    memory_extents,
     select_tiles,
     tiles_by_images,
     tiles_seen,
@@ -52,6 +54,7 @@ class ImageMemory:
 
     tiles: list[int]  # indices into the image's tiles
     coordinates_M2: torch.Tensor  # float32 (y, x) of the patch centres
+    extents_M: torch.Tensor  # float32, sides of the patches
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class SampleImage:
             memory.name: ImageMemory(
                 [place[memory.images, tile] for tile in select_tiles(grid, memory.tiles)],
                 memory_coordinates(grid, memory, settings.patches_per_side),
+                memory_extents(grid, memory, settings.patches_per_side),
             )
             for memory in settings.memories
         }
@@ -97,6 +101,8 @@ class Sample:
     images: list[SampleImage]
     where: str  # "file:row"
     skill_T: torch.Tensor | None = None  # int64, as in `Microbatch`; None: no position has one
+    queries: tuple[int, ...] = ()  # positions of query tokens, ascending
+    targets: tuple[Target | None, ...] = ()  # the place that each should ask for; None: any
 
 
 class _Draft(NamedTuple):
@@ -105,6 +111,7 @@ class _Draft(NamedTuple):
     files: dict[str, list[ImageFile]]  # by key of the row, "images" first
     grids: list[TileGrid]
     encoded: Encoded
+    targets: tuple[Target | None, ...]
 
 
 class SampleBuilder:
@@ -121,6 +128,7 @@ class SampleBuilder:
             )
         self.settings = image_settings(run)
         self.tokenizer = tokenizer
+        self.looks = LookTokens.of(run, tokenizer)
         self.seq_length = run.data.seq_length
         self._extra_columns = run.data.extra_columns
         # Rollouts hand a row's other keys to the reward functions.
@@ -142,7 +150,8 @@ class SampleBuilder:
         """Returns the sample that `training` would, with the image objects of `sample`, so that a
         microbatch of both holds their tiles once. Raises DataError, also for images that begin at
         other tokens than there."""
-        encoded = self._draft(encode_row, row, where, folder).encoded
+        draft = self._draft(encode_row, row, where, folder)
+        encoded = draft.encoded
         starts = [image.start for image in sample.images]
         if encoded.image_starts != starts:
             raise DataError(
@@ -150,7 +159,7 @@ class SampleBuilder:
                 f"{encoded.image_starts}, those of the other side at {starts}; show images in the "
                 "prompt only"
             )
-        return self._sample(encoded, sample.images, where)
+        return self._sample(draft, sample.images, where)
 
     def measure(self, row: dict[str, Any], where: str, folder: Path) -> Size:
         """Returns the size that `training` would have, from the text and the headers of the
@@ -171,7 +180,7 @@ class SampleBuilder:
         check_keys(
             row,
             where,
-            more=[memory.images for memory in memories],
+            more=[memory.images for memory in memories] + [LOOKS] * (self.looks is not None),
             extra=self._extra_columns,
             columns=self._columns,
         )
@@ -188,8 +197,14 @@ class SampleBuilder:
                 files[memory.images] = self._others(memory, grids, row, where, folder)
         stream = [select_tiles(grid, self._vision.image_stream) for grid in grids]
         counts = [len(tiles) * self._vision.tokens_per_tile for tiles in stream]
-        encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length)
-        return _Draft(files, grids, encoded)
+        looks = self.looks
+        encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length, looks)
+        targets: tuple[Target | None, ...] = ()
+        if looks is not None:
+            boxes = read_boxes(row, len(own), where)
+            whole = encode is encode_row  # a prompt lacks the queries of the last answer
+            targets = targets_of(boxes, len(encoded.queries), looks, where, whole=whole)
+        return _Draft(files, grids, encoded, targets)
 
     def _files(self, key: str, row: dict[str, Any], where: str, folder: Path) -> list[ImageFile]:
         names = row.get(key)
@@ -220,14 +235,23 @@ class SampleBuilder:
                 for key, used in tiles_by_images(grid, self._vision).items()
             }
             images.append(SampleImage.build(grid, tiles, self._vision, start))
-        return self._sample(encoded, images, where)
+        return self._sample(draft, images, where)
 
-    def _sample(self, encoded: Encoded, images: list[SampleImage], where: str) -> Sample:
+    def _sample(self, draft: _Draft, images: list[SampleImage], where: str) -> Sample:
+        encoded = draft.encoded
         tokens_T = torch.tensor(encoded.tokens, dtype=torch.int64)
         labels_T = torch.full_like(tokens_T, self.tokenizer.pad_id)
         labels_T[:-1] = tokens_T[1:]
         mask_T = torch.tensor([*encoded.supervised[1:], False], dtype=torch.float32)
-        return Sample(tokens_T, labels_T, mask_T, images, where)
+        return Sample(
+            tokens_T,
+            labels_T,
+            mask_T,
+            images,
+            where,
+            queries=tuple(encoded.queries),
+            targets=draft.targets,
+        )
 
     def _size(self, file: ImageFile, where: str) -> tuple[int, int]:
         """Returns (width, height) in pixels, from memory for files seen before."""

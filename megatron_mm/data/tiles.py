@@ -60,9 +60,9 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
     held = memories(run.model, data.memory_images)
     chosen = {"image_stream": fusion.image_stream} | {m.tiles_setting: m.tiles for m in held}
     for name, value in chosen.items():
-        if value == "thumbnail" and not data.use_thumbnail and data.max_num_tiles > 1:
+        if value in ("thumbnail", "pyramid") and not data.use_thumbnail and data.max_num_tiles > 1:
             raise DataError(
-                f"{name} is 'thumbnail' but use_thumbnail is false while max_num_tiles is "
+                f"{name} is {value!r} but use_thumbnail is false while max_num_tiles is "
                 f"{data.max_num_tiles}; set use_thumbnail or max_num_tiles 1"
             )
     if len(data.image_mean) != 3 or len(data.image_std) != 3 or min(data.image_std) <= 0:
@@ -82,17 +82,18 @@ def image_settings(run: RunConfig) -> ImageSettings | None:
 
 
 def select_tiles(grid: TileGrid, choice: str) -> list[int]:
-    """Returns ascending indices into the grid's tiles for none / thumbnail / tiles / all.
+    """Returns ascending indices into the grid's tiles for none / thumbnail / tiles / all / pyramid:
+    the last two are all of them, and a pyramid needs the thumbnail.
 
     An image of one tile has no separate thumbnail; the tile itself is used in its place.
 
     Raises:
-        DataError: the choice is "thumbnail" and the grid has none.
+        DataError: the choice needs a thumbnail and the grid has none.
     """
     cells = grid.rows * grid.cols
     if choice == "none":
         return []
-    if choice == "all":
+    if choice == "all" or (choice == "pyramid" and grid.thumbnail):
         return list(range(grid.num_tiles))
     if choice == "tiles" or cells == 1:
         return list(range(cells))
@@ -165,6 +166,17 @@ def choose_grids(
         f"{where}: {len(sizes)} images need {cost} tokens at 1 tile each, max_image_tokens is "
         f"{budget}; use fewer images or raise max_image_tokens"
     )
+
+
+@lru_cache(maxsize=1024)
+def memory_extents(grid: TileGrid, memory: Memory, patches_per_side: int) -> torch.Tensor:
+    """Returns the sides of the patches in a memory, tile by tile, in shares of the image's, float32
+    [M]; of patches that are not square in it, the geometric mean. One tensor is shared by all
+    images of the same grid: not to be written to."""
+    cells, count = grid.rows * grid.cols, patches_per_side**2
+    tiles = select_tiles(grid, memory.tiles)
+    sides = [(cells if tile < cells else 1) ** -0.5 / patches_per_side for tile in tiles]
+    return torch.tensor(sides, dtype=torch.float32).repeat_interleave(count)
 
 
 @lru_cache(maxsize=1024)

@@ -27,6 +27,8 @@ SPECIAL_TOKENS = {
     "image_end_id": "</img>",
     "image_context_id": "<IMG_CONTEXT>",
 }
+# Tokens of a model that glimpses (data/looks.py); a tokenizer may lack them.
+LOOK, LOOK_CONTEXT = "<look>", "<LOOK_CONTEXT>"
 
 
 GENERATION_CONFIG = "generation_config.json"
@@ -43,6 +45,7 @@ class Tokenizer:
             transformers does), and those of the settings.
         path: file or folder that it was loaded from.
         end_tokens: the settings' part of `end_ids`.
+        look_id, look_context_id: None: it lacks the token.
     """
 
     vocab_size: int
@@ -58,6 +61,8 @@ class Tokenizer:
     decode_known: Callable[[list[int]], str]
     path: str
     end_tokens: tuple[str, ...] = ()
+    look_id: int | None = None
+    look_context_id: int | None = None
 
     def __reduce__(self):
         # Its functions cannot be pickled, so another process loads it again.
@@ -165,7 +170,7 @@ def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     encode = guarded(model.encode, size)
     vocabulary = {model.id_to_piece(i): i for i in range(size)}
     controls = {t for t, i in vocabulary.items() if model.is_control(i)}
-    names = controls | ({*SPECIAL_TOKENS.values()} & vocabulary.keys())
+    names = controls | ({*SPECIAL_TOKENS.values(), LOOK, LOOK_CONTEXT} & vocabulary.keys())
     special = {token: vocabulary[token] for token in sorted(names)}
     spelled = {index: token for token, index in special.items()}
 
@@ -196,6 +201,8 @@ def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
         decode_known=decode,
         path=str(path),
         end_tokens=end_tokens,
+        look_id=vocabulary.get(LOOK),
+        look_context_id=vocabulary.get(LOOK_CONTEXT),
     )
 
 
@@ -208,7 +215,7 @@ def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     size = check_vocabulary(vocabulary, path)
     marked = {str(t) for t in model.all_special_tokens}
     marked |= {str(t) for t in model.added_tokens_decoder.values() if t.special}
-    names = marked | ({*SPECIAL_TOKENS.values()} & vocabulary.keys())
+    names = marked | ({*SPECIAL_TOKENS.values(), LOOK, LOOK_CONTEXT} & vocabulary.keys())
     special = {token: vocabulary[token] for token in sorted(names) if token in vocabulary}
     required = _required_ids(special, path)
     added = model.added_tokens_decoder
@@ -240,6 +247,8 @@ def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
         decode_known=decode,
         path=str(path),
         end_tokens=end_tokens,
+        look_id=vocabulary.get(LOOK),
+        look_context_id=vocabulary.get(LOOK_CONTEXT),
     )
 
 

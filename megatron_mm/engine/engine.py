@@ -39,6 +39,7 @@ from megatron_mm.engine.optimizer import (
 from megatron_mm.engine.weight_set import WeightSet
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.decode import DecodeCache
+from megatron_mm.model.layers.interface import Scheduled
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.multimodal import MultimodalModel, build, build_encoder
 from megatron_mm.model.routing import Routes, check_forbidden, check_routes
@@ -167,6 +168,13 @@ class Engine:
         """Switches every stage to training or evaluation."""
         for model in self.modules:
             model.train(mode)
+
+    def begin_step(self, iteration: int) -> None:
+        """Sets what changes over a run (`Scheduled`) for the step after this many."""
+        for chunk in self.chunks:
+            for module in chunk.modules():
+                if isinstance(module, Scheduled):
+                    module.at_step(iteration)
 
     def forward_backward[B: Microbatch](
         self, batches: Sequence[B], objective: Objective[B]

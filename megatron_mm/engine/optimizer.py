@@ -32,6 +32,8 @@ def module_of(name: str) -> str:
         return "projector"
     if name.startswith("vision.memory_proj") or ".looks." in name:
         return "clvr"
+    if ".queries." in name:
+        return "avm"
     if name.startswith("vision."):
         return "vision"
     if ".router." in name:

@@ -14,11 +14,13 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm.config import Layer, Memory, ModelConfig
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.expert_scope import ExpertScope
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.memory_map import MemoryMap
+from megatron_mm.model.query_map import QueryMap
 from megatron_mm.model.routing import Routing
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import part, shard, take
@@ -49,6 +51,7 @@ class StreamContext:
         routing: requests to the routers, if there are any.
         scope: the rows that experts learn from; None: all.
         watch: called with every layer and its output (parity tests, diagnostics).
+        queries: of the stream, where a layer of this stage asks for them.
         shared: results of `once`.
         first_pass_metrics: see `metrics`.
     """
@@ -65,6 +68,7 @@ class StreamContext:
     routing: Routing | None = None
     scope: ExpertScope | None = None
     watch: Callable[[Layer, torch.Tensor], None] | None = None
+    queries: QueryMap | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict)
     first_pass_metrics: Metrics = MUTED
 
@@ -75,10 +79,12 @@ class StreamContext:
         model: ModelConfig,
         pg: ProcessGroupCollection,
         read: Iterable[Memory],
+        asks: bool = False,
     ) -> StreamContext:
         """
         Args:
             read: the memories that the looks of this stage read.
+            asks: whether a layer of this stage glimpses.
         """
         device = batch.tokens_T.device
         segments = Segments.from_cu_seqlens(batch.cu_seqlens, device)
@@ -92,12 +98,17 @@ class StreamContext:
             held = shard(tokens, pg)
             positions = torch.arange(held.start, held.stop, device=device)
             padding = (positions >= batch.num_real_tokens).unsqueeze(0)
-        memories = {}
+        memories, rows = {}, {}
         for memory in read:
-            patches, rows = batch.memories[memory.name], memory_rows(batch, memory, pg.tp.size())
+            patches = batch.memories[memory.name]
+            rows[memory.name] = memory_rows(batch, memory, pg.tp.size())
             memories[memory.name] = MemoryMap.build(
-                segments, local, patches.visible_M2, patches.coordinates_M2, rows
+                segments, local, patches.visible_M2, patches.coordinates_M2, rows[memory.name]
             )
+        settings = query_settings(model) if asks else None
+        queries = None
+        if settings is not None:
+            queries = QueryMap.build(batch, settings.slots, segments, rows, pg)
         return cls(
             segments,
             local,
@@ -105,6 +116,7 @@ class StreamContext:
             padding,
             batch.loss_weight,
             memories,
+            queries=queries,
         )
 
     @classmethod
@@ -118,6 +130,12 @@ class StreamContext:
         )
         positions = take(cache.lengths_R, mine)
         return cls(whole, local, positions, None, nothing, {}, cache=cache)
+
+    @property
+    def known_queries(self) -> QueryMap:
+        """`queries` of a stage that asks for them."""
+        assert self.queries is not None
+        return self.queries
 
     @property
     def metrics(self) -> Metrics:

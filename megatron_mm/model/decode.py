@@ -27,6 +27,7 @@ from megatron_mm import platform
 from megatron_mm.model.segments import Segments
 
 ROOM = 64  # positions by which the room for keys and values grows
+ORDINARY = -1  # of a token that is neither a query nor a slot
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class DecodeCache:
         layers: (letter, its number or pair) -> state of that layer.
         lengths_R: int64, on the device: positions that each row holds.
         room: positions that a row has room for (`reserve`).
+        slot_R: int64, on the device: 0 where a row's token is a query, i where it is the i-th slot
+            of one, `ORDINARY` elsewhere.
         span: positions that a step reads, the new one among them: of no row with a sample more are
             used. The host knows it without asking the device.
     """
@@ -57,6 +60,7 @@ class DecodeCache:
 
     def __post_init__(self) -> None:
         self.lengths_R = torch.zeros(self.rows, dtype=torch.int64, device=platform.device())
+        self.slot_R = torch.full_like(self.lengths_R, ORDINARY)
         self._kept: dict[Hashable, Any] = {}
 
     @property
@@ -91,6 +95,7 @@ class DecodeCache:
         """Forgets all rows but these, which are numbered anew in this order."""
         rows = rows_R.to(self.lengths_R.device)
         self.lengths_R, self.rows = self.lengths_R.index_select(0, rows), len(rows)
+        self.slot_R = self.slot_R.index_select(0, rows)
         for state in self.layers.values():
             state.keep(rows)
         self._kept.clear()

@@ -109,16 +109,30 @@ class MemoryMap:
         ends = stream.starts + stream.lengths
         owner = torch.searchsorted(ends, visible_M2[:, 1].contiguous())
         _check_order(owner, visible_M2)
-        lengths = torch.bincount(owner, minlength=stream.count)
-        starts, width = lengths.cumsum(0) - lengths, max(1, int(lengths.max()))
         padded = coordinates_M2.new_zeros(rows, 2)
         padded[: len(visible_M2)] = coordinates_M2
-        return cls(
-            local,
-            Segments(starts, lengths, width, rows, local.device),
-            _stairs(local, owner, visible_M2[:, 0]),
-            padded,
-        )
+        return cls.by_owner(stream, local, owner, visible_M2[:, 0], padded)
+
+    @classmethod
+    def by_owner(
+        cls,
+        stream: Segments,
+        local: Segments,
+        owner_M: torch.Tensor,
+        visible_from_M: torch.Tensor,
+        padded_M2: torch.Tensor,
+    ) -> MemoryMap:
+        """
+        Args:
+            owner_M: the sample of each patch, ascending.
+            visible_from_M: the first position of the whole stream that sees it, ascending inside a
+                sample.
+            padded_M2: coordinates of the padded memory.
+        """
+        lengths = torch.bincount(owner_M, minlength=stream.count)
+        starts, width = lengths.cumsum(0) - lengths, max(1, int(lengths.max()))
+        patches = Segments(starts, lengths, width, len(padded_M2), local.device)
+        return cls(local, patches, _stairs(local, owner_M, visible_from_M), padded_M2)
 
     @cached_property
     def here(self) -> Segments:

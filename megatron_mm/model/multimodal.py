@@ -31,6 +31,7 @@ from megatron_mm.config import (
     wire,
 )
 from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.config.layers.queries import QUERY
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.backends.choice import check_dispatcher, choose
 from megatron_mm.model.backends.interface import Backend
@@ -89,6 +90,7 @@ class MultimodalModel(MegatronModule):
             if kind.reads_memory
         ]
         self.reads = [memory for name, memory in self.memories.items() if name in here]
+        self.asks = any(layer.kind == QUERY.letter for layer in stage.layers)
         # Numbers of this stage's expert layers, counted over the whole model.
         layers = zip(stage.layers, kinds, strict=True)
         self.moe_layers = [layer.known_number for layer, kind in layers if kind.routed]
@@ -226,7 +228,7 @@ class MultimodalModel(MegatronModule):
         if cache is not None and not prompts:
             context = StreamContext.of_step(self.pg, cache)
         else:
-            context = StreamContext.build(batch, self.model_config, self.pg, self.reads)
+            context = StreamContext.build(batch, self.model_config, self.pg, self.reads, self.asks)
             context.cache = cache
         context.looks, context.watch = looks, self.watch
         context.first_pass_metrics = metrics

@@ -1,7 +1,7 @@
 """The layers of one pipeline stage, in the order of the pattern.
 
-Keys hold global layer numbers (`layers.7.mixer`, `layers.7.moe`, `looks.0`), on every stage
-and under every layout; looks and injections never shift them.
+Keys hold global layer numbers (`layers.7.mixer`, `layers.7.moe`, `looks.0`, `queries.0`), on every
+stage and under every layout; sides never shift them.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ class Stack(nn.Module):
         for layer in layers:
             pair = self.kinds[layer.kind].pair
             if pair == "closes":
-                hidden = hidden + waiting.pop(layer.known_pair)
+                hidden = hidden + waiting.pop(layer.refinement)
             elif pair == "opens":
-                waiting[layer.known_pair] = self._run(layer, hidden, payload, context)
+                waiting[layer.refinement] = self._run(layer, hidden, payload, context)
             else:
                 hidden = self._run(layer, hidden, payload, context)
             context.tap(layer, hidden)

@@ -15,7 +15,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import all_to_all
+from megatron.core.tensor_parallel import (
+    all_to_all,
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch.distributed import ProcessGroup
 
 
@@ -54,6 +58,14 @@ def gather_shards(x_t: torch.Tensor, pg: ProcessGroupCollection) -> torch.Tensor
     parts = [torch.empty_like(mine) for _ in range(pg.tp_cp.size())]
     dist.all_gather(parts, mine, group=pg.tp_cp)
     return torch.cat(parts).view(x_t.dtype)
+
+
+def both_ways(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """Sums over a group, and backward sums what its ranks ask of the sum: each of them has a part
+    of the terms and computes a part of what follows."""
+    return copy_to_tensor_model_parallel_region(
+        reduce_from_tensor_model_parallel_region(x, group=group), group=group
+    )
 
 
 def sequence_to_heads(x_th: torch.Tensor, cp: ProcessGroup) -> torch.Tensor:

@@ -21,7 +21,8 @@ class Payload:
 
     hidden_T1H: torch.Tensor
     memories: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> [M, 1, its width]
-    refinements: dict[int, torch.Tensor] = field(default_factory=dict)  # pair -> [T, 1, H]
+    # (key, number) of a pair -> [T, 1, H]
+    refinements: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class WireShape:
 
     hidden_rows: int
     memories: tuple[MemoryShape, ...]
-    refinements: tuple[int, ...]
+    refinements: tuple[tuple[str, int], ...]
 
     def sizes(self, hidden_size: int) -> list[int]:
         """Returns the rows of each part of the packed tensor."""

@@ -7,7 +7,13 @@ import torch
 from megatron_mm.config import ConfigError, RunConfig, token_multiple
 from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.data.images import TileGrid
-from megatron_mm.data.tiles import image_settings, memory_coordinates, select_tiles, used_tiles
+from megatron_mm.data.tiles import (
+    image_settings,
+    memory_coordinates,
+    memory_extents,
+    select_tiles,
+    used_tiles,
+)
 
 PatchGrid = tuple[int, int]  # rows and columns of tiles
 
@@ -26,10 +32,13 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
     count = run.training.micro_batch_size
     length, multiple = run.data.seq_length, token_multiple(run)
     stream, pixels, size = [], 0, 1
-    held: dict[str, tuple[list[int], torch.Tensor]] = {}  # by memory: tiles and patch centres
+    # By memory: tiles, patch centres and sides.
+    held: dict[str, tuple[list[int], torch.Tensor, torch.Tensor]] = {}
     if settings is not None:
         size = settings.image_size
-        held = {memory.name: ([], torch.zeros(0, 2)) for memory in settings.memories}
+        held = {
+            memory.name: ([], torch.zeros(0, 2), torch.zeros(0)) for memory in settings.memories
+        }
     if settings is not None and images:
         tiles = run.data.max_num_tiles
         grid = TileGrid(1, tiles, run.data.use_thumbnail and tiles > 1)
@@ -38,7 +47,8 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
         for memory in settings.memories:
             chosen = [used.index(tile) for tile in select_tiles(grid, memory.tiles)]
             centres = memory_coordinates(grid, memory, settings.patches_per_side)
-            held[memory.name] = (chosen, centres)
+            sides = memory_extents(grid, memory, settings.patches_per_side)
+            held[memory.name] = (chosen, centres, sides)
         pixels = len(used)
     per_image = 0 if settings is None else len(stream) * settings.tokens_per_tile
     text = length - images * (per_image + 2)
@@ -62,9 +72,10 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
         name: BatchMemory.build(
             [number * pixels + tile for number in range(len(spans)) for tile in chosen],
             [centres] * len(spans),
+            [sides] * len(spans),
             [span.expand(len(centres), 2) for span in spans],
         )
-        for name, (chosen, centres) in held.items()
+        for name, (chosen, centres, sides) in held.items()
     }
     return Microbatch.build(
         torch.zeros(count * length, dtype=torch.int64),

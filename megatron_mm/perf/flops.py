@@ -7,11 +7,11 @@ latter equal to torch's counter. MFU counts the former (`model_flops`).
 
 from __future__ import annotations
 
-from megatron_mm.config import RunConfig, effective_pattern, parse_pattern, read_memories
+from megatron_mm.config import Layer, RunConfig, effective_pattern, parse_pattern, read_memories
 from megatron_mm.config import cost as sizes
 from megatron_mm.config.families import vision_family
 from megatron_mm.config.layers.counting import Counter, Flops, Workload, products
-from megatron_mm.config.layers.kinds import LAYERS, LayerKind
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.model.layers.cross_entropy import blocks
 from megatron_mm.model.recompute import Recompute
@@ -40,10 +40,10 @@ def count(run: RunConfig, work: Workload) -> dict[str, Flops]:
     if run.model.vision is not None:
         stream_flows, counter.memory_flows = _vision(counter, recompute)
     counter.flows = stream_flows or counter.trains("language")  # the embedding
-    found: list[bool] = []  # refinements that wait: whether they depend on what learns
+    found: dict[tuple[str, int], bool] = {}  # what waits: whether it depends on what learns
     for layer in parse_pattern(effective_pattern(run.model)):
         counter.reader = layer.reader
-        _layer(counter, LAYERS[layer.kind], recompute, found)
+        _layer(counter, layer, recompute, found)
     # The norm before the output layer belongs to the language model.
     output = sizes.output(run.model.language)
     counter.flows = counter.linear(
@@ -54,12 +54,18 @@ def count(run: RunConfig, work: Workload) -> dict[str, Flops]:
     return counter.parts
 
 
-def _layer(counter: Counter, kind: LayerKind, recompute: Recompute, found: list[bool]) -> None:
+def _layer(
+    counter: Counter,
+    layer: Layer,
+    recompute: Recompute,
+    found: dict[tuple[str, int], bool],
+) -> None:
     """Counts one layer, and the part of it that the backward pass computes again."""
+    kind = LAYERS[layer.kind]
     before, stream = counter.forward(), counter.flows
     flows = kind.flops(counter)
     if kind.pair == "closes":
-        flows |= found.pop(0)
+        flows |= found.pop(layer.refinement)
     # A look is repeated with the block it stands in, before its refinement is added.
     counter.flows = stream or flows
     whole = recompute.sublayers is not None or recompute.repeats(kind.recompute)
@@ -70,7 +76,7 @@ def _layer(counter: Counter, kind: LayerKind, recompute: Recompute, found: list[
         elif recompute.core_attn:
             counter.again(part, mixed - mixed_before)
     if kind.pair == "opens":
-        found.append(flows)
+        found[layer.refinement] = flows
         counter.flows = stream
 
 

@@ -103,6 +103,13 @@ def _one_of_each(pattern: str, memories: int) -> str:
     stand once for each."""
     kinds = LAYERS.used(pattern)
 
+    def pairs(key: str) -> str:
+        opens, closes = (
+            [k.letter for k in kinds if k.pair == side and k.key == key]
+            for side in ("opens", "closes")
+        )
+        return together([letter for letter in opens for _ in range(memories)], closes)
+
     def together(first: list[str], second: list[str]) -> str:
         """Both lists, in turns; the shorter one repeats its last letter."""
         places = range(max(len(first), len(second)))
@@ -110,8 +117,8 @@ def _one_of_each(pattern: str, memories: int) -> str:
         return "".join(letters[min(at, len(letters) - 1)] for letters, at in turns)
 
     roles = [[k.letter for k in kinds if k.role == role] for role in ("mixer", "ffn")]
-    opens = [k.letter for k in kinds if k.pair == "opens" for _ in range(memories)]
-    return together(*roles) + together(opens, [k.letter for k in kinds if k.pair == "closes"])
+    keys = dict.fromkeys(kind.key for kind in kinds if kind.pair)
+    return together(*roles) + "".join(map(pairs, keys))
 
 
 def rough_rank(

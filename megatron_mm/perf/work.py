@@ -7,13 +7,17 @@ kernels on one rank: rectangles, chunks, padding, a dummy tile for a text.
 
 from __future__ import annotations
 
+import torch
+
 from megatron_mm.config import RunConfig, effective_pattern, read_memories
 from megatron_mm.config.cost import patches
 from megatron_mm.config.layers.counting import MemoryRows, Workload, causal_pairs
 from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.data.batch import BatchMemory, Microbatch
 from megatron_mm.model.context import memory_rows
 from megatron_mm.model.memory_map import MemoryMap
+from megatron_mm.model.query_map import slot_reads
 from megatron_mm.model.segments import Segments
 from megatron_mm.plugins import import_object
 
@@ -28,11 +32,12 @@ def needed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
     real = batch.num_real_tokens
     lengths = batch.cu_seqlens.clamp(max=real).diff().tolist()
     kinds = LAYERS.used(effective_pattern(run.model))
-    memories = {}
+    memories, slot_A = {}, _slots(run, batch)
     for name in (memory.name for memory in read_memories(run.model)):
         seen, until = batch.memories[name].visible_M2.unbind(1)
         count, pairs = len(seen), float((until - seen).sum())
-        memories[name] = MemoryRows(count, count, pairs, count)
+        slots = float((torch.searchsorted(slot_A, until) - torch.searchsorted(slot_A, seen)).sum())
+        memories[name] = MemoryRows(count, count, pairs, count, slots)
     return Workload(
         tokens=real,
         logits=logits,
@@ -40,6 +45,8 @@ def needed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
         tiles=len(batch.pixels_NCHW),
         stream_tiles=len(batch.stream_tiles),
         memories=memories,
+        queries=len(batch.queries.positions_N),
+        slots=len(slot_A),
         mixing={kind.letter: kind.mixing(run, real) for kind in kinds if kind.mixing},
     )
 
@@ -56,7 +63,9 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
         for memory in read_memories(run.model):
             held, rows = batch.memories[memory.name], memory_rows(batch, memory, 1)
             count = patches(run.model) * (1 if empty else len(held.tiles))
-            memories[memory.name] = MemoryRows(count, rows, _look_pairs(held, segments, rows), rows)
+            pairs = _look_pairs(held, segments, rows)
+            slots = _slot_pairs(run, batch, segments, memory.name, rows)
+            memories[memory.name] = MemoryRows(count, rows, pairs, rows, slots)
     return Workload(
         tokens=tokens,
         logits=logits,
@@ -64,6 +73,8 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
         tiles=tiles,
         stream_tiles=stream_tiles,
         memories=memories,
+        queries=max(1, len(batch.queries.positions_N)),  # without any a row of zeros is computed
+        slots=max(1, len(_slots(run, batch))),
         mixing=_executed_mixing(run, segments),
         attention_backward=2.5,  # torch's kernels compute the scores again
         executed=True,
@@ -79,6 +90,31 @@ def _executed_mixing(run: RunConfig, segments: Segments) -> dict[str, tuple[floa
         elif kind.mixing is not None:
             found[kind.letter] = kind.mixing(run, segments.total)
     return found
+
+
+def _slots(run: RunConfig, batch: Microbatch) -> torch.Tensor:
+    """Positions of all slots, int64 [S]."""
+    settings = query_settings(run.model)
+    if settings is None:
+        return torch.zeros(0, dtype=torch.int64)
+    behind = torch.arange(1, settings.slots + 1)
+    return (batch.queries.positions_N.unsqueeze(1) + behind).flatten()
+
+
+def _slot_pairs(
+    run: RunConfig, batch: Microbatch, segments: Segments, name: str, rows: int
+) -> float:
+    """(slot, patch) of the rectangles of one glimpse at a memory."""
+    slot_A, held = _slots(run, batch), batch.memories[name]
+    if not len(slot_A):
+        return 0.0
+    everywhere = torch.arange(len(slot_A))
+    map_ = slot_reads(held, segments, slot_A, everywhere, rows, held.coordinates_M2.device).map
+    assert map_ is not None
+    groups = map_.groups
+    return float(
+        sum(part.queries.cells * part.patches for group in groups for part in group.rounds)
+    )
 
 
 def _look_pairs(held: BatchMemory, segments: Segments, rows: int) -> int:

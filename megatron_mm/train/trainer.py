@@ -129,6 +129,7 @@ class Trainer:
         self.position = self.loader.state_dict() if self.source.between else None
         if self.saver.failed:
             self.request_stop()  # seen by all ranks at this step; saving once more says why
+        self.engine.begin_step(self.iteration)
         batches, stopping = self.source.next_step(self.stop_requested)
         if stopping:
             return None

@@ -169,10 +169,10 @@ def test_a_memory_travels_to_the_last_look_that_reads_it():
     pattern = "GE L GE L GE J GE L J GE J"
     split = stages(pattern, 5, "GE L| GE L| GE J| GE L J| GE J")
     assert wire(split, ["b", "a", "b"]) == (
-        Manifest(memories=("a", "b"), refinements=(0,)),
-        Manifest(memories=("b",), refinements=(0, 1)),
-        Manifest(memories=("b",), refinements=(1,)),
-        Manifest(memories=(), refinements=(2,)),
+        Manifest(memories=("a", "b"), refinements=(("looks", 0),)),
+        Manifest(memories=("b",), refinements=(("looks", 0), ("looks", 1))),
+        Manifest(memories=("b",), refinements=(("looks", 1),)),
+        Manifest(memories=(), refinements=(("looks", 2),)),
     )
 
 

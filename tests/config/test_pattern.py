@@ -183,11 +183,11 @@ def test_wire_with_several_pairs_in_flight():
     layout = "GE L| GE L| GE J| GE L| GE J| GE J| GE"
     found = wire(stages(pattern, 7, layout), [VISION] * 3)
     assert found == (
-        Manifest(memories=(VISION,), refinements=(0,)),
-        Manifest(memories=(VISION,), refinements=(0, 1)),
-        Manifest(memories=(VISION,), refinements=(1,)),
-        Manifest(memories=(), refinements=(1, 2)),
-        Manifest(memories=(), refinements=(2,)),
+        Manifest(memories=(VISION,), refinements=(("looks", 0),)),
+        Manifest(memories=(VISION,), refinements=(("looks", 0), ("looks", 1))),
+        Manifest(memories=(VISION,), refinements=(("looks", 1),)),
+        Manifest(memories=(), refinements=(("looks", 1), ("looks", 2))),
+        Manifest(memories=(), refinements=(("looks", 2),)),
         Manifest(memories=(), refinements=()),
     )
 
@@ -204,7 +204,8 @@ def test_wire_carries_exactly_what_is_needed_at_any_boundary(pattern):
         later_looks = [layer.pair for layer in layers[cut:] if layer.kind == "L"]
         later_injects = [layer.pair for layer in layers[cut:] if layer.kind == "J"]
         assert manifest.memories == ((VISION,) if later_looks else ())
-        assert set(manifest.refinements) == set(later_injects) - set(later_looks)
+        pairs = set(later_injects) - set(later_looks)
+        assert set(manifest.refinements) == {("looks", pair) for pair in pairs}
         assert list(manifest.refinements) == sorted(manifest.refinements)
 
 

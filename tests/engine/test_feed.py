@@ -376,7 +376,9 @@ def test_a_parcel_gives_back_the_value():
         "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
         "twice": [shared, shared],
         "words": ["a", None, 3],
-        "batch": BatchMemory.build([1, 2], [torch.ones(2, 2)], [torch.tensor([[0, 5], [1, 5]])]),
+        "batch": BatchMemory.build(
+            [1, 2], [torch.ones(2, 2)], [torch.ones(2)], [torch.tensor([[0, 5], [1, 5]])]
+        ),
     }
     block = parcel.wrap(value)
     assert block.dtype == torch.uint8 and block.dim() == 1

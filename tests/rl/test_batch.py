@@ -24,7 +24,7 @@ def prompt(length: int, tiles: int = 0) -> Sample:
         pixels = np.random.default_rng(length).integers(0, 255, (tiles, 8, 8, 3), dtype=np.uint8)
         coordinates = torch.rand(16 * tiles, 2)
         chosen = list(range(tiles))
-        memories = {"vision": ImageMemory(chosen, coordinates)}
+        memories = {"vision": ImageMemory(chosen, coordinates, torch.rand(16 * tiles))}
         images = [SampleImage(pixels, TileGrid(tiles, 1, False), chosen, memories, 1)]
     return Sample(tokens, tokens, torch.zeros(length), images, f"rows:{length}")
 

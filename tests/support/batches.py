@@ -7,7 +7,8 @@ from dataclasses import fields
 import torch
 
 from megatron_mm.config import FusionConfig, MemoryConfig, ModelConfig, RunConfig, memories
-from megatron_mm.data.batch import BatchMemory, Microbatch
+from megatron_mm.config.layers.queries import query_settings
+from megatron_mm.data.batch import BatchMemory, BatchQueries, Microbatch
 from megatron_mm.model.families.internvit.settings import InternViTSettings
 from megatron_mm.model.families.qwen3_5_moe.settings import Qwen35MoeSettings
 from megatron_mm.model.families.qwen3_next.settings import Qwen3NextSettings
@@ -130,16 +131,19 @@ def microbatch(
     """Returns a sample for each entry of `images`, which counts its images. Their thumbnails are in
     the stream.
 
-    An image is two tiles and a thumbnail. The last third of every sample is supervised.
+    An image is two tiles and a thumbnail. The last third of every sample is supervised. A model
+    with glimpses gets queries in every sample with images, as many as fit.
     """
     g = torch.Generator().manual_seed(seed)
     vision, fusion = model.vision, model.fusion
     side = vision.image_size // vision.patch_size
     stream_tokens = (side // fusion.pixel_shuffle_factor) ** 2
+    asking = query_settings(model)
     tokens, labels, mask, lengths = [], [], [], []
     stream_tiles, stream_positions = [], []
-    held = {memory.name: ([], [], []) for memory in memories(model)}
+    held = {memory.name: ([], [], [], []) for memory in memories(model)}
     tiles = start = 0
+    queries, targets = [], []
     for count in images:
         length = int(torch.randint(14, 30, (), generator=g)) + 7 * count
         cursor = start + 1
@@ -149,15 +153,17 @@ def microbatch(
             cursor += stream_tokens + 1
             y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
             for memory in memories(model):
-                chosen, coordinates, visible = held[memory.name]
-                columns = {"tiles": 2, "thumbnail": 1}[memory.tiles]
-                chosen += [tiles, tiles + 1] if columns == 2 else [tiles + 2]
-                for tile in range(columns):
-                    right = (x + 0.5 + tile * side) / (columns * side)
+                chosen, coordinates, extents, visible = held[memory.name]
+                taken = {"tiles": (0, 1), "thumbnail": (2,), "pyramid": (0, 1, 2)}[memory.tiles]
+                chosen += [tiles + tile for tile in taken]
+                for tile in taken:
+                    columns, column = (1, 0) if tile == 2 else (2, tile)
+                    right = (x + 0.5 + column * side) / (columns * side)
                     grid = torch.stack(((y + 0.5) / side, right), -1)
                     coordinates.append(grid.reshape(-1, 2))
+                    extents.append(torch.full((side * side,), columns**-0.5 / side))
                 seen = torch.tensor([cursor - 1, start + length])
-                visible.append(seen.expand(columns * side * side, 2))
+                visible.append(seen.expand(len(taken) * side * side, 2))
             tiles += 3
         tokens.append(torch.randint(0, model.language.vocab_size, (length,), generator=g))
         labels.append(torch.randint(0, model.language.vocab_size, (length,), generator=g))
@@ -165,6 +171,13 @@ def microbatch(
         supervised[-length // 3 : -1] = 1
         mask.append(supervised)
         lengths.append(length)
+        if asking is not None and count:
+            # Behind the last image, one after the other and up to the sample's end.
+            last = start + length - 1 - asking.slots
+            first = cursor + (last - cursor) % (asking.slots + 1)
+            positions = range(first, last + 1, asking.slots + 1)
+            queries += positions
+            targets += [(0.3, 0.6, 0.5) if n % 2 else None for n in positions]
         start += length
     return Microbatch.build(
         torch.cat(tokens),
@@ -176,6 +189,7 @@ def microbatch(
         stream_tiles=stream_tiles,
         stream_positions=torch.tensor(stream_positions, dtype=torch.int64),
         memories={name: BatchMemory.build(*parts) for name, parts in held.items()},
+        queries=BatchQueries.build(queries, targets),
         samples=[f"synthetic:{i}" for i in range(len(images))],
     )
 
@@ -188,6 +202,8 @@ def values_of(batch: Microbatch) -> dict[str, object]:
         if field.name == "memories":
             for name, held in value.items():
                 found |= {f"memories.{name}.{f.name}": getattr(held, f.name) for f in fields(held)}
+        elif field.name == "queries":
+            found |= {f"queries.{f.name}": getattr(value, f.name) for f in fields(value)}
         else:
             found[field.name] = value
     return found

@@ -25,6 +25,7 @@ class MemoryPart:
 
     tiles: list[int] = field(default_factory=list)
     coordinates: list[torch.Tensor] = field(default_factory=list)  # one [P * P, 2] per tile
+    extents: list[torch.Tensor] = field(default_factory=list)  # one [P * P] per tile
     visible_from: list[int] = field(default_factory=list)  # one per patch
 
 
@@ -90,6 +91,7 @@ def sample(
             for column in range(len(held)):  # side by side over the image's width
                 right = (x / side + column + 0.5 / side) / len(held)
                 part.coordinates.append(torch.stack(((y + 0.5) / side, right), -1).reshape(-1, 2))
+                part.extents.append(torch.full((side * side,), len(held) ** -0.5 / side))
         tokens += words(text)
     return made
 
@@ -99,7 +101,7 @@ def pack(model: ModelConfig, samples: list[Sample], pad_multiple: int = 1) -> Mi
     size = model.vision.image_size
     tokens, labels, mask, lengths = [], [], [], []
     stream_tiles, stream_positions = [], []
-    held = {memory.name: ([], [], []) for memory in memories(model)}
+    held = {memory.name: ([], [], [], []) for memory in memories(model)}
     tiles = start = 0
     for s in samples:
         length = len(s)
@@ -110,9 +112,10 @@ def pack(model: ModelConfig, samples: list[Sample], pad_multiple: int = 1) -> Mi
         stream_tiles += [tiles + t for t in s.stream_tiles]
         stream_positions += [start + p for p in s.stream_positions]
         for name, part in s.memories.items():
-            chosen_tiles, coordinates, visible = held[name]
+            chosen_tiles, coordinates, extents, visible = held[name]
             chosen_tiles += [tiles + t for t in part.tiles]
             coordinates += part.coordinates
+            extents += part.extents
             visible += [torch.tensor([[start + p, start + length]]) for p in part.visible_from]
         tiles += len(s.pixels)
         start += length

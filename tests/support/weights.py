@@ -36,13 +36,14 @@ def random_engine(run: RunConfig) -> Engine:
 
 
 def move_looks_off_zero(engine: Engine) -> None:
-    """Moves every out-projection of a look away from zero, by the same values on every layout.
+    """Moves every out-projection of a look or a glimpse away from zero, and with it what else of a
+    glimpse starts there, by the same values on every layout.
 
     While it is zero the look adds nothing, and a memory without gradient passes every test of
     gradients.
     """
     for name, param, layout in layouts(*engine.modules):
-        if _is_out_projection(name):
+        if _starts_at_zero(name):
             whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(3))
             layout.held(param.data).copy_(whole[layout.block] * 0.2)
     engine.optimizer.reload_model_params()
@@ -52,10 +53,11 @@ def looks_off_zero(model: torch.nn.Module) -> torch.nn.Module:
     """Does the same to a model on one rank, with other values for each look, and returns it."""
     generator = torch.Generator().manual_seed(3)
     for name, param in model.named_parameters():
-        if _is_out_projection(name):
+        if _starts_at_zero(name):
             param.data.copy_(torch.randn(param.shape, generator=generator) * 0.2)
     return model
 
 
-def _is_out_projection(name: str) -> bool:
-    return ".looks." in name and name.endswith("linear_proj.weight")
+def _starts_at_zero(name: str) -> bool:
+    ends = ("linear_proj.weight", "linear_place.weight", ".content")
+    return (".looks." in name or ".queries." in name) and name.endswith(ends)

@@ -40,12 +40,14 @@ class MemoryRows:
         rows: rows that a look projects to keys and values, padding included.
         pairs: (position, patch) of one look.
         coordinate_rows: rows whose coordinates are added to the keys.
+        slot_pairs: (slot, patch) of one glimpse.
     """
 
     patches: int = 0
     rows: int = 0
     pairs: float = 0.0
     coordinate_rows: int = 0
+    slot_pairs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Workload:
         logits: rows of the output layer.
         attention_pairs: (query, key) of one layer.
         tiles: tiles that the ViT sees; `stream_tiles` of them enter the stream.
-        memories: by name, those that a look reads.
+        memories: by name, those that a look or a glimpse reads.
+        queries, slots: rows of a glimpse's linears (letter Q).
         mixing: letter -> FLOPs (forward, backward) of one layer's mixing over positions, for kinds
             that compute it by a rule of their own (`LayerKind.mixing`).
         attention_backward: FLOPs of attention's backward pass over those of its forward pass.
@@ -71,6 +74,8 @@ class Workload:
     tiles: int = 0
     stream_tiles: int = 0
     memories: Mapping[str, MemoryRows] = field(default_factory=dict)
+    queries: int = 0
+    slots: int = 0
     mixing: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     attention_backward: float = 2.0
     executed: bool = False

@@ -45,7 +45,7 @@ class LayerKind:
         module: dotted path of the torch half, see model/layers/interface.py. None for a side that
             closes a pair: adding what was found needs no parameters.
         pair: a side "opens" a pair (its output waits) or "closes" one (adds it to the stream). The
-            k-th that closes adds what the k-th that opens found.
+            k-th that closes adds what the k-th of the same key that opens found.
         reads_memory: it looks at the vision memory, which must travel to its stage.
         routed: it has routed experts; its number is their moe index.
         settings: dataclass of its own settings, `model.layers.{letter}`; None if the language
@@ -140,9 +140,11 @@ class Layers(Registry[LayerKind]):
         """The letters of a role, in the order of registration."""
         return [letter for letter, kind in self.items() if kind.role == role]
 
-    def of_pair(self, pair: str) -> list[str]:
-        """The letters that open, or close, a pair."""
-        return [letter for letter, kind in self.items() if kind.pair == pair]
+    def of_pair(self, pair: str, key: str | None = None) -> list[str]:
+        """The letters that open, or close, a pair: of this key, or of any."""
+        return [
+            letter for letter, kind in self.items() if kind.pair == pair and key in (None, kind.key)
+        ]
 
 
 _BUILT_IN = {
@@ -151,6 +153,8 @@ _BUILT_IN = {
     "E": "experts.EXPERTS",
     "L": "looks.LOOK",
     "J": "looks.INJECTION",
+    "Q": "queries.QUERY",
+    "V": "queries.SHOWING",
 }
 LAYERS = Layers(
     "letter",

@@ -56,6 +56,15 @@ class BuildContext:
         return self.std / (2 * num_layers(effective_pattern(self.run.model))) ** 0.5
 
 
+class Scheduled:
+    """A module inside a layer with a number that changes over a run."""
+
+    def at_step(self, iteration: int) -> None:
+        """Sets the number for the step after this many, before anything is computed in it:
+        rollouts too."""
+        raise NotImplementedError
+
+
 class LayerModule(Protocol):
     """
     Attributes:

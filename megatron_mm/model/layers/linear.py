@@ -81,9 +81,11 @@ def row(
     tp: ProcessGroup,
     bias: bool = False,
     whole_inputs: int | None = None,
+    whole_output: bool = False,
 ) -> nn.Module:
     """y = x W^T with the inputs split over `tp`; the sum is whole, or scattered over the
-    sequence under sequence parallelism. Inputs past `whole_inputs` are padding."""
+    sequence under sequence parallelism, unless `whole_output`: its gradient must then be whole on
+    every rank. Inputs past `whole_inputs` are padding."""
     layer = Row(
         inputs,
         outputs,
@@ -94,6 +96,7 @@ def row(
         skip_bias_add=False,
         tp_group=tp,
     )
+    layer.sequence_parallel = layer.sequence_parallel and not whole_output
     whole = None if whole_inputs is None else {1: whole_inputs}
     place(layer.weight, init, split={1: tp}, whole=whole)
     if bias:

@@ -1,0 +1,120 @@
+"""`Q` and `V`: a glimpse at the place of an image that a token asks for, and the slots behind that
+token which are shown what was found (active vision)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from megatron_mm.config.fields import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt
+from megatron_mm.config.layers.counting import Counter
+from megatron_mm.config.layers.kinds import LayerKind
+from megatron_mm.config.memories import look_memories
+from megatron_mm.config.rules import divides, require
+
+if TYPE_CHECKING:
+    from megatron_mm.config.settings import RunConfig
+    from megatron_mm.config.settings_model import ModelConfig
+
+PLACE = 3  # numbers that say where a query looks: y, x, scale
+Side = Annotated[float, Bounds(gt=0, le=1)]  # of a window, as a share of the image's
+
+
+@dataclass
+class QuerySettings:
+    query_grid: PositiveInt = 2
+    """Slots along each side of a glimpse: a query token is followed by the square of this many
+    slots, which show the cells of the window that it asks for."""
+    query_spread: PositiveFloat = 0.5
+    """Width of a slot's Gaussian over places, as a share of its cell."""
+    query_scale_spread: PositiveFloat = 1.0
+    """Width of a slot's Gaussian over the sizes of patches, in octaves."""
+    query_min_scale: Side = 0.08
+    """Side of the smallest window, as a share of the image's, at the end of the schedule."""
+    query_first_scale: Side = 0.8
+    """The same at the first step. A place is not learnt from the answers alone if windows may be
+    small from the start."""
+    query_anneal_share: NonNegativeFloat = 0.7
+    """Share of train_iters over which the smallest window shrinks from query_first_scale to
+    query_min_scale. It never grows again: a model that was trained goes on with its own."""
+    query_box_loss_coeff: NonNegativeFloat = 0.0
+    """Weight of the distance to the boxes of the rows' `looks` beside the main loss."""
+    max_queries: PositiveInt = 32
+    """Queries that one sample may have; in generation, further ones are ordinary tokens."""
+
+    @property
+    def slots(self) -> int:
+        """Slots behind a query."""
+        return self.query_grid**2
+
+
+def query_settings(model: ModelConfig) -> QuerySettings | None:
+    """Returns the settings of the letter Q; None if no glimpse is built."""
+    if QUERY.letter not in model.hybrid_layer_pattern or not look_memories(model):
+        return None
+    return model.layer_settings(QUERY.letter)
+
+
+def smallest_window(settings: QuerySettings, iteration: int, train_iters: int) -> float:
+    """Returns the side of the smallest window in a step, as a share of the image's: it falls in
+    equal steps from query_first_scale to query_min_scale.
+
+    Args:
+        iteration: steps before this one.
+    """
+    begin, end = settings.query_first_scale, settings.query_min_scale
+    steps = settings.query_anneal_share * train_iters
+    done = 1.0 if iteration >= steps else iteration / steps
+    return begin + done * (end - begin)
+
+
+def _flops(counter: Counter) -> bool:
+    """Queries, the places they ask for, keys and values, the mixing and the projection back."""
+    work, model = counter.work, counter.run.model
+    hidden, fusion, learns = model.language.hidden_size, model.fusion, counter.trains("avm")
+    assert counter.reader is not None
+    memory = look_memories(model)[counter.reader]
+    held, memory_flows = work.memories[memory.name], counter.memory_flows.get(memory.name, False)
+    width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
+    asks = counter.flows or learns
+    counter.linear("queries", (hidden, PLACE), work.queries, "avm", flows=asks, spare="weight")
+    flows = counter.linear("queries", (hidden, width), work.queries, "avm", flows=asks)
+    key_value, seen = (memory.width, 2 * width), memory_flows or learns
+    flows |= counter.linear("queries", key_value, held.rows, "avm", flows=seen)
+    mixing = 4.0 * held.slot_pairs * width
+    counter.mix("queries", mixing, work.attention_backward * mixing, flows)
+    return counter.linear("queries", (width, hidden), work.slots, "avm", flows=flows)
+
+
+def _check(run: RunConfig) -> None:
+    model = run.model
+    settings = query_settings(model)
+    if settings is None:
+        return  # no glimpse is built
+    heads, tp = model.fusion.clvr_num_attention_heads, run.parallel.tensor_model_parallel_size
+    divides("clvr_num_attention_heads", heads, "tensor_model_parallel_size", tp)
+    first, least = settings.query_first_scale, settings.query_min_scale
+    allowed = f"query_min_scale {least} to 1"
+    require(first >= least, "query_first_scale", first, allowed)
+
+
+QUERY = LayerKind(
+    letter="Q",
+    title="glimpse at the place asked for",
+    role="side",
+    pair="opens",
+    key="queries",
+    module="megatron_mm.model.layers.glimpse.Glimpse",
+    flops=_flops,
+    reads_memory=True,
+    settings=QuerySettings,
+    check=_check,
+)
+SHOWING = LayerKind(
+    letter="V",
+    title="show what the glimpse found",
+    role="side",
+    pair="closes",
+    key="queries",
+    flops=lambda counter: False,
+)
