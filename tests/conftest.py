@@ -47,6 +47,15 @@ def scenes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def look_scenes(tmp_path_factory) -> Path:
+    """The same of scenes whose answers look."""
+    folder = tmp_path_factory.mktemp("look_scenes")
+    counts = "--images 6 --valid-images 4 --align-per-image 1 --mix-per-image 8 --valid-per-key 6"
+    make_digits(f"--out {folder} --scenes looking --grid 3 {counts}".split())
+    return folder
+
+
+@pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory) -> Path:
     """A folder with 40 training images, their rows and 10 held-out rows for each answer."""
     folder = tmp_path_factory.mktemp("digits")

@@ -6,8 +6,9 @@
 align.jsonl (only reading), mix.jsonl (all skills) and rl.jsonl (questions with answers of any form)
 show training scans; valid.jsonl shows only held-out scans. `--one` adds rl_one.jsonl, the rows of
 rl.jsonl of one kind. `--beyond` adds what no training row shows: valid_larger.jsonl, scenes with a
-row and a column more, and valid_longer.jsonl, one hop more. The same arguments always write the
-same files.
+row and a column more, and valid_longer.jsonl, one hop more. The answers of `--scenes looking` look
+at the cells that they read; *_plain.jsonl are the same rows without looks, *_tenth.jsonl have boxes
+in every tenth row. The same arguments always write the same files.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import numpy as np
 from PIL import Image
 
 from examples.digits.asking import Row, Scenes, load_scans
+from examples.digits.looking import LOOKING, without_boxes, without_looks
 from examples.digits.scenes import DIGITS
 from examples.digits.wide import WIDE
 from megatron_mm.data.tokenizer import Tokenizer, train_sentencepiece
 from megatron_mm.evaluation.scoring import result_key
 
-SCENES = {"digits": DIGITS, "wide": WIDE}
+SCENES = {"digits": DIGITS, "wide": WIDE, "looking": LOOKING}
+TENTH = 10  # rows of which one has boxes in mix_tenth.jsonl
 TOKENIZER_SAMPLE = 5000  # rows that train the tokenizer; they contain every wording
 
 
@@ -38,7 +41,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--scenes", choices=SCENES, default="digits", help="their kind")
-    parser.add_argument("--grid", type=int, choices=(3, 4), default=3, help="cells along a side")
+    parser.add_argument(
+        "--grid", type=int, choices=(3, 4, 5, 6), default=3, help="cells along a side"
+    )
     parser.add_argument("--images", type=int, default=6000, help="training images")
     parser.add_argument("--valid-images", type=int, default=1000, help="validation images")
     parser.add_argument("--align-per-image", type=int, default=3, help="rows of align.jsonl each")
@@ -191,13 +196,17 @@ def main(argv: list[str] | None = None) -> None:
     draws = args.images * args.mix_per_image
     keys = rng.choices(list(args.weights), weights=list(args.weights.values()), k=draws)
     mix = questions(kind, train, keys, args.mix_per_image, args.grid, rng)
-    free = questions(kind, train, kind.free_keys, args.rl_per_image, args.grid, rng)
+    asked = kind.free_keys or list(kind.weights)
+    free = questions(kind, train, asked, args.rl_per_image, args.grid, rng)
     valid = valid_questions(kind, held_out, list(kind.weights), args.valid_per_key, args.grid, rng)
     files = {"align": align, "mix": mix, "rl": free, "valid": valid}
     if args.one is not None:
         files["rl_one"] = [row for row in free if result_key(row) == args.one]
     if args.beyond:
         files |= beyond(args, held_out)
+    if kind is LOOKING:
+        files |= {f"{name}_plain": [*map(without_looks, files[name])] for name in ("align", "mix")}
+        files |= {f"{name}_tenth": without_boxes(files[name], TENTH) for name in ("align", "mix")}
     for name, rows in files.items():
         write_jsonl(args.out / f"{name}.jsonl", rows)
     tokenizer = train_tokenizer(args, align + mix)

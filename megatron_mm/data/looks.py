@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
@@ -65,31 +67,47 @@ class LookTokens:
             settings.query_min_scale,
         )
 
-    def expand(self, ids: Sequence[int], before: int = 0) -> list[int]:
-        """Returns the ids with the slots behind each query that has something behind it.
+    def places(self, ids_G: torch.Tensor, before: int = 0) -> torch.Tensor:
+        """Returns where each id stands once the slots stand behind the queries, int64 [G].
 
         Args:
             before: queries that the sample has before these ids; those past `most` are ordinary
                 tokens.
         """
-        found: list[int] = []
-        for place, index in enumerate(ids):
-            found.append(index)
-            if index == self.query_id:
-                before += 1
-                if before <= self.most and place + 1 < len(ids):
-                    found += [self.slot_id] * self.slots
-        return found
+        asks_G = ids_G == self.query_id
+        asks_G &= asks_G.cumsum(0) + before <= self.most
+        earlier_G = asks_G.cumsum(0) - asks_G.long()
+        return torch.arange(len(ids_G)) + self.slots * earlier_G
 
-    def find(self, ids: Sequence[int]) -> list[int]:
-        """Returns the places of the queries among the ids of a whole sample: those with all of
-        their slots."""
-        slots = [self.slot_id] * self.slots
-        return [
-            place
-            for place, index in enumerate(ids)
-            if index == self.query_id and list(ids[place + 1 : place + 1 + self.slots]) == slots
-        ]
+    def expand(self, ids_G: torch.Tensor, before: int = 0) -> torch.Tensor:
+        """Returns the ids with the slots behind each query, unless it is the last id."""
+        places_G = self.places(ids_G, before)
+        whole = ids_G.new_full((int(places_G[-1]) + 1 if len(ids_G) else 0,), self.slot_id)
+        whole[places_G] = ids_G
+        return whole
+
+    def drawn(self, ids_G: torch.Tensor, before: int = 0) -> torch.Tensor:
+        """Returns bool [G], which of a stream's ids are not slots behind a query: the opposite of
+        `expand`."""
+        found_G = torch.ones(len(ids_G), dtype=torch.bool)
+        end = 0  # of the last query's slots
+        for place in (ids_G == self.query_id).nonzero().flatten().tolist():
+            if place >= end and before < self.most:
+                before, end = before + 1, place + 1 + self.slots
+                found_G[place + 1 : end] = False
+        return found_G
+
+    def find(self, ids_G: torch.Tensor, before: int = 0) -> torch.Tensor:
+        """Returns the places in a stream, int64, of the queries that have all of their slots.
+
+        Args:
+            before: as in `places`.
+        """
+        own_G = self.drawn(ids_G, before)
+        asks_G = own_G & (ids_G == self.query_id)
+        asks_G &= asks_G.cumsum(0) + before <= self.most
+        places = asks_G.nonzero().flatten()
+        return places[places + self.slots < len(ids_G)]
 
 
 @dataclass(frozen=True)

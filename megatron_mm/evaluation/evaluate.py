@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from megatron_mm.config import model_stages
+from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
@@ -70,7 +71,12 @@ def _answers(
     found = generate(
         engine,
         Prompts(read, asked),
-        Sampling(tokenizer.end_ids, settings.max_new_tokens, temperature=0.0),
+        Sampling(
+            tokenizer.end_ids,
+            settings.max_new_tokens,
+            temperature=0.0,
+            looks=LookTokens.of(engine.run, tokenizer),
+        ),
         max_num_seqs=settings.eval_batch_size,
         pad_id=tokenizer.pad_id,
         stop=stop,

@@ -41,6 +41,7 @@ def with_answers(
     if tail:
         positions[total:] = torch.arange(tail)
         cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + tail))
+    asked = prompts.queries.positions_N
     ends, memories = prompts.cu_seqlens[1:].contiguous(), {}
     for name, memory in prompts.memories.items():
         first, last = memory.visible_M2.unbind(1)
@@ -57,4 +58,5 @@ def with_answers(
         num_real_tokens=total,
         stream_positions=moved(prompts.stream_positions, sample[prompts.stream_positions]),
         memories=memories,
+        queries=replace(prompts.queries, positions_N=moved(asked, sample[asked])),
     )

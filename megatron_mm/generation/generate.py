@@ -134,7 +134,10 @@ class _Generation:
         self.budget = run.training.micro_batch_size * run.data.seq_length
         stages = engine.groups.pg.pp.size()
         rows_each, self.row_multiple = rows_of_a_lane(run, group, rows)
-        self.lanes = [Lane(rows_each, sampling.max_tokens, pad_id, every) for _ in range(stages)]
+        self.lanes = [
+            Lane(rows_each, sampling.max_tokens, pad_id, every, sampling.looks)
+            for _ in range(stages)
+        ]
         self.next_prompt, self.stopped = 0, False
         self.waiting: Sample | None = None  # on the reader: already read, but it did not fit
         self.found: list[list] = [[None] * group for _ in prompts.numbers]
@@ -212,6 +215,10 @@ class _Generation:
         batches = [lane.batch for lane in self.lanes]
         logits = self._forward(batches, None, partial(row_logits, **self.gather))
         drawn = self._draw(logits, [lane.uniform_R for lane in self.lanes])
+        drawn = [
+            (lane.forced(tokens), logprobs)
+            for lane, (tokens, logprobs) in zip(self.lanes, drawn, strict=True)
+        ]
         for lane, (tokens, _) in zip(self.lanes, drawn, strict=True):
             lane.advance(tokens)
         return drawn

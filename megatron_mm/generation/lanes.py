@@ -14,7 +14,8 @@ import torch
 
 from megatron_mm import platform
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.model.decode import DecodeCache, Filling
+from megatron_mm.data.looks import LookTokens
+from megatron_mm.model.decode import ORDINARY, DecodeCache, Filling
 
 FREE = -1
 
@@ -24,25 +25,30 @@ class Completion:
     """Completion of a prompt.
 
     Attributes:
-        tokens_G: int64. The last one is a stop token if `finished`; otherwise the length limit was
-            reached.
+        tokens_G: int64, those that the model drew: without the slots behind a query
+            (data/looks.py). The last one is a stop token if `finished`; otherwise the length limit
+            was reached.
         logprobs_G: fp32, log-probability of each token under the model that drew it, at its
             temperature.
         routes_SLk: int16, if recorded: experts chosen in each MoE layer of this rank, for prompt
             and completion without its last token, which no router saw.
+        places_G: int64, where each token stands in the stream, from the first; None: one behind the
+            other.
     """
 
     tokens_G: torch.Tensor
     logprobs_G: torch.Tensor
     finished: bool
     routes_SLk: torch.Tensor | None = None
+    places_G: torch.Tensor | None = None
 
     @property
     def routes_GLk(self) -> torch.Tensor:
-        """The recorded routes of the positions whose logits were sampled, the last G that any
-        router saw."""
+        """The recorded routes of the positions whose logits were sampled."""
         assert self.routes_SLk is not None, "routes were not recorded"
-        return self.routes_SLk[-len(self.tokens_G) :]
+        if self.places_G is None:
+            return self.routes_SLk[-len(self.tokens_G) :]
+        return self.routes_SLk[-int(self.places_G[-1]) - 1 :][self.places_G]
 
 
 class Lane:
@@ -54,31 +60,43 @@ class Lane:
         number_R: int64, unique per completion; with the count it seeds the next draw.
         count_R: int64, number of tokens drawn that the host knows.
         prompt_R: int64, length of the row's prompt.
+        asked_R: int64, queries of the row's prompt.
         batch: the rows' last tokens, on the device; a step reads them, `advance` writes them.
         uniform_R: fp64, on the device: the numbers that a step draws with.
     """
 
-    def __init__(self, rows: int, max_tokens: int, pad_id: int, ahead: int):
+    def __init__(
+        self,
+        rows: int,
+        max_tokens: int,
+        pad_id: int,
+        ahead: int,
+        looks: LookTokens | None = None,
+    ):
         """
         Args:
             ahead: tokens that a row may draw after its last one before the host learns of it.
+            looks: None: no token is a query.
         """
-        self.cache, self.ahead = DecodeCache(rows), ahead
+        self.cache, self.ahead, self.looks = DecodeCache(rows), ahead, looks
         self.owner_R2 = torch.full((rows, 2), FREE)  # (prompt, index of the completion)
         self.number_R = torch.zeros(rows, dtype=torch.int64)
         self.count_R = torch.zeros(rows, dtype=torch.int64)
         self.prompt_R = torch.zeros(rows, dtype=torch.int64)
+        self.asked_R = torch.zeros(rows, dtype=torch.int64)
         self.tokens_RG = torch.zeros(rows, max_tokens, dtype=torch.int64)
         self.logprobs_RG = torch.zeros(rows, max_tokens)
         tokens = torch.full((rows,), pad_id, dtype=torch.int64, device=platform.device())
         self._moving_R = torch.zeros_like(tokens)  # 1 for the rows that are generating
+        self._asks_R = torch.zeros_like(tokens)  # queries that a row has had
         self.batch = self._batch(tokens)
         self.uniform_R = torch.zeros(rows, dtype=torch.float64, device=tokens.device)
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors of a step are."""
-        own = (self.batch.tokens_T, self.cache.lengths_R, self._moving_R, self.uniform_R)
+        own = [self.batch.tokens_T, self.cache.lengths_R, self._moving_R, self.uniform_R]
+        own += [self.cache.slot_R, self._asks_R]
         held = (x for state in self.cache.layers.values() for x in state.tensors.values())
         return tuple(x.data_ptr() for x in (*own, *held))
 
@@ -127,19 +145,53 @@ class Lane:
         self.owner_R2[rows] = torch.stack((prompt + prompts.start, sample), 1)
         self.number_R[rows] = torch.tensor(numbers, dtype=torch.int64)[prompt] * group + sample
         self.count_R[rows] = 0
+        ends = batch.cu_seqlens[1:].contiguous()
+        of_query = torch.searchsorted(ends, batch.queries.positions_N, right=True)
+        self.asked_R[rows] = torch.bincount(of_query, minlength=len(lengths))[prompt]
         there = rows.to(self._moving_R.device)
         self.cache.lengths_R[there] = self.prompt_R[rows].to(there.device)
+        self.cache.slot_R[there] = ORDINARY
+        self._asks_R[there] = self.asked_R[rows].to(there.device)
         self._show_active()
         return filling
 
     def begin(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
         """Takes the first tokens of rows, on the device."""
-        self.batch.tokens_T.index_copy_(0, rows.to(tokens.device), tokens)
+        there = rows.to(tokens.device)
+        self.batch.tokens_T.index_copy_(0, there, tokens)
+        if self.looks is not None:
+            fresh_R = torch.zeros_like(self._moving_R).index_fill_(0, there, 1).bool()
+            self._follow(self.batch.tokens_T, fresh_R)
 
     def advance(self, tokens_R: torch.Tensor) -> None:
         """Takes the next token of every row, on the device."""
         self.batch.tokens_T.copy_(tokens_R)
         self.cache.lengths_R.add_(self._moving_R)
+        if self.looks is not None:
+            self._follow(tokens_R, self._moving_R.bool())
+
+    def forced(self, tokens_R: torch.Tensor) -> torch.Tensor:
+        """Returns the next token of every row, on the device, from what was drawn: behind a query
+        stand its slots, whatever that was."""
+        if self.looks is None:
+            return tokens_R
+        return tokens_R.masked_fill(self._owes_R, self.looks.slot_id)
+
+    @property
+    def _owes_R(self) -> torch.Tensor:
+        """bool, whether a slot follows the row's token."""
+        assert self.looks is not None
+        return (self.cache.slot_R >= 0) & (self.cache.slot_R < self.looks.slots)
+
+    def _follow(self, tokens_R: torch.Tensor, moving_R: torch.Tensor) -> None:
+        """Keeps up with queries and slots as rows get these tokens."""
+        assert self.looks is not None
+        owes_R, most = self._owes_R, self.looks.most
+        asks_R = (tokens_R == self.looks.query_id) & ~owes_R & (self._asks_R < most) & moving_R
+        slot_R = torch.where(owes_R, self.cache.slot_R + 1, ORDINARY)
+        slot_R = slot_R.masked_fill(asks_R, 0)
+        self.cache.slot_R.copy_(torch.where(moving_R, slot_R, self.cache.slot_R))
+        self._asks_R.add_(asks_R)
 
     def append(
         self,
@@ -171,11 +223,19 @@ class Lane:
         ):
             count = int(self.count_R[row])
             tokens_G, logprobs_G = self.tokens_RG[row, :count], self.logprobs_RG[row, :count]
+            places_G = None
+            if self.looks is not None:
+                before = int(self.asked_R[row])
+                drawn_G = self.looks.drawn(tokens_G, before)
+                tokens_G, logprobs_G = tokens_G[drawn_G], logprobs_G[drawn_G]
+                places_G = self.looks.places(tokens_G, before)
+                count = int(places_G[-1]) + 1  # without the slots of a query that ends it
             seen = int(self.prompt_R[row]) + count - 1
             own = None if routes is None else routes[n, :, :seen].transpose(0, 1).clone()
             prompt, sample = self.owner_R2[row].tolist()
             self.owner_R2[row] = FREE
-            yield prompt, sample, Completion(tokens_G.clone(), logprobs_G.clone(), finished, own)
+            made = Completion(tokens_G.clone(), logprobs_G.clone(), finished, own, places_G)
+            yield prompt, sample, made
         self._show_active()
 
     def _routes(self, rows: torch.Tensor) -> torch.Tensor | None:
@@ -199,8 +259,8 @@ class Lane:
         (free,) = (~self.active_R).nonzero(as_tuple=True)
         rows = torch.cat((busy, free[: wanted - len(busy)]))
         self.cache.keep(rows)
-        names = ("owner_R2", "number_R", "count_R", "prompt_R", "tokens_RG", "logprobs_RG")
-        for name in (*names, "_moving_R", "uniform_R"):
+        names = ("owner_R2", "number_R", "count_R", "prompt_R", "asked_R", "tokens_RG")
+        for name in (*names, "logprobs_RG", "_moving_R", "_asks_R", "uniform_R"):
             held = getattr(self, name)
             setattr(self, name, held[rows.to(held.device)])
         self.batch = self._batch(self.batch.tokens_T[rows.to(self.batch.tokens_T.device)])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_mm.data.looks import LookTokens
 from megatron_mm.model.running_sum import running_sum
 
 # Constants of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
@@ -35,6 +36,8 @@ class Sampling:
         router_temperature: experts of completion tokens are drawn from the softmax of the router's
             logits divided by it; 0: greedy. Prompts, prefilled once for all of their completions,
             are always routed greedily.
+        looks: the tokens of looks, behind which slots are forced; None: there are none. Slots count
+            for `max_tokens`.
     """
 
     stop_ids: tuple[int, ...]
@@ -44,6 +47,7 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     router_temperature: float = 0.0
+    looks: LookTokens | None = None
 
 
 def uniforms(seed: int, row_N: torch.Tensor, step_N: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,7 @@ class _Continuing:
             ids = self.tokenizer.encode(chosen)
             kept = ids[: len(ids) // 2]
             assert prompt is not None  # there are answers
-            sample = answered(prompt, prompt.tokens_T.new_tensor(kept))
+            sample = answered(prompt, prompt.tokens_T.new_tensor(kept), None)  # nothing to look at
             asked = Prompt(sample, bare, where)
             cuts.append(_Cut(number * ROW + place, asked, bare, chosen, tuple(kept)))
         return cuts

@@ -1,7 +1,8 @@
 """Microbatches of completions: prompts with what was sampled, laid end to end.
 
 Values of a sampled token stand at the position whose logits it was drawn from: those of a
-completion reach from the last prompt token to its second-to-last token.
+completion reach from the last prompt token to its second-to-last token. Slots behind a query are
+not sampled (data/looks.py).
 
 Shapes: T stream, N completions of a microbatch, G tokens of one, L layers of this rank, k experts.
 """
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
+from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tiles import ImageSettings, image_settings
 from megatron_mm.data.tokenizer import Tokenizer
@@ -69,14 +71,27 @@ class CompletionBatch(Microbatch):
         return list(values_T[self.sampled].split(self.lengths_N.tolist()))
 
 
-def answered(prompt: Sample, tokens_G: torch.Tensor) -> Sample:
-    """Returns the prompt and its completion, whose tokens are supervised."""
-    start, count = len(prompt.tokens_T), len(tokens_G)
+def answered(prompt: Sample, tokens_G: torch.Tensor, looks: LookTokens | None) -> Sample:
+    """Returns the prompt and its completion, whose tokens are supervised; slots stand behind its
+    queries, and are not."""
+    start, before = len(prompt.tokens_T), len(prompt.queries)
+    places_G, queries = torch.arange(len(tokens_G)), prompt.queries
+    if looks is not None:
+        places_G = looks.places(tokens_G, before)
+        tokens_G = looks.expand(tokens_G, before)
+        queries += tuple((start + looks.find(tokens_G, before)).tolist())
     tokens_T = torch.cat((prompt.tokens_T, tokens_G))
     mask_T = torch.zeros(len(tokens_T))
-    mask_T[start - 1 : start - 1 + count] = 1.0
-    return Sample(tokens_T, torch.cat((tokens_T[1:], tokens_T[-1:])), mask_T, prompt.images,
-                  prompt.where)  # fmt: skip
+    mask_T[start - 1 + places_G] = 1.0
+    return Sample(
+        tokens_T,
+        torch.cat((tokens_T[1:], tokens_T[-1:])),
+        mask_T,
+        prompt.images,
+        prompt.where,
+        queries=queries,
+        targets=prompt.targets + (None,) * (len(queries) - before),
+    )
 
 
 def completion_batch(
@@ -164,8 +179,9 @@ def pack_step(
     bins: list[list[list[int]]] = [[] for _ in teachers]
     if engine.groups.is_reader:
         asked = [groups[n // size].asked for n in members]
+        looks = LookTokens.of(run, tokenizer)
         samples = [
-            answered(prompt.sample, completions[n].tokens_G)
+            answered(prompt.sample, completions[n].tokens_G, looks)
             for prompt, n in zip(asked, members, strict=True)
         ]
         of = [teacher_of(prompt.row, prompt.where, rl) for prompt in asked]

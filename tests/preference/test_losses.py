@@ -143,7 +143,7 @@ def batch_of_pairs(seed: int):
     from megatron_mm.data.sample import Sample
 
     prompt = Sample(torch.arange(4), torch.arange(4), torch.zeros(4), [], "rows:1")
-    samples = [answered(prompt, torch.arange(n)) for n in LENGTHS]
+    samples = [answered(prompt, torch.arange(n), None) for n in LENGTHS]
     batch = completion_batch(samples, range(6), settings=None, pad_id=0, pad_multiple=16)
     whole_T = batch.spread([torch.tensor(own) for own in tokens_logps(seed)])
     return preference_batch(batch, whole_T, DELTA)

@@ -34,7 +34,7 @@ SETTINGS = dict(pad_id=0, pad_multiple=4)
 
 def test_sampled_positions_are_those_whose_logits_were_drawn_from():
     one, two = torch.tensor([7, 8, 9]), torch.tensor([5])
-    samples = [answered(prompt(5), one), answered(prompt(3), two)]
+    samples = [answered(prompt(5), one, None), answered(prompt(3), two, None)]
     batch = completion_batch(samples, [4, 2], settings=None, **SETTINGS)
     assert batch.tokens_T.tolist() == [100, 101, 102, 103, 104, 7, 8, 9, 100, 101, 102, 5]
     assert batch.sampled.tolist() == [4, 5, 6, 10]
@@ -54,7 +54,7 @@ def test_a_batch_of_nothing_is_padding():
 
 def test_completions_of_a_prompt_share_its_image():
     asked, other = prompt(40, tiles=2), prompt(50, tiles=1)
-    samples = [answered(p, torch.tensor([1, 2])) for p in (asked, asked, other)]
+    samples = [answered(p, torch.tensor([1, 2]), None) for p in (asked, asked, other)]
     memory = Memory("vision", "tiles", 16, 4, True, "images")
     settings = ImageSettings(8, 2, 2, 4, None, False, "all", (memory,), (0.5,) * 3, (0.5,) * 3)
     batch = completion_batch(samples, [0, 1, 2], settings=settings, **SETTINGS)

@@ -27,7 +27,7 @@ def packed():
     """Two microbatches, of completions 2 and 0, and 3 and 1."""
     return [
         completion_batch(
-            [answered(prompt(), torch.arange(10, 10 + LENGTHS[n])) for n in members],
+            [answered(prompt(), torch.arange(10, 10 + LENGTHS[n]), None) for n in members],
             members,
             settings=None,
             pad_id=0,

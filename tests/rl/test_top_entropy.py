@@ -50,7 +50,7 @@ def trl_mask(entropies, mask, threshold):
 def batches_of(*bins):
     return [
         completion_batch(
-            [answered(prompt(), torch.arange(10, 10 + LENGTHS[n])) for n in members],
+            [answered(prompt(), torch.arange(10, 10 + LENGTHS[n]), None) for n in members],
             members,
             settings=None,
             pad_id=0,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_mm.data.loading.reader import Prompt
+from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
@@ -106,6 +107,7 @@ def complete(
             rl.top_k,
             engine.run.training.seed,
             rl.earl.router_temperature,
+            LookTokens.of(engine.run, tokenizer),
         ),
         num_generations=rl.num_generations,
         max_num_seqs=rl.max_num_seqs,

@@ -1,0 +1,165 @@
+"""Completions that look: their slots are forced, the trainer has the rollout's log-probabilities,
+and every layout draws the same.
+
+A function that starts with `on_rank_` runs on every rank; the test compares what they return.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+
+from megatron_mm.config import RunConfig, token_multiple
+from megatron_mm.data.collate import collate
+from megatron_mm.data.looks import LookTokens
+from megatron_mm.data.tiles import image_settings
+from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.engine.feed import broadcast_batches
+from megatron_mm.evaluation.questions import EvalSet
+from megatron_mm.generation.generate import Prompts, generate, whole_logits
+from megatron_mm.generation.lanes import Completion
+from megatron_mm.generation.sampling import Sampling
+from megatron_mm.model.routing import whole_routes
+from megatron_mm.parallel.param_layout import layouts
+from megatron_mm.rl.completion_batch import answered
+from support.trainers import CP2, EP2, PP2, TP2, VPP2, digits_run
+from support.weights import random_engine
+
+NEVER = -1
+WORDS = 12
+NEW_TOKENS = 16
+PATTERN = "GE Q *E V"  # a glimpse waits over the boundary of two stages
+ASKED = (0, 12, 8, 5, 20)
+LAYOUTS = {
+    "TP2": (2, TP2),
+    "PP2": (2, PP2),
+    "CP2": (2, CP2),
+    "EP2": (2, EP2),
+    "TP2xPP2": (4, TP2 | PP2),
+    "PP2xVPP2xCP2": (4, PP2 | VPP2 | CP2),
+}
+
+
+def looking_run(scenes, **settings) -> RunConfig:
+    run = digits_run(scenes, vision_memory="pyramid", **settings)
+    run.model.hybrid_layer_pattern = PATTERN
+    run.model.__post_init__()
+    return run
+
+
+def _say_little(engine) -> None:
+    """Leaves a few words that a random model chooses among, so that one of them is frequent."""
+    for name, param, layout in layouts(*engine.modules):
+        if name == "output_layer.weight":
+            number = torch.arange(len(param)) + layout.offset[0]
+            param.data[number >= WORDS] = 0.0
+
+
+def on_rank_sample(run: RunConfig, turn: int = 8, routes: bool = False) -> dict:
+    """What is drawn with a token that a random model draws often in the place of the query, and how
+    far the trainer's log-probabilities are from the rollout's."""
+    engine = random_engine(run)
+    _say_little(engine)
+    tokenizer = load_tokenizer(run.data.tokenizer_model)
+    looks = LookTokens.of(run, tokenizer)
+    questions = EvalSet(run.data.valid_data, run, tokenizer)
+    samples = [questions[i].sample for i in ASKED]
+    prompts = Prompts(lambda i: samples[i], ASKED)
+
+    def drawn(query_id: int) -> list[list[Completion]]:
+        tokens = LookTokens(query_id, looks.slot_id, looks.slots, 2, looks.min_scale)
+        sampling = Sampling((NEVER,), NEW_TOKENS, 0.7, top_k=4, seed=3, looks=tokens)
+        return generate(
+            engine,
+            prompts,
+            sampling,
+            num_generations=2,
+            max_num_seqs=6,
+            pad_id=tokenizer.pad_id,
+            record_routes=routes,
+            tokens_a_turn=turn,
+        )
+
+    said = Counter(t for group in drawn(NEVER) for c in group for t in c.tokens_G.tolist())
+    query_id = said.most_common(1)[0][0]
+    tokens = LookTokens(query_id, looks.slot_id, looks.slots, 2, looks.min_scale)
+    found, worst, odd = drawn(query_id), 0.0, 0
+    for sample, group in zip(samples, found, strict=True):
+        for completion in group:
+            stream = answered(sample, completion.tokens_G, tokens)
+            at = len(sample.tokens_T) - 1 + completion.places_G
+            batch = collate(
+                [stream],
+                settings=image_settings(run),
+                pad_id=tokenizer.pad_id,
+                pad_multiple=token_multiple(run),
+            )
+            (batch,) = broadcast_batches(engine.groups, [batch])
+            finish = partial(
+                whole_logits,
+                wanted=lambda _, w=at: w,
+                groups=engine.groups,
+                vocab_size=run.model.language.vocab_size,
+            )
+            record = [{}] if routes else None
+            logits = engine.forward([batch], lambda _, w=at: w, finish, routes=record)
+            if logits:
+                logprobs = (logits[0] / 0.7).log_softmax(-1).gather(1, completion.tokens_G[:, None])
+                worst = max(worst, float((logprobs[:, 0] - completion.logprobs_G).abs().max()))
+            if routes:
+                whole = whole_routes(record[0], engine.groups.pg)
+                stacked = torch.stack([whole[index] for index in sorted(whole)], 1)
+                seen = completion.routes_SLk
+                same = stacked[: len(seen)].sort(-1).values == seen.sort(-1).values
+                odd += int((~same.all(-1)).sum())
+                assert len(seen) == len(stream.tokens_T) - 1
+    every = [c for group in found for c in group]
+    return {
+        "tokens": [c.tokens_G.tolist() for c in every],
+        "places": [c.places_G.tolist() for c in every],
+        "asks": sum(int((c.tokens_G == query_id).sum()) for c in every),
+        "query": query_id,
+        "worst": worst,
+        "odd": odd,
+    }
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks, look_scenes):
+    return ranks(1, on_rank_sample, looking_run(look_scenes), 8, True)[0]
+
+
+def test_slots_are_forced_and_belong_to_no_completion(one_rank):
+    """They count for the length, and no more than two queries of a sample have any."""
+    run_slots = 4
+    assert one_rank["asks"] > 10
+    for tokens, places in zip(one_rank["tokens"], one_rank["places"], strict=True):
+        asks = [n for n, token in enumerate(tokens) if token == one_rank["query"]]
+        gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+        wide = [n for n, gap in enumerate(gaps) if gap == 1 + run_slots]
+        assert wide == [n for n in asks[:2] if n < len(gaps)]
+        assert all(gap == 1 for n, gap in enumerate(gaps) if n not in wide)
+        assert places[-1] < NEW_TOKENS
+
+
+def test_log_probabilities_and_routes_are_the_trainers(one_rank):
+    """As without looks (test_generate.py): sums in another order through four sub-layers."""
+    assert one_rank["worst"] < 1e-5
+    assert one_rank["odd"] == 0
+
+
+@pytest.mark.parametrize("turn", [1, 3])
+def test_the_length_of_a_turn_changes_nothing(ranks, look_scenes, one_rank, turn):
+    found = ranks(1, on_rank_sample, looking_run(look_scenes), turn)[0]
+    assert found["tokens"] == one_rank["tokens"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_draws_the_same(ranks, look_scenes, one_rank, name):
+    size, sizes = LAYOUTS[name]
+    answers = ranks(size, on_rank_sample, looking_run(look_scenes, **sizes))
+    assert all(answer["tokens"] == one_rank["tokens"] for answer in answers)
+    assert max(answer["worst"] for answer in answers) < 1e-5
