@@ -103,6 +103,14 @@ class Sample:
     skill_T: torch.Tensor | None = None  # int64, as in `Microbatch`; None: no position has one
     queries: tuple[int, ...] = ()  # positions of query tokens, ascending
     targets: tuple[Target | None, ...] = ()  # the place that each should ask for; None: any
+    slots: int = 0  # behind each query (data/looks.py)
+
+    def predicting(self, count: int) -> torch.Tensor:
+        """Returns the positions that predict the last `count` tokens, int64, slots not counted."""
+        own_T = torch.ones(len(self.tokens_T), dtype=torch.bool)
+        for query in self.queries:
+            own_T[query + 1 : query + 1 + self.slots] = False
+        return own_T.nonzero().flatten()[len(own_T) - count - self.slots * len(self.queries) :] - 1
 
 
 class _Draft(NamedTuple):
@@ -251,6 +259,7 @@ class SampleBuilder:
             where,
             queries=tuple(encoded.queries),
             targets=draft.targets,
+            slots=0 if self.looks is None else self.looks.slots,
         )
 
     def _size(self, file: ImageFile, where: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_mm.config import RunConfig, effective_pattern, num_layers
 from megatron_mm.data.loading.reader import Prompt
+from megatron_mm.data.sample import Sample
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.router_reward import hit_sums, label_positions
 from megatron_mm.earl.settings import EARLConfig
@@ -131,7 +132,7 @@ class Alignment:
         return spans, missing
 
     def row_skills(
-        self, tokenizer: Tokenizer, row: Mapping[str, Any], where: str, tokens: int
+        self, tokenizer: Tokenizer, row: Mapping[str, Any], where: str, sample: Sample
     ) -> torch.Tensor:
         """Returns the skill of each position of a training row, int64 [tokens]: that of the
         labelled span of its answer in which the next token lies, else -1. Whether the span is right
@@ -139,7 +140,7 @@ class Alignment:
 
         Args:
             where: "file:row", for messages.
-            tokens: how many the sample has.
+            sample: what training makes of the row.
         Raises:
             DataError: the row's spans cannot be used, or a skill has no cluster.
         """
@@ -148,10 +149,9 @@ class Alignment:
             skills, _ = self._skill_ids(labels, where)
         except RLError as error:
             raise DataError(str(error)) from None
-        skill_T = torch.full((tokens,), -1)
-        before = tokens - answer - 1  # the position before a token predicts it
+        skill_T, at_A = torch.full_like(sample.tokens_T, -1), sample.predicting(answer)
         for label, skill in zip(labels, skills, strict=True):
-            skill_T[before + label.start : before + label.stop] = skill
+            skill_T[at_A[label.start : label.stop]] = skill
         return skill_T
 
     def _skill_ids(self, labels: Sequence[Label], where: str) -> tuple[list[int], int]:

@@ -131,11 +131,10 @@ class ProbeRows:
         sample = self._builder.training(file[row], file.where(row), file.folder)
         answer, spans = plan.rows[index]
         skill_JT = torch.full((1 + plan.shuffles, len(sample.tokens_T)), -1, dtype=torch.int16)
-        # A sample ends with its answer; the position before a token predicts it.
-        before = len(sample.tokens_T) - answer - 1
+        at_A = sample.predicting(answer)  # a sample ends with its answer
         right_T = torch.zeros(len(sample.tokens_T), dtype=torch.bool)
         for start, stop, ids, right in spans:
-            here = slice(before + start, before + stop)
+            here = at_A[start:stop]
             skill_JT[:, here], right_T[here] = torch.tensor(ids).unsqueeze(1), right
         return sample, skill_JT, right_T
 

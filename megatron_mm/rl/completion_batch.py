@@ -91,6 +91,7 @@ def answered(prompt: Sample, tokens_G: torch.Tensor, looks: LookTokens | None) -
         prompt.where,
         queries=queries,
         targets=prompt.targets + (None,) * (len(queries) - before),
+        slots=prompt.slots,
     )
 
 

@@ -30,8 +30,8 @@ class Prompt(NamedTuple):
     where: str  # "file:row"
 
 
-# (row, "file:row", tokens of its sample) -> the skill of each position, int64 [tokens] or -1.
-Labels = Callable[[dict[str, Any], str, int], torch.Tensor]
+# (row, "file:row", its sample) -> the skill of each position, int64 [tokens] or -1.
+Labels = Callable[[dict[str, Any], str, Sample], torch.Tensor]
 
 
 class Reader:
@@ -79,7 +79,7 @@ class Reader:
     def _training(self, row: dict[str, Any], where: str, folder: Path) -> Any:
         sample = self.builder.training(row, where, folder)
         if self._labels is not None:
-            sample.skill_T = self._labels(row, where, len(sample.tokens_T))
+            sample.skill_T = self._labels(row, where, sample)
         return sample
 
     def prompts(self, places: Sequence[Place]) -> list[Prompt | str]:
