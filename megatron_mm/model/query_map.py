@@ -181,7 +181,7 @@ def _image_numbers(owner_M: torch.Tensor, from_M: torch.Tensor) -> tuple[torch.T
         return owner_M, 1
     pairs = torch.stack((owner_M, from_M), 1)
     images, number_M = torch.unique_consecutive(pairs, dim=0, return_inverse=True)
-    owner = images[:, 0]
+    owner = images[:, 0].contiguous()
     first = torch.searchsorted(owner, owner)  # of the same sample
     in_sample = torch.arange(len(owner)) - first
     return in_sample[number_M], int(in_sample.max()) + 1

@@ -47,6 +47,7 @@ def chosen(setting: str, tiles: list[int], thumbnail: int) -> list[int]:
     tiles = tiles or [thumbnail]
     pick = {"thumbnail": [thumbnail], "tiles": tiles}
     pick["all"] = tiles + [thumbnail] if thumbnail not in tiles else tiles
+    pick["pyramid"] = pick["all"]
     return pick[setting]
 
 
@@ -88,10 +89,11 @@ def sample(
             part, held = made.memories[memory.name], chosen(memory.tiles, tiles, thumbnail)
             part.tiles += held
             part.visible_from += [len(tokens)] * (side * side * len(held))
-            for column in range(len(held)):  # side by side over the image's width
-                right = (x / side + column + 0.5 / side) / len(held)
+            for column, of in enumerate(held):  # side by side over the image's width
+                columns, column = (1, 0) if of == thumbnail else (split, column)
+                right = (x / side + column + 0.5 / side) / columns
                 part.coordinates.append(torch.stack(((y + 0.5) / side, right), -1).reshape(-1, 2))
-                part.extents.append(torch.full((side * side,), len(held) ** -0.5 / side))
+                part.extents.append(torch.full((side * side,), columns**-0.5 / side))
         tokens += words(text)
     return made
 

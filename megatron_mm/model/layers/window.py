@@ -66,11 +66,16 @@ class Patches:
     absent: torch.Tensor | None
 
 
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In fp32, or fp64 if it has that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def place(asked_N3: torch.Tensor, min_scale: torch.Tensor) -> torch.Tensor:
     """Returns (y, x, s), fp32 [N, 3], from what the layer's linear says: y and x between 0 and 1,
-    s between `min_scale` (fp32, a scalar) and 1."""
-    share_N3 = asked_N3.float().sigmoid()
-    scale_N1 = torch.exp(min_scale.float().log() * share_N3[:, 2:])
+    s between `min_scale` (a scalar) and 1."""
+    share_N3 = _wide(asked_N3).sigmoid()
+    scale_N1 = torch.exp(_wide(min_scale).log() * share_N3[:, 2:])
     return torch.cat((share_N3[:, :2], scale_N1), 1)
 
 
@@ -92,8 +97,8 @@ def read(
     near_rsp = _nearness(window, place_rs3, index_rs, patches.places)
     key_rhDp = patches.key.permute(0, 2, 3, 1)
     scale = query_rshD.shape[-1] ** -0.5
-    alike_rhsp = (query_rshD.transpose(1, 2) @ key_rhDp).float() * scale
-    scores_rhsp = near_rsp.unsqueeze(1) + content_h.float()[:, None, None] * alike_rhsp
+    alike_rhsp = _wide(query_rshD.transpose(1, 2) @ key_rhDp) * scale
+    scores_rhsp = near_rsp.unsqueeze(1) + _wide(content_h)[:, None, None] * alike_rhsp
     if patches.images > 1:
         scores_rhsp = scores_rhsp + _image_share(query_rshD, patches)
     if patches.absent is not None:
@@ -126,7 +131,7 @@ def _image_share(query_rshD: torch.Tensor, patches: Patches) -> torch.Tensor:
     member_rIp = of_image_rpI.transpose(1, 2).to(patches.key.dtype)
     total_rIhD = torch.einsum("rip,rphd->rihd", member_rIp, patches.key)
     mean_rIhD = total_rIhD / count_rI.clamp(min=1)[:, :, None, None]
-    alike_rhsI = torch.einsum("rshd,rihd->rhsi", query_rshD, mean_rIhD).float()
+    alike_rhsI = _wide(torch.einsum("rshd,rihd->rhsi", query_rshD, mean_rIhD))
     alike_rhsI = alike_rhsI * query_rshD.shape[-1] ** -0.5
     nothing_r11I = (count_rI == 0)[:, None, None]
     share_rhsI = alike_rhsI.masked_fill(nothing_r11I, -torch.inf).log_softmax(-1)
