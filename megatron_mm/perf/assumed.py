@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_mm.config import ConfigError, RunConfig, token_multiple
-from megatron_mm.data.batch import BatchMemory, Microbatch
+from megatron_mm.config.layers.queries import query_settings
+from megatron_mm.data.batch import BatchMemory, BatchQueries, Microbatch
 from megatron_mm.data.images import TileGrid
 from megatron_mm.data.tiles import (
     image_settings,
@@ -23,7 +24,7 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
 
     Args:
         images: in every sample, first in it, each of `max_num_tiles` tiles in one row and, where
-            the run makes one, a thumbnail.
+            the run makes one, a thumbnail. A model that glimpses has a query for each of them.
         supervised: share of the tokens after the images whose logits the loss needs, the last.
     Raises:
         ConfigError: the images do not fit into a sample.
@@ -68,6 +69,13 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
             positions.append(torch.arange(begin, begin + per_image))
             spans.append(torch.tensor([begin + per_image, (sample + 1) * length]))
             stream_tiles += [number * pixels + tile for tile in stream]
+    queries: list[int] = []
+    asking = query_settings(run.model)
+    if asking is not None:  # one for each image, behind all of them
+        each = 1 + asking.slots
+        begins = range(count * length)[images * (per_image + 2) :: length]
+        fit = min(images, (text - 1) // each)
+        queries = [begin + number * each for begin in begins for number in range(fit)]
     memories = {
         name: BatchMemory.build(
             [number * pixels + tile for number in range(len(spans)) for tile in chosen],
@@ -88,6 +96,7 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
         stream_tiles=stream_tiles,
         stream_positions=torch.cat(positions),
         memories=memories,
+        queries=BatchQueries.build(queries, [None] * len(queries)),
     )
 
 

@@ -64,8 +64,8 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
             held, rows = batch.memories[memory.name], memory_rows(batch, memory, 1)
             count = patches(run.model) * (1 if empty else len(held.tiles))
             pairs = _look_pairs(held, segments, rows)
-            slots = _slot_pairs(run, batch, segments, memory.name, rows)
-            memories[memory.name] = MemoryRows(count, rows, pairs, rows, slots)
+            of_slots = _slot_pairs(run, batch, segments, memory.name, rows)
+            memories[memory.name] = MemoryRows(count, rows, pairs, rows, *of_slots)
     return Workload(
         tokens=tokens,
         logits=logits,
@@ -103,18 +103,21 @@ def _slots(run: RunConfig, batch: Microbatch) -> torch.Tensor:
 
 def _slot_pairs(
     run: RunConfig, batch: Microbatch, segments: Segments, name: str, rows: int
-) -> float:
-    """(slot, patch) of the rectangles of one glimpse at a memory."""
+) -> tuple[float, float, float]:
+    """`slot_pairs`, `image_patches` and `image_slots` of the rectangles of one glimpse at a
+    memory."""
     slot_A, held = _slots(run, batch), batch.memories[name]
     if not len(slot_A):
-        return 0.0
+        return 0.0, 0.0, 0.0
     everywhere = torch.arange(len(slot_A))
-    map_ = slot_reads(held, segments, slot_A, everywhere, rows, held.coordinates_M2.device).map
-    assert map_ is not None
-    groups = map_.groups
-    return float(
-        sum(part.queries.cells * part.patches for group in groups for part in group.rounds)
-    )
+    reads = slot_reads(held, segments, slot_A, everywhere, rows, held.coordinates_M2.device)
+    assert reads.map is not None
+    rounds = [part for group in reads.map.groups for part in group.rounds]
+    pairs = sum(part.queries.cells * part.patches for part in rounds)
+    several = reads.images if reads.images > 1 else 0
+    patches = sum(part.rows * part.patches for part in rounds)
+    slots = sum(part.queries.cells for part in rounds)
+    return float(pairs), float(several * patches), float(several * slots)
 
 
 def _look_pairs(held: BatchMemory, segments: Segments, rows: int) -> int:

@@ -52,7 +52,10 @@ KERNELS = {
 }
 
 
-def run_with(pattern="GE L *E GE L J *E J", fusion: dict | None = None, **settings) -> RunConfig:
+LOOKS = "GE L *E GE L J *E J"
+
+
+def run_with(pattern=LOOKS, fusion: dict | None = None, **settings) -> RunConfig:
     run = small_run(pattern, **(fusion or {}))
     paths = {leaf.name: leaf.path for leaf in leaves(RunConfig)}
     for name, value in settings.items():
@@ -73,6 +76,7 @@ def logits(batch: Microbatch) -> int:
 
 
 FROZEN = {f"freeze_{module}": True for module in MODULES if module != "clvr"}
+GLIMPSES = "GE Q *E L Q GE V J *E V"
 CASES = {
     "all learns": {},
     "a frozen ViT": {"freeze_vision": True},
@@ -88,6 +92,14 @@ CASES = {
     "two memories": {"fusion": two_memories("detail", "overview")},
     "two memories, recomputed": {
         "fusion": two_memories("overview", "detail"),
+        "recompute_granularity": "full",
+    },
+    "glimpses": {"pattern": GLIMPSES, "vision_memory": "pyramid"},
+    "glimpses alone learn": FROZEN
+    | {"freeze_clvr": True, "freeze_avm": False, "pattern": GLIMPSES, "vision_memory": "pyramid"},
+    "glimpses, recomputed": {
+        "pattern": GLIMPSES,
+        "vision_memory": "pyramid",
         "recompute_granularity": "full",
     },
     "recomputed in full": {"recompute_granularity": "full"},

@@ -12,6 +12,7 @@ from support.planned_layouts import layout_run, measure, planned, world_of
 
 # (sizes and settings, replicas). None of them was looked at to make an estimate fit: the one that
 # was, PP2 x VPP2 of the plain model, is not here.
+GLIMPSES = {"hybrid_layer_pattern": "GE Q *E GE L V *E J", "vision_memory": "pyramid"}
 LAYOUTS = {
     "one rank": ({}, 1),
     "DP2": ({}, 2),
@@ -62,6 +63,8 @@ LAYOUTS = {
         {"pp": 2, "bf16": True, "vision_parallel": "replica", "freeze_vision": True},
         2,
     ),
+    "TP2 CP2, glimpses": ({"tp": 2, "cp": 2} | GLIMPSES, 1),
+    "PP2 DP2, glimpses, bf16": ({"pp": 2, "bf16": True} | GLIMPSES, 2),
     "PP2, two memories": ({"pp": 2, **two_memories("detail", "overview")}, 1),
 }
 

@@ -37,9 +37,12 @@ def layout_run(sizes: dict, replicas: int) -> RunConfig:
     run.data.seq_length, run.data.max_num_tiles = 96, 3
     for name, value in sizes.items():
         name = SIZES.get(name, name)
-        for section in (run.parallel, run.training, run.data, run.model.fusion, run.model.language):
+        model = run.model
+        of_model = (model, model.fusion, model.language)
+        for section in (run.parallel, run.training, run.data, *of_model):
             if hasattr(section, name):
                 setattr(section, name, value)
+    run.model = replace(run.model)  # with the settings of its letters
     # The second shows what the first leaves behind; a pipeline has several in flight.
     microbatches = 4 if run.parallel.pipeline_model_parallel_size > 1 else 2
     run.training.global_batch_size = microbatches * replicas * run.training.micro_batch_size

@@ -41,6 +41,8 @@ class MemoryRows:
         pairs: (position, patch) of one look.
         coordinate_rows: rows whose coordinates are added to the keys.
         slot_pairs: (slot, patch) of one glimpse.
+        image_patches, image_slots: (patch, image) and (slot, image) of one glimpse, where samples
+            have several images to choose from.
     """
 
     patches: int = 0
@@ -48,6 +50,8 @@ class MemoryRows:
     pairs: float = 0.0
     coordinate_rows: int = 0
     slot_pairs: float = 0.0
+    image_patches: float = 0.0
+    image_slots: float = 0.0
 
 
 @dataclass(frozen=True)

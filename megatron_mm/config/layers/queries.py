@@ -77,12 +77,13 @@ def _flops(counter: Counter) -> bool:
     held, memory_flows = work.memories[memory.name], counter.memory_flows.get(memory.name, False)
     width = fusion.clvr_num_attention_heads * fusion.clvr_kv_channels
     asks = counter.flows or learns
-    counter.linear("queries", (hidden, PLACE), work.queries, "avm", flows=asks, spare="weight")
+    counter.linear("queries", (hidden, PLACE), work.queries, "avm", flows=asks, spare="none")
     flows = counter.linear("queries", (hidden, width), work.queries, "avm", flows=asks)
     key_value, seen = (memory.width, 2 * width), memory_flows or learns
     flows |= counter.linear("queries", key_value, held.rows, "avm", flows=seen)
-    mixing = 4.0 * held.slot_pairs * width
-    counter.mix("queries", mixing, work.attention_backward * mixing, flows)
+    means = 2.0 * held.image_patches * width  # which patch is of which image learns nothing
+    mixing = (4.0 * held.slot_pairs + 2.0 * held.image_slots) * width
+    counter.mix("queries", mixing + means, 2.0 * mixing + means, flows)
     return counter.linear("queries", (width, hidden), work.slots, "avm", flows=flows)
 
 
