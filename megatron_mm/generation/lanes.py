@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_mm import platform
+from megatron_mm.config.layers.queries import QUERY
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.looks import LookTokens
 from megatron_mm.model.decode import ORDINARY, DecodeCache, Filling
@@ -34,6 +35,8 @@ class Completion:
             and completion without its last token, which no router saw.
         places_G: int64, where each token stands in the stream, from the first; None: one behind the
             other.
+        looked_NQ3: fp32, the place (y, x, scale) of each query in shares of the image, for each
+            glimpse (letter Q) of this rank's stages.
     """
 
     tokens_G: torch.Tensor
@@ -41,6 +44,7 @@ class Completion:
     finished: bool
     routes_SLk: torch.Tensor | None = None
     places_G: torch.Tensor | None = None
+    looked_NQ3: torch.Tensor | None = None
 
     @property
     def routes_GLk(self) -> torch.Tensor:
@@ -88,7 +92,6 @@ class Lane:
         self.logprobs_RG = torch.zeros(rows, max_tokens)
         tokens = torch.full((rows,), pad_id, dtype=torch.int64, device=platform.device())
         self._moving_R = torch.zeros_like(tokens)  # 1 for the rows that are generating
-        self._asks_R = torch.zeros_like(tokens)  # queries that a row has had
         self.batch = self._batch(tokens)
         self.uniform_R = torch.zeros(rows, dtype=torch.float64, device=tokens.device)
 
@@ -96,7 +99,7 @@ class Lane:
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors of a step are."""
         own = [self.batch.tokens_T, self.cache.lengths_R, self._moving_R, self.uniform_R]
-        own += [self.cache.slot_R, self._asks_R]
+        own += [self.cache.slot_R, self.cache.asks_R]
         held = (x for state in self.cache.layers.values() for x in state.tensors.values())
         return tuple(x.data_ptr() for x in (*own, *held))
 
@@ -151,7 +154,7 @@ class Lane:
         there = rows.to(self._moving_R.device)
         self.cache.lengths_R[there] = self.prompt_R[rows].to(there.device)
         self.cache.slot_R[there] = ORDINARY
-        self._asks_R[there] = self.asked_R[rows].to(there.device)
+        self.cache.asks_R[there] = self.asked_R[rows].to(there.device)
         self._show_active()
         return filling
 
@@ -187,11 +190,12 @@ class Lane:
         """Keeps up with queries and slots as rows get these tokens."""
         assert self.looks is not None
         owes_R, most = self._owes_R, self.looks.most
-        asks_R = (tokens_R == self.looks.query_id) & ~owes_R & (self._asks_R < most) & moving_R
+        asks_R = (tokens_R == self.looks.query_id) & ~owes_R & moving_R
+        asks_R &= self.cache.asks_R < most
         slot_R = torch.where(owes_R, self.cache.slot_R + 1, ORDINARY)
         slot_R = slot_R.masked_fill(asks_R, 0)
         self.cache.slot_R.copy_(torch.where(moving_R, slot_R, self.cache.slot_R))
-        self._asks_R.add_(asks_R)
+        self.cache.asks_R.add_(asks_R)
 
     def append(
         self,
@@ -217,15 +221,17 @@ class Lane:
         if not ended_A.any():
             return
         done = rows[ended_A]
-        routes = self._routes(done)
+        routes, looked = self._routes(done), self._looked(done)
         for n, (row, finished) in enumerate(
             zip(done.tolist(), ends[ended_A].tolist(), strict=True)
         ):
             count = int(self.count_R[row])
             tokens_G, logprobs_G = self.tokens_RG[row, :count], self.logprobs_RG[row, :count]
-            places_G = None
+            places_G = looked_NQ3 = None
             if self.looks is not None:
                 before = int(self.asked_R[row])
+                places = self.looks.find(self.tokens_RG[row, :count], before)
+                looked_NQ3 = looked[n, before : before + len(places)]
                 drawn_G = self.looks.drawn(tokens_G, before)
                 tokens_G, logprobs_G = tokens_G[drawn_G], logprobs_G[drawn_G]
                 places_G = self.looks.places(tokens_G, before)
@@ -234,8 +240,8 @@ class Lane:
             own = None if routes is None else routes[n, :, :seen].transpose(0, 1).clone()
             prompt, sample = self.owner_R2[row].tolist()
             self.owner_R2[row] = FREE
-            made = Completion(tokens_G.clone(), logprobs_G.clone(), finished, own, places_G)
-            yield prompt, sample, made
+            drawn = tokens_G.clone(), logprobs_G.clone()
+            yield prompt, sample, Completion(*drawn, finished, own, places_G, looked_NQ3)
         self._show_active()
 
     def _routes(self, rows: torch.Tensor) -> torch.Tensor | None:
@@ -246,6 +252,16 @@ class Lane:
         longest = int((self.prompt_R[rows] + self.count_R[rows]).max())
         there = platform.moved(rows, held.device)
         return held[:, :, :longest].index_select(0, there).cpu()
+
+    def _looked(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reads where the queries of rows have looked, fp32 [rows, most, Q, 3], in one transfer."""
+        states = sorted(key for key in self.cache.layers if key[0] == QUERY.letter)
+        held = [self.cache.layers[key].tensors.get("looked") for key in states]
+        found = [x.index_select(0, platform.moved(rows, x.device)) for x in held if x is not None]
+        if not found:
+            most = 0 if self.looks is None else self.looks.most
+            return torch.zeros(len(rows), most, 0, 3)
+        return torch.stack(found, 2).cpu()
 
     def needed(self, multiple: int) -> int:
         """The rows that are generating, and free ones up to a multiple of `multiple`."""
@@ -260,7 +276,7 @@ class Lane:
         rows = torch.cat((busy, free[: wanted - len(busy)]))
         self.cache.keep(rows)
         names = ("owner_R2", "number_R", "count_R", "prompt_R", "asked_R", "tokens_RG")
-        for name in (*names, "logprobs_RG", "_moving_R", "_asks_R", "uniform_R"):
+        for name in (*names, "logprobs_RG", "_moving_R", "uniform_R"):
             held = getattr(self, name)
             setattr(self, name, held[rows.to(held.device)])
         self.batch = self._batch(self.batch.tokens_T[rows.to(self.batch.tokens_T.device)])

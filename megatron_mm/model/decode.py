@@ -48,6 +48,7 @@ class DecodeCache:
         room: positions that a row has room for (`reserve`).
         slot_R: int64, on the device: 0 where a row's token is a query, i where it is the i-th slot
             of one, `ORDINARY` elsewhere.
+        asks_R: int64, on the device: queries that a row has had, those of its prompt too.
         span: positions that a step reads, the new one among them: of no row with a sample more are
             used. The host knows it without asking the device.
     """
@@ -61,6 +62,7 @@ class DecodeCache:
     def __post_init__(self) -> None:
         self.lengths_R = torch.zeros(self.rows, dtype=torch.int64, device=platform.device())
         self.slot_R = torch.full_like(self.lengths_R, ORDINARY)
+        self.asks_R = torch.zeros_like(self.lengths_R)
         self._kept: dict[Hashable, Any] = {}
 
     @property
@@ -95,7 +97,7 @@ class DecodeCache:
         """Forgets all rows but these, which are numbered anew in this order."""
         rows = rows_R.to(self.lengths_R.device)
         self.lengths_R, self.rows = self.lengths_R.index_select(0, rows), len(rows)
-        self.slot_R = self.slot_R.index_select(0, rows)
+        self.slot_R, self.asks_R = (x.index_select(0, rows) for x in (self.slot_R, self.asks_R))
         for state in self.layers.values():
             state.keep(rows)
         self._kept.clear()

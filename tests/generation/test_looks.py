@@ -124,6 +124,7 @@ def on_rank_sample(run: RunConfig, turn: int = 8, routes: bool = False) -> dict:
         "query": query_id,
         "worst": worst,
         "odd": odd,
+        "looked": [c.looked_NQ3 for c in every],
     }
 
 
@@ -151,6 +152,15 @@ def test_log_probabilities_and_routes_are_the_trainers(one_rank):
     assert one_rank["odd"] == 0
 
 
+def test_it_is_known_where_every_query_looked(one_rank):
+    """A place for each query that has slots, and none of them the zeros of an unused row."""
+    for places, looked in zip(one_rank["places"], one_rank["looked"], strict=True):
+        slots = sum(b - a > 1 for a, b in zip(places, places[1:], strict=False))
+        # A query whose slots the length limit cut off has looked too, if all of them were there.
+        assert len(looked) in (slots, slots + 1) and looked.shape[1:] == (1, 3)
+        assert (looked[..., 2] >= 0.08).all() and (looked > 0).all() and (looked <= 1).all()
+
+
 @pytest.mark.parametrize("turn", [1, 3])
 def test_the_length_of_a_turn_changes_nothing(ranks, look_scenes, one_rank, turn):
     found = ranks(1, on_rank_sample, looking_run(look_scenes), turn)[0]
@@ -162,4 +172,10 @@ def test_every_layout_draws_the_same(ranks, look_scenes, one_rank, name):
     size, sizes = LAYOUTS[name]
     answers = ranks(size, on_rank_sample, looking_run(look_scenes, **sizes))
     assert all(answer["tokens"] == one_rank["tokens"] for answer in answers)
+    holders = 0
+    for answer in answers:
+        for mine, theirs in zip(answer["looked"], one_rank["looked"], strict=True):
+            holders += mine.shape[1]
+            assert not mine.shape[1] or torch.allclose(mine, theirs, atol=1e-5)
+    assert holders
     assert max(answer["worst"] for answer in answers) < 1e-5

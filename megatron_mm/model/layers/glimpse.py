@@ -200,21 +200,38 @@ class Glimpse(nn.Module, Scheduled):
         slots, width = self.settings.slots, hidden_r1H.shape[2]
         if "asked" not in state.tensors:
             state.hold("asked", hidden_r1H.new_zeros(len(slot_R), slots, width))
+            most = self.settings.max_queries
+            state.hold("looked", torch.zeros(len(slot_R), most, PLACE, device=slot_R.device))
         asked_RKH = state.tensors["asked"]
         # On a GPU every step looks for all rows, or the host would have to wait for the answer.
         if slot_R.device.type != "cpu" or bool((slot_R == 0).any()):
-            found_rKH = self._glance(hidden_r1H, state, rows)
-            asks_r11 = (take(slot_R, rows) == 0)[:, None, None]
-            mine_rKH = take(asked_RKH, rows)
-            mine_rKH.copy_(torch.where(asks_r11, found_rKH.to(mine_rKH.dtype), mine_rKH))
+            # Rows may move to another context-parallel rank's part: every rank knows of all.
+            found_RKH, place_R3 = (
+                gather_from_sequence_parallel_region(x, group=self.cp)
+                for x in self._glance(hidden_r1H, state, rows)
+            )
+            asks_R11 = (slot_R == 0)[:, None, None]
+            asked_RKH.copy_(torch.where(asks_R11, found_RKH.to(asked_RKH.dtype), asked_RKH))
+            self._note(place_R3, asks_R11, state)
         place_r = take(slot_R, rows)
         index_r = (place_r - 1).clamp(min=0)[:, None, None].expand(-1, 1, width)
         shown_r1H = take(asked_RKH, rows).gather(1, index_r)
         shown_r1H = shown_r1H.masked_fill((place_r < 1)[:, None, None], 0.0)
         return take(shown_r1H, part(len(shown_r1H), self.tp))
 
-    def _glance(self, hidden_r1H: torch.Tensor, state: Glances, rows: range) -> torch.Tensor:
-        """What the slots of these rows show if their tokens are queries, [r, K, H]."""
+    def _note(self, place_R3: torch.Tensor, asks_R11: torch.Tensor, state: Glances) -> None:
+        """Writes down where rows look whose tokens are queries: each row's n-th place at n - 1."""
+        looked_RM3 = state.tensors["looked"]
+        number_R = state.cache.asks_R.clamp(1, looked_RM3.shape[1]) - 1
+        index_R13 = number_R[:, None, None].expand(-1, 1, PLACE)
+        before_R13 = looked_RM3.gather(1, index_R13)
+        looked_RM3.scatter_(1, index_R13, torch.where(asks_R11, place_R3[:, None], before_R13))
+
+    def _glance(
+        self, hidden_r1H: torch.Tensor, state: Glances, rows: range
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the slots of these rows show if their tokens are queries, [r, K, H], and the places
+        that they then ask for, fp32 [r, 3]."""
         if self.sequence_parallel:
             hidden_r1H = gather_from_sequence_parallel_region(hidden_r1H, group=self.tp)
         place_r3, query_rhD = self._ask(hidden_r1H.squeeze(1))
@@ -230,7 +247,8 @@ class Glimpse(nn.Module, Scheduled):
             self.content,
         )
         found = found.masked_fill(blind_r[:, None, None, None], 0.0)
-        return self.linear_proj(found.flatten(2).flatten(0, 1))[0].view(len(place_r3), slots, -1)
+        shown = self.linear_proj(found.flatten(2).flatten(0, 1))[0].view(len(place_r3), slots, -1)
+        return shown, place_r3
 
     def _gathered(self, hidden_tH: torch.Tensor, queries: QueryMap) -> torch.Tensor:
         """The hidden states of all queries of the stream, [N, H], on every rank that shares it."""

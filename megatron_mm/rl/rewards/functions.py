@@ -28,6 +28,8 @@ REWARDS: Registry[Callable[..., Any]] = Registry(
         "pattern": f"{_HERE}.text.pattern",
         "soft_overlong": f"{_HERE}.text.soft_overlong",
         "json_match": f"{_HERE}.structured.json_match",
+        "look_if_right": f"{_HERE}.looking.look_if_right",
+        "look_iou": f"{_HERE}.looking.look_iou",
     },
     kind="function",
     error=RLError,
