@@ -40,7 +40,7 @@ from megatron_mm.parallel.param_layout import Initializer, constant, normal
 from megatron_mm.parallel.param_layout import place as lay_out
 from megatron_mm.parallel.sequence import both_ways, part, take
 
-FIRST_SCALE = -3.0  # sigmoid(-3) = 0.05: the first query sees nearly the whole image
+FIRST_SCALE = 0.0  # the window shrinks with the schedule from the first step on
 
 
 def _first_place() -> Initializer:
