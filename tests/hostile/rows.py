@@ -11,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from megatron_mm.config.settings import RunConfig
+from megatron_mm.config.settings_model import FusionConfig, ModelConfig
 from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import SampleBuilder
-from megatron_mm.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, load_tokenizer, train_sentencepiece
 from megatron_mm.errors import DataError
 from tests.hostile.mutate import mutated_tree
 
@@ -47,6 +48,14 @@ ROWS: list[dict[str, Any]] = [
         "reward_model": {"ground_truth": "4", "style": "rule"},
         "extra_info": {"index": 3},
     },
+    {
+        "messages": [
+            {"role": "user", "content": "<image>How many?"},
+            {"role": "assistant", "content": "3 <look>4<look>"},
+        ],
+        "images": ["a.png"],
+        "looks": [{"image": 0, "box": [0.0, 0.25, 0.5, 1.0]}, None],
+    },
 ]
 
 
@@ -62,10 +71,12 @@ def add_image(folder: Path) -> None:
 
 @cache
 def builder() -> SampleBuilder:
-    """What turns rows into samples: small tiles, and a tokenizer of a few words."""
+    """What turns rows into samples: small tiles, glimpses, and a tokenizer of a few words."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-tokenizer-"))
-    train_sentencepiece(["How many? 3 4 Be brief. user assistant"] * 20, folder / "a.model", 400)
-    run = RunConfig()
+    texts = ["How many? 3 4 Be brief. user assistant"] * 20
+    train_sentencepiece(texts, folder / "a.model", 400, [LOOK, LOOK_CONTEXT])
+    pattern, memory = "GE Q *E V", FusionConfig(vision_memory="pyramid")
+    run = RunConfig(model=ModelConfig(hybrid_layer_pattern=pattern, fusion=memory))
     run.model.language.vocab_size = 1024
     vision: Any = run.model.vision
     vision.image_size, vision.patch_size = 8, 2
