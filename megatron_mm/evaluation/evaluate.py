@@ -20,6 +20,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.evaluation.scoring import chance, score
 from megatron_mm.generation.generate import Prompts, generate
+from megatron_mm.generation.looked import Looked, gather_looked
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.param_layout import layouts
@@ -57,9 +58,9 @@ class _Asked(NamedTuple):
 
 def _answers(
     engine: Engine, tokenizer: Tokenizer, questions: EvalSet, asked: list[int], stop
-) -> list[tuple[int, _Asked, str]] | None:
-    """Returns (index, question, answer) of each question in `asked`, on the reader; an empty list
-    on other ranks; None if any rank wants to stop."""
+) -> list[tuple[int, _Asked, str, Looked | None]] | None:
+    """Returns (index, question, answer, where it looked) of each question in `asked`, on the
+    reader; an empty list on other ranks; None if any rank wants to stop."""
     settings = engine.run.evaluation
     items: list[_Asked] = []
 
@@ -83,8 +84,13 @@ def _answers(
     )
     if found is None:
         return None
-    texts = [tokenizer.decode_answer(completion.tokens_G.tolist()) for (completion,) in found]
-    return list(zip(asked, items, texts, strict=True)) if engine.groups.is_reader else []
+    completions = [completion for (completion,) in found]
+    looked = gather_looked(engine, completions)
+    texts = [tokenizer.decode_answer(completion.tokens_G.tolist()) for completion in completions]
+    if not engine.groups.is_reader:
+        return []
+    places: Sequence[Looked | None] = [None] * len(texts) if looked is None else looked
+    return list(zip(asked, items, texts, places, strict=True))
 
 
 def ask(
@@ -117,10 +123,12 @@ def ask(
         return None
     records, error = [], None
     try:
-        for index, item, text in found:
+        for index, item, text, looked in found:
             record = {"index": index, "key": item.key, "prediction": text}
             record |= {"truth": item.ground_truth, "scorer": item.scorer}
             record["score"] = score(item.scorer, text, item.ground_truth)
+            if looked is not None:
+                record["looked"] = looked
             records.append(record)
     except DataError as problem:
         error = problem

@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megatron_mm.config import memories_of_pairs, parse_pattern, token_multiple
-from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.config.layers.looks import LOOK
+from megatron_mm.data.batch import BatchQueries
+from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.messages import IMAGE_MARK
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
@@ -102,11 +105,19 @@ def _probe_records(
 
     (prompts,), _ = receive(groups, read)
     ids = [[*tokenizer.encode(r["prediction"]), tokenizer.message_end_id] for r in records]
+    tokens, lengths = LookTokens.of(engine.run, tokenizer), prompts.cu_seqlens.diff().tolist()
+    asked: list[int] = []  # where in the stream of prompts and answers queries stand
+    if tokens is not None:
+        ids = [tokens.expand(torch.tensor(row)).tolist() for row in ids]
     longest = max(map(len, ids))
     padded = [row + [tokenizer.pad_id] * (longest - len(row)) for row in ids]
     multiple = token_multiple(engine.run)
     batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, multiple)
-    lengths = prompts.cu_seqlens.diff().tolist()
+    if tokens is not None:
+        begins = batch.cu_seqlens.tolist()
+        for begin, before, row in zip(begins, lengths, padded, strict=False):
+            asked += (begin + before + tokens.find(torch.tensor(row))).tolist()
+        batch = replace(batch, queries=BatchQueries.build(asked, [None] * len(asked)))
     looks, routes = probe(engine, broadcast_batches(groups, [batch])[0], lengths)
     return items, ids, looks, routes
 
@@ -120,6 +131,7 @@ def _example(record: dict, item: EvalItem, folder: Path) -> dict:
         "prediction": record["prediction"],
         "truth": record["truth"],
         "score": record["score"],
+        "looked": record.get("looked"),
     }
 
 
@@ -127,20 +139,22 @@ def _looks(
     engine: Engine, tokenizer: Tokenizer, item: EvalItem, answer: list[int], looks: Looks, i: int
 ) -> list[dict]:
     """Attention weights of each look over the first image, with the patches of the memory that it
-    reads in reading order."""
+    reads in reading order; of a pyramid the finest."""
     if not item.sample.images:
         return []
     model = engine.run.model
     layers, reads = parse_pattern(model.hybrid_layer_pattern), memories_of_pairs(model)
-    opened = [n for n, layer in enumerate(layers) if LAYERS[layer.kind].pair == "opens"]
+    opened = [n for n, layer in enumerate(layers) if layer.kind == LOOK.letter]
     found = []
     for pair in sorted(looks):
-        where = item.sample.images[0].memories[reads[pair].name].coordinates_M2
+        held = item.sample.images[0].memories[reads[pair].name]
+        finest = (held.extents_M == held.extents_M.min()).nonzero().flatten()
+        where = held.coordinates_M2[finest]
         rows, columns = len(where[:, 0].unique()), len(where[:, 1].unique())
-        order = (where[:, 0] * 1e4 + where[:, 1]).argsort()
+        order = finest[(where[:, 0] * 1e4 + where[:, 1]).argsort()]
         at = opened[pair]
         before = [layer.number for layer in layers[:at] if layer.number is not None]
-        weights = looks[pair][i][: len(answer), : len(where)][:, order]
+        weights = looks[pair][i][: len(answer)][:, order]
         found.append(
             {
                 "pair": pair,

@@ -23,6 +23,7 @@ import numpy as np
 
 from megatron_mm import cli
 from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.config.layers.queries import window
 from megatron_mm.config.memories import VISION
 from megatron_mm.errors import DataError
 from megatron_mm.pictures.process import PictureProcess
@@ -45,6 +46,7 @@ TEMPLATE = "page.html.j2"
 VISION_LETTER = "V"  # stands for the vision encoder; it is no letter of a pattern
 # Limits that keep the page readable.
 MAX_SCENES, MAX_LOOK_EXAMPLES, MAX_TOKENS = 24, 6, 12
+MAX_WINDOWS = 12  # looks of an answer that are drawn on its scene
 MAX_IMAGE_SIDE = 640  # pixels of an inlined image
 
 
@@ -228,7 +230,7 @@ def _scene(run: Path, example: dict, decoder: PictureProcess) -> dict[str, Any]:
     scene = {key: example.get(key) for key in ("key", "question", "prediction", "truth")}
     score = float(example.get("score") or 0)
     scene["verdict"] = "right" if score >= 1 else "partly right" if score > 0 else "wrong"
-    scene |= {"image": None, "aspect": "1", "missing": None, "looks": []}
+    scene |= {"image": None, "aspect": "1", "missing": None, "looks": [], "windows": []}
     if not example.get("image"):
         return scene
     path = next((p for p in (run / example["image"], Path(example["image"])) if p.exists()), None)
@@ -243,8 +245,21 @@ def _scene(run: Path, example: dict, decoder: PictureProcess) -> dict[str, Any]:
         return scene | {"missing": example["image"]}
     image = Image.fromarray(pixels)
     scene |= {"image": _data_uri(image), "aspect": f"{image.width} / {image.height}"}
+    scene["windows"] = _windows(example.get("looked") or [])
     scene["looks"] = [shown for look in example.get("looks") or [] if (shown := _look(look))]
     return scene
+
+
+def _windows(looked: list[list[list[float]]]) -> list[dict[str, Any]]:
+    """Prepares what was asked to be seen: a rectangle in percent of the image for every query and
+    glimpse, with the query's number."""
+    found = []
+    for number, places in enumerate(looked[:MAX_WINDOWS], start=1):
+        for left, top, right, bottom in map(window, places):
+            sides = {"left": left, "top": top, "width": right - left, "height": bottom - top}
+            percents = {side: round(100 * share, 2) for side, share in sides.items()}
+            found.append({"number": number, **percents})
+    return found
 
 
 def _look(look: dict) -> dict[str, Any] | None:

@@ -76,6 +76,7 @@ def make_run(path, steps: int = 300):
                 "truth": "7" if index % 2 else "9",
                 "score": float(index % 2),
                 "looks": looks,
+                "looked": [[[0.5, 0.25, 0.5]], [[0.9, 0.9, 0.4]]] if index == 0 else None,
             }
         )
     load = random.dirichlet(np.full(16, 2.0), size=(len(SKILLS), 4)).tolist()
@@ -109,6 +110,15 @@ def test_page_has_every_skill_and_section(page):
 
 def test_a_look_names_its_memory_unless_it_is_the_usual_one(page):
     assert "look 0, layer 1" in page and "look 1 at overview, layer 5" in page
+
+
+def test_windows_are_drawn_where_the_answer_looked(page):
+    """In percent of the scene, cut at its edges, numbered as the looks of the answer."""
+    drawn = re.findall(r'class="window"[^>]*?style="([^"]*)">(\d+)<', page, re.DOTALL)
+    assert drawn == [
+        ("left:0.0%;top:25.0%;width:50.0%;height:50.0%", "1"),
+        ("left:70.0%;top:70.0%;width:30.0%;height:30.0%", "2"),
+    ]
 
 
 def test_questions_are_escaped(page):

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from megatron_mm.config import RunConfig
+from megatron_mm.config.layers.queries import window
 from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.sample import Sample
 from megatron_mm.rl.completion_batch import answered, completion_batch
-from megatron_mm.rl.rewards.looking import look_if_right, look_iou, window
+from megatron_mm.rl.rewards.looking import look_if_right, look_iou
 from support.grpo_runs import grpo_run, trainer_of
 from support.trainers import PP2
 

@@ -3,6 +3,7 @@ token which are shown what was found (active vision)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +67,15 @@ def smallest_window(settings: QuerySettings, iteration: int, train_iters: int) -
     steps = settings.query_anneal_share * train_iters
     done = 1.0 if iteration >= steps else iteration / steps
     return begin + done * (end - begin)
+
+
+def window(place: Sequence[float]) -> tuple[float, float, float, float]:
+    """Returns left, top, right, bottom of the window at (y, x, scale), within the image; all are
+    shares of it."""
+    y, x, scale = place
+    low = [max(0.0, at - scale / 2) for at in (x, y)]
+    high = [min(1.0, at + scale / 2) for at in (x, y)]
+    return low[0], low[1], high[0], high[1]
 
 
 def _flops(counter: Counter) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mm.rl.rewards.structured import Box, iou
+from megatron_mm.config.layers.queries import window
+from megatron_mm.rl.rewards.structured import iou
 from megatron_mm.rl.rewards.text import Values
 from megatron_mm.rl.rewards.text import scorer as share_right
 
@@ -38,11 +39,3 @@ def _overlap(places: list[Any], boxes: list[Any] | None) -> float | None:
     found = [iou(window(place[0]), tuple(entry["box"])) for place, entry in pairs if entry]
     spare = max(0, len(places) - len(boxes or []))
     return sum(found) / (len(known) + spare)
-
-
-def window(place: list[float]) -> Box:
-    """Returns left, top, right, bottom of the window at (y, x, scale), within the image."""
-    y, x, scale = place
-    low = [max(0.0, at - scale / 2) for at in (x, y)]
-    high = [min(1.0, at + scale / 2) for at in (x, y)]
-    return low[0], low[1], high[0], high[1]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment
@@ -18,6 +17,7 @@ from megatron_mm.earl.spans import Span
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.generation.lanes import Completion
+from megatron_mm.generation.looked import Looked, gather_looked
 from megatron_mm.rl.advantages import keep_groups, weighted
 from megatron_mm.rl.rewards.runner import RewardRunner
 from megatron_mm.rl.rollout.draw import Group, Rollout, moe_layers
@@ -158,7 +158,7 @@ class Scorer:
         begin = time.perf_counter()
         completions = [c for group in rollout.groups for c in group.completions]
         routes = _gather_routes(self._engine, completions) if self.wants_routes else None
-        looked = _gather_looked(self._engine, completions)
+        looked = gather_looked(self._engine, completions)
         verdict = broadcast_from_reader(
             self._engine.groups, lambda: self._judge(rollout.groups, completions, routes, looked)
         )
@@ -184,7 +184,7 @@ class Scorer:
         groups: Sequence[Group],
         completions: Sequence[Completion],
         routes: list[torch.Tensor] | None,
-        looked: list[Any] | None,
+        looked: list[Looked] | None,
     ) -> _Verdict:
         """Calls the reward functions and the labeller; on the reader, which has the prompts."""
         asked = [group.asked for group in groups for _ in group.completions]
@@ -235,28 +235,6 @@ class _Verdict:
 def _messages(prompt: Prompt) -> list[dict[str, str]]:
     messages = prompt.row["messages"]
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def _gather_looked(engine: Engine, completions: Sequence[Completion]) -> list[Any] | None:
-    """Returns, on the replica's reader, where each completion looked: for every query the place
-    [y, x, scale] of each glimpse, in the order of the layer pattern; elsewhere nothing. None for a
-    model that does not glimpse. Every rank of the replica calls it."""
-    if query_settings(engine.run.model) is None:
-        return None
-    groups, mine = engine.groups, None
-    pairs = sorted(int(pair) for chunk in engine.chunks for pair in chunk.language.queries)
-    if groups.pg.tp_cp.rank() == 0 and pairs:
-        mine = pairs, [completion.looked_NQ3 for completion in completions]
-    parts: list = [None] * groups.replica.size()
-    dist.gather_object(mine, parts if groups.is_reader else None, group=groups.replica, group_dst=0)
-    if not groups.is_reader:
-        return []
-    parts = [part for part in parts if part]
-    order = torch.tensor([pair for pairs, _ in parts for pair in pairs]).argsort()
-    return [
-        torch.cat(of_one, 1)[:, order].tolist()
-        for of_one in zip(*(looked for _, looked in parts), strict=True)
-    ]
 
 
 def _gather_routes(engine: Engine, completions: Sequence[Completion]) -> list[torch.Tensor]:
