@@ -56,6 +56,12 @@ class BatchMemory:
         return replace(self, **_moved(self, device))
 
 
+def _places(targets: Sequence[Sequence[float] | None]) -> torch.Tensor:
+    """float32 [N, 3] of places, NaN where there is none."""
+    rows = [(math.nan,) * 3 if target is None else target for target in targets]
+    return torch.tensor(rows, dtype=torch.float32).view(-1, 3)
+
+
 @dataclass(frozen=True)
 class BatchQueries:
     """The queries of a microbatch: tokens that ask for a place of an image (letter Q). The slots
@@ -64,24 +70,32 @@ class BatchQueries:
     Attributes:
         positions_N: int64, where in the stream, ascending; on the CPU.
         targets_N3: float32, the place (y, x, scale) that each should ask for; NaN: any.
+        rows_BM3: float32, of each sample the same for all queries of its row, those of an answer to
+            a prompt too; None: not known.
     """
 
     positions_N: torch.Tensor
     targets_N3: torch.Tensor
+    rows_BM3: torch.Tensor | None = None
 
     @classmethod
     def build(
-        cls, positions: Sequence[int] = (), targets: Sequence[Sequence[float] | None] = ()
+        cls,
+        positions: Sequence[int] = (),
+        targets: Sequence[Sequence[float] | None] = (),
+        rows: Sequence[Sequence[Sequence[float] | None]] | None = None,
     ) -> BatchQueries:
         """
         Args:
             targets: (y, x, scale) of each; None: any.
+            rows: of each sample those of its row.
         """
-        rows = [(math.nan,) * 3 if target is None else target for target in targets]
-        return cls(
-            torch.tensor(positions, dtype=torch.int64),
-            torch.tensor(rows, dtype=torch.float32).view(-1, 3),
-        )
+        whole = None
+        if rows is not None:
+            most = max(map(len, rows))
+            padded = [target for row in rows for target in [*row, *[None] * (most - len(row))]]
+            whole = _places(padded).view(len(rows), most, 3)
+        return cls(torch.tensor(positions, dtype=torch.int64), _places(targets), whole)
 
     def to(self, device: torch.device | str) -> BatchQueries:
         """Moves what is computed with; see `Microbatch.to`."""

@@ -62,7 +62,9 @@ def _queries(samples: Sequence[Sample], lengths: list[int]) -> BatchQueries:
     starts = accumulate(lengths, initial=0)
     pairs = zip(samples, starts, strict=False)
     positions = [start + position for sample, start in pairs for position in sample.queries]
-    return BatchQueries.build(positions, [t for sample in samples for t in sample.targets])
+    own = [t for sample in samples for t in sample.targets[: len(sample.queries)]]
+    ahead = any(len(sample.targets) > len(sample.queries) for sample in samples)
+    return BatchQueries.build(positions, own, [s.targets for s in samples] if ahead else None)
 
 
 def _skills(samples: Sequence[Sample]) -> torch.Tensor:

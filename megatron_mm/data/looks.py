@@ -150,10 +150,11 @@ def read_boxes(row: Mapping[str, Any], images: int, where: str) -> list[Box | No
 def targets_of(
     boxes: Sequence[Box | None] | None, queries: int, looks: LookTokens, where: str, *, whole: bool
 ) -> tuple[Target | None, ...]:
-    """Returns the place that each query of a sample should ask for; None: any.
+    """Returns the place that each query of a row should ask for; None: any. Those of a prompt come
+    first, then those of its answer.
 
     Args:
-        boxes: `read_boxes` of its row.
+        boxes: `read_boxes` of the row.
         queries: that the sample has.
         whole: these are all queries of the row, not those of a prompt.
     Raises:
@@ -166,7 +167,7 @@ def targets_of(
             f"{where}: {len(boxes)} entries of {LOOKS!r} for {queries} {LOOK} in its answers; "
             "write one for each, null where any place will do"
         )
-    return tuple(None if box is None else box.place(looks.min_scale) for box in boxes[:queries])
+    return tuple(None if box is None else box.place(looks.min_scale) for box in boxes)
 
 
 def _box(entry: Any, number: int, images: int, where: str) -> Box | None:

@@ -102,7 +102,8 @@ class Sample:
     where: str  # "file:row"
     skill_T: torch.Tensor | None = None  # int64, as in `Microbatch`; None: no position has one
     queries: tuple[int, ...] = ()  # positions of query tokens, ascending
-    targets: tuple[Target | None, ...] = ()  # the place that each should ask for; None: any
+    # The place that each should ask for, and each of an answer to a prompt; None: any.
+    targets: tuple[Target | None, ...] = ()
     slots: int = 0  # behind each query (data/looks.py)
 
     def predicting(self, count: int) -> torch.Tensor:

@@ -155,8 +155,21 @@ class Lane:
         self.cache.lengths_R[there] = self.prompt_R[rows].to(there.device)
         self.cache.slot_R[there] = ORDINARY
         self.cache.asks_R[there] = self.asked_R[rows].to(there.device)
+        if batch.queries.rows_BM3 is not None and self.looks is not None:
+            self._expect(there, platform.moved(batch.queries.rows_BM3[prompt], there.device))
         self._show_active()
         return filling
+
+    def _expect(self, rows: torch.Tensor, targets_AM3: torch.Tensor) -> None:
+        """Keeps the places that the queries of rows should ask for."""
+        assert self.looks is not None
+        if self.cache.targets_RM3 is None:
+            shape = self.cache.rows, self.looks.most, 3
+            self.cache.targets_RM3 = torch.full(shape, torch.nan, device=rows.device)
+        held = self.cache.targets_RM3
+        held[rows] = torch.nan
+        most = min(held.shape[1], targets_AM3.shape[1])
+        held[rows, :most] = targets_AM3[:, :most]
 
     def begin(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
         """Takes the first tokens of rows, on the device."""

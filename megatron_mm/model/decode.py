@@ -49,6 +49,8 @@ class DecodeCache:
         slot_R: int64, on the device: 0 where a row's token is a query, i where it is the i-th slot
             of one, `ORDINARY` elsewhere.
         asks_R: int64, on the device: queries that a row has had, those of its prompt too.
+        targets_RM3: fp32, on the device: the place that each query of a row should ask for, NaN for
+            any; None: nobody asks.
         span: positions that a step reads, the new one among them: of no row with a sample more are
             used. The host knows it without asking the device.
     """
@@ -58,6 +60,7 @@ class DecodeCache:
     layers: dict[tuple[str, int], LayerState] = field(default_factory=dict)
     room: int = 0
     span: int = 0
+    targets_RM3: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.lengths_R = torch.zeros(self.rows, dtype=torch.int64, device=platform.device())
@@ -100,6 +103,8 @@ class DecodeCache:
         self.slot_R, self.asks_R = (x.index_select(0, rows) for x in (self.slot_R, self.asks_R))
         for state in self.layers.values():
             state.keep(rows)
+        if self.targets_RM3 is not None:
+            self.targets_RM3 = self.targets_RM3.index_select(0, rows)
         self._kept.clear()
 
     # ---- what the steps share

@@ -51,6 +51,7 @@ class QueryMap:
         query_S: int64, the query of each slot; index_S: its place among that query's slots.
         shown: int64, which of the S slots this rank holds; `shown_rows` their rows of its shard.
         targets_N3: see `BatchQueries`.
+        position_N: int64, of each query in its sample.
         mine_N: bool, whether this rank holds the query: its loss term is counted there.
         reads: by the name of the memory.
     """
@@ -63,6 +64,7 @@ class QueryMap:
     shown: torch.Tensor
     shown_rows: torch.Tensor
     targets_N3: torch.Tensor
+    position_N: torch.Tensor
     mine_N: torch.Tensor
     reads: Mapping[str, SlotReads]
 
@@ -98,22 +100,25 @@ class QueryMap:
         at_S = slot_A[in_part]
         shown = _within(at_S, held).nonzero().flatten()
         asked = _within(positions_N, held).nonzero().flatten()
+        asked_rows = positions_N[asked] - held.start
         mine_N = _within(positions_N, held)
         if not len(in_part):
             in_part = torch.zeros(1, dtype=torch.int64)
         if not len(positions_N):
             mine_N = torch.zeros(1, dtype=torch.bool)
             targets_N3 = targets_N3.new_full((1, 3), torch.nan)
+            positions_N = owner_N = torch.zeros(1, dtype=torch.int64)
         mine = platform.moved(mine_N, device)
         return cls(
             len(mine_N),
             asked=platform.moved(asked, device),
-            asked_rows=platform.moved(positions_N[asked] - held.start, device),
+            asked_rows=platform.moved(asked_rows, device),
             query_S=platform.moved(in_part // slots, device),
             index_S=platform.moved(in_part % slots, device),
             shown=platform.moved(shown, device),
             shown_rows=platform.moved(at_S[shown] - held.start, device),
             targets_N3=targets_N3,
+            position_N=platform.moved(positions_N - segments.starts[owner_N], device),
             mine_N=mine,
             reads=reads,
         )

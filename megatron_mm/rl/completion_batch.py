@@ -90,7 +90,7 @@ def answered(prompt: Sample, tokens_G: torch.Tensor, looks: LookTokens | None) -
         prompt.images,
         prompt.where,
         queries=queries,
-        targets=prompt.targets + (None,) * (len(queries) - before),
+        targets=(prompt.targets + (None,) * len(queries))[: len(queries)],
         slots=prompt.slots,
     )
 

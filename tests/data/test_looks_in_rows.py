@@ -83,7 +83,7 @@ def test_boxes_are_places(builder, row, look_scenes):
 
 def test_a_prompt_has_the_looks_of_answers_before_it(builder, row, look_scenes):
     first = builder.prompt(row, "r:1", look_scenes)
-    assert first.queries == () and first.targets == ()
+    assert first.queries == () and len(first.targets) == len(row["looks"])
     again = copy.deepcopy(row)
     again["messages"] += [
         {"role": "user", "content": "Again?"},
@@ -92,7 +92,11 @@ def test_a_prompt_has_the_looks_of_answers_before_it(builder, row, look_scenes):
     again["looks"] = [*row["looks"], None]
     second = builder.prompt(again, "r:1", look_scenes)
     whole = builder.training(row, "r:1", look_scenes)
-    assert second.queries == whole.queries and second.targets == whole.targets
+    assert second.queries == whole.queries and second.targets == (*whole.targets, None)
+    batch = collate([second, first], settings=builder.settings, pad_id=0)
+    assert batch.queries.targets_N3.shape == (len(row["looks"]), 3)
+    assert batch.queries.rows_BM3.shape == (2, len(row["looks"]) + 1, 3)
+    assert batch.queries.rows_BM3[1, 0].tolist() == pytest.approx(first.targets[0])
 
 
 def test_without_glimpses_a_look_is_a_word(builder, row, look_scenes, looking):

@@ -6,13 +6,16 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_mm.config import RunConfig, token_multiple
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.data.collate import collate
 from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.tiles import image_settings
@@ -43,10 +46,11 @@ LAYOUTS = {
 }
 
 
-def looking_run(scenes, **settings) -> RunConfig:
+def looking_run(scenes, place: str = "hidden", **settings) -> RunConfig:
     run = digits_run(scenes, vision_memory="pyramid", **settings)
     run.model.hybrid_layer_pattern = PATTERN
     run.model.__post_init__()
+    query_settings(run.model).query_place = place
     return run
 
 
@@ -165,6 +169,26 @@ def test_it_is_known_where_every_query_looked(one_rank):
 def test_the_length_of_a_turn_changes_nothing(ranks, look_scenes, one_rank, turn):
     found = ranks(1, on_rank_sample, looking_run(look_scenes), turn)[0]
     assert found["tokens"] == one_rank["tokens"]
+
+
+@pytest.mark.parametrize("place", ["random", "oracle"])
+def test_controls_look_where_they_should(ranks, look_scenes, one_rank, place):
+    """Places that follow from positions or from the row are those of the trainer, too."""
+    run = looking_run(look_scenes, place)
+    found = ranks(1, on_rank_sample, run, 8)[0]
+    assert found["worst"] < 1e-5
+    pairs = zip(found["looked"], one_rank["looked"], strict=True)
+    assert not any(
+        torch.allclose(a, b, atol=1e-3) for a, b in pairs if a.shape == b.shape and len(a)
+    )
+    if place == "oracle":
+        rows = [json.loads(line) for line in Path(run.data.valid_data).read_text().splitlines()]
+        for number, looked in enumerate(found["looked"]):
+            boxes = rows[ASKED[number // 2]]["looks"][: len(looked)]
+            for (place_3,), entry in zip(looked.tolist(), boxes, strict=False):
+                left, top, right, bottom = entry["box"]
+                centre = (top + bottom) / 2, (left + right) / 2, right - left
+                assert place_3 == pytest.approx(centre, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_mm.config.fields import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt
 from megatron_mm.config.layers.counting import Counter
@@ -40,6 +40,10 @@ class QuerySettings:
     query_min_scale. It never grows again: a model that was trained goes on with its own."""
     query_box_loss_coeff: NonNegativeFloat = 0.0
     """Weight of the distance to the boxes of the rows' `looks` beside the main loss."""
+    query_place: Literal["hidden", "random", "oracle"] = "hidden"
+    """Who says where a query looks. hidden: its hidden state; random: the number of its position,
+    and oracle: the box of the row's `looks`, are controls, of the smallest window and of the box's
+    size."""
     max_queries: PositiveInt = 32
     """Queries that one sample may have; in generation, further ones are ordinary tokens."""
 

@@ -28,11 +28,11 @@ from torch import nn
 from megatron_mm.config import Memory, RunConfig, look_memories
 from megatron_mm.config.layers.queries import PLACE, QuerySettings, smallest_window
 from megatron_mm.model.context import StreamContext
-from megatron_mm.model.decode import LayerState
+from megatron_mm.model.decode import DecodeCache, LayerState
 from megatron_mm.model.layers.interface import BuildContext, Scheduled
 from megatron_mm.model.layers.linear import ReplicatedLinear, column, row
 from megatron_mm.model.layers.norms import RMSNorm
-from megatron_mm.model.layers.window import Patches, Window, place, read
+from megatron_mm.model.layers.window import Patches, Window, place, random_place, read
 from megatron_mm.model.query_map import QueryMap, SlotReads
 from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
@@ -88,6 +88,17 @@ class Glances(LayerState):
             absent_RP,
         )
         return held, blind_R
+
+
+def _of_step(cache: DecodeCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position and target of every row's token, if it is a query."""
+    targets_RM3 = cache.targets_RM3
+    if targets_RM3 is None:
+        return cache.lengths_R, torch.full(
+            (cache.rows, PLACE), torch.nan, device=cache.row_R.device
+        )
+    number_R = cache.asks_R.clamp(1, targets_RM3.shape[1]) - 1
+    return cache.lengths_R, targets_RM3[cache.row_R, number_R]
 
 
 class Glimpse(nn.Module, Scheduled):
@@ -180,7 +191,7 @@ class Glimpse(nn.Module, Scheduled):
         if state is not None:
             state.store(key, value, reads, context.memories[self.reads].patches)
         rows_NH = self._gathered(hidden_t1H.squeeze(1), queries)
-        place_N3, query_NhD = self._ask(rows_NH)
+        place_N3, query_NhD = self._ask(rows_NH, queries.position_N, queries.targets_N3)
         found_ShD = core(
             self.recompute, self._read, place_N3, query_NhD, key, value, queries, reads
         )
@@ -234,7 +245,8 @@ class Glimpse(nn.Module, Scheduled):
         that they then ask for, fp32 [r, 3]."""
         if self.sequence_parallel:
             hidden_r1H = gather_from_sequence_parallel_region(hidden_r1H, group=self.tp)
-        place_r3, query_rhD = self._ask(hidden_r1H.squeeze(1))
+        position_r, targets_r3 = (take(x, rows) for x in _of_step(state.cache))
+        place_r3, query_rhD = self._ask(hidden_r1H.squeeze(1), position_r, targets_r3)
         slots = self.settings.slots
         patches, blind_r = state.patches(rows)
         index_rK = torch.arange(slots, device=place_r3.device).expand(len(place_r3), -1)
@@ -256,10 +268,20 @@ class Glimpse(nn.Module, Scheduled):
         mine = hidden_tH.index_select(0, queries.asked_rows)
         return both_ways(rows_NH.index_copy(0, queries.asked, mine), self.tp_cp)
 
-    def _ask(self, rows_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each query looks, fp32 [N, 3], and for what, [N, h, D]."""
+    def _ask(
+        self, rows_NH: torch.Tensor, position_N: torch.Tensor, targets_N3: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each query looks, fp32 [N, 3], and for what, [N, h, D].
+
+        Args:
+            position_N, targets_N3: see `QueryMap`; for the controls of `query_place`.
+        """
         normed = self.query_norm(rows_NH)
         place_N3 = place(self.linear_place(normed), self.min_scale)
+        if self.settings.query_place == "random":  # the linear takes part, as every parameter must
+            place_N3 = random_place(position_N, self.min_scale) + 0.0 * place_N3
+        elif self.settings.query_place == "oracle":
+            place_N3 = torch.where(targets_N3.isnan(), place_N3, targets_N3)
         query, _ = self.linear_q(normed)
         return place_N3, self.q_norm(query.view(len(rows_NH), -1, self.head_dim))
 

@@ -79,6 +79,19 @@ def place(asked_N3: torch.Tensor, min_scale: torch.Tensor) -> torch.Tensor:
     return torch.cat((share_N3[:, :2], scale_N1), 1)
 
 
+# Shares of the plastic number, whose multiples fill a square evenly (Roberts 2018, "The
+# unreasonable effectiveness of quasirandom sequences").
+PLASTIC = (0.7548776662466927, 0.5698402909980532)
+
+
+def random_place(position_N: torch.Tensor, min_scale: torch.Tensor) -> torch.Tensor:
+    """Returns (y, x, s), fp32 [N, 3], that follow from positions alone: places all over the image,
+    and the smallest window."""
+    share_N2 = torch.stack([(position_N.double() * part) % 1.0 for part in PLASTIC], 1)
+    scale_N1 = _wide(min_scale).expand(len(position_N), 1)
+    return torch.cat((share_N2.to(scale_N1.dtype), scale_N1), 1)
+
+
 def read(
     window: Window,
     query_rshD: torch.Tensor,
