@@ -173,6 +173,20 @@ def routed_layers(pattern: str) -> list[int]:
     return [layer.known_number for layer in parse_pattern(pattern) if LAYERS[layer.kind].routed]
 
 
+def hops(model: ModelConfig) -> dict[int, tuple[int, ...]]:
+    """Returns how many experts compute a position in each hop, by moe index."""
+    layers = parse_pattern(model.hybrid_layer_pattern)
+    routed = [layer for layer in layers if LAYERS[layer.kind].routed]
+    return {layer.known_number: LAYERS[layer.kind].hops(model) for layer in routed}
+
+
+def route_width(model: ModelConfig) -> int:
+    """Returns the width of a row of routes: the most experts that any layer takes, all hops
+    together."""
+    taken = [sum(of_layer) for of_layer in hops(model).values()]
+    return max(taken, default=model.language.moe_router_topk)
+
+
 def memories_of_pairs(model: ModelConfig) -> dict[int, Memory]:
     """Returns the memory that the look of each pair reads; empty if no look is built."""
     read = look_memories(model)

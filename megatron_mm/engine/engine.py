@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm import platform
-from megatron_mm.config import RunConfig
+from megatron_mm.config import RunConfig, route_width
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.encoder import EncoderSide
 from megatron_mm.engine.objective import Objective
@@ -171,7 +171,8 @@ class Engine:
     def forward_backward[B: Microbatch](
         self, batches: Sequence[B], objective: Objective[B]
     ) -> list[Metrics]:
-        """Accumulates the gradients of one step.
+        """Accumulates the gradients of one step. Layers that change as training goes on take the
+        state that belongs to it.
 
         Returns:
             The numbers of each microbatch that this rank's layers and, on the last stage, the
@@ -182,6 +183,9 @@ class Engine:
         self.optimizer.zero_grad()
         pg = self.groups.pg
         found = [Metrics() for _ in batches]
+        done = self.scheduler.num_steps / self.run.training.train_iters
+        for chunk in self.chunks:
+            chunk.language.at_progress(done)
         counts = pg.tp.rank() == 0  # tensor-parallel ranks have the same loss
 
         def finish(output: Predictions, batch: B, positions: torch.Tensor, metrics: Metrics):
@@ -271,8 +275,8 @@ class Engine:
         Raises:
             ValueError: fewer experts than top-k remain.
         """
-        language, layers = self.run.model.language, self.config.num_layers
-        check_forbidden(experts, layers, language.moe_router_topk, language.num_experts)
+        model, layers = self.run.model, self.config.num_layers
+        check_forbidden(experts, layers, route_width(model), model.language.num_experts)
         device = platform.device()
         for chunk in self.chunks:
             chunk.forbidden = {index: mask.to(device) for index, mask in experts.items()}
@@ -292,8 +296,7 @@ class Engine:
         **model_kwargs,
     ) -> list:
         pg, device, wanted = self.groups.pg, platform.device(), len(batches)
-        language = self.run.model.language
-        sizes = language.moe_router_topk, language.num_experts
+        sizes = route_width(self.run.model), self.run.model.language.num_experts
 
         encoded = None
         if self.encoder is not None:
@@ -303,7 +306,7 @@ class Engine:
             for number, batch in enumerate(batches):
                 tokens = len(batch.tokens_T)
                 if batch.routes is not None:
-                    check_routes(batch.routes, chunk.moe_layers, tokens, *sizes)
+                    check_routes(batch.routes, chunk.hops, tokens, *sizes)
                 own = of_each[number] if number < len(of_each) else {}
                 if encoded is not None and chunk.pre_process:
                     own = {**own, "encoded": encoded[min(number, wanted - 1)]}

@@ -61,6 +61,9 @@ class LayerModule(Protocol):
     Attributes:
         State: the layer's memory of rows that are decoded; None if every position is computed by
             itself.
+        at_progress: optional, (share of the run's steps that are done) -> None, called before every
+            step of training, for a layer that changes with it. What changes is a parameter that
+            never learns, so that checkpoints and exports hold it.
     """
 
     State: type[LayerState] | None
@@ -75,14 +78,15 @@ class LayerModule(Protocol):
         hidden_t1H: torch.Tensor,
         context: Any,
         state: Any,
-        *memories: Mapping[str, torch.Tensor],
+        *given: Mapping[str, torch.Tensor] | torch.Tensor,
     ) -> torch.Tensor:
         """[t, 1, H] -> [t, 1, H]
 
         Args:
             context: a `StreamContext`, the same for all layers of the stage.
             state: the layer's `State` while rows are decoded, else None.
-            memories: by name, the vision memories [m, 1, C], for a kind that `reads_memory`.
+            given: the vision memories [m, 1, C] by name, for a kind that `reads_memory`; then the
+                hidden state before the norm, [t, 1, H], for one that `reads_stream`.
         """
         ...
 
