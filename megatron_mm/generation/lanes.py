@@ -28,8 +28,9 @@ class Completion:
             reached.
         logprobs_G: fp32, log-probability of each token under the model that drew it, at its
             temperature.
-        routes_SLk: int16, if recorded: experts chosen in each MoE layer of this rank, for prompt
-            and completion without its last token, which no router saw.
+        routes_SLk: int16, if recorded: experts chosen in each MoE layer of this rank, hop by hop
+            (model/routing.py), for prompt and completion without its last token, which no router
+            saw.
     """
 
     tokens_G: torch.Tensor

@@ -19,7 +19,7 @@ experts chosen at a position in all hops, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -46,7 +46,8 @@ class RouterTerm(Protocol):
         positions: range,
         metrics: Metrics,
     ) -> torch.Tensor | None:
-        """The term that one layer's router adds to the loss of a microbatch; None for nothing.
+        """The term that one layer's router adds to the loss of a microbatch; None for nothing. It
+        is about the first hop: that is the router, and the routes that the batch is given with.
 
         Args:
             logits_tE: of the router, before anything is forbidden.
@@ -163,12 +164,18 @@ class Routing:
         cls,
         batch: Microbatch,
         pg: ProcessGroupCollection,
+        hops: Mapping[int, tuple[int, ...]],
         width: int,
         record: Routes | None,
         forbidden: Routes,
         term: RouterTerm | None,
     ) -> Routing | None:
-        """The requests for a microbatch on this rank; None if there are none."""
+        """The requests for a microbatch on this rank; None if there are none.
+
+        Args:
+            hops: of the stage's layers, as for `check_routes`.
+            width: of routes.
+        """
         asked = batch.routes, batch.route_noise, record, term
         if not forbidden and all(thing is None for thing in asked):
             return None
@@ -178,6 +185,9 @@ class Routing:
             for by_layer in (batch.routes, batch.route_noise)
         )
         if term is not None:
+            if batch.routes is not None:
+                first = {i: batch.routes[i][:, : of_layer[0]] for i, of_layer in hops.items()}
+                batch = replace(batch, routes=first)
             term = partial(_term_here, term, batch, mine)
         return cls(width, given, noise, record, forbidden, term)
 

@@ -25,11 +25,15 @@ SOFT, HARD = dict(delegate_hard_from=1.0), dict(delegate_hard_from=0.0)
 
 def cascade_run(pattern: str = PATTERN, training: dict | None = None, **settings) -> RunConfig:
     """Returns the invariance tests' run with this pattern and these settings of C."""
-    run = small_run()
-    settings = {"delegate_price": 0.02} | settings
+    run = with_cascade(small_run(), pattern, **{"delegate_price": 0.02} | settings)
+    return invariance_run(run, **training or {})
+
+
+def with_cascade(run: RunConfig, pattern: str = "GC L *C J", **settings) -> RunConfig:
+    """Returns the run, its layers of experts with a second hop."""
     layers = {"C": CascadeSettings(**settings)}
     run.model = replace(run.model, hybrid_layer_pattern=pattern, layers=layers)
-    return invariance_run(run, **training or {})
+    return run
 
 
 def move_off_zero(engine: Engine, forget: tuple[str, ...] = ()) -> None:
