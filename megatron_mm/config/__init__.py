@@ -8,6 +8,7 @@ from megatron_mm.config.memories import Memory, look_memories, memories, read_me
 from megatron_mm.config.pattern import (
     Layer,
     Stage,
+    base_pattern,
     effective_pattern,
     hops,
     memories_of_pairs,
@@ -15,7 +16,6 @@ from megatron_mm.config.pattern import (
     num_layers,
     parse_pattern,
     route_width,
-    routed_layers,
     stages,
     without_clvr,
 )
@@ -88,7 +88,7 @@ __all__ = [
     "read_memories",
     "hops",
     "route_width",
-    "routed_layers",
+    "base_pattern",
     "run_of_checkpoint",
     "stages",
     "to_dict",
