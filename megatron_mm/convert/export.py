@@ -52,27 +52,26 @@ def small_files(
     config = model_config(checkpoint, assets, tied)
     config["dtype"] = config_dtype(dtypes)
     if has_code(checkpoint.model):
-        _check_code(checkpoint)
+        _check_code(checkpoint.model)
         files |= {name: (REMOTE / name).read_bytes() for name in CODE}
         config |= clvr_config(checkpoint.model)
     return files | {CONFIG: as_json(config)}
 
 
-def _check_code(checkpoint: Any) -> None:
+def _check_code(model: ModelConfig) -> None:
     """Raises ConvertError for a second hop that the code of an export does not compute."""
-    model = checkpoint.model
     second = model.layers.get("C")
     if second is None:
         return
     if model.vision is None:
         raise ConvertError(
-            f"{checkpoint.path} has no vision model, whose export alone carries code for letter C "
-            f"(pattern {model.hybrid_layer_pattern}); allowed: a fused model, or a pattern with E"
+            f"it has letter C (pattern {model.hybrid_layer_pattern}) and no vision model, whose "
+            "export alone carries code for it; allowed: a fused model, or a pattern with E"
         )
     if second.delegate_random_share is not None:
         raise ConvertError(
-            f"{checkpoint.path}: delegate_random_share is {second.delegate_random_share}, a "
-            "control that is not exported; allowed: none"
+            f"delegate_random_share is {second.delegate_random_share}, a control that is not "
+            "exported; allowed: none"
         )
 
 

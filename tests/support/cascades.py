@@ -53,6 +53,13 @@ def move_off_zero(engine: Engine, forget: tuple[str, ...] = ()) -> None:
     engine.optimizer.reload_model_params()
 
 
+def close_gates(model: torch.nn.Module) -> None:
+    """Makes every gate hard, whatever else was done to its parameters."""
+    for name, param in model.named_parameters():
+        if name.endswith(".delegate.hard"):
+            param.data.fill_(1.0)
+
+
 def forgetting(*ends: str):
     """`move_off_zero` that leaves reductions out."""
     return partial(move_off_zero, forget=ends)
