@@ -66,14 +66,14 @@ def _flops(counter: Counter) -> bool:
     flows = experts.flops(counter)
     lm, tokens = counter.run.model.language, counter.work.tokens
     handed = tokens * second_hop_share(counter.run)
-    inside = flows or counter.trains("experts")
-    given = flows or counter.trains("language")  # the second norm stands before it
+    given = counter.flows or flows  # `flows` holds the norm before it
     for outputs, rows in ((1, tokens), (lm.num_experts, handed)):
         linear = lm.hidden_size, outputs
         given |= counter.linear("router", linear, rows, "router", flows=given, spare="weight")
+    inside = given or counter.trains("experts")
     rows = handed * counter.run.model.layer_settings("C").delegate_topk
     experts.experts(counter, rows, inside if counter.work.executed else given, inside)
-    return inside or given
+    return inside
 
 
 def _check(run: RunConfig) -> None:
