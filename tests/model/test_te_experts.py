@@ -39,9 +39,8 @@ class Grouped(nn.Module):
 @pytest.fixture
 def backend(monkeypatch):
     """The backend's module, on the stand-in; gone after the test."""
-    fakes = {
-        name: ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch")
-    }
+    names = "transformer_engine", "transformer_engine.pytorch"
+    fakes = {name: ModuleType(name) for name in names}
     fakes[names[0]].pytorch = fakes[names[1]]
     for name, module in fakes.items():
         monkeypatch.setitem(sys.modules, name, module)
