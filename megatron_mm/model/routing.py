@@ -226,8 +226,10 @@ class Choice:
             experts_tk = torch.where(given_tk >= 0, given_tk, experts_tk)
             top_tk = logits_tE.gather(1, experts_tk)
         if asked.record is not None and not self.recomputing:
-            beyond = (0, asked.width - k)
-            asked.record[index] = F.pad(experts_tk.to(torch.int16), beyond, value=NOT_HANDED)
+            taken_tk, beyond = experts_tk.to(torch.int16), asked.width - k
+            if beyond:
+                taken_tk = F.pad(taken_tk, (0, beyond), value=NOT_HANDED)
+            asked.record[index] = taken_tk
         term = None if asked.term is None else asked.term(logits_tE, index, self.metrics)
         if term is not None:
             self.metrics.loss_term("moe/router_loss", term)

@@ -11,6 +11,7 @@ import torch
 from support.cascades import HARD, SOFT, all_or_nobody, cascade_run, forgetting, move_off_zero
 from support.invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, worst
 from support.layouts import parallel_config, step_gradients, steps_batches
+from support.scopes import clusters_of, scope_experts, with_skills
 
 # What the gate does, and the microbatches. A bias opens every gate where the routes are to decide.
 CASES = {
@@ -103,6 +104,42 @@ def test_a_lost_tensor_parallel_reduction_is_noticed(ranks, reference, end):
     error, parameter = worst(broken, reference("soft", "TP2")[1])
     assert error > BROKEN
     assert parameter.endswith(end)
+
+
+# ---- beside what else there is
+
+
+def test_the_shared_expert_beside_the_exchange(ranks, reference):
+    """The first hop's dispatcher computes it; the second hop reads its result."""
+    run = cascade_run(**HARD)
+    hidden = parallel_config(ep=2, moe_shared_expert_overlap=True)
+    found = ranks(2, step_gradients, run, hidden, move_off_zero, None, steps_batches)[0]
+    compare(found, reference("hard", "EP2"))
+
+
+def in_scope(engine) -> None:
+    move_off_zero(engine)
+    scope_experts(engine)
+
+
+def test_experts_in_scope_learn_from_their_skill_in_both_hops(ranks):
+    """On ranks as on one; and what the scope does not name stays as it is, to the bit."""
+    run, parallel = cascade_run(**SOFT), parallel_config()
+    one, plain = (
+        ranks(1, step_gradients, run, parallel, prepare, 1, with_skills)[0]
+        for prepare in (in_scope, move_off_zero)
+    )
+    both = ranks(2, step_gradients, run, parallel_config(ep=2), in_scope, None, with_skills)[0]
+    compare(both, one)
+    inside_LE = clusters_of(run).any(0)
+    assert one[0] == plain[0]
+    for name, gradient in one[1].items():
+        if ".experts." not in name:
+            assert torch.equal(gradient, plain[1][name]), name
+            continue
+        layer = int(name.split("layers.")[1].split(".")[0])
+        moved = gradient.flatten(1).abs().amax(1) > 0
+        assert moved.tolist() == inside_LE[layer].tolist(), name
 
 
 # ---- a scale of zero

@@ -275,7 +275,7 @@ class Delegate(nn.Module):
         metrics = context.metrics
         if self.tp_cp.size() > 1:
             dist.all_reduce(counts_2E, group=self.tp_cp)
-        tokens, handed = (counts_2E.sum(1) / weights_nk.new_tensor([self.first, self.k])).unbind()
+        tokens, handed = counts_2E[0].sum() / self.first, counts_2E[1].sum() / self.k
         spread = experts * (scores_nE.sum(0) * counts_2E[1]).sum() / self.k
         loss = spread / (handed.clamp(min=1) * tokens)
         part = 1 / self.tp_cp.size()  # every rank of the group has a part of the loss
