@@ -4,6 +4,7 @@
     python tools/arms.py earl --model wide --seeds 1 2 3 --jobs 2 # 32 experts, nine skills
     python tools/arms.py memory --memory clvr none --seeds 1      # what looks may see
     python tools/arms.py cascade --seeds 1 2 3 --jobs 2           # MPO, GSPO, distillation
+    python tools/arms.py cascaded_experts --seeds 1 2 3 --jobs 2  # letter C and its controls
 
 What is finished is not repeated, so a stopped comparison goes on. Each run has one rank; `--jobs`
 run side by side. A run that fails stops only those that start from it. The table is made from the
@@ -20,7 +21,14 @@ from typing import Any
 
 from examples.cascade import arms as cascade_arms
 from examples.cascade import table as cascade_table
-from examples.digits import earl_arms, earl_table, memory_arms, memory_table
+from examples.digits import (
+    earl_arms,
+    earl_table,
+    hop_arms,
+    hop_table,
+    memory_arms,
+    memory_table,
+)
 from examples.digits.jobs import run_all
 
 
@@ -32,7 +40,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     earl = commands.add_parser("earl", help="experts for skills, and reinforcement")
     memory = commands.add_parser("memory", help="what a look may see")
     cascade = commands.add_parser("cascade", help="preference pairs, RL, distillation")
-    for command in (earl, memory, cascade):
+    hops = commands.add_parser("cascaded_experts", help="experts that hand tokens on (letter C)")
+    for command in (earl, memory, cascade, hops):
         command.add_argument("--out", type=Path, default=Path("runs/arms"))
         command.add_argument("--seeds", nargs="+", type=int, default=[1])
         command.add_argument("--jobs", type=int, default=1, help="runs side by side")
@@ -51,7 +60,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     earl.add_argument("--sft-iters", type=int, help="further steps of SFT; default the configs'")
     memory.add_argument("--arms", nargs="*", choices=memory_arms.ARMS, default=memory_arms.ARMS)
     memory.add_argument("--memory", nargs="+", choices=memory_arms.MEMORIES, default=["clvr"])
-    memory.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="the demo's")
+    hops.add_argument("--arms", nargs="+", choices=hop_arms.ARMS, default=[*hop_arms.ARMS])
+    hops.add_argument("--iters", type=int, help="steps of every run; default the demo's")
+    for command in (memory, hops):
+        command.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="the demo's")
     memory.add_argument("--sft-iters", type=int, help="steps of SFT; default the demo's")
     args = parser.parse_args(argv)
     counts = ("jobs", "questions", "images", "base_iters", "sft_iters", "rl_iters", "pool", "iters")
@@ -74,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out / "cascade"
         of = cascade_arms.Size(args.questions, args.images, args.pool, args.iters)
         jobs = cascade_arms.jobs(out, args.seeds, of)
+    elif args.command == "cascaded_experts":
+        out = args.out / "cascaded_experts"
+        jobs = hop_arms.jobs(out, args.seeds, args.arms, args.data, args.iters)
     else:
         out = args.out / "memory"
         iters = (args.sft_iters, args.rl_iters)
@@ -86,6 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     elif args.command == "cascade":
         found = cascade_table.summary(out)
         text = cascade_table.markdown(found)
+    elif args.command == "cascaded_experts":
+        found = hop_table.table(out)
+        text = hop_table.markdown(found)
     else:
         found = memory_table.table(out)
         text = memory_table.markdown(found)

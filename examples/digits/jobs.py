@@ -115,11 +115,13 @@ def _first(waiting: Sequence[Job]) -> Job | None:
     return next((job for job in waiting if all(path.exists() for path in job.needs)), None)
 
 
-def one_stage() -> list[str]:
-    """Returns flags for the demo's layers without pipeline stages."""
+def one_stage(layers: str | None = None) -> list[str]:
+    """Returns flags for layers without pipeline stages: the demo's, or those of a pattern."""
+    one = ["--pipeline-model-parallel-size", "1", "--pipeline-model-parallel-layout"]
+    if layers is not None:
+        return [*one, layers, "--hybrid-layer-pattern", layers]
     layout = yaml.safe_load((DIGITS / "demo.yaml").read_text())["parallel"]
-    layers = layout["pipeline_model_parallel_layout"].replace("|", "").replace(" ", "")
-    return ["--pipeline-model-parallel-size", "1", "--pipeline-model-parallel-layout", layers]
+    return [*one, layout["pipeline_model_parallel_layout"].replace("|", "").replace(" ", "")]
 
 
 def training(
@@ -128,24 +130,29 @@ def training(
     flags: Sequence[str],
     needs: Sequence[Path],
     minutes: Callable[[], float] | None = None,
+    layers: str | None = None,
+    late: Callable[[], Sequence[str]] = tuple,
 ) -> Job:
     """A training on one rank, because so small a model is no faster on two. It ends with the
     answers to all questions. If it was stopped, it goes on from its own checkpoint.
 
     Args:
         minutes: after which the training ends; such a run begins anew if it was stopped.
+        layers: the pattern of its model; default the demo's.
+        late: more flags, known only once the needs are there.
     """
     again = ("--save-interval", "200", "--resume", "--keep-last-checkpoints", "1")
 
     def limit() -> Sequence[str]:
-        return ("--exit-duration-in-mins", f"{minutes():.4f}") if minutes else again
+        ending = ("--exit-duration-in-mins", f"{minutes():.4f}") if minutes else again
+        return (*ending, *late())
 
     return Job(
         folder / "answers.jsonl",
         (
             *("-m", "megatron_mm.train", "--config", str(config), "--output-dir", str(folder)),
             *("--save", str(folder / "checkpoint"), "--wandb-mode", "disabled", "--no-report"),
-            *one_stage(),
+            *one_stage(layers),
             *flags,
         ),
         folder / "train.log",

@@ -8,15 +8,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from megatron_mm.benchmark.models import cut_image, image_token
-from megatron_mm.config import RunConfig, token_multiple
+from megatron_mm.config import ModelConfig, RunConfig, route_width, token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.engine.objective import Objective
+from megatron_mm.model.routing import FREE
 from megatron_mm.train.sft import SupervisedFineTuning
 
 
@@ -72,10 +74,16 @@ def mock_like(batch: Microbatch, vocab_size: int, seed: int) -> Microbatch:
     )
 
 
-def balanced(batch: Microbatch, layers: Sequence[int], k: int, experts: int) -> Microbatch:
-    """Returns `batch` with routes that load all experts of a layer equally, to within one token."""
+def balanced(batch: Microbatch, layers: Sequence[int], model: ModelConfig) -> Microbatch:
+    """Returns `batch` with routes whose first hop loads all experts of a layer equally, to within
+    one token; a second hop is free."""
+    k, experts = model.language.moe_router_topk, model.language.num_experts
     slots = torch.arange(len(batch.tokens_T) * k).view(-1, k) % experts
-    routes = {layer: ((slots + layer) % experts).to(torch.int16) for layer in layers}
+    beyond = (0, route_width(model) - k)
+    routes = {
+        layer: F.pad((slots + layer) % experts, beyond, value=FREE).to(torch.int16)
+        for layer in layers
+    }
     return replace(batch, routes=routes)
 
 

@@ -80,9 +80,8 @@ class Bench:
         return broadcast_batches(self.groups, batches)
 
     def _balanced(self, batch: Microbatch) -> Microbatch:
-        language = self.run.model.language
         layers = [layer for chunk in self.engine.chunks for layer in chunk.moe_layers]
-        return balanced(batch, layers, language.moe_router_topk, language.num_experts)
+        return balanced(batch, layers, self.run.model)
 
     def round(self, source: Source) -> list[Microbatch]:
         """Runs a step, or a rollout and all of its steps. Returns its microbatches."""

@@ -10,10 +10,11 @@ from megatron_mm.config import (
     ConfigError,
     LoraConfig,
     ModelConfig,
+    base_pattern,
     from_dict,
     to_dict,
-    without_clvr,
 )
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.errors import CheckpointError
 from megatron_mm.model.layers.lora import is_adapter
 
@@ -26,6 +27,10 @@ NOT_THE_MODEL = {
     "language.max_position_embeddings",
     "vision.vision_init_method_std",
     "vision.vision_layer_scale_init",
+    "layers.C.delegate_price",
+    "layers.C.delegate_hard_from",
+    "layers.C.delegate_gate_bias",
+    "layers.C.delegate_planned_share",
 }
 # Prefix of tensors that no parameter holds (multi-token prediction): kept for the export.
 CARRIED_PREFIX = "carried."
@@ -33,6 +38,8 @@ CARRIED_PREFIX = "carried."
 MOVING_PREFIX = "moving."
 # CLVR's own parameters, which a base model lacks.
 CLVR = ("model.language.looks.", "model.vision.memory_proj")
+# Likewise of a letter that grew from another one (`LayerKind.grows`).
+GROWN = ".inner.delegate."
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -52,7 +59,8 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
     """Compares the settings of the stored model with `model`.
 
     Settings that the checkpoint lacks take their defaults. A fine-tune may add or drop looks
-    (letters L and J) and change how images enter (fusion).
+    (letters L and J) and change how images enter (fusion), and take a letter in the place of the
+    one that it grows from, or back.
 
     Raises:
         CheckpointError: names the first setting that differs.
@@ -67,13 +75,21 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
     for key in sorted(found.keys() | here.keys()):
         a, b = found.get(key), here.get(key)
         if finetune and key == "hybrid_layer_pattern":
-            a, b = without_clvr(found[key]), without_clvr(here[key])
+            a, b = base_pattern(found[key]), base_pattern(here[key])
+        grown = finetune and key.startswith("layers.") and None in (a, b)
+        if grown and LAYERS[key.split(".")[1]].grows:
+            continue
         if a == b or _may_change(key) or (finetune and key.startswith("fusion.")):
             continue
         raise CheckpointError(
             f"it holds another model: {shown(key)} is {shown(repr(found.get(key, 'absent')), 500)} "
             f"there and {here.get(key, 'absent')!r} here"
         )
+
+
+def _is_new(key: str) -> bool:
+    """Whether a fine-tune may add and drop the parameter."""
+    return key.startswith(CLVR) or (key.startswith("model.") and GROWN in key)
 
 
 def check_adapters(stored: dict, lora: LoraConfig) -> None:
@@ -102,18 +118,19 @@ def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
         stored, expected: key -> whole shape.
 
     Returns:
-        Missing keys that may be missing: those of CLVR and of adapters, when fine-tuning.
+        Missing keys that may be missing: those of CLVR, of letters that grew from another one and
+        of adapters, when fine-tuning.
 
     Raises:
         CheckpointError: tensors are missing, of another shape, or unexpected.
     """
     missing = sorted(expected.keys() - stored.keys())
-    added = [key for key in missing if finetune and (key.startswith(CLVR) or is_adapter(key))]
+    added = [key for key in missing if finetune and (_is_new(key) or is_adapter(key))]
     missing = [key for key in missing if key not in set(added)]
     foreign = sorted(stored.keys() - expected.keys())
     if finetune:
-        ignored = ("optimizer.", MOVING_PREFIX, CARRIED_PREFIX, *CLVR)
-        foreign = [key for key in foreign if not key.startswith(ignored)]
+        ignored = ("optimizer.", MOVING_PREFIX, CARRIED_PREFIX)
+        foreign = [k for k in foreign if not (k.startswith(ignored) or _is_new(k))]
     shared = sorted(stored.keys() & expected.keys())
     misshaped = [key for key in shared if tuple(stored[key]) != tuple(expected[key])]
     words = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,3 +53,15 @@ def finish_param_gather(engine: Engine) -> None:
     for model in engine.models:
         if model.ddp_config.overlap_param_gather:
             model.start_param_sync(force_sync=True)
+
+
+@torch.no_grad()
+def begin_copies(engine: Engine, new: Collection[str]) -> None:
+    """Copies into new parameters what they start as a copy of, once everything else is loaded. Both
+    are of one layer, so on the same ranks."""
+    held = {name: (param, layout) for name, param, layout in parameters(engine)}
+    for name in new:
+        param, layout = held[name]
+        source = layout.source(name)
+        if source is not None:
+            param.data.copy_(held[source][0].data)

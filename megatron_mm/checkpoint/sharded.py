@@ -24,7 +24,7 @@ from megatron_mm.checkpoint.compatible import (
     check_tensors,
 )
 from megatron_mm.checkpoint.index import check_whole
-from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
+from megatron_mm.checkpoint.parameters import begin_copies, finish_param_gather, parameters
 from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.checkpoint.snapshot import layout_of, rng_name, take, write
 from megatron_mm.engine.engine import Engine
@@ -79,12 +79,12 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     Args:
         folder: a checkpoint, or the folder of checkpoints whose `latest` names one.
         finetune: loads only weights. Optimizer, schedule, generators and sets that move stay as
-            they are; parameters of CLVR and of adapters that the checkpoint lacks are drawn from
-            the seed.
+            they are; parameters that the checkpoint may lack (`check_tensors`) are drawn from the
+            seed, or copied from another one (`ParamLayout.copies`).
 
     Returns:
-        "iteration", "loader" and "extra" as saved; "initialized": names of parameters of CLVR and
-        of adapters that the checkpoint lacks; "ignored": keys of tensors that a conversion
+        "iteration", "loader" and "extra" as saved; "initialized": names of parameters that the
+        checkpoint lacks; "ignored": keys of tensors that a conversion
         carried along. Generators are restored only on the same layout.
 
     Raises:
@@ -166,6 +166,7 @@ def _apply(
     """Writes loaded tensors into the engine and draws those that are new. Local: waits for no rank,
     reads no file."""
     state: optimizer_state.State = {}
+    names = [name for name, *_ in parameters(engine)]
     mine = optimizer_state.owned(engine)
     for name, param, layout in parameters(engine):
         value = tensors.get(shards.weight_key(name))
@@ -179,6 +180,7 @@ def _apply(
                 for kind in shards.kinds_saved(param)
             } | {"step": torch.tensor(run["adam_step"])}
     if finetune:
+        begin_copies(engine, {name for name in names if shards.weight_key(name) in added})
         engine.optimizer.reload_model_params()
         return
     for which, moving in engine.moving.items():

@@ -177,14 +177,29 @@ def without_clvr(pattern: str) -> str:
     return "".join(letter for letter in pattern if letter not in sides and not letter.isspace())
 
 
+def base_pattern(pattern: str) -> str:
+    """The pattern of the base model, with the letters that others grew from."""
+    base = without_clvr(pattern)
+    return "".join(LAYERS[letter].grows or letter if letter != "|" else letter for letter in base)
+
+
 def num_layers(pattern: str) -> int:
     """Number of transformers layers (a mixer and a feed-forward) of the pattern."""
     return len({layer.number for layer in parse_pattern(pattern) if layer.numbered})
 
 
-def routed_layers(pattern: str) -> list[int]:
-    """Numbers of the layers with routed experts, in order: their moe indices."""
-    return [layer.known_number for layer in parse_pattern(pattern) if LAYERS[layer.kind].routed]
+def hops(model: ModelConfig) -> dict[int, tuple[int, ...]]:
+    """Returns how many experts compute a position in each hop, by moe index."""
+    layers = parse_pattern(model.hybrid_layer_pattern)
+    routed = [layer for layer in layers if LAYERS[layer.kind].routed]
+    return {layer.known_number: LAYERS[layer.kind].hops(model) for layer in routed}
+
+
+def route_width(model: ModelConfig) -> int:
+    """Returns the width of a row of routes: the most experts that any layer takes, all hops
+    together."""
+    taken = [sum(of_layer) for of_layer in hops(model).values()]
+    return max(taken, default=model.language.moe_router_topk)
 
 
 def memories_of_pairs(model: ModelConfig) -> dict[int, Memory]:

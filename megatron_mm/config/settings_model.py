@@ -154,7 +154,8 @@ class ModelConfig:
     hybrid_layer_pattern: str = "GEGEGE*E" * 12
     """Letters of the layers in their order, such as GEGEGE*E; spaces mean nothing. G gated
     DeltaNet, * attention, E mixture of experts, L look at the image, J inject what it found, Q
-    glimpse at the place that a token asks for, V show its slots what was found."""
+    glimpse at the place that a token asks for, V show its slots what was found, C mixture of
+    experts that hand tokens to further ones."""
     language: Annotated[LanguageConfig, Chosen(LANGUAGE_FAMILIES, "qwen3_next")] = field(
         default_factory=lambda: LANGUAGE_FAMILIES["qwen3_next"].settings()
     )

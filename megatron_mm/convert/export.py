@@ -24,7 +24,7 @@ from megatron_mm.convert.export_inputs import (
     AUTO_PROCESSOR,
     REMOTE,
     as_json,
-    has_clvr,
+    has_code,
     input_files,
 )
 from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
@@ -51,10 +51,28 @@ def small_files(
     files = input_files(checkpoint, assets, lines)
     config = model_config(checkpoint, assets, tied)
     config["dtype"] = config_dtype(dtypes)
-    if has_clvr(checkpoint.model):
+    if has_code(checkpoint.model):
+        _check_code(checkpoint.model)
         files |= {name: (REMOTE / name).read_bytes() for name in CODE}
         config |= clvr_config(checkpoint.model)
     return files | {CONFIG: as_json(config)}
+
+
+def _check_code(model: ModelConfig) -> None:
+    """Raises ConvertError for a second hop that the code of an export does not compute."""
+    second = model.layers.get("C")
+    if second is None:
+        return
+    if model.vision is None:
+        raise ConvertError(
+            f"it has letter C (pattern {model.hybrid_layer_pattern}) and no vision model, whose "
+            "export alone carries code for it; allowed: a fused model, or a pattern with E"
+        )
+    if second.delegate_random_share is not None:
+        raise ConvertError(
+            f"delegate_random_share is {second.delegate_random_share}, a control that is not "
+            "exported; allowed: none"
+        )
 
 
 def config_dtype(dtypes: Mapping[torch.dtype, int]) -> str:

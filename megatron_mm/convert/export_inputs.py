@@ -35,6 +35,12 @@ def has_clvr(model: ModelConfig) -> bool:
     return bool(read_memories(model))
 
 
+def has_code(model: ModelConfig) -> bool:
+    """Whether an export needs code of its own: transformers knows neither looks nor a second
+    hop."""
+    return has_clvr(model) or "C" in model.hybrid_layer_pattern
+
+
 def input_files(checkpoint: Any, assets: Sequence[Path], lines: list[str]) -> dict[str, bytes]:
     """Returns name -> content of the tokenizer's files, the template, the processor and the
     generation config of an export.
@@ -66,7 +72,7 @@ def input_files(checkpoint: Any, assets: Sequence[Path], lines: list[str]) -> di
 def is_untouched(checkpoint: Any) -> bool:
     """Whether nothing but the origin's own files has said how the model reads: it was converted,
     not trained here, and has no looks."""
-    return checkpoint.iteration == 0 and not has_clvr(checkpoint.model)
+    return checkpoint.iteration == 0 and not has_code(checkpoint.model)
 
 
 def _ends_of_training(run: RunConfig, travelling: Tokenizer, lines: list[str]) -> tuple[int, ...]:

@@ -25,10 +25,12 @@ from megatron_mm.config import (
 from megatron_mm.config.hf import fused_type, in_transformers_words
 from megatron_mm.convert.hf_files import INDEX, MALFORMED, PICKLES, Stored, stored_tensors
 from megatron_mm.convert.mapping import (
+    DELEGATES,
     EMBEDDING,
     HEAD,
     LOOKS,
     PROJECTOR,
+    Group,
     StateMapping,
     read_mapping,
 )
@@ -71,7 +73,7 @@ class HFFolder:
     tied: bool
     image_token_id: int | None
     tensors: dict[str, Stored] = field(default_factory=dict)
-    new: tuple[tuple[str, ...], ...] = (LOOKS,)
+    new: tuple[Group, ...] = (LOOKS, DELEGATES)
     assets: list[Path] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -118,7 +120,7 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
         ConvertError: a file is missing or damaged, disagrees with another, or describes a model
             that is not supported.
     """
-    new: tuple[tuple[str, ...], ...] = (LOOKS,) if hf_vision is None else (LOOKS, PROJECTOR)
+    new = (LOOKS, DELEGATES) if hf_vision is None else (LOOKS, DELEGATES, PROJECTOR)
     try:
         config = in_transformers_words(read_json(hf / CONFIG))
         if CLVR_KEY in config:  # exported by megatron_mm

@@ -14,7 +14,7 @@ import torch
 
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import check_model
-from megatron_mm.checkpoint.parameters import finish_param_gather, parameters
+from megatron_mm.checkpoint.parameters import begin_copies, finish_param_gather, parameters
 from megatron_mm.config import to_dict
 from megatron_mm.convert.folder import check_folder, open_folder
 from megatron_mm.engine.engine import Engine
@@ -29,7 +29,7 @@ class Loaded:
     """Result of a load.
 
     Attributes:
-        initialized: parameters that the folder lacks, drawn from the seed.
+        initialized: parameters that the folder lacks, drawn from the seed or copied.
         ignored: hf tensors that no parameter of the model holds.
         notes: `HFFolder.notes`, to be kept in checkpoints of the run.
     """
@@ -53,7 +53,7 @@ def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> 
     with raising_together(group, doing):
         source = open_folder(folder)
         check_model(to_dict(source.model), engine.run.model, finetune=True)
-        # CLVR and the fusion settings are this run's, the base model is the folder's.
+        # CLVR, a second hop and the fusion settings are this run's, the base model the folder's.
         source.model = engine.run.model
         whole = blueprint(engine.run.model)
         mapping = source.mapping(whole)
@@ -75,6 +75,7 @@ def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> 
                 initialize_one(name, param, layout, engine.run.training.seed)
             else:
                 raise ConvertError(f"{name} has no tensor there")
+    begin_copies(engine, {name for name, *_ in parameters(engine) if name in mapping.new})
     added = mapping.new + sorted(name for name, _, _ in parameters(engine) if is_adapter(name))
     engine.optimizer.reload_model_params()
     return Loaded(added, mapping.carried, source.notes)

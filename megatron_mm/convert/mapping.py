@@ -20,9 +20,10 @@ from megatron_mm.parallel.param_layout import ParamLayout
 # (name in the folder, first and last index of its first dimension or None) -> tensor
 Read = Callable[[str, int | None, int | None], torch.Tensor]
 # Parameters that a folder may lack: all of a group or nothing of it.
-Group = tuple[str, ...]  # prefixes of the model's names
-PROJECTOR: Group = ("vision.projector.",)
-LOOKS: Group = ("vision.memory_proj", "language.looks.")
+Group = re.Pattern[str]  # of the beginnings of the model's names
+PROJECTOR: Group = re.compile(r"vision\.projector\.")
+LOOKS: Group = re.compile(r"vision\.memory_proj|language\.looks\.")
+DELEGATES: Group = re.compile(r"language\.layers\.\d+\.moe\.inner\.delegate\.")
 HEAD, EMBEDDING = "output_layer.weight", "embedding.weight"
 
 
@@ -155,7 +156,8 @@ class StateMapping:
         missing: names that the folder lacks.
         unexpected: names in the folder that no row maps.
         misshaped: one line for each tensor of another shape.
-        new: parameters that the folder need not have: initialised from the seed.
+        new: parameters that the folder need not have: drawn from the seed, or copied from another
+            (`ParamLayout.copies`).
         carried: names in the folder of tensors that travel beside the model.
         tied: the output layer is a copy of the embedding.
     """
@@ -187,7 +189,7 @@ def read_mapping(
     parameters: Mapping[str, ParamLayout],
     stored: Mapping[str, Shape],
     *,
-    new: Sequence[Group] = (LOOKS,),
+    new: Sequence[Group] = (LOOKS, DELEGATES),
     tied: bool = False,
     rows: Sequence[Row] | None = None,
 ) -> StateMapping:
@@ -223,8 +225,8 @@ def read_mapping(
         _check(link, stored, state, used)
     likely = sorted(votes, key=votes.__getitem__, reverse=True)
     for mcore, candidates in absent:
-        group = next((g for g in new if mcore.startswith(g)), None)
-        if group and not any(link.mcore.startswith(group) for link in state.links):
+        group = next((g for g in new if g.match(mcore)), None)
+        if group and not any(group.match(link.mcore) for link in state.links):
             state.new.append(mcore)
         else:
             link = next(candidates[s] for s in likely if s in candidates)

@@ -26,7 +26,7 @@ def published(
         return write_links(model, parameters, "transformers")
     vision = {n: p for n, p in parameters.items() if n.startswith("vision.")}
     text = {n: p for n, p in parameters.items() if n not in vision}
-    vision = {n: p for n, p in vision.items() if not n.startswith(PROJECTOR)}
+    vision = {n: p for n, p in vision.items() if not PROJECTOR.match(n)}
     return write_links(model, text, "text") + write_links(model, vision, "encoder-release")
 
 
@@ -40,7 +40,7 @@ def expected_lines(
     source: HFFolder, parameters: Mapping[str, ParamLayout], separate: bool
 ) -> list[str]:
     """Describes folders without weights: what they must hold, according to the config."""
-    needed = {n: p for n, p in parameters.items() if not any(n.startswith(g) for g in source.new)}
+    needed = {n: p for n, p in parameters.items() if not any(g.match(n) for g in source.new)}
     links = published(source.model, needed, separate)
     tensors, size = totals(links, torch.bfloat16.itemsize)
     new = [name for name in parameters if name not in needed]

@@ -22,7 +22,7 @@ from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import ModelConfig, RunConfig, run_of_checkpoint
 from megatron_mm.convert import export
 from megatron_mm.convert.chunked import ASSETS, check_space
-from megatron_mm.convert.export_inputs import has_clvr
+from megatron_mm.convert.export_inputs import has_code
 from megatron_mm.convert.folder import NOTES, equal_bits, travelling
 from megatron_mm.convert.hf_writer import (
     SHARD_BYTES,
@@ -216,7 +216,7 @@ def _spelling(checkpoint: Checkpoint, stacked: bool) -> str:
     if checkpoint.model.vision is None:
         return "text-stacked" if stacked else "text"
     # transformers converts names on loading only for its own models, not for remote code.
-    return "stacked" if stacked or has_clvr(checkpoint.model) else "transformers"
+    return "stacked" if stacked or has_code(checkpoint.model) else "transformers"
 
 
 def _prepare(

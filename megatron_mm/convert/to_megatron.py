@@ -50,8 +50,15 @@ def imports(
         name = link.names[0].replace("{expert}", "0")
         size = (dtype or source.tensors[name].dtype).itemsize
         found += _of_rows(weight_key(link.mcore), link.shape, link.counted, size, link=link)
+    of_name = {link.mcore: link for link in mapping.links}
     for name in mapping.new:
         layout = parameters[name]
+        copied = of_name.get(layout.source(name) or "")
+        if copied is not None:
+            first = copied.names[0].replace("{expert}", "0")
+            size = (dtype or source.tensors[first].dtype).itemsize
+            found += _of_rows(weight_key(name), copied.shape, copied.counted, size, link=copied)
+            continue
         size = dtype_of(source, mapping, dtype).itemsize
         found += _of_rows(
             weight_key(name), layout.global_shape, layout.rows_drawn_alone, size, new=name

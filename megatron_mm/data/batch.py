@@ -141,8 +141,8 @@ class Microbatch:
     skill_T: torch.Tensor | None = None
     # With it `pixels_NCHW` holds only the tiles dealt to this rank.
     dealt: Dealt | None = None
-    # Experts to use at every position, MoE index -> int16 [T, k] (model/routing.py), for the
-    # layers of this rank's stages. None: routers choose.
+    # Experts to use at every position, MoE index -> int16 [T, k] of all hops (model/routing.py),
+    # for the layers of this rank's stages. None: routers choose.
     routes: dict[int, torch.Tensor] | None = None
     # Noise added to the logits of routers that choose, MoE index -> float32 [T, E]; same layers.
     route_noise: dict[int, torch.Tensor] | None = None

@@ -189,11 +189,13 @@ def local_hits(
     spans: Sequence[Sequence[Span]],
     layers: Sequence[int],
 ) -> torch.Tensor:
-    """Returns fp64 [3, N, S, 4]: `hit_sums` over one rank's layers, in the order of `Hits`."""
+    """Returns fp64 [3, N, S, 4]: `hit_sums` of the first hop over one rank's layers, in the order
+    of `Hits`."""
     labelled = [
         label_positions(len(c.tokens_G), marks) for c, marks in zip(completions, spans, strict=True)
     ]
     routes_TLk = torch.cat([c.routes_GLk for c in completions])
+    routes_TLk = routes_TLk[:, :, : maps.found.moe_router_topk]
     skill_T = torch.cat([skill for skill, _ in labelled])
     correct_T = torch.cat([correct for _, correct in labelled])
     lengths_N = torch.tensor([len(c.tokens_G) for c in completions])

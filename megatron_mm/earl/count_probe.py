@@ -72,8 +72,8 @@ def count_probe(engine: Engine, tokenizer: Tokenizer, opened: OpenProbe) -> Prob
 
 
 def _routes(engine: Engine, batches: list[ProbeBatch]) -> list[dict[int, torch.Tensor]]:
-    """Returns the routes of this rank's layers at its positions, for each microbatch: MoE index ->
-    int16 [t, k], on the CPU; empty on a rank without layers."""
+    """Returns the first hop's routes of this rank's layers at its positions, for each microbatch:
+    MoE index -> int16 [t, k], on the CPU; empty on a rank without layers."""
     records: list[dict] = [{} for _ in batches]
     nowhere = torch.zeros(0, dtype=torch.int64)
     engine.forward(
@@ -82,7 +82,8 @@ def _routes(engine: Engine, batches: list[ProbeBatch]) -> list[dict[int, torch.T
         lambda *_, **__: None,
         routes=records,
     )
-    return [{index: routes.cpu() for index, routes in record.items()} for record in records]
+    k = engine.run.model.language.moe_router_topk
+    return [{index: routes[:, :k].cpu() for index, routes in record.items()} for record in records]
 
 
 def _count(

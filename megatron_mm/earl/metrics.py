@@ -44,15 +44,15 @@ def hit_pairs(hits: Hits, skills: Sequence[str]) -> Pairs:
 def expert_load(
     completions: Sequence[Completion], layers: Sequence[int], num_experts: int
 ) -> dict[int, torch.Tensor]:
-    """Returns how often each expert of each of this rank's layers was used: moe index -> int64
-    [E]; empty where no routes were recorded."""
+    """Returns how often each expert of each of this rank's layers was used, in all hops: moe index
+    -> int64 [E]; empty where no routes were recorded."""
     recorded = [c.routes_SLk for c in completions if c.routes_SLk is not None]
     if not recorded:
         return {}
     routes_SLk = torch.cat(recorded).long()
     return {
-        layer: torch.bincount(routes_SLk[:, n].flatten(), minlength=num_experts)
-        for n, layer in enumerate(layers)
+        layer: torch.bincount(chosen[chosen >= 0], minlength=num_experts)
+        for layer, chosen in zip(layers, routes_SLk.unbind(1), strict=True)
     }
 
 
@@ -60,6 +60,7 @@ def information_pairs(
     completions: Sequence[Completion],
     spans: Sequence[Sequence[Span]],
     layers: int,
+    k: int,
     sizes: tuple[int, int, int],
 ) -> Pairs:
     """Returns I(expert; skill | token) beyond chance, in nats, over this replica's completions
@@ -67,13 +68,14 @@ def information_pairs(
 
     Args:
         layers: number of this rank's layers, those of the recorded routes.
+        k: experts of the first hop, which are counted.
         sizes: experts of a layer, skills, tokens of the vocabulary.
     """
     routes, skills, tokens = [], [], []
     for completion, marks in zip(completions, spans, strict=True):
         count = len(completion.tokens_G)
         # The first sampled position is left out: its token belongs to the prompt.
-        routes.append(completion.routes_GLk[1:])
+        routes.append(completion.routes_GLk[1:, :, :k])
         skills.append(label_positions(count, marks)[0][1:])
         tokens.append(completion.tokens_G[:-1])
     # A sample of positions: the table of a layer has a cell for each expert, skill and token.

@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm import platform
-from megatron_mm.config import RunConfig
+from megatron_mm.config import RunConfig, route_width
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.encoder import EncoderSide
 from megatron_mm.engine.objective import Objective
@@ -170,11 +170,13 @@ class Engine:
             model.train(mode)
 
     def begin_step(self, iteration: int) -> None:
-        """Sets what changes over a run (`Scheduled`) for the step after this many."""
+        """Sets what changes over a run (`Scheduled`) for the step after this many, its rollout
+        included."""
+        done = iteration / self.run.training.train_iters
         for chunk in self.chunks:
             for module in chunk.modules():
                 if isinstance(module, Scheduled):
-                    module.at_step(iteration)
+                    module.at_progress(done)
 
     def forward_backward[B: Microbatch](
         self, batches: Sequence[B], objective: Objective[B]
@@ -279,8 +281,8 @@ class Engine:
         Raises:
             ValueError: fewer experts than top-k remain.
         """
-        language, layers = self.run.model.language, self.config.num_layers
-        check_forbidden(experts, layers, language.moe_router_topk, language.num_experts)
+        model, layers = self.run.model, self.config.num_layers
+        check_forbidden(experts, layers, route_width(model), model.language.num_experts)
         device = platform.device()
         for chunk in self.chunks:
             chunk.forbidden = {index: mask.to(device) for index, mask in experts.items()}
@@ -300,8 +302,7 @@ class Engine:
         **model_kwargs,
     ) -> list:
         pg, device, wanted = self.groups.pg, platform.device(), len(batches)
-        language = self.run.model.language
-        sizes = language.moe_router_topk, language.num_experts
+        sizes = route_width(self.run.model), self.run.model.language.num_experts
 
         encoded = None
         if self.encoder is not None:
@@ -311,7 +312,7 @@ class Engine:
             for number, batch in enumerate(batches):
                 tokens = len(batch.tokens_T)
                 if batch.routes is not None:
-                    check_routes(batch.routes, chunk.moe_layers, tokens, *sizes)
+                    check_routes(batch.routes, chunk.hops, tokens, *sizes)
                 own = of_each[number] if number < len(of_each) else {}
                 if encoded is not None and chunk.pre_process:
                     own = {**own, "encoded": encoded[min(number, wanted - 1)]}

@@ -36,7 +36,7 @@ def module_of(name: str) -> str:
         return "avm"
     if name.startswith("vision."):
         return "vision"
-    if ".router." in name:
+    if ".router." in name or ".delegate.gate." in name:  # both choose who computes what
         return "router"
     if ".experts." in name:  # not `.shared_experts.`
         return "experts"

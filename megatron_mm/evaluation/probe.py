@@ -71,9 +71,11 @@ def _count(
     routes_tk: torch.Tensor, sample_of_t: torch.Tensor, samples: int, experts: int
 ) -> torch.Tensor:
     """fp32 [samples, experts]: number of each sample's positions on this rank routed to each
-    expert."""
+    expert, in all hops."""
     table = torch.zeros(samples + 1, experts)
-    where = sample_of_t.unsqueeze(1), routes_tk.long().cpu()
+    chosen_tk = routes_tk.long().cpu()
+    taken_tk = chosen_tk >= 0
+    where = sample_of_t.unsqueeze(1).expand_as(chosen_tk)[taken_tk], chosen_tk[taken_tk]
     return table.index_put_(where, torch.ones(()), accumulate=True)[:samples]
 
 

@@ -31,8 +31,9 @@ class Completion:
             was reached.
         logprobs_G: fp32, log-probability of each token under the model that drew it, at its
             temperature.
-        routes_SLk: int16, if recorded: experts chosen in each MoE layer of this rank, for prompt
-            and completion without its last token, which no router saw.
+        routes_SLk: int16, if recorded: experts chosen in each MoE layer of this rank, hop by hop
+            (model/routing.py), for prompt and completion without its last token, which no router
+            saw.
         places_G: int64, where each token stands in the stream, from the first; None: one behind the
             other.
         looked_NQ3: fp32, the place (y, x, scale) of each query in shares of the image, for each

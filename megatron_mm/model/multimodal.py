@@ -25,9 +25,11 @@ from megatron_mm import platform
 from megatron_mm.config import (
     Manifest,
     RunConfig,
+    hops,
     look_memories,
     model_stages,
     read_memories,
+    route_width,
     wire,
 )
 from megatron_mm.config.layers.kinds import LAYERS
@@ -94,6 +96,9 @@ class MultimodalModel(MegatronModule):
         # Numbers of this stage's expert layers, counted over the whole model.
         layers = zip(stage.layers, kinds, strict=True)
         self.moe_layers = [layer.known_number for layer, kind in layers if kind.routed]
+        # How many experts compute a position in each hop of these layers.
+        self.hops = {n: of for n, of in hops(run.model).items() if n in self.moe_layers}
+        self.route_width = route_width(run.model)
         # By that number a bool mask [experts]: True for an expert that no token may be sent to.
         self.forbidden: dict[int, torch.Tensor] = {}
         # With an expert scope, bool [S, L, E]: the experts that learn from a skill's positions.
@@ -232,7 +237,9 @@ class MultimodalModel(MegatronModule):
             context.cache = cache
         context.looks, context.watch = looks, self.watch
         context.first_pass_metrics = metrics
-        context.routing = Routing.of(batch, self.pg, routes, self.forbidden, router_term)
+        context.routing = Routing.of(
+            batch, self.pg, self.hops, self.route_width, routes, self.forbidden, router_term
+        )
         if self.expert_scope is not None and torch.is_grad_enabled():
             context.scope = ExpertScope.of(batch, self.expert_scope, self.pg)
         if self.arrives is None:

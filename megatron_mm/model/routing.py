@@ -7,20 +7,24 @@ here: `Microbatch.routes`. They belong to the microbatch and reach its layers th
 own context, so a pipeline schedule that interleaves microbatches, or a block computed again,
 cannot meet another one's (megatron-core's RouterReplay holds one target for the process).
 
-A layer of experts is known by its *moe index*, the number of its transformers layer from 0.
+A layer of experts is known by its *moe index*, the number of its transformers layer from 0. A layer
+whose experts hand tokens on (letter C) chooses in two hops; a row of its routes has the experts of
+the first, then those of the second. All routes of a model have one width k (`config.route_width`);
+what a layer does not use of it is `NOT_HANDED`.
 
 Shapes: T stream, t positions whose hidden state this rank holds (`parallel.sequence.shard`), k
-experts chosen at a position, E experts.
+experts chosen at a position in all hops, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -29,6 +33,8 @@ from megatron_mm.parallel.sequence import gather_shards, shard, take
 from megatron_mm.report.metrics import Metrics
 
 Routes = dict[int, torch.Tensor]  # moe index -> int16 [positions, k]
+FREE = -1  # in a row of routes: the layer chooses these itself
+NOT_HANDED = -2  # the token is not handed to the second hop
 
 
 class RouterTerm(Protocol):
@@ -40,7 +46,8 @@ class RouterTerm(Protocol):
         positions: range,
         metrics: Metrics,
     ) -> torch.Tensor | None:
-        """The term that one layer's router adds to the loss of a microbatch; None for nothing.
+        """The term that one layer's router adds to the loss of a microbatch; None for nothing. It
+        is about the first hop: that is the router, and the routes that the batch is given with.
 
         Args:
             logits_tE: of the router, before anything is forbidden.
@@ -54,11 +61,17 @@ class RouterTerm(Protocol):
         ...
 
 
-def check_routes(routes: Mapping, needed: Collection[int], tokens: int, k: int, experts: int):
-    """Raises ValueError for given routes, on the CPU, that a stage with the layers `needed` cannot
-    use: an expert named twice or unknown would not fail where it is, but far from there or never.
+def check_routes(
+    routes: Mapping, hops: Mapping[int, tuple[int, ...]], tokens: int, k: int, experts: int
+):
+    """Raises ValueError for given routes, on the CPU, that a stage with these layers cannot use: an
+    expert named twice or unknown would not fail where it is, but far from there or never.
+
+    Args:
+        hops: moe index -> how many experts each hop takes.
+        k: width of the rows.
     """
-    for index in needed:
+    for index, (first, *second) in hops.items():
         if index not in routes:
             raise ValueError(
                 f"routes for {len(routes)} layers of experts, layer {index} is not among them; "
@@ -70,21 +83,39 @@ def check_routes(routes: Mapping, needed: Collection[int], tokens: int, k: int, 
                 f"routes of layer {index} have shape {tuple(given.shape)}, the stream of {tokens} "
                 f"tokens with {k} experts each needs {(tokens, k)}; record them for this batch"
             )
-        ordered = given.sort(1).values
-        twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
-        odd = (ordered[:, 0] < 0) | (ordered[:, -1] >= experts) | twice
-        odd &= (given != -1).any(1)
+        odd = ~_names_experts(given[:, :first], experts) & (given[:, :first] != FREE).any(1)
+        words = f"a row names {first} different experts from 0 to {experts - 1}, or is -1"
+        if k > first:
+            rest = given[:, first:]
+            unused = ((rest == NOT_HANDED) | (rest == FREE)).all(1)
+            unused &= (rest == rest[:, :1]).all(1)
+            named = _names_experts(rest, experts) if second else torch.zeros_like(unused)
+            odd |= ~(unused | named)
+            words += f" in the first {first} places, and in the other {k - first} "
+            words += f"{k - first} different ones, or is " if second else "is "
+            words += "-1, or -2 (not handed over)"
         if odd.any():
             row = int(odd.nonzero()[0])
             raise ValueError(
-                f"routes of layer {index}, position {row}: {given[row].tolist()}; a row names "
-                f"{k} different experts from 0 to {experts - 1}, or is -1 throughout"
+                f"routes of layer {index}, position {row}: {given[row].tolist()}; {words} "
+                "throughout"
             )
+
+
+def _names_experts(routes_Tk: torch.Tensor, experts: int) -> torch.Tensor:
+    """bool [T]: each row names different experts."""
+    ordered = routes_Tk.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
+    return (ordered[:, 0] >= 0) & (ordered[:, -1] < experts) & ~twice
 
 
 def check_forbidden(forbidden: Mapping[int, torch.Tensor], layers: int, k: int, experts: int):
     """Raises ValueError for experts that cannot be left out: fewer than k would remain, or the
-    layer or the size is another model's."""
+    layer or the size is another model's.
+
+    Args:
+        k: the most experts that a token takes in all hops, which may have to be different.
+    """
     for index, mask in forbidden.items():
         if not 0 <= index < layers:
             raise ValueError(f"experts of layer {index} forbidden; use layers 0 to {layers - 1}")
@@ -106,6 +137,7 @@ class Routing:
     """Requests to one stage's routers for one microbatch.
 
     Attributes:
+        width: k.
         given: int16 [t, k]; rows of -1: choose freely.
         noise: [t, E], added to the logits for the choice alone, not for the weights. With Gumbel
             noise times a temperature the k best are k draws without replacement from the softmax
@@ -120,6 +152,7 @@ class Routing:
         term: (logits [t, E], moe index, metrics) -> the router's own loss, added to the main one.
     """
 
+    width: int
     given: Routes = field(default_factory=dict)
     noise: dict[int, torch.Tensor] = field(default_factory=dict)
     record: Routes | None = None
@@ -131,11 +164,18 @@ class Routing:
         cls,
         batch: Microbatch,
         pg: ProcessGroupCollection,
+        hops: Mapping[int, tuple[int, ...]],
+        width: int,
         record: Routes | None,
         forbidden: Routes,
         term: RouterTerm | None,
     ) -> Routing | None:
-        """The requests for a microbatch on this rank; None if there are none."""
+        """The requests for a microbatch on this rank; None if there are none.
+
+        Args:
+            hops: of the stage's layers, as for `check_routes`.
+            width: of routes.
+        """
         asked = batch.routes, batch.route_noise, record, term
         if not forbidden and all(thing is None for thing in asked):
             return None
@@ -145,8 +185,11 @@ class Routing:
             for by_layer in (batch.routes, batch.route_noise)
         )
         if term is not None:
+            if batch.routes is not None:
+                first = {i: batch.routes[i][:, : of_layer[0]] for i, of_layer in hops.items()}
+                batch = replace(batch, routes=first)
             term = partial(_term_here, term, batch, mine)
-        return cls(given, noise, record, forbidden, term)
+        return cls(width, given, noise, record, forbidden, term)
 
     def of_layer(self, index: int, recomputing: bool, metrics: Metrics) -> Choice:
         return Choice(self, index, recomputing, metrics)
@@ -179,11 +222,14 @@ class Choice:
         else:
             top_tk, experts_tk = choose(allowed_tE, k, num_groups=num_groups, group_topk=group_topk)
         if index in asked.given:
-            given_tk = asked.given[index].long()
+            given_tk = asked.given[index][:, :k].long()
             experts_tk = torch.where(given_tk >= 0, given_tk, experts_tk)
             top_tk = logits_tE.gather(1, experts_tk)
         if asked.record is not None and not self.recomputing:
-            asked.record[index] = experts_tk.to(torch.int16)
+            taken_tk, beyond = experts_tk.to(torch.int16), asked.width - k
+            if beyond:
+                taken_tk = F.pad(taken_tk, (0, beyond), value=NOT_HANDED)
+            asked.record[index] = taken_tk
         term = None if asked.term is None else asked.term(logits_tE, index, self.metrics)
         if term is not None:
             self.metrics.loss_term("moe/router_loss", term)
@@ -191,6 +237,22 @@ class Choice:
             # is never differentiated, so it counts once.
             top_tk = MoEAuxLossAutoScaler.apply(top_tk, term)
         return top_tk, experts_tk
+
+    def given_second(self, first: int) -> torch.Tensor | None:
+        """int64 [t, k - first]: the routes given for the second hop; None if there are none."""
+        given = self.asked.given.get(self.index)
+        return None if given is None else given[:, first:].long()
+
+    def record_second(self, first: int, experts_tk: torch.Tensor) -> None:
+        """Records the second hop's experts, `NOT_HANDED` where there is none, behind the first's
+        that were recorded before."""
+        if self.asked.record is not None and not self.recomputing:
+            self.asked.record[self.index][:, first:] = experts_tk.to(torch.int16)
+
+    @property
+    def forbidden(self) -> torch.Tensor | None:
+        """bool [E]: the experts that no hop may choose."""
+        return self.asked.forbidden.get(self.index)
 
 
 def _term_here(

@@ -33,6 +33,8 @@ class SubLayer(nn.Module):
 
     Attributes:
         lora_linears: the last names of the linears inside that can have an adapter.
+        hands_stream: whether the inner layer is also given the hidden state before the norm
+            (`LayerKind.reads_stream`).
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class SubLayer(nn.Module):
         backend: Backend,
         layer: int,
         lora_linears: tuple[str, ...] = (),
+        hands_stream: bool = False,
     ):
         super().__init__()
         self.precision = partial(backend.precision, config, layer)
-        self.lora_linears = lora_linears
+        self.lora_linears, self.hands_stream = lora_linears, hands_stream
         self.norm = RMSNorm(
             hidden_size, eps, partial_gradient=config.sequence_parallel, dtype=config.params_dtype
         )
@@ -57,7 +60,8 @@ class SubLayer(nn.Module):
         """[t, 1, H] -> the same; the arguments are those of `LayerModule.run`."""
         with self.precision():
             normed = self.norm(hidden_t1H, context.scale_of(self.norm))
-            return hidden_t1H + self.inner.run(normed, context, *args)
+            stream = (hidden_t1H,) if self.hands_stream else ()
+            return hidden_t1H + self.inner.run(normed, context, *args, *stream)
 
 
 class Stack(nn.Module):
@@ -97,6 +101,7 @@ class Stack(nn.Module):
                     backend,
                     layer.known_number,
                     kind.lora,
+                    kind.reads_stream,
                 )
             held, name = self._place(layer)
             held[name] = module

@@ -37,6 +37,16 @@ class ParamLayout:
     rows_drawn_alone: bool = False  # draw one index of dim 0 at a time (experts)
     split: tuple[int, ...] = ()  # dimensions of the view that are split over ranks
     expert: bool = False  # replicated over the expert-data-parallel group, not over data-parallel
+    # (end of its name, end of another's): it starts as a copy of that parameter of the same layer.
+    copies: tuple[str, str] | None = None
+
+    def source(self, name: str) -> str | None:
+        """Returns the name of the parameter that a new one of this name starts as a copy of."""
+        if self.copies is None:
+            return None
+        own, other = self.copies
+        assert name.endswith(own), f"{name} does not end with {own}"
+        return name.removesuffix(own) + other
 
     @property
     def held_shape(self) -> tuple[int, ...]:
@@ -81,6 +91,7 @@ def place(
     rows_drawn_alone: bool = False,
     partial_gradient: bool = False,
     expert: bool = False,
+    copies: tuple[str, str] | None = None,
 ) -> None:
     """Attaches a layout to a parameter.
 
@@ -92,7 +103,7 @@ def place(
         partial_gradient: the parameter is replicated over tensor-parallel ranks that each see
             other positions or heads, so its gradient must be summed over them
             (docs/design.md 4.3).
-        expert: see `ParamLayout`.
+        expert, copies: see `ParamLayout`.
 
     Raises:
         ValueError: the view has another number of elements than the parameter.
@@ -108,7 +119,7 @@ def place(
         sizes[dim] = size
     shared = tuple(dim for dim, group in (split or {}).items() if group.size() > 1)
     param.param_layout = ParamLayout(
-        tuple(sizes), local, tuple(offset), init, rows_drawn_alone, shared, expert
+        tuple(sizes), local, tuple(offset), init, rows_drawn_alone, shared, expert, copies
     )
     # Attributes that megatron-core's gradient reduction and clipping read.
     param.sequence_parallel = partial_gradient
@@ -173,7 +184,8 @@ def leave_open(model: torch.nn.Module, device: torch.device) -> None:
 
 def draw(layout: ParamLayout, name: str, seed: int, row: int = 0) -> torch.Tensor:
     """Draws the initial whole tensor of a parameter, in fp32 on the CPU; only its `row` if rows are
-    drawn alone (experts)."""
+    drawn alone (experts). A copy of another parameter is drawn as that one is."""
+    name = layout.source(name) or name
     shape = layout.global_shape[1:] if layout.rows_drawn_alone else layout.global_shape
     whole = torch.empty(shape, dtype=torch.float32)
     layout.init(whole, _generator(seed, name, row))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mm.config import ConfigError, RunConfig, token_multiple
+from megatron_mm.config import ConfigError, RunConfig, hops, route_width, token_multiple
+from megatron_mm.config.layers.cascade import second_hop_share
 from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.data.batch import BatchMemory, BatchQueries, Microbatch
 from megatron_mm.data.images import TileGrid
@@ -15,6 +16,7 @@ from megatron_mm.data.tiles import (
     select_tiles,
     used_tiles,
 )
+from megatron_mm.model.routing import NOT_HANDED
 
 PatchGrid = tuple[int, int]  # rows and columns of tiles
 
@@ -105,6 +107,26 @@ def balanced_routes(tokens: int, top_k: int, experts: int) -> torch.Tensor:
     experts differ by at most 1 over any run of positions."""
     slots = torch.arange(tokens * top_k).view(tokens, top_k)
     return (slots % experts).to(torch.int16)
+
+
+def routes_of_layer(run: RunConfig, moe_index: int, tokens: int) -> torch.Tensor:
+    """int16 [T, k]: balanced routes of all hops of a layer, as wide as all routes of the model.
+
+    To the second hop every rank hands the first of its positions, as many as the settings say.
+    """
+    model, parallel = run.model, run.parallel
+    first, *second = hops(model)[moe_index]
+    experts = model.language.num_experts
+    routes = torch.full((tokens, route_width(model)), NOT_HANDED, dtype=torch.int16)
+    routes[:, :first] = balanced_routes(tokens, first, experts)
+    if second:
+        shards = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+        part = tokens // shards
+        here = round(second_hop_share(run) * part)
+        k = sum(second)
+        handed = balanced_routes(here * shards, k, experts).view(shards, here, k)
+        routes.view(shards, part, -1)[:, :here, first:] = handed
+    return routes
 
 
 def expert_counts(positions: range, top_k: int, experts: int) -> torch.Tensor:

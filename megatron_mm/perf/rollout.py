@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mm.config import RunConfig
+from megatron_mm.config import RunConfig, hops, num_layers, route_width
 from megatron_mm.config.objectives import declaration
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.earl.router_term import RouterTargets
@@ -46,13 +46,13 @@ def policy_objective(rl: ResolvedRL) -> PolicyObjective:
 def policy_batch(run: RunConfig, rl: ResolvedRL, batch: Microbatch) -> PolicyBatch:
     """`batch`, whose supervised tokens were sampled, with all that the objective may need."""
     sampled = batch.loss_mask_T > 0
-    length, layers = run.data.seq_length, run.model.hybrid_layer_pattern.count("E")
+    length, layers = run.data.seq_length, num_layers(run.model.hybrid_layer_pattern)
     sample_T = torch.arange(len(sampled)) // length
     zeros_T, language = torch.zeros(len(sampled)), run.model.language
     replayed = None
     if rl.routing_replay != "none":
-        routes = balanced_routes(len(sampled), language.moe_router_topk, language.num_experts)
-        replayed = dict.fromkeys(range(layers), routes)
+        routes = balanced_routes(len(sampled), route_width(run.model), language.num_experts)
+        replayed = dict.fromkeys(hops(run.model), routes)
     router = None
     if rl.earl.router_loss_coeff:
         members = torch.zeros(1, layers, language.num_experts, dtype=torch.bool)

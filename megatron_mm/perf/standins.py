@@ -25,6 +25,7 @@ from megatron_mm import platform
 from megatron_mm.config import ConfigError, RunConfig
 from megatron_mm.model.backends.choice import choose
 from megatron_mm.model.backends.interface import Backend
+from megatron_mm.model.layers.cascade import CascadedExperts
 from megatron_mm.model.layers.gdn.convolution import last_inputs
 from megatron_mm.model.layers.gdn.mix import split_heads
 from megatron_mm.model.layers.moe import MixtureOfExperts
@@ -123,24 +124,51 @@ def updating(recorder: Recorder, norm: float) -> Iterator[None]:
         adam._device_dtype_check_for_fused = check
 
 
-def balance(model: torch.nn.Module, tokens: int, wait: Callable[[], None]) -> None:
+def balance(
+    model: torch.nn.Module, tokens: int, wait: Callable[[], None], share: float = 1.0
+) -> None:
     """Makes the layers of experts of a stage dispatch as `balanced_routes` would, for a stream of
     this many tokens.
 
     Args:
+        share: of them, what a second hop is handed.
         wait: called where the host waits for the numbers of rows, as on a GPU.
     """
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             dispatcher = BalancedDispatcher.like(module.token_dispatcher, tokens, wait)
             module.token_dispatcher = dispatcher
+            dispatchers = [dispatcher]
+            if isinstance(module, CascadedExperts):
+                dispatchers.append(_hand_over(module, share, tokens, wait))
             if module.alone:  # it asks its router for the counts
-                module.experts.groups = partial(_balanced, module.experts.groups, dispatcher)
+                module.experts.groups = partial(_balanced, module.experts.groups, dispatchers)
 
 
-def _balanced(groups: Callable, dispatcher: BalancedDispatcher, tokens_per_expert, tokens_RH):
-    """Arguments and result of `GroupedExperts.groups`."""
-    return groups(dispatcher.counts_here(), tokens_RH)
+def _hand_over(
+    module: CascadedExperts, share: float, tokens: int, wait: Callable[[], None]
+) -> BalancedDispatcher:
+    """Makes a layer hand over the first tokens of every rank's part of the stream, this share of
+    them, and dispatch them alike; returns the dispatcher."""
+    shards = module.config.tensor_model_parallel_size * module.config.context_parallel_size
+    here = round(share * (tokens // shards))
+
+    def pick(handed_t: torch.Tensor) -> torch.Tensor:
+        wait()
+        return torch.arange(here, device=handed_t.device)
+
+    module.delegate.pick = pick
+    second = BalancedDispatcher.like(module.second_dispatcher, here * shards, wait)
+    module.second_dispatcher = second
+    return second
+
+
+def _balanced(
+    groups: Callable, dispatchers: list[BalancedDispatcher], tokens_per_expert, tokens_RH
+):
+    """Arguments and result of `GroupedExperts.groups`; the number of rows tells the hop."""
+    counts = [dispatcher.counts_here() for dispatcher in dispatchers]
+    return groups(next(c for c in counts if int(c.sum()) == len(tokens_RH)), tokens_RH)
 
 
 class BalancedDispatcher(MoEAlltoAllTokenDispatcher):

@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel.schedules import forward_step as schedule_f
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_mm import platform
+from megatron_mm.config.layers.cascade import second_hop_share
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine, finish_gradients, forward_step
 from megatron_mm.engine.objective import Objective
@@ -67,7 +68,7 @@ def trace_chunk(
         encoded: of the first stage, from an encoder beside the pipeline.
     """
     wrapped, model = engine.models[chunk], engine.chunks[chunk]
-    balance(model, len(batch.tokens_T), recorder.wait)
+    balance(model, len(batch.tokens_T), recorder.wait, second_hop_share(engine.run))
     if wrapped.ddp_config.overlap_param_gather:
         wrapped.disable_forward_pre_hook(param_sync=False)  # once a step: see trace_once
     before = recorder.live

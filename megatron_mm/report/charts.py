@@ -111,6 +111,8 @@ def curves(records: list[dict]) -> list[dict[str, Any]]:
         "train/lm_loss": "language model loss",
         "moe/load_balancing_loss": "load-balancing loss (1 = even experts)",
         "moe/cluster_mass": "router's probability of the experts of a token's skill",
+        "moe/delegated_share": "share of tokens handed to a second hop of experts",
+        "moe/load_violation": "busiest expert over the mean, both hops (0 = even)",
         "train/grad_norm": "gradient norm",
         "train/learning_rate": "learning rate",
     }

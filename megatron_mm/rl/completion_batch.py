@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from megatron_mm.config import token_multiple
+from megatron_mm.config import route_width, token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.looks import LookTokens
@@ -207,7 +207,7 @@ def pack_step(
     batches = broadcast_batches(engine.groups, batches)
     if rl.routing_replay != "R3":
         return batches
-    layers, k = moe_layers(engine), run.model.language.moe_router_topk
+    layers, k = moe_layers(engine), route_width(run.model)
     return [
         replace(batch, routes=recorded_routes(batch, completions, layers, k)) for batch in batches
     ]

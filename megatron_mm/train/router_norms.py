@@ -19,7 +19,7 @@ class RouterNorms:
         self.routers = [
             (int(name.split("layers.")[1].split(".")[0]), mine)
             for name, mine in owned(engine).items()
-            if name.endswith(".router.weight")
+            if name.endswith(".inner.router.weight")  # of a second hop it is another one
         ]
 
     def measure(self) -> dict[str, float]:

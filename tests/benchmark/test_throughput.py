@@ -116,7 +116,8 @@ def test_mock_data_has_the_sizes_of_the_real(run):
 
 
 def test_balanced_routes_give_every_expert_as_many_tokens():
-    batch = mock.balanced(microbatch(small_run().model, 1), [0, 3], k=2, experts=6)
+    model = small_run().model
+    batch = mock.balanced(microbatch(model, 1), [0, 3], model)
     for routes in batch.routes.values():
         counts = torch.bincount(routes.flatten().long(), minlength=6)
         assert routes.shape[1] == 2 and counts.max() - counts.min() <= 1

@@ -29,6 +29,7 @@ from megatron_mm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
 from support.batches import SMALL_MODELS, small_run
+from support.cascades import close_gates
 from support.folders import assert_same, planned, read_all, to_checkpoint, to_folder
 from support.hf_tokenizers import byte_level_tokenizer
 from support.samples import normalised
@@ -71,8 +72,8 @@ def prompts(folder: Path) -> list[dict]:
     ]
 
 
-def clvr_run(folder: Path, fusion: dict, family: str) -> RunConfig:
-    run = small_run(PATTERN, **fusion)
+def clvr_run(folder: Path, fusion: dict, family: str, pattern: str = PATTERN) -> RunConfig:
+    run = small_run(pattern, **fusion)
     run.model.language = SMALL_MODELS[family]().language
     run.model.language.vocab_size = 288
     run.data.tokenizer_model = str(folder)
@@ -94,6 +95,7 @@ RUNS = {
         "qwen3_next",
     ),
     "qwen3_5_moe": (TILES, "qwen3_5_moe"),
+    "second hop": (TILES, "qwen3_next", "GE L *LC GC J *C J GE LJ"),
 }
 
 
@@ -110,6 +112,7 @@ def exported(request, tmp_path_factory):
     engine = Engine.create(run, groups.build(run.parallel))
     (model,) = engine.chunks
     randomise(model, seed=5)
+    close_gates(model)
     sharded.save(engine, {}, root / "mega", 7)
     to_folder(root / "mega", root / "hf")
     yield run, engine, root
@@ -196,7 +199,8 @@ def test_round_trip(exported, tmp_path):
     run, _, root = exported
     source, plan, _ = planned(root / "hf")
     assert not plan.new and source.model.fusion == run.model.fusion
-    assert source.model.hybrid_layer_pattern == PATTERN
+    assert source.model.hybrid_layer_pattern == run.model.hybrid_layer_pattern
+    assert source.model.layers == run.model.layers
     to_checkpoint(root / "hf", tmp_path / "again")
     to_folder(tmp_path / "again", tmp_path / "hf")
     assert_same(read_all(tmp_path / "hf"), read_all(root / "hf"))

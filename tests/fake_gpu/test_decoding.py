@@ -18,6 +18,7 @@ from megatron_mm.generation import generate as generation
 from megatron_mm.generation.generate import Prompts
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
+from support.cascades import with_cascade
 from support.trainers import EP2, TP2
 from tools.fake_gpu import install
 from tools.fake_gpu.layers import label_layers
@@ -99,6 +100,20 @@ def test_no_layer_waits_for_the_host(gpu_ranks, parallel):
                 assert launches[label] <= most, launches
 
 
+def cascade_run(**parallel) -> RunConfig:
+    return with_cascade(decoding_run(**parallel), "GC *C L J GC *C", delegate_hard_from=0.0)
+
+
+@pytest.mark.parametrize("parallel", [{}, EP2])
+def test_no_second_hop_waits_for_the_host(gpu_ranks, parallel):
+    """Whoever is handed over, the sizes of a step are the same."""
+    for launches, waits, sites in gpu_ranks(
+        2 if parallel else 1, on_rank_counted, cascade_run(**parallel)
+    ):
+        assert set(waits) == {"other"} and waits.total() == 2, sites
+        assert parallel or launches["CascadedExperts"] <= 3 * LAUNCHES["MixtureOfExperts"]
+
+
 def on_rank_graphs(run: RunConfig) -> tuple[list, list, list[float]]:
     """Completions with graphs and without, and the launches of a step in each turn."""
     gpu, engine = install(), Engine.create(run, groups.build(run.parallel))
@@ -120,8 +135,9 @@ def on_rank_graphs(run: RunConfig) -> tuple[list, list, list[float]]:
         generation._Generation.steps = steps  # the rank lives on
 
 
-def test_a_graph_of_a_step_is_the_step(gpu_ranks):
-    ((graphs, plain, launches),) = gpu_ranks(1, on_rank_graphs, decoding_run())
+@pytest.mark.parametrize("run", [decoding_run(), cascade_run()], ids=["experts", "second hop"])
+def test_a_graph_of_a_step_is_the_step(gpu_ranks, run):
+    ((graphs, plain, launches),) = gpu_ranks(1, on_rank_graphs, run)
     for one, other in zip(graphs, plain, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
     # The graph, the numbers it draws with, copies of what it drew; and the turn's share of a step.

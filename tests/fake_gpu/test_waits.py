@@ -9,6 +9,7 @@ import pytest
 from megatron_mm.config import token_multiple
 from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import microbatch
+from support.cascades import with_cascade
 from support.checkpoint_runs import create, tiny_run
 from support.gpu_bounds import EXCHANGE_WAITS
 from tools.fake_gpu import install
@@ -25,9 +26,11 @@ IMAGES = ((1, 0, 2), (0, 0), (2,), (1, 1, 1))  # of each sample in the microbatc
 PATTERN = "GE L *E GE J *E"
 
 
-def on_rank_waits(sizes: dict[str, int], **training) -> tuple[int, Counter, Counter]:
+def on_rank_waits(
+    sizes: dict[str, int], pattern: str = PATTERN, **training
+) -> tuple[int, Counter, Counter]:
     """(passes through layers of experts, waits by label, waits by reason and site) of a step."""
-    gpu, run = install(), tiny_run(sizes, pattern=PATTERN, bf16=True, **training)
+    gpu, run = install(), with_cascade(tiny_run(sizes, bf16=True, **training), pattern)
     engine = create(run)
     layers = label_layers(gpu, engine.chunks)
     dp = engine.groups.pg.dp
@@ -37,7 +40,8 @@ def on_rank_waits(sizes: dict[str, int], **training) -> tuple[int, Counter, Coun
     ][dp.rank() :: dp.size()]
     with gpu.counting() as counts:
         engine.forward_backward(batches, SupervisedFineTuning())
-    passes = layers["MixtureOfExperts"] * len(batches)
+    kind = "CascadedExperts" if "C" in pattern else "MixtureOfExperts"
+    passes = layers[kind] * len(batches)
     return passes, counts.waits.by("label"), counts.waits.by("what", "label", "site")
 
 
@@ -47,6 +51,14 @@ def test_only_layers_of_experts_wait(gpu_ranks, name):
         assert 0 < waits["MixtureOfExperts"] <= passes, sites
         assert set(waits) <= {"MixtureOfExperts", "other"}, sites
         assert waits["other"] <= (EXCHANGE_WAITS * len(IMAGES) if name == "PP2" else 0), sites
+
+
+@pytest.mark.parametrize("name", ["TP2", "EP2"])
+def test_a_second_hop_waits_for_its_rows_and_their_exchange(gpu_ranks, name):
+    pattern = PATTERN.replace("E", "C")
+    for passes, waits, sites in gpu_ranks(2, on_rank_waits, LAYOUTS[name], pattern):
+        assert set(waits) <= {"CascadedExperts", "other"} and waits["other"] == 0, sites
+        assert passes < waits["CascadedExperts"] <= 3 * passes, sites
 
 
 def on_rank_recomputed() -> tuple[int, Counter, Counter]:

@@ -24,6 +24,7 @@ from megatron_mm.generation.generate import Prompts, generate, whole_logits
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
 from support.batches import microbatch, small_model
+from support.cascades import with_cascade
 from support.samples import normalised
 from support.slow_generate import generate as slow_generate
 from support.trainers import LAYOUTS, PRIME, TP2, TP3, digits_run, with_two_memories
@@ -247,6 +248,20 @@ def test_decoding_with_two_memories_is_the_full_forward_pass(ranks, scenes, name
     answers = ranks(size, on_rank_sample, with_two_memories(digits_run(scenes, **sizes)), 0.0, 2, 6)
     assert max(answer["worst"] for answer in answers) <= 1e-5
     slow = ranks(1, on_rank_slow, with_two_memories(digits_run(scenes)))[0]
+    tokens = merged(answers, "tokens")
+    assert [tokens[number] for number in ASKED] == [[answer, answer] for answer in slow]
+
+
+@pytest.mark.parametrize("name", ["one rank", "PP2xVPP2", "EP2", "TP2xEP2, overlap"])
+@pytest.mark.parametrize("hard_from", [0.0, 1.0])
+def test_decoding_with_a_second_hop_is_the_full_forward_pass(ranks, scenes, name, hard_from):
+    """For those that the gate hands over, and for all."""
+    size, sizes = DECODED[name]
+    cascade = {"pattern": "GC L *E J GC", "delegate_hard_from": hard_from}
+    run = with_cascade(digits_run(scenes, **sizes), **cascade)
+    answers = ranks(size, on_rank_sample, run, 0.0, 2, 6)
+    assert max(answer["worst"] for answer in answers) <= limit(0.0)
+    slow = ranks(1, on_rank_slow, with_cascade(digits_run(scenes), **cascade))[0]
     tokens = merged(answers, "tokens")
     assert [tokens[number] for number in ASKED] == [[answer, answer] for answer in slow]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
@@ -14,6 +16,7 @@ from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.model.layers import cross_entropy
+from megatron_mm.model.routing import FREE, NOT_HANDED
 from megatron_mm.parallel import groups
 from megatron_mm.perf.flops import executed_flops, model_flops, total
 from megatron_mm.perf.work import executed, needed
@@ -124,6 +127,34 @@ def test_the_executed_count_is_that_of_torch(built, case):
     assert batches[1].cu_seqlens[-1] > 32
     counted = sum(total(executed_flops(run, batch, logits(batch))) for batch in batches)
     assert counted == step(run, batches, built)
+
+
+HANDED = {
+    "all": 1.0,
+    "a part": 0.25,
+    "nobody": 0.0,
+}
+
+
+@pytest.mark.parametrize("handed", HANDED)
+@pytest.mark.parametrize(
+    "case", ["all learns", "the router alone", "experts alone", "LoRA, recomputed", "no memory"]
+)
+def test_a_second_hop_is_counted_by_its_rows(built, case, handed):
+    """Experts by the tokens that are handed over, the gate by all."""
+    run = run_with("GC L *E GC L J *C J", **CASES[case])
+    batch = microbatch(run.model, 1, (2, 0, 1))
+    tokens = len(batch.tokens_T)
+    rows = round(HANDED[handed] * tokens)
+    run.model.layers["C"].delegate_planned_share = rows / tokens
+    routes = torch.full((tokens, 4), FREE, dtype=torch.int16)
+    routes[rows:, 2:] = NOT_HANDED
+    without = routes.clone()
+    without[:, 2:] = NOT_HANDED
+    batch = replace(batch, routes=dict.fromkeys((0, 2, 3), routes) | {1: without})
+    counted = total(executed_flops(run, batch, logits(batch)))
+    # The share is a fraction: the count is whole to within rounding.
+    assert counted == pytest.approx(step(run, [batch], built), abs=0.5)
 
 
 def test_logits_in_blocks_are_computed_again(built, monkeypatch):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
-from megatron_mm.config import MODULES, LoraConfig, model_stages
-from megatron_mm.perf.kernels import Work
+from megatron_mm.config import MODULES, LoraConfig, RunConfig, model_stages
+from megatron_mm.engine.engine import Engine
+from megatron_mm.parallel import groups
+from megatron_mm.perf.kernels import Link, Work
 from megatron_mm.perf.pieces import rough_rank, trace_pieces
+from megatron_mm.perf.recorder import Recorder
 from support.batches import two_memories
-from support.planned_layouts import layout_run, measure, planned, world_of
+from support.planned_layouts import layout_run, measure, planned, the_batch, world_of
+from support.samples import random_pixels
 
+CASCADE = "GC L *E GC L J *C J"
 # (sizes and settings, replicas). None of them was looked at to make an estimate fit: the one that
 # was, PP2 x VPP2 of the plain model, is not here.
 GLIMPSES = {"hybrid_layer_pattern": "GE Q *E GE L V *E J", "vision_memory": "pyramid"}
@@ -65,6 +73,21 @@ LAYOUTS = {
     ),
     "TP2 CP2, glimpses": ({"tp": 2, "cp": 2} | GLIMPSES, 1),
     "PP2 DP2, glimpses, bf16": ({"pp": 2, "bf16": True} | GLIMPSES, 2),
+    "second hop": ({"hybrid_layer_pattern": CASCADE}, 1),
+    "TP2 EP2 ETP1 DP2, second hop for some": (
+        {
+            "tp": 2,
+            "ep": 2,
+            "etp": 1,
+            "hybrid_layer_pattern": CASCADE,
+            "delegate_planned_share": 0.25,
+        },
+        2,
+    ),
+    "CP2 PP2, second hop for nobody": (
+        {"cp": 2, "pp": 2, "hybrid_layer_pattern": CASCADE, "delegate_planned_share": 0.0},
+        1,
+    ),
     "PP2, two memories": ({"pp": 2, **two_memories("detail", "overview")}, 1),
 }
 
@@ -85,6 +108,36 @@ def test_a_plan_is_what_a_step_takes(ranks, name):
         assert plan.step.flops == work.flops == flops
         assert plan.step.sent == work.sent
         assert flops > 0 and plan.microbatches > 1
+
+
+def exchanges(run: RunConfig) -> list[int]:
+    """Bytes that a rank gives to every all-to-all of a forward pass, in order."""
+    made = groups.build(run.parallel)
+    engine = Engine.create(run, made)
+    (model,) = engine.chunks
+    recorder = Recorder(made.pg)
+    with torch.no_grad(), recorder:
+        model(replace(the_batch(run), pixels_NCHW=random_pixels(4, 16, torch.Generator())))
+    return [k.moved for k in recorder.kernels if k.link == Link("all_to_all", "ep")]
+
+
+def test_a_second_hop_has_four_exchanges_of_rows_where_experts_have_two(ranks):
+    """And one of weights more; the later ones have the share of tokens handed over times k2/k."""
+    share = 0.25
+    settings = {"ep": 2, "tp": 2, "etp": 1, "vision_memory": "none"}
+    run = layout_run(settings | {"hybrid_layer_pattern": "GC", "delegate_planned_share": share}, 1)
+    found = ranks(2, exchanges, run)[0]
+    first, second = found[:3], found[3:]
+    assert len(second) == 3
+    row, weight = 4 * run.model.language.hidden_size, 4  # bytes
+    tokens, k = len(the_batch(run).tokens_T) // 2, run.model.language.moe_router_topk
+    assert first[:2] == [tokens * k * row, tokens * k * weight]
+    handed = int(tokens * share) * 2
+    assert second[:2] == [handed * row, handed * weight]
+    # What comes back is what others had sent here: all experts have as many rows.
+    assert first[2] == first[0] and second[2] == second[0]
+    plain = layout_run(settings | {"hybrid_layer_pattern": "GE"}, 1)
+    assert ranks(2, exchanges, plain)[0] == first
 
 
 def test_what_recompute_is_for_shows(ranks):

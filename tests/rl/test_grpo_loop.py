@@ -18,6 +18,7 @@ from megatron_mm.parallel import groups
 from megatron_mm.rl.algorithms import ALGORITHMS
 from megatron_mm.rl.settings import RLConfig
 from megatron_mm.train.trainer import Trainer
+from support.cascades import with_cascade
 from support.grpo_runs import (
     TOKENS,
     grpo_run,
@@ -217,6 +218,19 @@ def test_the_trainer_uses_the_recorded_experts(ranks, scenes, sizes, replay, rec
     # With four stages one of the ranks has no experts at all.
     found = torch.tensor(ranks(2 if sizes else 1, on_rank_replay, run)).sum(0)
     assert found[0] > 100 and found[1] > found[0] / 2  # routers alone would have chosen others
+
+
+def cascaded(run: RunConfig) -> RunConfig:
+    """The run with a second hop, for those that a hard gate hands over."""
+    return with_cascade(run, delegate_hard_from=0.0)
+
+
+@pytest.mark.parametrize("replay", REPLAYS)
+@pytest.mark.parametrize("sizes", [{}, PP2 | VPP2])
+def test_the_trainer_uses_the_recorded_experts_of_both_hops(ranks, scenes, sizes, replay):
+    run = cascaded(grpo_run(scenes, recompute_granularity="full", **REPLAYS[replay], **sizes))
+    found = torch.tensor(ranks(2 if sizes else 1, on_rank_replay, run)).sum(0)
+    assert found[0] > 100 and found[1] > found[0] / 2
 
 
 def test_replayed_routes_agree_with_what_was_sampled(ranks, scenes):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_mm.config import RunConfig
+from megatron_mm.config import RunConfig, hops
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
 from megatron_mm.perf import memory
-from megatron_mm.perf.assumed import balanced_routes, planned_batch
+from megatron_mm.perf.assumed import planned_batch, routes_of_layer
 from megatron_mm.perf.encoder import dealt
 from megatron_mm.perf.kernels import MORE_FLOPS
 from megatron_mm.perf.rank import RankPlan, plan_rank
@@ -35,14 +35,15 @@ def layout_run(sizes: dict, replicas: int) -> RunConfig:
     run = small_run()
     run.model.language.num_experts = 8  # divides by everything
     run.data.seq_length, run.data.max_num_tiles = 96, 3
+    pattern = sizes.get("hybrid_layer_pattern")
+    if pattern is not None:
+        run.model = replace(run.model, hybrid_layer_pattern=pattern)
     for name, value in sizes.items():
         name = SIZES.get(name, name)
-        model = run.model
-        of_model = (model, model.fusion, model.language)
-        for section in (run.parallel, run.training, run.data, *of_model):
+        model, others = run.model, (run.parallel, run.training, run.data)
+        for section in (*others, model.fusion, model.language, *model.layers.values()):
             if hasattr(section, name):
                 setattr(section, name, value)
-    run.model = replace(run.model)  # with the settings of its letters
     # The second shows what the first leaves behind; a pipeline has several in flight.
     microbatches = 4 if run.parallel.pipeline_model_parallel_size > 1 else 2
     run.training.global_batch_size = microbatches * replicas * run.training.micro_batch_size
@@ -62,10 +63,9 @@ def world_of(run: RunConfig, replicas: int) -> int:
 
 def the_batch(run: RunConfig) -> Microbatch:
     """Returns the microbatch that the planner assumes, with the balanced routes that it assumes."""
-    batch, language = planned_batch(run), run.model.language
-    routes = balanced_routes(len(batch.tokens_T), language.moe_router_topk, language.num_experts)
-    layers = run.model.hybrid_layer_pattern.count("E")
-    return replace(batch, routes=dict.fromkeys(range(layers), routes))
+    batch = planned_batch(run)
+    tokens = len(batch.tokens_T)
+    return replace(batch, routes={n: routes_of_layer(run, n, tokens) for n in hops(run.model)})
 
 
 def planned(run: RunConfig, world: int) -> list[RankPlan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -86,7 +87,12 @@ def record(engine: Engine, batches: list[Microbatch]) -> tuple[list[Routes], lis
     return found, logits
 
 
-def record_and_replay(run: RunConfig, parallel: ParallelConfig, multiple: int | None = None):
+def record_and_replay(
+    run: RunConfig,
+    parallel: ParallelConfig,
+    multiple: int | None = None,
+    prepare: Callable[[Engine], None] = move_looks_off_zero,
+):
     """Records routes and replays them before and after a change of every router.
 
     Returns:
@@ -95,7 +101,7 @@ def record_and_replay(run: RunConfig, parallel: ParallelConfig, multiple: int | 
     """
     run.parallel = parallel
     engine = Engine.create(run, groups.build(parallel))
-    move_looks_off_zero(engine)
+    prepare(engine)
     batches = steps_batches(run, multiple or token_multiple(run))
     dp = engine.groups.pg.dp
     batches = batches[dp.rank() :: dp.size()]

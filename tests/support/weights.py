@@ -13,13 +13,13 @@ from megatron_mm.parallel.param_layout import layouts
 
 
 def randomise_engine(engine: Engine) -> None:
-    """Gives every matrix random values, the same on every layout.
+    """Gives every matrix, and the scale of a second hop, random values, the same on every layout.
 
     A new model mostly repeats a function of its last token. At this scale every part of it, the
     look too, changes the answers, and they depend on the image.
     """
     for name, param, layout in layouts(*engine.modules):
-        if param.dim() > 1:
+        if param.dim() > 1 or name.endswith(".delegate.scale"):
             seed = zlib.crc32(name.encode())
             whole = torch.randn(layout.global_shape, generator=torch.Generator().manual_seed(seed))
             scale = 1.0 if name == "embedding.weight" else layout.global_shape[-1] ** -0.5

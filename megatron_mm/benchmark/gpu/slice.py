@@ -58,10 +58,8 @@ def built(visit: Visit) -> Slice:
     def make() -> Slice:
         run, before = slice_run(visit.dry), torch.cuda.memory_allocated()
         engine = Engine.create(run, visit.groups)
-        language = run.model.language
-        batch = mock_like(planned_batch(run), language.vocab_size - 1, seed=0)
-        layers = engine.chunks[0].moe_layers
-        batch = balanced(batch, layers, language.moe_router_topk, language.num_experts)
+        batch = mock_like(planned_batch(run), run.model.language.vocab_size - 1, seed=0)
+        batch = balanced(batch, engine.chunks[0].moe_layers, run.model)
         made = Slice(engine, batch, before)
         for _ in range(2):
             made.step()

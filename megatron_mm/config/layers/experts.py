@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_mm.config.settings import RunConfig
 
 
-def _flops(counter: Counter) -> bool:
+def flops(counter: Counter) -> bool:
     """Router, chosen experts, the shared one and its gate. Halves of a gated MLP are one linear.
 
     The chosen experts are one function, which takes the gradients of all it was given if it takes
@@ -25,11 +25,8 @@ def _flops(counter: Counter) -> bool:
     router = hidden, lm.num_experts
     flows = counter.linear("router", router, tokens, "router", flows=given, spare="weight")
     inside = flows or given or counter.trains("experts")
-    into, out = _gated_mlp(hidden, lm.moe_ffn_hidden_size)
-    for _ in range(lm.moe_router_topk):
-        asked = inside if counter.work.executed else given  # the input of the first is the token
-        counter.linear("experts", into, tokens, "experts", flows=asked)
-        counter.linear("experts", out, tokens, "experts", flows=inside)
+    asked = inside if counter.work.executed else given  # the input of the first is the token
+    experts(counter, tokens * lm.moe_router_topk, asked, inside)
     shared = given
     for linear in _gated_mlp(hidden, lm.moe_shared_expert_intermediate_size):
         shared = counter.linear("experts", linear, tokens, flows=shared, adapter=True)
@@ -37,11 +34,24 @@ def _flops(counter: Counter) -> bool:
     return inside or shared or counter.trains("language")
 
 
+def experts(counter: Counter, rows: float, asked: bool, inside: bool) -> None:
+    """Counts routed experts that compute so many rows.
+
+    Args:
+        asked: whether gradients of the rows are computed.
+        inside: whether those between the linears are.
+    """
+    lm = counter.run.model.language
+    into, out = _gated_mlp(lm.hidden_size, lm.moe_ffn_hidden_size)
+    counter.linear("experts", into, rows, "experts", flows=asked)
+    counter.linear("experts", out, rows, "experts", flows=inside)
+
+
 def _gated_mlp(hidden: int, width: int) -> tuple[Linear, Linear]:
     return (hidden, 2 * width), (width, hidden)
 
 
-def _check(run: RunConfig) -> None:
+def check(run: RunConfig) -> None:
     lm, parallel = run.model.language, run.parallel
     require(
         lm.moe_router_topk <= lm.num_experts,
@@ -61,7 +71,7 @@ def _check(run: RunConfig) -> None:
     )
 
 
-def _fp8_features(run: RunConfig) -> Iterator[tuple[str, int]]:
+def fp8_features(run: RunConfig) -> Iterator[tuple[str, int]]:
     lm, tp = run.model.language, run.parallel.tensor_model_parallel_size
     shared = lm.moe_shared_expert_intermediate_size // tp
     yield "moe_shared_expert_intermediate_size", shared
@@ -69,16 +79,17 @@ def _fp8_features(run: RunConfig) -> Iterator[tuple[str, int]]:
     yield "moe_ffn_hidden_size", lm.moe_ffn_hidden_size // expert_tp
 
 
+LORA = ("linear_fc1", "linear_fc2")  # of the shared expert
 EXPERTS = LayerKind(
     letter="E",
     title="mixture of experts",
     role="ffn",
     key="moe",
     module="megatron_mm.model.layers.moe.MixtureOfExperts",
-    flops=_flops,
+    flops=flops,
     routed=True,
-    check=_check,
-    fp8_features=_fp8_features,
+    check=check,
+    fp8_features=fp8_features,
     recompute="moe",
-    lora=("linear_fc1", "linear_fc2"),  # of the shared expert
+    lora=LORA,
 )

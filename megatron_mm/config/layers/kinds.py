@@ -29,6 +29,10 @@ def _nothing(run: RunConfig) -> tuple:
     return ()
 
 
+def _one_hop(model: ModelConfig) -> tuple[int, ...]:
+    return (model.language.moe_router_topk,)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """The torch-free half of a kind of layer.
@@ -48,6 +52,10 @@ class LayerKind:
             k-th that closes adds what the k-th of the same key that opens found.
         reads_memory: it looks at the vision memory, which must travel to its stage.
         routed: it has routed experts; its number is their moe index.
+        hops: of a routed kind, how many experts compute a position, hop by hop.
+        reads_stream: `run` is also given the hidden state as it is before the norm.
+        grows: the letter whose place it may take in a fine-tune. What it has beside that letter's
+            parameters then starts new.
         settings: dataclass of its own settings, `model.layers.{letter}`; None if the language
             model's settings are enough.
         check: raises ConfigError if its sizes do not fit the run.
@@ -77,6 +85,9 @@ class LayerKind:
     pair: Literal["opens", "closes"] | None = None
     reads_memory: bool = False
     routed: bool = False
+    hops: Callable[[ModelConfig], tuple[int, ...]] = _one_hop
+    reads_stream: bool = False
+    grows: str | None = None
     settings: type | None = None
     check: Callable[[RunConfig], Any] = _nothing
     fp8_features: Callable[[RunConfig], Iterable[tuple[str, int]]] = _nothing
@@ -155,6 +166,7 @@ _BUILT_IN = {
     "J": "looks.INJECTION",
     "Q": "queries.QUERY",
     "V": "queries.SHOWING",
+    "C": "cascade.CASCADE",
 }
 LAYERS = Layers(
     "letter",

@@ -60,17 +60,19 @@ def query_settings(model: ModelConfig) -> QuerySettings | None:
     return model.layer_settings(QUERY.letter)
 
 
-def smallest_window(settings: QuerySettings, iteration: int, train_iters: int) -> float:
-    """Returns the side of the smallest window in a step, as a share of the image's: it falls in
-    equal steps from query_first_scale to query_min_scale.
+def smallest_window(settings: QuerySettings, done: float) -> float:
+    """Returns the side of the smallest window, as a share of the image's: it falls in equal steps
+    from query_first_scale to query_min_scale.
 
     Args:
-        iteration: steps before this one.
+        done: the share of a run's steps that are done.
     """
-    begin, end = settings.query_first_scale, settings.query_min_scale
-    steps = settings.query_anneal_share * train_iters
-    done = 1.0 if iteration >= steps else iteration / steps
-    return begin + done * (end - begin)
+    begin, end, share = (
+        settings.query_first_scale,
+        settings.query_min_scale,
+        settings.query_anneal_share,
+    )
+    return end if done >= share else begin + done / share * (end - begin)
 
 
 def window(place: Sequence[float]) -> tuple[float, float, float, float]:

@@ -6,10 +6,11 @@
     python tools/hf_to_megatron.py --hf DIR --out DIR --dry-run
 
 `--hf` takes a folder of any language family, alone or fused with an encoder (model/families). Two
-folders start a fusion: the projector is new, and so is CLVR where `--hybrid-layer-pattern`
-has looks. New parameters are drawn from `--seed` and named in the output. The checkpoint loads on
-any layout (`--finetune --load DIR`); the layout flags are checked against the model's sizes and
-recorded. A dry run writes nothing and needs no weights: config.json is enough.
+folders start a fusion: the projector is new, and so is CLVR where `--hybrid-layer-pattern` has
+looks. A second hop is new where it has C for E. New parameters are drawn from `--seed` and named in
+the output. The checkpoint loads on any layout (`--finetune --load DIR`); the layout flags are
+checked against the model's sizes and recorded. A dry run writes nothing and needs no weights:
+config.json is enough.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from megatron_mm.config import (
     ModelConfig,
     RunConfig,
     TrainingConfig,
+    base_pattern,
     data_parallel_size,
     from_dict,
     to_dict,
     validate,
-    without_clvr,
 )
 from megatron_mm.config.flags import parse_flags
 from megatron_mm.config.tree import merge
@@ -47,21 +48,23 @@ def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
     for line in flags.accepted:
         logger.info("%s", line)
     for path, value in flags.values.items():
-        known = path[:2] == ("model", "fusion") or path[-1] in ("hybrid_layer_pattern", "seed")
+        known = path[:2] in (("model", "fusion"), ("model", "layers"))
+        known |= path[-1] in ("hybrid_layer_pattern", "seed")
         if path[0] != "parallel" and not known:
             raise ConfigError(
                 f"{cli.flag(path[-1])} is not for converting; allowed: the layout, --seed, "
-                "--hybrid-layer-pattern and how images enter"
+                "--hybrid-layer-pattern, settings of its letters and how images enter"
             )
         for key in reversed(path):
             value = {key: value}
         tree = merge(tree, value)
     run = from_dict(RunConfig, tree)
-    pattern = without_clvr(run.model.hybrid_layer_pattern)
-    if pattern != without_clvr(model.hybrid_layer_pattern):
+    pattern = base_pattern(run.model.hybrid_layer_pattern)
+    if pattern != base_pattern(model.hybrid_layer_pattern):
         raise ConfigError(
             f"--hybrid-layer-pattern has the layers {pattern}, the folder's model "
-            f"{without_clvr(model.hybrid_layer_pattern)}; allowed: the same with L and J between"
+            f"{base_pattern(model.hybrid_layer_pattern)}; allowed: the same with L and J between, "
+            "and C for E"
         )
     p = run.parallel
     dense = p.tensor_model_parallel_size * p.context_parallel_size

@@ -1,5 +1,5 @@
-"""InternVL around a hybrid text model whose layers look at the image again. Travels with exported
-weights.
+"""InternVL around a hybrid text model whose layers look at the image again, or whose experts hand
+tokens to further ones. Travels with exported weights.
 
 An intermediate layer's hidden state queries patch features before the pixel shuffle (a memory;
 there may be several, each look reads one); what a look (L) finds is added where the pattern says
@@ -39,7 +39,7 @@ FREQUENCIES = 6  # of the coordinates: 2^0 .. 2^5 half periods over the image
 
 # Letters of the pattern: how each is numbered. A mixer opens a layer and an ffn closes it; the k-th
 # that closes a pair adds what the k-th that opens one found.
-LETTERS = {"G": "mixer", "*": "mixer", "E": "ffn", "L": "opens", "J": "closes"}
+LETTERS = {"G": "mixer", "*": "mixer", "E": "ffn", "C": "ffn", "L": "opens", "J": "closes"}
 
 
 def read_pattern(pattern: str) -> list[tuple[str, int]]:
@@ -151,6 +151,39 @@ class CLVRParts(nn.Module):
         return found | {name: self.memory_projs[name] for name in names}
 
 
+class Delegate(nn.Module):
+    """The second hop of a layer of experts (C): tokens that its gate hands over go to further
+    experts of the layer, with the first hop's result."""
+
+    def __init__(self, text, settings: dict):
+        super().__init__()
+        self.settings, hidden = settings, text.hidden_size
+        self.norm = Qwen3NextRMSNorm(hidden, text.rms_norm_eps)
+        self.gate = nn.Linear(hidden, 1)
+        self.router = nn.Linear(hidden, text.num_experts, bias=False)
+        self.scale = nn.Parameter(torch.zeros(hidden))
+        self.hard = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, stream, normed, result, block):
+        """Returns the result with what the second hop adds; `block` is the layer's experts, which
+        made it of `normed`."""
+        read = stream if self.settings["delegate_input"] == "stream" else stream + result
+        z = self.norm(read).flatten(0, 1)
+        bias = self.gate.bias.float()
+        gate = F.linear(z.float(), self.gate.weight.float(), bias).squeeze(-1).sigmoid()
+        rows = (gate > 1.5 * self.hard.float() - 1).nonzero().flatten()
+        x, k = z[rows], self.settings["delegate_topk"]
+        scores = F.linear(x.float(), self.router.weight.float())
+        if self.settings["delegate_distinct"]:
+            first = block.gate(normed)[2][rows]
+            scores = scores.scatter(1, first, -math.inf)
+        best, experts = scores.topk(k)
+        weights = best.softmax(-1) if k > 1 else scores.softmax(-1).gather(1, experts)
+        weights = (weights * gate[rows, None]).to(x.dtype)
+        found = block.experts(x, experts, weights) * self.scale
+        return result.flatten(0, 1).index_add(0, rows, found).view_as(result)
+
+
 class LetterByLetter:
     """The forward pass of a hybrid text model, over the letters of the layer pattern."""
 
@@ -208,8 +241,12 @@ class LetterByLetter:
                 hidden = hidden + found
             else:
                 layer = self.layers[number]
-                found = layer.mlp(layer.post_attention_layernorm(hidden))
-                hidden = hidden + (found[0] if isinstance(found, tuple) else found)
+                normed = layer.post_attention_layernorm(hidden)
+                found = layer.mlp(normed)
+                found = found[0] if isinstance(found, tuple) else found
+                if letter == "C":
+                    found = layer.mlp.delegate(hidden, normed, found, layer.mlp)
+                hidden = hidden + found
                 if self.watch is not None:
                     self.watch(number, hidden)
         return MoeModelOutputWithPast(
@@ -229,6 +266,11 @@ class CLVRModel(InternVLModel):
         super().__init__(config)
         made = letter_by_letter(type(self.language_model))
         self.language_model: nn.Module = made(config.text_config)
+        assert config.clvr is not None
+        for letter, number in read_pattern(config.clvr["hybrid_layer_pattern"]):
+            if letter == "C":
+                made_for = Delegate(config.text_config, config.text_config.cascade)
+                self.language_model.layers[number].mlp.delegate = made_for
         self.post_init()
 
 
@@ -249,8 +291,8 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         return self.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
 
     def image_tokens(self, features, stream_tiles):
-        """Returns the image tokens [k, H] of the stream."""
-        stream = features[stream_tiles]
+        """Returns the image tokens [k, H] of the stream; without `stream_tiles`, of all tiles."""
+        stream = features if stream_tiles is None else features[stream_tiles]
         vision = self.config.vision_config
         sides = [s // p for s, p in zip(vision.image_size, vision.patch_size, strict=True)]
         stream = stream.reshape(len(stream), *sides, -1)
@@ -275,6 +317,8 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         """Repeats every prompt for several sequences or beams. They share the tiles of their
         prompt, so that only what points to tiles is repeated, prompt by prompt."""
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+        if images.get("pixel_values") is not None and images.get("stream_tiles") is None:
+            images["stream_tiles"] = torch.arange(len(images["pixel_values"]))
         before = input_ids
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **kwargs
@@ -285,12 +329,15 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
 
     def _repeated(self, images, input_ids, times: int) -> dict[str, torch.Tensor]:
         """Repeats the tiles' places for `_expand_inputs_for_generation`."""
-        stream, tiles = images["stream_tiles"], images["memory_tiles"]
-        sample, number = images["memory_sample"], images.get("memory_number")
-        number = torch.zeros_like(tiles) if number is None else number
+        stream, tiles = images["stream_tiles"], images.get("memory_tiles")
         of_prompt = (input_ids == self.config.image_token_id).sum(1)
         of_prompt = of_prompt * len(stream) // of_prompt.sum().clamp(min=1)  # tokens to tiles
         parts = stream.split(of_prompt.tolist())
+        repeated = {"stream_tiles": torch.cat([part for part in parts for _ in range(times)])}
+        if tiles is None:  # the export has no looks
+            return repeated
+        sample, number = images["memory_sample"], images.get("memory_number")
+        number = torch.zeros_like(tiles) if number is None else number
         patches = len(sample) // max(1, len(tiles))  # of one tile
         prompt_of_tile = sample[::patches] if patches else sample
         order, owner = [], []
@@ -302,8 +349,7 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
                     owner.append(torch.full_like(here, prompt * times + copy))
         picked = torch.cat(order)
         rows = (picked[:, None] * patches + torch.arange(patches, device=picked.device)).flatten()
-        return {
-            "stream_tiles": torch.cat([part for part in parts for _ in range(times)]),
+        return repeated | {
             "memory_tiles": tiles[picked],
             "memory_number": number[picked],
             "memory_coordinates": images["memory_coordinates"][rows],
@@ -343,8 +389,9 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         if pixel_values is not None and len(pixel_values):
             features = self.features(pixel_values)
             stream = self.image_tokens(features, stream_tiles)
-            about = memory_coordinates, memory_sample, memory_visible_from, len(inputs_embeds)
-            memories = self.memories(features, memory_tiles, memory_number, *about)
+            if memory_tiles is not None:
+                about = memory_coordinates, memory_sample, memory_visible_from, len(inputs_embeds)
+                memories = self.memories(features, memory_tiles, memory_number, *about)
             here = (input_ids == self.config.image_token_id).unsqueeze(-1)
             if int(here.sum()) != len(stream):
                 raise ValueError(f"{int(here.sum())} image tokens, {len(stream)} image features")

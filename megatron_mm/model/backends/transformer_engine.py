@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 import transformer_engine.pytorch as te
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
@@ -203,8 +204,16 @@ class TEGroupedExperts(GroupedExperts):
         tokens_per_expert: torch.Tensor,
         probs_R: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """Rows R are sorted by local expert; returns [R, H] and no bias."""
+        """Rows R are sorted by local expert; returns [R, H] and no bias.
+
+        Where there are none, the first expert computes a row of zeros that nobody sees: grouped
+        products are made for some rows, and delayed scaling wants every rank to take part.
+        """
         sizes = rows = tokens_per_expert.tolist()
+        nothing = not sum(sizes)
+        if nothing:
+            tokens_RH, probs_R = F.pad(tokens_RH, (0, 0, 0, 1)), F.pad(probs_R, (0, 1))
+            sizes[0] = 1
         probs_R1 = probs_R.unsqueeze(-1)
         if self.padding is not None:
             tokens_RH, rows = self.padding(tokens_RH, sizes)
@@ -218,7 +227,7 @@ class TEGroupedExperts(GroupedExperts):
         out_RH = self._product(self.fc2, self.down, hidden_RF, rows, teaches_R)
         if self.unpadding is not None:
             out_RH = self.unpadding(out_RH, sizes)
-        return out_RH, None
+        return out_RH[:0] if nothing else out_RH, None
 
     def _product(
         self,

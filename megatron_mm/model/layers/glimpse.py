@@ -126,7 +126,6 @@ class Glimpse(nn.Module, Scheduled):
         self.reads, self.recompute, self.settings = memory.name, recompute, settings
         self.tp, self.cp, self.tp_cp = pg.tp, pg.cp, pg.tp_cp
         self.sequence_parallel = config.sequence_parallel
-        self.train_iters = run.training.train_iters
         self.window = Window(
             settings.query_grid, settings.query_spread, settings.query_scale_spread
         )
@@ -170,10 +169,10 @@ class Glimpse(nn.Module, Scheduled):
         return cls(given.run, given.config, given.pg, memory, given.settings, again)
 
     @torch.no_grad()
-    def at_step(self, iteration: int) -> None:
-        """See `Scheduled.at_step`: windows may become as small as the schedule says, and never
-        larger again."""
-        self.min_scale.clamp_(max=smallest_window(self.settings, iteration, self.train_iters))
+    def at_progress(self, done: float) -> None:
+        """See `Scheduled`: windows may become as small as the schedule says, and never larger
+        again."""
+        self.min_scale.clamp_(max=smallest_window(self.settings, done))
 
     def run(
         self,

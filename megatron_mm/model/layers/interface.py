@@ -57,11 +57,11 @@ class BuildContext:
 
 
 class Scheduled:
-    """A module inside a layer with a number that changes over a run."""
+    """A module inside a layer with a number that changes over a run. The number is a parameter that
+    never learns, so that checkpoints, exports and rollouts have it."""
 
-    def at_step(self, iteration: int) -> None:
-        """Sets the number for the step after this many, before anything is computed in it:
-        rollouts too."""
+    def at_progress(self, done: float) -> None:
+        """Sets the number for the step before which this share of the run's steps is done."""
         raise NotImplementedError
 
 
@@ -84,14 +84,15 @@ class LayerModule(Protocol):
         hidden_t1H: torch.Tensor,
         context: Any,
         state: Any,
-        *memories: Mapping[str, torch.Tensor],
+        *given: Mapping[str, torch.Tensor] | torch.Tensor,
     ) -> torch.Tensor:
         """[t, 1, H] -> [t, 1, H]
 
         Args:
             context: a `StreamContext`, the same for all layers of the stage.
             state: the layer's `State` while rows are decoded, else None.
-            memories: by name, the vision memories [m, 1, C], for a kind that `reads_memory`.
+            given: the vision memories [m, 1, C] by name, for a kind that `reads_memory`; then the
+                hidden state before the norm, [t, 1, H], for one that `reads_stream`.
         """
         ...
 

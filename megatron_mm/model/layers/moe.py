@@ -158,15 +158,21 @@ class MixtureOfExperts(MoELayer):
         padding_t1 = None if padding_1t is None else padding_1t.t()
         shared_t1H = self.shared_experts(hidden_t1H)
         probs_tE, chosen_tE = self.route(hidden_t1H, padding_t1)
-        flat_tH = hidden_t1H.flatten(0, 1)
+        k = self.config.moe_router_topk
+        mixed_tH = self.rows_here(hidden_t1H.flatten(0, 1), probs_tE, chosen_tE, k)
+        return mixed_tH.view_as(hidden_t1H) + shared_t1H
+
+    def rows_here(
+        self, flat_tH: torch.Tensor, probs_tE: torch.Tensor, chosen_tE: torch.Tensor, k: int
+    ) -> torch.Tensor:
+        """The routed experts of rows with k each, [t, H], all of them on this rank."""
         # Every position has k experts, so how many rows there are need not be counted.
-        rows = len(flat_tH) * self.config.moe_router_topk
+        rows = len(flat_tH) * k
         expert_R, token_R = chosen_tE.t().nonzero_static(size=rows).unbind(1)  # sorted by expert
         rows_RH, _ = self.experts(
             flat_tH.index_select(0, token_R), chosen_tE.sum(0), probs_tE[token_R, expert_R]
         )
-        mixed_tH = torch.zeros_like(flat_tH).index_add_(0, token_R, rows_RH)
-        return mixed_tH.view_as(hidden_t1H) + shared_t1H
+        return torch.zeros_like(flat_tH).index_add_(0, token_R, rows_RH)
 
     def step(
         self, hidden_r1H: torch.Tensor, context: StreamContext, cache: DecodeCache
@@ -179,8 +185,25 @@ class MixtureOfExperts(MoELayer):
         many go where.
         """
         shared_r1H = self._shared(hidden_r1H)
-        flat_RH, sharers = hidden_r1H.flatten(0, 1), self.sharers
-        probs_Rk, experts_Rk = self._choose(hidden_r1H, context)
+        chosen = self._choose(hidden_r1H, context)
+        mixed_RH = self.rows_of_step(hidden_r1H.flatten(0, 1), *chosen, cache)
+        return mixed_RH.view_as(hidden_r1H).add_(shared_r1H)
+
+    def rows_of_step(
+        self,
+        flat_RH: torch.Tensor,
+        probs_Rk: torch.Tensor,
+        experts_Rk: torch.Tensor,
+        cache: DecodeCache,
+        *,
+        nowhere: bool = False,
+    ) -> torch.Tensor:
+        """The routed experts of one token of every row, [R, H].
+
+        Args:
+            nowhere: some rows go to no expert; theirs is `num_experts`.
+        """
+        sharers = self.sharers
         if sharers.size() > 1:
             both = torch.cat((probs_Rk, experts_Rk.to(probs_Rk.dtype)), 1)
             flat_RH, both = (
@@ -188,7 +211,8 @@ class MixtureOfExperts(MoELayer):
             )
             probs_Rk, experts_Rk = both.chunk(2, dim=1)
             experts_Rk = experts_Rk.long()
-        here, elsewhere = self.num_local_experts, self.num_local_experts < self.router.num_experts
+        here = self.num_local_experts
+        elsewhere = nowhere or here < self.router.num_experts
         if elsewhere:
             experts_Rk = experts_Rk - self.first
             there_Rk = (experts_Rk < 0) | (experts_Rk > here)
@@ -208,7 +232,7 @@ class MixtureOfExperts(MoELayer):
         mixed_RH = torch.zeros_like(flat_RH).index_add_(0, token_K, rows_KH)
         if sharers.size() > 1:
             mixed_RH = reduce_scatter_to_sequence_parallel_region(mixed_RH, group=sharers)
-        return mixed_RH.view_as(hidden_r1H).add_(shared_r1H)
+        return mixed_RH
 
     def _choose(
         self, hidden_r1H: torch.Tensor, context: StreamContext

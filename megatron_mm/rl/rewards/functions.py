@@ -81,7 +81,8 @@ class RewardFunction:
 
         Args:
             columns: the rows' other keys, each with one value a completion.
-            routed_experts: int16 [positions, layers, k] of each completion.
+            routed_experts: int16 [positions, layers, k] of each completion, hop by hop; -2 where
+                a layer did not hand the token on.
         """
         given: dict[str, Any] = dict(columns)
         given |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}

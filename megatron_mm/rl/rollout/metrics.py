@@ -78,7 +78,8 @@ def rollout_metrics(
             load_LE[layer] = counts
         if load and maps is not None:
             table = experts, len(maps.found.names), vocabulary
-            pairs |= information_pairs(completions, scored.spans_N, len(layers), table)
+            k = maps.found.moe_router_topk
+            pairs |= information_pairs(completions, scored.spans_N, len(layers), k, table)
     parts = _everywhere(pairs, groups, known)
     low, high = _extremes(completions)
     highest, lowest = largest([high, -low])

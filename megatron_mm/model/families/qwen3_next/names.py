@@ -102,3 +102,6 @@ EXPERTS = (
 )
 # The norm before a mixer has one name, whichever mixer it is.
 ROWS = {"": (*ENDS, MIXER_NORM), "*": ATTENTION, "G": (GDN_IN, *GDN), "E": EXPERTS}
+# The second hop of letter C, beside what its E has. transformers has no such layer: the remote code
+# of an export uses these names.
+DELEGATE = (layer_row("moe.inner.delegate.{rest}", "mlp.delegate.{rest}"),)
