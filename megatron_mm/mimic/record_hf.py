@@ -76,6 +76,15 @@ class TransformersTeacher:
         if settings is not None and len(batch.pixels_NCHW):
             pixels = normalise(batch.pixels_NCHW, settings.mean, settings.std)
             inputs["pixel_values"] = pixels[batch.stream_tiles]
+        heard: list[Any] = []  # of the text model inside one with vision, which drops them
+        inner = getattr(getattr(self._model, "model", None), "language_model", None)
+        hook = (
+            None
+            if inner is None
+            else inner.register_forward_hook(
+                lambda module, given, said: heard.append(getattr(said, "router_logits", None))
+            )
+        )
         try:
             found = self._model(**inputs, output_router_logits=True)
         except Exception as error:  # of transformers or the folder's code, of any kind
@@ -83,7 +92,10 @@ class TransformersTeacher:
                 f"{self.folder}: {sample.where}: with output_router_logits it says: "
                 f"{cli.one_line(error)}"
             ) from error
-        routers = getattr(found, "router_logits", None)
+        finally:
+            if hook is not None:
+                hook.remove()
+        routers = getattr(found, "router_logits", None) or (heard[-1] if heard else None)
         if not routers:
             raise ConvertError(
                 f"{self.folder}: its model gives 0 router logits (output_router_logits); record a "
