@@ -4,6 +4,7 @@
     python tools/arms.py earl --model wide --seeds 1 2 3 --jobs 2 # 32 experts, nine skills
     python tools/arms.py memory --memory clvr none --seeds 1      # what looks may see
     python tools/arms.py cascade --seeds 1 2 3 --jobs 2           # MPO, GSPO, distillation
+    python tools/arms.py mimic --seeds 1 2 3 --jobs 2             # a teacher's routes
 
 What is finished is not repeated, so a stopped comparison goes on. Each run has one rank; `--jobs`
 run side by side. A run that fails stops only those that start from it. The table is made from the
@@ -22,6 +23,8 @@ from examples.cascade import arms as cascade_arms
 from examples.cascade import table as cascade_table
 from examples.digits import earl_arms, earl_table, memory_arms, memory_table
 from examples.digits.jobs import run_all
+from examples.mimic import arms as mimic_arms
+from examples.mimic import table as mimic_table
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -32,7 +35,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     earl = commands.add_parser("earl", help="experts for skills, and reinforcement")
     memory = commands.add_parser("memory", help="what a look may see")
     cascade = commands.add_parser("cascade", help="preference pairs, RL, distillation")
-    for command in (earl, memory, cascade):
+    mimic = commands.add_parser("mimic", help="a teacher's routes and answers")
+    for command in (earl, memory, cascade, mimic):
         command.add_argument("--out", type=Path, default=Path("runs/arms"))
         command.add_argument("--seeds", nargs="+", type=int, default=[1])
         command.add_argument("--jobs", type=int, default=1, help="runs side by side")
@@ -42,11 +46,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--rl-iters", type=int, help="steps of RL; default the configs'")
     earl.add_argument("--model", choices=earl_arms.MODELS, default="tiny")
     earl.add_argument("--tiers", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3])
-    for command in (earl, cascade):
+    for command in (earl, cascade, mimic):
         command.add_argument("--questions", type=int, default=2000, help="of each kind")
         command.add_argument("--images", type=int, default=6000, help="for training")
     cascade.add_argument("--pool", type=int, default=3000, help="questions that are rated")
-    cascade.add_argument("--iters", type=int, help="steps of every run; default the configs'")
+    for command in (cascade, mimic):
+        command.add_argument("--iters", type=int, help="steps of every run; default the configs'")
     earl.add_argument("--base-iters", type=int, help="steps of the base; default the model's")
     earl.add_argument("--sft-iters", type=int, help="further steps of SFT; default the configs'")
     memory.add_argument("--arms", nargs="*", choices=memory_arms.ARMS, default=memory_arms.ARMS)
@@ -59,6 +64,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; at least 1")
+    parts = mimic_arms.PARTS
+    if args.command == "mimic" and args.iters is not None and args.iters % parts:
+        parser.error(f"--iters is {args.iters}; a multiple of {parts}, after which it is saved")
     return args
 
 
@@ -74,6 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out / "cascade"
         of = cascade_arms.Size(args.questions, args.images, args.pool, args.iters)
         jobs = cascade_arms.jobs(out, args.seeds, of)
+    elif args.command == "mimic":
+        out = args.out / "mimic"
+        some = mimic_arms.Size(args.questions, args.images, args.iters)
+        jobs = mimic_arms.jobs(out, args.seeds, some)
     else:
         out = args.out / "memory"
         iters = (args.sft_iters, args.rl_iters)
@@ -86,6 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     elif args.command == "cascade":
         found = cascade_table.summary(out)
         text = cascade_table.markdown(found)
+    elif args.command == "mimic":
+        found = mimic_table.summary(out)
+        text = mimic_table.markdown(found)
     else:
         found = memory_table.table(out)
         text = memory_table.markdown(found)

@@ -128,14 +128,17 @@ def training(
     flags: Sequence[str],
     needs: Sequence[Path],
     minutes: Callable[[], float] | None = None,
+    saves: int | None = None,
 ) -> Job:
     """A training on one rank, because so small a model is no faster on two. It ends with the
     answers to all questions. If it was stopped, it goes on from its own checkpoint.
 
     Args:
         minutes: after which the training ends; such a run begins anew if it was stopped.
+        saves: steps between checkpoints, which are all kept; None: only the last one is.
     """
-    again = ("--save-interval", "200", "--resume", "--keep-last-checkpoints", "1")
+    again = ("--save-interval", str(saves or 200), "--resume")
+    again += () if saves else ("--keep-last-checkpoints", "1")
 
     def limit() -> Sequence[str]:
         return ("--exit-duration-in-mins", f"{minutes():.4f}") if minutes else again

@@ -37,7 +37,7 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", type=cli.path, required=True, help="the file to write")
     parser.add_argument("--method", choices=METHODS, default="transport")
     parser.add_argument("--checkpoint", type=cli.path, help="of the student")
-    parser.add_argument("--data", help="recorded rows that both are compared on")
+    parser.add_argument("--data", nargs="+", help="recorded rows that both are compared on")
     parser.add_argument("--config", help="with clusters or skills: of a student from scratch")
     parser.add_argument("--layers", type=int, nargs="+", help="that learn; default: all")
     parser.add_argument(

@@ -35,7 +35,9 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = cli.Parser(__doc__)
     parser.add_argument("--checkpoint", type=cli.path, help="of ours")
     parser.add_argument("--hf", type=cli.path, help="a folder that transformers loads")
-    parser.add_argument("--data", required=True, help="rows with answers; JSONL or parquet")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="files of rows with answers; JSONL or parquet"
+    )
     parser.add_argument("--out", type=cli.path, required=True, help="the file to write")
     parser.add_argument("--layers", type=int, nargs="+", help="layers of experts; default: all")
     parser.add_argument(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ class Rows:
     """The rows that are read.
 
     Args:
-        data: a file, or a pattern of files.
+        data: files, or patterns of files.
         samples: how many; None: all. In an order drawn from `seed`.
     """
 
-    data: str
+    data: Sequence[str]
     samples: int | None = None
     batch_size: int = 16
     seed: int = 1
@@ -47,13 +48,15 @@ def open_rows(rows: Rows) -> tuple[RowFiles, list[int]]:
     Raises:
         DataError: a file cannot be read, or two have one name.
     """
-    files = open_row_files(rows.data, RowGroupCache())
-    names = [place_of(file.where(0))[0] for file in files.files]
+    cache = RowGroupCache()
+    held = [file for path in rows.data for file in open_row_files(path, cache).files]
+    files = RowFiles(held, [0, *accumulate(map(len, held))])
+    names = [place_of(file.where(0))[0] for file in held]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise DataError(
-            f"{rows.data}: {len(twice)} files have the name {twice[0]}, by which routes are found "
-            "again; give each a name of its own"
+            f"{', '.join(rows.data)}: {len(twice)} files have the name {twice[0]}, by which routes "
+            "are found again; give each a name of its own"
         )
     generator = torch.Generator().manual_seed(rows.seed)
     order = torch.randperm(len(files), generator=generator)[: rows.samples].tolist()

@@ -39,7 +39,7 @@ SAMPLES, TOP, ANSWERS = 20, 3, 4
 def on_rank_record(run: RunConfig, data: str, layers: list[int]) -> dict:
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     engine = random_engine(run)
-    return record(engine, tokenizer, Rows(data, SAMPLES, 3), layers, TOP, ANSWERS)
+    return record(engine, tokenizer, Rows([data], SAMPLES, 3), layers, TOP, ANSWERS)
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +120,12 @@ def test_chosen_layers_and_no_answers(ranks, scenes, data, alone):
 
 def on_rank_some(run: RunConfig, data: str) -> dict:
     engine, tokenizer = random_engine(run), load_tokenizer(run.data.tokenizer_model)
-    return record(engine, tokenizer, Rows(data, SAMPLES, 3), [1], 2, 0)
+    return record(engine, tokenizer, Rows([data], SAMPLES, 3), [1], 2, 0)
 
 
 def on_rank_survey(run: RunConfig, data: str, routes: str):
     engine, tokenizer = random_engine(run), load_tokenizer(run.data.tokenizer_model)
-    return survey(engine, tokenizer, Rows(data, SAMPLES, 3), RouteFile(routes)).parts
+    return survey(engine, tokenizer, Rows([data], SAMPLES, 3), RouteFile(routes)).parts
 
 
 def test_a_survey_of_the_teacher_itself(ranks, scenes, data, alone, tmp_path):
@@ -149,7 +149,7 @@ def test_a_survey_of_the_teacher_itself(ranks, scenes, data, alone, tmp_path):
 
 def on_rank_whole(run: RunConfig, data: str) -> dict:
     engine, tokenizer = random_engine(run), load_tokenizer(run.data.tokenizer_model)
-    return record(engine, tokenizer, Rows(data, SAMPLES, 3), [0, 1], 8, 0)
+    return record(engine, tokenizer, Rows([data], SAMPLES, 3), [0, 1], 8, 0)
 
 
 # ---- the commands ----
@@ -256,6 +256,7 @@ def test_what_cannot_be_recorded_is_one_line(tool, checkpoints, data, tmp_path):
         (("--layers", 7), "--layers names 7; allowed: the teacher's layers of experts, 0, 1, 2"),
         (("--top", 11), "--top is 11; allowed: up to 10, the teacher's experts"),
         (("--data", tmp_path / "none.jsonl"), "none.jsonl"),
+        (("--data", data, data), "2 files have the name mix.jsonl, by which routes are found"),
     ):
         given = ("--checkpoint", teacher, "--data", data, "--out", out, *flags)
         status, _, errors = tool("record_routes", *given)
