@@ -51,7 +51,7 @@ class Watch:
 def top_experts(probabilities_tE: torch.Tensor, k: int) -> Top:
     """Returns the k likeliest experts, int16, and their probabilities, fp16."""
     best = probabilities_tE.topk(k, dim=1)
-    return best.indices.to(torch.int16).cpu(), best.values.to(torch.float16).cpu()
+    return best.indices.to(torch.int16), best.values.to(torch.float16)
 
 
 def top_tokens(predictions: Predictions, n: int) -> Top:
@@ -134,7 +134,7 @@ def record(
             whole: list[torch.Tensor] = []
             if here:  # every rank of tp_cp has the same layers
                 whole = [
-                    gather_shards(torch.stack([noted[i][part] for i in here], 1), pg)
+                    gather_shards(torch.stack([noted[i][part] for i in here], 1), pg).cpu()
                     for part in (0, 1)
                 ]
             if not counts:

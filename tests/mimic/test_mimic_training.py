@@ -180,6 +180,21 @@ def test_steps_do_not_depend_on_the_layout(ranks, scenes, side_files, one_rank, 
                 assert ours[name] == pytest.approx(theirs[name], rel=bound), name
 
 
+def test_steps_do_not_depend_on_how_samples_are_packed(ranks, scenes, side_files):
+    """Eight samples of a step in one stream, in four and each alone."""
+    steps = [
+        ranks(1, on_rank_steps, mimic_run(
+            scenes, side_files, micro_batch_size=size, moe_aux_loss_coeff=0.0, **TAUGHT), STEPS
+        )[0]["steps"]
+        for size in (8, 2, 1)
+    ]  # fmt: skip
+    for other in steps[1:]:
+        for ours, theirs in zip(other, steps[0], strict=True):
+            for name in ("train/lm_loss", "train/kd_loss", "moe/router_loss", "train/grad_norm"):
+                bound = LOSS_TOLERANCE * (10 if "norm" in name else 1)
+                assert ours[name] == pytest.approx(theirs[name], rel=bound), name
+
+
 def test_workers_read_alike(scenes, side_files):
     alone, others = (read(mimic_run(scenes, side_files, num_workers=n, **TAUGHT)) for n in (0, 1))
     for one, other in zip(alone, others, strict=True):
