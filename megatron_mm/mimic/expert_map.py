@@ -29,7 +29,7 @@ class ExpertMap:
     """A map between two models.
 
     Attributes:
-        identity: of the teacher (`route_file.TeacherSizes`).
+        identity: of the teacher (`recorded.TeacherSizes`).
         layers: student's layer -> teacher's, ascending.
         experts: student's layer -> A, fp32 [E_T, E_S], rows that sum to 1.
         info: how it was made.

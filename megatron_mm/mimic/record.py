@@ -17,8 +17,8 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import DataError
+from megatron_mm.mimic.recorded import Recorded, place_of
 from megatron_mm.mimic.rounds import Rows, read_rounds, to_rank_0
-from megatron_mm.mimic.route_file import Recorded, place_of
 from megatron_mm.mimic.text import answer_starts, row_digest, token_digest
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.parallel.sequence import gather_shards

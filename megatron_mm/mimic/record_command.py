@@ -89,8 +89,8 @@ def _of_checkpoint(args: argparse.Namespace, rest: list[str], command: Any) -> s
     from megatron_mm.engine.feed import raise_together
     from megatron_mm.errors import DataError
     from megatron_mm.mimic.record import check_top, record
+    from megatron_mm.mimic.recorded import TeacherSizes, write_routes
     from megatron_mm.mimic.rounds import Rows
-    from megatron_mm.mimic.route_file import TeacherSizes, write_routes
 
     path, stored = command.resolve(args.checkpoint)
     run = stored_run(stored["config"], rest, cli.world_size(), None)
@@ -119,8 +119,8 @@ def _of_checkpoint(args: argparse.Namespace, rest: list[str], command: Any) -> s
 def _of_folder(args: argparse.Namespace, rest: list[str]) -> str:
     from megatron_mm.config import load
     from megatron_mm.mimic.record_hf import TransformersTeacher, record_hf
+    from megatron_mm.mimic.recorded import write_routes
     from megatron_mm.mimic.rounds import Rows
-    from megatron_mm.mimic.route_file import write_routes
 
     folder, data = Path(args.hf), load(None, rest).data
     teacher = TransformersTeacher(folder, data, trust_remote_code=args.trust_remote_code)

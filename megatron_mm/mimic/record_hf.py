@@ -27,8 +27,8 @@ from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.errors import ConvertError, OneLine
 from megatron_mm.mimic.record import check_top, top_experts
+from megatron_mm.mimic.recorded import Recorded, TeacherSizes, place_of
 from megatron_mm.mimic.rounds import Rows, open_rows
-from megatron_mm.mimic.route_file import Recorded, TeacherSizes, place_of
 from megatron_mm.mimic.text import answer_starts, row_digest, supervised, token_digest
 
 

@@ -24,7 +24,7 @@ from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader, receive
 from megatron_mm.errors import DataError
-from megatron_mm.mimic.route_file import place_of
+from megatron_mm.mimic.recorded import place_of
 
 
 @dataclass(frozen=True)

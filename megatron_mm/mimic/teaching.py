@@ -109,7 +109,7 @@ class Teaching:
                 if self._routes:
                     scale = of_routes * self._routes.scale
                     batch = taught(batch, replace(self._routes, scale=scale))
-            if of_skills:
+            if self._member_SLE is not None:  # of weight 0 it is measured, as the routes are
                 batch = taught(batch, self._of_skills(batch, of_skills))
             made.append(batch)
         return made

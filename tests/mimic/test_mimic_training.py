@@ -17,7 +17,7 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.mimic.expert_map import ExpertMap
-from megatron_mm.mimic.route_file import Recorded, TeacherSizes, place_of, write_routes
+from megatron_mm.mimic.recorded import Recorded, TeacherSizes, place_of, write_routes
 from megatron_mm.mimic.teaching import Teaching
 from megatron_mm.mimic.text import answer_starts, row_digest, supervised, token_digest
 from megatron_mm.train.sft import SupervisedFineTuning, open_rows
@@ -131,10 +131,17 @@ def test_without_a_coefficient_it_is_plain_fine_tuning(ranks, scenes, side_files
     assert taught["moe/router_loss"] > 0.1 and taught["train/kd_loss"] > 0.1
 
 
-def test_after_the_annealing_it_is_plain_fine_tuning(ranks, scenes, side_files, plain, tmp_path):
+@pytest.mark.parametrize("kind", ["routes", "skills"])
+def test_after_the_annealing_it_is_plain_fine_tuning(
+    ranks, scenes, side_files, plain, tmp_path, kind
+):
     """The coefficient follows from the step: a run that ends its annealing with the first step
     takes the later ones as plain fine-tuning takes them from there."""
-    run = mimic_run(scenes, side_files, mimic_route_coeff=0.4, mimic_anneal_share=1 / 12)
+    settings = dict(mimic_route_coeff=0.4)
+    if kind == "skills":
+        settings = dict(mimic_routes=None, mimic_map=None, skill_map=side_files["skills.json"])
+        settings |= dict(on_missing_cluster="skip", mimic_skill_coeff=0.4)
+    run = mimic_run(scenes, side_files, mimic_anneal_share=1 / 12, **settings)
     begun = ranks(1, on_rank_steps, run, 1, tmp_path)[0]
     whole = ranks(1, on_rank_steps, run, STEPS)[0]
     run.checkpoint.load = str(tmp_path)

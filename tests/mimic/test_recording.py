@@ -23,8 +23,9 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.mimic.expert_map import load_expert_map
 from megatron_mm.mimic.record import record
+from megatron_mm.mimic.recorded import Recorded, TeacherSizes, write_routes
 from megatron_mm.mimic.rounds import Rows
-from megatron_mm.mimic.route_file import Recorded, RouteFile, TeacherSizes, write_routes
+from megatron_mm.mimic.route_file import RouteFile
 from megatron_mm.mimic.survey import survey
 from megatron_mm.model.layers.moe import Router
 from support.exports import converted, grounding_tokenizer, save_origin

@@ -16,7 +16,8 @@ from megatron_mm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mm.errors import DataError
 from megatron_mm.mimic.expert_map import ExpertMap, load_expert_map, permuted
 from megatron_mm.mimic.loader import with_teacher
-from megatron_mm.mimic.route_file import Recorded, RouteFile, TeacherSizes, write_routes
+from megatron_mm.mimic.recorded import Recorded, TeacherSizes, write_routes
+from megatron_mm.mimic.route_file import RouteFile
 from megatron_mm.mimic.text import answer_starts, matching, row_digest, supervised, token_digest
 
 LAYERS, EXPERTS, TOP, ANSWERS = [1, 4], 6, 3, 2

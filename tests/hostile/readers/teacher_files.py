@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from megatron_mm.data.sample import Sample
 from megatron_mm.errors import DataError
-from megatron_mm.mimic import expert_map, route_file
+from megatron_mm.mimic import expert_map, recorded, route_file
 from megatron_mm.mimic.text import row_digest, token_digest
 from tests.hostile.mutate import mutated_bytes, mutated_tree
 
@@ -23,14 +23,14 @@ ROW["messages"].append({"role": "assistant", "content": "b"})
 SAMPLE = Sample(torch.arange(5), torch.arange(5), torch.tensor([0, 0, 1.0, 1, 1]), [], "x")
 TEACHER: dict[str, Any] = {"identity": "t", "num_layers": 2, "num_experts": 4, "vocab_size": 9}
 HEADS: tuple[dict[str, Any], ...] = (
-    {"format": route_file.FORMAT, "teacher": TEACHER, "layers": [0, 1], "files": ["x"]},
+    {"format": recorded.FORMAT, "teacher": TEACHER, "layers": [0, 1], "files": ["x"]},
     {"format": expert_map.FORMAT, "teacher": "t", "layers": [[0, 0], [1, 1]], "info": {}},
 )
 
 
 def _routes() -> dict[str, torch.Tensor]:
     digests = (row_digest(ROW, "x:1"), token_digest(SAMPLE))
-    held = route_file.Recorded(
+    held = recorded.Recorded(
         *digests,
         torch.tensor([0, 1, 2], dtype=torch.int32),
         torch.tensor([[[0, 3], [1, 2]]] * 3, dtype=torch.int16),
@@ -38,7 +38,7 @@ def _routes() -> dict[str, torch.Tensor]:
         torch.tensor([[1], [2], [3]], dtype=torch.int32),
         torch.full((3, 1), -0.5),
     )
-    found = {name: getattr(held, name) for name in route_file.OF_ROW}
+    found = {name: getattr(held, name) for name in recorded.OF_ROW}
     found |= {
         name: torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None]
         for name, digest in zip(("digest", "tokens"), digests, strict=True)
