@@ -17,12 +17,14 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.mimic.expert_map import ExpertMap
+from megatron_mm.mimic.record import record
 from megatron_mm.mimic.recorded import Recorded, TeacherSizes, place_of, write_routes
+from megatron_mm.mimic.rounds import Rows
 from megatron_mm.mimic.teaching import Teaching
 from megatron_mm.mimic.text import answer_starts, row_digest, supervised, token_digest
 from megatron_mm.train.sft import SupervisedFineTuning, open_rows
 from support.trainers import LAYOUTS, LOSS_TOLERANCE, digits_run, new_trainer, parameters
-from support.weights import randomise_engine
+from support.weights import random_engine, randomise_engine
 
 EXPERTS, DEPTH, TOP, ANSWERS, STEPS = 5, 3, 3, 4, 3
 TAUGHT = dict(mimic_route_coeff=0.4, mimic_kd_coeff=0.5)
@@ -221,6 +223,39 @@ def test_the_student_comes_nearer_to_its_teacher(ranks, scenes, side_files):
     for name in ("moe/mimic_kl", "train/kd_loss"):
         first, last = (sum(step[name] for step in part) for part in (steps[:5], steps[-5:]))
         assert last < 0.9 * first, name  # 0.79 and 0.86 seen
+
+
+def on_rank_own(run: RunConfig, data: str, folder: Path) -> None:
+    """Records the model that `trainer_of` begins with, and writes maps to itself: the identity, and
+    one expert further."""
+    engine, tokenizer = random_engine(run), load_tokenizer(run.data.tokenizer_model)
+    held = record(engine, tokenizer, Rows([data]), [0, 1], 8, 64)
+    write_routes(folder / "routes.st", TeacherSizes("self", 2, 8, 384), [0, 1], held, "")
+    for name, a in (("same", torch.eye(8)), ("turned", torch.eye(8).roll(1, 1))):
+        ExpertMap("self", {0: 0, 1: 1}, {0: a, 1: a}).save(folder / f"{name}.st")
+
+
+def test_a_teacher_that_is_the_student_has_nothing_to_teach(ranks, scenes, plain, tmp_path):
+    """Recorded, read again and mapped by the identity: the first step is plain fine-tuning's but
+    for the fp16 of the file."""
+    data = str(scenes / "mix.jsonl")
+    ranks(1, on_rank_own, digits_run(scenes, global_batch_size=8, valid_data=None), data, tmp_path)
+    files = {"routes.st": str(tmp_path / "routes.st")}
+    norms = {}
+    for name in ("same", "turned"):
+        run = mimic_run(
+            scenes, files | {"map.st": str(tmp_path / f"{name}.st")},
+            mimic_route_coeff=1.0, mimic_kd_coeff=1.0,
+        )  # fmt: skip
+        step = ranks(1, on_rank_steps, run, 1)[0]["steps"][0]
+        norms[name] = step["train/grad_norm"]
+        # Of the order of the square of fp16's rounding, 5e-4, and of fp32's.
+        assert abs(step["train/kd_loss"]) < 1e-5
+        assert (abs(step["moe/mimic_kl"]) < 1e-5) == (name == "same")
+        assert step["moe/router_loss"] > 0.1  # the entropy of the teacher
+    alone = plain["steps"][0]["train/grad_norm"]
+    assert norms["same"] == pytest.approx(alone, rel=1e-4)
+    assert abs(norms["turned"] / alone - 1) > 1e-3
 
 
 @pytest.mark.parametrize("control", ["mimic_map_shuffle_seed", "mimic_row_shuffle_seed"])
