@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("errors", "platform", "plugins", "cli", "pictures"),
     *("config", "report", "parallel", "data", "model", "engine", "generation"),
-    *("checkpoint", "convert", "evaluation", "earl", "rl", "preference", "pass_rate", "train"),
-    *("perf", "benchmark", "doctor"),
+    *("checkpoint", "convert", "evaluation", "earl", "rl", "preference", "pass_rate"),
+    *("mimic", "train", "perf", "benchmark", "doctor"),
 )
 
 

@@ -5,6 +5,8 @@
     python tools/arms.py memory --memory clvr none --seeds 1      # what looks may see
     python tools/arms.py cascade --seeds 1 2 3 --jobs 2           # MPO, GSPO, distillation
     python tools/arms.py cascaded_experts --seeds 1 2 3 --jobs 2  # letter C and its controls
+    python tools/arms.py mimic --seeds 1 2 3 --jobs 2             # a teacher's routes
+    python tools/arms.py looking --seeds 1 2 3 --jobs 2           # answers that look, letter Q
 
 What is finished is not repeated, so a stopped comparison goes on. Each run has one rank; `--jobs`
 run side by side. A run that fails stops only those that start from it. The table is made from the
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,85 +33,185 @@ from examples.digits import (
     memory_arms,
     memory_table,
 )
-from examples.digits.jobs import run_all
+from examples.digits.jobs import Job, run_all
+from examples.looking import arms as looking_arms
+from examples.looking import table as looking_table
+from examples.mimic import arms as mimic_arms
+from examples.mimic import table as mimic_table
+
+Args = argparse.Namespace
+COUNTS = {
+    "questions": "of each kind",
+    "images": "for training",
+    "pool": "questions that are rated",
+    "iters": "steps of every run; default the configs'",
+    "base_iters": "steps of the base; default the model's",
+    "sft_iters": "steps of SFT; default the configs'",
+    "rl_iters": "steps of RL; default the configs'",
+}
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Attributes:
+        counts: numbers that it takes, by their names in COUNTS, with their defaults.
+        options: adds what else it takes.
+        jobs: (folder, arguments) -> its jobs.
+        summary: folder -> the figures of what is finished; markdown: figures -> tables.
+        folder: arguments -> the name of its folder under --out; None: its own name.
+    """
+
+    help: str
+    counts: dict[str, int | None]
+    jobs: Callable[[Path, Args], list[Job]]
+    summary: Callable[[Path], Any]
+    markdown: Callable[[Any], str]
+    options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
+    folder: Callable[[Args], str] | None = None
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="the demo's")
+
+
+def _arms(parser: argparse.ArgumentParser, arms: Sequence[str], some: str = "+") -> None:
+    parser.add_argument("--arms", nargs=some, choices=arms, default=[*arms])
+
+
+def _of_earl(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=earl_arms.MODELS, default="tiny")
+    parser.add_argument("--tiers", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3])
+
+
+def _of_memory(parser: argparse.ArgumentParser) -> None:
+    _arms(parser, memory_arms.ARMS, "*")
+    _data(parser)
+    parser.add_argument("--memory", nargs="+", choices=memory_arms.MEMORIES, default=["clvr"])
+
+
+def _of_hops(parser: argparse.ArgumentParser) -> None:
+    _arms(parser, [*hop_arms.ARMS])
+    _data(parser)
+
+
+def _earl(out: Path, args: Args) -> list[Job]:
+    iters = args.base_iters, args.sft_iters, args.rl_iters
+    size = earl_arms.Size(args.questions, args.images, *iters)
+    return earl_arms.jobs(out, earl_arms.MODELS[args.model], args.seeds, args.tiers, size)
+
+
+def _memory(out: Path, args: Args) -> list[Job]:
+    iters = args.sft_iters, args.rl_iters
+    return memory_arms.jobs(out, args.memory, args.seeds, args.arms, args.data, *iters)
+
+
+def _cascade(out: Path, args: Args) -> list[Job]:
+    size = cascade_arms.Size(args.questions, args.images, args.pool, args.iters)
+    return cascade_arms.jobs(out, args.seeds, size)
+
+
+def _hops(out: Path, args: Args) -> list[Job]:
+    return hop_arms.jobs(out, args.seeds, args.arms, args.data, args.iters)
+
+
+def _mimic(out: Path, args: Args) -> list[Job]:
+    size = mimic_arms.Size(args.questions, args.images, args.iters)
+    return mimic_arms.jobs(out, args.seeds, size)
+
+
+def _looking(out: Path, args: Args) -> list[Job]:
+    size = looking_arms.Size(args.questions, args.images, args.iters)
+    return looking_arms.jobs(out, args.seeds, args.arms, size)
+
+
+SCENES = {"questions": 2000, "images": 6000}
+COMPARISONS = {
+    "earl": Comparison(
+        "experts for skills, and reinforcement",
+        {**SCENES, "base_iters": None, "sft_iters": None, "rl_iters": None},
+        _earl,
+        earl_table.summary,
+        earl_table.markdown,
+        _of_earl,
+        folder=lambda args: args.model,
+    ),
+    "memory": Comparison(
+        "what a look may see",
+        {"sft_iters": None, "rl_iters": None},
+        _memory,
+        memory_table.table,
+        memory_table.markdown,
+        _of_memory,
+    ),
+    "cascade": Comparison(
+        "preference pairs, RL, distillation",
+        {**SCENES, "pool": 3000, "iters": None},
+        _cascade,
+        cascade_table.summary,
+        cascade_table.markdown,
+    ),
+    "cascaded_experts": Comparison(
+        "experts that hand tokens on (letter C)",
+        {"iters": None},
+        _hops,
+        hop_table.table,
+        hop_table.markdown,
+        _of_hops,
+    ),
+    "mimic": Comparison(
+        "a teacher's routes and answers",
+        {**SCENES, "iters": None},
+        _mimic,
+        mimic_table.summary,
+        mimic_table.markdown,
+    ),
+    "looking": Comparison(
+        "answers that look (letters Q and V)",
+        {"questions": 500, "images": 3000, "iters": None},
+        _looking,
+        looking_table.summary,
+        looking_table.markdown,
+        lambda parser: _arms(parser, [*looking_arms.ARMS]),
+    ),
+}
+
+
+def arguments(argv: list[str] | None) -> Args:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    earl = commands.add_parser("earl", help="experts for skills, and reinforcement")
-    memory = commands.add_parser("memory", help="what a look may see")
-    cascade = commands.add_parser("cascade", help="preference pairs, RL, distillation")
-    hops = commands.add_parser("cascaded_experts", help="experts that hand tokens on (letter C)")
-    for command in (earl, memory, cascade, hops):
+    for name, comparison in COMPARISONS.items():
+        command = commands.add_parser(name, help=comparison.help)
         command.add_argument("--out", type=Path, default=Path("runs/arms"))
         command.add_argument("--seeds", nargs="+", type=int, default=[1])
         command.add_argument("--jobs", type=int, default=1, help="runs side by side")
         command.add_argument("--table", action="store_true", help="train nothing")
         command.add_argument("--json", type=Path, help="where the table's figures go")
-    for command in (earl, memory):
-        command.add_argument("--rl-iters", type=int, help="steps of RL; default the configs'")
-    earl.add_argument("--model", choices=earl_arms.MODELS, default="tiny")
-    earl.add_argument("--tiers", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3])
-    for command in (earl, cascade):
-        command.add_argument("--questions", type=int, default=2000, help="of each kind")
-        command.add_argument("--images", type=int, default=6000, help="for training")
-    cascade.add_argument("--pool", type=int, default=3000, help="questions that are rated")
-    cascade.add_argument("--iters", type=int, help="steps of every run; default the configs'")
-    earl.add_argument("--base-iters", type=int, help="steps of the base; default the model's")
-    earl.add_argument("--sft-iters", type=int, help="further steps of SFT; default the configs'")
-    memory.add_argument("--arms", nargs="*", choices=memory_arms.ARMS, default=memory_arms.ARMS)
-    memory.add_argument("--memory", nargs="+", choices=memory_arms.MEMORIES, default=["clvr"])
-    hops.add_argument("--arms", nargs="+", choices=hop_arms.ARMS, default=[*hop_arms.ARMS])
-    hops.add_argument("--iters", type=int, help="steps of every run; default the demo's")
-    for command in (memory, hops):
-        command.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="the demo's")
-    memory.add_argument("--sft-iters", type=int, help="steps of SFT; default the demo's")
+        for count, default in comparison.counts.items():
+            flag = f"--{count.replace('_', '-')}"
+            command.add_argument(flag, type=int, default=default, help=COUNTS[count])
+        comparison.options(command)
     args = parser.parse_args(argv)
-    counts = ("jobs", "questions", "images", "base_iters", "sft_iters", "rl_iters", "pool", "iters")
-    for name in counts:
+    for name in ("jobs", *COUNTS):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; at least 1")
+    parts = mimic_arms.PARTS
+    if args.command == "mimic" and args.iters is not None and args.iters % parts:
+        parser.error(f"--iters is {args.iters}; a multiple of {parts}, after which it is saved")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 1 if a run failed."""
     args = arguments(argv)
-    if args.command == "earl":
-        out = args.out / args.model
-        iters = (args.base_iters, args.sft_iters, args.rl_iters)
-        size = earl_arms.Size(args.questions, args.images, *iters)
-        jobs = earl_arms.jobs(out, earl_arms.MODELS[args.model], args.seeds, args.tiers, size)
-    elif args.command == "cascade":
-        out = args.out / "cascade"
-        of = cascade_arms.Size(args.questions, args.images, args.pool, args.iters)
-        jobs = cascade_arms.jobs(out, args.seeds, of)
-    elif args.command == "cascaded_experts":
-        out = args.out / "cascaded_experts"
-        jobs = hop_arms.jobs(out, args.seeds, args.arms, args.data, args.iters)
-    else:
-        out = args.out / "memory"
-        iters = (args.sft_iters, args.rl_iters)
-        jobs = memory_arms.jobs(out, args.memory, args.seeds, args.arms, args.data, *iters)
-    failed = [] if args.table else run_all(jobs, args.jobs)
-    found: Any
-    if args.command == "earl":
-        found = earl_table.summary(out)
-        text = earl_table.markdown(found)
-    elif args.command == "cascade":
-        found = cascade_table.summary(out)
-        text = cascade_table.markdown(found)
-    elif args.command == "cascaded_experts":
-        found = hop_table.table(out)
-        text = hop_table.markdown(found)
-    else:
-        found = memory_table.table(out)
-        text = memory_table.markdown(found)
-    print(text)
+    comparison = COMPARISONS[args.command]
+    out = args.out / (comparison.folder(args) if comparison.folder else args.command)
+    failed = [] if args.table else run_all(comparison.jobs(out, args), args.jobs)
+    found = comparison.summary(out)
+    print(comparison.markdown(found))
     target = args.json or out / "table.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(found, indent=1) + "\n")

@@ -132,6 +132,7 @@ def training(
     minutes: Callable[[], float] | None = None,
     layers: str | None = None,
     late: Callable[[], Sequence[str]] = tuple,
+    saves: int | None = None,
 ) -> Job:
     """A training on one rank, because so small a model is no faster on two. It ends with the
     answers to all questions. If it was stopped, it goes on from its own checkpoint.
@@ -140,8 +141,10 @@ def training(
         minutes: after which the training ends; such a run begins anew if it was stopped.
         layers: the pattern of its model; default the demo's.
         late: more flags, known only once the needs are there.
+        saves: steps between checkpoints, which are all kept; None: only the last one is.
     """
-    again = ("--save-interval", "200", "--resume", "--keep-last-checkpoints", "1")
+    again = ("--save-interval", str(saves or 200), "--resume")
+    again += () if saves else ("--keep-last-checkpoints", "1")
 
     def limit() -> Sequence[str]:
         ending = ("--exit-duration-in-mins", f"{minutes():.4f}") if minutes else again

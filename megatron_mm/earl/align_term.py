@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.earl.router_term import RouterTargets, TaughtBatch
+from megatron_mm.earl.router_term import RouterTargets, TaughtBatch, taught
 
 DECAY, MOST = 0.95, 20.0
 
@@ -103,4 +103,4 @@ def aligned_batch(
     weight_T = weight_S.float()[batch.skill_T]
     weight_T[batch.num_real_tokens :] = 0.0
     scale = coefficient * counts.supervised
-    return TaughtBatch(**vars(batch), router=RouterTargets(weight_T, cluster_SLE, scale))
+    return taught(batch, RouterTargets(weight_T, cluster_SLE, scale))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -79,16 +79,58 @@ class RouterTargets:
         return loss * self.scale
 
 
+class Targets(Protocol):
+    """What the routers learn from one microbatch: `RouterTargets`, or a teacher's routes."""
+
+    def to(self, device: torch.device | str) -> Targets: ...
+
+    def term(
+        self,
+        logits_tE: torch.Tensor,
+        batch: Microbatch,
+        moe_index: int,
+        positions: range,
+        metrics: Metrics,
+    ) -> torch.Tensor | None:
+        """Returns one layer's term over some positions; see `model.routing.RouterTerm`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Several:
+    """Targets that are learnt together: the sum of their terms."""
+
+    parts: tuple[Targets, ...]
+
+    def to(self, device: torch.device | str) -> Several:
+        return Several(tuple(part.to(device) for part in self.parts))
+
+    def term(self, *given, **named) -> torch.Tensor | None:
+        """See `Targets.term`."""
+        terms = [part.term(*given, **named) for part in self.parts]
+        found = [term for term in terms if term is not None]
+        return torch.stack(found).sum() if found else None
+
+
 @dataclass(kw_only=True)
 class TaughtBatch(Microbatch):
     """A microbatch with what its routers learn; None: nothing."""
 
-    router: RouterTargets | None = None
+    router: Targets | None = None
+
+
+def taught(batch: Microbatch, targets: Targets) -> TaughtBatch:
+    """Adds what its routers learn to a microbatch, beside what they learn from it already."""
+    if not isinstance(batch, TaughtBatch):
+        return TaughtBatch(**vars(batch), router=targets)
+    return replace(
+        batch, router=targets if batch.router is None else Several((batch.router, targets))
+    )
 
 
 def router_term(
     logits_tE: torch.Tensor, batch: Microbatch, moe_index: int, positions: range, metrics: Metrics
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """The term of the batch's own targets; a `model.routing.RouterTerm`."""
     assert isinstance(batch, TaughtBatch) and batch.router is not None
     return batch.router.term(logits_tE, batch, moe_index, positions, metrics)

@@ -108,13 +108,14 @@ def load_skill_map(
     path: str | Path,
     num_layers: int,
     num_experts: int,
-    moe_router_topk: int,
+    moe_router_topk: int | None,
     *,
     exclusive: bool = False,
 ) -> SkillMap:
     """Reads the map in a file, for a model of these sizes.
 
     Args:
+        moe_router_topk: None: any, where nothing is routed.
         exclusive: whether clusters must be exclusive, with a common one (format 2).
     Raises:
         RLError: in one line, for a file that cannot be read, is no map, or was made for a model of
@@ -143,6 +144,9 @@ def load_skill_map(
     missing = [key for key in keys if key not in held]
     if missing:
         raise RLError(f"skill map {path}: {missing[0]!r} is missing; write the map again")
+    topk = held["moe_router_topk"]
+    if moe_router_topk is None and type(topk) is int and topk >= 1:
+        moe_router_topk = topk
     for key, expected in zip(SIZES, (num_layers, num_experts, moe_router_topk), strict=True):
         if type(held[key]) is not int or held[key] != expected:
             raise RLError(
@@ -157,7 +161,7 @@ def load_skill_map(
     common = held["common"] if held["format"] == FORMAT else None
     if held["format"] == FORMAT and not isinstance(common, list):
         raise RLError(f"skill map {path}: 'common' is no list; write the map again")
-    sizes = num_layers, num_experts, moe_router_topk
+    sizes = num_layers, num_experts, topk
     try:
         return SkillMap(*sizes, dict(held["skills"]), dict(info), common)
     except RLError as error:

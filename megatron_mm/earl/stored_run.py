@@ -23,6 +23,8 @@ from megatron_mm.config.settings import CheckpointConfig
 # Settings of the run that may be given beside the layout and the backend.
 GIVEN = ("tokenizer_model", "eval_samples", "eval_batch_size", "max_new_tokens")
 
+NOT_STORED = ("backend", "rl", "earl", "mimic")  # sections of a checkpoint that nothing here reads
+
 
 def check_flags(rest: Sequence[str], doing: str) -> None:
     """Checks the run's flags of a command.
@@ -53,7 +55,7 @@ def stored_run(
     """
     given = load(None, list(rest))
     # Nothing is trained: the objectives' settings need not fit, nor their files be here.
-    run = run_of_checkpoint({k: v for k, v in stored.items() if k not in ("backend", "rl", "earl")})
+    run = run_of_checkpoint({k: v for k, v in stored.items() if k not in NOT_STORED})
     training = TrainingConfig(
         bf16=run.training.bf16, global_batch_size=data_parallel_size(given, world)
     )

@@ -42,7 +42,7 @@ from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.layers.interface import Scheduled
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.multimodal import MultimodalModel, build, build_encoder
-from megatron_mm.model.routing import Routes, check_forbidden, check_routes
+from megatron_mm.model.routing import RouterTerm, Routes, check_forbidden, check_routes
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.parallel.stage_exchange import Rows, StageExchange
@@ -240,6 +240,7 @@ class Engine:
         looks: dict[int, list[torch.Tensor]] | None = None,
         caches: Sequence[DecodeCache] | None = None,
         routes: Sequence[Routes] | None = None,
+        router_term: RouterTerm | None = None,
     ) -> list:
         """Runs only forward passes.
 
@@ -252,6 +253,8 @@ class Engine:
                 of microbatches must then be a multiple of the pipeline size.
             routes: if given, one for each microbatch, filled with the experts that this rank's
                 layers chose at its positions (`model.routing.whole_routes` gathers them).
+            router_term: if given, called with the logits of this rank's routers; what it returns
+                counts for nothing.
 
         Returns:
             The results of `finish` for each microbatch, on the last stage.
@@ -267,7 +270,13 @@ class Engine:
 
         with torch.no_grad():
             return self._schedule(
-                batches, positions, collect, forward_only=True, of_each=of_each, looks=looks
+                batches,
+                positions,
+                collect,
+                forward_only=True,
+                of_each=of_each,
+                looks=looks,
+                router_term=router_term,
             )
 
     @contextmanager

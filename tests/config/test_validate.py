@@ -137,7 +137,7 @@ CASES = [
     ("--no-untie-embeddings-and-output-weights", "is False; allowed: true; tied embeddings"),
     (
         " ".join(f"--freeze-{module}" for module in MODULES),
-        "every module is frozen; allowed: at least 1 of the 6 freeze flags false",
+        "every module is frozen; allowed: at least 1 of the 7 freeze flags false",
     ),
     (
         "--train-data a.jsonl:8 b.jsonl:8 --train-iters 5 --global-batch-size 4",

@@ -1,0 +1,161 @@
+"""Jobs of mimic learning on digit scenes: a larger teacher, a student, and the controls.
+
+`out`/seedN holds, for each seed:
+
+    teacher/         the demo's SFT with 16 experts, 6 layers and twice the steps
+    skills.json      the teacher's experts by knock-out, and what breaks without them
+    routes.st        what the teacher says of all training rows
+    scratch/ARM/     the demo's SFT of the student, from nothing; map.st: by sets of experts
+    tuned/ARM/       400 more steps from scratch/sft; map.st: by transport
+
+Each run ends with answers to all held-out questions and keeps its checkpoints at 10, 25 and 50 % of
+its steps; points.json says what was measured of them (`measure.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.digits.earl_arms import LONGEST_WARMUP, PROBED
+from examples.digits.jobs import DIGITS, ROOT, Job, digits_data, discovery, training
+
+PATTERN = "GE*ELJGE*EGE*E"  # the demo's, and two layers behind
+TEACHER = ("--num-experts", "16", "--hybrid-layer-pattern", PATTERN)
+TEACHER += ("--pipeline-model-parallel-layout", PATTERN)
+STEPS = {"scratch": 2200, "tuned": 400}  # of the configs
+STEPS_OF_TEACHER = 4400
+PARTS = 20  # of a run, after each of which it is saved
+ASKED = 40  # questions of each kind for the causal test
+KINDS = 16  # of questions
+
+KD = ("--mimic-kd-coeff", "1")
+ROUTES = ("--mimic-route-coeff", "0.1")
+ARMS = {
+    "sft": (),
+    "kd": KD,
+    "mimic": (*KD, *ROUTES),
+    "permuted": (*KD, *ROUTES, "--mimic-map-shuffle-seed", "1"),
+    "another_row": (*KD, *ROUTES, "--mimic-row-shuffle-seed", "1"),
+    "held": (*KD, *ROUTES, "--mimic-anneal-share", "0"),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Questions and steps: those of the comparison, or fewer to try it out; None: the configs'."""
+
+    questions: int = 2000  # of each kind
+    images: int = 6000
+    iters: int | None = None  # steps of every run, a multiple of PARTS
+
+    def steps(self, start: str) -> int:
+        """Returns the steps of a run from a start."""
+        return self.iters or STEPS[start]
+
+    def flags(self, steps: int) -> list[str]:
+        """Returns the flags of a run of so many steps."""
+        few = ["--lr-warmup-iters", "0"] if steps <= LONGEST_WARMUP else []
+        return ["--train-iters", str(steps), *few]
+
+
+def jobs(out: Path, seeds: Sequence[int], size: Size) -> list[Job]:
+    """Returns the jobs, in their order."""
+    data = out / "data"
+    counts = ("--images", str(size.images), "--valid-images", str(max(30, size.questions)))
+    made = [digits_data(data, (*counts, "--valid-per-key", str(size.questions)))]
+    for seed in seeds:
+        made += _of_seed(out / f"seed{seed}", data, seed, size)
+    return made
+
+
+def _of_seed(folder: Path, data: Path, seed: int, size: Size) -> list[Job]:
+    given = ["--valid-data", str(data / "valid.jsonl"), "--eval-batch-size", "512"]
+    given += ["--tokenizer-model", str(data / "tokenizer.model"), "--seed", str(seed)]
+    mixed = ["--train-data", f"{data}/align.jsonl:19200", f"{data}/mix.jsonl"]
+    teacher, skills, routes = (folder / name for name in ("teacher", "skills.json", "routes.st"))
+    steps = size.flags(size.iters or STEPS_OF_TEACHER)
+    made = [
+        training(
+            DIGITS / "demo.yaml",
+            teacher,
+            [*given, *mixed, *TEACHER, *steps],
+            [data / "tokenizer.model"],
+        ),
+        discovery(
+            teacher / "checkpoint",
+            data,
+            skills,
+            [
+                *("--samples", str(PROBED), "--selectivity", str(data / "valid.jsonl")),
+                *("--eval-samples", str(ASKED * KINDS), "--eval-batch-size", "512"),
+            ],
+            [teacher / "answers.jsonl"],
+        ),
+        _tool(
+            "record_routes",
+            routes,
+            ["--checkpoint", str(teacher / "checkpoint"), "--batch-size", "128"],
+            [str(data / "align.jsonl"), str(data / "mix.jsonl")],
+            [teacher / "answers.jsonl"],
+        ),
+    ]
+    for start in STEPS:
+        made += _of_start(folder, start, data, [*given], mixed, size)
+    return made
+
+
+def _of_start(
+    folder: Path, start: str, data: Path, given: list[str], mixed: list[str], size: Size
+) -> list[Job]:
+    routes, mapped = folder / "routes.st", folder / start / "map.st"
+    skills = folder / "skills.json"
+    base = folder / "scratch" / "sft"
+    steps = size.steps(start)
+    if start == "scratch":
+        config, begins, needs = DIGITS / "demo.yaml", mixed, [data / "tokenizer.model"]
+        sets = ["--method", "clusters", "--config", str(config)]
+        made = [_tool("map_experts", mapped, [*sets, "--routes", str(routes)], [], [routes])]
+    else:
+        config, needs = DIGITS / "arms" / "sft_more.yaml", [base / "answers.jsonl"]
+        begins = ["--load", str(base / "checkpoint"), "--train-data", f"{data}/mix.jsonl"]
+        student = ["--checkpoint", str(base / "checkpoint"), "--samples", str(PROBED)]
+        flags = [*student, "--routes", str(routes)]
+        made = [
+            _tool("map_experts", mapped, flags, [str(data / "mix.jsonl")], [routes, *needs]),
+        ]
+    for name, arm in ARMS.items():
+        run = folder / start / name
+        files = ["--mimic-routes", str(routes)] if arm else []
+        files += ["--mimic-map", str(mapped)] if ROUTES[0] in arm else []
+        made.append(
+            training(
+                config,
+                run,
+                [*given, *begins, *arm, *files, *size.flags(steps)],
+                [*needs, *([routes] if arm else []), *([mapped] if ROUTES[0] in arm else [])],
+                saves=steps // PARTS,
+            )
+        )
+        # At once: it deletes most of the run's checkpoints.
+        command = ("-m", "examples.mimic.measure", "--run", str(run), "--map", str(mapped))
+        command += ("--routes", str(routes), "--skills", str(skills), "--data", str(data))
+        shuffled = ("--shuffled", "1") if name == "permuted" else ()
+        made.append(
+            Job(
+                run / "points.json",
+                (*command, *shuffled),
+                run / "points.log",
+                (run / "answers.jsonl", mapped, skills),
+            )
+        )
+    return made
+
+
+def _tool(
+    name: str, out: Path, flags: Sequence[str], data: Sequence[str], needs: Sequence[Path]
+) -> Job:
+    files = ("--data", *data) if data else ()
+    command = (str(ROOT / "tools" / f"{name}.py"), "--out", str(out), *flags, *files)
+    return Job(out, command, out.with_suffix(".log"), tuple(needs))

@@ -1,0 +1,1 @@
+"""Mimic learning: what a teacher's routes and answers teach."""

@@ -1,0 +1,11 @@
+"""Map a teacher's experts to a student's; see megatron_mm/mimic/map_command.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_mm.mimic.map_command import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
