@@ -41,13 +41,13 @@ from examples.mimic import table as mimic_table
 
 Args = argparse.Namespace
 COUNTS = {
-    "questions": "of each kind",
-    "images": "for training",
-    "pool": "questions that are rated",
-    "iters": "steps of every run; default the configs'",
-    "base_iters": "steps of the base; default the model's",
-    "sft_iters": "steps of SFT; default the configs'",
-    "rl_iters": "steps of RL; default the configs'",
+    "--questions": "of each kind",
+    "--images": "for training",
+    "--pool": "questions that are rated",
+    "--iters": "steps of every run; default the configs'",
+    "--base-iters": "steps of the base; default the model's",
+    "--sft-iters": "steps of SFT; default the configs'",
+    "--rl-iters": "steps of RL; default the configs'",
 }
 
 
@@ -55,7 +55,7 @@ COUNTS = {
 class Comparison:
     """
     Attributes:
-        counts: numbers that it takes, by their names in COUNTS, with their defaults.
+        counts: numbers that it takes, by their flags, with their defaults.
         options: adds what else it takes.
         jobs: (folder, arguments) -> its jobs.
         summary: folder -> the figures of what is finished; markdown: figures -> tables.
@@ -125,11 +125,11 @@ def _looking(out: Path, args: Args) -> list[Job]:
     return looking_arms.jobs(out, args.seeds, args.arms, size)
 
 
-SCENES = {"questions": 2000, "images": 6000}
+SCENES = {"--questions": 2000, "--images": 6000}
 COMPARISONS = {
     "earl": Comparison(
         "experts for skills, and reinforcement",
-        {**SCENES, "base_iters": None, "sft_iters": None, "rl_iters": None},
+        {**SCENES, "--base-iters": None, "--sft-iters": None, "--rl-iters": None},
         _earl,
         earl_table.summary,
         earl_table.markdown,
@@ -138,7 +138,7 @@ COMPARISONS = {
     ),
     "memory": Comparison(
         "what a look may see",
-        {"sft_iters": None, "rl_iters": None},
+        {"--sft-iters": None, "--rl-iters": None},
         _memory,
         memory_table.table,
         memory_table.markdown,
@@ -146,14 +146,14 @@ COMPARISONS = {
     ),
     "cascade": Comparison(
         "preference pairs, RL, distillation",
-        {**SCENES, "pool": 3000, "iters": None},
+        {**SCENES, "--pool": 3000, "--iters": None},
         _cascade,
         cascade_table.summary,
         cascade_table.markdown,
     ),
     "cascaded_experts": Comparison(
         "experts that hand tokens on (letter C)",
-        {"iters": None},
+        {"--iters": None},
         _hops,
         hop_table.table,
         hop_table.markdown,
@@ -161,14 +161,14 @@ COMPARISONS = {
     ),
     "mimic": Comparison(
         "a teacher's routes and answers",
-        {**SCENES, "iters": None},
+        {**SCENES, "--iters": None},
         _mimic,
         mimic_table.summary,
         mimic_table.markdown,
     ),
     "looking": Comparison(
         "answers that look (letters Q and V)",
-        {"questions": 500, "images": 3000, "iters": None},
+        {"--questions": 500, "--images": 3000, "--iters": None},
         _looking,
         looking_table.summary,
         looking_table.markdown,
@@ -190,14 +190,13 @@ def arguments(argv: list[str] | None) -> Args:
         command.add_argument("--table", action="store_true", help="train nothing")
         command.add_argument("--json", type=Path, help="where the table's figures go")
         for count, default in comparison.counts.items():
-            flag = f"--{count.replace('_', '-')}"
-            command.add_argument(flag, type=int, default=default, help=COUNTS[count])
+            command.add_argument(count, type=int, default=default, help=COUNTS[count])
         comparison.options(command)
     args = parser.parse_args(argv)
-    for name in ("jobs", *COUNTS):
-        value = getattr(args, name, None)
+    for flag in ("--jobs", *COUNTS):
+        value = getattr(args, flag[2:].replace("-", "_"), None)
         if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; at least 1")
+            parser.error(f"{flag} is {value}; at least 1")
     parts = mimic_arms.PARTS
     if args.command == "mimic" and args.iters is not None and args.iters % parts:
         parser.error(f"--iters is {args.iters}; a multiple of {parts}, after which it is saved")
