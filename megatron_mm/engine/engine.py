@@ -171,8 +171,7 @@ class Engine:
     def forward_backward[B: Microbatch](
         self, batches: Sequence[B], objective: Objective[B]
     ) -> list[Metrics]:
-        """Accumulates the gradients of one step. Layers that change as training goes on take the
-        state that belongs to it.
+        """Accumulates the gradients of one step.
 
         Returns:
             The numbers of each microbatch that this rank's layers and, on the last stage, the
@@ -183,9 +182,7 @@ class Engine:
         self.optimizer.zero_grad()
         pg = self.groups.pg
         found = [Metrics() for _ in batches]
-        done = self.scheduler.num_steps / self.run.training.train_iters
-        for chunk in self.chunks:
-            chunk.language.at_progress(done)
+        self.at_progress()
         counts = pg.tp.rank() == 0  # tensor-parallel ranks have the same loss
 
         def finish(output: Predictions, batch: B, positions: torch.Tensor, metrics: Metrics):
@@ -216,11 +213,19 @@ class Engine:
             gradient_norm: as returned by `gradient_norm` for these gradients.
         """
         clip_and_step(self.optimizer, gradient_norm, self.run.optimizer.clip_grad)
-        self.scheduler.step(increment=1)
+        self.pass_over()
 
     def pass_over(self) -> None:
         """Advances the schedule without an update."""
         self.scheduler.step(increment=1)
+        self.at_progress()
+
+    def at_progress(self) -> None:
+        """Gives layers that change as training goes on the state of the next step, so that what
+        comes before it, such as a rollout, has it too."""
+        done = self.scheduler.num_steps / max(1, self.run.training.train_iters)
+        for chunk in self.chunks:
+            chunk.language.at_progress(done)
 
     def learning_rate(self) -> float:
         """Current learning rate of the language model; other modules have multiples of it."""

@@ -78,6 +78,7 @@ class Trainer:
         self.router_norms = RouterNorms(self.engine)
         image_token = self.tokenizer.image_context_id
         begun = start(self.engine, loader, run.checkpoint, image_token)
+        self.engine.at_progress()
         self.iteration, self.seconds = begun.iteration, begun.seconds
         self.notes = begun.notes | {"image_token_id": image_token}
         self.saver = Saver(

@@ -61,9 +61,10 @@ class LayerModule(Protocol):
     Attributes:
         State: the layer's memory of rows that are decoded; None if every position is computed by
             itself.
-        at_progress: optional, (share of the run's steps that are done) -> None, called before every
-            step of training, for a layer that changes with it. What changes is a parameter that
-            never learns, so that checkpoints and exports hold it.
+        at_progress: optional, (share of the run's steps that are done) -> None, called before and
+            after every step of training, for a layer that changes with it. What changes is a
+            parameter that never learns (`ParamLayout.set_by_run`), so that checkpoints and exports
+            hold it.
     """
 
     State: type[LayerState] | None
