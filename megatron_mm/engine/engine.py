@@ -169,15 +169,6 @@ class Engine:
         for model in self.modules:
             model.train(mode)
 
-    def begin_step(self, iteration: int) -> None:
-        """Sets what changes over a run (`Scheduled`) for the step after this many, its rollout
-        included."""
-        done = iteration / self.run.training.train_iters
-        for chunk in self.chunks:
-            for module in chunk.modules():
-                if isinstance(module, Scheduled):
-                    module.at_progress(done)
-
     def forward_backward[B: Microbatch](
         self, batches: Sequence[B], objective: Objective[B]
     ) -> list[Metrics]:
@@ -192,6 +183,7 @@ class Engine:
         self.optimizer.zero_grad()
         pg = self.groups.pg
         found = [Metrics() for _ in batches]
+        self.at_progress()
         counts = pg.tp.rank() == 0  # tensor-parallel ranks have the same loss
 
         def finish(output: Predictions, batch: B, positions: torch.Tensor, metrics: Metrics):
@@ -222,11 +214,21 @@ class Engine:
             gradient_norm: as returned by `gradient_norm` for these gradients.
         """
         clip_and_step(self.optimizer, gradient_norm, self.run.optimizer.clip_grad)
-        self.scheduler.step(increment=1)
+        self.pass_over()
 
     def pass_over(self) -> None:
         """Advances the schedule without an update."""
         self.scheduler.step(increment=1)
+        self.at_progress()
+
+    def at_progress(self) -> None:
+        """Gives layers that change as training goes on the state of the next step, so that what
+        comes before it, such as a rollout, has it too."""
+        done = self.scheduler.num_steps / max(1, self.run.training.train_iters)
+        for chunk in self.chunks:
+            for module in chunk.modules():
+                if isinstance(module, Scheduled):
+                    module.at_progress(done)
 
     def learning_rate(self) -> float:
         """Current learning rate of the language model; other modules have multiples of it."""

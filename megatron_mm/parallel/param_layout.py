@@ -39,6 +39,7 @@ class ParamLayout:
     expert: bool = False  # replicated over the expert-data-parallel group, not over data-parallel
     # (end of its name, end of another's): it starts as a copy of that parameter of the same layer.
     copies: tuple[str, str] | None = None
+    set_by_run: bool = False  # it never learns, but changes as training goes on
 
     def source(self, name: str) -> str | None:
         """Returns the name of the parameter that a new one of this name starts as a copy of."""
@@ -92,6 +93,7 @@ def place(
     partial_gradient: bool = False,
     expert: bool = False,
     copies: tuple[str, str] | None = None,
+    set_by_run: bool = False,
 ) -> None:
     """Attaches a layout to a parameter.
 
@@ -103,7 +105,7 @@ def place(
         partial_gradient: the parameter is replicated over tensor-parallel ranks that each see
             other positions or heads, so its gradient must be summed over them
             (docs/design.md 4.3).
-        expert, copies: see `ParamLayout`.
+        expert, copies, set_by_run: see `ParamLayout`.
 
     Raises:
         ValueError: the view has another number of elements than the parameter.
@@ -119,7 +121,15 @@ def place(
         sizes[dim] = size
     shared = tuple(dim for dim, group in (split or {}).items() if group.size() > 1)
     param.param_layout = ParamLayout(
-        tuple(sizes), local, tuple(offset), init, rows_drawn_alone, shared, expert, copies
+        tuple(sizes),
+        local,
+        tuple(offset),
+        init,
+        rows_drawn_alone,
+        shared,
+        expert,
+        copies,
+        set_by_run,
     )
     # Attributes that megatron-core's gradient reduction and clipping read.
     param.sequence_parallel = partial_gradient

@@ -43,7 +43,8 @@ def open_reference(engine: Engine) -> tuple[WeightSets, Origin]:
         every = [name for name, _, _ in parameters(engine)]
         hold_reference(sets, engine, every, lambda: weights_of(engine, named))
         return sets, None
-    learners = [name for name, param, _ in parameters(engine) if param.requires_grad]
+    held = parameters(engine)
+    learners = [name for name, param, of in held if param.requires_grad or of.set_by_run]
     starting = partial(hold_reference, sets, engine, learners, late=True)
     if not goes_on(run):
         starting(lambda: _starting(engine, learners))

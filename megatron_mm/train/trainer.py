@@ -78,6 +78,7 @@ class Trainer:
         self.router_norms = RouterNorms(self.engine)
         image_token = self.tokenizer.image_context_id
         begun = start(self.engine, loader, run.checkpoint, image_token)
+        self.engine.at_progress()
         self.iteration, self.seconds = begun.iteration, begun.seconds
         self.notes = begun.notes | {"image_token_id": image_token}
         self.saver = Saver(
@@ -129,7 +130,6 @@ class Trainer:
         self.position = self.loader.state_dict() if self.source.between else None
         if self.saver.failed:
             self.request_stop()  # seen by all ranks at this step; saving once more says why
-        self.engine.begin_step(self.iteration)
         batches, stopping = self.source.next_step(self.stop_requested)
         if stopping:
             return None

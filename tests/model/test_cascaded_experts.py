@@ -39,7 +39,7 @@ def layer_of(run: RunConfig, pg, hard: bool) -> CascadedExperts:
     generator = torch.Generator().manual_seed(5)
     for _, param in sorted(made.named_parameters()):
         param.data.normal_(0.0, 0.3, generator=generator)
-    made.delegate.at_progress(float(hard))
+    made.delegate.hard.data.fill_(float(hard))
     made.router.config.moe_router_dtype = "fp64"
     return made
 
@@ -96,10 +96,10 @@ def by_hand(
         read = h if settings.delegate_input == "stream" else h + y
         z = F.rms_norm(read, read.shape, 1 + delegate.norm.weight, eps=1e-6)
         opened = (delegate.gate.weight[0] @ z + delegate.gate.bias[0]).sigmoid()
-        scores = delegate.router.weight @ z
+        scores = allowed = delegate.router.weight @ z
         if settings.delegate_distinct:
-            scores = scores.index_fill(0, first, -torch.inf)
-        second = scores.topk(delegate.k).indices
+            allowed = scores.index_fill(0, first, -torch.inf)
+        second = allowed.topk(delegate.k).indices
         q = scores[second].softmax(0) if delegate.k > 1 else scores.softmax(0)[second]
         handed = place < real and (not hard or float(opened) > 0.5)
         if handed:
@@ -122,6 +122,7 @@ def by_hand(
         {"delegate_distinct": True},
         {"delegate_input": "stream"},
         {"delegate_topk": 1},
+        {"delegate_topk": 1, "delegate_distinct": True},
         {"delegate_topk": 4, "delegate_distinct": True},
     ],
     ids=lambda settings: " ".join(map(str, settings.values())) or "plain",
@@ -304,6 +305,9 @@ def test_the_gate_closes_with_the_runs_progress(pg):
         layer.delegate.at_progress(done)
         hard.append(float(layer.delegate.hard))
     assert hard == [0.0, 0.0, 1.0, 1.0]
+    layer, *_ = case(pg, delegate_hard_from=1.0)
+    layer.delegate.at_progress(1.0)
+    assert float(layer.delegate.hard) == 0.0  # never
 
 
 # ---- settings

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_mm.config import RunConfig
 from megatron_mm.errors import CheckpointError
+from support.cascades import with_cascade
 from support.pair_runs import on_rank_save, on_rank_steps, pairs_run, pairs_trainer, write_pairs
 from support.trainers import PP2, digits_run
 
@@ -75,6 +76,24 @@ def test_the_starting_weights_move_as_a_reference_by_name(ranks, scenes, rows, s
     absent = ranks(1, on_rank_steps, begun(scenes, rows, start), 4)[0]
     named = ranks(1, on_rank_steps, begun(scenes, rows, start, dpo_ref_load=str(start)), 4)[0]
     assert absent == named
+
+
+def on_rank_held(run: RunConfig) -> list[float]:
+    """The state of every gate of a second hop in the reference, after steps that close the gates of
+    the policy, and in the policy."""
+    trainer = pairs_trainer(run)
+    for _ in range(2):
+        trainer.step()
+    sets = trainer.source.sets
+    own = dict(trainer.engine.chunks[0].named_parameters())
+    held = sets._sets["reference"].weights
+    return [float(of[name]) for of in (held, own) for name in own if name.endswith(".hard")]
+
+
+def test_the_reference_hands_over_as_the_start_did(ranks, scenes, rows):
+    """Though what tells a hard gate from a soft one never learns."""
+    run = with_cascade(pairs_run(scenes, rows, train_iters=4), delegate_hard_from=0.5)
+    assert ranks(1, on_rank_held, run)[0] == [0.0, 0.0, 1.0, 1.0]
 
 
 def on_rank_error(run: RunConfig) -> str:

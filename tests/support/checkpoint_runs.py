@@ -62,7 +62,6 @@ def train(engine: Engine, steps, images_of=MICROBATCHES) -> list[float]:
         mine = batches[pg.dp.rank() :: pg.dp.size()]
         if engine.encoder is not None:
             mine = broadcast_batches(engine.groups, mine)
-        engine.begin_step(engine.scheduler.num_steps)
         parts = engine.forward_backward(mine, SupervisedFineTuning())
         total = torch.zeros(2, dtype=torch.float64)
         for metrics in parts:

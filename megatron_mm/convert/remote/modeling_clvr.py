@@ -174,10 +174,10 @@ class Delegate(nn.Module):
         rows = (gate > 1.5 * self.hard.float() - 1).nonzero().flatten()
         x, k = z[rows], self.settings["delegate_topk"]
         scores = F.linear(x.float(), self.router.weight.float())
+        allowed = scores
         if self.settings["delegate_distinct"]:
-            first = block.gate(normed)[2][rows]
-            scores = scores.scatter(1, first, -math.inf)
-        best, experts = scores.topk(k)
+            allowed = scores.scatter(1, block.gate(normed)[2][rows], -math.inf)
+        best, experts = allowed.topk(k)
         weights = best.softmax(-1) if k > 1 else scores.softmax(-1).gather(1, experts)
         weights = (weights * gate[rows, None]).to(x.dtype)
         found = block.experts(x, experts, weights) * self.scale

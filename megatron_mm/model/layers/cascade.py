@@ -99,14 +99,16 @@ class Delegate(nn.Module, Scheduled):
         self.scale = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
         place(self.scale, constant(0.0), partial_gradient=partial)
         self.hard = nn.Parameter(torch.empty(1, dtype=dtype), requires_grad=False)
-        place(self.hard, constant(float(self.settings.delegate_hard_from <= 0)))
+        begin = constant(float(self.settings.delegate_hard_from <= 0))
+        place(self.hard, begin, set_by_run=True)
         self.pick: Callable[[torch.Tensor], torch.Tensor] = lambda handed_t: (
             handed_t.nonzero().flatten()
         )
 
     def at_progress(self, done: float) -> None:
         """See `Scheduled`."""
-        self.hard.data.fill_(float(done >= self.settings.delegate_hard_from))
+        begin = self.settings.delegate_hard_from
+        self.hard.data.fill_(float(begin <= done and begin < 1))
 
     def forward(
         self,
@@ -217,9 +219,8 @@ class Delegate(nn.Module, Scheduled):
         is the same on every layout and when a pass is repeated."""
         begin = self.tp.rank() * count  # of this rank's part of the context-parallel part
         places_t = context.position_ids_t[begin : begin + count]
-        return (places_t + 7919 * self.index) * GOLDEN % 2**32 < (
-            self.settings.delegate_random_share * 2**32
-        )
+        spread_t = (places_t + 7919 * self.index) * GOLDEN % 2**32  # other places in every layer
+        return spread_t < self.settings.delegate_random_share * 2**32
 
     def _choose(
         self,
@@ -229,12 +230,11 @@ class Delegate(nn.Module, Scheduled):
         given_nk: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(weights q [n, k], experts [n, k], softmax of all scores [n, E])"""
-        logits_nE = self.router(x_nH)
+        allowed_nE = logits_nE = self.router(x_nH)
         if self.settings.delegate_distinct:
-            logits_nE = logits_nE.masked_fill(first_nE, -torch.inf)
-        allowed_nE = logits_nE
+            allowed_nE = allowed_nE.masked_fill(first_nE, -torch.inf)
         if asked and asked.forbidden is not None:
-            allowed_nE = logits_nE.masked_fill(asked.forbidden, -torch.inf)
+            allowed_nE = allowed_nE.masked_fill(asked.forbidden, -torch.inf)
         experts_nk = allowed_nE.topk(self.k, dim=1).indices
         if given_nk is not None:
             experts_nk = torch.where(given_nk >= 0, given_nk, experts_nk)

@@ -160,7 +160,7 @@ class Glimpse(nn.Module, Scheduled):
         # The side of the smallest window follows the schedule. It is a parameter that nothing
         # learns, so that checkpoints, exports and rollouts have it.
         self.min_scale = nn.Parameter(torch.empty(1, dtype=dtype), requires_grad=False)
-        lay_out(self.min_scale, constant(settings.query_first_scale))
+        lay_out(self.min_scale, constant(settings.query_first_scale), set_by_run=True)
 
     @classmethod
     def build(cls, given: BuildContext) -> Glimpse:

@@ -58,10 +58,11 @@ class BuildContext:
 
 class Scheduled:
     """A module inside a layer with a number that changes over a run. The number is a parameter that
-    never learns, so that checkpoints, exports and rollouts have it."""
+    never learns (`ParamLayout.set_by_run`), so that checkpoints, exports and rollouts have it."""
 
     def at_progress(self, done: float) -> None:
-        """Sets the number for the step before which this share of the run's steps is done."""
+        """Sets the number for the step before which this share of the run's steps is done; called
+        before and after every step of training."""
         raise NotImplementedError
 
 
