@@ -14,6 +14,7 @@ from megatron_mm.config import (
     to_dict,
     without_clvr,
 )
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.errors import CheckpointError
 from megatron_mm.model.layers.lora import is_adapter
 
@@ -26,13 +27,18 @@ NOT_THE_MODEL = {
     "language.max_position_embeddings",
     "vision.vision_init_method_std",
     "vision.vision_layer_scale_init",
+    # The smallest window is a parameter; these say how it shrinks.
+    "layers.Q.query_first_scale",
+    "layers.Q.query_min_scale",
+    "layers.Q.query_anneal_share",
+    "layers.Q.query_box_loss_coeff",
 }
 # Prefix of tensors that no parameter holds (multi-token prediction): kept for the export.
 CARRIED_PREFIX = "carried."
 # Prefix of the sets of weights that follow the model's (`Engine.moving`).
 MOVING_PREFIX = "moving."
-# CLVR's own parameters, which a base model lacks.
-CLVR = ("model.language.looks.", "model.vision.memory_proj")
+# Parameters of side letters and of their memories, which a base model lacks.
+SIDES = ("model.language.looks.", "model.language.queries.", "model.vision.memory_proj")
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -51,8 +57,8 @@ def _may_change(key: str) -> bool:
 def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
     """Compares the settings of the stored model with `model`.
 
-    Settings that the checkpoint lacks take their defaults. A fine-tune may add or drop looks
-    (letters L and J) and change how images enter (fusion).
+    Settings that the checkpoint lacks take their defaults. A fine-tune may add or drop side
+    letters (looks and glimpses) with their settings, and change how images enter (fusion).
 
     Raises:
         CheckpointError: names the first setting that differs.
@@ -64,11 +70,12 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
             f"its run.json describes no model of this version: {shown(error, 1000)}"
         ) from None
     here = dict(_flat(to_dict(model)))
+    added = ("fusion.", *(f"layers.{letter}." for letter in LAYERS.of_role("side")))
     for key in sorted(found.keys() | here.keys()):
         a, b = found.get(key), here.get(key)
         if finetune and key == "hybrid_layer_pattern":
             a, b = without_clvr(found[key]), without_clvr(here[key])
-        if a == b or _may_change(key) or (finetune and key.startswith("fusion.")):
+        if a == b or _may_change(key) or (finetune and key.startswith(added)):
             continue
         raise CheckpointError(
             f"it holds another model: {shown(key)} is {shown(repr(found.get(key, 'absent')), 500)} "
@@ -102,17 +109,17 @@ def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
         stored, expected: key -> whole shape.
 
     Returns:
-        Missing keys that may be missing: those of CLVR and of adapters, when fine-tuning.
+        Missing keys that may be missing: those of sides and of adapters, when fine-tuning.
 
     Raises:
         CheckpointError: tensors are missing, of another shape, or unexpected.
     """
     missing = sorted(expected.keys() - stored.keys())
-    added = [key for key in missing if finetune and (key.startswith(CLVR) or is_adapter(key))]
+    added = [key for key in missing if finetune and (key.startswith(SIDES) or is_adapter(key))]
     missing = [key for key in missing if key not in set(added)]
     foreign = sorted(stored.keys() - expected.keys())
     if finetune:
-        ignored = ("optimizer.", MOVING_PREFIX, CARRIED_PREFIX, *CLVR)
+        ignored = ("optimizer.", MOVING_PREFIX, CARRIED_PREFIX, *SIDES)
         foreign = [key for key in foreign if not key.startswith(ignored)]
     shared = sorted(stored.keys() & expected.keys())
     misshaped = [key for key in shared if tuple(stored[key]) != tuple(expected[key])]

@@ -19,10 +19,9 @@ from megatron_mm.parallel.param_layout import ParamLayout
 
 # (name in the folder, first and last index of its first dimension or None) -> tensor
 Read = Callable[[str, int | None, int | None], torch.Tensor]
-# Parameters that a folder may lack: all of a group or nothing of it.
 Group = tuple[str, ...]  # prefixes of the model's names
 PROJECTOR: Group = ("vision.projector.",)
-LOOKS: Group = ("vision.memory_proj", "language.looks.")
+SIDES: Group = ("vision.memory_proj", "language.looks.", "language.queries.")
 HEAD, EMBEDDING = "output_layer.weight", "embedding.weight"
 
 
@@ -187,7 +186,8 @@ def read_mapping(
     parameters: Mapping[str, ParamLayout],
     stored: Mapping[str, Shape],
     *,
-    new: Sequence[Group] = (LOOKS,),
+    new: Sequence[Group] = (SIDES,),
+    declared: Group = (),
     tied: bool = False,
     rows: Sequence[Row] | None = None,
 ) -> StateMapping:
@@ -197,7 +197,8 @@ def read_mapping(
     skipped.
 
     Args:
-        new: groups of parameters that the folder may lack altogether.
+        new: groups of parameters that the folder may lack: all of a group or nothing of it.
+        declared: those among them that it may not lack.
         tied: the folder's config says that the output layer is the embedding.
         rows: instead of the model's table of names.
     """
@@ -223,8 +224,8 @@ def read_mapping(
         _check(link, stored, state, used)
     likely = sorted(votes, key=votes.__getitem__, reverse=True)
     for mcore, candidates in absent:
-        group = next((g for g in new if mcore.startswith(g)), None)
-        if group and not any(link.mcore.startswith(group) for link in state.links):
+        group = next((g for g in new if may_lack(mcore, g, declared)), None)
+        if group and not any(may_lack(link.mcore, group, declared) for link in state.links):
             state.new.append(mcore)
         else:
             link = next(candidates[s] for s in likely if s in candidates)
@@ -233,6 +234,12 @@ def read_mapping(
     state.carried = [name for name in stored if name.startswith(carried)]
     state.unexpected = sorted(stored.keys() - used - set(state.carried))
     return state
+
+
+def may_lack(mcore: str, group: Group, declared: Group) -> bool:
+    """Whether a folder may lack a parameter: it is of the group and the folder does not declare
+    it."""
+    return mcore.startswith(group) and not mcore.startswith(declared)
 
 
 def _candidates(

@@ -6,8 +6,9 @@
     python tools/hf_to_megatron.py --hf DIR --out DIR --dry-run
 
 `--hf` takes a folder of any language family, alone or fused with an encoder (model/families). Two
-folders start a fusion: the projector is new, and so is CLVR where `--hybrid-layer-pattern`
-has looks. New parameters are drawn from `--seed` and named in the output. The checkpoint loads on
+folders start a fusion: the projector is new. So are the looks and glimpses that
+`--hybrid-layer-pattern` adds to a folder. New parameters are drawn from `--seed` and named in the
+output. The checkpoint loads on
 any layout (`--finetune --load DIR`); the layout flags are checked against the model's sizes and
 recorded. A dry run writes nothing and needs no weights: config.json is enough.
 """
@@ -31,6 +32,7 @@ from megatron_mm.config import (
     without_clvr,
 )
 from megatron_mm.config.flags import parse_flags
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.tree import merge
 
 logger = logging.getLogger(__name__)
@@ -46,12 +48,14 @@ def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
     flags = parse_flags(argv)
     for line in flags.accepted:
         logger.info("%s", line)
+    sides = LAYERS.of_role("side")
     for path, value in flags.values.items():
         known = path[:2] == ("model", "fusion") or path[-1] in ("hybrid_layer_pattern", "seed")
+        known |= path[:2] == ("model", "layers") and path[2] in sides
         if path[0] != "parallel" and not known:
             raise ConfigError(
                 f"{cli.flag(path[-1])} is not for converting; allowed: the layout, --seed, "
-                "--hybrid-layer-pattern and how images enter"
+                f"--hybrid-layer-pattern, how images enter and the settings of {', '.join(sides)}"
             )
         for key in reversed(path):
             value = {key: value}
@@ -61,7 +65,8 @@ def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
     if pattern != without_clvr(model.hybrid_layer_pattern):
         raise ConfigError(
             f"--hybrid-layer-pattern has the layers {pattern}, the folder's model "
-            f"{without_clvr(model.hybrid_layer_pattern)}; allowed: the same with L and J between"
+            f"{without_clvr(model.hybrid_layer_pattern)}; allowed: the same with "
+            f"{', '.join(sides)} between"
         )
     p = run.parallel
     dense = p.tensor_model_parallel_size * p.context_parallel_size
