@@ -76,10 +76,10 @@ class Trainer:
         self.source: StepSource = open_step_source(run, self.engine, self.tokenizer, loader)
         tell_frozen(run)
         self.router_norms = RouterNorms(self.engine)
-        image_token = self.tokenizer.image_context_id
-        begun = start(self.engine, loader, run.checkpoint, image_token)
+        tokens = token_notes(run, self.tokenizer)
+        begun = start(self.engine, loader, run.checkpoint, tokens)
         self.iteration, self.seconds = begun.iteration, begun.seconds
-        self.notes = begun.notes | token_notes(run, self.tokenizer)
+        self.notes = begun.notes | tokens
         self.saver = Saver(
             self.engine,
             asynchronous=run.checkpoint.async_save,

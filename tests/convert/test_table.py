@@ -25,6 +25,7 @@ MODELS = {
     "300M and CLVR": small_model(),
     "6B": replace(base_model(**SIX_B)),
     "Qwen3.5-MoE and two memories": small_qwen3_5_moe(**two_memories("overview", "detail")),
+    "glimpses": small_model("GE Q *E V", vision_memory="pyramid"),
 }
 ROWS = {kind: table_rows(model) for kind, model in MODELS.items()}
 # Every row once: those that models share are served by the first that has them.
