@@ -101,12 +101,13 @@ def built_in_cases(
     def words(count: int) -> list[int]:
         return ordinary[torch.randint(0, len(ordinary), (count,), generator=g)].tolist()
 
-    def looks(count: int) -> list[int]:
+    asking = query_settings(run.model) if look_ids is not None else None
+
+    def looks(count: int, most: int) -> list[int]:
         """Queries, one behind the other, and their slots."""
-        asking = query_settings(run.model)
         if asking is None or look_ids is None:
             return []
-        return [look_ids[0], *[look_ids[1]] * asking.slots] * count
+        return [look_ids[0], *[look_ids[1]] * asking.slots] * max(0, min(count, most))
 
     cases = [Case(_sample(words(24), [], look_ids), "text")]
     settings = image_settings(run)
@@ -114,13 +115,14 @@ def built_in_cases(
         return cases
     assert image_token_id is not None  # a model with vision has one
     shown = [(one,) for one in BUILT_IN]
-    for sizes in [*shown, BUILT_IN] if looks(1) else shown:
+    for sizes in shown if asking is None else [*shown, BUILT_IN]:
         tokens, images = words(8), []
+        most = 0 if asking is None else asking.max_queries // len(sizes)  # behind each image
         for columns, rows in sizes:
             image = _image((columns, rows), settings, len(tokens), g)
             images.append(image)
             tokens += [image_token_id] * (len(image.stream) * settings.tokens_per_tile)
-            tokens += [*words(4), *looks(1), *words(4), *looks(2), *words(4)]
+            tokens += [*words(4), *looks(1, most), *words(4), *looks(2, most - 1), *words(4)]
         count = sum(image.grid.num_tiles for image in images)
         cases.append(Case(_sample(tokens, images, look_ids), f"{count} tiles"))
     return cases
