@@ -109,7 +109,7 @@ def built_in_cases(
             return []
         return [look_ids[0], *[look_ids[1]] * asking.slots] * max(0, min(count, most))
 
-    cases = [Case(_sample(words(24), [], look_ids), "text")]
+    cases = [Case(_sample(words(24), []), "text")]
     settings = image_settings(run)
     if settings is None:
         return cases
@@ -124,7 +124,9 @@ def built_in_cases(
             tokens += [image_token_id] * (len(image.stream) * settings.tokens_per_tile)
             tokens += [*words(4), *looks(1, most), *words(4), *looks(2, most - 1), *words(4)]
         count = sum(image.grid.num_tiles for image in images)
-        cases.append(Case(_sample(tokens, images, look_ids), f"{count} tiles"))
+        slots = 0 if asking is None else asking.slots
+        sample = _sample(tokens, images, look_ids if slots else None, slots)
+        cases.append(Case(sample, f"{count} tiles"))
     return cases
 
 
@@ -157,13 +159,23 @@ def given_case(run: RunConfig, tokenizer: Tokenizer, prompt: str, image: Path | 
 
 
 def _sample(
-    tokens: list[int], images: list[SampleImage], look_ids: tuple[int, int] | None
+    tokens: list[int],
+    images: list[SampleImage],
+    look_ids: tuple[int, int] | None = None,
+    slots: int = 0,
 ) -> Sample:
     ids = torch.tensor(tokens)
     asks = [] if look_ids is None else (ids == look_ids[0]).nonzero().flatten().tolist()
-    nothing = torch.zeros_like(ids), torch.zeros(len(ids))
-    any_place = (None,) * len(asks)
-    return Sample(ids, *nothing, images, "built in", queries=tuple(asks), targets=any_place)
+    return Sample(
+        ids,
+        torch.zeros_like(ids),
+        torch.zeros(len(ids)),
+        images,
+        "built in",
+        queries=tuple(asks),
+        targets=(None,) * len(asks),
+        slots=slots,
+    )
 
 
 def mcore_model(checkpoint: Checkpoint, groups: Groups) -> MultimodalModel:
