@@ -16,7 +16,8 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from megatron_mm.config import ModelConfig, to_transformers_dict, without_clvr
 
 IMAGE_TOKEN = 95  # last id of the small models' vocabulary of 96; random text avoids it
-MCORE_ONLY = ("language.looks.", "vision.memory_proj")  # CLVR, which transformers lacks
+# CLVR and glimpses, which transformers lacks.
+MCORE_ONLY = ("language.looks.", "language.queries.", "vision.memory_proj")
 
 
 def transformers_model(model: ModelConfig, seed: int = 0) -> InternVLForConditionalGeneration:
@@ -85,7 +86,7 @@ class Ledger:
 
 
 def copy_weights(hf: InternVLForConditionalGeneration, mcore: nn.Module) -> None:
-    """Copies all hf weights to the mcore model (one rank, one stage). CLVR's parameters stay."""
+    """Copies all hf weights to the mcore model (one rank, one stage). Parameters of sides stay."""
     text, vision = hf.config.text_config, hf.config.vision_config
     ledger = Ledger(hf, mcore)
     copy_vision(ledger, vision, "model.vision_tower.", "vision.vit.")

@@ -16,6 +16,7 @@ from megatron_mm.benchmark.measure import Peak
 from megatron_mm.benchmark.mock import Mock, Source, balanced, made_step, mock_like
 from megatron_mm.config import ConfigError, RunConfig, to_dict
 from megatron_mm.config.objectives import declaration
+from megatron_mm.convert.folder import token_notes
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches
@@ -46,7 +47,7 @@ class Bench:
         made: list[list[Microbatch]] = []
         if "real" in kinds:
             tokenizer, loader = open_data(self.run, self.groups)
-            start(self.engine, loader, self.run.checkpoint, tokenizer.image_context_id)
+            start(self.engine, loader, self.run.checkpoint, token_notes(self.run, tokenizer))
             real = open_step_source(self.run, self.engine, tokenizer, loader)
             if "mock" in kinds or "balanced" in routings:
                 position = loader.state_dict()

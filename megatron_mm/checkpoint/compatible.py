@@ -31,13 +31,18 @@ NOT_THE_MODEL = {
     "layers.C.delegate_hard_from",
     "layers.C.delegate_gate_bias",
     "layers.C.delegate_planned_share",
+    # The smallest window is a parameter; these say how it shrinks.
+    "layers.Q.query_first_scale",
+    "layers.Q.query_min_scale",
+    "layers.Q.query_anneal_share",
+    "layers.Q.query_box_loss_coeff",
 }
 # Prefix of tensors that no parameter holds (multi-token prediction): kept for the export.
 CARRIED_PREFIX = "carried."
 # Prefix of the sets of weights that follow the model's (`Engine.moving`).
 MOVING_PREFIX = "moving."
-# CLVR's own parameters, which a base model lacks.
-CLVR = ("model.language.looks.", "model.vision.memory_proj")
+# Parameters of side letters and of their memories, which a base model lacks.
+SIDES = ("model.language.looks.", "model.language.queries.", "model.vision.memory_proj")
 # Likewise of a letter that grew from another one (`LayerKind.grows`).
 GROWN = ".inner.delegate."
 
@@ -58,9 +63,9 @@ def _may_change(key: str) -> bool:
 def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
     """Compares the settings of the stored model with `model`.
 
-    Settings that the checkpoint lacks take their defaults. A fine-tune may add or drop looks
-    (letters L and J) and change how images enter (fusion), and take a letter in the place of the
-    one that it grows from, or back.
+    Settings that the checkpoint lacks take their defaults. A fine-tune may add or drop side
+    letters (looks and glimpses) with their settings, change how images enter (fusion), and take a
+    letter in the place of the one that it grows from, or back.
 
     Raises:
         CheckpointError: names the first setting that differs.
@@ -72,6 +77,7 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
             f"its run.json describes no model of this version: {shown(error, 1000)}"
         ) from None
     here = dict(_flat(to_dict(model)))
+    added = ("fusion.", *(f"layers.{letter}." for letter in LAYERS.of_role("side")))
     for key in sorted(found.keys() | here.keys()):
         a, b = found.get(key), here.get(key)
         if finetune and key == "hybrid_layer_pattern":
@@ -79,7 +85,7 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
         grown = finetune and key.startswith("layers.") and None in (a, b)
         if grown and LAYERS[key.split(".")[1]].grows:
             continue
-        if a == b or _may_change(key) or (finetune and key.startswith("fusion.")):
+        if a == b or _may_change(key) or (finetune and key.startswith(added)):
             continue
         raise CheckpointError(
             f"it holds another model: {shown(key)} is {shown(repr(found.get(key, 'absent')), 500)} "
@@ -89,7 +95,7 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
 
 def _is_new(key: str) -> bool:
     """Whether a fine-tune may add and drop the parameter."""
-    return key.startswith(CLVR) or (key.startswith("model.") and GROWN in key)
+    return key.startswith(SIDES) or (key.startswith("model.") and GROWN in key)
 
 
 def check_adapters(stored: dict, lora: LoraConfig) -> None:
@@ -118,7 +124,7 @@ def check_tensors(stored: dict, expected: dict, *, finetune: bool) -> list[str]:
         stored, expected: key -> whole shape.
 
     Returns:
-        Missing keys that may be missing: those of CLVR, of letters that grew from another one and
+        Missing keys that may be missing: those of sides, of letters that grew from another one and
         of adapters, when fine-tuning.
 
     Raises:

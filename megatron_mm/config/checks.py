@@ -109,9 +109,10 @@ def _check_pattern(run: RunConfig) -> None:
     layers = parse_pattern(model.hybrid_layer_pattern)
     readers = [layer.kind for layer in layers if LAYERS[layer.kind].reads_memory]
     if model.vision is None and readers:
+        sides = " and ".join(LAYERS.of_role("side"))
         raise ConfigError(
             f"hybrid_layer_pattern {model.hybrid_layer_pattern!r} has {len(readers)} {readers[0]} "
-            "but model.vision is none; allowed: a pattern without L and J"
+            f"but model.vision is none; allowed: a pattern without {sides}"
         )
     left = [k.letter for k in LAYERS.used(effective_pattern(model)) if k.reads_memory]
     allowed = f"another one with {', '.join(left)} in the pattern"

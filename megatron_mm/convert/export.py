@@ -1,5 +1,5 @@
-"""Small files of an exported folder: config.json and the code of a model with looks, beside those
-of export_inputs.py."""
+"""Small files of an exported folder: config.json and the code of a model with looks or glimpses,
+beside those of export_inputs.py."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from megatron_mm.config import (
     without_clvr,
 )
 from megatron_mm.config.families import language_family, vision_family
+from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.convert.export_inputs import (
     AUTO_PROCESSOR,
     REMOTE,
@@ -27,10 +29,17 @@ from megatron_mm.convert.export_inputs import (
     has_code,
     input_files,
 )
-from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, tokenizer_id
+from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, LOOK_IDS, tokenizer_id
+from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT
 from megatron_mm.errors import ConvertError
 
-CODE = ("configuration_clvr.py", "modeling_clvr.py")
+CODE = (
+    "configuration_clvr.py",
+    "modeling_clvr.py",
+    "modeling_look.py",
+    "modeling_glimpse.py",
+    "modeling_delegate.py",
+)
 
 
 def small_files(
@@ -46,7 +55,7 @@ def small_files(
         dtypes: the number of elements of each dtype.
 
     Raises:
-        ConvertError: transformers cannot compute the model, or the image token is unknown.
+        ConvertError: transformers cannot compute the model, or a token that it needs is unknown.
     """
     files = input_files(checkpoint, assets, lines)
     config = model_config(checkpoint, assets, tied)
@@ -54,12 +63,18 @@ def small_files(
     if has_code(checkpoint.model):
         _check_code(checkpoint.model)
         files |= {name: (REMOTE / name).read_bytes() for name in CODE}
-        config |= clvr_config(checkpoint.model)
+        config |= clvr_config(checkpoint.model, look_ids(checkpoint, assets))
     return files | {CONFIG: as_json(config)}
 
 
 def _check_code(model: ModelConfig) -> None:
-    """Raises ConvertError for a second hop that the code of an export does not compute."""
+    """Raises ConvertError for a second hop, or glimpses, that the code of an export does not
+    compute."""
+    asking = query_settings(model)
+    if asking is not None and asking.query_place != "hidden":
+        raise ConvertError(
+            f"query_place is {asking.query_place}, a control that is not exported; allowed: hidden"
+        )
     second = model.layers.get("C")
     if second is None:
         return
@@ -82,8 +97,11 @@ def config_dtype(dtypes: Mapping[torch.dtype, int]) -> str:
     return str(most).removeprefix("torch.")
 
 
-def clvr_config(model: ModelConfig) -> dict[str, Any]:
-    """Returns the entries of config.json for CLVR and the remote code that computes it."""
+def clvr_config(model: ModelConfig, look_ids: Sequence[int] | None) -> dict[str, Any]:
+    """Returns the entries of config.json for looks and glimpses and the remote code that computes
+    them."""
+    sides = LAYERS.of_role("side")
+    layers = {letter: values for letter, values in model.layers.items() if letter in sides}
     return {
         "model_type": "internvl_clvr",
         "architectures": ["CLVRForConditionalGeneration"],
@@ -100,8 +118,36 @@ def clvr_config(model: ModelConfig) -> dict[str, Any]:
                 for m in memories(model)
             ],
             "look_memories": [memory.name for memory in look_memories(model)],
+            "layers": {letter: to_dict(values) for letter, values in layers.items()},
+            **({} if look_ids is None else dict(zip(LOOK_IDS, look_ids, strict=True))),
         },
     }
+
+
+def look_ids(checkpoint: Any, assets: Sequence[Path]) -> Sequence[int] | None:
+    """Returns the ids of a query and of its slots; None for a model without glimpses.
+
+    Raises:
+        ConvertError: they are unknown, or the tokenizer has others.
+    """
+    if query_settings(checkpoint.model) is None:
+        return None
+    noted: Sequence[int] | None = checkpoint.notes.get("look_ids")
+    there = [tokenizer_id(assets[0].parent, t) for t in (LOOK, LOOK_CONTEXT)] if assets else []
+    found = [index for index in there if index is not None]
+    if len(found) < 2:
+        found = []
+    if noted and found and list(noted) != found:
+        raise ConvertError(
+            f"{assets[0].parent}: {LOOK} and {LOOK_CONTEXT} are {found} in the tokenizer, "
+            f"{list(noted)} in the checkpoint"
+        )
+    if not (found or noted):
+        raise ConvertError(
+            f"{checkpoint.path} does not say which tokens are {LOOK} and {LOOK_CONTEXT}: name the "
+            "folder of a tokenizer that has them with --assets"
+        )
+    return found or noted
 
 
 def model_config(checkpoint: Any, assets: Iterable[Path], tied: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.config import ModelConfig, RunConfig, read_memories
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.convert.folder import IMAGE_CONTEXT
 from megatron_mm.data.tiles import ImageSettings, image_settings
 from megatron_mm.data.tokenizer import GENERATION_CONFIG, Tokenizer, load_tokenizer
@@ -25,13 +26,13 @@ IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
 CODE = "processing_megatron_mm.py"
 OURS = "MegatronMMProcessor"
 AUTO_PROCESSOR = f"{CODE.removesuffix('.py')}.{OURS}"  # its entry in an auto_map
-TILES = "tiles"  # key of our processor's settings
+TILES, LOOKS = "tiles", "looks"  # keys of our processor's settings
 # What InternVLProcessor asks its tokenizer for.
 NAMED_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
 
 
 def has_clvr(model: ModelConfig) -> bool:
-    """Whether the model computes looks: the pattern has one and there is a memory."""
+    """Whether the model computes looks or glimpses: the pattern has one and there is a memory."""
     return bool(read_memories(model))
 
 
@@ -71,7 +72,7 @@ def input_files(checkpoint: Any, assets: Sequence[Path], lines: list[str]) -> di
 
 def is_untouched(checkpoint: Any) -> bool:
     """Whether nothing but the origin's own files has said how the model reads: it was converted,
-    not trained here, and has no looks."""
+    not trained here, and has no looks, glimpses or second hop."""
     return checkpoint.iteration == 0 and not has_code(checkpoint.model)
 
 
@@ -160,6 +161,9 @@ def _processor_files(run: RunConfig, files: dict[str, bytes]) -> dict[str, bytes
         "auto_map": {"AutoProcessor": AUTO_PROCESSOR},
         TILES: asdict(settings) | {"tokens_per_tile": settings.tokens_per_tile},
     }
+    asking = query_settings(run.model)
+    if asking is not None:
+        config[LOOKS] = {"slots": asking.slots, "most": asking.max_queries}
     made = {CODE: (REMOTE / CODE).read_bytes()}
     if _as_internvl(settings, files):
         # transformers' own class then reads images alike, for those who run no code of a folder.

@@ -18,26 +18,37 @@ from megatron_mm.config import (
     DataConfig,
     FusionConfig,
     ModelConfig,
+    RunConfig,
+    effective_pattern,
     from_dict,
     from_transformers_dict,
+    parse_pattern,
+    read_memories,
     without_clvr,
 )
 from megatron_mm.config.hf import fused_type, in_transformers_words
+from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.config.layers.queries import query_settings
+from megatron_mm.config.memories import VISION
 from megatron_mm.convert.hf_files import INDEX, MALFORMED, PICKLES, Stored, stored_tensors
 from megatron_mm.convert.mapping import (
     DELEGATES,
     EMBEDDING,
     HEAD,
-    LOOKS,
     PROJECTOR,
+    SIDES,
     Group,
     StateMapping,
+    may_lack,
     read_mapping,
 )
+from megatron_mm.data.looks import LookTokens
+from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.parallel.param_layout import ParamLayout
 
 CONFIG, CLVR_KEY, IMAGE_CONTEXT = "config.json", "clvr", "<IMG_CONTEXT>"
+LOOK_IDS = ("query_token_id", "slot_token_id")  # keys beside the pattern of a model that glimpses
 MOST_JSON = 256 * 2**20  # bytes; the largest tokenizers have about 35 MB
 NOTES = "huggingface"  # key of `HFFolder.notes` in a checkpoint's `extra`
 # Files copied along with the weights. Code is not among them.
@@ -63,7 +74,9 @@ class HFFolder:
         model: config of the folder's model; its output layer is always a tensor of its own.
         tied: whether the config ties the output layer to the embedding.
         tensors: stored tensors of all folders, by name.
-        new: groups of mcore parameters that the folder may lack.
+        look_ids: ids of a query and of its slots, of a model that glimpses.
+        new: groups of mcore parameters that the folder may lack; `declared`: those among them that
+            it must have, because its config has their letters.
         assets: files that are copied along.
         data: how the folder reads images, if it is an export of ours.
     """
@@ -73,19 +86,28 @@ class HFFolder:
     tied: bool
     image_token_id: int | None
     tensors: dict[str, Stored] = field(default_factory=dict)
-    new: tuple[Group, ...] = (LOOKS, DELEGATES)
+    look_ids: tuple[int, int] | None = None
+    new: tuple[Group, ...] = (SIDES, DELEGATES)
+    declared: tuple[str, ...] = ()
     assets: list[Path] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
 
     def mapping(self, parameters: Mapping[str, ParamLayout]) -> StateMapping:
         """Maps the stored tensors to the parameters of the model."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        return read_mapping(self.model, parameters, shapes, new=self.new, tied=self.tied)
+        return read_mapping(
+            self.model, parameters, shapes, new=self.new, declared=self.declared, tied=self.tied
+        )
+
+    def may_lack(self, mcore: str) -> bool:
+        """Whether the folder may lack a parameter of the model."""
+        return any(may_lack(mcore, group, self.declared) for group in self.new)
 
     @property
     def notes(self) -> dict[str, Any]:
         """Metadata needed for export that ModelConfig does not hold."""
-        return {"image_token_id": self.image_token_id, "tied": self.tied}
+        found: dict[str, Any] = {"image_token_id": self.image_token_id, "tied": self.tied}
+        return found | ({} if self.look_ids is None else {"look_ids": list(self.look_ids)})
 
     def read(self, name: str, first: int | None, last: int | None) -> torch.Tensor:
         return self.tensors[name].read(first, last)
@@ -120,7 +142,7 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
         ConvertError: a file is missing or damaged, disagrees with another, or describes a model
             that is not supported.
     """
-    new = (LOOKS, DELEGATES) if hf_vision is None else (LOOKS, DELEGATES, PROJECTOR)
+    new = (SIDES, DELEGATES) if hf_vision is None else (SIDES, DELEGATES, PROJECTOR)
     try:
         config = in_transformers_words(read_json(hf / CONFIG))
         if CLVR_KEY in config:  # exported by megatron_mm
@@ -128,6 +150,7 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
         if hf_vision is not None:
             config = _fused(config, hf, hf_vision)
         model = _with_clvr(from_transformers_dict(config), config)
+        look_ids, declared = _look_ids(model, config), _declared(model)
     except ConfigError as error:
         raise ConvertError(f"{hf / CONFIG}: {error}") from None
     except MALFORMED as error:
@@ -147,7 +170,18 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
     folders = [hf] if hf_vision is None else [hf_vision, hf]  # of equal names, the language model's
     assets = {path.name: path for folder in folders for path in travelling(folder)}
     made = [*assets.values()]
-    return HFFolder(hf, model, tied, image, tensors, new, made, _reading(assets))
+    return HFFolder(
+        hf,
+        model,
+        tied,
+        image,
+        tensors,
+        look_ids=look_ids,
+        new=new,
+        declared=declared,
+        assets=made,
+        data=_reading(assets),
+    )
 
 
 def _reading(assets: Mapping[str, Path]) -> DataConfig:
@@ -195,7 +229,38 @@ def _with_clvr(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:
     if without_clvr(pattern) != model.hybrid_layer_pattern:
         raise ConfigError(f"{CLVR_KEY}.hybrid_layer_pattern is {pattern!r}, of other layers")
     fusion = from_dict(FusionConfig, extra["fusion"], CLVR_KEY + ".fusion")
-    return replace(model, hybrid_layer_pattern=pattern, fusion=fusion)
+    layers = dict(model.layers)
+    for letter, section in extra.get("layers", {}).items():
+        kind = LAYERS[letter]
+        if kind.settings is not None:
+            layers[letter] = from_dict(kind.settings, section, f"{CLVR_KEY}.layers.{letter}")
+    return replace(model, hybrid_layer_pattern=pattern, fusion=fusion, layers=layers)
+
+
+def _declared(model: ModelConfig) -> tuple[str, ...]:
+    """Prefixes of the parameters of the side letters of a folder's own config."""
+    layers = parse_pattern(effective_pattern(model))
+    found = [
+        f"language.{LAYERS[layer.kind].key}.{layer.pair}."
+        for layer in layers
+        if LAYERS[layer.kind].pair == "opens"
+    ]
+    for memory in read_memories(model):
+        of_name = "memory_proj." if memory.name == VISION else f"memory_projs.{memory.name}."
+        found.append(f"vision.{of_name}")
+    return tuple(found)
+
+
+def _look_ids(model: ModelConfig, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns the ids of a query and of its slots of a folder whose model glimpses."""
+    if CLVR_KEY not in config or query_settings(model) is None:
+        return None
+    query, slot = (config[CLVR_KEY][key] for key in LOOK_IDS)
+    for key, index in zip(LOOK_IDS, (query, slot), strict=True):
+        if type(index) is not int or not 0 <= index < model.language.vocab_size:
+            allowed = f"0 to {model.language.vocab_size - 1}"
+            raise ConfigError(f"{CLVR_KEY}.{key} is {shown(repr(index))}; allowed: {allowed}")
+    return query, slot
 
 
 def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) -> int | None:
@@ -221,6 +286,13 @@ def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) ->
             f"{folder / CONFIG}: image_token_id is {image}; allowed: 0 to {size - 1}"
         )
     return image
+
+
+def token_notes(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the part of `HFFolder.notes` that a run's tokenizer knows."""
+    looks = LookTokens.of(run, tokenizer)
+    found: dict[str, Any] = {"image_token_id": tokenizer.image_context_id}
+    return found | ({} if looks is None else {"look_ids": [looks.query_id, looks.slot_id]})
 
 
 def tokenizer_id(folder: Path, token: str) -> int | None:

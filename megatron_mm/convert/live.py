@@ -5,7 +5,7 @@ A rank reads only the hf tensors of parameters it holds, and of experts only its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,11 @@ class Loaded:
     notes: dict[str, Any]
 
 
-def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> Loaded:
+def load_hf(engine: Engine, folder: Path, tokens: Mapping[str, Any] | None = None) -> Loaded:
     """Overwrites the engine's weights. Every rank calls it.
 
     Args:
-        image_token_id: id of <IMG_CONTEXT> in the run's tokenizer.
+        tokens: `token_notes` of the run's tokenizer.
 
     Raises:
         CheckpointError: on every rank; the folder is damaged or of another model (before anything
@@ -58,11 +58,10 @@ def load_hf(engine: Engine, folder: Path, image_token_id: int | None = None) -> 
         whole = blueprint(engine.run.model)
         mapping = source.mapping(whole)
         check_folder(source, mapping)
-        there = source.image_token_id
-        if None not in (there, image_token_id) and there != image_token_id:
-            raise ConvertError(
-                f"image_token_id is {there} there, {image_token_id} in this run's tokenizer"
-            )
+        for key, here in (tokens or {}).items():
+            there = source.notes.get(key)
+            if there is not None and there != here:
+                raise ConvertError(f"{key} is {there} there, {here} in this run's tokenizer")
     links = {link.mcore: link for link in mapping.links}
     added: list[str] = []
     finish_param_gather(engine)  # a gather under way would overwrite loaded weights

@@ -22,7 +22,7 @@ Read = Callable[[str, int | None, int | None], torch.Tensor]
 # Parameters that a folder may lack: all of a group or nothing of it.
 Group = re.Pattern[str]  # of the beginnings of the model's names
 PROJECTOR: Group = re.compile(r"vision\.projector\.")
-LOOKS: Group = re.compile(r"vision\.memory_proj|language\.looks\.")
+SIDES: Group = re.compile(r"vision\.memory_proj|language\.looks\.|language\.queries\.")
 DELEGATES: Group = re.compile(r"language\.layers\.\d+\.moe\.inner\.delegate\.")
 HEAD, EMBEDDING = "output_layer.weight", "embedding.weight"
 
@@ -189,7 +189,8 @@ def read_mapping(
     parameters: Mapping[str, ParamLayout],
     stored: Mapping[str, Shape],
     *,
-    new: Sequence[Group] = (LOOKS, DELEGATES),
+    new: Sequence[Group] = (SIDES, DELEGATES),
+    declared: tuple[str, ...] = (),
     tied: bool = False,
     rows: Sequence[Row] | None = None,
 ) -> StateMapping:
@@ -199,7 +200,8 @@ def read_mapping(
     skipped.
 
     Args:
-        new: groups of parameters that the folder may lack altogether.
+        new: groups of parameters that the folder may lack: all of a group or nothing of it.
+        declared: those among them that it may not lack.
         tied: the folder's config says that the output layer is the embedding.
         rows: instead of the model's table of names.
     """
@@ -225,8 +227,8 @@ def read_mapping(
         _check(link, stored, state, used)
     likely = sorted(votes, key=votes.__getitem__, reverse=True)
     for mcore, candidates in absent:
-        group = next((g for g in new if g.match(mcore)), None)
-        if group and not any(group.match(link.mcore) for link in state.links):
+        group = next((g for g in new if may_lack(mcore, g, declared)), None)
+        if group and not any(may_lack(link.mcore, group, declared) for link in state.links):
             state.new.append(mcore)
         else:
             link = next(candidates[s] for s in likely if s in candidates)
@@ -235,6 +237,12 @@ def read_mapping(
     state.carried = [name for name in stored if name.startswith(carried)]
     state.unexpected = sorted(stored.keys() - used - set(state.carried))
     return state
+
+
+def may_lack(mcore: str, group: Group, declared: tuple[str, ...]) -> bool:
+    """Whether a folder may lack a parameter: it is of the group and the folder does not declare
+    it."""
+    return bool(group.match(mcore)) and not mcore.startswith(declared)
 
 
 def _candidates(

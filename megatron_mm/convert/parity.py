@@ -12,6 +12,7 @@ import torch
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_model
 from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import DataConfig, RunConfig, effective_pattern, num_layers, to_dict
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.convert.export_inputs import has_clvr
 from megatron_mm.convert.folder import HFFolder, equal_bits
 from megatron_mm.convert.live import fill
@@ -20,7 +21,12 @@ from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
 from megatron_mm.data.images import normalise
 from megatron_mm.data.sample import Sample, SampleBuilder, SampleImage
-from megatron_mm.data.tiles import choose_grids, image_settings, tiles_by_images
+from megatron_mm.data.tiles import (
+    ImageSettings,
+    choose_grids,
+    image_settings,
+    tiles_by_images,
+)
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.multimodal import MultimodalModel, build
@@ -75,33 +81,66 @@ class Case:
     name: str
 
 
-def built_in_cases(run: RunConfig, image_token_id: int | None, seed: int = 0) -> list[Case]:
-    """Returns a prompt of random text, and prompts of random images between random text."""
+def built_in_cases(
+    run: RunConfig,
+    image_token_id: int | None,
+    look_ids: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> list[Case]:
+    """Returns a prompt of random text, and prompts of random images between random text. A model
+    that glimpses gets queries behind images, and a prompt of two images with one behind each.
+
+    Args:
+        look_ids: those of a query and of its slots, of a model that glimpses.
+    """
     g = torch.Generator().manual_seed(seed)
     size = run.model.language.vocab_size
+    reserved = {image_token_id, *(look_ids or ())}
+    ordinary = torch.tensor([t for t in range(size) if t not in reserved])
 
     def words(count: int) -> list[int]:
-        found = torch.randint(0, size, (count,), generator=g).tolist()
-        return [t if t != image_token_id else (t + 1) % size for t in found]
+        return ordinary[torch.randint(0, len(ordinary), (count,), generator=g)].tolist()
+
+    asking = query_settings(run.model) if look_ids is not None else None
+
+    def looks(count: int, most: int) -> list[int]:
+        """Queries, one behind the other, and their slots."""
+        if asking is None or look_ids is None:
+            return []
+        return [look_ids[0], *[look_ids[1]] * asking.slots] * max(0, min(count, most))
 
     cases = [Case(_sample(words(24), []), "text")]
     settings = image_settings(run)
     if settings is None:
         return cases
     assert image_token_id is not None  # a model with vision has one
-    for columns, rows in BUILT_IN:
-        side = settings.image_size
-        pixels = (columns * side, rows * side)
-        (grid,) = choose_grids([pixels], settings, "built-in image")
-        tiles = torch.randint(0, 256, (grid.num_tiles, side, side, 3), generator=g)
-        by_key = tiles_by_images(grid, settings).items()
-        cells = {key: tiles[used].to(torch.uint8).numpy() for key, used in by_key}
-        tokens = words(8)
-        image = SampleImage.build(grid, cells, settings, len(tokens))
-        count = len(image.stream) * settings.tokens_per_tile
-        tokens += [image_token_id] * count + words(12)
-        cases.append(Case(_sample(tokens, [image]), f"{grid.num_tiles} tiles"))
+    shown = [(one,) for one in BUILT_IN]
+    for sizes in shown if asking is None else [*shown, BUILT_IN]:
+        tokens, images = words(8), []
+        most = 0 if asking is None else asking.max_queries // len(sizes)  # behind each image
+        for columns, rows in sizes:
+            image = _image((columns, rows), settings, len(tokens), g)
+            images.append(image)
+            tokens += [image_token_id] * (len(image.stream) * settings.tokens_per_tile)
+            tokens += [*words(4), *looks(1, most), *words(4), *looks(2, most - 1), *words(4)]
+        count = sum(image.grid.num_tiles for image in images)
+        slots = 0 if asking is None else asking.slots
+        sample = _sample(tokens, images, look_ids if slots else None, slots)
+        cases.append(Case(sample, f"{count} tiles"))
     return cases
+
+
+def _image(
+    cells: tuple[int, int], settings: ImageSettings, start: int, g: torch.Generator
+) -> SampleImage:
+    """A random image of (columns, rows) tiles."""
+    columns, rows = cells
+    side = settings.image_size
+    (grid,) = choose_grids([(columns * side, rows * side)], settings, "built-in image")
+    tiles = torch.randint(0, 256, (grid.num_tiles, side, side, 3), generator=g)
+    by_key = tiles_by_images(grid, settings).items()
+    held = {key: tiles[used].to(torch.uint8).numpy() for key, used in by_key}
+    return SampleImage.build(grid, held, settings, start)
 
 
 def given_case(run: RunConfig, tokenizer: Tokenizer, prompt: str, image: Path | None) -> Case:
@@ -119,9 +158,24 @@ def given_case(run: RunConfig, tokenizer: Tokenizer, prompt: str, image: Path | 
     return Case(builder.prompt(row, "--prompt", folder), "the given prompt")
 
 
-def _sample(tokens: list[int], images: list[SampleImage]) -> Sample:
+def _sample(
+    tokens: list[int],
+    images: list[SampleImage],
+    look_ids: tuple[int, int] | None = None,
+    slots: int = 0,
+) -> Sample:
     ids = torch.tensor(tokens)
-    return Sample(ids, torch.zeros_like(ids), torch.zeros(len(ids)), images, "built in")
+    asks = [] if look_ids is None else (ids == look_ids[0]).nonzero().flatten().tolist()
+    return Sample(
+        ids,
+        torch.zeros_like(ids),
+        torch.zeros(len(ids)),
+        images,
+        "built in",
+        queries=tuple(asks),
+        targets=(None,) * len(asks),
+        slots=slots,
+    )
 
 
 def mcore_model(checkpoint: Checkpoint, groups: Groups) -> MultimodalModel:
@@ -202,6 +256,7 @@ def clvr_inputs(batch) -> dict[str, torch.Tensor]:
         "memory_tiles": torch.cat([memory.tiles for memory in held]),
         "memory_number": torch.arange(len(held)).repeat_interleave(counts),
         "memory_coordinates": torch.cat([memory.coordinates_M2 for memory in held]),
+        "memory_extents": torch.cat([memory.extents_M for memory in held]),
         "memory_sample": torch.zeros_like(visible_from),
         "memory_visible_from": visible_from,
     }

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from megatron_mm.config import RunConfig, memories
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.convert import export_inputs
 from megatron_mm.convert.export import config_dtype
 from megatron_mm.convert.folder import CONFIG, HFFolder, read_json, travelling
@@ -27,6 +28,7 @@ from megatron_mm.data.images import normalise
 from megatron_mm.data.messages import ESCAPED_MARK, IMAGE_MARK, check_messages
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tiles import choose_grids, image_settings, tiles_seen
+from megatron_mm.data.tokenizer import LOOK
 from megatron_mm.errors import ConvertError, DataError
 
 ROOMY = 10**9  # tokens: no case is too long
@@ -194,6 +196,15 @@ def conversations(run: RunConfig) -> Iterator[Chat]:
         return
     asked = [_user(f"{IMAGE_MARK}and" * count + ": same?"), _said("assistant", "no")]
     yield Chat(f"{count} images", [*asked, _user("why?")], (widest,) * count)
+    asking = query_settings(run.model)
+    if asking is None:
+        return
+    parts = ["one is", " 3", ""][: asking.max_queries]
+    looked = [_said("assistant", LOOK + LOOK.join(parts)), _user("sure?")]
+    again = looked if asking.max_queries >= 2 * len(parts) else []
+    for shown in sorted({1, min(count, 2)}):
+        seen = [_user("hi"), _said("assistant", "yes"), _user(IMAGE_MARK * shown + "which?")]
+        yield Chat(f"looks at {shown} images", [*seen, *looked, *again], (widest,) * shown)
 
 
 def _compare(

@@ -40,7 +40,7 @@ def expected_lines(
     source: HFFolder, parameters: Mapping[str, ParamLayout], separate: bool
 ) -> list[str]:
     """Describes folders without weights: what they must hold, according to the config."""
-    needed = {n: p for n, p in parameters.items() if not any(g.match(n) for g in source.new)}
+    needed = {n: p for n, p in parameters.items() if not source.may_lack(n)}
     links = published(source.model, needed, separate)
     tensors, size = totals(links, torch.bfloat16.itemsize)
     new = [name for name in parameters if name not in needed]

@@ -1,4 +1,4 @@
-"""The table of names of a model: its families' rows, the projector's, CLVR's.
+"""The table of names of a model: its families' rows, the projector's, CLVR's and glimpses'.
 
 Both directions, the plan, the check and the tests read these rows and nothing else
 (model/families/rows.py says what a row is).
@@ -12,7 +12,7 @@ from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.model.families.rows import Form, Row, Spelling, released_row, row
 from megatron_mm.plugins import import_object
 
-__all__ = ["CLVR", "PROJECTOR", "SPELLINGS", "Form", "Row", "Spelling", "rows", "row"]
+__all__ = ["AVM", "CLVR", "PROJECTOR", "SPELLINGS", "Form", "Row", "Spelling", "rows", "row"]
 
 # What `save_pretrained` writes today comes first: it is what a fused model is exported as.
 SPELLINGS = {
@@ -45,12 +45,13 @@ PROJECTOR = tuple(
     )
     for part in ("weight", "bias")
 )
-# CLVR is ours alone; the remote code of an export uses these names.
+# CLVR and active vision are ours alone; the remote code of an export uses these names.
 CLVR = (
     row("vision.memory_proj.{rest}", "clvr.memory_proj.{rest}"),
     row("vision.memory_projs.{rest}", "clvr.memory_projs.{rest}"),
     row("language.looks.{pair}.{rest}", "clvr.looks.{pair}.{rest}"),
 )
+AVM = (row("language.queries.{pair}.{rest}", "avm.queries.{pair}.{rest}"),)
 
 
 def rows(model: ModelConfig) -> tuple[Row, ...]:
@@ -62,5 +63,5 @@ def rows(model: ModelConfig) -> tuple[Row, ...]:
         if kind.letter not in known and kind.hf_rows is not None:
             found += import_object(kind.hf_rows, f"layer {kind.letter} ({kind.title}): rows")
     if model.vision is not None:
-        found += [*vision_family(model).hf_rows(), *PROJECTOR, *CLVR]
+        found += [*vision_family(model).hf_rows(), *PROJECTOR, *CLVR, *AVM]
     return tuple(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,19 @@ def loads_weights(checkpoint: CheckpointConfig) -> bool:
     return bool(checkpoint.load or checkpoint.load_hf)
 
 
-def start(engine: Engine, loader: Loader, checkpoint: CheckpointConfig, image_token: int) -> Start:
+def start(
+    engine: Engine, loader: Loader, checkpoint: CheckpointConfig, tokens: Mapping[str, Any]
+) -> Start:
     """Loads what the settings name into the engine and, to go on, the loader. Every rank calls it.
+
+    Args:
+        tokens: `token_notes` of the run's tokenizer.
 
     Raises:
         CheckpointError: on every rank: before anything has changed, or for another objective's.
     """
     if checkpoint.load_hf:
-        found = load_hf(engine, Path(checkpoint.load_hf), image_token)
+        found = load_hf(engine, Path(checkpoint.load_hf), tokens)
         _tell(found.initialized, found.ignored)
         return Start(notes=found.notes)
     if not checkpoint.load:

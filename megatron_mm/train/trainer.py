@@ -18,7 +18,7 @@ from megatron_mm.checkpoint.parameters import finish_param_gather
 from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import RunConfig
 from megatron_mm.config.objectives import declaration
-from megatron_mm.convert.folder import NOTES
+from megatron_mm.convert.folder import NOTES, token_notes
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
@@ -76,11 +76,11 @@ class Trainer:
         self.source: StepSource = open_step_source(run, self.engine, self.tokenizer, loader)
         tell_frozen(run)
         self.router_norms = RouterNorms(self.engine)
-        image_token = self.tokenizer.image_context_id
-        begun = start(self.engine, loader, run.checkpoint, image_token)
+        tokens = token_notes(run, self.tokenizer)
+        begun = start(self.engine, loader, run.checkpoint, tokens)
         self.engine.at_progress()
         self.iteration, self.seconds = begun.iteration, begun.seconds
-        self.notes = begun.notes | {"image_token_id": image_token}
+        self.notes = begun.notes | tokens
         self.saver = Saver(
             self.engine,
             asynchronous=run.checkpoint.async_save,

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint.compatible import check_model
+from megatron_mm.config import to_dict
+from megatron_mm.errors import CheckpointError
 from support.checkpoint_runs import (
+    PATTERN,
     create,
     load_whole,
     tiny_run,
@@ -29,17 +33,25 @@ def base(ranks, tmp_path_factory):
     return folder, ranks(2, train_and_save, tiny_run(dict(ep=2), pattern=BASE), folder)[0]
 
 
-@pytest.mark.parametrize(("size", "parallel"), [(1, {}), (2, dict(pp=2)), (2, dict(tp=2))])
-def test_clvr_is_added_to_a_base_model(ranks, base, size, parallel):
+@pytest.mark.parametrize(
+    ("size", "parallel", "pattern", "key"),
+    [
+        (1, {}, PATTERN, "looks"),
+        (2, dict(pp=2), PATTERN, "looks"),
+        (2, dict(tp=2), PATTERN, "looks"),
+        (2, dict(tp=2), "GE Q *E V", "queries"),
+    ],
+)
+def test_sides_are_added_to_a_base_model(ranks, base, size, parallel, pattern, key):
     folder, stored = base
-    run = tiny_run(parallel, freeze_language=True)
+    run = tiny_run(parallel, pattern=pattern, freeze_language=True)
     state, tensors = ranks(size, load_whole, run, folder, True)[0]
     run.training.seed += 1
     initial = weights(ranks(size, untrained, run)[0])
     found, stored = weights(tensors), weights(stored)
     added = found.keys() - stored.keys()
     assert sorted(state["initialized"]) == sorted(added)
-    assert any("looks.0." in name for name in added)
+    assert any(f"{key}.0." in name for name in added)
     assert any("memory_proj" in name for name in added)
     for name, tensor in found.items():
         assert torch.equal(tensor, initial[name] if name in added else stored[name]), name
@@ -70,16 +82,16 @@ def test_main_parameters_follow_the_weights(ranks, base, plain):
         assert moved <= 0.011  # one Adam step of learning rate 0.01 at most, with decay
 
 
-def saved_with_looks(folder: Path) -> None:
-    train_and_save(tiny_run(), folder)
+def saved_with_sides(folder: Path) -> None:
+    train_and_save(tiny_run(pattern="GE L Q *E J V"), folder)
 
 
-def test_looks_can_be_left_behind(ranks, tmp_path):
+def test_sides_can_be_left_behind(ranks, tmp_path):
     """The control arm starts from the checkpoint that has them."""
-    ranks(1, saved_with_looks, tmp_path)
+    ranks(1, saved_with_sides, tmp_path)
     state, tensors = ranks(1, load_whole, tiny_run(pattern=BASE), tmp_path, True)[0]
     assert state["initialized"] == []
-    assert not any("looks" in name for name in tensors)
+    assert not any("looks" in name or "queries" in name for name in tensors)
 
 
 def other_training_settings(folder: Path) -> dict:
@@ -94,3 +106,13 @@ def test_training_settings_may_change(ranks, base):
     folder, _ = base
     state = ranks(1, other_training_settings, folder)[0]
     assert state["iteration"] > 0
+
+
+def test_the_schedule_of_windows_may_change_and_their_form_may_not():
+    stored = tiny_run(pattern="GE Q *E V").model
+    model = tiny_run(pattern="GE Q *E V").model
+    model.layers["Q"].query_box_loss_coeff, model.layers["Q"].query_min_scale = 1.0, 0.2
+    check_model(to_dict(stored), model, finetune=False)
+    model.layers["Q"].query_grid = 3
+    with pytest.raises(CheckpointError, match="query_grid is 2 there and 3 here"):
+        check_model(to_dict(stored), model, finetune=False)

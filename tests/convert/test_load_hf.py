@@ -61,7 +61,7 @@ def both_ways(folder: Path, out: Path, parallel: dict):
     made = groups.build(ParallelConfig(**parallel))
     found = []
     for load in (
-        lambda engine: load_hf(engine, folder, 95),
+        lambda engine: load_hf(engine, folder, {"image_token_id": 95}),
         lambda engine: sharded.load(engine, out, finetune=True),
     ):
         engine = Engine.create(run_on(parallel, seed=99), made)
@@ -106,7 +106,7 @@ def refused(folder: Path, edit, token: int) -> str:
     engine = Engine.create(run, groups.build(run.parallel))
     before = {n: p.detach().clone() for n, p in engine.chunks[0].named_parameters()}
     with pytest.raises(CheckpointError) as caught:
-        load_hf(engine, folder, token)
+        load_hf(engine, folder, {"image_token_id": token})
     for name, param in engine.chunks[0].named_parameters():
         assert torch.equal(param, before[name])
     return str(caught.value)

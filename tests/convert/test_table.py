@@ -11,7 +11,7 @@ from megatron_mm.benchmark.hf_weights import MCORE_ONLY, copy_weights
 from megatron_mm.config import ParallelConfig, RunConfig, preset, to_transformers_dict, without_clvr
 from megatron_mm.convert import mapping as planning
 from megatron_mm.convert import summary as report
-from megatron_mm.convert.mapping import LOOKS, PROJECTOR, find_row, read_mapping, write_links
+from megatron_mm.convert.mapping import PROJECTOR, SIDES, find_row, read_mapping, write_links
 from megatron_mm.convert.table import rows as table_rows
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
@@ -25,6 +25,7 @@ MODELS = {
     "300M and CLVR": small_model(),
     "6B": replace(base_model(**SIX_B)),
     "Qwen3.5-MoE and two memories": small_qwen3_5_moe(**two_memories("overview", "detail")),
+    "glimpses": small_model("GE Q *E V", vision_memory="pyramid"),
 }
 ROWS = {kind: table_rows(model) for kind, model in MODELS.items()}
 # Every row once: those that models share are served by the first that has them.
@@ -146,7 +147,7 @@ def test_the_published_80b_and_6b():
     text = to_transformers_dict(replace(base, vision=None))
     (inside, saved), (_, published) = meta(words, text)
     parameters = blueprint(model)
-    clvr = [n for n in parameters if LOOKS.match(n)]
+    clvr = [n for n in parameters if SIDES.match(n)]
     base_parameters = {n: p for n, p in parameters.items() if n not in clvr}
     assert shapes_of(write_links(base, base_parameters, "stacked")) == inside
     assert shapes_of(write_links(base, base_parameters, "transformers")) == saved

@@ -228,7 +228,7 @@ def test_the_pattern_knows_it():
     for pattern, words in (
         ("GMM", "'M' at position 3 needs a mixer (G or *) of its own before it"),
         ("G*M", "'G' at position 1 needs an E or C or M before '*' at position 2"),
-        ("GQ", "unknown letter 'Q' at position 2; allowed: G, *, E, L, J, C, M"),
+        ("GX", "unknown letter 'X' at position 2; allowed: G, *, E, L, J, Q, V, C, M"),
     ):
         with pytest.raises(ConfigError) as error:
             parse_pattern(pattern)

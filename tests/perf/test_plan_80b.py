@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.config import ConfigError, load, preset, to_transformers_dict, without_clvr
-from megatron_mm.convert.mapping import LOOKS
+from megatron_mm.convert.mapping import SIDES
 from megatron_mm.model.blueprint import blueprint
 from megatron_mm.perf import hardware
 from megatron_mm.perf.fake import fake_engine, fake_job
@@ -55,7 +55,7 @@ def test_the_size_is_that_of_transformers_and_clvr():
     clvr = sum(
         prod(layout.global_shape)
         for name, layout in blueprint(model).items()
-        if name.startswith(LOOKS)
+        if name.startswith(SIDES)
     )
     total, active = transformers_size(base)
     assert model_size(model) == (total + clvr, active + clvr)

@@ -162,8 +162,9 @@ def test_losses_do_not_depend_on_the_layout(ranks, scenes, one_rank_losses, name
 
 def test_the_tolerance_would_notice_a_module_that_is_not_updated(ranks, scenes, one_rank_losses):
     """Least is the router: the loss of the fourth step is off by 1.6e-4."""
-    runs = [digits_run(scenes, **{f"freeze_{module}": True}) for module in MODULES]
-    for module, other in zip(MODULES, ranks(1, on_rank_losses, *runs)[0], strict=True):
+    built = [module for module in MODULES if module != "avm"]  # the run has no glimpses
+    runs = [digits_run(scenes, **{f"freeze_{module}": True}) for module in built]
+    for module, other in zip(built, ranks(1, on_rank_losses, *runs)[0], strict=True):
         gap = abs(other[3]["train/lm_loss"] / one_rank_losses[3]["train/lm_loss"] - 1)
         assert gap > 10 * LOSS_TOLERANCE, module
 

@@ -7,10 +7,11 @@ First every tensor of the folder is compared bit for bit with the one exported f
 checkpoint. Then conversations with and without images go through the folder's own template,
 tokenizer and processor: token ids and pixel values must be bitwise those of training, as must end
 tokens and dtype. Then, in fp32, every layer's output and the logits are compared between
-transformers and megatron_mm, on built-in random prompts with images of several tile counts or on
-the given ones. Prints the first layer that differs, with the relative difference.
-`--tensors-only` stops after the first part. transformers cannot load InternVL's original release;
-its weights reach the transformers model by way of this package's table of names.
+transformers and megatron_mm, on built-in random prompts with images of several tile counts (and
+with queries, if the model glimpses) or on the given ones. Prints the first layer that differs, with
+the relative difference. `--tensors-only` stops after the first part. transformers cannot load
+InternVL's original release; its weights reach the transformers model by way of this package's table
+of names.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
         run = RunConfig(model=checkpoint.model)
         try:
             if args.prompt is None:
-                cases = parity.built_in_cases(run, source.image_token_id)
+                cases = parity.built_in_cases(run, source.image_token_id, source.look_ids)
             else:
                 tokenizer = load_tokenizer(args.hf)
                 cases = [parity.given_case(run, tokenizer, args.prompt, args.image)]

@@ -6,11 +6,11 @@
     python tools/hf_to_megatron.py --hf DIR --out DIR --dry-run
 
 `--hf` takes a folder of any language family, alone or fused with an encoder (model/families). Two
-folders start a fusion: the projector is new, and so is CLVR where `--hybrid-layer-pattern` has
-looks. A second hop is new where it has C for E. New parameters are drawn from `--seed` and named in
-the output. The checkpoint loads on any layout (`--finetune --load DIR`); the layout flags are
-checked against the model's sizes and recorded. A dry run writes nothing and needs no weights:
-config.json is enough.
+folders start a fusion: the projector is new. So are the looks and glimpses that
+`--hybrid-layer-pattern` adds to a folder, and the second hop where it has C for E. New parameters
+are drawn from `--seed` and named in the output. The checkpoint loads on any layout (`--finetune
+--load DIR`); the layout flags are checked against the model's sizes and recorded. A dry run writes
+nothing and needs no weights: config.json is enough.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megatron_mm.config import (
     validate,
 )
 from megatron_mm.config.flags import parse_flags
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.tree import merge
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
     flags = parse_flags(argv)
     for line in flags.accepted:
         logger.info("%s", line)
+    sides = LAYERS.of_role("side")
     for path, value in flags.values.items():
         known = path[:2] in (("model", "fusion"), ("model", "layers"))
         known |= path[-1] in ("hybrid_layer_pattern", "seed")
@@ -63,8 +65,8 @@ def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
     if pattern != base_pattern(model.hybrid_layer_pattern):
         raise ConfigError(
             f"--hybrid-layer-pattern has the layers {pattern}, the folder's model "
-            f"{base_pattern(model.hybrid_layer_pattern)}; allowed: the same with L and J between, "
-            "and C for E"
+            f"{base_pattern(model.hybrid_layer_pattern)}; allowed: the same with "
+            f"{', '.join(sides)} between, and C for E"
         )
     p = run.parallel
     dense = p.tensor_model_parallel_size * p.context_parallel_size

@@ -1,1 +1,1 @@
-"""Files that travel with an export of a model with looks."""
+"""Files that travel with an export of a model with looks or glimpses."""

@@ -1,16 +1,13 @@
 """InternVL around a hybrid text model whose layers look at the image again, or whose experts hand
 tokens to further ones. Travels with exported weights.
 
-An intermediate layer's hidden state queries patch features before the pixel shuffle (a memory;
-there may be several, each look reads one); what a look (L) finds is added where the pattern says
-(J). Prompts are batched with padding on the left; greedy search and sampling decode with a cache
-that keeps the memories' keys and values.
+An intermediate layer looks at a memory (L), and what it finds is added where the pattern says (J;
+modeling_look.py). A token may ask for a place of an image (Q) that the slots behind it show (V;
+modeling_glimpse.py). Prompts are batched with padding on the left; greedy search and sampling
+decode with a cache that keeps the memories' keys and values.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 from transformers.cache_utils import DynamicCache
@@ -20,9 +17,11 @@ from transformers.models.internvl.modeling_internvl import (
     InternVLCausalLMOutputWithPast,
     InternVLModel,
 )
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from .configuration_clvr import CLVRConfig
+from .modeling_delegate import Delegate
+from .modeling_glimpse import Asked, ForcedSlots, Glimpse, LookRule
+from .modeling_look import CLVRLook, Memory
 
 # What a prompt's images are to the model; see CLVRForConditionalGeneration.forward.
 IMAGE_INPUTS = (
@@ -31,99 +30,37 @@ IMAGE_INPUTS = (
     "memory_tiles",
     "memory_number",
     "memory_coordinates",
+    "memory_extents",
     "memory_sample",
     "memory_visible_from",
 )
-FREQUENCIES = 6  # of the coordinates: 2^0 .. 2^5 half periods over the image
-
-
 # Letters of the pattern: how each is numbered. A mixer opens a layer and an ffn closes it; the k-th
-# that closes a pair adds what the k-th that opens one found.
-LETTERS = {"G": "mixer", "*": "mixer", "E": "ffn", "C": "ffn", "L": "opens", "J": "closes"}
+# that closes a pair of a kind adds what the k-th that opens one found.
+LETTERS = {"G": "mixer", "*": "mixer", "E": "ffn", "C": "ffn"}
+OPENS, CLOSES = {"L": "look", "Q": "glimpse"}, {"J": "look", "V": "glimpse"}
 
 
 def read_pattern(pattern: str) -> list[tuple[str, int]]:
     """(letter, number) of every sub-layer: that of its layer, or of its pair."""
-    counts = dict.fromkeys(LETTERS.values(), 0)
+    roles = LETTERS | {letter: f"opens {kind}" for letter, kind in OPENS.items()}
+    roles |= {letter: f"closes {kind}" for letter, kind in CLOSES.items()}
+    counts = dict.fromkeys(roles.values(), 0)
     found = []
     for letter in "".join(pattern.split()):
-        if letter not in LETTERS:
-            raise ValueError(f"hybrid_layer_pattern has {letter!r}; known: {', '.join(LETTERS)}")
-        role = LETTERS[letter]
+        if letter not in roles:
+            raise ValueError(f"hybrid_layer_pattern has {letter!r}; known: {', '.join(roles)}")
+        role = roles[letter]
         found.append((letter, counts[role]))
         counts[role] += 1
     return found
 
 
-class Memory:
-    """One memory's patches of a batch of prompts as a rectangle [B, P], and the keys and values of
-    each look that reads it."""
-
-    def __init__(self, rows, coordinates, sample, visible_from, batch: int):
-        counts = torch.bincount(sample, minlength=batch)
-        width = int(counts.max()) if len(sample) else 0
-        place = torch.arange(len(sample), device=sample.device)
-        place = place - (counts.cumsum(0) - counts)[sample]  # patches are ordered by sample
-        self.rows = rows.new_zeros(batch, width, rows.shape[-1])
-        self.rows[sample, place] = rows
-        self.coordinates = coordinates.new_zeros(batch, width, 2)
-        self.coordinates[sample, place] = coordinates
-        never = torch.iinfo(torch.int64).max
-        self.visible_from = torch.full((batch, width), never, device=sample.device)
-        self.visible_from[sample, place] = visible_from
-        self.projected: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-class CLVRLook(nn.Module):
-    def __init__(self, config: CLVRConfig, memory: dict):
-        super().__init__()
-        text, extra = config.text_config, config.clvr
-        assert extra is not None
-        self.reads = memory["name"]
-        self.dim = extra["fusion"]["clvr_kv_channels"]
-        width = extra["fusion"]["clvr_num_attention_heads"] * self.dim
-        hidden, eps = text.hidden_size, text.rms_norm_eps
-        self.query_norm = Qwen3NextRMSNorm(hidden, eps)
-        self.memory_norm = Qwen3NextRMSNorm(memory["width"], eps)
-        self.linear_q = nn.Linear(hidden, width, bias=False)
-        # Rows are [key, value] of each head.
-        self.linear_kv = nn.Linear(memory["width"], 2 * width, bias=False)
-        self.q_norm = Qwen3NextRMSNorm(self.dim, eps)
-        self.k_norm = Qwen3NextRMSNorm(self.dim, eps)
-        self.linear_coordinates = None
-        if memory["coordinates"]:
-            self.linear_coordinates = nn.Linear(4 * FREQUENCIES, width, bias=False)
-        self.linear_proj = nn.Linear(width, hidden, bias=False)
-
-    def project(self, memory: Memory):
-        """Keys and values of the memory, [B, heads, P, dim]."""
-        fused = self.linear_kv(self.memory_norm(memory.rows))
-        key, value = fused.view(*fused.shape[:2], -1, 2 * self.dim).chunk(2, dim=-1)
-        if self.linear_coordinates is not None:
-            exponent = torch.arange(FREQUENCIES, device=key.device)
-            angles = memory.coordinates.unsqueeze(-1) * (math.pi * 2.0**exponent)
-            features = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(2)
-            key = key + self.linear_coordinates(features.to(key.dtype)).view_as(key)
-        return self.k_norm(key).transpose(1, 2), value.transpose(1, 2)
-
-    def forward(self, hidden: torch.Tensor, memories: dict[str, Memory], first: int, pair: int):
-        """Returns what each position finds, [B, T, H]; exactly 0 where no image stands before it.
-
-        `first` is the place of the first position in its padded row.
-        """
-        memory = memories[self.reads]
-        if pair not in memory.projected:
-            memory.projected[pair] = self.project(memory)
-        key, value = memory.projected[pair]
-        query = self.linear_q(self.query_norm(hidden))
-        query = self.q_norm(query.view(*query.shape[:2], -1, self.dim)).transpose(1, 2)
-        place = torch.arange(first, first + hidden.shape[1], device=hidden.device)
-        visible = place[None, :, None] >= memory.visible_from[:, None, :]
-        sees = visible.any(-1)[:, None, :, None]
-        mask = visible.unsqueeze(1) | ~sees  # softmax over nothing is NaN
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        found = torch.where(sees, found, 0.0)
-        return self.linear_proj(found.transpose(1, 2).flatten(2))
+def reads(clvr: dict) -> dict[tuple[str, int], dict]:
+    """(letter, number) of every look and glimpse -> the memory that it reads."""
+    memories = {memory["name"]: memory for memory in clvr["memories"]}
+    layers = [layer for layer in read_pattern(clvr["hybrid_layer_pattern"]) if layer[0] in OPENS]
+    names = zip(layers, clvr["look_memories"], strict=True)
+    return {layer: memories[name] for layer, name in names}
 
 
 class CLVRParts(nn.Module):
@@ -134,15 +71,14 @@ class CLVRParts(nn.Module):
         super().__init__()
         self.memory_proj, self.memory_projs = None, nn.ModuleDict()
         assert config.clvr is not None
-        memories = {memory["name"]: memory for memory in config.clvr["memories"]}
-        for name, memory in memories.items():
+        for memory in config.clvr["memories"]:
             linear = nn.Linear(config.vision_config.hidden_size, memory["width"])
-            if name == "vision":
+            if memory["name"] == "vision":
                 self.memory_proj = linear
             else:
-                self.memory_projs[name] = linear
-        reads = enumerate(config.clvr["look_memories"])
-        self.looks = nn.ModuleDict({str(n): CLVRLook(config, memories[name]) for n, name in reads})
+                self.memory_projs[memory["name"]] = linear
+        looks = {pair: m for (letter, pair), m in reads(config.clvr).items() if letter == "L"}
+        self.looks = nn.ModuleDict({str(n): CLVRLook(config, m) for n, m in looks.items()})
 
     def projections(self) -> dict[str, nn.Linear]:
         """Returns the projections by memory, in the order of the processor."""
@@ -151,37 +87,14 @@ class CLVRParts(nn.Module):
         return found | {name: self.memory_projs[name] for name in names}
 
 
-class Delegate(nn.Module):
-    """The second hop of a layer of experts (C): tokens that its gate hands over go to further
-    experts of the layer, with the first hop's result."""
+class AVMParts(nn.Module):
+    """The glimpses."""
 
-    def __init__(self, text, settings: dict):
+    def __init__(self, config: CLVRConfig):
         super().__init__()
-        self.settings, hidden = settings, text.hidden_size
-        self.norm = Qwen3NextRMSNorm(hidden, text.rms_norm_eps)
-        self.gate = nn.Linear(hidden, 1)
-        self.router = nn.Linear(hidden, text.num_experts, bias=False)
-        self.scale = nn.Parameter(torch.zeros(hidden))
-        self.hard = nn.Parameter(torch.zeros(1), requires_grad=False)
-
-    def forward(self, stream, normed, result, block):
-        """Returns the result with what the second hop adds; `block` is the layer's experts, which
-        made it of `normed`."""
-        read = stream if self.settings["delegate_input"] == "stream" else stream + result
-        z = self.norm(read).flatten(0, 1)
-        bias = self.gate.bias.float()
-        gate = F.linear(z.float(), self.gate.weight.float(), bias).squeeze(-1).sigmoid()
-        rows = (gate > 1.5 * self.hard.float() - 1).nonzero().flatten()
-        x, k = z[rows], self.settings["delegate_topk"]
-        scores = F.linear(x.float(), self.router.weight.float())
-        allowed = scores
-        if self.settings["delegate_distinct"]:
-            allowed = scores.scatter(1, block.gate(normed)[2][rows], -math.inf)
-        best, experts = allowed.topk(k)
-        weights = best.softmax(-1) if k > 1 else scores.softmax(-1).gather(1, experts)
-        weights = (weights * gate[rows, None]).to(x.dtype)
-        found = block.experts(x, experts, weights) * self.scale
-        return result.flatten(0, 1).index_add(0, rows, found).view_as(result)
+        assert config.clvr is not None
+        queries = {pair: m for (letter, pair), m in reads(config.clvr).items() if letter == "Q"}
+        self.queries = nn.ModuleDict({str(n): Glimpse(config, m) for n, m in queries.items()})
 
 
 class LetterByLetter:
@@ -194,7 +107,9 @@ class LetterByLetter:
         inputs_embeds,
         letters,
         looks,
+        queries,
         memories=None,
+        asked=None,
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
@@ -215,13 +130,18 @@ class LetterByLetter:
         hidden, waiting = inputs_embeds, {}
         rotary = self.rotary_emb(hidden, position_ids)
         for letter, number in letters:
-            role = LETTERS[letter]
-            if role == "opens":
+            if letter in OPENS:
                 if memories is not None:
-                    waiting[number] = looks[str(number)](hidden, memories, first, number)
-            elif role == "closes":
-                hidden = hidden + waiting.pop(number) if number in waiting else hidden
-            elif role == "mixer":
+                    given = hidden, memories, first, number
+                    if letter == "L":
+                        found = looks[str(number)](*given)
+                    else:
+                        found = queries[str(number)](*given, asked)
+                    waiting[OPENS[letter], number] = found
+            elif letter in CLOSES:
+                found = waiting.pop((CLOSES[letter], number), None)
+                hidden = hidden if found is None else hidden + found
+            elif LETTERS[letter] == "mixer":
                 layer = self.layers[number]
                 normed = layer.input_layernorm(hidden)
                 if letter == "G":
@@ -280,8 +200,9 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
     def __init__(self, config: CLVRConfig):
         super().__init__(config)
         self.model = CLVRModel(config)
-        self.clvr = CLVRParts(config)
+        self.clvr, self.avm = CLVRParts(config), AVMParts(config)
         assert config.clvr is not None
+        self.rule = LookRule.of(config.clvr)
         self.letters = read_pattern(config.clvr["hybrid_layer_pattern"])
         self.post_init()
 
@@ -300,15 +221,15 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         stream = self.model.multi_modal_projector(stream.flatten(1, 2))
         return stream.flatten(0, 1)
 
-    def memories(self, features, tiles, number, coordinates, sample, visible_from, batch):
-        """Returns the memories by name; `number` says which of them each tile is in."""
+    def memories(self, features, tiles, number, about, batch: int):
+        """Returns the memories by name; `number` says which of them each tile is in, and `about`
+        has for every patch its centre, its side, its prompt and from where it is visible."""
         number = torch.zeros_like(tiles) if number is None else number
         of_patch = number.repeat_interleave(features.shape[1])
         found = {}
         for index, (name, project) in enumerate(self.clvr.projections().items()):
             rows, here = features[tiles[number == index]].flatten(0, 1), of_patch == index
-            about = coordinates[here], sample[here], visible_from[here]
-            found[name] = Memory(project(rows), *about, batch)
+            found[name] = Memory(batch, project(rows), *(each[here] for each in about))
         return found
 
     def _expand_inputs_for_generation(
@@ -353,9 +274,40 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
             "memory_tiles": tiles[picked],
             "memory_number": number[picked],
             "memory_coordinates": images["memory_coordinates"][rows],
+            "memory_extents": images["memory_extents"][rows],
             "memory_sample": torch.cat(owner).repeat_interleave(patches),
             "memory_visible_from": images["memory_visible_from"][rows],
         }
+
+    def _get_logits_processor(self, *args, **kwargs):
+        """Adds, last, what forces the slots behind a query."""
+        found = super()._get_logits_processor(*args, **kwargs)
+        if self.rule is not None:
+            found.append(ForcedSlots(self.rule))
+        return found
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        """Takes what queries found along with the beams that asked."""
+        past_key_values.reorder_cache(beam_idx)
+        asked = getattr(past_key_values, "asked", None)
+        if asked is not None:
+            asked.reorder(beam_idx)
+        return past_key_values
+
+    def asked(self, input_ids, past_key_values) -> Asked | None:
+        """The queries up to these tokens; None for a model without glimpses."""
+        if self.rule is None:
+            return None
+        if input_ids is None:
+            raise ValueError("queries and slots are known by their ids: give input_ids")
+        asked = getattr(past_key_values, "asked", None) or Asked.start(self.rule, len(input_ids))
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if held != asked.tokens:
+            raise ValueError(f"a cache of {held} tokens, of which {asked.tokens} were read here")
+        asked.read(input_ids)
+        if past_key_values is not None:
+            past_key_values.asked = asked
+        return asked
 
     def forward(
         self,
@@ -365,6 +317,7 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         memory_tiles=None,
         memory_number=None,
         memory_coordinates=None,
+        memory_extents=None,
         memory_sample=None,
         memory_visible_from=None,
         attention_mask=None,
@@ -378,8 +331,8 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
     ):
         """The image arguments are what the processor of this folder makes: which tiles stand in the
         token stream, which in a memory, the number of that memory (default: all in the first), and
-        of every memory patch its centre (y, x), its prompt and the first place of the padded prompt
-        that may look at it."""
+        of every memory patch its centre (y, x), its side, its prompt and the first place of the
+        padded prompt that may look at it. Centres and sides are shares of the image."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         cached = use_cache if use_cache is not None else self.config.text_config.use_cache
@@ -390,8 +343,10 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
             features = self.features(pixel_values)
             stream = self.image_tokens(features, stream_tiles)
             if memory_tiles is not None:
-                about = memory_coordinates, memory_sample, memory_visible_from, len(inputs_embeds)
-                memories = self.memories(features, memory_tiles, memory_number, *about)
+                about = memory_coordinates, memory_extents, memory_sample, memory_visible_from
+                memories = self.memories(
+                    features, memory_tiles, memory_number, about, len(inputs_embeds)
+                )
             here = (input_ids == self.config.image_token_id).unsqueeze(-1)
             if int(here.sum()) != len(stream):
                 raise ValueError(f"{int(here.sum())} image tokens, {len(stream)} image features")
@@ -402,7 +357,9 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
             inputs_embeds,
             self.letters,
             self.clvr.looks,
+            self.avm.queries,
             memories,
+            self.asked(input_ids, past_key_values),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

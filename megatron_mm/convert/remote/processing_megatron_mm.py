@@ -2,7 +2,8 @@
 
 An image is stretched to the grid of square tiles whose aspect ratio is closest to its own, cut,
 and joined by a thumbnail of the whole. `image_stream` says which tiles stand in the token
-stream, `memories` which of them each memory holds for the looks that read it.
+stream, `memories` which of them each memory holds for the looks that read it. Behind a `<look>` of
+an answer stand its slots.
 """
 
 import base64
@@ -21,6 +22,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS, MAX_BYTES = 2**26, 2**29
 
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+LOOK, SLOT = "<look>", "<LOOK_CONTEXT>"
 TURNS = ("<|im_start|>", "<|im_end|>")
 # Generation starts behind this text, so that it was encoded by itself in training.
 BEFORE_ANSWER = "<|im_start|>assistant\n"
@@ -83,13 +85,13 @@ def _shown(image: Image.Image) -> Image.Image:
 
 
 class Inputs(BatchFeature):
-    """The processor's result. Coordinates keep their precision in `.to(device, dtype)`."""
+    """The processor's result. Places keep their precision in `.to(device, dtype)`."""
 
     def to(self, *args, **kwargs) -> "Inputs":
-        kept = self.get("memory_coordinates")
+        kept = {n: self[n] for n in ("memory_coordinates", "memory_extents") if n in self}
         super().to(*args, **kwargs)
-        if kept is not None:
-            self["memory_coordinates"] = kept.to(self["input_ids"].device)
+        for name, value in kept.items():
+            self[name] = value.to(self["input_ids"].device)
         return self
 
 
@@ -97,13 +99,13 @@ class MegatronMMProcessor(ProcessorMixin):
     attributes = ["tokenizer"]
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, tokenizer=None, chat_template=None, tiles=None, **kwargs):
-        self.tiles = tiles
+    def __init__(self, tokenizer=None, chat_template=None, tiles=None, looks=None, **kwargs):
+        self.tiles, self.looks = tiles, looks
         super().__init__(tokenizer, chat_template=chat_template)
 
     def _tiles(self, image: Image.Image, most: int):
         """Returns (used tiles uint8 [N, S, S, 3], indices into them for the stream, and for every
-        memory such indices and the centres [M, 2] of its patches)."""
+        memory such indices, the centres [M, 2] and the sides [M] of its patches)."""
         s = self.tiles
         size = s["image_size"]
         width, height = image.size
@@ -114,7 +116,7 @@ class MegatronMMProcessor(ProcessorMixin):
         def choose(what: str) -> list[int]:
             if what == "none":
                 return []
-            if what == "all":
+            if what in ("all", "pyramid"):
                 return list(range(grid + thumbnail))
             return list(range(grid)) if what == "tiles" or grid == 1 else [grid]
 
@@ -135,6 +137,7 @@ class MegatronMMProcessor(ProcessorMixin):
             (
                 [used.index(tile) for tile in memory],
                 torch.cat([self._centres(tile, rows, columns) for tile in memory]),
+                torch.cat([self._sides(tile, rows, columns) for tile in memory]),
             )
             for memory in memories
         ]
@@ -150,6 +153,12 @@ class MegatronMMProcessor(ProcessorMixin):
         y, x = torch.meshgrid((row + centres) / rows, (column + centres) / columns, indexing="ij")
         return torch.stack([y.flatten(), x.flatten()], dim=-1)
 
+    def _sides(self, tile: int, rows: int, columns: int) -> torch.Tensor:
+        """Sides of a tile's patches in fractions of the image's."""
+        count = self.tiles["image_size"] // self.tiles["patch_size"]
+        cells = rows * columns
+        return torch.full((count**2,), (cells if tile < cells else 1) ** -0.5 / count)
+
     def _cut(self, images):
         """All images of a prompt, with fewer tiles each if they would be too many tokens."""
         s, cost = self.tiles, 0
@@ -161,20 +170,38 @@ class MegatronMMProcessor(ProcessorMixin):
         raise ValueError(f"{len(images)} images need {cost} tokens at one tile each")
 
     def _encode(self, text: str) -> list[int]:
-        """Token ids of a text without images."""
+        """Token ids of a text without images, the slots of its looks among them."""
         ids: list[int] = []
         pieces = text.split(BEFORE_ANSWER)
         for number, piece in enumerate(pieces):
             piece += BEFORE_ANSWER if number < len(pieces) - 1 else ""
             ids += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
         # A tokenizer may normalise text, such as full-width brackets, to a control token.
-        for token, allowed in [(t, 0) for t in (START, END, CONTEXT)] + [
-            (t, text.count(t)) for t in TURNS
-        ]:
-            found = ids.count(self.tokenizer.convert_tokens_to_ids(token))
+        of = self.tokenizer.convert_tokens_to_ids
+        never, counted = [START, END, CONTEXT], [*TURNS]
+        if self.looks is not None:
+            never, counted = [*never, SLOT], [*counted, LOOK]
+        for token, allowed in [(t, 0) for t in never] + [(t, text.count(t)) for t in counted]:
+            found = ids.count(of(token))
             if found != allowed:
                 raise ValueError(f"text becomes {found} tokens {token}, the template has {allowed}")
-        return ids
+        if self.looks is None:
+            return ids
+        query, slots = of(LOOK), [of(SLOT)] * self.looks["slots"]
+        return [i for one in ids for i in ([one, *slots] if one == query else [one])]
+
+    def _check_looks(self, prompt: str) -> None:
+        """Rejects looks that training would not read."""
+        if self.looks is None or LOOK not in prompt:
+            return
+        turns = prompt.split(TURNS[0])
+        if any(LOOK in turn and not turn.startswith("assistant\n") for turn in turns):
+            raise ValueError(f"a turn that is no assistant's has {LOOK}; only answers look")
+        if CONTEXT not in prompt[: prompt.index(LOOK)]:
+            raise ValueError(f"no image stands before the first {LOOK}")
+        found, most = prompt.count(LOOK), self.looks["most"]
+        if found > most:
+            raise ValueError(f"a prompt has {found} {LOOK}; allowed: {most}")
 
     def _check(self, kwargs: dict, return_tensors) -> None:
         """Rejects what would be ignored."""
@@ -209,9 +236,10 @@ class MegatronMMProcessor(ProcessorMixin):
         of = self.tokenizer.convert_tokens_to_ids
         per_tile = self.tiles["tokens_per_tile"]
         rows, pixels, stream, tiles = [], [], [], 0
-        # Of every memory: tiles, centres, prompts and first positions of its patches.
-        memories: list[tuple[list, ...]] = [([], [], [], []) for _ in self.tiles["memories"]]
+        # Of every memory: tiles, and centres, sides, prompts and first positions of its patches.
+        memories: list[tuple[list, ...]] = [([], [], [], [], []) for _ in self.tiles["memories"]]
         for number, prompt in enumerate(texts):
+            self._check_looks(prompt)
             pieces = prompt.split(CONTEXT)
             mine, pictures = pictures[: len(pieces) - 1], pictures[len(pieces) - 1 :]
             cut = self._cut(mine) if mine else []
@@ -222,11 +250,12 @@ class MegatronMMProcessor(ProcessorMixin):
                     ids += [of(START), *[of(CONTEXT)] * (len(in_stream) * per_tile)]
                     pixels.append(used)
                     stream += [tiles + tile for tile in in_stream]
-                    for memory, (in_memory, places) in zip(memories, held, strict=True):
+                    for memory, (in_memory, places, sides) in zip(memories, held, strict=True):
                         memory[0].extend(tiles + tile for tile in in_memory)
                         memory[1].append(places)
-                        memory[2].extend([number] * len(places))
-                        memory[3].extend([len(ids)] * len(places))
+                        memory[2].append(sides)
+                        memory[3].extend([number] * len(places))
+                        memory[4].extend([len(ids)] * len(places))
                     ids.append(of(END))
                     tiles += len(used)
                 ids += self._encode(words)
@@ -249,13 +278,14 @@ class MegatronMMProcessor(ProcessorMixin):
             counts = torch.tensor([len(memory[0]) for memory in memories])
             owner, visible = (
                 torch.tensor(sum((memory[n] for memory in memories), []), dtype=torch.int64)
-                for n in (2, 3)
+                for n in (3, 4)
             )
             data |= {
                 "stream_tiles": torch.tensor(stream, dtype=torch.int64),
                 "memory_tiles": torch.tensor(sum((memory[0] for memory in memories), [])),
                 "memory_number": torch.arange(len(memories)).repeat_interleave(counts),
                 "memory_coordinates": torch.cat([c for memory in memories for c in memory[1]]),
+                "memory_extents": torch.cat([e for memory in memories for e in memory[2]]),
                 "memory_sample": owner,
                 "memory_visible_from": visible + before[owner],
             }
