@@ -31,9 +31,8 @@ NOT_THE_MODEL = {
     "layers.C.delegate_hard_from",
     "layers.C.delegate_gate_bias",
     "layers.C.delegate_planned_share",
-    # The smallest window is a parameter; these say how it shrinks.
+    # The floor of windows is a parameter; these say how it falls.
     "layers.Q.query_first_scale",
-    "layers.Q.query_min_scale",
     "layers.Q.query_anneal_share",
     "layers.Q.query_box_loss_coeff",
 }

@@ -111,7 +111,7 @@ def test_training_settings_may_change(ranks, base):
 def test_the_schedule_of_windows_may_change_and_their_form_may_not():
     stored = tiny_run(pattern="GE Q *E V").model
     model = tiny_run(pattern="GE Q *E V").model
-    model.layers["Q"].query_box_loss_coeff, model.layers["Q"].query_min_scale = 1.0, 0.2
+    model.layers["Q"].query_box_loss_coeff, model.layers["Q"].query_first_scale = 1.0, 0.2
     check_model(to_dict(stored), model, finetune=False)
     model.layers["Q"].query_grid = 3
     with pytest.raises(CheckpointError, match="query_grid is 2 there and 3 here"):

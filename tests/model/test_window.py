@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from megatron_mm.model.layers.window import Patches, Window, place, read
+from megatron_mm.model.layers.window import Patches, Window, place, read, with_floor
 
 SIDE = 4  # patches along a side of the fine tiles together; the coarse one has half as many
 WINDOW = Window(2, 0.5, 1.0)
@@ -118,7 +118,7 @@ def test_finite_differences_of_the_place(double):
     of_slot, index = torch.arange(2).repeat_interleave(4), torch.arange(4).repeat(2)[None]
 
     def glimpse(asked, key, value, query, content):
-        where = place(asked, torch.tensor(0.1))[of_slot][None]
+        where = with_floor(place(asked, 0.1), torch.tensor(0.3))[of_slot][None]
         held = Patches(key, value, places.double()[None], image[None], 2, None)
         return read(WINDOW, query, where, index, held, content)
 
@@ -127,11 +127,20 @@ def test_finite_differences_of_the_place(double):
 
 def test_places_stay_in_the_image_and_scales_within_bounds():
     asked = torch.tensor([[0.0, 0.0, -3.0], [9.0, -9.0, 9.0], [0.0, 0.0, -50.0]])
-    found = place(asked, torch.tensor(0.08))
+    found = place(asked, 0.08)
     assert torch.allclose(found[0, :2], torch.tensor([0.5, 0.5]))
     assert 0.85 < found[0, 2] < 0.9  # the first query sees nearly the whole image
     assert found[1, 0] > 0.99 and found[1, 1] < 0.01
     assert math.isclose(float(found[1, 2]), 0.08, rel_tol=1e-3) and found[2, 2] == 1.0
+
+
+def test_a_floor_holds_scales_up_and_nothing_else():
+    """What is asked for below it keeps its place; the scale's gradient waits."""
+    asked = torch.tensor([[0.2, 0.4, 0.1], [0.6, 0.8, 0.5]], requires_grad=True)
+    found = with_floor(asked, torch.tensor([0.3]))
+    assert torch.equal(found.detach(), torch.tensor([[0.2, 0.4, 0.3], [0.6, 0.8, 0.5]]))
+    found.sum().backward()
+    assert torch.equal(asked.grad, torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]))
 
 
 def test_a_narrow_window_reads_the_nearest_patch_of_its_size():

@@ -31,13 +31,13 @@ class QuerySettings:
     query_scale_spread: PositiveFloat = 1.0
     """Width of a slot's Gaussian over the sizes of patches, in octaves."""
     query_min_scale: Side = 0.08
-    """Side of the smallest window, as a share of the image's, at the end of the schedule."""
+    """Side of the smallest window that can be asked for, as a share of the image's."""
     query_first_scale: Side = 0.8
-    """The same at the first step. A place is not learnt from the answers alone if windows may be
-    small from the start."""
+    """Floor of the windows at the first step: a smaller one is not given. A place is not learnt
+    from the answers alone if windows are small from the start."""
     query_anneal_share: NonNegativeFloat = 0.7
-    """Share of train_iters over which the smallest window shrinks from query_first_scale to
-    query_min_scale. It never grows again: a model that was trained goes on with its own."""
+    """Share of train_iters over which the floor falls from query_first_scale to query_min_scale. It
+    never rises again: a model that was trained goes on with its own."""
     query_box_loss_coeff: NonNegativeFloat = 0.0
     """Weight of the distance to the boxes of the rows' `looks` beside the main loss."""
     query_place: Literal["hidden", "random", "oracle"] = "hidden"
@@ -61,7 +61,7 @@ def query_settings(model: ModelConfig) -> QuerySettings | None:
 
 
 def smallest_window(settings: QuerySettings, done: float) -> float:
-    """Returns the side of the smallest window, as a share of the image's: it falls in equal steps
+    """Returns the floor of the windows' sides, as a share of the image's: it falls in equal steps
     from query_first_scale to query_min_scale.
 
     Args:

@@ -9,6 +9,7 @@ Shapes: B prompts, T tokens, N queries, K slots of each, h heads, D width of a h
 S slots, P patches, I images.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -104,11 +105,11 @@ class ForcedSlots(LogitsProcessor):
         return scores
 
 
-def place(asked_N3: torch.Tensor, min_scale: torch.Tensor) -> torch.Tensor:
-    """(y, x, s), fp32 [N, 3] in shares of the image: y and x between 0 and 1, s between the
-    smallest window and 1."""
+def place(asked_N3: torch.Tensor, least: float, floor: torch.Tensor) -> torch.Tensor:
+    """(y, x, s), fp32 [N, 3] in shares of the image: y and x between 0 and 1, s between `least` and
+    1, and no smaller than the floor."""
     share_N3 = asked_N3.float().sigmoid()
-    scale_N1 = torch.exp(min_scale.float().log() * share_N3[:, 2:])
+    scale_N1 = torch.exp(math.log(least) * share_N3[:, 2:]).maximum(floor.float())
     return torch.cat((share_N3[:, :2], scale_N1), 1)
 
 
@@ -124,6 +125,7 @@ class Glimpse(nn.Module):
         self.reads = memory["name"]
         self.grid, self.slots = settings["query_grid"], settings["query_grid"] ** 2
         self.spread, self.scale_spread = settings["query_spread"], settings["query_scale_spread"]
+        self.least = settings["query_min_scale"]
         heads, self.dim = (
             extra["fusion"][key] for key in ("clvr_num_attention_heads", "clvr_kv_channels")
         )
@@ -138,7 +140,7 @@ class Glimpse(nn.Module):
         self.k_norm = Qwen3NextRMSNorm(self.dim, eps)
         self.content = nn.Parameter(torch.zeros(heads))
         self.linear_proj = nn.Linear(width, hidden, bias=False)
-        # The side of the smallest window, which a schedule of training sets.
+        # The smallest side that a window may have, which a schedule of training sets.
         self.min_scale = nn.Parameter(torch.ones(1), requires_grad=False)
 
     def forward(self, hidden: torch.Tensor, memories: dict, first: int, pair: int, asked: Asked):
@@ -175,7 +177,7 @@ class Glimpse(nn.Module):
         if not len(rows_NH):
             return hidden.new_zeros(0, self.slots, hidden.shape[-1])
         normed = self.query_norm(rows_NH)
-        place_N3 = place(self.linear_place(normed), self.min_scale)
+        place_N3 = place(self.linear_place(normed), self.least, self.min_scale)
         query_NhD = self.q_norm(self.linear_q(normed).view(len(rows_NH), -1, self.dim))
         key, value = self.project(memory, pair)
         found, done = [], 0

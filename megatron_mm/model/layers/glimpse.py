@@ -32,7 +32,7 @@ from megatron_mm.model.decode import DecodeCache, LayerState
 from megatron_mm.model.layers.interface import BuildContext, Scheduled
 from megatron_mm.model.layers.linear import ReplicatedLinear, column, row
 from megatron_mm.model.layers.norms import RMSNorm
-from megatron_mm.model.layers.window import Patches, Window, place, random_place, read
+from megatron_mm.model.layers.window import Patches, Window, place, random_place, read, with_floor
 from megatron_mm.model.query_map import QueryMap, SlotReads
 from megatron_mm.model.recompute import core
 from megatron_mm.model.segments import Segments
@@ -40,7 +40,7 @@ from megatron_mm.parallel.param_layout import Initializer, constant, normal
 from megatron_mm.parallel.param_layout import place as lay_out
 from megatron_mm.parallel.sequence import both_ways, part, take
 
-FIRST_SCALE = 0.0  # the window shrinks with the schedule from the first step on
+FIRST_SCALE = 0.0  # halfway, in octaves, between the smallest window and the whole image
 
 
 def _first_place() -> Initializer:
@@ -157,8 +157,8 @@ class Glimpse(nn.Module, Scheduled):
         self.linear_proj = row(
             width, hidden, config=config, init=constant(0.0), tp=pg.tp, whole_output=True
         )
-        # The side of the smallest window follows the schedule. It is a parameter that nothing
-        # learns, so that checkpoints, exports and rollouts have it.
+        # The smallest side that a window may have follows the schedule. It is a parameter that
+        # nothing learns, so that checkpoints, exports and rollouts have it.
         self.min_scale = nn.Parameter(torch.empty(1, dtype=dtype), requires_grad=False)
         lay_out(self.min_scale, constant(settings.query_first_scale), set_by_run=True)
 
@@ -190,7 +190,8 @@ class Glimpse(nn.Module, Scheduled):
         if state is not None:
             state.store(key, value, reads, context.memories[self.reads].patches)
         rows_NH = self._gathered(hidden_t1H.squeeze(1), queries)
-        place_N3, query_NhD = self._ask(rows_NH, queries.position_N, queries.targets_N3)
+        asked_N3, query_NhD = self._ask(rows_NH, queries.position_N, queries.targets_N3)
+        place_N3 = with_floor(asked_N3, self.min_scale)
         found_ShD = core(
             self.recompute, self._read, place_N3, query_NhD, key, value, queries, reads
         )
@@ -201,7 +202,7 @@ class Glimpse(nn.Module, Scheduled):
         whole_tH = whole_tH.index_copy(
             0, queries.shown_rows, shown_SH.index_select(0, queries.shown).to(whole_tH.dtype)
         )
-        return self._with_loss(whole_tH, place_N3, queries, context).unsqueeze(1)
+        return self._with_loss(whole_tH, asked_N3, queries, context).unsqueeze(1)
 
     def step(self, hidden_r1H: torch.Tensor, state: Glances) -> torch.Tensor:
         """`run` for one token of every row: a query looks, and a slot shows what its query
@@ -245,7 +246,8 @@ class Glimpse(nn.Module, Scheduled):
         if self.sequence_parallel:
             hidden_r1H = gather_from_sequence_parallel_region(hidden_r1H, group=self.tp)
         position_r, targets_r3 = (take(x, rows) for x in _of_step(state.cache))
-        place_r3, query_rhD = self._ask(hidden_r1H.squeeze(1), position_r, targets_r3)
+        asked_r3, query_rhD = self._ask(hidden_r1H.squeeze(1), position_r, targets_r3)
+        place_r3 = with_floor(asked_r3, self.min_scale)
         slots = self.settings.slots
         patches, blind_r = state.patches(rows)
         index_rK = torch.arange(slots, device=place_r3.device).expand(len(place_r3), -1)
@@ -270,13 +272,13 @@ class Glimpse(nn.Module, Scheduled):
     def _ask(
         self, rows_NH: torch.Tensor, position_N: torch.Tensor, targets_N3: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each query looks, fp32 [N, 3], and for what, [N, h, D].
+        """Where each query asks to look, fp32 [N, 3], and for what, [N, h, D].
 
         Args:
             position_N, targets_N3: see `QueryMap`; for the controls of `query_place`.
         """
         normed = self.query_norm(rows_NH)
-        place_N3 = place(self.linear_place(normed), self.min_scale)
+        place_N3 = place(self.linear_place(normed), self.settings.query_min_scale)
         if self.settings.query_place == "random":  # the linear takes part, as every parameter must
             place_N3 = random_place(position_N, self.min_scale) + 0.0 * place_N3
         elif self.settings.query_place == "oracle":
@@ -321,15 +323,15 @@ class Glimpse(nn.Module, Scheduled):
     def _with_loss(
         self,
         whole_tH: torch.Tensor,
-        place_N3: torch.Tensor,
+        asked_N3: torch.Tensor,
         queries: QueryMap,
         context: StreamContext,
     ) -> torch.Tensor:
-        """Hangs the distance to the boxes on the output, and counts what was asked for."""
+        """Hangs the distance to the boxes on the output, and counts what was asked for: the floor
+        of the scale is not in it."""
         if not torch.is_grad_enabled():
             return whole_tH
-        mine_N, asked_N3 = queries.mine_N, place_N3
-        metrics = context.metrics
+        mine_N, metrics = queries.mine_N, context.metrics
         metrics.ratio("look/scale", (asked_N3[:, 2] * mine_N).sum(), mine_N.sum())
         boxed_N = mine_N & ~queries.targets_N3.isnan().any(1)
         target_N3 = torch.where(boxed_N.unsqueeze(1), queries.targets_N3, asked_N3.detach())

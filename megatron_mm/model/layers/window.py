@@ -1,6 +1,7 @@
 """The mathematics of a glimpse: a window of an image, read by Gaussians over its patches.
 
-A query asks for a place (y, x) and a scale s, both in shares of the image. Its slots are the cells
+A query asks for a place (y, x) and a scale s, both in shares of the image, and gets a window of at
+least the smallest side that is allowed at the time. Its slots are the cells
 of an n x n grid over the window of side s around that place. Slot i reads the patches m with
 
     g_i  = (y, x) + s o_i                       o_i: centre of cell i, in [-1/2, 1/2]^2
@@ -20,6 +21,7 @@ Shapes: r rows of a rectangle, s slots, p patches, h heads, D width of a head, I
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +73,20 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def place(asked_N3: torch.Tensor, min_scale: torch.Tensor) -> torch.Tensor:
+def place(asked_N3: torch.Tensor, least: float) -> torch.Tensor:
     """Returns (y, x, s), fp32 [N, 3], from what the layer's linear says: y and x between 0 and 1,
-    s between `min_scale` (a scalar) and 1."""
+    s between `least` and 1."""
     share_N3 = _wide(asked_N3).sigmoid()
-    scale_N1 = torch.exp(_wide(min_scale).log() * share_N3[:, 2:])
+    scale_N1 = torch.exp(math.log(least) * share_N3[:, 2:])
     return torch.cat((share_N3[:, :2], scale_N1), 1)
+
+
+def with_floor(place_N3: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """Returns the places with scales of `floor` (a scalar) at least. While the floor falls, places
+    are learnt in ever smaller windows; a scale below it waits, and keeps its own gradient in what
+    is not computed through the floor."""
+    scale_N1 = torch.maximum(place_N3[:, 2:], _wide(floor).to(place_N3.dtype))
+    return torch.cat((place_N3[:, :2], scale_N1), 1)
 
 
 # Shares of the plastic number, whose multiples fill a square evenly (Roberts 2018, "The
