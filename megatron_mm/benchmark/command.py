@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 tools/benchmark.py scaling [--json FILE]
     python tools/benchmark.py train|rl --against transformers [--json FILE]
     python tools/benchmark.py faults --config FILE [any trainer flag] [--json FILE]
-    python tools/benchmark.py gdn|clvr|convert [--json FILE]
+    python tools/benchmark.py gdn|clvr|looks|convert [--json FILE]
 
 train   throughput of a run on its layout; or against transformers (one rank)
 rl      the same for a GRPO run; or completions and steps against transformers and TRL
@@ -14,6 +14,7 @@ scaling data- and pipeline-parallel efficiency on two ranks
 faults  what faults cost a run on two agents of this machine: goodput, steps lost, time to resume
 gdn     the gated delta rule alone, forward and backward, against transformers
 clvr    the cost of looks, and what a short stream with a memory saves
+looks   completions that look (letters Q and V) against as many plain tokens
 convert Hugging Face folders to checkpoints and back, against a plain copy of the folder
 """
 
@@ -29,8 +30,8 @@ from typing import Any
 
 from megatron_mm import cli
 
-ROUNDS = {"train": 20, "rl": 8, "gdn": 20, "clvr": 20, "convert": 3, "scaling": 10}
-WARMUP = {"train": 4, "rl": 1, "gdn": 4, "clvr": 4, "convert": 1, "scaling": 2}
+ROUNDS = {"train": 20, "rl": 8, "gdn": 20, "clvr": 20, "looks": 8, "convert": 3, "scaling": 10}
+WARMUP = {"train": 4, "rl": 1, "gdn": 4, "clvr": 4, "looks": 1, "convert": 1, "scaling": 2}
 FAULTS = ("kill", "freeze", "slow", "disk", "nan")
 DATA, ROUTING = ("real", "mock"), ("natural", "balanced")
 
@@ -53,14 +54,16 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--against", choices=["transformers"])
             command.add_argument("--threads", type=int, help="default: 1 against transformers, "
                                  "else torch's")  # fmt: skip
-        if name in ("train", "rl", "clvr"):
+        if name in ("train", "rl", "clvr", "looks"):
             command.add_argument("--models", nargs="+", default=["tiny", "small"])
         if name in ("train", "clvr"):
             command.add_argument("--samples", type=int, help="per step; default: by model")
     command = commands.choices["train"]
     command.add_argument("--data", nargs="+", choices=DATA, help="default: both, if there is data")
     command.add_argument("--routing", nargs="+", choices=ROUTING, help="default: both")
-    commands.choices["rl"].add_argument("--tokens", type=int, default=64, help="per completion")
+    for name in ("rl", "looks"):
+        command = commands.choices[name]
+        command.add_argument("--tokens", type=int, default=64, help="per completion")
     command = commands.choices["convert"]
     command.add_argument("--gigabytes", type=float, default=4.2, help="size of the synthetic model")
     command.add_argument("--folder", type=Path, help="working folder; default: a temporary one")
@@ -85,7 +88,7 @@ def _against(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_mm.parallel import groups
 
     torch.set_num_threads(args.threads or 1)
-    from megatron_mm.benchmark import clvr, convert, gdn, rl, train
+    from megatron_mm.benchmark import clvr, convert, gdn, looks, rl, train
     from megatron_mm.benchmark.measure import environment
 
     result = {"command": args.command, "environment": environment()}
@@ -100,10 +103,11 @@ def _against(args: argparse.Namespace) -> dict[str, Any]:
         comparisons: dict[str, Callable[..., Any]] = {
             "train": train.compare,
             "clvr": clvr.compare,
+            "looks": looks.compare,
             "rl": rl.compare,
         }
         compare = comparisons[args.command]
-        size = args.tokens if args.command == "rl" else args.samples
+        size = args.tokens if args.command in ("rl", "looks") else args.samples
         result["models"] = {
             name: compare(name, built, args.rounds, args.warmup, size) for name in args.models
         }

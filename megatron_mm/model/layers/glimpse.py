@@ -13,7 +13,7 @@ width, R rows that are decoded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -69,11 +69,15 @@ class Glances(LayerState):
         self.hand_out_rectangle("places", places.unsqueeze(1))
         self.hand_out("counts", patches.lengths.to(places.device))
 
-    def patches(self, rows: range) -> tuple[Patches, torch.Tensor]:
-        """Returns the patches of these rows, and bool [r], which rows have none: they must not be
-        read."""
+    def patches(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Patches, torch.Tensor]:
+        """Returns the patches of some rows, and bool [A], which rows have none: they must not be
+        read.
+
+        Args:
+            pick: takes these rows out of all R.
+        """
         key, value, places, counts_R = (
-            take(self.tensors[name], rows) for name in ("key", "value", "places", "counts")
+            pick(self.tensors[name]) for name in ("key", "value", "places", "counts")
         )
         places = places.squeeze(1)
         number_P = torch.arange(key.shape[2], device=key.device)
@@ -213,55 +217,69 @@ class Glimpse(nn.Module, Scheduled):
             state.hold("asked", hidden_r1H.new_zeros(len(slot_R), slots, width))
             most = self.settings.max_queries
             state.hold("looked", torch.zeros(len(slot_R), most, PLACE, device=slot_R.device))
-        asked_RKH = state.tensors["asked"]
-        # On a GPU every step looks for all rows, or the host would have to wait for the answer.
-        if slot_R.device.type != "cpu" or bool((slot_R == 0).any()):
-            # Rows may move to another context-parallel rank's part: every rank knows of all.
-            found_RKH, place_R3 = (
-                gather_from_sequence_parallel_region(x, group=self.cp)
-                for x in self._glance(hidden_r1H, state, rows)
-            )
-            asks_R11 = (slot_R == 0)[:, None, None]
-            asked_RKH.copy_(torch.where(asks_R11, found_RKH.to(asked_RKH.dtype), asked_RKH))
-            self._note(place_R3, asks_R11, state)
+        self._look_of_step(hidden_r1H, state, rows)
         place_r = take(slot_R, rows)
         index_r = (place_r - 1).clamp(min=0)[:, None, None].expand(-1, 1, width)
-        shown_r1H = take(asked_RKH, rows).gather(1, index_r)
+        shown_r1H = take(state.tensors["asked"], rows).gather(1, index_r)
         shown_r1H = shown_r1H.masked_fill((place_r < 1)[:, None, None], 0.0)
         return take(shown_r1H, part(len(shown_r1H), self.tp))
 
-    def _note(self, place_R3: torch.Tensor, asks_R11: torch.Tensor, state: Glances) -> None:
-        """Writes down where rows look whose tokens are queries: each row's n-th place at n - 1."""
+    def _look_of_step(self, hidden_r1H: torch.Tensor, state: Glances, rows: range) -> None:
+        """Keeps what the slots of rows will show whose tokens are queries, and where they look."""
+        slot_R, asked_RKH = state.cache.slot_R, state.tensors["asked"]
         looked_RM3 = state.tensors["looked"]
         number_R = state.cache.asks_R.clamp(1, looked_RM3.shape[1]) - 1
+        if slot_R.device.type == "cpu" and self.cp.size() == 1:
+            # Whoever need not wait to know who asks computes those rows alone.
+            asking = (slot_R == 0).nonzero().flatten()
+            if len(asking):
+                found, place_A3 = self._glance(hidden_r1H, state, lambda x: x[asking])
+                asked_RKH[asking] = found.to(asked_RKH.dtype)
+                looked_RM3[asking, number_R[asking]] = place_A3
+            return
+        # Rows may move to another context-parallel rank's part: every rank knows of all.
+        found, place_R3 = (
+            gather_from_sequence_parallel_region(x, group=self.cp)
+            for x in self._glance(hidden_r1H, state, lambda x: take(x, rows))
+        )
+        asks_R11 = (slot_R == 0)[:, None, None]
+        asked_RKH.copy_(torch.where(asks_R11, found.to(asked_RKH.dtype), asked_RKH))
         index_R13 = number_R[:, None, None].expand(-1, 1, PLACE)
         before_R13 = looked_RM3.gather(1, index_R13)
         looked_RM3.scatter_(1, index_R13, torch.where(asks_R11, place_R3[:, None], before_R13))
 
     def _glance(
-        self, hidden_r1H: torch.Tensor, state: Glances, rows: range
+        self,
+        hidden_r1H: torch.Tensor,
+        state: Glances,
+        pick: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the slots of these rows show if their tokens are queries, [r, K, H], and the places
-        that they then ask for, fp32 [r, 3]."""
+        """What the slots of some rows show if their tokens are queries, [A, K, H], and the places
+        that they then ask for, fp32 [A, 3].
+
+        Args:
+            pick: takes these rows out of all R.
+        """
         if self.sequence_parallel:
             hidden_r1H = gather_from_sequence_parallel_region(hidden_r1H, group=self.tp)
-        position_r, targets_r3 = (take(x, rows) for x in _of_step(state.cache))
-        asked_r3, query_rhD = self._ask(hidden_r1H.squeeze(1), position_r, targets_r3)
-        place_r3 = with_floor(asked_r3, self.min_scale)
-        slots = self.settings.slots
-        patches, blind_r = state.patches(rows)
-        index_rK = torch.arange(slots, device=place_r3.device).expand(len(place_r3), -1)
+        position_A, targets_A3 = (pick(x) for x in _of_step(state.cache))
+        if len(hidden_r1H) == state.cache.rows:  # else it holds just those rows
+            hidden_r1H = pick(hidden_r1H)
+        asked_A3, query_AhD = self._ask(hidden_r1H.squeeze(1), position_A, targets_A3)
+        place_A3, slots = with_floor(asked_A3, self.min_scale), self.settings.slots
+        patches, blind_A = state.patches(pick)
+        index_AK = torch.arange(slots, device=place_A3.device).expand(len(place_A3), -1)
         found = read(
             self.window,
-            query_rhD.unsqueeze(1).expand(-1, slots, -1, -1),
-            place_r3.unsqueeze(1).expand(-1, slots, -1),
-            index_rK,
+            query_AhD.unsqueeze(1).expand(-1, slots, -1, -1),
+            place_A3.unsqueeze(1).expand(-1, slots, -1),
+            index_AK,
             patches,
             self.content,
         )
-        found = found.masked_fill(blind_r[:, None, None, None], 0.0)
-        shown = self.linear_proj(found.flatten(2).flatten(0, 1))[0].view(len(place_r3), slots, -1)
-        return shown, place_r3
+        found = found.masked_fill(blind_A[:, None, None, None], 0.0)
+        shown = self.linear_proj(found.flatten(2).flatten(0, 1))[0].view(len(place_A3), slots, -1)
+        return shown, place_A3
 
     def _gathered(self, hidden_tH: torch.Tensor, queries: QueryMap) -> torch.Tensor:
         """The hidden states of all queries of the stream, [N, H], on every rank that shares it."""
@@ -332,7 +350,8 @@ class Glimpse(nn.Module, Scheduled):
         if not torch.is_grad_enabled():
             return whole_tH
         mine_N, metrics = queries.mine_N, context.metrics
-        metrics.ratio("look/scale", (asked_N3[:, 2] * mine_N).sum(), mine_N.sum())
+        scale_N = with_floor(asked_N3, self.min_scale)[:, 2]
+        metrics.ratio("look/scale", (scale_N * mine_N).sum(), mine_N.sum())
         boxed_N = mine_N & ~queries.targets_N3.isnan().any(1)
         target_N3 = torch.where(boxed_N.unsqueeze(1), queries.targets_N3, asked_N3.detach())
         away_N = (asked_N3[:, :2] - target_N3[:, :2]).abs().sum(1)
