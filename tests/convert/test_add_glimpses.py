@@ -76,5 +76,5 @@ def test_what_may_be_added(made):
     _, export, _ = made(True, True, True)
     with pytest.raises(ConfigError, match="allowed: the same with L, J, Q, V between"):
         widened(export, "--hybrid-layer-pattern", "GE Q *E V")
-    with pytest.raises(ConfigError, match="and the settings of L, J, Q, V"):
+    with pytest.raises(ConfigError, match="settings of its letters and how images enter"):
         widened(export, "--lr", "1")

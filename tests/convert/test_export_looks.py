@@ -109,7 +109,7 @@ def draw_weights(model, query_id: int) -> None:
         elif name == "output_layer.weight":
             whole = torch.zeros_like(param)
             whole[kept] = param[kept]
-            whole[query_id] *= 1.5
+            whole[query_id] *= 3.0
             param.copy_(whole)
 
 

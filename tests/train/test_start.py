@@ -209,7 +209,7 @@ def test_what_is_frozen_is_said(caplog):
         run.lora.lora_rank = 4
         tell_frozen(run)
     assert caplog.messages == [
-        "frozen: language, router; learning: vision, projector, experts, clvr",
-        "frozen: language, experts, router; learning: vision, projector, clvr, "
+        "frozen: language, router; learning: vision, projector, experts, clvr, avm",
+        "frozen: language, experts, router; learning: vision, projector, clvr, avm, "
         "adapters of language",
     ]
