@@ -28,14 +28,13 @@ from torch import nn
 from megatron_mm.config import Memory, RunConfig, look_memories
 from megatron_mm.config.layers.queries import PLACE, QuerySettings, smallest_window
 from megatron_mm.model.context import StreamContext
-from megatron_mm.model.decode import DecodeCache, LayerState
+from megatron_mm.model.layers.glances import Glances, asked_of_step
 from megatron_mm.model.layers.interface import BuildContext, Scheduled
 from megatron_mm.model.layers.linear import ReplicatedLinear, column, row
 from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.model.layers.window import Patches, Window, place, random_place, read, with_floor
 from megatron_mm.model.query_map import QueryMap, SlotReads
 from megatron_mm.model.recompute import core
-from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.param_layout import Initializer, constant, normal
 from megatron_mm.parallel.param_layout import place as lay_out
 from megatron_mm.parallel.sequence import both_ways, part, take
@@ -46,63 +45,6 @@ FIRST_SCALE = 0.0  # halfway, in octaves, between the smallest window and the wh
 def _first_place() -> Initializer:
     """Zeros for y and x, which is the middle, and `FIRST_SCALE`."""
     return lambda tensor, generator: tensor.copy_(torch.tensor([0.0, 0.0, FIRST_SCALE]))
-
-
-class Glances(LayerState):
-    """Keys, values and places of the patches of every row's prompt, and what its last query
-    found."""
-
-    images = 1  # in a prompt, at most
-
-    def store(
-        self,
-        key_MhD: torch.Tensor,
-        value_MhD: torch.Tensor,
-        reads: SlotReads,
-        patches: Segments,
-    ) -> None:
-        """Stores what a prefill's memory holds. `patches`: those of each prompt."""
-        self.images = max(self.images, reads.images)
-        for name, x in (("key", key_MhD), ("value", value_MhD)):
-            self.hand_out_rectangle(name, patches.to_rectangle(x).transpose(1, 2))
-        places = patches.to_rectangle(reads.places_M4)
-        self.hand_out_rectangle("places", places.unsqueeze(1))
-        self.hand_out("counts", patches.lengths.to(places.device))
-
-    def patches(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Patches, torch.Tensor]:
-        """Returns the patches of some rows, and bool [A], which rows have none: they must not be
-        read.
-
-        Args:
-            pick: takes these rows out of all R.
-        """
-        key, value, places, counts_R = (
-            pick(self.tensors[name]) for name in ("key", "value", "places", "counts")
-        )
-        places = places.squeeze(1)
-        number_P = torch.arange(key.shape[2], device=key.device)
-        blind_R = counts_R == 0
-        absent_RP = (number_P >= counts_R.unsqueeze(1)) & ~blind_R.unsqueeze(1)
-        held = Patches(
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            places[..., :3],
-            places[..., 3].long(),
-            self.images,
-            absent_RP,
-        )
-        return held, blind_R
-
-
-def _of_step(cache: DecodeCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position and target of every row's token, if it is a query."""
-    targets_RM3 = cache.targets_RM3
-    if targets_RM3 is None:
-        return cache.lengths_R, torch.full(
-            (cache.rows, PLACE), torch.nan, device=cache.row_R.device
-        )
-    number_R = cache.asks_R.clamp(1, targets_RM3.shape[1]) - 1
-    return cache.lengths_R, targets_RM3[cache.row_R, number_R]
 
 
 class Glimpse(nn.Module, Scheduled):
@@ -195,7 +137,7 @@ class Glimpse(nn.Module, Scheduled):
             state.store(key, value, reads, context.memories[self.reads].patches)
         rows_NH = self._gathered(hidden_t1H.squeeze(1), queries)
         asked_N3, query_NhD = self._ask(rows_NH, queries.position_N, queries.targets_N3)
-        place_N3 = with_floor(asked_N3, self.min_scale)
+        place_N3 = self._allowed(asked_N3)
         found_ShD = core(
             self.recompute, self._read, place_N3, query_NhD, key, value, queries, reads
         )
@@ -262,11 +204,11 @@ class Glimpse(nn.Module, Scheduled):
         """
         if self.sequence_parallel:
             hidden_r1H = gather_from_sequence_parallel_region(hidden_r1H, group=self.tp)
-        position_A, targets_A3 = (pick(x) for x in _of_step(state.cache))
+        position_A, targets_A3 = (pick(x) for x in asked_of_step(state.cache))
         if len(hidden_r1H) == state.cache.rows:  # else it holds just those rows
             hidden_r1H = pick(hidden_r1H)
         asked_A3, query_AhD = self._ask(hidden_r1H.squeeze(1), position_A, targets_A3)
-        place_A3, slots = with_floor(asked_A3, self.min_scale), self.settings.slots
+        place_A3, slots = self._allowed(asked_A3), self.settings.slots
         patches, blind_A = state.patches(pick)
         index_AK = torch.arange(slots, device=place_A3.device).expand(len(place_A3), -1)
         found = read(
@@ -303,6 +245,12 @@ class Glimpse(nn.Module, Scheduled):
             place_N3 = torch.where(targets_N3.isnan(), place_N3, targets_N3)
         query, _ = self.linear_q(normed)
         return place_N3, self.q_norm(query.view(len(rows_NH), -1, self.head_dim))
+
+    def _allowed(self, asked_N3: torch.Tensor) -> torch.Tensor:
+        """The windows that are given for those that were asked for, fp32 [N, 3]."""
+        if self.settings.query_place == "oracle":
+            return asked_N3
+        return with_floor(asked_N3, self.min_scale)
 
     def _keys_and_values(self, memory_m1C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all patches, each [M, h, D]."""
@@ -350,7 +298,7 @@ class Glimpse(nn.Module, Scheduled):
         if not torch.is_grad_enabled():
             return whole_tH
         mine_N, metrics = queries.mine_N, context.metrics
-        scale_N = with_floor(asked_N3, self.min_scale)[:, 2]
+        scale_N = self._allowed(asked_N3)[:, 2]
         metrics.ratio("look/scale", (scale_N * mine_N).sum(), mine_N.sum())
         boxed_N = mine_N & ~queries.targets_N3.isnan().any(1)
         target_N3 = torch.where(boxed_N.unsqueeze(1), queries.targets_N3, asked_N3.detach())
