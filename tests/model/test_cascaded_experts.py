@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from megatron_mm.config import ConfigError, Layer, RunConfig, load, validate
 from megatron_mm.config.layers.cascade import CascadeSettings
+from megatron_mm.engine.optimizer import module_of
 from megatron_mm.model.backends.choice import choose
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.core_config import language_config
@@ -350,3 +351,16 @@ def test_another_dispatcher_is_refused():
     run.parallel.expert_model_parallel_size = 2
     with pytest.raises(ConfigError, match="moe_token_dispatcher_type is 'flex'"):
         validate(run, 2)
+
+
+def test_its_parts_learn_at_the_rates_of_what_they_stand_beside():
+    prefix = "language.layers.0.moe.inner."
+    for end, module in (
+        ("delegate.router.weight", "router"),
+        ("delegate.gate.weight", "router"),
+        ("delegate.gate.bias", "router"),
+        ("delegate.norm.weight", "language"),
+        ("delegate.scale", "language"),
+        ("experts.down", "experts"),
+    ):
+        assert module_of(prefix + end) == module
