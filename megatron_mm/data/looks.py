@@ -8,7 +8,6 @@ of a completion and everything that is measured on them hold queries alone; the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,9 +179,7 @@ def _box(entry: Any, number: int, images: int, where: str) -> Box | None:
     if type(image) is not int or not 0 <= image < images:
         raise DataError(f"{at} is of image {image!r}; the row has {images}, counted from 0")
     numbers = edges if isinstance(edges, list) else []
-    if len(numbers) != 4 or not all(
-        type(x) in (int, float) and math.isfinite(x) and 0 <= x <= 1 for x in numbers
-    ):
+    if len(numbers) != 4 or not all(type(x) in (int, float) and 0 <= x <= 1 for x in numbers):
         raise DataError(f"{at} has the box {edges!r:.80}; allowed: 4 shares of the image, 0 to 1")
     left, top, right, bottom = map(float, numbers)
     if left >= right or top >= bottom:

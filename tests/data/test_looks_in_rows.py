@@ -133,6 +133,7 @@ ENTRY = {"box": [0.0, 0.0, 0.5, 0.5]}
         ({"looks": [None, {"box": [0, 0, 1]}]}, r"entry 2 of 'looks' has the box \[0, 0, 1\]"),
         ({"looks": [{"box": [0, 0, 1.2, 1]}]}, "allowed: 4 shares of the image, 0 to 1"),
         ({"looks": [{"box": [0, 0, float("nan"), 1]}]}, "allowed: 4 shares of the image"),
+        ({"looks": [{"box": [0, 0, 10**400, 1]}]}, "allowed: 4 shares of the image"),
         ({"looks": [{"box": [0.5, 0, 0.5, 1]}]}, "left and top must be below"),
         ({"looks": [{"box": [0.6, 0, 0.5, 1]}]}, "left and top must be below"),
     ],

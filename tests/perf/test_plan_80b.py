@@ -53,9 +53,7 @@ def test_the_size_is_that_of_transformers_and_clvr():
     model = preset("mm-80b")
     base = replace(model, hybrid_layer_pattern=without_clvr(model.hybrid_layer_pattern))
     clvr = sum(
-        prod(layout.global_shape)
-        for name, layout in blueprint(model).items()
-        if name.startswith(SIDES)
+        prod(layout.global_shape) for name, layout in blueprint(model).items() if SIDES.match(name)
     )
     total, active = transformers_size(base)
     assert model_size(model) == (total + clvr, active + clvr)
