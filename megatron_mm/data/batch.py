@@ -18,7 +18,7 @@ import torch
 from megatron_mm import platform
 
 # Shapes follow from these: reading them from a GPU would stall it.
-ON_CPU = ("cu_seqlens", "stream_positions", "visible_M2", "positions_N")
+ON_CPU = ("cu_seqlens", "stream_positions", "visible_M2")
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def _places(targets: Sequence[Sequence[float] | None]) -> torch.Tensor:
 @dataclass(frozen=True)
 class BatchQueries:
     """The queries of a microbatch: tokens that ask for a place of an image (letter Q). The slots
-    of each stand behind it.
+    of each stand behind it. All of it is on the CPU; a layer that asks for it moves what it needs.
 
     Attributes:
-        positions_N: int64, where in the stream, ascending; on the CPU.
+        positions_N: int64, where in the stream, ascending.
         targets_N3: float32, the place (y, x, scale) that each should ask for; NaN: any.
         rows_BM3: float32, of each sample the same for all queries of its row, those of an answer to
             a prompt too; None: not known.
@@ -96,10 +96,6 @@ class BatchQueries:
             padded = [target for row in rows for target in [*row, *[None] * (most - len(row))]]
             whole = _places(padded).view(len(rows), most, 3)
         return cls(torch.tensor(positions, dtype=torch.int64), _places(targets), whole)
-
-    def to(self, device: torch.device | str) -> BatchQueries:
-        """Moves what is computed with; see `Microbatch.to`."""
-        return replace(self, **_moved(self, device))
 
 
 @dataclass(frozen=True)
@@ -234,9 +230,7 @@ class Microbatch:
         return replace(self, **moved)
 
 
-def _moved(
-    value: Microbatch | BatchMemory | BatchQueries, device: torch.device | str
-) -> dict[str, Any]:
+def _moved(value: Microbatch | BatchMemory, device: torch.device | str) -> dict[str, Any]:
     """The tensors of a value, and what else moves itself, on another device."""
     moved = {}
     for name in (f.name for f in fields(value) if f.name not in ON_CPU):

@@ -16,10 +16,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_mm.data.files.forms import from_json, to_json
-from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.messages import (
     IMAGE_MARK,
     Message,
@@ -29,6 +28,9 @@ from megatron_mm.data.messages import (
 )
 from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
 from megatron_mm.errors import DataError
+
+if TYPE_CHECKING:  # it imports torch, which reward workers do without
+    from megatron_mm.data.looks import LookTokens
 
 # The words that Qwen3's models were trained to read tools by.
 TOOLS_BEFORE = (

@@ -135,7 +135,8 @@ class ProbeRows:
         right_T = torch.zeros(len(sample.tokens_T), dtype=torch.bool)
         for start, stop, ids, right in spans:
             here = at_A[start:stop]
-            skill_JT[:, here], right_T[here] = torch.tensor(ids).unsqueeze(1), right
+            skill_JT[:, here] = torch.tensor(ids, dtype=torch.int16).unsqueeze(1)
+            right_T[here] = right
         return sample, skill_JT, right_T
 
 

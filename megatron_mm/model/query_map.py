@@ -117,7 +117,7 @@ class QueryMap:
             index_S=platform.moved(in_part % slots, device),
             shown=platform.moved(shown, device),
             shown_rows=platform.moved(at_S[shown] - held.start, device),
-            targets_N3=targets_N3,
+            targets_N3=platform.moved(targets_N3, device),
             position_N=platform.moved(positions_N - segments.starts[owner_N], device),
             mine_N=mine,
             reads=reads,
