@@ -17,8 +17,9 @@ import torch
 
 from megatron_mm import platform
 
-# Shapes follow from these: reading them from a GPU would stall it.
-ON_CPU = ("cu_seqlens", "stream_positions", "visible_M2")
+# Shapes follow from these, and reading them from a GPU would stall it; of sizes of patches only
+# glimpses ask.
+ON_CPU = ("cu_seqlens", "stream_positions", "visible_M2", "extents_M")
 
 
 @dataclass(frozen=True)

@@ -165,11 +165,11 @@ def slot_reads(
     ends, from_M = stream.starts + stream.lengths, memory.visible_M2[:, 0].contiguous()
     owner_M = torch.searchsorted(ends, memory.visible_M2[:, 1].contiguous())
     image_M, images = _image_numbers(owner_M, from_M)
-    extents_M = memory.extents_M
-    places = extents_M.new_zeros(rows, 4)
-    count = len(extents_M)
-    places[:count, :2], places[:count, 2] = memory.coordinates_M2, extents_M.log2()
-    places[:count, 3] = platform.moved(image_M.float(), device)
+    count = len(memory.extents_M)
+    places = memory.coordinates_M2.new_zeros(rows, 4)
+    places[:count, :2] = memory.coordinates_M2
+    sides_M2 = torch.stack((memory.extents_M.log2(), image_M.to(memory.extents_M.dtype)), 1)
+    places[:count, 2:] = platform.moved(sides_M2, device)
     if not len(in_part):
         return SlotReads(None, places, images)
     bounds = torch.cat((ends.new_zeros(1), torch.searchsorted(slot_A, ends)))
