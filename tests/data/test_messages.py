@@ -169,6 +169,8 @@ def test_one_image_is_an_image():
     assert normalise_row({"messages": [], "image": b"1"}, "f:1")["images"] == [b"1"]
     with pytest.raises(DataError, match="f:1: 1 'images' and an 'image'; list all"):
         normalise_row({"messages": [], "image": "x", "images": ["y"]}, "f:1")
+    with pytest.raises(DataError, match="f:1: 1 'images' and an 'image'; list all"):
+        normalise_row({"messages": [], "image": "x", "images": 3}, "f:1")
     struct = {"path": "x.png", "bytes": None, "resized_height": None}
     assert normalise_row({"messages": [], "images": [struct]}, "f:1")["images"] == ["x.png"]
     with pytest.raises(

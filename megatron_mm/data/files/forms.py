@@ -82,10 +82,9 @@ def normalise_row(row: Row, where: str) -> Row:
         row["ground_truth"] = known[0]
     image = row.pop("image", None)
     if image is not None:
-        if row.get("images"):
-            raise DataError(
-                f"{where}: {len(row['images'])} 'images' and an 'image'; list all under 'images'"
-            )
+        if beside := row.get("images"):
+            count = len(beside) if isinstance(beside, list) else 1
+            raise DataError(f"{where}: {count} 'images' and an 'image'; list all under 'images'")
         row["images"] = image if isinstance(image, list) else [image]
     images = row.get("images")
     if isinstance(images, list) and any(not isinstance(image, str) for image in images):
