@@ -80,7 +80,7 @@ class RouterTargets:
 
 
 class Targets(Protocol):
-    """What the routers learn from one microbatch: `RouterTargets`, or a teacher's routes."""
+    """Router targets of one microbatch: `RouterTargets`, or a teacher's routes."""
 
     def to(self, device: torch.device | str) -> Targets: ...
 

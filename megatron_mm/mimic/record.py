@@ -79,7 +79,7 @@ def _of_all(mine: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
 
 @dataclass
 class _Parts:
-    """What is known of one row so far, from several ranks."""
+    """Parts of one row's record that have come so far, from several ranks."""
 
     digests: tuple[bytes, bytes] | None = None
     start: torch.Tensor | None = None

@@ -60,7 +60,7 @@ class TeacherSizes:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was recorded of one row; shapes as in the file, of its positions.
+    """Record of one row; shapes as in the file, of its positions.
 
     Attributes:
         digest, tokens: see `text.row_digest` and `text.token_digest`.

@@ -26,7 +26,7 @@ SLACK = 0.01  # of a sum of probabilities in fp16: 64 of them, each off by 5e-4 
 
 
 class AlignedRow(NamedTuple):
-    """What a teacher says of the supervised positions of a sample.
+    """A teacher's routes and answers at the supervised positions of a sample.
 
     Attributes:
         positions_P: int64, ascending, in the sample.

@@ -10,7 +10,7 @@ from megatron_mm.config.fields import Bounds, NonNegativeFloat, NonNegativeInt
 
 @dataclass(kw_only=True)
 class MimicConfig:
-    """What a teacher's routes and answers teach. Everything is off by default."""
+    """Learning from a teacher's routes and answers. Everything is off by default."""
 
     mimic_routes: str | None = None
     """A teacher's routes and answers for the training rows; tools/record_routes.py makes the file.

@@ -64,7 +64,7 @@ def route_cross_entropy(logits_tE: torch.Tensor, q_tE: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class RouteTargets:
-    """What the routers of a rank's stages learn from a teacher.
+    """Targets that a teacher gives the routers of a rank's stages.
 
     Attributes:
         layers: student's layer -> teacher's, of the layers that learn here.

@@ -99,9 +99,9 @@ class QueryMap:
         }
         at_S = slot_A[in_part]
         shown = _within(at_S, held).nonzero().flatten()
-        asked = _within(positions_N, held).nonzero().flatten()
-        asked_rows = positions_N[asked] - held.start
         mine_N = _within(positions_N, held)
+        asked = mine_N.nonzero().flatten()
+        asked_rows = positions_N[asked] - held.start
         if not len(in_part):
             in_part = torch.zeros(1, dtype=torch.int64)
         if not len(positions_N):

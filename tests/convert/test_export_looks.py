@@ -140,7 +140,7 @@ def load(folder: Path):
 
 
 def inputs_of(root: Path, chats: list[dict]):
-    """What a user's processor makes of conversations."""
+    """Prompts that a user's processor makes of conversations."""
     processor = AutoProcessor.from_pretrained(root / "hf", trust_remote_code=True)
     how = {"add_generation_prompt": True}
     texts = [processor.apply_chat_template(row["messages"], **how) for row in chats]

@@ -172,7 +172,7 @@ class Glimpse(nn.Module):
         return shown
 
     def look(self, hidden, memory, first: int, pair: int, asks):
-        """What the slots of each query find, [N, K, H], prompt by prompt."""
+        """Findings of the slots of each query, [N, K, H], prompt by prompt."""
         rows_NH = hidden[asks]
         if not len(rows_NH):
             return hidden.new_zeros(0, self.slots, hidden.shape[-1])
@@ -215,7 +215,7 @@ class Glimpse(nn.Module):
     def read(
         self, query_ShD, place_S3, index_S, key_hPD, value_hPD, places_P3, visible_SP, image_P
     ):
-        """What slots of one prompt find, [S, h, D]."""
+        """Findings of the slots of one prompt, [S, h, D]."""
         sees_S = visible_SP.any(1)
         if not sees_S.any():
             return torch.zeros_like(query_ShD)

@@ -1,4 +1,4 @@
-"""What glimpses remember of rows that are decoded: the patches of each prompt, what its last query
+"""Memory of glimpses for the rows that are decoded: the patches of each prompt, what its last query
 found, and where all of them looked.
 
 Shapes: R rows, A some of them, N prompts, M memory patches, P patches of a prompt, h local heads, D

@@ -196,8 +196,8 @@ class Glimpse(nn.Module, Scheduled):
         state: Glances,
         pick: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the slots of some rows show if their tokens are queries, [A, K, H], and the places
-        that they then ask for, fp32 [A, 3].
+        """Returns what the slots of some rows show if their tokens are queries, [A, K, H], and the
+        places that they then ask for, fp32 [A, 3].
 
         Args:
             pick: takes these rows out of all R.
@@ -267,7 +267,7 @@ class Glimpse(nn.Module, Scheduled):
         queries: QueryMap,
         reads: SlotReads,
     ) -> torch.Tensor:
-        """What each slot of this part finds, [S, h, D]; zero where it may see nothing."""
+        """Returns what each slot of this part finds, [S, h, D]; zero where it may see nothing."""
         query_ShD = query_NhD.index_select(0, queries.query_S)
         if reads.map is None or not any(reads.map.stairs):  # the parameters still take part
             nothing = key_MhD.sum() + value_MhD.sum() + place_N3.sum() + self.content.sum()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.tokenizer import Tokenizer
@@ -16,6 +15,7 @@ from megatron_mm.earl.alignment import Alignment
 from megatron_mm.earl.spans import Span
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
+from megatron_mm.generation.gather import gather_layers
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.generation.looked import Looked, gather_looked
 from megatron_mm.rl.advantages import keep_groups, weighted
@@ -157,7 +157,10 @@ class Scorer:
         """
         begin = time.perf_counter()
         completions = [c for group in rollout.groups for c in group.completions]
-        routes = _gather_routes(self._engine, completions) if self.wants_routes else None
+        routes = None
+        if self.wants_routes:
+            layers = moe_layers(self._engine)
+            routes = gather_layers(self._engine.groups, completions, layers, lambda c: c.routes_GLk)
         looked = gather_looked(self._engine, completions)
         verdict = broadcast_from_reader(
             self._engine.groups, lambda: self._judge(rollout.groups, completions, routes, looked)
@@ -235,21 +238,3 @@ class _Verdict:
 def _messages(prompt: Prompt) -> list[dict[str, str]]:
     messages = prompt.row["messages"]
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def _gather_routes(engine: Engine, completions: Sequence[Completion]) -> list[torch.Tensor]:
-    """Returns, on the replica's reader, int16 [G, all layers, k] of each completion, from all
-    stages; elsewhere nothing. Every rank of the replica calls it."""
-    groups, layers, mine = engine.groups, moe_layers(engine), None
-    if groups.pg.tp_cp.rank() == 0:
-        mine = layers, [c.routes_GLk for c in completions if layers]
-    parts: list = [None] * groups.replica.size()
-    dist.gather_object(mine, parts if groups.is_reader else None, group=groups.replica, group_dst=0)
-    if not groups.is_reader:
-        return []
-    parts = [part for part in parts if part and part[0]]
-    order = torch.tensor([index for layers, _ in parts for index in layers]).argsort()
-    return [
-        torch.cat(of_one, 1)[:, order]
-        for of_one in zip(*(routes for _, routes in parts), strict=True)
-    ]
