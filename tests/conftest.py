@@ -21,6 +21,12 @@ def pytest_configure(config):
     platform.install()
 
 
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Makes what a test draws without a generator the same in any order of tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(n, function, *args)`: run a module-level function on n real gloo ranks."""
