@@ -52,6 +52,7 @@ class Scenes:
         draw: (scans, cells along a side, largest shift in pixels, rng) -> the image, uint8
             [side*16, side*16] or [side*16, side*16, 3], and the content of its cells.
         text: the content of the cells for a row's `scene`.
+        vocabulary: most tokens of its tokenizer, x64 for speed.
     """
 
     weights: Mapping[str, float]
@@ -62,6 +63,7 @@ class Scenes:
     word_by_word: frozenset[str]
     draw: Callable[[Scans, int, int, np.random.Generator], tuple[np.ndarray, list]]
     text: Callable[[Sequence], str]
+    vocabulary: int = 448
 
     @property
     def free_keys(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from random import Random
 from examples.digits.asking import Row, Scenes
 from examples.digits.scenes import DIGITS
 from megatron_mm.data.looks import LOOKS
-from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT
+from megatron_mm.data.tokenizer import LOOK, LOOK_TOKENS
 
 UNSAID = ("? Show steps or not.", "How many ", "Sum of row ", ", total ", "total ")  # never asked
 READ = re.compile(r"cell (\d+) is (\d)\b")  # not "left is cell 4"
@@ -74,10 +74,11 @@ def without_boxes(rows: Sequence[Row], every: int) -> list[Row]:
 LOOKING = LookingScenes(
     weights=WEIGHTS,
     reading=("transcribe/steps", "ocr/steps"),
-    phrases=(*(p for p in DIGITS.phrases if p not in UNSAID), LOOK, LOOK_CONTEXT),
+    phrases=(*(p for p in DIGITS.phrases if p not in UNSAID), *LOOK_TOKENS),
     questions=DIGITS.questions,
     longer=DIGITS.longer,
     word_by_word=DIGITS.word_by_word,
     draw=DIGITS.draw,
     text=DIGITS.text,
+    vocabulary=512,  # 70 of them say where a query looks
 )

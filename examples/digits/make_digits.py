@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rl-per-image", type=int, default=3, help="rows of rl.jsonl each")
     parser.add_argument("--valid-per-key", type=int, default=500, help="rows per skill and form")
     parser.add_argument("--jitter", type=int, default=0, help="largest shift of a digit, pixels")
-    parser.add_argument("--vocab-size", type=int, default=448, help="most tokens, x64 for speed")
+    parser.add_argument("--vocab-size", type=int, help="most tokens; default the scenes'")
     parser.add_argument("--one", metavar="KEY", help="write rl_one.jsonl, of this kind alone")
     parser.add_argument("--beyond", type=int, default=0, help="rows per key out of distribution")
     parser.add_argument("--seed", type=int, default=1)
@@ -168,8 +168,9 @@ def write_jsonl(path: Path, rows: list[Row]) -> None:
 def train_tokenizer(args: argparse.Namespace, rows: list[Row]) -> Tokenizer:
     sample = Random(args.seed).sample(rows, min(TOKENIZER_SAMPLE, len(rows)))
     texts = [m["content"].replace("<image>", "") for row in sample for m in row["messages"]]
-    phrases = SCENES[args.scenes].phrases
-    return train_sentencepiece(texts, args.out / "tokenizer.model", args.vocab_size, phrases)
+    kind = SCENES[args.scenes]
+    size = kind.vocabulary if args.vocab_size is None else args.vocab_size
+    return train_sentencepiece(texts, args.out / "tokenizer.model", size, kind.phrases)
 
 
 def beyond(args: argparse.Namespace, held_out: list[tuple[str, list]]) -> dict[str, list[Row]]:

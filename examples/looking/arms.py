@@ -1,7 +1,8 @@
 """Jobs of the comparison of answers that look (active vision, letters Q and V) with their controls.
 
 Every arm and seed is one model, trained from the start on 5x5 scenes of which the stream holds a
-thumbnail of four tokens; `grpo` begins at an arm that has seen boxes in every tenth row.
+thumbnail of four tokens; `grpo` begins at an arm that has seen boxes in every tenth row, and
+`tokens_grpo` at one that writes places as words.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ HERE = ROOT / "examples" / "looking"
 PLAIN, GLIMPSE = "GE*EGE*E", "GE*EQVGE*E"
 BOXES = ("--query-box-loss-coeff", "1")
 NOTHING = ("--vision-memory", "none")
+WORDS = ("--query-place", "tokens")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ ARMS = {
     "boxes_tenth": Arm(rows="_tenth", flags=BOXES),
     "boxes": Arm(flags=BOXES),
     "grpo": Arm(begins="boxes_tenth"),
+    "tokens": Arm(flags=WORDS),
+    "tokens_grpo": Arm(begins="tokens", flags=WORDS),
     "words": Arm(PLAIN, flags=NOTHING, control="the format is enough"),
     "zero": Arm(flags=("--freeze-avm",), control="the slots' computation is enough"),
     "another": Arm(flags=(*BOXES, "--memory-images", "other_images"), control="it does not look"),

@@ -13,7 +13,7 @@ from typing import Any
 from examples.digits.scores import accuracy, difference, mean, over_seeds, read_scores, shown
 from examples.looking.arms import ARMS
 
-OURS = ("hidden", "boxes_tenth", "boxes", "grpo")
+OURS = ("hidden", "boxes_tenth", "boxes", "grpo", "tokens", "tokens_grpo")
 CONTROLS = ("blind", "words", "zero", "another", "random")
 SLOTS = 4  # behind a query
 TILE = 4  # stream tokens of a tile

@@ -29,8 +29,7 @@ from megatron_mm.convert.export_inputs import (
     has_code,
     input_files,
 )
-from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, LOOK_IDS, tokenizer_id
-from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT
+from megatron_mm.convert.folder import CLVR_KEY, CONFIG, IMAGE_CONTEXT, look_names, tokenizer_id
 from megatron_mm.errors import ConvertError
 
 CODE = (
@@ -40,6 +39,7 @@ CODE = (
     "modeling_glimpse.py",
     "modeling_delegate.py",
 )
+EXPORTED_PLACES = ("hidden", "tokens")  # who may say where a query looks
 
 
 def small_files(
@@ -71,9 +71,10 @@ def _check_code(model: ModelConfig) -> None:
     """Raises ConvertError for a second hop, or glimpses, that the code of an export does not
     compute."""
     asking = query_settings(model)
-    if asking is not None and asking.query_place != "hidden":
+    if asking is not None and asking.query_place not in EXPORTED_PLACES:
         raise ConvertError(
-            f"query_place is {asking.query_place}, a control that is not exported; allowed: hidden"
+            f"query_place is {asking.query_place}, a control that is not exported; allowed: "
+            f"{' or '.join(EXPORTED_PLACES)}"
         )
     second = model.layers.get("C")
     if second is None:
@@ -119,33 +120,35 @@ def clvr_config(model: ModelConfig, look_ids: Sequence[int] | None) -> dict[str,
             ],
             "look_memories": [memory.name for memory in look_memories(model)],
             "layers": {letter: to_dict(values) for letter, values in layers.items()},
-            **({} if look_ids is None else dict(zip(LOOK_IDS, look_ids, strict=True))),
+            **dict(zip(look_names(model), look_ids or (), strict=True)),
         },
     }
 
 
 def look_ids(checkpoint: Any, assets: Sequence[Path]) -> Sequence[int] | None:
-    """Returns the ids of a query and of its slots; None for a model without glimpses.
+    """Returns the ids of the tokens of looks; None for a model without glimpses.
 
     Raises:
         ConvertError: they are unknown, or the tokenizer has others.
     """
-    if query_settings(checkpoint.model) is None:
+    names = [*look_names(checkpoint.model).values()]
+    if not names:
         return None
     noted: Sequence[int] | None = checkpoint.notes.get("look_ids")
-    there = [tokenizer_id(assets[0].parent, t) for t in (LOOK, LOOK_CONTEXT)] if assets else []
+    there = [tokenizer_id(assets[0].parent, token) for token in names] if assets else []
     found = [index for index in there if index is not None]
-    if len(found) < 2:
+    if len(found) < len(names):
         found = []
+    called = " and ".join(names)
     if noted and found and list(noted) != found:
         raise ConvertError(
-            f"{assets[0].parent}: {LOOK} and {LOOK_CONTEXT} are {found} in the tokenizer, "
-            f"{list(noted)} in the checkpoint"
+            f"{assets[0].parent}: {called} are {found} in the tokenizer, {list(noted)} in the "
+            "checkpoint"
         )
-    if not (found or noted):
+    if len(found or noted or ()) != len(names):
         raise ConvertError(
-            f"{checkpoint.path} does not say which tokens are {LOOK} and {LOOK_CONTEXT}: name the "
-            "folder of a tokenizer that has them with --assets"
+            f"{checkpoint.path} does not say which tokens are {called}: name the folder of a "
+            "tokenizer that has them with --assets"
         )
     return found or noted
 

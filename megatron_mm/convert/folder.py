@@ -43,12 +43,12 @@ from megatron_mm.convert.mapping import (
     read_mapping,
 )
 from megatron_mm.data.looks import LookTokens
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.place_names import PLACE_TOKENS
+from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
 from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.parallel.param_layout import ParamLayout
 
 CONFIG, CLVR_KEY, IMAGE_CONTEXT = "config.json", "clvr", "<IMG_CONTEXT>"
-LOOK_IDS = ("query_token_id", "slot_token_id")  # keys beside the pattern of a model that glimpses
 MOST_JSON = 256 * 2**20  # bytes; the largest tokenizers have about 35 MB
 NOTES = "huggingface"  # key of `HFFolder.notes` in a checkpoint's `extra`
 # Files copied along with the weights. Code is not among them.
@@ -74,7 +74,7 @@ class HFFolder:
         model: config of the folder's model; its output layer is always a tensor of its own.
         tied: whether the config ties the output layer to the embedding.
         tensors: stored tensors of all folders, by name.
-        look_ids: ids of a query and of its slots, of a model that glimpses.
+        look_ids: of a model that glimpses, of the tokens of `look_names`.
         new: groups of mcore parameters that the folder may lack; `declared`: those among them that
             it must have, because its config has their letters.
         assets: files that are copied along.
@@ -86,7 +86,7 @@ class HFFolder:
     tied: bool
     image_token_id: int | None
     tensors: dict[str, Stored] = field(default_factory=dict)
-    look_ids: tuple[int, int] | None = None
+    look_ids: tuple[int, ...] | None = None
     new: tuple[Group, ...] = (SIDES, DELEGATES)
     declared: tuple[str, ...] = ()
     assets: list[Path] = field(default_factory=list)
@@ -251,16 +251,28 @@ def _declared(model: ModelConfig) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _look_ids(model: ModelConfig, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Returns the ids of a query and of its slots of a folder whose model glimpses."""
-    if CLVR_KEY not in config or query_settings(model) is None:
+def look_names(model: ModelConfig) -> dict[str, str]:
+    """Returns the tokens of a model's looks by their keys beside its pattern: a query, its slots
+    and, where words say the place, the first of these. Empty for a model without glimpses."""
+    settings = query_settings(model)
+    if settings is None:
+        return {}
+    found = {"query_token_id": LOOK, "slot_token_id": LOOK_CONTEXT}
+    spoken = settings.query_place == "tokens"
+    return found | ({"place_token_id": PLACE_TOKENS[0]} if spoken else {})
+
+
+def _look_ids(model: ModelConfig, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Returns the ids of the tokens of looks of a folder whose model glimpses."""
+    names = look_names(model)
+    if CLVR_KEY not in config or not names:
         return None
-    query, slot = (config[CLVR_KEY][key] for key in LOOK_IDS)
-    for key, index in zip(LOOK_IDS, (query, slot), strict=True):
+    found = {key: config[CLVR_KEY][key] for key in names}
+    for key, index in found.items():
         if type(index) is not int or not 0 <= index < model.language.vocab_size:
             allowed = f"0 to {model.language.vocab_size - 1}"
             raise ConfigError(f"{CLVR_KEY}.{key} is {shown(repr(index))}; allowed: {allowed}")
-    return query, slot
+    return tuple(found.values())
 
 
 def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) -> int | None:
@@ -290,9 +302,10 @@ def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) ->
 
 def token_notes(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns the part of `HFFolder.notes` that a run's tokenizer knows."""
-    looks = LookTokens.of(run, tokenizer)
+    LookTokens.of(run, tokenizer)  # it has them all
+    names = look_names(run.model).values()
     found: dict[str, Any] = {"image_token_id": tokenizer.image_context_id}
-    return found | ({} if looks is None else {"look_ids": [looks.query_id, looks.slot_id]})
+    return found | ({"look_ids": [tokenizer.special_tokens[t] for t in names]} if names else {})
 
 
 def tokenizer_id(folder: Path, token: str) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from megatron_mm.convert.mapping import StateMapping
 from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
 from megatron_mm.data.images import normalise
+from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.sample import Sample, SampleBuilder, SampleImage
 from megatron_mm.data.tiles import (
     ImageSettings,
@@ -84,48 +85,57 @@ class Case:
 def built_in_cases(
     run: RunConfig,
     image_token_id: int | None,
-    look_ids: tuple[int, int] | None = None,
+    look_ids: Sequence[int] | None = None,
     seed: int = 0,
 ) -> list[Case]:
     """Returns a prompt of random text, and prompts of random images between random text. A model
     that glimpses gets queries behind images, and a prompt of two images with one behind each.
 
     Args:
-        look_ids: those of a query and of its slots, of a model that glimpses.
+        look_ids: those of `look_names`, of a model that glimpses.
     """
     g = torch.Generator().manual_seed(seed)
     size = run.model.language.vocab_size
+    settings = query_settings(run.model)
+    asking = None
+    if settings is not None and look_ids is not None:
+        asking = LookTokens.known(settings, *look_ids)
     reserved = {image_token_id, *(look_ids or ())}
     ordinary = torch.tensor([t for t in range(size) if t not in reserved])
 
     def words(count: int) -> list[int]:
         return ordinary[torch.randint(0, len(ordinary), (count,), generator=g)].tolist()
 
-    asking = query_settings(run.model) if look_ids is not None else None
+    def place() -> list[int]:
+        """Words that say where a query looks, if words do."""
+        if asking is None or asking.words is None:
+            return []
+        return asking.words.spell(torch.rand(3, generator=g).clamp(asking.min_scale).tolist())
 
     def looks(count: int, most: int) -> list[int]:
         """Queries, one behind the other, and their slots."""
-        if asking is None or look_ids is None:
+        if asking is None:
             return []
-        return [look_ids[0], *[look_ids[1]] * asking.slots] * max(0, min(count, most))
+        slots = [asking.slot_id] * asking.slots
+        each = ([*place(), asking.query_id, *slots] for _ in range(min(count, most)))
+        return [token for tokens in each for token in tokens]
 
     cases = [Case(_sample(words(24), []), "text")]
-    settings = image_settings(run)
-    if settings is None:
+    vision = image_settings(run)
+    if vision is None:
         return cases
     assert image_token_id is not None  # a model with vision has one
     shown = [(one,) for one in BUILT_IN]
     for sizes in shown if asking is None else [*shown, BUILT_IN]:
         tokens, images = words(8), []
-        most = 0 if asking is None else asking.max_queries // len(sizes)  # behind each image
+        most = 0 if asking is None else asking.most // len(sizes)  # behind each image
         for columns, rows in sizes:
-            image = _image((columns, rows), settings, len(tokens), g)
+            image = _image((columns, rows), vision, len(tokens), g)
             images.append(image)
-            tokens += [image_token_id] * (len(image.stream) * settings.tokens_per_tile)
+            tokens += [image_token_id] * (len(image.stream) * vision.tokens_per_tile)
             tokens += [*words(4), *looks(1, most), *words(4), *looks(2, most - 1), *words(4)]
         count = sum(image.grid.num_tiles for image in images)
-        slots = 0 if asking is None else asking.slots
-        sample = _sample(tokens, images, look_ids if slots else None, slots)
+        sample = _sample(tokens, images, asking)
         cases.append(Case(sample, f"{count} tiles"))
     return cases
 
@@ -161,11 +171,11 @@ def given_case(run: RunConfig, tokenizer: Tokenizer, prompt: str, image: Path | 
 def _sample(
     tokens: list[int],
     images: list[SampleImage],
-    look_ids: tuple[int, int] | None = None,
-    slots: int = 0,
+    looks: LookTokens | None = None,
 ) -> Sample:
     ids = torch.tensor(tokens)
-    asks = [] if look_ids is None else (ids == look_ids[0]).nonzero().flatten().tolist()
+    asks = [] if looks is None else (ids == looks.query_id).nonzero().flatten().tolist()
+    anywhere = [None] * len(asks)
     return Sample(
         ids,
         torch.zeros_like(ids),
@@ -173,8 +183,8 @@ def _sample(
         images,
         "built in",
         queries=tuple(asks),
-        targets=(None,) * len(asks),
-        slots=slots,
+        targets=() if looks is None else looks.targets(ids, asks, anywhere),
+        slots=0 if looks is None else looks.slots,
     )
 
 

@@ -26,6 +26,7 @@ from megatron_mm.convert.to_hf import Checkpoint
 from megatron_mm.data.collate import collate
 from megatron_mm.data.images import normalise
 from megatron_mm.data.messages import ESCAPED_MARK, IMAGE_MARK, check_messages
+from megatron_mm.data.place_names import PLACE_TOKENS
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tiles import choose_grids, image_settings, tiles_seen
 from megatron_mm.data.tokenizer import LOOK
@@ -200,7 +201,8 @@ def conversations(run: RunConfig) -> Iterator[Chat]:
     if asking is None:
         return
     parts = ["one is", " 3", ""][: asking.max_queries]
-    looked = [_said("assistant", LOOK + LOOK.join(parts)), _user("sure?")]
+    one = LOOK if asking.query_place != "tokens" else "".join((*PLACE_TOKENS[::34], LOOK))
+    looked = [_said("assistant", one + one.join(parts)), _user("sure?")]
     again = looked if asking.max_queries >= 2 * len(parts) else []
     for shown in sorted({1, min(count, 2)}):
         seen = [_user("hi"), _said("assistant", "yes"), _user(IMAGE_MARK * shown + "which?")]

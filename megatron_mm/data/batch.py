@@ -98,6 +98,14 @@ class BatchQueries:
             whole = _places(padded).view(len(rows), most, 3)
         return cls(torch.tensor(positions, dtype=torch.int64), _places(targets), whole)
 
+    def slots(self, each: int) -> torch.Tensor:
+        """Returns the positions of all slots, int64, ascending.
+
+        Args:
+            each: slots behind a query.
+        """
+        return (self.positions_N.unsqueeze(1) + torch.arange(1, each + 1)).flatten()
+
 
 @dataclass(frozen=True)
 class Dealt:

@@ -30,7 +30,7 @@ from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
 from megatron_mm.errors import DataError
 
 if TYPE_CHECKING:  # it imports torch, which reward workers do without
-    from megatron_mm.data.looks import LookTokens
+    from megatron_mm.data.looks import RowLooks
 
 # The words that Qwen3's models were trained to read tools by.
 TOOLS_BEFORE = (
@@ -68,12 +68,14 @@ class Encoded:
         supervised: whether token t itself is learned, because it is part of an answer.
         image_starts: position of the first context token of each image.
         queries: position of each query token (data/looks.py); its slots follow.
+        added: positions of the words that say where a query looks and are not in the text.
     """
 
     tokens: list[int] = field(default_factory=list)
     supervised: list[bool] = field(default_factory=list)
     image_starts: list[int] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
+    added: list[int] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], supervised: bool = False) -> None:
         self.tokens.extend(ids)
@@ -86,7 +88,7 @@ def encode_row(
     tokenizer: Tokenizer,
     image_token_counts: Sequence[int],
     seq_length: int,
-    looks: LookTokens | None = None,
+    looks: RowLooks | None = None,
 ) -> Encoded:
     """Encodes a whole conversation for training. Every assistant turn and its `<|im_end|>` are
     supervised, unless its `weight` is 0 or its `loss` false.
@@ -124,7 +126,7 @@ def encode_prompt(
     tokenizer: Tokenizer,
     image_token_counts: Sequence[int],
     seq_length: int,
-    looks: LookTokens | None = None,
+    looks: RowLooks | None = None,
 ) -> Encoded:
     """Encodes everything before the last answer, up to and including
     `<|im_start|>assistant\\n`, without supervision. Raises like `encode_row`."""
@@ -209,7 +211,7 @@ def _encode(
     where: str,
     tokenizer: Tokenizer,
     image_token_counts: Sequence[int],
-    looks: LookTokens | None,
+    looks: RowLooks | None,
 ) -> Encoded:
     marks = sum(len(turn.texts) - 1 for turn in written)
     if marks != len(image_token_counts):
@@ -253,12 +255,13 @@ def _encode(
 
 
 def _add_with_looks(
-    encoded: Encoded, ids: Sequence[int], turn: Turn, where: str, looks: LookTokens
+    encoded: Encoded, ids: Sequence[int], turn: Turn, where: str, looks: RowLooks
 ) -> None:
-    """Adds the ids of a text and the slots behind each query. A query is learnt as any word; its
-    slots are given."""
-    asks = looks.query_id in ids
-    if looks.slot_id in ids or (asks and turn.role != "assistant"):
+    """Adds the ids of a text, the slots behind each query and, if it is said in words, its place
+    before it. A query and its place are learnt as any word; its slots are given."""
+    tokens = looks.tokens
+    asks = tokens.query_id in ids
+    if tokens.slot_id in ids or (asks and turn.role != "assistant"):
         spelt = LOOK if asks and turn.role != "assistant" else LOOK_CONTEXT
         raise DataError(
             f"{where}: {turn.source} spells the special token {spelt}; remove it, "
@@ -268,16 +271,21 @@ def _add_with_looks(
         raise DataError(
             f"{where}: {turn.source} has {LOOK} and no image stands before it; show one first"
         )
-    for index in ids:
-        if index == looks.query_id:
+    for place, index in enumerate(ids):
+        if index == tokens.query_id:
+            number = len(encoded.queries)
+            words = looks.words(number, ids[:place], f"{where}: {turn.source}")
+            begin = len(encoded.tokens)
+            encoded.added += range(begin, begin + len(words))
+            encoded.add(words, supervised=turn.learnt)
             encoded.queries.append(len(encoded.tokens))
         encoded.add([index], supervised=turn.learnt)
-        if index == looks.query_id:
-            encoded.add([looks.slot_id] * looks.slots)
-    if len(encoded.queries) > looks.most:
+        if index == tokens.query_id:
+            encoded.add([tokens.slot_id] * tokens.slots)
+    if len(encoded.queries) > tokens.most:
         raise DataError(
             f"{where}: {len(encoded.queries)} {LOOK} up to {turn.source}, max_queries is "
-            f"{looks.most}; ask less often or raise max_queries"
+            f"{tokens.most}; ask less often or raise max_queries"
         )
 
 

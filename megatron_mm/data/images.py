@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megatron_mm.data.files.forms import HeldImage, held_and_box
 from megatron_mm.errors import DataError
+from megatron_mm.pictures.boxes import Box
 from megatron_mm.pictures.decode import scaled
 from megatron_mm.pictures.process import MAX_PIXELS, PictureProcess
 
@@ -57,11 +59,13 @@ def resolve_image_path(folder: Path, name: str, where: str) -> Path:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """Place of an image's bytes: a file, or the row itself."""
+    """Place of an image's bytes: a file, or the row itself; and the part of the image that is
+    shown."""
 
     name: str  # for messages
     path: Path | None = None
     held: bytes | None = None
+    box: Box | None = None  # None: all of the image
 
     def held_or_path(self) -> Path | bytes:
         """Returns the bytes, or the file that holds them.
@@ -89,13 +93,14 @@ class ImageFile:
             raise DataError(f"{self.name} has 0 bytes; write the file again")
 
 
-def find_image(image: str | bytes, number: int, folder: Path, where: str) -> ImageFile:
+def find_image(image: HeldImage, number: int, folder: Path, where: str) -> ImageFile:
     """Returns the image that a row names by a path below `folder`, or holds as bytes. `number`
     counts from 1."""
-    if isinstance(image, bytes):
-        return ImageFile(f"image {number} (in the row)", held=image)
-    path = resolve_image_path(folder, image, where)
-    return ImageFile(f"image {path}", path)
+    held, box = held_and_box(image)
+    if isinstance(held, bytes):
+        return ImageFile(f"image {number} (in the row)", held=held, box=box)
+    path = resolve_image_path(folder, held, where)
+    return ImageFile(f"image {path}", path, box=box)
 
 
 class Decoder:
@@ -111,22 +116,26 @@ class Decoder:
         self._process.close()
 
     def size(self, image: ImageFile, where: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-        """Returns (width, height) in pixels as a viewer shows the image, without decoding it.
+        """Returns (width, height) in pixels as a viewer shows the image, or the part in its box,
+        without decoding it.
+
+        Args:
+            max_pixels: of the whole image.
 
         Raises:
             DataError: the image cannot be used, as far as its header shows; names `where`.
             DecoderError: the machine cannot decode images.
         """
         with _named(where):
-            return self._process.size(image.held_or_path(), image.name, max_pixels)
+            return self._process.size(image.held_or_path(), image.name, max_pixels, image.box)
 
     def pixels(self, image: ImageFile, where: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Returns an image as a viewer shows it, uint8 [H, W, 3]: turned as its EXIF orientation
-        says, transparency over white. CMYK and palettes are converted. Raises as `size`, also for
-        pixels that cannot be decoded."""
+        says, transparency over white, then cropped to its box. CMYK and palettes are converted.
+        Raises as `size`, also for pixels that cannot be decoded."""
         with _named(where):
-            found = self._process.scaled(image.held_or_path(), image.name, [None], max_pixels)
-            return found[0]
+            source, sizes = image.held_or_path(), [None]
+            return self._process.scaled(source, image.name, sizes, max_pixels, image.box)[0]
 
     def tiles(
         self, image: ImageFile, where: str, grid: TileGrid, image_size: int, used: Sequence[int]
@@ -138,7 +147,8 @@ class Decoder:
         sizes = [(grid.cols * side, grid.rows * side)] if in_grid else []
         sizes += [(side, side)] if len(in_grid) < len(used) else []
         with _named(where):
-            found = self._process.scaled(image.held_or_path(), image.name, sizes)
+            source = image.held_or_path()
+            found = self._process.scaled(source, image.name, sizes, box=image.box)
         parts = [_cells(found[0], grid, side)[in_grid]] if in_grid else []
         parts += [found[-1][None]] if len(in_grid) < len(used) else []
         return np.concatenate(parts)

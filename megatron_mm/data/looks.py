@@ -3,7 +3,8 @@
 `<look>` in an assistant's text is a query (letter Q of the layer pattern). The model writes it; its
 slots, `<LOOK_CONTEXT>`, follow by themselves and show what the glimpse found. So a text, the tokens
 of a completion and everything that is measured on them hold queries alone; the stream holds both
-(`expand`).
+(`expand`). Under `query_place: tokens` the words of a place stand before each query
+(place_tokens.py).
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 
 import torch
 
-from megatron_mm.config.layers.queries import query_settings
+from megatron_mm.config.layers.queries import QuerySettings, query_settings
 from megatron_mm.config.settings import RunConfig
+from megatron_mm.data.place_names import PLACE_TOKENS
+from megatron_mm.data.place_tokens import WORDS, PlaceTokens
 from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
 from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.pictures import boxes
 
 LOOKS = "looks"  # the rows' key for the boxes of queries
 Target = tuple[float, float, float]  # y, x, scale in shares of an image
@@ -31,6 +35,7 @@ class LookTokens:
         slots: behind each query.
         most: queries that a sample may have.
         min_scale: side of the smallest window, as a share of the image's.
+        words: that say where a query looks; None: its hidden state says it.
     """
 
     query_id: int
@@ -38,6 +43,7 @@ class LookTokens:
     slots: int
     most: int
     min_scale: float
+    words: PlaceTokens | None = None
 
     @classmethod
     def of(cls, run: RunConfig, tokenizer: Tokenizer) -> LookTokens | None:
@@ -58,13 +64,39 @@ class LookTokens:
                 "Q and V out of hybrid_layer_pattern"
             )
         assert tokenizer.look_id is not None and tokenizer.look_context_id is not None
-        return cls(
-            tokenizer.look_id,
-            tokenizer.look_context_id,
-            settings.slots,
-            settings.max_queries,
-            settings.query_min_scale,
-        )
+        first = first_place_token(tokenizer) if settings.query_place == "tokens" else None
+        return cls.known(settings, tokenizer.look_id, tokenizer.look_context_id, first)
+
+    @classmethod
+    def known(
+        cls, settings: QuerySettings, query_id: int, slot_id: int, place_id: int | None = None
+    ) -> LookTokens:
+        """
+        Args:
+            place_id: of the first token of places; None: hidden states say them.
+        """
+        least = settings.query_min_scale
+        words = None if place_id is None else PlaceTokens(place_id, least)
+        return cls(query_id, slot_id, settings.slots, settings.max_queries, least, words)
+
+    def targets(
+        self, ids_T: torch.Tensor, queries: Sequence[int], given: Sequence[Target | None]
+    ) -> tuple[Target | None, ...]:
+        """Returns the places of a sample's queries: those that its words say, or else the given
+        ones.
+
+        Args:
+            ids_T: the sample's stream.
+            queries: where in it they stand.
+            given: the place that each should ask for; None: any.
+        """
+        if self.words is None:
+            return tuple(given)
+        if not queries:
+            return ()
+        padded = torch.cat((ids_T.new_full((WORDS,), -1), ids_T))
+        before_N3 = torch.stack([padded[place : place + WORDS] for place in queries])
+        return tuple((y, x, scale) for y, x, scale in self.words.said(before_N3).tolist())
 
     def places(self, ids_G: torch.Tensor, before: int = 0) -> torch.Tensor:
         """Returns where each id stands once the slots stand behind the queries, int64 [G].
@@ -96,17 +128,45 @@ class LookTokens:
                 found_G[place + 1 : end] = False
         return found_G
 
-    def find(self, ids_G: torch.Tensor, before: int = 0) -> torch.Tensor:
+    def find(
+        self, ids_G: torch.Tensor, before: int = 0, own_G: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Returns the places in a stream, int64, of the queries that have all of their slots.
 
         Args:
             before: as in `places`.
+            own_G: what `drawn` says, if it is known.
         """
-        own_G = self.drawn(ids_G, before)
+        own_G = self.drawn(ids_G, before) if own_G is None else own_G
         asks_G = own_G & (ids_G == self.query_id)
         asks_G &= asks_G.cumsum(0) + before <= self.most
         places = asks_G.nonzero().flatten()
         return places[places + self.slots < len(ids_G)]
+
+
+def first_place_token(tokenizer: Tokenizer) -> int:
+    """Returns the id of the first of the tokens that say where queries look.
+
+    Raises:
+        ConfigError: the tokenizer lacks one, or their ids do not follow each other.
+    """
+    known = [tokenizer.special_tokens.get(token) for token in PLACE_TOKENS]
+    missing = [token for token, index in zip(PLACE_TOKENS, known, strict=True) if index is None]
+    if missing:
+        raise ConfigError(
+            f"tokenizer_model {tokenizer.path!r} lacks {len(missing)} of the {len(PLACE_TOKENS)} "
+            f"tokens that query_place tokens needs, {missing[0]} for example; add "
+            f"{PLACE_TOKENS[0]} to {PLACE_TOKENS[-1]} to it, in the order of data/place_tokens.py"
+        )
+    first = known[0]
+    assert first is not None
+    if known != list(range(first, first + len(known))):
+        wrong = next(n for n, index in enumerate(known) if index != first + n)
+        raise ConfigError(
+            f"tokenizer_model {tokenizer.path!r} has {PLACE_TOKENS[wrong]} at {known[wrong]}, not "
+            f"at {first + wrong}; the {len(known)} tokens of places must follow each other"
+        )
+    return first
 
 
 @dataclass(frozen=True)
@@ -115,11 +175,11 @@ class Box:
 
     Attributes:
         image: its number in the row, from 0.
-        edges: left, top, right, bottom in shares of the image.
+        edges: left, top, right, bottom in shares of the image as the row shows it.
     """
 
     image: int
-    edges: tuple[float, float, float, float]
+    edges: boxes.Box
 
     def place(self, min_scale: float) -> Target:
         """Returns (y, x, scale): the centre, and the longer side within what windows can be."""
@@ -144,6 +204,41 @@ def read_boxes(row: Mapping[str, Any], images: int, where: str) -> list[Box | No
     if not isinstance(given, list):
         raise DataError(f"{where}: {LOOKS!r} is a {type(given).__name__}; write a list of boxes")
     return [_box(entry, n, images, where) for n, entry in enumerate(given, start=1)]
+
+
+@dataclass(frozen=True)
+class RowLooks:
+    """How the looks of one row are encoded.
+
+    Attributes:
+        tokens: of looks.
+        boxes: `read_boxes` of the row.
+    """
+
+    tokens: LookTokens
+    boxes: Sequence[Box | None] | None = None
+
+    def words(self, number: int, before: Sequence[int], where: str) -> list[int]:
+        """Returns the ids to write before a query: the words of its place, unless they stand there
+        already, or hidden states say it.
+
+        Args:
+            number: of the query in its row, from 0.
+            before: the ids that stand before it.
+            where: "file:row" and turn, for messages.
+        Raises:
+            DataError: neither its words nor its box says where it looks.
+        """
+        words = self.tokens.words
+        if words is None or words.spells(before[-WORDS:]):
+            return []
+        box = None if self.boxes is None or number >= len(self.boxes) else self.boxes[number]
+        if box is None:
+            raise DataError(
+                f"{where}: {LOOK} number {number + 1} says no place; under query_place tokens "
+                f"each needs a box in {LOOKS!r}, or the tokens of a place before it"
+            )
+        return words.spell(box.place(self.tokens.min_scale))
 
 
 def targets_of(
@@ -175,15 +270,7 @@ def _box(entry: Any, number: int, images: int, where: str) -> Box | None:
         return None
     if not isinstance(entry, Mapping) or not {*entry} <= {"image", "box"} or "box" not in entry:
         raise DataError(f"{at} must be {{'image': n, 'box': [left, top, right, bottom]}} or null")
-    image, edges = entry.get("image", 0), entry["box"]
+    image = entry.get("image", 0)
     if type(image) is not int or not 0 <= image < images:
         raise DataError(f"{at} is of image {image!r}; the row has {images}, counted from 0")
-    numbers = edges if isinstance(edges, list) else []
-    if len(numbers) != 4 or not all(type(x) in (int, float) and 0 <= x <= 1 for x in numbers):
-        raise DataError(f"{at} has the box {edges!r:.80}; allowed: 4 shares of the image, 0 to 1")
-    left, top, right, bottom = map(float, numbers)
-    if left >= right or top >= bottom:
-        raise DataError(
-            f"{at} has the box {edges}; its left and top must be below its right and bottom"
-        )
-    return Box(image, (left, top, right, bottom))
+    return Box(image, boxes.read_box(entry["box"], at))

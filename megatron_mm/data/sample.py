@@ -15,6 +15,7 @@ from megatron_mm.config.memories import IMAGES, Memory
 from megatron_mm.config.objectives import declaration
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.chat import Encoded, encode_prompt, encode_row
+from megatron_mm.data.files.forms import held_images
 from megatron_mm.data.files.keys import check_keys
 from megatron_mm.data.images import (
     Decoder,
@@ -22,7 +23,7 @@ from megatron_mm.data.images import (
     TileGrid,
     find_image,
 )
-from megatron_mm.data.looks import LOOKS, LookTokens, Target, read_boxes, targets_of
+from megatron_mm.data.looks import LOOKS, LookTokens, RowLooks, Target, read_boxes, targets_of
 from megatron_mm.data.tiles import (
     ImageSettings,
     choose_grids,
@@ -35,10 +36,11 @@ from megatron_mm.data.tiles import (
 )
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
+from megatron_mm.pictures.boxes import Box
 
 # Bytes of cut tiles that each rank caches: small data sets are decoded only once.
 CACHE_BYTES = 256 * 2**20
-MAX_SIZES = 10**5  # image sizes kept in memory, about 20 MB
+MAX_SIZES = 10**5  # image sizes kept in memory, about 20 MB, 40 with boxes
 
 
 class Size(NamedTuple):
@@ -105,13 +107,17 @@ class Sample:
     # The place that each should ask for, and each of an answer to a prompt; None: any.
     targets: tuple[Target | None, ...] = ()
     slots: int = 0  # behind each query (data/looks.py)
+    added: tuple[int, ...] = ()  # positions of words of places that no text spells
 
     def predicting(self, count: int) -> torch.Tensor:
-        """Returns the positions that predict the last `count` tokens, int64, slots not counted."""
+        """Returns the positions that predict the last `count` tokens of the text, int64: neither
+        slots nor `added` words are counted."""
         own_T = torch.ones(len(self.tokens_T), dtype=torch.bool)
+        own_T[list(self.added)] = False
         for query in self.queries:
             own_T[query + 1 : query + 1 + self.slots] = False
-        return own_T.nonzero().flatten()[len(own_T) - count - self.slots * len(self.queries) :] - 1
+        places = own_T.nonzero().flatten()
+        return places[len(places) - count :] - 1
 
 
 class _Draft(NamedTuple):
@@ -145,7 +151,7 @@ class SampleBuilder:
         self._decoder = Decoder()
         self._cache: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._cache_bytes, self._held_bytes = cache_bytes, 0
-        self._sizes: dict[Path | None, tuple[int, int]] = {}
+        self._sizes: dict[tuple[Path | None, Box | None], tuple[int, int]] = {}
 
     def training(self, row: dict[str, Any], where: str, folder: Path) -> Sample:
         """Returns the whole conversation, its answers supervised. Raises DataError."""
@@ -207,12 +213,14 @@ class SampleBuilder:
         stream = [select_tiles(grid, self._vision.image_stream) for grid in grids]
         counts = [len(tiles) * self._vision.tokens_per_tile for tiles in stream]
         looks = self.looks
-        encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length, looks)
+        boxes = None if looks is None else read_boxes(row, len(own), where)
+        given = None if looks is None else RowLooks(looks, boxes)
+        encoded: Encoded = encode(row, where, self.tokenizer, counts, self.seq_length, given)
         targets: tuple[Target | None, ...] = ()
         if looks is not None:
-            boxes = read_boxes(row, len(own), where)
             whole = encode is encode_row  # a prompt lacks the queries of the last answer
             targets = targets_of(boxes, len(encoded.queries), looks, where, whole=whole)
+            targets = looks.targets(torch.tensor(encoded.tokens), encoded.queries, targets)
         return _Draft(files, grids, encoded, targets)
 
     def _files(self, key: str, row: dict[str, Any], where: str, folder: Path) -> list[ImageFile]:
@@ -220,7 +228,8 @@ class SampleBuilder:
         names = [] if names is None else names
         if not isinstance(names, list):
             raise DataError(f"{where}: {key!r} must be a list of paths or bytes")
-        return [find_image(n, i, folder, where) for i, n in enumerate(names, start=1)]
+        held = held_images(names, where)
+        return [find_image(image, n, folder, where) for n, image in enumerate(held, start=1)]
 
     def _others(
         self, memory: Memory, grids: list[TileGrid], row: dict[str, Any], where: str, folder: Path
@@ -261,24 +270,27 @@ class SampleBuilder:
             queries=tuple(encoded.queries),
             targets=draft.targets,
             slots=0 if self.looks is None else self.looks.slots,
+            added=tuple(encoded.added),
         )
 
     def _size(self, file: ImageFile, where: str) -> tuple[int, int]:
-        """Returns (width, height) in pixels, from memory for files seen before."""
-        if file.path in self._sizes:
-            return self._sizes[file.path]
+        """Returns (width, height) in pixels of what is shown, from memory for boxes of files seen
+        before."""
+        key = file.path, file.box
+        if key in self._sizes:
+            return self._sizes[key]
         size = self._decoder.size(file, where)
         if file.path is not None:
             if len(self._sizes) >= MAX_SIZES:
                 self._sizes.clear()
-            self._sizes[file.path] = size
+            self._sizes[key] = size
         return size
 
     def _tiles(
         self, file: ImageFile, grid: TileGrid, used: Sequence[int], where: str
     ) -> np.ndarray:
         """Returns some tiles of an image, uint8 [N, S, S, 3], decoded and cut or remembered."""
-        key = (file.path, grid, *used)
+        key = (file.path, file.box, grid, *used)
         found = self._cache.get(key)
         if found is not None:
             self._cache.move_to_end(key)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mm.data.place_names import PLACE_TOKENS
 from megatron_mm.data.tokenizer_checks import (
     check_control_tokens,
     check_files,
@@ -29,7 +30,7 @@ SPECIAL_TOKENS = {
 }
 # Tokens of a model that glimpses (data/looks.py); a tokenizer may lack them.
 LOOK, LOOK_CONTEXT = "<look>", "<LOOK_CONTEXT>"
-
+LOOK_TOKENS = (LOOK, LOOK_CONTEXT, *PLACE_TOKENS)
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -170,7 +171,7 @@ def _from_sentencepiece(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     encode = guarded(model.encode, size)
     vocabulary = {model.id_to_piece(i): i for i in range(size)}
     controls = {t for t, i in vocabulary.items() if model.is_control(i)}
-    names = controls | ({*SPECIAL_TOKENS.values(), LOOK, LOOK_CONTEXT} & vocabulary.keys())
+    names = controls | ({*SPECIAL_TOKENS.values(), *LOOK_TOKENS} & vocabulary.keys())
     special = {token: vocabulary[token] for token in sorted(names)}
     spelled = {index: token for token, index in special.items()}
 
@@ -215,7 +216,7 @@ def _from_huggingface(path: Path, end_tokens: tuple[str, ...]) -> Tokenizer:
     size = check_vocabulary(vocabulary, path)
     marked = {str(t) for t in model.all_special_tokens}
     marked |= {str(t) for t in model.added_tokens_decoder.values() if t.special}
-    names = marked | ({*SPECIAL_TOKENS.values(), LOOK, LOOK_CONTEXT} & vocabulary.keys())
+    names = marked | ({*SPECIAL_TOKENS.values(), *LOOK_TOKENS} & vocabulary.keys())
     special = {token: vocabulary[token] for token in sorted(names) if token in vocabulary}
     required = _required_ids(special, path)
     added = model.added_tokens_decoder

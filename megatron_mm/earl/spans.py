@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from megatron_mm.data.chat import answer_text
 from megatron_mm.data.messages import check_messages
+from megatron_mm.data.place_names import without_places
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError, RLError
 from megatron_mm.evaluation.scoring import score
@@ -77,7 +78,8 @@ def clauses(row: Row, text: str, where: str) -> list[Label]:
             if found < 0:
                 break
         if start < stop:
-            labels.append(Label(start, stop, span["skill"], text[start:stop] == span["text"]))
+            right = without_places(text[start:stop]) == without_places(span["text"])
+            labels.append(Label(start, stop, span["skill"], right))
         start = stop + len(BETWEEN)
     return labels
 

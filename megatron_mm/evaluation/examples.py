@@ -117,16 +117,19 @@ def _probe_records(
         begins = batch.cu_seqlens.tolist()
         for begin, before, row in zip(begins, lengths, padded, strict=False):
             asked += (begin + before + tokens.find(torch.tensor(row))).tolist()
-        batch = replace(batch, queries=BatchQueries.build(asked, [None] * len(asked)))
+        targets = tokens.targets(batch.tokens_T, asked, [None] * len(asked))
+        batch = replace(batch, queries=BatchQueries.build(asked, targets))
     looks, routes = probe(engine, broadcast_batches(groups, [batch])[0], lengths)
     return items, ids, looks, routes
 
 
 def _example(record: dict, item: EvalItem, folder: Path) -> dict:
-    image = item.images[0].resolve() if item.images and item.images[0] else None
+    image = item.images[0] if item.images else None
+    path = image.path.resolve() if image and image.path else None
     return {
         "key": record["key"],
-        "image": os.path.relpath(image, folder.resolve()) if image else None,
+        "image": os.path.relpath(path, folder.resolve()) if path else None,
+        "box": image.box if image else None,
         "question": item.question.replace(IMAGE_MARK, "").strip(),
         "prediction": record["prediction"],
         "truth": record["truth"],

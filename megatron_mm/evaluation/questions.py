@@ -12,6 +12,7 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.chat import answer_text
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import open_row_files
+from megatron_mm.data.images import ImageFile, find_image
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.messages import IMAGE_MARK, Message, check_messages
 from megatron_mm.data.sample import Sample, SampleBuilder
@@ -55,7 +56,7 @@ class EvalItem:
     form: str
     scorer: str
     key: str  # under which its result is reported
-    images: list[Path | None]  # image files; None for one inside the row
+    images: list[ImageFile]
 
 
 class EvalSet:
@@ -111,8 +112,8 @@ class EvalSet:
             scorer=scorer,
             key=result_key(row),
             images=[
-                file.folder / image if isinstance(image, str) else None
-                for image in row.get("images") or []
+                find_image(image, number, file.folder, where)
+                for number, image in enumerate(row.get("images") or [], start=1)
             ],
         )
 

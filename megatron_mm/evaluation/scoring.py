@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from megatron_mm.data.place_names import without_places
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.final_answer import after_thinking, marked, plain
 
@@ -20,7 +21,8 @@ def score(scorer: str, prediction: str, ground_truth: str) -> float:
             missing and surplus words are wrong. "last_word": only the last word (an answer after
             its steps); "not 7" and "7 or 8" are no answer. "per_clause": as per_word, on the last
             word of each comma-separated clause. All but "exact" look only into the last \\boxed{}
-            or <answer>, where there is one. What stands before </think> is no part of an answer.
+            or <answer>, where there is one. What stands before </think> is no part of an answer,
+            nor are the words that say where it looks.
 
     Raises:
         DataError: the scorer is unknown, fails, or returns no number from 0 to 1.
@@ -28,7 +30,7 @@ def score(scorer: str, prediction: str, ground_truth: str) -> float:
     if scorer not in SCORERS:
         raise DataError(f"scorer {scorer!r} is unknown; use one of {', '.join(SCORERS)}")
     try:
-        value = float(SCORERS[scorer](prediction, ground_truth))
+        value = float(SCORERS[scorer](without_places(prediction), ground_truth))
     except Exception as error:  # a scorer of the user's may raise anything
         reason = " ".join(str(error).split())
         raise DataError(f"scorer {scorer!r} failed: {type(error).__name__}: {reason}") from None

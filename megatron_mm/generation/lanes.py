@@ -16,6 +16,7 @@ from megatron_mm import platform
 from megatron_mm.config.layers.queries import QUERY
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.looks import LookTokens
+from megatron_mm.data.place_tokens import WORDS, PlaceTokens
 from megatron_mm.model.decode import ORDINARY, DecodeCache, Filling
 
 FREE = -1
@@ -93,6 +94,9 @@ class Lane:
         self.logprobs_RG = torch.zeros(rows, max_tokens)
         tokens = torch.full((rows,), pad_id, dtype=torch.int64, device=platform.device())
         self._moving_R = torch.zeros_like(tokens)  # 1 for the rows that are generating
+        self._last_R3 = tokens.new_full((rows, WORDS), FREE)  # the last tokens of each row
+        if looks is not None and looks.words is not None:
+            self.cache.targets_RM3 = self._no_targets(tokens.device)
         self.batch = self._batch(tokens)
         self.uniform_R = torch.zeros(rows, dtype=torch.float64, device=tokens.device)
 
@@ -100,7 +104,7 @@ class Lane:
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors of a step are."""
         own = [self.batch.tokens_T, self.cache.lengths_R, self._moving_R, self.uniform_R]
-        own += [self.cache.slot_R, self.cache.asks_R]
+        own += [self.cache.slot_R, self.cache.asks_R, self._last_R3]
         held = (x for state in self.cache.layers.values() for x in state.tensors.values())
         return tuple(x.data_ptr() for x in (*own, *held))
 
@@ -156,6 +160,8 @@ class Lane:
         self.cache.lengths_R[there] = self.prompt_R[rows].to(there.device)
         self.cache.slot_R[there] = ORDINARY
         self.cache.asks_R[there] = self.asked_R[rows].to(there.device)
+        tail_A3 = (ends[prompt].unsqueeze(1) - torch.arange(WORDS, 0, -1)).clamp(min=0)
+        self._last_R3[there] = batch.tokens_T[platform.moved(tail_A3, there.device)]
         if batch.queries.rows_BM3 is not None and self.looks is not None:
             self._expect(there, platform.moved(batch.queries.rows_BM3[prompt], there.device))
         self._show_active()
@@ -165,12 +171,15 @@ class Lane:
         """Keeps the places that the queries of rows should ask for."""
         assert self.looks is not None
         if self.cache.targets_RM3 is None:
-            shape = self.cache.rows, self.looks.most, 3
-            self.cache.targets_RM3 = torch.full(shape, torch.nan, device=rows.device)
+            self.cache.targets_RM3 = self._no_targets(rows.device)
         held = self.cache.targets_RM3
         held[rows] = torch.nan
         most = min(held.shape[1], targets_AM3.shape[1])
         held[rows, :most] = targets_AM3[:, :most]
+
+    def _no_targets(self, device: torch.device) -> torch.Tensor:
+        assert self.looks is not None
+        return torch.full((self.cache.rows, self.looks.most, 3), torch.nan, device=device)
 
     def begin(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
         """Takes the first tokens of rows, on the device."""
@@ -210,6 +219,19 @@ class Lane:
         slot_R = slot_R.masked_fill(asks_R, 0)
         self.cache.slot_R.copy_(torch.where(moving_R, slot_R, self.cache.slot_R))
         self.cache.asks_R.add_(asks_R)
+        if self.looks.words is not None:
+            self._hear(self.looks.words, asks_R)
+            last_R3 = torch.cat((self._last_R3[:, 1:], tokens_R.unsqueeze(1)), 1)
+            self._last_R3.copy_(torch.where(moving_R.unsqueeze(1), last_R3, self._last_R3))
+
+    def _hear(self, words: PlaceTokens, asks_R: torch.Tensor) -> None:
+        """Keeps the places that the words before new queries say."""
+        targets_RM3 = self.cache.targets_RM3
+        assert targets_RM3 is not None
+        index_R13 = (self.cache.asks_R.clamp(min=1) - 1)[:, None, None].expand(-1, 1, 3)
+        said_R13 = words.said(self._last_R3).unsqueeze(1)
+        held_R13 = targets_RM3.gather(1, index_R13)
+        targets_RM3.scatter_(1, index_R13, torch.where(asks_R[:, None, None], said_R13, held_R13))
 
     def append(
         self,
@@ -244,9 +266,9 @@ class Lane:
             places_G = looked_NQ3 = None
             if self.looks is not None:
                 before = int(self.asked_R[row])
-                places = self.looks.find(self.tokens_RG[row, :count], before)
-                looked_NQ3 = looked[n, before : before + len(places)]
                 drawn_G = self.looks.drawn(tokens_G, before)
+                asks = len(self.looks.find(tokens_G, before, drawn_G))
+                looked_NQ3 = looked[n, before : before + asks]
                 tokens_G, logprobs_G = tokens_G[drawn_G], logprobs_G[drawn_G]
                 places_G = self.looks.places(tokens_G, before)
                 count = int(places_G[-1]) + 1  # without the slots of a query that ends it
@@ -290,7 +312,7 @@ class Lane:
         rows = torch.cat((busy, free[: wanted - len(busy)]))
         self.cache.keep(rows)
         names = ("owner_R2", "number_R", "count_R", "prompt_R", "asked_R", "tokens_RG")
-        for name in (*names, "logprobs_RG", "_moving_R", "uniform_R"):
+        for name in (*names, "logprobs_RG", "_moving_R", "_last_R3", "uniform_R"):
             held = getattr(self, name)
             setattr(self, name, held[rows.to(held.device)])
         self.batch = self._batch(self.batch.tokens_T[rows.to(self.batch.tokens_T.device)])

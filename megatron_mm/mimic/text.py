@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_mm.data.chat import tools_of, turns
+from megatron_mm.data.files.forms import HeldImage, held_and_box
 from megatron_mm.data.messages import check_messages
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ DIGEST = 16  # bytes
 
 def row_digest(row: Mapping[str, Any], where: str) -> bytes:
     """Returns what tells a row from others: a digest of its turns as the template writes them, of
-    what is learnt, and of the names or bytes of its images.
+    what is learnt, and of the names or bytes of its images, with their boxes.
 
     Args:
         where: "file:row", for messages.
@@ -37,13 +38,17 @@ def row_digest(row: Mapping[str, Any], where: str) -> bytes:
     """
     written = turns(check_messages(row, where), tools_of(row, where))
     said = [[turn.role, list(turn.texts), turn.learnt] for turn in written]
-    images = [
-        hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image
-        for image in row.get("images") or ()
-    ]
+    images = [_shown(image) for image in row.get("images") or ()]
     # Every character can be written so, half a surrogate pair too.
     text = json.dumps([said, images], ensure_ascii=True)
     return hashlib.sha256(text.encode()).digest()[:DIGEST]
+
+
+def _shown(image: HeldImage) -> Any:
+    """Returns what tells an image from others."""
+    held, box = held_and_box(image)
+    name = hashlib.sha256(held).hexdigest() if isinstance(held, bytes) else held
+    return name if box is None else [name, box]
 
 
 def supervised(sample: Sample) -> torch.Tensor:

@@ -90,7 +90,7 @@ class QueryMap:
         ends = segments.starts + segments.lengths
         owner_N = torch.searchsorted(ends, positions_N, right=True)
         _check_room(positions_N, slots, ends, owner_N)
-        slot_A = (positions_N.unsqueeze(1) + torch.arange(1, slots + 1)).flatten()
+        slot_A = batch.queries.slots(slots)
         here, held = part(tokens, pg.cp), shard(tokens, pg)
         in_part = _within(slot_A, here).nonzero().flatten()
         reads = {

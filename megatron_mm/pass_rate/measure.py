@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -171,9 +172,13 @@ def with_files(row: Row, out: Path) -> tuple[Row, dict[str, bytes]]:
         files[path] = content
         return path
 
-    changed = {
-        key: [named(item) if isinstance(item, bytes) else item for item in value]
-        for key, value in row.items()
-        if isinstance(value, list) and any(isinstance(item, bytes) for item in value)
-    }
+    def on_disk(item: Any) -> Any:
+        if isinstance(item, bytes):
+            return named(item)
+        if isinstance(item, dict) and isinstance(item.get("bytes"), bytes):  # beside its box
+            rest = {key: value for key, value in item.items() if key != "bytes"}
+            return rest | {"path": named(item["bytes"])}
+        return item
+
+    changed = {k: [*map(on_disk, value)] for k, value in row.items() if isinstance(value, list)}
     return row | changed, files

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.data.files.forms import Row, to_json
+from megatron_mm.data.files.forms import Row, held_and_box, to_json
 from megatron_mm.data.files.keys import RATED
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.messages import check_messages, is_unicode
@@ -105,7 +105,7 @@ def check_images_beside(row: Row, where: str, folder: Path, out: Path) -> None:
     images = row.get("images") or []
     if not isinstance(images, list):
         raise DataError(f"{where}: 'images' must be a list of paths or bytes")
-    names = [name for name in images if isinstance(name, str)]
+    names = [held for held, _ in map(held_and_box, images) if isinstance(held, str)]
     if names and folder.resolve() != out.parent.resolve():
         raise DataError(
             f"{where}: the path of image {names[0]!r} starts at {folder}, and {out} is not there; "

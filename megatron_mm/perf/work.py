@@ -34,7 +34,7 @@ def needed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
     kinds = LAYERS.used(effective_pattern(run.model))
     memories, slot_A = {}, _slots(run, batch)
     for name in (memory.name for memory in read_memories(run.model)):
-        seen, until = batch.memories[name].visible_M2.unbind(1)
+        seen, until = batch.memories[name].visible_M2.t().contiguous()
         count, pairs = len(seen), float((until - seen).sum())
         slots = float((torch.searchsorted(slot_A, until) - torch.searchsorted(slot_A, seen)).sum())
         memories[name] = MemoryRows(count, count, pairs, count, slots)
@@ -55,7 +55,7 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
     """The work of our torch kernels on one rank; arguments as for `needed`."""
     tokens = len(batch.tokens_T)
     segments = Segments.from_cu_seqlens(batch.cu_seqlens)
-    tiles, stream_tiles, memories = 0, 0, {}
+    tiles, stream_tiles, memories, slot_A = 0, 0, {}, _slots(run, batch)
     if run.model.vision is not None:
         empty = not len(batch.pixels_NCHW)
         tiles = len(batch.pixels_NCHW) or 1
@@ -64,7 +64,7 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
             held, rows = batch.memories[memory.name], memory_rows(batch, memory, 1)
             count = patches(run.model) * (1 if empty else len(held.tiles))
             pairs = _look_pairs(held, segments, rows)
-            of_slots = _slot_pairs(run, batch, segments, memory.name, rows)
+            of_slots = _slot_pairs(held, slot_A, segments, rows)
             memories[memory.name] = MemoryRows(count, rows, pairs, rows, *of_slots)
     return Workload(
         tokens=tokens,
@@ -74,7 +74,7 @@ def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
         stream_tiles=stream_tiles,
         memories=memories,
         queries=max(1, len(batch.queries.positions_N)),  # without any a row of zeros is computed
-        slots=max(1, len(_slots(run, batch))),
+        slots=max(1, len(slot_A)),
         mixing=_executed_mixing(run, segments),
         attention_backward=2.5,  # torch's kernels compute the scores again
         executed=True,
@@ -95,18 +95,14 @@ def _executed_mixing(run: RunConfig, segments: Segments) -> dict[str, tuple[floa
 def _slots(run: RunConfig, batch: Microbatch) -> torch.Tensor:
     """Positions of all slots, int64 [S]."""
     settings = query_settings(run.model)
-    if settings is None:
-        return torch.zeros(0, dtype=torch.int64)
-    behind = torch.arange(1, settings.slots + 1)
-    return (batch.queries.positions_N.unsqueeze(1) + behind).flatten()
+    return batch.queries.slots(0 if settings is None else settings.slots)
 
 
 def _slot_pairs(
-    run: RunConfig, batch: Microbatch, segments: Segments, name: str, rows: int
+    held: BatchMemory, slot_A: torch.Tensor, segments: Segments, rows: int
 ) -> tuple[float, float, float]:
     """`slot_pairs`, `image_patches` and `image_slots` of the rectangles of one glimpse at a
     memory."""
-    slot_A, held = _slots(run, batch), batch.memories[name]
     if not len(slot_A):
         return 0.0, 0.0, 0.0
     everywhere = torch.arange(len(slot_A))

@@ -23,6 +23,7 @@ from PIL import (
 )
 
 from megatron_mm.errors import DataError
+from megatron_mm.pictures.boxes import Box, pixel_box
 
 # Of all that PIL can open, what training images are. A PostScript file would start Ghostscript.
 FORMATS = tuple(
@@ -38,18 +39,22 @@ FORMATS = tuple(
 )
 
 
-def load(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def load(file: BinaryIO, name: str, max_pixels: int, box: Box | None = None) -> Image.Image:
     """Decodes an image as 8-bit RGB, as a viewer shows it: turned as its EXIF orientation says,
     transparency over white. CMYK and palettes are converted.
+
+    Args:
+        box: the part of the shown image to return; None: all of it.
 
     Raises:
         DataError: the image cannot be used; names `name`.
     """
     with _opened(file, name, max_pixels) as opened:
-        return shown(opened)
+        image = shown(opened)
+    return image if box is None else image.crop(pixel_box(box, *image.size))
 
 
-def size(file: BinaryIO, name: str, max_pixels: int) -> tuple[int, int]:
+def size(file: BinaryIO, name: str, max_pixels: int, box: Box | None = None) -> tuple[int, int]:
     """Returns (width, height) in pixels as `load` would, without decoding.
 
     Raises:
@@ -57,7 +62,11 @@ def size(file: BinaryIO, name: str, max_pixels: int) -> tuple[int, int]:
     """
     with _opened(file, name, max_pixels) as opened:
         turned = orientation(opened) in (5, 6, 7, 8)
-        return opened.size[::-1] if turned else opened.size
+        width, height = opened.size[::-1] if turned else opened.size
+    if box is None:
+        return width, height
+    left, top, right, bottom = pixel_box(box, width, height)
+    return right - left, bottom - top
 
 
 def scaled(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mm.errors import DataError, DecoderError
+from megatron_mm.pictures.boxes import Box
 from megatron_mm.pictures.serve import SECONDS, read, write
 
 # Larger images are rejected before decoding: a small compressed file can claim gigapixels.
@@ -53,18 +54,26 @@ class PictureProcess:
             self._end()
         self._process = self._end = None
 
-    def size(self, image: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    def size(
+        self,
+        image: Path | bytes,
+        name: str,
+        max_pixels: int = MAX_PIXELS,
+        box: Box | None = None,
+    ) -> tuple[int, int]:
         """Returns (width, height) in pixels as a viewer shows the image, without decoding it.
 
         Args:
             image: a file or its bytes.
             name: names the image in messages.
+            max_pixels: of the whole image.
+            box: the part of the shown image that is meant; None: all of it.
 
         Raises:
             DataError: the image cannot be used, as far as its header shows; does not name the row.
             DecoderError: the process cannot work, for a reason that is not the image's.
         """
-        found, _ = self._ask(image, name, None, max_pixels, 0)
+        found, _ = self._ask(image, name, None, max_pixels, box, 0)
         width, height = found["size"]
         return width, height
 
@@ -74,9 +83,13 @@ class PictureProcess:
         name: str,
         sizes: Sequence[tuple[int, int] | None],
         max_pixels: int = MAX_PIXELS,
+        box: Box | None = None,
     ) -> list[np.ndarray]:
-        """Decodes an image as a viewer shows it and stretches it by bicubic interpolation to each
-        (width, height) of `sizes`; None: its own size.
+        """Decodes an image as a viewer shows it, crops it to its box, and stretches it by bicubic
+        interpolation to each (width, height) of `sizes`; None: its own size.
+
+        Args:
+            max_pixels, box: as for `size`.
 
         Returns:
             uint8 [H, W, 3] for each size, read-only.
@@ -85,7 +98,7 @@ class PictureProcess:
             DataError, DecoderError: as `size`, also for pixels that cannot be decoded.
         """
         most = 3 * sum(max_pixels if size is None else size[0] * size[1] for size in sizes)
-        found, body = self._ask(image, name, sizes, max_pixels, most)
+        found, body = self._ask(image, name, sizes, max_pixels, box, most)
         arrays, at = [], 0
         for width, height in found["sizes"]:
             part = np.frombuffer(body, np.uint8, 3 * width * height, at)
@@ -99,6 +112,7 @@ class PictureProcess:
         name: str,
         sizes: Sequence[tuple[int, int] | None] | None,
         max_pixels: int,
+        box: Box | None,
         largest: int,
     ) -> tuple[dict[str, Any], bytes]:
         length = len(image) if isinstance(image, bytes) else image.stat().st_size
@@ -106,8 +120,8 @@ class PictureProcess:
             raise DataError(f"{name} has {length} bytes, the limit is {MAX_BYTES}; shrink the file")
         held = image if isinstance(image, bytes) else b""
         path = None if isinstance(image, bytes) else os.path.abspath(image)
-        head = {"path": path, "name": name, "sizes": sizes, "max_pixels": max_pixels}
-        head |= {"seconds": self._seconds}
+        head: dict[str, Any] = {"path": path, "name": name, "sizes": sizes, "box": box}
+        head |= {"max_pixels": max_pixels, "seconds": self._seconds}
         process = self._started()
         try:
             write(process.stdin, head, held)

@@ -68,8 +68,8 @@ def _answer(head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], list[byt
     try:
         with io.BytesIO(body) if head["path"] is None else open(head["path"], "rb") as file:
             if head["sizes"] is None:
-                return {"size": decode.size(file, name, most)}, []
-            image = decode.load(file, name, most)
+                return {"size": decode.size(file, name, most, head["box"])}, []
+            image = decode.load(file, name, most, head["box"])
         whole = image.size
         parts = [decode.scaled(image, *(size or whole)).tobytes() for size in head["sizes"]]
         return {"sizes": [size or whole for size in head["sizes"]]}, parts

@@ -26,6 +26,7 @@ from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.layers.queries import window
 from megatron_mm.config.memories import VISION
 from megatron_mm.errors import DataError
+from megatron_mm.pictures.boxes import read_box
 from megatron_mm.pictures.process import PictureProcess
 from megatron_mm.report.charts import curves, experts, histories, percent, skill_chart
 from megatron_mm.report.charts_rl import rl_charts
@@ -237,10 +238,11 @@ def _scene(run: Path, example: dict, decoder: PictureProcess) -> dict[str, Any]:
     if path is None:
         return scene | {"missing": example["image"]}
     try:
-        width, height = decoder.size(path, str(path))
+        box = None if example.get("box") is None else read_box(example["box"], str(path))
+        width, height = decoder.size(path, str(path), box=box)
         shrink = min(1.0, MAX_IMAGE_SIDE / max(width, height))
         small = max(1, round(width * shrink)), max(1, round(height * shrink))
-        (pixels,) = decoder.scaled(path, str(path), [small])
+        (pixels,) = decoder.scaled(path, str(path), [small], box=box)
     except (DataError, OSError):
         return scene | {"missing": example["image"]}
     image = Image.fromarray(pixels)

@@ -81,6 +81,9 @@ def answered(prompt: Sample, tokens_G: torch.Tensor, looks: LookTokens | None) -
         tokens_G = looks.expand(tokens_G, before)
         queries += tuple((start + looks.find(tokens_G, before)).tolist())
     tokens_T = torch.cat((prompt.tokens_T, tokens_G))
+    targets = (prompt.targets + (None,) * len(queries))[: len(queries)]
+    if looks is not None:
+        targets = looks.targets(tokens_T, queries, targets)
     mask_T = torch.zeros(len(tokens_T))
     mask_T[start - 1 + places_G] = 1.0
     return Sample(
@@ -90,7 +93,7 @@ def answered(prompt: Sample, tokens_G: torch.Tensor, looks: LookTokens | None) -
         prompt.images,
         prompt.where,
         queries=queries,
-        targets=(prompt.targets + (None,) * len(queries))[: len(queries)],
+        targets=targets,
         slots=prompt.slots,
     )
 

@@ -21,9 +21,15 @@ from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.convert import hf_model, parity, to_hf
 from megatron_mm.convert.parity_inputs import compare_inputs
 from megatron_mm.convert.remote.processing_megatron_mm import MegatronMMProcessor
-from megatron_mm.data.looks import LookTokens
+from megatron_mm.data.looks import LookTokens, first_place_token
 from megatron_mm.data.sample import SampleBuilder
-from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, SPECIAL_TOKENS, load_tokenizer
+from megatron_mm.data.tokenizer import (
+    LOOK,
+    LOOK_CONTEXT,
+    LOOK_TOKENS,
+    SPECIAL_TOKENS,
+    load_tokenizer,
+)
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError, ConvertError, DataError
 from megatron_mm.generation.generate import Prompts, generate
@@ -48,19 +54,29 @@ PYRAMID = {"vision_memory": "pyramid"}
 RUNS = {
     "glimpses": ("GE Q *E V", PYRAMID, "qwen3_next", 3, "logits"),
     "glimpses and looks": ("GE L Q *E J Q GE V *E V", TWO_MEMORIES, "qwen3_5_moe", 32, "layer 3"),
+    "words": ("Q V GE *E", PYRAMID, "qwen3_next", 32, "layer 0"),
 }
+
+
+def spoken(name: str) -> bool:
+    """Whether words say where it looks."""
+    return name == "words"
 
 
 def save_tokenizer(folder: Path) -> None:
     tokenizer = byte_level_tokenizer(["user assistant what stands in cell"], 270)
-    more = {"additional_special_tokens": [LOOK, LOOK_CONTEXT]}
+    more = {"additional_special_tokens": [*LOOK_TOKENS]}
     tokenizer.add_special_tokens(more, replace_extra_special_tokens=False)
     tokenizer.pad_token = SPECIAL_TOKENS["pad_id"]
     tokenizer.save_pretrained(folder)
 
 
-def rows(folder: Path) -> list[dict]:
+def rows(folder: Path, name: str) -> list[dict]:
     """Eight conversations: without an image, with one, with two; in some an answer has looked."""
+    look, again = LOOK, LOOK
+    if spoken(name):
+        look = f"<look_y_8><look_x_24><look_s_2>{LOOK}"
+        again = f"<look_y_30><look_x_1><look_s_0>{LOOK}"
     g = np.random.default_rng(0)
     for number, (width, height) in enumerate(SIZES):
         pixels = g.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -68,11 +84,11 @@ def rows(folder: Path) -> list[dict]:
     chats = [
         (["what stands in cell 3?"], []),
         (["<image>what is it?"], [0]),
-        (["<image>and here?", f"cell 1{LOOK} is{LOOK} 6", "sure?"], [1]),
+        (["<image>and here?", f"cell 1{look} is{again} 6", "sure?"], [1]),
         (["look at this: <image> what stands there?"], [2]),
         (["<image>", "no", "why?"], [3]),
         (["<image>and<image>are they the same?"], [1, 2]),
-        (["<image>?", f"{LOOK}", "then <image>: which is larger?"], [3, 0]),
+        (["<image>?", f"{look}", "then <image>: which is larger?"], [3, 0]),
         (["a b c d e f g h"], []),
     ]
     roles = ("user", "assistant", "user")
@@ -91,18 +107,22 @@ def looking_run(name: str, tokenizer: Path) -> RunConfig:
     pattern, fusion, family, most, _ = RUNS[name]
     run = small_run(pattern, **fusion)
     run.model.language = SMALL_MODELS[family]().language
-    run.model.language.vocab_size = 288
+    run.model.language.vocab_size = 352
     run.data.tokenizer_model = str(tokenizer)
     run.data.max_num_tiles, run.data.seq_length = 4, 512
     query_settings(run.model).max_queries = most
+    query_settings(run.model).query_place = "tokens" if spoken(name) else "hidden"
     return run
 
 
 @torch.no_grad()
-def draw_weights(model, query_id: int) -> None:
+def draw_weights(model, looks: LookTokens) -> None:
     """No parameter at its default, and few tokens to choose among, a query one of them."""
     randomise(model, seed=5)
+    query_id = looks.query_id
     kept = torch.tensor([*range(65, 65 + WORDS), query_id])
+    if looks.words is not None:  # so few that some queries stand behind the words of a place
+        kept = torch.tensor([*looks.words.spell((0.3, 0.7, 0.4)), query_id])
     for name, param in model.named_parameters():
         if name.endswith("min_scale"):
             param.fill_(0.3)  # some queries ask for less, some for more
@@ -120,11 +140,11 @@ def exported(request, tmp_path_factory):
     for name in ("tokenizer", "rows"):
         (root / name).mkdir()
     save_tokenizer(root / "tokenizer")
-    rows(root / "rows")  # writes the images
+    rows(root / "rows", request.param)  # writes the images
     run = looking_run(request.param, root / "tokenizer")
     groups.start(ParallelConfig())
     engine = Engine.create(run, groups.build(run.parallel))
-    draw_weights(engine.chunks[0], load_tokenizer(root / "tokenizer").look_id)
+    draw_weights(engine.chunks[0], LookTokens.of(run, load_tokenizer(root / "tokenizer")))
     sharded.save(engine, {}, root / "mega", 7)
     to_folder(root / "mega", root / "hf")
     yield run, engine, root, request.param
@@ -152,10 +172,10 @@ def inputs_of(root: Path, chats: list[dict]):
 @pytest.mark.slow
 def test_greedy_tokens(exported):
     """Eight prompts of different lengths and images in one padded batch, as a user would."""
-    run, engine, root, _ = exported
+    run, engine, root, name = exported
     tokenizer = load_tokenizer(root / "tokenizer")
     builder, looks = SampleBuilder(run, tokenizer), LookTokens.of(run, tokenizer)
-    chats = rows(root / "rows")
+    chats = rows(root / "rows", name)
     samples = [builder.prompt(row, "row", root / "rows") for row in chats]
     ours = generate(
         engine,
@@ -172,14 +192,19 @@ def test_greedy_tokens(exported):
     hf, begin = load(root / "hf"), inputs["input_ids"].shape[1]
     how = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     found = hf.generate(**inputs, **how)[:, begin:]
-    asks = 0
+    asks, said = 0, []
     for sample, row, (mine,) in zip(samples, found, ours, strict=True):
         drawn = looks.drawn(row, len(sample.queries))
         assert row[drawn].tolist() == mine.tokens_G.tolist()
         assert (row[~drawn] == looks.slot_id).all()
         asks += int((row[drawn] == looks.query_id).sum())
+        stream = torch.cat((sample.tokens_T, row))
+        said += looks.targets(stream, looks.find(stream).tolist(), [])
         assert len(sample.queries) + int((~drawn).sum()) / looks.slots <= looks.most
-    assert asks >= 16 and len({tuple(row) for row in found.tolist()}) >= 6
+    assert not spoken(name) or len({*said}) >= 3  # of the prompts two, and one of an answer
+    # Fewer words to choose among make fewer answers.
+    answers = len({tuple(row) for row in found.tolist()})
+    assert asks >= 16 and answers >= (4 if spoken(name) else 6)
     for layer in hf.avm.queries.values():  # what glimpses find changes what is said
         layer.linear_proj.weight.data.zero_()
     blind = hf.generate(**inputs, **how)[:, begin:]
@@ -210,14 +235,15 @@ def test_every_layer(exported):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_round_trip(exported, tmp_path, dtype):
     """Read again, it is the same model with the same glimpses, and the same tensors."""
-    run, _, root, _ = exported
+    run, _, root, name = exported
     to_folder(root / "mega", tmp_path / "first", dtype=dtype)
     source, plan, _ = planned(tmp_path / "first")
     assert not plan.new and source.model.fusion == run.model.fusion
     assert source.model.hybrid_layer_pattern == run.model.hybrid_layer_pattern
     assert source.model.layers == run.model.layers
     tokenizer = load_tokenizer(root / "tokenizer")
-    assert source.look_ids == (tokenizer.look_id, tokenizer.look_context_id)
+    first = (first_place_token(tokenizer),) if spoken(name) else ()
+    assert source.look_ids == (tokenizer.look_id, tokenizer.look_context_id, *first)
     to_checkpoint(tmp_path / "first", tmp_path / "again")
     to_folder(tmp_path / "again", tmp_path / "hf")
     tensors = read_all(tmp_path / "hf")
@@ -249,6 +275,21 @@ def test_a_processor_that_forgets_slots_is_noticed(exported, monkeypatch):
         compare_inputs(source, checkpoint, trust_remote_code=False)
 
 
+def test_the_processor_wants_places_where_words_say_them(exported):
+    run, _, root, name = exported
+    chat = [("user", "<image>"), ("assistant", f"cell 3{LOOK} is 6"), ("user", "so?")]
+    row = {"messages": [{"role": r, "content": c} for r, c in chat], "images": ["0.png"]}
+    builder = SampleBuilder(run, load_tokenizer(root / "tokenizer"))
+    if spoken(name):
+        with pytest.raises(ValueError, match="1 of 1 <look> have no place before them"):
+            inputs_of(root, [row])
+        with pytest.raises(DataError, match="<look> number 1 says no place"):
+            builder.prompt(row, "row", root / "rows")
+    else:
+        ids = inputs_of(root, [row])["input_ids"][0].tolist()
+        assert ids == builder.prompt(row, "row", root / "rows").tokens_T.tolist()
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
@@ -273,8 +314,8 @@ def test_the_processor_refuses_what_training_refuses(exported, messages, said):
 def test_the_cache_keeps_what_a_query_found(exported):
     """Prompts that are cut between a query and its slots, or among these, and read on token by
     token, say what they say as a whole."""
-    _, _, root, _ = exported
-    inputs = inputs_of(root, rows(root / "rows")[2:3])
+    _, _, root, name = exported
+    inputs = inputs_of(root, rows(root / "rows", name)[2:3])
     ids, hf = inputs["input_ids"], load(root / "hf")
     with torch.no_grad():
         whole = hf(**inputs, use_cache=False).logits
@@ -298,8 +339,8 @@ def test_the_cache_keeps_what_a_query_found(exported):
 
 
 def test_beams_take_what_their_queries_found_along(exported):
-    _, _, root, _ = exported
-    chats = rows(root / "rows")
+    _, _, root, name = exported
+    chats = rows(root / "rows", name)
     inputs = inputs_of(root, [chats[2], chats[5]])
     hf, begin = load(root / "hf"), inputs["input_ids"].shape[1]
     how = {"max_new_tokens": 14, "do_sample": False, "num_beams": 3, "num_return_sequences": 3}

@@ -15,7 +15,7 @@ from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.errors import DataError
-from support.trainers import digits_run
+from support.trainers import digits_run, with_glimpses
 
 SLOTS = 4
 LOOKS = LookTokens(query_id=7, slot_id=9, slots=2, most=2, min_scale=0.1)
@@ -23,10 +23,7 @@ LOOKS = LookTokens(query_id=7, slot_id=9, slots=2, most=2, min_scale=0.1)
 
 @pytest.fixture
 def looking(look_scenes) -> RunConfig:
-    run = digits_run(look_scenes, vision_memory="pyramid")
-    run.model.hybrid_layer_pattern = "GE Q *E V"
-    run.model.__post_init__()
-    return run
+    return with_glimpses(digits_run(look_scenes))
 
 
 @pytest.fixture
@@ -120,7 +117,7 @@ ENTRY = {"box": [0.0, 0.0, 0.5, 0.5]}
         ({"question": "<image>cell 3<look>?"}, "message 1 spells the special token <look>"),
         ({"answer": "is <LOOK_CONTEXT>6"}, "message 2 spells the special token <LOOK_CONTEXT>"),
         (
-            {"question": "Digit in cell 3?", "images": [], "other_images": []},
+            {"question": "Digit in cell 3?", "images": [], "other_images": [], "looks": None},
             "message 2 has <look> and no image stands before it",
         ),
         ({"answer": "<look>" * 33}, "33 <look> up to message 2, max_queries is 32"),

@@ -177,6 +177,9 @@ def test_one_image_is_an_image():
         DataError, match="f:1: image 1 is of type dict with the keys path, .*height"
     ):
         normalise_row({"messages": [], "images": [struct | {"resized_height": 100}]}, "f:1")
+    boxed = normalise_row({"messages": [], "image": struct | {"box": [0, 0, 1, 0.5]}}, "f:1")
+    assert boxed["images"] == [{"path": "x.png", "box": [0.0, 0.0, 1.0, 0.5]}]
+    assert normalise_row(boxed, "f:1") == boxed
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,12 @@ from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.evaluation.evaluate import evaluate
 from megatron_mm.evaluation.examples import write_examples
-from support.trainers import CP2, PP2, digits_run
+from support.trainers import CP2, PP2, digits_run, with_glimpses
 from support.weights import random_engine
 
 
 def looking_run(look_scenes, **settings) -> RunConfig:
-    run = digits_run(look_scenes, vision_memory="pyramid", max_new_tokens=20, **settings)
-    run.model.hybrid_layer_pattern = "GE Q *E V L GE J"
-    run.model.__post_init__()
-    return run
+    return with_glimpses(digits_run(look_scenes, max_new_tokens=20, **settings), "GE Q *E V L GE J")
 
 
 def on_rank_evaluate(run: RunConfig, folder) -> list[dict]:

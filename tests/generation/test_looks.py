@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from megatron_mm.config import RunConfig, token_multiple
-from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.data.collate import collate
 from megatron_mm.data.looks import LookTokens
+from megatron_mm.data.place_tokens import WORDS as PLACE_WORDS
+from megatron_mm.data.place_tokens import PlaceTokens
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engine.feed import broadcast_batches
@@ -28,7 +30,7 @@ from megatron_mm.generation.sampling import Sampling
 from megatron_mm.model.routing import whole_routes
 from megatron_mm.parallel.param_layout import layouts
 from megatron_mm.rl.completion_batch import answered
-from support.trainers import CP2, EP2, PP2, TP2, VPP2, digits_run
+from support.trainers import CP2, EP2, PP2, TP2, VPP2, digits_run, with_glimpses
 from support.weights import random_engine
 
 NEVER = -1
@@ -46,12 +48,16 @@ LAYOUTS = {
 }
 
 
+class AnyWords(PlaceTokens):
+    """Every three tokens say a place, or a random model would hardly ever say one."""
+
+    def said(self, before_N3: torch.Tensor) -> torch.Tensor:
+        share_N3 = (before_N3 % 7 + 0.5) / 7
+        return torch.cat((share_N3[:, :2], 0.1 + 0.8 * share_N3[:, 2:]), 1)
+
+
 def looking_run(scenes, place: str = "hidden", **settings) -> RunConfig:
-    run = digits_run(scenes, vision_memory="pyramid", **settings)
-    run.model.hybrid_layer_pattern = PATTERN
-    run.model.__post_init__()
-    query_settings(run.model).query_place = place
-    return run
+    return with_glimpses(digits_run(scenes, **settings), PATTERN, place)
 
 
 def _say_little(engine) -> None:
@@ -69,12 +75,14 @@ def on_rank_sample(run: RunConfig, turn: int = 8, routes: bool = False) -> dict:
     _say_little(engine)
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     looks = LookTokens.of(run, tokenizer)
+    if looks.words is not None:
+        looks = replace(looks, words=AnyWords(looks.words.first, looks.min_scale))
     questions = EvalSet(run.data.valid_data, run, tokenizer)
     samples = [questions[i].sample for i in ASKED]
     prompts = Prompts(lambda i: samples[i], ASKED)
 
     def drawn(query_id: int) -> list[list[Completion]]:
-        tokens = LookTokens(query_id, looks.slot_id, looks.slots, 2, looks.min_scale)
+        tokens = replace(looks, query_id=query_id, most=2)
         sampling = Sampling((NEVER,), NEW_TOKENS, 0.7, top_k=4, seed=3, looks=tokens)
         return generate(
             engine,
@@ -89,7 +97,7 @@ def on_rank_sample(run: RunConfig, turn: int = 8, routes: bool = False) -> dict:
 
     said = Counter(t for group in drawn(NEVER) for c in group for t in c.tokens_G.tolist())
     query_id = said.most_common(1)[0][0]
-    tokens = LookTokens(query_id, looks.slot_id, looks.slots, 2, looks.min_scale)
+    tokens = replace(looks, query_id=query_id, most=2)
     found, worst, odd = drawn(query_id), 0.0, 0
     for sample, group in zip(samples, found, strict=True):
         for completion in group:
@@ -126,6 +134,7 @@ def on_rank_sample(run: RunConfig, turn: int = 8, routes: bool = False) -> dict:
         "places": [c.places_G.tolist() for c in every],
         "asks": sum(int((c.tokens_G == query_id).sum()) for c in every),
         "query": query_id,
+        "slot": looks.slot_id,
         "worst": worst,
         "odd": odd,
         "looked": [c.looked_NQ3 for c in every],
@@ -189,6 +198,29 @@ def test_controls_look_where_they_should(ranks, look_scenes, one_rank, place):
                 left, top, right, bottom = entry["box"]
                 centre = (top + bottom) / 2, (left + right) / 2, right - left
                 assert place_3 == pytest.approx(centre, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["one rank", "PP2", "CP2", "TP2xPP2"])
+def test_words_say_where_it_looks(ranks, look_scenes, name):
+    """The words before a query in the stream, of the prompt too, are what rollout and trainer
+    read."""
+    size, sizes = LAYOUTS.get(name, (1, {}))
+    for found in ranks(size, on_rank_sample, looking_run(look_scenes, "tokens", **sizes)):
+        assert found["worst"] < 1e-5 and found["asks"] > 10
+        holders = 0
+        said = AnyWords(0, 0.08).said
+        for tokens, places, looked in zip(
+            found["tokens"], found["places"], found["looked"], strict=True
+        ):
+            stream = torch.full((places[-1] + 1,), found["slot"])
+            stream[torch.tensor(places)] = torch.tensor(tokens)
+            asks = [places[n] for n, token in enumerate(tokens) if token == found["query"]]
+            for place, there in zip(asks, looked, strict=False):
+                holders += len(there)
+                if place >= PLACE_WORDS and len(there):
+                    before = stream[place - PLACE_WORDS : place]
+                    torch.testing.assert_close(there[0], said(before[None])[0])
+        assert holders or size > 1
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -56,6 +56,16 @@ ROWS: list[dict[str, Any]] = [
         "images": ["a.png"],
         "looks": [{"image": 0, "box": [0.0, 0.25, 0.5, 1.0]}, None],
     },
+    {
+        "messages": [
+            {"role": "user", "content": "<image><image>How many?"},
+            {"role": "assistant", "content": "4"},
+        ],
+        "images": [
+            {"path": "a.png", "box": [0.0, 0.25, 0.5, 1.0]},
+            {"path": "a.png", "box": None},
+        ],
+    },
 ]
 
 

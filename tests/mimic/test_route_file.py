@@ -190,6 +190,10 @@ def test_other_rows_are_refused_by_file_and_row(file, tokenizers):
     assert row_digest(shown, "x") != row_digest(rows()[1], "x")
     bytes_of = [row_digest(rows()[1] | {"images": [b]}, "x") for b in (b"one", b"two")]
     assert bytes_of[0] != bytes_of[1]
+    boxes = ([0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0])
+    for held in ({"path": "a.png"}, {"bytes": b"one"}):
+        images = [*held.values(), *(held | {"box": box} for box in boxes)]
+        assert len({row_digest(rows()[1] | {"images": [image]}, "x") for image in images}) == 3
 
 
 def spoilt(file: Path, out: Path, **changes) -> Path:

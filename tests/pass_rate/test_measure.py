@@ -19,8 +19,10 @@ from megatron_mm.config.settings import DataPhase
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.errors import DataError
+from megatron_mm.pass_rate.measure import with_files
 from megatron_mm.pass_rate.output import Growing
-from megatron_mm.pass_rate.rated import read_rated
+from megatron_mm.pass_rate.rated import check_images_beside, read_rated
 from megatron_mm.pass_rate.runs import DATA, REWARDS, SAMPLING, run_of_flags
 from megatron_mm.pass_rate.without_images import without_images
 from megatron_mm.preference.pairs import build_pair
@@ -173,6 +175,18 @@ def test_images_in_the_rows_become_files(ranks, scenes, folder):
     for row, found, other in zip(rows, read_rows(out), read_rows(plain), strict=False):
         assert [(folder / name).read_bytes() for name in found["images"]] == row["images"]
         assert found["completions"] == other["completions"]
+
+
+def test_a_crop_is_written_with_its_box(tmp_path):
+    box, out = [0.0, 0.0, 0.5, 1.0], tmp_path / "rated.jsonl"
+    row = {"images": [{"bytes": b"\x89PNG", "box": box}, {"path": "a.png", "box": box}, b"1"]}
+    found, files = with_files(row, out)
+    (first, kept), (second, other) = files.items()
+    assert (kept, other) == (b"\x89PNG", b"1") and first.endswith(".png")
+    assert found["images"] == [{"path": first, "box": box}, {"path": "a.png", "box": box}, second]
+    check_images_beside(found, "r:1", tmp_path, out)
+    with pytest.raises(DataError, match="r:1: the path of image 'a.png' starts at"):
+        check_images_beside({"images": row["images"][1:2]}, "r:1", tmp_path / "other", out)
 
 
 # ---- what is written ----

@@ -1,5 +1,7 @@
 """The report: complete and self-contained with everything there, and with parts missing."""
 
+import base64
+import io
 import json
 import re
 
@@ -144,6 +146,21 @@ def test_text_only_example_and_missing_image(tmp_path):
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "2+2?" in page and "image not found: gone.png" in page and "partly right" in page
     assert "Where the model looks" not in page
+
+
+def test_a_crop_is_drawn_and_a_bad_box_is_no_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    example = {"key": "ocr", "question": "?", "prediction": "4", "truth": "4", "image": "a.png"}
+    boxes = (None, [0.5, 0.2, 0.9, 1.0], [0.5, 0.2, 0.4, 1.0])
+    examples = [example | {"key": f"ocr{n}", "box": box} for n, box in enumerate(boxes)]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"examples": examples}))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    drawn = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
+    shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in drawn]
+    for found, expected in zip(shown, (pixels, pixels[2:, 10:18]), strict=True):
+        assert np.array_equal(found, expected)
+    assert page.count("image not found: a.png") == 1
 
 
 def test_metrics_alone_with_gaps(tmp_path):

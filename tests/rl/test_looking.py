@@ -13,7 +13,7 @@ from megatron_mm.data.sample import Sample
 from megatron_mm.rl.completion_batch import answered, completion_batch
 from megatron_mm.rl.rewards.looking import look_if_right, look_iou
 from support.grpo_runs import grpo_run, trainer_of
-from support.trainers import PP2
+from support.trainers import PP2, with_glimpses
 
 LOOKS = LookTokens(query_id=7, slot_id=9, slots=2, most=3, min_scale=0.1)
 
@@ -75,15 +75,12 @@ def on_rank_step(run: RunConfig) -> dict:
 def looking_run(look_scenes, **settings) -> RunConfig:
     run = grpo_run(
         look_scenes,
-        vision_memory="pyramid",
         reward_funcs=["support.even.even", "look_if_right", "look_iou"],
         routing_replay="R3",
         max_completion_length=24,
         **settings,
     )
-    run.model.hybrid_layer_pattern = "GE Q *E V"
-    run.model.__post_init__()
-    return run
+    return with_glimpses(run)
 
 
 def test_grpo_looks_alike_with_a_pipeline(ranks, look_scenes):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm.config import MemoryConfig, RunConfig, preset
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.config.settings import DataPhase
 from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.data.batch import Microbatch
@@ -91,6 +92,19 @@ def with_two_memories(run: RunConfig) -> RunConfig:
     run.model.hybrid_layer_pattern = "GE L *E L J J"
     run.model.fusion.memories = {"overview": MemoryConfig("thumbnail", 24)}
     run.model.fusion.look_memories = ["vision", "overview"]
+    return run
+
+
+def with_glimpses(run: RunConfig, pattern: str = "GE Q *E V", place: str = "hidden") -> RunConfig:
+    """The run with glimpses at the pyramid, for the tokenizer of `look_scenes`.
+
+    Args:
+        place: who says where they look.
+    """
+    run.model.hybrid_layer_pattern, run.model.fusion.vision_memory = pattern, "pyramid"
+    run.model.language.vocab_size = 512
+    run.model.__post_init__()
+    query_settings(run.model).query_place = place
     return run
 
 

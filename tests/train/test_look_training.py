@@ -5,14 +5,11 @@ from __future__ import annotations
 from megatron_mm.config import RunConfig
 from megatron_mm.engine.optimizer import module_of
 from megatron_mm.model.layers.lora import is_adapter
-from support.trainers import digits_run, on_rank_change
+from support.trainers import digits_run, on_rank_change, with_glimpses
 
 
 def looking_run(scenes, **settings) -> RunConfig:
-    run = digits_run(scenes, vision_memory="pyramid", **settings)
-    run.model.hybrid_layer_pattern = "GE Q *E V"
-    run.model.__post_init__()
-    return run
+    return with_glimpses(digits_run(scenes, **settings))
 
 
 def test_freezing_rates_and_adapters(ranks, look_scenes):

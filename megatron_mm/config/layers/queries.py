@@ -40,10 +40,10 @@ class QuerySettings:
     never rises again: a model that was trained goes on with its own."""
     query_box_loss_coeff: NonNegativeFloat = 0.0
     """Weight of the distance to the boxes of the rows' `looks` beside the main loss."""
-    query_place: Literal["hidden", "random", "oracle"] = "hidden"
-    """Who says where a query looks. hidden: its hidden state; random: the number of its position,
-    and oracle: the box of the row's `looks`, are controls, of the smallest window and of the box's
-    size."""
+    query_place: Literal["hidden", "tokens", "random", "oracle"] = "hidden"
+    """Who says where a query looks. hidden: its hidden state; tokens: three words that the model
+    writes before it; random: the number of its position, and oracle: the box of the row's `looks`,
+    are controls, of the smallest window and of the box's size."""
     max_queries: PositiveInt = 32
     """Queries that one sample may have; in generation, further ones are ordinary tokens."""
 
@@ -113,6 +113,9 @@ def _check(run: RunConfig) -> None:
     first, least = settings.query_first_scale, settings.query_min_scale
     allowed = f"query_min_scale {least} to 1"
     require(first >= least, "query_first_scale", first, allowed)
+    weight, spoken = settings.query_box_loss_coeff, settings.query_place == "tokens"
+    allowed = "0 under query_place tokens, whose places are learnt as words"
+    require(not (spoken and weight), "query_box_loss_coeff", weight, allowed)
 
 
 QUERY = LayerKind(

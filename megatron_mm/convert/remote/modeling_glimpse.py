@@ -2,8 +2,9 @@
 with exported weights.
 
 A *query* is a token that the model writes; K *slots* follow it, whatever the model would have
-written there. At letter Q of the layer pattern the hidden state of the query says where to look and
-how closely, and a memory is read there; at letter V what was found is added to the slots.
+written there. At letter Q of the layer pattern the hidden state of the query, or the three tokens
+before it, say where to look and how closely, and a memory is read there; at letter V what was found
+is added to the slots.
 
 Shapes: B prompts, T tokens, N queries, K slots of each, h heads, D width of a head; of one prompt
 S slots, P patches, I images.
@@ -18,17 +19,21 @@ from transformers import LogitsProcessor
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 ORDINARY = -1  # of a token that is neither a query nor a slot
+PLACES, SCALES = 32, 6  # tokens of places: of y, of x, and of sides
 
 
 @dataclass(frozen=True)
 class LookRule:
     """Which tokens are queries and slots: the first `most` queries of a prompt and its answer, and
-    the `slots` tokens behind each."""
+    the `slots` tokens behind each. Where words say a place, `place_id` is the first of their
+    tokens, and `least` the smallest side of a window."""
 
     query_id: int
     slot_id: int
     slots: int
     most: int
+    place_id: int | None = None
+    least: float = 1.0
 
     @classmethod
     def of(cls, clvr: dict) -> "LookRule | None":
@@ -37,7 +42,21 @@ class LookRule:
         if settings is None:
             return None
         slots, most = settings["query_grid"] ** 2, settings["max_queries"]
-        return cls(clvr["query_token_id"], clvr["slot_token_id"], slots, most)
+        ids = clvr["query_token_id"], clvr["slot_token_id"]
+        return cls(*ids, slots, most, clvr.get("place_token_id"), settings["query_min_scale"])
+
+    def said(self, before: torch.Tensor) -> torch.Tensor:
+        """The places (y, x, s) that three tokens spell, fp32 [..., 3]; the whole image if they are
+        none. The tokens are PLACES of y, PLACES of x, SCALES of s, in this order."""
+        assert self.place_id is not None
+        first = [self.place_id + n * PLACES for n in range(3)]
+        number = before - torch.tensor(first, device=before.device)
+        sizes = torch.tensor([PLACES, PLACES, SCALES], device=before.device)
+        known = ((number >= 0) & (number < sizes)).all(-1, keepdim=True)
+        at = (number[..., :2] + 0.5) / PLACES
+        scale = torch.exp(math.log(self.least) * (number[..., 2:].float() / (SCALES - 1)))
+        whole = torch.tensor([0.5, 0.5, 1.0], device=before.device)
+        return torch.where(known, torch.cat((at, scale), -1), whole)
 
 
 @dataclass
@@ -51,6 +70,8 @@ class Asked:
         slot: int64 [B, T] of the tokens that were read last: 0 for a query, i for the i-th slot of
             one, `ORDINARY` for others.
         found: by the number of the pair, what the last query of each prompt found, [B, K, H].
+        last: int64 [B, 3], the tokens before those that are read next, where words say a place.
+        said: fp32 [B, T, 3], the place that the three tokens before each of them spell.
     """
 
     rule: LookRule
@@ -59,6 +80,8 @@ class Asked:
     tokens: int = 0
     slot: torch.Tensor | None = None
     found: dict[int, torch.Tensor] = field(default_factory=dict)
+    last: torch.Tensor | None = None
+    said: torch.Tensor | None = None
 
     @classmethod
     def start(cls, rule: LookRule, batch: int) -> "Asked":
@@ -80,12 +103,18 @@ class Asked:
                 self.count[row] += 1
         self.owed = [max(0, end - length) for end in ends]
         self.tokens += length
+        if self.rule.place_id is not None:
+            before = ids.new_full((len(ids), 3), ORDINARY) if self.last is None else self.last
+            whole = torch.cat((before, ids), 1)
+            self.said = self.rule.said(whole.unfold(1, 3, 1)[:, :length])
+            self.last = whole[:, -3:]
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Takes the place of these rows, in this order, as beams do."""
         order = rows.tolist()
         self.owed, self.count = ([held[row] for row in order] for held in (self.owed, self.count))
         self.found = {pair: found.index_select(0, rows) for pair, found in self.found.items()}
+        self.last = None if self.last is None else self.last.index_select(0, rows)
 
 
 class ForcedSlots(LogitsProcessor):
@@ -159,7 +188,9 @@ class Glimpse(nn.Module):
         before = asked.found.get(pair)
         if before is None:
             before = hidden.new_zeros(batch, self.slots, width)
-        table = torch.cat((before, self.look(hidden, memories[self.reads], first, pair, asks)))
+        told = None if asked.said is None else asked.said[asks]
+        found = self.look(hidden, memories[self.reads], first, pair, asks, told)
+        table = torch.cat((before, found))
         # Of each token, the query that it follows; those of earlier calls come first.
         count = asks.cumsum(1)
         earlier = count[:, -1].cumsum(0) - count[:, -1] + batch - 1
@@ -171,13 +202,16 @@ class Glimpse(nn.Module):
         shown[shows] = table[query[shows], slot[shows] - 1]
         return shown
 
-    def look(self, hidden, memory, first: int, pair: int, asks):
-        """Findings of the slots of each query, [N, K, H], prompt by prompt."""
+    def look(self, hidden, memory, first: int, pair: int, asks, told):
+        """Findings of the slots of each query, [N, K, H], prompt by prompt. `told`: the places that
+        words say, [N, 3]; None: hidden states say them."""
         rows_NH = hidden[asks]
         if not len(rows_NH):
             return hidden.new_zeros(0, self.slots, hidden.shape[-1])
         normed = self.query_norm(rows_NH)
-        place_N3 = place(self.linear_place(normed), self.least, self.min_scale)
+        place_N3 = told
+        if told is None:
+            place_N3 = place(self.linear_place(normed), self.least, self.min_scale)
         query_NhD = self.q_norm(self.linear_q(normed).view(len(rows_NH), -1, self.dim))
         key, value = self.project(memory, pair)
         found, done = [], 0

@@ -1,8 +1,9 @@
 """Converts the forms of a row to one.
 
 The rest of the package knows one form: `messages`, `tools`, `images` (each a path or the bytes of a
-file), and for evaluation `ground_truth`, `skill`, `form`, `scorer`. Rows in verl's form (`prompt`,
-`images`, `data_source`, `reward_model`, `extra_info`) are converted here.
+file, or an object of one of them and a box), and for evaluation `ground_truth`, `skill`, `form`,
+`scorer`. Rows in verl's form (`prompt`, `images`, `data_source`, `reward_model`, `extra_info`) are
+converted here.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_mm.errors import DataError
+from megatron_mm.pictures.boxes import Box, read_box
 
 Row = dict[str, Any]
+# A path, bytes, or {"path": ..., "box": [...]} or {"bytes": ..., "box": [...]}.
+HeldImage = str | bytes | dict[str, Any]
 # Keys that only rows of preference pairs have: preference/forms.py reads those rows.
 SIDES = ("chosen", "rejected", "rejected_response", "rejected_messages")
 
@@ -65,8 +69,8 @@ def normalise_row(row: Row, where: str) -> Row:
     A number as `ground_truth` becomes text, because answers are text.
 
     Raises:
-        DataError: an image is neither a path nor bytes, a row has both `image` and `images`, or
-            two truths that differ.
+        DataError: an image is neither a path nor bytes, or its box is none; a row has both `image`
+            and `images`, or two truths that differ.
     """
     pair = any(row.get(key) is not None for key in SIDES)  # whose prompt may be called that too
     verl = row.get("messages") is None and row.get("prompt") is not None and not pair
@@ -92,9 +96,18 @@ def normalise_row(row: Row, where: str) -> Row:
     return row
 
 
-def held_images(images: list[Any], where: str) -> list[str | bytes]:
-    """Returns the path or the bytes of each image of a row. Raises DataError."""
+def held_images(images: list[Any], where: str) -> list[HeldImage]:
+    """Returns the path or the bytes of each image of a row, with its box if it has one. Raises
+    DataError."""
     return [_image(image, number, where) for number, image in enumerate(images, start=1)]
+
+
+def held_and_box(image: HeldImage) -> tuple[str | bytes, Box | None]:
+    """Returns the path or the bytes of an image of `held_images`, and its box."""
+    if not isinstance(image, dict):
+        return image, None
+    left, top, right, bottom = image["box"]
+    return image["path"] if "path" in image else image["bytes"], (left, top, right, bottom)
 
 
 def _from_verl(row: Row, where: str) -> Row:
@@ -134,18 +147,24 @@ def _as_text(truth: Any, where: str) -> Any:
     return str(int(truth)) if truth == int(truth) else str(truth)
 
 
-def _image(image: Any, number: int, where: str) -> str | bytes:
+def _image(image: Any, number: int, where: str) -> HeldImage:
     """Returns an image's path or bytes, given as such or in a struct of both as Hugging Face's
-    `datasets` writes it. Bytes win."""
-    held = image
-    if isinstance(held, dict):
-        more = [k for k, v in held.items() if v is not None and k not in ("bytes", "path")]
+    `datasets` writes it, there with its box if it has one. Bytes win."""
+    held, box = image, None
+    if isinstance(image, dict):
+        more = [k for k, v in image.items() if v is not None and k not in ("bytes", "path", "box")]
         held = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+        box = image.get("box")
+        if held is None and box is not None:
+            raise DataError(f"{where}: image {number} is a box of nothing; add its path or bytes")
         held = None if more else held
     if isinstance(held, (str, bytes)):
-        return held
+        if box is None:
+            return held
+        key = "path" if isinstance(held, str) else "bytes"
+        return {key: held, "box": [*read_box(box, f"{where}: image {number}")]}
     keys = f" with the keys {', '.join(map(str, image))}" if isinstance(image, dict) else ""
     raise DataError(
         f"{where}: image {number} is of type {type(image).__name__}{keys}; use a path, bytes or "
-        "{'bytes': ..., 'path': ...}"
+        "{'bytes': ..., 'path': ..., 'box': ...}"
     )

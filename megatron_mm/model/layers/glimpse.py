@@ -235,7 +235,8 @@ class Glimpse(nn.Module, Scheduled):
         """Where each query asks to look, fp32 [N, 3], and for what, [N, h, D].
 
         Args:
-            position_N, targets_N3: see `QueryMap`; for the controls of `query_place`.
+            position_N: see `QueryMap`; for a control of `query_place`.
+            targets_N3: see `QueryMap`; where others than hidden states say the place.
         """
         normed = self.query_norm(rows_NH)
         place_N3 = place(self.linear_place(normed), self.settings.query_min_scale)
@@ -243,12 +244,14 @@ class Glimpse(nn.Module, Scheduled):
             place_N3 = random_place(position_N, self.min_scale) + 0.0 * place_N3
         elif self.settings.query_place == "oracle":
             place_N3 = torch.where(targets_N3.isnan(), place_N3, targets_N3)
+        elif self.settings.query_place == "tokens":  # all are known but those of padding
+            place_N3 = targets_N3.nan_to_num(0.5) + 0.0 * place_N3
         query, _ = self.linear_q(normed)
         return place_N3, self.q_norm(query.view(len(rows_NH), -1, self.head_dim))
 
     def _allowed(self, asked_N3: torch.Tensor) -> torch.Tensor:
         """The windows that are given for those that were asked for, fp32 [N, 3]."""
-        if self.settings.query_place == "oracle":
+        if self.settings.query_place in ("oracle", "tokens"):
             return asked_N3
         return with_floor(asked_N3, self.min_scale)
 

@@ -14,6 +14,7 @@ from tests.hostile.mutate import EDGES, mutated_bytes
 
 NAME = "images"
 ALLOWED = (DataError,)
+BOXES = ((0.0, 0.0, 1.0, 1.0), (0.25, 0.5, 0.75, 0.9), (0.0, 1 - 2**-53, 5e-324, 1.0))
 _decoder = Decoder()
 _decoder.size(ImageFile("image 0", held=SMALL["PNG"]), "rows:0")
 
@@ -36,11 +37,12 @@ def make(rng: Random, folder: Path) -> ImageFile:
         data = data[:at] + edge + data[at + 4 :]
     if rng.random() < 0.8:
         data = mutated_bytes(rng, data)
+    box = rng.choice(BOXES) if rng.random() < 0.3 else None
     if rng.random() < 0.5:
-        return ImageFile("image 1", held=data)
+        return ImageFile("image 1", held=data, box=box)
     path = folder / rng.choice(("a.png", "a.jpg", "a.eps", "a"))
     path.write_bytes(data)
-    return ImageFile(f"image {path}", path)
+    return ImageFile(f"image {path}", path, box=box)
 
 
 def read(value: ImageFile) -> None:

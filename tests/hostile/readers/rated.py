@@ -18,7 +18,7 @@ ROW: dict[str, Any] = {
         {"role": "user", "content": "<image>Which?"},
         {"role": "assistant", "content": "a"},
     ],
-    "images": ["i.png"],
+    "images": [{"path": "i.png", "box": [0.0, 0.25, 0.5, 1]}],
     "accuracy": 0.5,
     "completions": ["a", "b", "<image>", "\n"],
     "finished": [True, True, False, True],
