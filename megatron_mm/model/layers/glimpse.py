@@ -1,10 +1,11 @@
 """Active vision: a token asks for a place of an image, the slots behind it show what is there.
 
 A *query* is a token that the model writes (`<look>` in a text); K *slots* follow it. At letter `Q`
-the hidden state of the query says where to look and how closely, and a memory is read there
-(window.py); at letter `V` what was found is added to the slots' hidden states. So a glimpse is one
-pass, causal and differentiable, and costs tokens only where it is asked for. The out-projection
-starts at zero: a model with glimpses added equals the model without until it is trained.
+the hidden state of the query says where to look and how closely, or words before it do
+(data/place_tokens.py), and a memory is read there (window.py); at letter `V` what was found is
+added to the slots' hidden states. So a glimpse is one pass, causal and differentiable, and costs
+tokens only where it is asked for. The out-projection starts at zero: a model with glimpses added
+equals the model without until it is trained.
 
 Shapes: T stream, t shard of it, N queries, S slots of this context-parallel part, K slots of a
 query, M memory patches, m shard of the padded memory, h local heads, D clvr_kv_channels, C memory
@@ -303,6 +304,8 @@ class Glimpse(nn.Module, Scheduled):
         mine_N, metrics = queries.mine_N, context.metrics
         scale_N = self._allowed(asked_N3)[:, 2]
         metrics.ratio("look/scale", (scale_N * mine_N).sum(), mine_N.sum())
+        if self.settings.query_place == "tokens":
+            return whole_tH  # its targets are what it asked for
         boxed_N = mine_N & ~queries.targets_N3.isnan().any(1)
         target_N3 = torch.where(boxed_N.unsqueeze(1), queries.targets_N3, asked_N3.detach())
         away_N = (asked_N3[:, :2] - target_N3[:, :2]).abs().sum(1)
