@@ -51,7 +51,7 @@ setup(
         # is not here but a second command (megatron_mm/model/backends/README.md): pip would
         # build it in an environment of its own. CUDA 13 is what torch 2.11 from PyPI is built with.
         "cuda": ["transformer-engine[core_cu13]>=2.20,<3", "flash-linear-attention>=0.6"],
-        "bench": ["trl==1.16.0"],  # what tools/benchmark.py rl compares a GRPO step with
+        "bench": ["trl==1.16.0"],  # what tools/benchmark.py rl and dpo compare steps with
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff"],
     },
 )

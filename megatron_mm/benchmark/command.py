@@ -5,13 +5,14 @@
     torchrun --nproc-per-node 2 tools/benchmark.py scaling [--json FILE]
     python tools/benchmark.py train|rl --against transformers [--json FILE]
     python tools/benchmark.py faults --config FILE [any trainer flag] [--json FILE]
-    python tools/benchmark.py gdn|clvr|looks|convert [--json FILE]
+    python tools/benchmark.py dpo|gdn|clvr|looks|convert [--json FILE]
 
 train   throughput of a run on its layout; or against transformers (one rank)
 rl      the same for a GRPO run; or completions and steps against transformers and TRL
 compare two results of train or rl, if they measured the same work
 scaling data- and pipeline-parallel efficiency on two ranks
 faults  what faults cost a run on two agents of this machine: goodput, steps lost, time to resume
+dpo     steps on preference pairs of text against TRL
 gdn     the gated delta rule alone, forward and backward, against transformers
 clvr    the cost of looks, and what a short stream with a memory saves
 looks   completions that look (letters Q and V) against as many plain tokens
@@ -30,8 +31,10 @@ from typing import Any
 
 from megatron_mm import cli
 
-ROUNDS = {"train": 20, "rl": 8, "gdn": 20, "clvr": 20, "looks": 8, "convert": 3, "scaling": 10}
-WARMUP = {"train": 4, "rl": 1, "gdn": 4, "clvr": 4, "looks": 1, "convert": 1, "scaling": 2}
+ROUNDS = {"train": 20, "rl": 8, "dpo": 8, "gdn": 20, "clvr": 20, "looks": 8, "convert": 3,
+          "scaling": 10}  # fmt: skip
+WARMUP = {"train": 4, "rl": 1, "dpo": 1, "gdn": 4, "clvr": 4, "looks": 1, "convert": 1,
+          "scaling": 2}  # fmt: skip
 FAULTS = ("kill", "freeze", "slow", "disk", "nan")
 DATA, ROUTING = ("real", "mock"), ("natural", "balanced")
 
@@ -54,10 +57,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--against", choices=["transformers"])
             command.add_argument("--threads", type=int, help="default: 1 against transformers, "
                                  "else torch's")  # fmt: skip
-        if name in ("train", "rl", "clvr", "looks"):
+        if name in ("train", "rl", "dpo", "clvr", "looks"):
             command.add_argument("--models", nargs="+", default=["tiny", "small"])
         if name in ("train", "clvr"):
             command.add_argument("--samples", type=int, help="per step; default: by model")
+    command = commands.choices["dpo"]
+    command.add_argument("--pairs", type=int, help="per step; default: by model")
     command = commands.choices["train"]
     command.add_argument("--data", nargs="+", choices=DATA, help="default: both, if there is data")
     command.add_argument("--routing", nargs="+", choices=ROUTING, help="default: both")
@@ -81,14 +86,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _against(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs a comparison in one process: with transformers, a copy, or a model without looks."""
+    """Runs a comparison in one process: with another program, a copy, or a model without looks."""
     import torch
 
     from megatron_mm.config import ParallelConfig
     from megatron_mm.parallel import groups
 
     torch.set_num_threads(args.threads or 1)
-    from megatron_mm.benchmark import clvr, convert, gdn, looks, rl, train
+    from megatron_mm.benchmark import clvr, convert, dpo, gdn, looks, rl, train
     from megatron_mm.benchmark.measure import environment
 
     result = {"command": args.command, "environment": environment()}
@@ -103,11 +108,12 @@ def _against(args: argparse.Namespace) -> dict[str, Any]:
         comparisons: dict[str, Callable[..., Any]] = {
             "train": train.compare,
             "clvr": clvr.compare,
+            "dpo": dpo.compare,
             "looks": looks.compare,
             "rl": rl.compare,
         }
         compare = comparisons[args.command]
-        size = args.tokens if args.command in ("rl", "looks") else args.samples
+        size = next(getattr(args, n) for n in ("tokens", "samples", "pairs") if hasattr(args, n))
         result["models"] = {
             name: compare(name, built, args.rounds, args.warmup, size) for name in args.models
         }

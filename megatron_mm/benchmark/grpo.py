@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ PIP = (
 )
 
 
-def trl_is_missing() -> str | None:
-    """Returns why TRL's trainer cannot be imported, in one line; None if it can."""
+def trl_is_missing(trainer: str) -> str | None:
+    """Returns why a trainer of TRL cannot be imported, in one line; None if it can."""
     try:
-        from trl import GRPOTrainer  # noqa: F401
+        getattr(importlib.import_module("trl"), trainer)  # TRL imports it only now
     except (
         ImportError,
         RuntimeError,

@@ -61,13 +61,20 @@ def our_tokenizer(run: RunConfig) -> Tokenizer:
     )
 
 
-def their_tokenizer(run: RunConfig) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer whose end of sequence is the first id past the model's vocabulary."""
+def their_tokenizer(run: RunConfig, end: int | None = None) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of the same words.
+
+    Args:
+        end: id of the end of sequence, which no word has; None: the first past the vocabulary.
+    """
     size = run.model.language.vocab_size
-    vocabulary = {str(index): index for index in range(size)} | {"<end>": size}
-    inner = WordTokenizer(WordLevel(vocabulary, unk_token="0"))
+    end = size if end is None else end
+    vocabulary = {str(index): index for index in range(1, size) if index != end}
+    # No special token is written like a word: a tokenizer cuts them out of longer words too. The
+    # word 0 is unknown to it, so it is id 0 as well.
+    inner = WordTokenizer(WordLevel(vocabulary | {"<pad>": 0, "<end>": end}, unk_token="<pad>"))
     inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="0", eos_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
 
 
 class Prompts:

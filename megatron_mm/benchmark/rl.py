@@ -175,7 +175,7 @@ def _speed(runs: list[Timed], tokens: int) -> float:
 def step(name: str, groups: Groups, rounds: int, warmup: int, tokens: int) -> dict[str, Any] | str:
     """Times a GRPO step of the fused model on text prompts: TRL takes images only from a processor,
     and this model has none in transformers."""
-    missing = trl_is_missing()
+    missing = trl_is_missing("GRPOTrainer")
     if missing:
         return missing
     run = _run(name)

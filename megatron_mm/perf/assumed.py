@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megatron_mm.config import ConfigError, RunConfig, hops, route_width, token_multiple
 from megatron_mm.config.layers.cascade import second_hop_share
 from megatron_mm.config.layers.queries import query_settings
+from megatron_mm.config.objectives import declaration
 from megatron_mm.data.batch import BatchMemory, BatchQueries, Microbatch
 from megatron_mm.data.images import TileGrid
 from megatron_mm.data.tiles import (
@@ -17,12 +20,20 @@ from megatron_mm.data.tiles import (
     used_tiles,
 )
 from megatron_mm.model.routing import NOT_HANDED
+from megatron_mm.preference.settings import DPOConfig
 
 PatchGrid = tuple[int, int]  # rows and columns of tiles
 
 
+def samples_of_one(run: RunConfig) -> int:
+    """How many samples stand for one of `micro_batch_size`: the two sides of a pair, which share
+    its images; otherwise 1."""
+    return 2 if DPOConfig in declaration(run).sections.values() else 1
+
+
 def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> Microbatch:
-    """Returns `micro_batch_size` samples of `seq_length` tokens, on the CPU; pixels have no memory.
+    """Returns `micro_batch_size` samples, or pairs of them, of `seq_length` tokens, on the CPU;
+    pixels have no memory.
 
     Args:
         images: in every sample, first in it, each of `max_num_tiles` tiles in one row and, where
@@ -32,7 +43,8 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
         ConfigError: the images do not fit into a sample.
     """
     settings = image_settings(run)
-    count = run.training.micro_batch_size
+    of_one = samples_of_one(run)
+    count = run.training.micro_batch_size * of_one
     length, multiple = run.data.seq_length, token_multiple(run)
     stream, pixels, size = [], 0, 1
     # By memory: tiles, patch centres and sides.
@@ -64,13 +76,14 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
     wanted[length - max(1, round(text * supervised)) :] = 1
     wanted[-1] = 0  # nothing follows the last token
     positions, spans, stream_tiles = [torch.zeros(0, dtype=torch.int64)], [], []
+    firsts: list[int] = []  # the first tile of every image that a sample has
     for sample in range(count):
         for image in range(images):
-            number = sample * images + image
             begin = sample * length + image * (per_image + 2) + 1
             positions.append(torch.arange(begin, begin + per_image))
             spans.append(torch.tensor([begin + per_image, (sample + 1) * length]))
-            stream_tiles += [number * pixels + tile for tile in stream]
+            firsts.append((sample // of_one * images + image) * pixels)
+            stream_tiles += [firsts[-1] + tile for tile in stream]
     queries: list[int] = []
     asking = query_settings(run.model)
     if asking is not None:  # one for each image, behind all of them
@@ -80,7 +93,7 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
         queries = [begin + number * each for begin in begins for number in range(fit)]
     memories = {
         name: BatchMemory.build(
-            [number * pixels + tile for number in range(len(spans)) for tile in chosen],
+            [first + tile for first in firsts for tile in chosen],
             [centres] * len(spans),
             [sides] * len(spans),
             [span.expand(len(centres), 2) for span in spans],
@@ -93,13 +106,25 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
         loss_mask_T=wanted.repeat(count),
         pad_multiple=multiple,
         pixels_NCHW=torch.empty(
-            count * images * pixels, 3, size, size, dtype=torch.uint8, device="meta"
+            count // of_one * images * pixels, 3, size, size, dtype=torch.uint8, device="meta"
         ),
         stream_tiles=stream_tiles,
         stream_positions=torch.cat(positions),
         memories=memories,
         queries=BatchQueries.build(queries, [None] * len(queries)),
     )
+
+
+def their_completions(run: RunConfig, batch: Microbatch) -> dict[str, Any]:
+    """What a `CompletionBatch` has beside `batch`, whose supervised tokens were sampled."""
+    sampled = batch.loss_mask_T > 0
+    count = run.training.micro_batch_size * samples_of_one(run)
+    sample_T = torch.arange(len(sampled)) // run.data.seq_length
+    return {
+        "members": list(range(count)),
+        "completion_T": torch.where(sampled, sample_T, -1),
+        "lengths_N": torch.bincount(sample_T[sampled], minlength=count),
+    }
 
 
 def balanced_routes(tokens: int, top_k: int, experts: int) -> torch.Tensor:

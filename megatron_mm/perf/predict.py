@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from megatron_mm.config import RunConfig
+from megatron_mm.perf.assumed import samples_of_one
 from megatron_mm.perf.hardware import GPU, Assumptions
 from megatron_mm.perf.kernels import Kernel, Work
 from megatron_mm.perf.rank import RankPlan
@@ -138,7 +139,7 @@ def predict(
     update = max(updates, key=lambda terms: terms.seconds)
     encoder = _encoder(plans, gpu, assumed)
     seconds = run_through.seconds + sum(encoder) + gradients + parameters + update.seconds
-    tokens = run.training.global_batch_size * run.data.seq_length
+    tokens = run.training.global_batch_size * samples_of_one(run) * run.data.seq_length
     model = sum(step_flops(plan) for plan in plans) * world_size / ranks
     return Prediction(
         run_through,

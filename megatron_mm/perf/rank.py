@@ -15,6 +15,7 @@ from megatron_mm.perf import memory
 from megatron_mm.perf.encoder import EncoderTrace, dealt, trace_encoder
 from megatron_mm.perf.fake import fake_engine, fake_job
 from megatron_mm.perf.kernels import Kernel, Link, Work
+from megatron_mm.perf.pairs import held_reference, paired, pairs_batch
 from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.rollout import (
     RolloutTrace,
@@ -26,6 +27,7 @@ from megatron_mm.perf.rollout import (
 from megatron_mm.perf.schedule import activation_peak, events
 from megatron_mm.perf.standins import planned_backend
 from megatron_mm.perf.trace import ChunkTrace, trace_chunk, trace_once
+from megatron_mm.preference.objective import PreferenceObjective
 from megatron_mm.rl.rewards.functions import reads_routes
 from megatron_mm.rl.settings import records_routes
 from megatron_mm.train.sft import SupervisedFineTuning
@@ -47,6 +49,8 @@ class RankPlan:
         groups: the ranks of its groups, by role.
         rollout: its memory in one, with reinforcement learning.
         encoder: its share of the encoder, where that stands beside the pipeline.
+        reference: bytes in host memory, with preference pairs: the reference's weights, and this
+            model's while those are in place.
     """
 
     pipeline: tuple[int, int]
@@ -60,6 +64,7 @@ class RankPlan:
     groups: dict[str, tuple[int, ...]]
     rollout: RolloutTrace | None = None
     encoder: EncoderTrace | None = None
+    reference: int = 0
 
     @property
     def activations(self) -> int:
@@ -117,7 +122,7 @@ def plan_rank(
         ConfigError: the planner cannot plan these settings.
     """
     replicas = data_parallel_size(run, world_size) * run.training.micro_batch_size
-    rl = reinforced(run)
+    rl, dpo = reinforced(run), paired(run)
     # Before anything is fake: it may import reward functions.
     records = rl is not None and records_routes(rl, reads_routes(rl.reward_funcs))
     with fake_job(run, rank, world_size, HOPPER if kernels == "cuda" else None) as groups:
@@ -129,6 +134,8 @@ def plan_rank(
         given = batch
         if rl is not None:
             objective, given = policy_objective(rl), policy_batch(run, rl, batch)
+        elif dpo is not None:
+            objective, given = PreferenceObjective(dpo), pairs_batch(run, batch)
         microbatches = run.training.global_batch_size // replicas
         encoder = encoded = None
         if engine.encoder is not None:
@@ -152,6 +159,7 @@ def plan_rank(
             groups=recorder.groups(),
             rollout=rollout,
             encoder=encoder,
+            reference=0 if dpo is None else held_reference(engine),
         )
 
 

@@ -20,7 +20,7 @@ from megatron_mm.model.decode import DecodeCache, Filling
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.model.segments import Segments
 from megatron_mm.parallel.sequence import held_positions
-from megatron_mm.perf.assumed import balanced_routes
+from megatron_mm.perf.assumed import balanced_routes, their_completions
 from megatron_mm.perf.encoder import dealt
 from megatron_mm.perf.fake import META
 from megatron_mm.perf.recorder import Recorder
@@ -46,8 +46,7 @@ def policy_objective(rl: ResolvedRL) -> PolicyObjective:
 def policy_batch(run: RunConfig, rl: ResolvedRL, batch: Microbatch) -> PolicyBatch:
     """`batch`, whose supervised tokens were sampled, with all that the objective may need."""
     sampled = batch.loss_mask_T > 0
-    length, layers = run.data.seq_length, num_layers(run.model.hybrid_layer_pattern)
-    sample_T = torch.arange(len(sampled)) // length
+    layers = num_layers(run.model.hybrid_layer_pattern)
     zeros_T, language = torch.zeros(len(sampled)), run.model.language
     replayed = None
     if rl.routing_replay != "none":
@@ -57,12 +56,9 @@ def policy_batch(run: RunConfig, rl: ResolvedRL, batch: Microbatch) -> PolicyBat
     if rl.earl.router_loss_coeff:
         members = torch.zeros(1, layers, language.num_experts, dtype=torch.bool)
         router = RouterTargets(zeros_T, members, 1.0, rl.earl.router_temperature)
-    count = run.training.micro_batch_size
     return PolicyBatch(
         **vars(batch) | {"routes": replayed, "skill_T": torch.where(sampled, 0, -1)},
-        members=list(range(count)),
-        completion_T=torch.where(sampled, sample_T, -1),
-        lengths_N=torch.bincount(sample_T[sampled], minlength=count),
+        **their_completions(run, batch),
         advantages_T=zeros_T,
         rollout_logprobs_T=zeros_T,
         old_logprobs_T=zeros_T,
@@ -121,11 +117,15 @@ def held_weights(run: RunConfig, rl: ResolvedRL, weights: int) -> int:
     Args:
         weights: bytes of its parameters.
     """
+    sets = len({*teacher_folders(rl).values()}) + (reference_width(run) if rl.ref_load else 0)
+    return (sets + 1) * weights if sets else 0
+
+
+def reference_width(run: RunConfig) -> int:
+    """How many times the bytes of the policy's weights those of the reference take."""
     reference = run.section(ReferenceConfig)
     averages = reference.sync_ref_model and reference.ref_model_mixup_alpha < 1
-    wide = 2 if averages and run.training.bf16 else 1  # an average is in fp32
-    sets = len({*teacher_folders(rl).values()}) + (wide if rl.ref_load else 0)
-    return (sets + 1) * weights if sets else 0
+    return 2 if averages and run.training.bf16 else 1  # an average is in fp32
 
 
 def trace_rollout(

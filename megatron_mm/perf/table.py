@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_mm.config import RunConfig, dump_yaml
 from megatron_mm.perf.layout import LayoutPlan, most_sequences
+from megatron_mm.perf.pairs import paired
 from megatron_mm.perf.predict import room, step_flops
 from megatron_mm.perf.rollout import reinforced
 from megatron_mm.perf.size import model_size
@@ -32,18 +33,21 @@ def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
     """The assumptions of a plan, one line each."""
     run, gpu, assumed = plan.run, plan.gpu, plan.assumed
     tiles = run.data.max_num_tiles + int(run.data.use_thumbnail and run.data.max_num_tiles > 1)
-    batch = f"{run.training.micro_batch_size} samples of {run.data.seq_length} tokens"
+    one, each = ("samples", "") if paired(run) is None else ("pairs", "twice ")
+    batch = f"{run.training.micro_batch_size} {one} of {each}{run.data.seq_length} tokens"
     if run.model.vision is not None:
         batch += f", {images} images of up to {tiles} tiles in each"
     precision, step = "bf16" if run.training.bf16 else "fp32", run.training.global_batch_size
     own = []
-    if reinforced(run) is None and run.training.objective != "sft":
+    if paired(run) is not None:
+        own.append("the reference's forward pass: needs less memory; not in the seconds")
+    elif reinforced(run) is None and run.training.objective != "sft":
         own.append(
             f"objective {run.training.objective}: planned as supervised training, its own loss is "
             "not traced"
         )
     return [
-        f"{step} samples a step, {precision}; microbatch: {batch}, {supervised:.0%} of the text "
+        f"{step} {one} a step, {precision}; microbatch: {batch}, {supervised:.0%} of the text "
         "supervised; routing balanced",
         "activations, FLOPs, bytes, launches and waits: traced on the model itself; attention "
         "and delta rule as fused kernels keep their inputs, unvalidated until a GPU run; no "
@@ -99,6 +103,7 @@ def as_dict(plan: LayoutPlan, notes: Sequence[str]) -> dict[str, Any]:
                 "optimizer_bytes": rank.state.optimizer,
                 "activation_bytes": rank.activations,
                 "rollout": None if rank.rollout is None else asdict(rank.rollout),
+                "reference_host_bytes": rank.reference,
                 "model_flops": step_flops(rank),
                 "flops": rank.step.flops,
                 "seconds_by_term": asdict(made.terms[place]),
@@ -160,6 +165,7 @@ def table(plan: LayoutPlan, notes: Sequence[str]) -> str:
         f"MFU {made.mfu:.1%}; bubble {made.schedule.bubble:.1%}, busiest rank "
         f"{imbalance(plan):.2f} of the mean",
         *_rollout(plan),
+        *_reference(plan),
         "of the step: " + ", ".join(f"{NAMES[n]} {s:.3g} s" for n, s in _terms(plan)),
         f"the host's part: {counted.launches:,} launches, {counted.waits:,} waits a step",
         "assumed:",
@@ -190,6 +196,12 @@ def _rollout(plan: LayoutPlan) -> list[str]:
     if worst.host:
         line += f"; reference and teachers: {worst.host / GB:.1f} GB of host memory a rank"
     return [line]
+
+
+def _reference(plan: LayoutPlan) -> list[str]:
+    """A line on the reference of preference pairs; none without."""
+    most = max(rank.reference for rank in plan.ranks)
+    return [f"reference: {most / GB:.1f} GB of host memory a rank"] if most else []
 
 
 def _most(plan: LayoutPlan) -> int:

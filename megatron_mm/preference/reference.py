@@ -40,11 +40,10 @@ def open_reference(engine: Engine) -> tuple[WeightSets, Origin]:
     run, sets = engine.run, WeightSets(engine)
     named, folder = run.section(DPOConfig).dpo_ref_load, run.checkpoint.load
     if named:
-        every = [name for name, _, _ in parameters(engine)]
+        every = reference_names(engine)
         hold_reference(sets, engine, every, lambda: weights_of(engine, named))
         return sets, None
-    held = parameters(engine)
-    learners = [name for name, param, of in held if param.requires_grad or of.set_by_run]
+    learners = reference_names(engine)
     starting = partial(hold_reference, sets, engine, learners, late=True)
     if not goes_on(run):
         starting(lambda: _starting(engine, learners))
@@ -64,6 +63,14 @@ def open_reference(engine: Engine) -> tuple[WeightSets, Origin]:
     kept = _switched_off({name: weights[name] for name in learners})
     starting(lambda: kept)
     return sets, origin
+
+
+def reference_names(engine: Engine) -> list[str]:
+    """Returns the names of the parameters that the reference has of its own: all of a checkpoint's,
+    else those that learn."""
+    every = bool(engine.run.section(DPOConfig).dpo_ref_load)
+    held = parameters(engine)
+    return [name for name, param, of in held if every or param.requires_grad or of.set_by_run]
 
 
 def _starting(engine: Engine, names: list[str]) -> Weights:

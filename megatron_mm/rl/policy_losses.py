@@ -281,9 +281,11 @@ def completion_sums(
     values_K: torch.Tensor, completion_K: torch.Tensor, num_completions: int
 ) -> torch.Tensor:
     """Returns [N]: the sum over each completion's tokens; tokens of completion -1 are in none."""
+    # In a last entry of their own: to choose by the mask, the host would wait for a GPU.
     here_K = completion_K >= 0
-    sums_N = values_K.new_zeros(num_completions)
-    return sums_N.index_add(0, completion_K[here_K], values_K[here_K])
+    places_K = torch.where(here_K, completion_K, num_completions)
+    sums_N = values_K.new_zeros(num_completions + 1)
+    return sums_N.index_add(0, places_K, torch.where(here_K, values_K, 0.0))[:-1]
 
 
 def _of_completion(values_N: torch.Tensor, completion_K: torch.Tensor) -> torch.Tensor:

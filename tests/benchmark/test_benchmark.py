@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 PEAKS = ("ours", "transformers")
@@ -129,3 +132,110 @@ def test_a_step_of_grpo_without_trl(benchmark):
     finally:
         groups.stop()
     assert lengths == [5.0, 5.0] and not weight.equal(before)
+
+
+@pytest.fixture
+def pairs():
+    """Our side of the comparison of DPO steps on two pairs of text, transformers' model of the same
+    weights, the pairs and their microbatch."""
+    from megatron_mm.config import ParallelConfig, without_clvr
+    from megatron_mm.parallel import groups
+
+    models, made, dpo, sides = (
+        importlib.import_module(f"megatron_mm.benchmark.{n}")
+        for n in ("models", "pairs", "dpo_sides", "sides")
+    )
+    run = models.make_run("tiny", image_stream="all", vision_memory="none")
+    run.model.hybrid_layer_pattern = without_clvr(run.model.hybrid_layer_pattern)
+    drawn = made.make_pairs(run, "tiny", 2, equal=False, seed=0)
+    dpo.dpo_run(run, 2, max(max(pair.lengths) for pair in drawn))
+    theirs = sides.Theirs(run)
+    sides.randomise(theirs.model, seed=0)
+    groups.start(ParallelConfig())
+    try:
+        ours = dpo.OurDPO(run, groups.build(ParallelConfig()))
+        sides.same_weights(ours, theirs)
+        yield ours, theirs.model, drawn, made.our_batch(run, drawn)
+    finally:
+        groups.stop()
+
+
+def answer_logps(model, pairs) -> torch.Tensor:
+    """The log-probability of every answer, chosen and rejected by turns, one by one, without
+    padding."""
+    found = []
+    for pair in pairs:
+        for answer in pair[1:]:
+            tokens = torch.cat([pair.prompt, answer])
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+            logps = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+            found.append(logps[len(pair.prompt) - 1 :].sum())
+    return torch.stack(found)
+
+
+def test_a_step_of_dpo_without_trl(pairs):
+    """Our side of the comparison: ln 2 at first; then the loss and the gradient's norm that
+    transformers' model gives by DPO's formula, and a reference that stays."""
+    from megatron_mm.benchmark.sides import same_weights
+
+    ours, model, drawn, batch = pairs
+    assert ours.step(batch) == pytest.approx(math.log(2), rel=1e-7)
+    with torch.no_grad():
+        reference = answer_logps(model, drawn)
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(1.1)
+    same_weights(ours, SimpleNamespace(model=model))
+    logps = answer_logps(model, drawn) - reference
+    loss = -torch.nn.functional.logsigmoid(0.1 * (logps[0::2] - logps[1::2])).mean()
+    loss.backward()
+    loss = float(loss.detach())
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert abs(loss - math.log(2)) > 0.01
+    # fp32, sums over answers in another order; measured 1e-7 and 1e-6.
+    assert ours.gradients(batch) == pytest.approx(loss, rel=1e-5)
+    assert ours.norm() == pytest.approx(float(norm), rel=1e-4)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_pairs_of_both_sides_are_the_same(equal):
+    """Words of one side are the token ids of the other, also where a word holds another."""
+    models, made, prompts = (
+        importlib.import_module(f"megatron_mm.benchmark.{n}")
+        for n in ("models", "pairs", "prompts")
+    )
+    run = models.make_run("tiny")
+    drawn = made.make_pairs(run, "tiny", 4, equal=equal, seed=0)
+    assert len({length for pair in drawn for length in pair.lengths}) == 1 or not equal
+    assert (made.padding(drawn) == 0) == equal
+    end, batch = made.end_token(run), made.our_batch(run, drawn)
+    tokenize = prompts.their_tokenizer(run, end)
+    samples = iter(batch.tokens_T.split(batch.cu_seqlens.diff().tolist()))
+    for row in made.their_rows(drawn):
+        for answer in ("chosen", "rejected"):  # TRL puts the end behind
+            given = tokenize(row["prompt"] + row[answer] + "<end>")["input_ids"]
+            assert given == next(samples).tolist() and given[-1] == end
+    assert batch.lengths_N.tolist() == [len(a) for pair in drawn for a in pair[1:]]
+    every = torch.arange(run.model.language.vocab_size)
+    assert prompts.their_tokenizer(run)(prompts.words(every))["input_ids"] == every.tolist()
+
+
+def test_dpo_without_trl_says_how_to_install_it(benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)  # importing it fails, installed or not
+    found = benchmark("dpo", "--models", "tiny", "--rounds", "1")["models"]["tiny"]
+    assert found.startswith("not installed") and "pip install" in found
+
+
+def test_dpo_against_trl(benchmark):
+    """Where TRL is installed: it raises unless both sides compute the same."""
+    missing = importlib.import_module("megatron_mm.benchmark.grpo").trl_is_missing("DPOTrainer")
+    if missing:
+        pytest.skip(missing)
+    arguments = "dpo --models tiny --pairs 2 --rounds 2 --warmup 0"
+    found = benchmark(*arguments.split())["models"]["tiny"]
+    for loss in found["agreement"]["loss_at_reference"]:
+        assert loss == pytest.approx(math.log(2), rel=1e-6)
+    assert found["drawn"]["padding"] > found["equal"]["padding"] == 0
+    for kind in ("drawn", "equal"):
+        assert found[kind]["ratio"] > 0
+        assert found[kind]["by_layout"].keys() == {"padded", "pair by pair"}
