@@ -61,8 +61,8 @@ def query_settings(model: ModelConfig) -> QuerySettings | None:
 
 
 def smallest_window(settings: QuerySettings, done: float) -> float:
-    """Returns the floor of the windows' sides, as a share of the image's: it falls in equal steps
-    from query_first_scale to query_min_scale.
+    """Returns the floor of the windows' sides, as a share of the image's: it falls in equal ratios
+    from query_first_scale to query_min_scale, so that each size of window has as many steps.
 
     Args:
         done: the share of a run's steps that are done.
@@ -72,7 +72,7 @@ def smallest_window(settings: QuerySettings, done: float) -> float:
         settings.query_min_scale,
         settings.query_anneal_share,
     )
-    return end if done >= share else begin + done / share * (end - begin)
+    return end if done >= share else begin * (end / begin) ** (done / share)
 
 
 def window(place: Sequence[float]) -> tuple[float, float, float, float]:
