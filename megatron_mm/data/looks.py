@@ -21,7 +21,7 @@ from megatron_mm.data.place_names import PLACE_TOKENS
 from megatron_mm.data.place_tokens import WORDS, PlaceTokens
 from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.pictures import boxes
+from megatron_mm.pictures.boxes import read_box
 
 LOOKS = "looks"  # the rows' key for the boxes of queries
 Target = tuple[float, float, float]  # y, x, scale in shares of an image
@@ -273,4 +273,4 @@ def _box(entry: Any, number: int, images: int, where: str) -> Box | None:
     image = entry.get("image", 0)
     if type(image) is not int or not 0 <= image < images:
         raise DataError(f"{at} is of image {image!r}; the row has {images}, counted from 0")
-    return Box(image, boxes.read_box(entry["box"], at))
+    return Box(image, read_box(entry["box"], at))
