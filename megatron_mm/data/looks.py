@@ -21,6 +21,7 @@ from megatron_mm.data.place_names import PLACE_TOKENS
 from megatron_mm.data.place_tokens import WORDS, PlaceTokens
 from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
 from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.pictures.boxes import Box as Edges
 from megatron_mm.pictures.boxes import read_box
 
 LOOKS = "looks"  # the rows' key for the boxes of queries
@@ -179,7 +180,7 @@ class Box:
     """
 
     image: int
-    edges: boxes.Box
+    edges: Edges
 
     def place(self, min_scale: float) -> Target:
         """Returns (y, x, scale): the centre, and the longer side within what windows can be."""
