@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_mm.data.files.parquet import ParquetRows
+from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.earl.skill_map import FORMAT, load_skill_map
 from megatron_mm.errors import DataError, OneLine, RLError
 from tests.hostile import rows
@@ -61,6 +63,28 @@ def test_rows(kind, tmp_path):
     with pytest.raises(DataError, match=r"rows.jsonl:1: ") as caught:
         rows.use(tmp_path / "rows.jsonl")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2100
+
+
+def test_a_parquet_file_of_damaged_counts(tmp_path):
+    """Every byte of a footer that could be the count of a group's, or of the file's, rows; -1 among
+    what it becomes. Each is one line, or the two rows that are there."""
+    path = tmp_path / "rows.parquet"
+    texts = [json.dumps(dict(messages=[ASK, ANSWER]))] * 2
+    pq.write_table(pa.table({"messages": texts}), path)
+    whole = path.read_bytes()
+    begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for place in range(begin, len(whole) - 8):
+        if whole[place] != 4:  # 2 in the footer's zigzag
+            continue
+        for count in (1, 3, 0, 2, 126):  # -1, -2, 0, 1, 63
+            path.write_bytes(whole[:place] + bytes([count]) + whole[place + 1 :])
+            try:
+                assert len(ParquetRows(path, RowGroupCache(0))) == 2
+            except DataError as error:
+                refused += "row groups have" in str(error)
+                assert "\n" not in str(error)
+    assert refused >= 8
 
 
 def test_a_parquet_file_whose_columns_are_no_unicode(tmp_path):

@@ -50,6 +50,13 @@ class ParquetRows:
             raise DataError(f"{path}: cannot be read as parquet ({reason})") from error
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self.row_groups = [RowGroup(group.num_rows, group.total_byte_size) for group in groups]
+        counted = sum(group.rows for group in self.row_groups)
+        # Numbers of a damaged footer would number rows that are not there.
+        if counted != metadata.num_rows or any(min(group) < 0 for group in self.row_groups):
+            raise DataError(
+                f"{path}: its {len(groups)} row groups have {counted} rows, the file says "
+                f"{metadata.num_rows}; it is damaged, write it again"
+            )
         self._starts = [0, *accumulate(group.rows for group in self.row_groups)]
         if not len(self):
             raise DataError(f"{path}: 0 rows; a dataset needs at least 1")
