@@ -163,11 +163,7 @@ def _processor_files(run: RunConfig, files: dict[str, bytes]) -> dict[str, bytes
     }
     asking = query_settings(run.model)
     if asking is not None:
-        config[LOOKS] = {
-            "slots": asking.slots,
-            "most": asking.max_queries,
-            "words": asking.query_place == "tokens",
-        }
+        config[LOOKS] = {"slots": asking.slots, "most": asking.max_queries}
     made = {CODE: (REMOTE / CODE).read_bytes()}
     if _as_internvl(settings, files):
         # transformers' own class then reads images alike, for those who run no code of a folder.

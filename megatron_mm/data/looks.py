@@ -157,7 +157,7 @@ def first_place_token(tokenizer: Tokenizer) -> int:
         raise ConfigError(
             f"tokenizer_model {tokenizer.path!r} lacks {len(missing)} of the {len(PLACE_TOKENS)} "
             f"tokens that query_place tokens needs, {missing[0]} for example; add "
-            f"{PLACE_TOKENS[0]} to {PLACE_TOKENS[-1]} to it, in the order of data/place_tokens.py"
+            f"{PLACE_TOKENS[0]} to {PLACE_TOKENS[-1]} to it, in the order of data/place_names.py"
         )
     first = known[0]
     assert first is not None
@@ -220,24 +220,25 @@ class RowLooks:
     boxes: Sequence[Box | None] | None = None
 
     def words(self, number: int, before: Sequence[int], where: str) -> list[int]:
-        """Returns the ids to write before a query: the words of its place, unless they stand there
-        already, or hidden states say it.
+        """Returns the ids to write before a query: the words of its box's place, unless they stand
+        there already, or hidden states say it. A row without the key, such as one that was made of
+        a completion, is read as generation reads it: the whole image.
 
         Args:
             number: of the query in its row, from 0.
             before: the ids that stand before it.
             where: "file:row" and turn, for messages.
         Raises:
-            DataError: neither its words nor its box says where it looks.
+            DataError: neither its words nor its entry says where it looks.
         """
         words = self.tokens.words
-        if words is None or words.spells(before[-WORDS:]):
+        if words is None or self.boxes is None or words.spells(before[-WORDS:]):
             return []
-        box = None if self.boxes is None or number >= len(self.boxes) else self.boxes[number]
+        box = self.boxes[number] if number < len(self.boxes) else None
         if box is None:
             raise DataError(
-                f"{where}: {LOOK} number {number + 1} says no place; under query_place tokens "
-                f"each needs a box in {LOOKS!r}, or the tokens of a place before it"
+                f"{where}: {LOOK} number {number + 1} has no box in {LOOKS!r}, which query_place "
+                "tokens needs unless the words of its place stand before it; write one"
             )
         return words.spell(box.place(self.tokens.min_scale))
 

@@ -11,7 +11,7 @@ PLACE_TOKENS = (
     *(f"<look_x_{i}>" for i in range(PLACES)),
     *(f"<look_s_{i}>" for i in range(SCALES)),
 )
-_SPELLED = re.compile(r"<look_[yxs]_\d+>")
+_SPELLED = re.compile("|".join(PLACE_TOKENS))
 
 
 def without_places(text: str) -> str:

@@ -152,6 +152,11 @@ class Alignment:
         skill_T, at_A = torch.full_like(sample.tokens_T, -1), sample.predicting(answer)
         for label, skill in zip(labels, skills, strict=True):
             skill_T[at_A[label.start : label.stop]] = skill
+        # Words of places that the text lacks have the skill of their query, as in a completion.
+        places = torch.tensor(sample.added, dtype=torch.int64)
+        behind = torch.searchsorted(torch.tensor(sample.queries, dtype=torch.int64), places)
+        asks = torch.tensor((*sample.queries, 0), dtype=torch.int64)[behind]
+        skill_T[places - 1] = skill_T[asks - 1]
         return skill_T
 
     def _skill_ids(self, labels: Sequence[Label], where: str) -> tuple[list[int], int]:

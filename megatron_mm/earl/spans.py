@@ -66,7 +66,8 @@ def clauses(row: Row, text: str, where: str) -> list[Label]:
     span has a `value`: it exercises that span's skill, and is right if it is that value."""
     spans = _spans(row, where)
     if spans and spans[-1].get("value") is not None and len(text.split()) == 1:
-        return [Label(0, len(text), spans[-1]["skill"], text.strip() == spans[-1]["value"])]
+        right = without_places(text).strip() == without_places(spans[-1]["value"])
+        return [Label(0, len(text), spans[-1]["skill"], right)]
     labels, start = [], 0
     for span in spans:
         if start > len(text):

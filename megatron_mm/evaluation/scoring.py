@@ -30,7 +30,7 @@ def score(scorer: str, prediction: str, ground_truth: str) -> float:
     if scorer not in SCORERS:
         raise DataError(f"scorer {scorer!r} is unknown; use one of {', '.join(SCORERS)}")
     try:
-        value = float(SCORERS[scorer](without_places(prediction), ground_truth))
+        value = float(SCORERS[scorer](without_places(prediction), without_places(ground_truth)))
     except Exception as error:  # a scorer of the user's may raise anything
         reason = " ".join(str(error).split())
         raise DataError(f"scorer {scorer!r} failed: {type(error).__name__}: {reason}") from None

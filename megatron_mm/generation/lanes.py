@@ -160,8 +160,10 @@ class Lane:
         self.cache.lengths_R[there] = self.prompt_R[rows].to(there.device)
         self.cache.slot_R[there] = ORDINARY
         self.cache.asks_R[there] = self.asked_R[rows].to(there.device)
-        tail_A3 = (ends[prompt].unsqueeze(1) - torch.arange(WORDS, 0, -1)).clamp(min=0)
-        self._last_R3[there] = batch.tokens_T[platform.moved(tail_A3, there.device)]
+        if self.looks is not None and self.looks.words is not None:
+            tail_A3 = (ends[prompt].unsqueeze(1) - torch.arange(WORDS, 0, -1)).clamp(min=0)
+            # The engine moves the batch to the device later.
+            self._last_R3[there] = platform.moved(batch.tokens_T[tail_A3], there.device)
         if batch.queries.rows_BM3 is not None and self.looks is not None:
             self._expect(there, platform.moved(batch.queries.rows_BM3[prompt], there.device))
         self._show_active()

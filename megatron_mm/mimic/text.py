@@ -40,7 +40,8 @@ def row_digest(row: Mapping[str, Any], where: str) -> bytes:
     said = [[turn.role, list(turn.texts), turn.learnt] for turn in written]
     images = [_shown(image) for image in row.get("images") or ()]
     # Every character can be written so, half a surrogate pair too.
-    text = json.dumps([said, images], ensure_ascii=True)
+    whole = [said, images, *([] if row.get("looks") is None else [row["looks"]])]
+    text = json.dumps(whole, ensure_ascii=True)
     return hashlib.sha256(text.encode()).digest()[:DIGEST]
 
 
@@ -64,17 +65,25 @@ def token_digest(sample: Sample) -> bytes:
 
 
 def answer_starts(sample: Sample, tokenizer: Tokenizer) -> torch.Tensor:
-    """Returns int32 [P]: the character at which each token of the sample's answers begins."""
+    """Returns int32 [P]: the character at which each token of the sample's answers begins. Words of
+    places that no text spells begin where the token behind them does, and have no length."""
     positions = supervised(sample).tolist()
+    # Both are of the positions that predict them.
+    added, asks = ({place - 1 for place in places} for places in (sample.added, sample.queries))
     starts: list[int] = []
     base, turn = 0, []
     for place, position in enumerate(positions):
-        turn.append(int(sample.labels_T[position]))
-        if place + 1 < len(positions) and positions[place + 1] == position + 1:
+        turn.append(position)
+        behind = position + 1 + (sample.slots if position in asks else 0)
+        if place + 1 < len(positions) and positions[place + 1] == behind:
             continue
-        pieces = token_pieces(turn[:-1], tokenizer)  # the last token ends the turn
+        own = [int(sample.labels_T[p]) for p in turn if p not in added]
+        pieces = token_pieces(own[:-1], tokenizer)  # the last token ends the turn
         length = pieces[-1][1] if pieces else 0
-        starts += [base + start for start, _ in pieces] + [base + length]
+        begins, number = [*(start for start, _ in pieces), length], 0
+        for p in turn:
+            starts.append(base + begins[number])
+            number += p not in added
         base, turn = base + length + 1, []
     return torch.tensor(starts, dtype=torch.int32)
 

@@ -39,6 +39,7 @@ def pixel_box(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def _pixels(begin: float, end: float, side: int) -> tuple[int, int]:
-    # 1/49 x 49 is below 1: a share that was made of a pixel must give that pixel.
-    first = min(math.floor(round(begin * side, 6)), side - 1)
-    return first, max(math.ceil(round(end * side, 6)), first + 1)
+    # 1/49 x 49 is below 1, and shares come in float32 or with six digits: one that was made of a
+    # pixel must give that pixel.
+    first = min(math.floor(round(begin * side, 3)), side - 1)
+    return first, max(math.ceil(round(end * side, 3)), first + 1)

@@ -71,9 +71,9 @@ def test_three_words_are_a_place(place, ids, means):
 
 def test_all_words_come_back():
     """Each of 32 x 32 x 6 places is spelled as it was said."""
-    for y, x, s in ((i, (7 * i) % PLACES, i % SCALES) for i in range(PLACES)):
-        ids = [FIRST + y, FIRST + PLACES + x, FIRST + 2 * PLACES + s]
-        assert PLACE.spell(PLACE.said(torch.tensor([ids]))[0].tolist()) == ids
+    ranges = (torch.arange(size) for size in (PLACES, PLACES, SCALES))
+    every = torch.cartesian_prod(*ranges) + FIRST + torch.tensor([0, PLACES, 2 * PLACES])
+    assert [PLACE.spell(place) for place in PLACE.said(every).tolist()] == every.tolist()
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,20 @@ def test_a_prompt_has_the_words_of_answers_before_it(builder, row, look_scenes):
     assert builder.prompt(row, "r:1", look_scenes).targets == ()
 
 
-@pytest.mark.parametrize("looks", [None, [None], [None, None]])
+def test_without_the_key_a_look_is_read_as_generation_reads_it(builder, row, look_scenes):
+    """A row that was made of a completion: what stands before a look is its place, or the whole
+    image."""
+    bare = {key: value for key, value in row.items() if key != "looks"}
+    text = f"cell 14{SPELLED}{LOOK} is 6, cell 2{LOOK} is 3"
+    sample = builder.training(answering(bare, text), "r:1", look_scenes)
+    assert sample.added == () and sample.targets[1] == (0.5, 0.5, 1.0)
+    assert sample.targets[0] == pytest.approx((39 / 64, 59 / 64, 0.08**0.6), abs=1e-6)
+
+
+@pytest.mark.parametrize("looks", [[None], [None, None]])
 def test_a_look_at_no_place_is_one_line(builder, row, look_scenes, looks):
     text = f"cell 14{SPELLED}{LOOK} is 6, cell 2{LOOK} is 3"
-    with pytest.raises(DataError, match=r"r:1: message 2: <look> number 2 says no place") as raised:
+    with pytest.raises(DataError, match=r"r:1: message 2: <look> number 2 has no box") as raised:
         builder.training(answering(row, text, looks=looks), "r:1", look_scenes)
     assert "\n" not in str(raised.value)
 
@@ -183,7 +193,9 @@ def test_the_first_word_is_known(run):
 def test_words_are_no_part_of_an_answer():
     said = f"cell 14{SPELLED}{LOOK} is 6"
     assert without_places(said) == f"cell 14{LOOK} is 6"
-    assert score("exact", said, f"cell 14{LOOK} is 6") == 1
+    for scorer in ("exact", "per_word", "last_word"):
+        for truth in (said, f"cell 14{LOOK} is 6"):  # a row may spell the words, too
+            assert score(scorer, said, truth) == 1
     row = {"spans": [{"skill": "ocr", "text": f"cell 14{LOOK} is 6"}]}
     (label,) = clauses(row, said, "r:1")
     assert label.correct and label.stop == len(said)

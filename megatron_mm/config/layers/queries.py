@@ -34,7 +34,7 @@ class QuerySettings:
     """Side of the smallest window that can be asked for, as a share of the image's."""
     query_first_scale: Side = 0.8
     """Floor of the windows at the first step: a smaller one is not given. A place is not learnt
-    from the answers alone if windows are small from the start."""
+    from the answers alone if windows are small from the start. Places that are words have none."""
     query_anneal_share: NonNegativeFloat = 0.7
     """Share of train_iters over which the floor falls from query_first_scale to query_min_scale. It
     never rises again: a model that was trained goes on with its own."""

@@ -8,7 +8,6 @@ an answer stand its slots.
 
 import base64
 import os
-import re
 from collections.abc import Sequence
 from io import BytesIO
 from urllib.request import urlopen
@@ -24,7 +23,6 @@ MAX_PIXELS, MAX_BYTES = 2**26, 2**29
 
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 LOOK, SLOT = "<look>", "<LOOK_CONTEXT>"
-PLACED = re.compile(r"<look_y_\d+><look_x_\d+><look_s_\d+>" + LOOK)  # where words say the place
 TURNS = ("<|im_start|>", "<|im_end|>")
 # Generation starts behind this text, so that it was encoded by itself in training.
 BEFORE_ANSWER = "<|im_start|>assistant\n"
@@ -204,12 +202,6 @@ class MegatronMMProcessor(ProcessorMixin):
         found, most = prompt.count(LOOK), self.looks["most"]
         if found > most:
             raise ValueError(f"a prompt has {found} {LOOK}; allowed: {most}")
-        placed = len(PLACED.findall(prompt)) if self.looks["words"] else found
-        if placed < found:
-            raise ValueError(
-                f"{found - placed} of {found} {LOOK} have no place before them, such as "
-                "<look_y_16><look_x_16><look_s_0> for the whole image"
-            )
 
     def _check(self, kwargs: dict, return_tensors) -> None:
         """Rejects what would be ignored."""

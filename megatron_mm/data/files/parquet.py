@@ -50,9 +50,14 @@ class ParquetRows:
             raise DataError(f"{path}: cannot be read as parquet ({reason})") from error
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self.row_groups = [RowGroup(group.num_rows, group.total_byte_size) for group in groups]
+        for number, group in enumerate(self.row_groups, start=1):
+            if min(group) < 0:
+                raise DataError(
+                    f"{path}: row group {number} has {group.rows} rows of {group.num_bytes} bytes; "
+                    "it is damaged, write it again"
+                )
         counted = sum(group.rows for group in self.row_groups)
-        # Numbers of a damaged footer would number rows that are not there.
-        if counted != metadata.num_rows or any(min(group) < 0 for group in self.row_groups):
+        if counted != metadata.num_rows:
             raise DataError(
                 f"{path}: its {len(groups)} row groups have {counted} rows, the file says "
                 f"{metadata.num_rows}; it is damaged, write it again"

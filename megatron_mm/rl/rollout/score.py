@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_mm.data.loading.reader import Prompt
+from megatron_mm.data.place_names import without_places
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.alignment import Alignment
 from megatron_mm.earl.spans import Span
@@ -192,7 +193,7 @@ class Scorer:
         """Calls the reward functions and the labeller; on the reader, which has the prompts."""
         asked = [group.asked for group in groups for _ in group.completions]
         ids = [completion.tokens_G.tolist() for completion in completions]
-        said = [self._tokenizer.decode_answer(i) for i in ids]
+        said = [without_places(self._tokenizer.decode_answer(i)) for i in ids]
         keys = sorted({key for group in groups for key in group.asked.row} - {*NOT_COLUMNS})
         columns: dict[str, list[Any]] = {key: [p.row.get(key) for p in asked] for key in keys}
         if looked is not None:
