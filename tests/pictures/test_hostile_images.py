@@ -117,7 +117,7 @@ def _comment_bomb():
     """A GIF whose comment PIL joins by appending: quadratic in its length."""
     gif = SMALL["GIF"]
     at = gif.index(b",")
-    return gif[:at] + b"!\xfe" + (b"\xff" + bytes(255)) * 2**17 + b"\0" + gif[at:]
+    return gif[:at] + b"!\xfe" + (b"\xff" + bytes(255)) * (2**18 - 2**10) + b"\0" + gif[at:]
 
 
 SLOW = {
