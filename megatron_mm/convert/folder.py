@@ -302,10 +302,9 @@ def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) ->
 
 def token_notes(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns the part of `HFFolder.notes` that a run's tokenizer knows."""
-    LookTokens.of(run, tokenizer)  # it has them all
-    names = look_names(run.model).values()
+    looks = LookTokens.of(run, tokenizer)
     found: dict[str, Any] = {"image_token_id": tokenizer.image_context_id}
-    return found | ({"look_ids": [tokenizer.special_tokens[t] for t in names]} if names else {})
+    return found | ({} if looks is None else {"look_ids": looks.ids})
 
 
 def tokenizer_id(folder: Path, token: str) -> int | None:

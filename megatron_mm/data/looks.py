@@ -80,6 +80,12 @@ class LookTokens:
         words = None if place_id is None else PlaceTokens(place_id, least)
         return cls(query_id, slot_id, settings.slots, settings.max_queries, least, words)
 
+    @property
+    def ids(self) -> list[int]:
+        """Ids of a query, of its slots and, where words say the place, of the first of these: the
+        arguments of `known`."""
+        return [self.query_id, self.slot_id, *([] if self.words is None else [self.words.first])]
+
     def targets(
         self, ids_T: torch.Tensor, queries: Sequence[int], given: Sequence[Target | None]
     ) -> tuple[Target | None, ...]:

@@ -25,10 +25,17 @@ from megatron_mm.preference.settings import DPOConfig
 PatchGrid = tuple[int, int]  # rows and columns of tiles
 
 
+def paired(run: RunConfig) -> DPOConfig | None:
+    """The settings of training on preference pairs; None for another objective."""
+    if DPOConfig not in declaration(run).sections.values():
+        return None
+    return run.section(DPOConfig)
+
+
 def samples_of_one(run: RunConfig) -> int:
     """How many samples stand for one of `micro_batch_size`: the two sides of a pair, which share
     its images; otherwise 1."""
-    return 2 if DPOConfig in declaration(run).sections.values() else 1
+    return 1 if paired(run) is None else 2
 
 
 def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> Microbatch:
@@ -116,7 +123,8 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
 
 
 def their_completions(run: RunConfig, batch: Microbatch) -> dict[str, Any]:
-    """What a `CompletionBatch` has beside `batch`, whose supervised tokens were sampled."""
+    """Returns the fields that a `CompletionBatch` has beside `batch`, whose supervised tokens were
+    sampled."""
     sampled = batch.loss_mask_T > 0
     count = run.training.micro_batch_size * samples_of_one(run)
     sample_T = torch.arange(len(sampled)) // run.data.seq_length

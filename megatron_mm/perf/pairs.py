@@ -11,21 +11,12 @@ import torch
 
 from megatron_mm.checkpoint.parameters import parameters
 from megatron_mm.config import RunConfig
-from megatron_mm.config.objectives import declaration
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.perf.assumed import samples_of_one, their_completions
 from megatron_mm.perf.rollout import reference_width
 from megatron_mm.preference.batch import PreferenceBatch
 from megatron_mm.preference.reference import reference_names
-from megatron_mm.preference.settings import DPOConfig
-
-
-def paired(run: RunConfig) -> DPOConfig | None:
-    """The settings of training on preference pairs; None for another objective."""
-    if DPOConfig not in declaration(run).sections.values():
-        return None
-    return run.section(DPOConfig)
 
 
 def pairs_batch(run: RunConfig, batch: Microbatch) -> PreferenceBatch:

@@ -12,10 +12,11 @@ from megatron_mm.config import RunConfig, data_parallel_size
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.objective import Objective
 from megatron_mm.perf import memory
+from megatron_mm.perf.assumed import paired
 from megatron_mm.perf.encoder import EncoderTrace, dealt, trace_encoder
 from megatron_mm.perf.fake import fake_engine, fake_job
 from megatron_mm.perf.kernels import Kernel, Link, Work
-from megatron_mm.perf.pairs import held_reference, paired, pairs_batch
+from megatron_mm.perf.pairs import held_reference, pairs_batch
 from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.rollout import (
     RolloutTrace,

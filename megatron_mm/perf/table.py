@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_mm.config import RunConfig, dump_yaml
+from megatron_mm.perf.assumed import paired
 from megatron_mm.perf.layout import LayoutPlan, most_sequences
-from megatron_mm.perf.pairs import paired
 from megatron_mm.perf.predict import room, step_flops
 from megatron_mm.perf.rollout import reinforced
 from megatron_mm.perf.size import model_size

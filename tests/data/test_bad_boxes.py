@@ -37,7 +37,7 @@ BAD = {
 
 
 def errors(run, tokenizer, path):
-    """What building and measuring say of the last row."""
+    """Returns the errors of building and measuring the last row."""
     source = open_row_files(path, RowGroupCache())
     reader, place = Reader(run, tokenizer, [source]), Place(0, len(source) - 1)
     return [*reader.build([place]), *reader.prompts([place]), *reader.measure([place])]

@@ -103,7 +103,8 @@ def same(one, other):
 @pytest.mark.parametrize("name", BOXES)
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7])
 def test_what_is_shown_is_the_crop_of_pil(run, tokenizer, name, orientation):
-    """Of what a viewer shows, not of what is stored. Its size is known before it is decoded."""
+    """The crop is of what a viewer shows, not of what is stored. Its size is known before it is
+    decoded."""
     box, pixels = BOXES[name]
     data = photo(orientation)
     image, expected = ImageFile("image 1", held=data, box=tuple(box)), crop(data, pixels)
@@ -214,7 +215,7 @@ def test_a_budget_and_packing_count_the_crop(run, tokenizer, write, make_row):
 
 
 def test_prompts_and_evaluation_show_the_crop(run, tokenizer, write, make_row):
-    """Of a photo that is turned as it is shown."""
+    """The photo is turned as it is shown."""
     run.training.objective = "grpo"
     box, pixels = BOXES["right"]
     boxed = make_row("<image>?", images=[{"path": "turned.png", "box": box}], ground_truth="3")
