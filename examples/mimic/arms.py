@@ -1,12 +1,13 @@
 """Jobs of mimic learning on digit scenes: a larger teacher, a student, and the controls.
 
-`out`/seedN holds, for each seed:
+All students learn from one teacher, as they would from one that is downloaded, so what is found
+holds for this teacher. `out` holds:
 
-    teacher/         the demo's SFT with 16 experts, 6 layers and twice the steps
-    skills.json      the teacher's experts by knock-out, and what breaks without them
-    routes.st        what the teacher says of all training rows
-    scratch/ARM/     the demo's SFT of the student, from nothing; map.st: by sets of experts
-    tuned/ARM/       400 more steps from scratch/sft; map.st: by transport
+    teacher/             the demo's SFT with 16 experts, 6 layers and twice the steps
+    skills.json          the teacher's experts by knock-out, and what breaks without them
+    routes.st            what the teacher says of all training rows
+    seedN/scratch/ARM/   the demo's SFT of a student, from nothing; map.st: by sets of experts
+    seedN/tuned/ARM/     400 more steps from scratch/sft; map.st: by transport
 
 Each run ends with answers to all held-out questions and keeps its checkpoints at 10, 25 and 50 % of
 its steps; points.json says what was measured of them (`measure.py`).
@@ -25,7 +26,7 @@ PATTERN = "GE*ELJGE*EGE*E"  # the demo's, and two layers behind
 TEACHER = ("--num-experts", "16", "--hybrid-layer-pattern", PATTERN)
 TEACHER += ("--pipeline-model-parallel-layout", PATTERN)
 STEPS = {"scratch": 2200, "tuned": 400}  # of the configs
-STEPS_OF_TEACHER = 4400
+STEPS_OF_TEACHER, SEED_OF_TEACHER = 4400, 1
 PARTS = 20  # of a run, after each of which it is saved
 ASKED = 40  # questions of each kind for the causal test
 KINDS = 16  # of questions
@@ -65,56 +66,60 @@ def jobs(out: Path, seeds: Sequence[int], size: Size) -> list[Job]:
     data = out / "data"
     counts = ("--images", str(size.images), "--valid-images", str(max(30, size.questions)))
     made = [digits_data(data, (*counts, "--valid-per-key", str(size.questions)))]
+    made += _of_teacher(out, data, size)
     for seed in seeds:
-        made += _of_seed(out / f"seed{seed}", data, seed, size)
+        for start in STEPS:
+            made += _of_start(out, out / f"seed{seed}", start, data, seed, size)
     return made
 
 
-def _of_seed(folder: Path, data: Path, seed: int, size: Size) -> list[Job]:
+def _given(data: Path, seed: int) -> list[str]:
     given = ["--valid-data", str(data / "valid.jsonl"), "--eval-batch-size", "512"]
-    given += ["--tokenizer-model", str(data / "tokenizer.model"), "--seed", str(seed)]
-    mixed = ["--train-data", f"{data}/align.jsonl:19200", f"{data}/mix.jsonl"]
-    teacher, skills, routes = (folder / name for name in ("teacher", "skills.json", "routes.st"))
+    return [*given, "--tokenizer-model", str(data / "tokenizer.model"), "--seed", str(seed)]
+
+
+def _mixed(data: Path) -> list[str]:
+    return ["--train-data", f"{data}/align.jsonl:19200", f"{data}/mix.jsonl"]
+
+
+def _of_teacher(out: Path, data: Path, size: Size) -> list[Job]:
+    teacher, given = out / "teacher", _given(data, SEED_OF_TEACHER)
     steps = size.flags(size.iters or STEPS_OF_TEACHER)
-    made = [
+    checkpoint, needs = teacher / "checkpoint", [teacher / "answers.jsonl"]
+    return [
         training(
             DIGITS / "demo.yaml",
             teacher,
-            [*given, *mixed, *TEACHER, *steps],
+            [*given, *_mixed(data), *TEACHER, *steps],
             [data / "tokenizer.model"],
         ),
         discovery(
-            teacher / "checkpoint",
+            checkpoint,
             data,
-            skills,
+            out / "skills.json",
             [
                 *("--samples", str(PROBED), "--selectivity", str(data / "valid.jsonl")),
                 *("--eval-samples", str(ASKED * KINDS), "--eval-batch-size", "512"),
             ],
-            [teacher / "answers.jsonl"],
+            needs,
         ),
         _tool(
             "record_routes",
-            routes,
-            ["--checkpoint", str(teacher / "checkpoint"), "--batch-size", "128"],
+            out / "routes.st",
+            ["--checkpoint", str(checkpoint), "--batch-size", "128"],
             [str(data / "align.jsonl"), str(data / "mix.jsonl")],
-            [teacher / "answers.jsonl"],
+            needs,
         ),
     ]
-    for start in STEPS:
-        made += _of_start(folder, start, data, [*given], mixed, size)
-    return made
 
 
-def _of_start(
-    folder: Path, start: str, data: Path, given: list[str], mixed: list[str], size: Size
-) -> list[Job]:
-    routes, mapped = folder / "routes.st", folder / start / "map.st"
-    skills = folder / "skills.json"
+def _of_start(out: Path, folder: Path, start: str, data: Path, seed: int, size: Size) -> list[Job]:
+    routes, skills, mapped = out / "routes.st", out / "skills.json", folder / start / "map.st"
+    given = _given(data, seed)
     base = folder / "scratch" / "sft"
     steps = size.steps(start)
     if start == "scratch":
-        config, begins, needs = DIGITS / "demo.yaml", mixed, [data / "tokenizer.model"]
+        config, begins, needs = DIGITS / "demo.yaml", _mixed(data), [data / "tokenizer.model"]
         sets = ["--method", "clusters", "--config", str(config)]
         made = [_tool("map_experts", mapped, [*sets, "--routes", str(routes)], [], [routes])]
     else:

@@ -1,8 +1,8 @@
 """Measure a run of `arms.py` beyond its last answers: on the way, and without experts.
 
     python -m examples.mimic.measure --run runs/arms/mimic/seed1/scratch/mimic \\
-        --map runs/arms/mimic/seed1/scratch/map.st --routes runs/arms/mimic/seed1/routes.st \\
-        --skills runs/arms/mimic/seed1/skills.json --data runs/arms/mimic/data
+        --map runs/arms/mimic/seed1/scratch/map.st --routes runs/arms/mimic/routes.st \\
+        --skills runs/arms/mimic/skills.json --data runs/arms/mimic/data
 
 At 10, 25 and 50 % of its steps the questions are asked again, and between these checkpoints and the
 last one the share of routes that changed is counted, over the answers of probed rows. The last one

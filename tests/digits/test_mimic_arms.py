@@ -40,7 +40,7 @@ def test_the_jobs(tmp_path):
         config = job.command[job.command.index("--config") + 1]
         run = load(config, [*job.command[job.command.index("--output-dir") :], *job.late()])
         validate(run, 1)
-        runs[job.done.parent.relative_to(tmp_path / "seed1").as_posix()] = run, job
+        runs[job.done.parent.relative_to(tmp_path).as_posix().removeprefix("seed1/")] = run, job
         assert run.checkpoint.resume
         named = run.section(MimicConfig)
         for path in (run.checkpoint.load, named.mimic_routes, named.mimic_map):
@@ -48,6 +48,7 @@ def test_the_jobs(tmp_path):
             assert path is None or Path(path) in made
     assert [*runs] == ["teacher", *(f"{s}/{a}" for s in arms.STEPS for a in arms.ARMS)]
     teacher, student = runs["teacher"][0], runs["scratch/mimic"][0]
+    assert len([job for job in jobs if job.done.name == "routes.st"]) == 1  # of one teacher
     assert teacher.model.language.num_experts == 2 * student.model.language.num_experts == 16
     assert len(hops(teacher.model)) == 6
     assert teacher.training.train_iters == 2 * student.training.train_iters == 4400
