@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.digits.jobs import DIGITS, Job, digits_data, training
+from examples.digits.jobs import AT_ONCE, DIGITS, Job, digits_data, training
 
 PLAIN, CASCADE = "GE*ELJGE*E", "GC*CLJGC*C"
 LAST = 0.1  # share of a run's steps over which its share of tokens handed over is taken
@@ -72,7 +72,7 @@ def jobs(
             needs, like = [made[0].done], out / f"seed{seed}" / "cascade"
             if arm.matched:
                 needs.append(like / "answers.jsonl")
-            flags = [*arm.flags, "--seed", str(seed), *files, *steps]
+            flags = [*arm.flags, "--seed", str(seed), *files, *steps, *AT_ONCE]
 
             def late(arm: Arm = arm, like: Path = like) -> Sequence[str]:
                 return ("--delegate-random-share", f"{share_of(like):.4f}") if arm.matched else ()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.digits.earl_arms import LONGEST_WARMUP, PROBED
-from examples.digits.jobs import DIGITS, ROOT, Job, digits_data, discovery, training
+from examples.digits.jobs import AT_ONCE, DIGITS, ROOT, Job, digits_data, discovery, training
 
 PATTERN = "GE*ELJGE*EGE*E"  # the demo's, and two layers behind
 TEACHER = ("--num-experts", "16", "--hybrid-layer-pattern", PATTERN)
@@ -75,7 +75,8 @@ def jobs(out: Path, seeds: Sequence[int], size: Size) -> list[Job]:
 
 def _given(data: Path, seed: int) -> list[str]:
     given = ["--valid-data", str(data / "valid.jsonl"), "--eval-batch-size", "512"]
-    return [*given, "--tokenizer-model", str(data / "tokenizer.model"), "--seed", str(seed)]
+    given += ["--tokenizer-model", str(data / "tokenizer.model"), "--seed", str(seed)]
+    return [*given, *AT_ONCE]
 
 
 def _mixed(data: Path) -> list[str]:
