@@ -115,8 +115,8 @@ def _first(waiting: Sequence[Job]) -> Job | None:
     return next((job for job in waiting if all(path.exists() for path in job.needs)), None)
 
 
-# The demo's steps as one microbatch: a rank without a pipeline has none to fill, and takes a quarter
-# less processor time.
+# The demo's steps as one microbatch: a rank without a pipeline has none to fill, and takes a
+# quarter less processor time.
 AT_ONCE = ("--micro-batch-size", "32")
 
 
