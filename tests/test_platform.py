@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mm import platform
+from megatron_mm import platform, redirects
 
 # In a process of its own: this one has installed the redirects already. Torch reads its
 # build's answer to is_available() in many places, so pretend before anything else runs.
@@ -19,14 +19,14 @@ AS_IF_CUDA = """
 import warnings; warnings.simplefilter("ignore")
 import torch
 torch.cuda.is_available = lambda: True
-from megatron_mm import platform
-tables = [*platform.TORCH_REDIRECTS, *platform.MEGATRON_REDIRECTS]
-before = [getattr(platform._owner(r.owner), r.name) for r in tables]
+from megatron_mm import platform, redirects
+tables = [*redirects.TORCH_REDIRECTS, *redirects.MEGATRON_REDIRECTS]
+before = [getattr(redirects.owner(r.owner), r.name) for r in tables]
 assert platform.install() is False and platform.backend() == "nccl"
 for redirect, original in zip(tables, before, strict=True):
-    found = getattr(platform._owner(redirect.owner), redirect.name)
+    found = getattr(redirects.owner(redirect.owner), redirect.name)
     assert found is original and found is not redirect.replacement, redirect
-    assert getattr(found, "__module__", None) != platform.__name__, redirect
+    assert getattr(found, "__module__", None) != redirects.__name__, redirect
 print(len(tables), "untouched")
 """
 
@@ -40,24 +40,24 @@ def in_new_process(script: str) -> str:
 # 10 s of CPU time: a process with its imports.
 @pytest.mark.slow
 def test_with_cuda_nothing_is_touched():
-    count = len(platform.TORCH_REDIRECTS) + len(platform.MEGATRON_REDIRECTS)
+    count = len(redirects.TORCH_REDIRECTS) + len(redirects.MEGATRON_REDIRECTS)
     assert in_new_process(AS_IF_CUDA) == f"{count} untouched"
 
 
 def test_without_cuda_every_redirect_is_in_place_and_says_why():
-    tables = [*platform.TORCH_REDIRECTS, *platform.MEGATRON_REDIRECTS]
+    tables = [*redirects.TORCH_REDIRECTS, *redirects.MEGATRON_REDIRECTS]
     assert len({(r.owner, r.name) for r in tables}) == len(tables)
     for redirect in tables:
-        assert getattr(platform._owner(redirect.owner), redirect.name) is redirect.replacement
+        assert getattr(redirects.owner(redirect.owner), redirect.name) is redirect.replacement
         assert redirect.why
     assert (platform.device(), platform.backend()) == (torch.device("cpu"), "gloo")
 
 
 def test_installing_twice_is_harmless():
     """A second layer over `Tensor.type` would say torch.cuda.cuda.FloatTensor."""
-    before = {r: getattr(platform._owner(r.owner), r.name) for r in platform.TORCH_REDIRECTS}
+    before = {r: getattr(redirects.owner(r.owner), r.name) for r in redirects.TORCH_REDIRECTS}
     assert platform.install() is True
-    assert all(getattr(platform._owner(r.owner), r.name) is f for r, f in before.items())
+    assert all(getattr(redirects.owner(r.owner), r.name) is f for r, f in before.items())
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
 
 

@@ -15,11 +15,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel.schedules import (
-    forward_backward_no_pipelining,
-    forward_backward_pipelining_with_interleaving,
-    forward_backward_pipelining_without_interleaving,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm import platform
@@ -36,16 +31,15 @@ from megatron_mm.engine.optimizer import (
     gradient_norm,
     overlaps,
 )
+from megatron_mm.engine.schedule import Schedule
 from megatron_mm.engine.weight_set import WeightSet
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.decode import DecodeCache
 from megatron_mm.model.layers.interface import Scheduled
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.multimodal import MultimodalModel, build, build_encoder
-from megatron_mm.model.routing import RouterTerm, Routes, check_forbidden, check_routes
+from megatron_mm.model.routing import RouterTerm, Routes, check_forbidden
 from megatron_mm.parallel.groups import Groups
-from megatron_mm.parallel.sequence import held_positions
-from megatron_mm.parallel.stage_exchange import Rows, StageExchange
 from megatron_mm.report.metrics import DIVISOR, MUTED, Metrics
 
 
@@ -192,7 +186,8 @@ class Engine:
             metrics.sum(DIVISOR, divisor)
             return total, divisor, {}
 
-        self._schedule(
+        schedule = Schedule(self.run, self.groups, self.models, self.encoder)
+        schedule.passes(
             batches,
             objective.positions,
             finish,
@@ -270,8 +265,9 @@ class Engine:
         def collect(output: Predictions, metrics: Metrics, non_loss_data: bool = True, **which):
             return finish(output, **which)
 
+        schedule = Schedule(self.run, self.groups, self.models, self.encoder)
         with torch.no_grad():
-            return self._schedule(
+            return schedule.passes(
                 batches,
                 positions,
                 collect,
@@ -303,77 +299,6 @@ class Engine:
             for chunk in self.chunks:
                 chunk.forbidden = {}
 
-    def _schedule[B: Microbatch](
-        self,
-        batches: Sequence[B],
-        positions: Callable[[B], torch.Tensor] | None,
-        finish: Callable,
-        forward_only: bool,
-        of_each: Sequence[dict] = (),
-        **model_kwargs,
-    ) -> list:
-        pg, device, wanted = self.groups.pg, platform.device(), len(batches)
-        sizes = route_width(self.run.model), self.run.model.language.num_experts
-
-        encoded = None
-        if self.encoder is not None:
-            encoded = self.encoder.encode(batches, train=not forward_only)
-
-        def feed(chunk: MultimodalModel) -> Iterator[tuple[B, torch.Tensor | None, dict]]:
-            for number, batch in enumerate(batches):
-                tokens = len(batch.tokens_T)
-                if batch.routes is not None:
-                    check_routes(batch.routes, chunk.hops, tokens, *sizes)
-                own = of_each[number] if number < len(of_each) else {}
-                if encoded is not None and chunk.pre_process:
-                    own = {**own, "encoded": encoded[min(number, wanted - 1)]}
-                held = positions and held_positions(positions(batch), tokens, pg.cp)
-                there = batch.tokens_T.device == device
-                yield batch if there else batch.to(device), held, own
-
-        if len(self.models) > 1 and forward_only:
-            # The interleaved schedule needs a multiple of the pipeline size.
-            batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
-        step = forward_step(finish, **model_kwargs)
-        if forward_only and pg.pp.size() == 1:  # a schedule's overhead exceeds a small step
-            iterator = feed(self.chunks[0])
-            passes = (step(iterator, self.models[0]) for _ in batches)
-            return [collect(output, non_loss_data=True) for output, collect in passes]
-        common = {
-            "forward_step_func": step,
-            "data_iterator": [feed(chunk) for chunk in self.chunks],
-            "model": self.models,
-            "num_microbatches": len(batches),
-            "seq_length": self.run.data.seq_length,  # ignored: `StageExchange` knows shapes
-            "micro_batch_size": self.run.training.micro_batch_size,
-            "forward_only": forward_only,
-            "collect_non_loss_data": forward_only,
-            "pg_collection": pg,
-        }
-        if pg.pp.size() == 1:
-            return forward_backward_no_pipelining(**common)
-
-        def rows(manifest: str) -> Rows:
-            def of(chunk: int, number: int) -> int:
-                cache = of_each[number].get("cache") if number < len(of_each) else None
-                stage = self.chunks[chunk]
-                return stage.wire_rows(batches[number], getattr(stage, manifest), cache)
-
-            return of
-
-        common["p2p_communicator"] = StageExchange(
-            pg.pp,
-            self.config,
-            microbatches=len(batches),
-            chunks=len(self.models),
-            hidden_size=self.config.hidden_size,
-            arriving=rows("arrives"),
-            leaving=rows("leaves"),
-        )
-        if len(self.models) > 1:
-            return forward_backward_pipelining_with_interleaving(**common)[:wanted]
-        return forward_backward_pipelining_without_interleaving(**common)
-
 
 def finish_gradients(
     encoder: EncoderSide | None,
@@ -387,21 +312,6 @@ def finish_gradients(
     finalize_model_grads(models, num_tokens, **given)  # `num_tokens` becomes that of all ranks
     if encoder is not None:
         encoder.finish(num_tokens)
-
-
-def forward_step(finish: Callable, **model_kwargs) -> Callable:
-    """Returns the forward-step function for megatron-core's schedules. It takes an iterator over
-    (batch, held positions, model arguments of the batch) and a stage, and returns the stage's
-    output and the function that the schedule applies to it on the last stage: `finish(output,
-    batch, positions, metrics)`."""
-
-    def step(iterator, model):
-        batch, held, own = next(iterator)
-        output = model(batch, positions=held, **own, **model_kwargs)
-        metrics = own.get("metrics", MUTED)
-        return output, partial(finish, batch=batch, positions=held, metrics=metrics)
-
-    return step
 
 
 def _each(models: list[DistributedDataParallel], method: str) -> Callable | list[Callable]:

@@ -14,8 +14,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron_mm import platform
 from megatron_mm.config.layers.cascade import second_hop_share
 from megatron_mm.data.batch import Microbatch
-from megatron_mm.engine.engine import Engine, finish_gradients, forward_step
+from megatron_mm.engine.engine import Engine, finish_gradients
 from megatron_mm.engine.objective import Objective
+from megatron_mm.engine.schedule import forward_step
 from megatron_mm.model.vision_tower import Encoded
 from megatron_mm.parallel.sequence import held_positions
 from megatron_mm.perf.fake import META
