@@ -74,6 +74,7 @@ ALWAYS: dict[str, Always] = {
     "--no-bias-swiglu-fusion": Always("there is no bias to fuse"),
     "--no-bias-gelu-fusion": Always("there is no bias to fuse"),
     "--no-bias-dropout-fusion": Always("there is no dropout to fuse"),
+    "--no-persist-layer-norm": Always("norms are torch's kernels, or Transformer Engine's"),
     "--no-gradient-accumulation-fusion": Always("gradients are added after their product"),
     # Training
     "--optimizer": Always("AdamW, with decoupled decay", ("adam",)),
@@ -89,6 +90,10 @@ ALWAYS: dict[str, Always] = {
     ),
     "--check-for-nan-in-loss-and-grad": Always("a number that is not finite ends the run"),
     "--is-hybrid-model": Always("the layer pattern names every layer"),
+    "--experimental-attention-variant": Always(
+        "the layer pattern's G is gated DeltaNet", ("gated_delta_net",)
+    ),
+    "--empty-unused-memory-level": Always("the allocator keeps its memory", ("0",)),
     "--exit-signal-handler": Always("SIGTERM saves and ends the run"),
     "--reset-position-ids": Always("positions begin anew in every packed sample"),
     "--reset-attention-mask": Always("a packed sample sees only itself"),
@@ -122,6 +127,7 @@ _NO_CAPACITY = "no token is dropped: leave it out"
 _NOT_FUSED = "this fusion is not used: leave it out"
 _NOT_MEASURED = "it is not measured: leave it out"
 _NOT_ROUTED_SO = "Qwen3-Next's router has no such term: leave it out"
+_NOT_WIRED = "it is not wired in: leave it out"
 _FP16 = "there is no fp16: use --bf16"
 _NOT_THIS_MODEL = "the models of this program have none"
 
@@ -159,6 +165,8 @@ REFUSED: dict[str, str] = {
     "--vision-model-type": "use --preset, or a file",
     "--freeze-LM": "use --freeze-language, --freeze-experts and --freeze-router",
     "--freeze-ViT": "use --freeze-vision",
+    "--freeze-vision-projection": "use --freeze-projector",
+    "--use-legacy-models": "the model stands on megatron-core's parallel layers",
     # Experts
     "--moe-router-pre-softmax": "weights of the chosen experts sum to 1, unlike Megatron's",
     "--moe-router-topk-scaling-factor": _NOT_ROUTED_SO,
@@ -172,6 +180,7 @@ REFUSED: dict[str, str] = {
     "--moe-layer-recompute": "use --recompute-granularity selective with --recompute-modules moe",
     "--moe-enable-deepep": "use --moe-token-dispatcher-type flex",
     "--moe-enable-routing-replay": "use --routing-replay",
+    "--moe-router-force-load-balancing": "use tools/benchmark.py train --routing balanced",
     "--moe-permute-fusion": _NOT_FUSED,
     "--moe-router-fusion": _NOT_FUSED,
     # Layout
@@ -183,7 +192,14 @@ REFUSED: dict[str, str] = {
     "--account-for-loss-in-pipeline-split": _BY_LAYOUT,
     "--no-overlap-p2p-communication": "the schedule says it: use --overlap-p2p-comm none",
     "--use-tp-pp-dp-mapping": "ranks are ordered tensor, context, data, pipeline",
-    "--tp-comm-overlap": "it is not wired in: leave it out",
+    "--tp-comm-overlap": _NOT_WIRED,
+    "--overlap-moe-expert-parallel-comm": _NOT_WIRED,
+    "--delay-wgrad-compute": _NOT_WIRED,
+    "--defer-embedding-wgrad-compute": _NOT_WIRED,
+    "--overlap-param-gather-with-optimizer-step": _NOT_WIRED,
+    "--hierarchical-context-parallel-sizes": _NOT_WIRED,
+    "--nccl-communicator-config-path": "set NCCL's variables",
+    "--high-priority-stream-groups": _NOT_WIRED,
     "--disable-gloo-process-groups": "ranks take their decisions over gloo: leave it out",
     "--use-torch-fsdp2": "parameters are not sharded: use --use-distributed-optimizer",
     "--use-megatron-fsdp": "parameters are not sharded: use --use-distributed-optimizer",
@@ -211,6 +227,8 @@ REFUSED: dict[str, str] = {
     "--lr-decay-samples": _BY_ITERS,
     "--lr-wsd-decay-style": "use --lr-decay-style constant, linear or cosine",
     "--decoupled-lr": "use --lr-mult-vision and its siblings",
+    "--start-weight-decay": "weight decay does not change: use --weight-decay",
+    "--end-weight-decay": "weight decay does not change: use --weight-decay",
     "--rampup-batch-size": "the batch does not grow: use --global-batch-size",
     "--no-check-for-nan-in-loss-and-grad": "a number that is not finite ends the run",
     "--rerun-mode": "a number that is not finite ends the run: leave it out",
@@ -245,6 +263,8 @@ REFUSED: dict[str, str] = {
     "--split": "files are not split: use --valid-data",
     "--data-cache-path": "nothing is cached: leave it out",
     "--mock-data": _BY_FILES,
+    "--dataset-config": _BY_FILES,
+    "--no-mmap-bin-files": _BY_FILES,
     "--eval-iters": "evaluation counts rows: use --eval-samples",
     "--eod-mask-loss": "the loss is over the assistant's turns: leave it out",
     "--tokenizer-type": _BY_FOLDER,
@@ -263,15 +283,24 @@ REFUSED: dict[str, str] = {
     "--use-checkpoint-opt-param-scheduler": "the schedule is this run's: set it here",
     "--pretrained-checkpoint": "use --load with --finetune",
     "--ckpt-step": "name the folder of the step: use --load",
+    "--ckpt-convert-format": f"{_ONE_FORMAT}: leave it out",
+    "--non-persistent-save-interval": "every checkpoint is kept alike: use --save-interval",
     "--save-retain-interval": "use --keep-last-checkpoints",
     "--ckpt-fully-parallel-load": "each rank reads what it holds: leave it out",
     "--use-persistent-ckpt-worker": "a thread writes: use --async-save",
     "--tensorboard-dir": _BY_OUTPUT,
+    "--tensorboard-log-interval": "use --log-interval",
+    "--tensorboard-queue-size": "it has torch's size: leave it out",
     "--wandb-save-dir": _BY_OUTPUT,
     "--wandb-exp-name": "set the variable WANDB_NAME",
     "--log-params-norm": _NOT_MEASURED,
     "--log-num-zeros-in-grad": _NOT_MEASURED,
     "--log-memory-to-tensorboard": _NOT_MEASURED,
+    "--log-loss-scale-to-tensorboard": _FP16,
+    "--log-batch-size-to-tensorboard": _NOT_MEASURED,
+    "--log-world-size-to-tensorboard": _NOT_MEASURED,
+    "--log-straggler": "ranks that are slow are named by themselves: leave it out",
+    "--no-barrier-with-level-1-timing": _NOT_MEASURED,
     "--log-timers-to-tensorboard": _NOT_MEASURED,
     "--log-validation-ppl-to-tensorboard": _NOT_MEASURED,
     "--timing-log-level": _NOT_MEASURED,

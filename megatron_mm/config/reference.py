@@ -6,10 +6,12 @@ python -m megatron_mm.config.reference > megatron_mm/config/README.md
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from megatron_mm.config.families import LANGUAGE_FAMILIES
 from megatron_mm.config.flags import default_text, flag_name, names_text
 from megatron_mm.config.megatron import ALWAYS, REFUSED
 from megatron_mm.config.settings import DataPhase, DataSource, RunConfig
@@ -26,8 +28,12 @@ A run is a preset, a YAML file and flags, laid on each other in this order (`loa
 below is a key of its section in YAML and, except where it says so, a flag in Megatron's spelling.
 A bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`. What happens
 to [the other flags of Megatron's](#megatrons-flags-that-are-no-settings) stands at the end.
-`base:` in a YAML file names a file that it overrides, `model: preset:` a model to start from. A
-wrong key, type or size is rejected in one line before anything starts.
+`base:` in a YAML file names a file that it overrides. A wrong key, type or size is rejected in one
+line before anything starts. `model: preset:` or `--preset` names a model to start from:
+
+| preset | model |
+|---|---|
+{presets}
 
 | file | what it holds |
 |---|---|
@@ -57,15 +63,15 @@ This page is generated: `python -m megatron_mm.config.reference > megatron_mm/co
 MEGATRON = """\
 ## Megatron's flags that are no settings
 
-A launch script of Megatron's may keep the flags of the first table: what they say always holds, and
-the log says so. Those of the second mean something else here, and are refused with what is said
-beside them.
+A launch script of Megatron's may keep the flags of the first table: they name what always holds,
+and the log says so. Flags of the second are rejected with the reason beside them, and any other
+flag of Megatron's as unknown.
 
 | accepted | because |
 |---|---|
 {always}
 
-| refused | because |
+| rejected | because |
 |---|---|
 {refused}
 """
@@ -80,7 +86,8 @@ IN_FILES = {
 
 def page() -> str:
     """The whole page as markdown."""
-    parts = [HEAD.replace("{files}", "\n".join(_files()))]
+    head = HEAD.replace("{files}", "\n".join(_files()))
+    parts = [head.replace("{presets}", "\n".join(_presets()))]
     for section, found in groupby(leaves(RunConfig), key=lambda leaf: leaf.path[:-1]):
         table = "| flag | allowed | default | |\n|---|---|---|---|"
         rows = "\n".join(_row(leaf) for leaf in found)
@@ -91,6 +98,12 @@ def page() -> str:
         parts.append(f"## {name}\n\n{table}\n{rows}\n")
     parts.append(MEGATRON.format(always="\n".join(_always()), refused="\n".join(_refused())))
     return "\n".join(parts)
+
+
+def _presets() -> Iterator[str]:
+    made = {n: f for _, family in LANGUAGE_FAMILIES.items() for n, f in family.presets.items()}
+    for name in sorted(made):
+        yield f"| `{name}` | {' '.join((inspect.getdoc(made[name]) or '').split())} |"
 
 
 def _always() -> Iterator[str]:

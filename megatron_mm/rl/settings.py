@@ -37,7 +37,7 @@ class RLConfig:
     """
 
     algorithm: Annotated[str, Named(ALGORITHMS)] = "grpo"
-    """Published algorithm. It decides every setting below whose default is none."""
+    """Published algorithm. It decides the settings below whose default is the algorithm's."""
     num_generations: Samples = 8
     """Completions of each prompt; together they are its group."""
     rollout_batch_size: Samples | None = None
