@@ -18,13 +18,12 @@ from megatron_mm import cli
 from megatron_mm.config import (
     ConfigError,
     RunConfig,
-    TrainingConfig,
-    data_parallel_size,
     load,
     run_of_checkpoint,
     validate,
 )
 from megatron_mm.config.flags import parse_flags
+from megatron_mm.config.untrained import untrained
 
 
 def settings(argv: list[str]) -> RunConfig:
@@ -63,10 +62,7 @@ def stored_run(path: Path, stored: dict, given: RunConfig, world_size: int) -> R
             f"save is {save}, which would overwrite what is merged; "
             "allowed: another folder than load"
         )
-    # Nothing is trained, so the stored batch sizes and data need not fit this layout.
-    training = TrainingConfig(global_batch_size=data_parallel_size(run, world_size))
-    data = replace(run.data, train_data=[])
-    validate(replace(run, data=data, training=training), world_size)
+    validate(untrained(run, world_size), world_size)
     return run
 
 

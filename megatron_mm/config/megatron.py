@@ -1,4 +1,4 @@
-"""Megatron's flags that are no settings here: those that always hold, and why others are refused.
+"""Megatron's flags that are no settings here: those that always hold, and why others are rejected.
 
 The names are those of Megatron-LM's megatron/training/arguments.py and of its examples. A flag that
 sets something here too is a setting (`settings.py`) and in neither table.
@@ -180,7 +180,7 @@ REFUSED: dict[str, str] = {
     "--moe-layer-recompute": "use --recompute-granularity selective with --recompute-modules moe",
     "--moe-enable-deepep": "use --moe-token-dispatcher-type flex",
     "--moe-enable-routing-replay": "use --routing-replay",
-    "--moe-router-force-load-balancing": "use tools/benchmark.py train --routing balanced",
+    "--moe-router-force-load-balancing": "tools/benchmark.py spreads routes evenly: leave it out",
     "--moe-permute-fusion": _NOT_FUSED,
     "--moe-router-fusion": _NOT_FUSED,
     # Layout

@@ -202,6 +202,17 @@ def route_width(model: ModelConfig) -> int:
     return max(taken, default=model.language.moe_router_topk)
 
 
+def experts_needed(model: ModelConfig) -> int:
+    """Returns how many experts a layer must keep so that every position finds what it takes: those
+    of the larger hop, or of all hops where these must differ."""
+    needed = [model.language.moe_router_topk]
+    for layer in parse_pattern(model.hybrid_layer_pattern):
+        kind = LAYERS[layer.kind]
+        if kind.routed:
+            needed.append((sum if kind.hops_differ(model) else max)(kind.hops(model)))
+    return max(needed)
+
+
 def memories_of_pairs(model: ModelConfig) -> dict[int, Memory]:
     """Returns the memory that the look (`L`) of each pair reads; empty if no look is built."""
     read = look_memories(model)

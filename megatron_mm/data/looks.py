@@ -17,6 +17,7 @@ import torch
 
 from megatron_mm.config.layers.queries import QuerySettings, query_settings
 from megatron_mm.config.settings import RunConfig
+from megatron_mm.data.files.keys import LOOKS
 from megatron_mm.data.place_names import PLACE_TOKENS
 from megatron_mm.data.place_tokens import WORDS, PlaceTokens
 from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
@@ -24,7 +25,6 @@ from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.pictures.boxes import Box as Edges
 from megatron_mm.pictures.boxes import read_box
 
-LOOKS = "looks"  # the rows' key for the boxes of queries
 Target = tuple[float, float, float]  # y, x, scale in shares of an image
 
 

@@ -11,19 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.config.memories import IMAGES, Memory
 from megatron_mm.config.objectives import declaration
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.chat import Encoded, encode_prompt, encode_row
 from megatron_mm.data.files.forms import held_images
-from megatron_mm.data.files.keys import check_keys
+from megatron_mm.data.files.keys import LOOKS, check_keys
 from megatron_mm.data.images import (
     Decoder,
     ImageFile,
     TileGrid,
     find_image,
 )
-from megatron_mm.data.looks import LOOKS, LookTokens, RowLooks, Target, read_boxes, targets_of
+from megatron_mm.data.looks import LookTokens, RowLooks, Target, read_boxes, targets_of
 from megatron_mm.data.tiles import (
     ImageSettings,
     choose_grids,
@@ -144,6 +145,9 @@ class SampleBuilder:
         self.settings = image_settings(run)
         self.tokenizer = tokenizer
         self.looks = LookTokens.of(run, tokenizer)
+        glimpses = query_settings(run.model)
+        # Under `oracle` the boxes are the places, under `tokens` the words in front.
+        self._learns_places = glimpses is not None and glimpses.query_place in ("hidden", "random")
         self.seq_length = run.data.seq_length
         self._extra_columns = run.data.extra_columns
         # Rollouts hand a row's other keys to the reward functions.
@@ -268,10 +272,20 @@ class SampleBuilder:
             images,
             where,
             queries=tuple(encoded.queries),
-            targets=draft.targets,
+            targets=self._taught(draft),
             slots=0 if self.looks is None else self.looks.slots,
             added=tuple(encoded.added),
         )
+
+    def _taught(self, draft: _Draft) -> tuple[Target | None, ...]:
+        """Returns the places of a sample's queries: where these learn them, only of those whose
+        answer is learnt, and of the answer to a prompt."""
+        if not self._learns_places:
+            return draft.targets
+        queries, supervised = draft.encoded.queries, draft.encoded.supervised
+        pairs = zip(queries, draft.targets, strict=False)
+        learnt = [target if supervised[query] else None for query, target in pairs]
+        return (*learnt, *draft.targets[len(queries) :])
 
     def _size(self, file: ImageFile, where: str) -> tuple[int, int]:
         """Returns (width, height) in pixels of what is shown, from memory for boxes of files seen

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_mm.config import to_dict
+from megatron_mm.config import experts_needed, to_dict
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.earl.assign import cluster_sizes
 from megatron_mm.earl.chart import draw
@@ -127,7 +127,8 @@ def _planned(engine: Engine, opened: OpenProbe, probe: Probe, method: ByKnockOut
         if skills:
             cluster_sizes(experts, k, len(skills), method.cluster_size, method.common_size)
         layers = engine.config.num_layers
-        planned = removals(layers, experts, k, method.passes, probe.seed)
+        needed = experts_needed(engine.run.model)
+        planned = removals(layers, experts, needed, method.passes, probe.seed)
     except RLError as problem:
         error = str(problem)
     raise_together(engine.groups, error)
@@ -193,11 +194,11 @@ def forbid_clusters(engine: Engine, tokenizer: Tokenizer, skill_map: SkillMap) -
         RLError: if a cluster is too large to be forbidden.
         DataError: if a row is bad, or none is of a skill in the map.
     """
-    member_SLE, k = skill_map.membership(), skill_map.moe_router_topk
+    member_SLE, k = skill_map.membership(), experts_needed(engine.run.model)
     experts, largest = skill_map.num_experts, int(member_SLE.sum(2).max())
     if experts - largest < k:
         raise RLError(
-            f"a cluster of {largest} of {experts} experts cannot be forbidden, a token takes {k}; "
+            f"a cluster of {largest} of {experts} experts cannot be forbidden, a token needs {k}; "
             f"discover with --cluster-size {experts - k} or less"
         )
     accuracy = _by_skill(evaluate(engine, tokenizer)[0])

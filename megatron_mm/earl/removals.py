@@ -21,7 +21,7 @@ def removals(layers: int, experts: int, k: int, passes: int | None, seed: int) -
     """Plans the passes of a knock-out.
 
     Args:
-        k: experts that a token takes.
+        k: experts that a token needs (`config.experts_needed`).
         passes: None: each expert in turn, L x E passes. A number: as many passes, in which random
             sets of a layer's experts are removed, as many sets in each layer. A set holds an eighth
             of the layer's experts, and each expert is in about as many sets as any other.
@@ -30,7 +30,7 @@ def removals(layers: int, experts: int, k: int, passes: int | None, seed: int) -
     """
     if experts <= k:
         raise RLError(
-            f"{experts} experts of which a token takes {k}: none can be removed; a knock-out needs "
+            f"{experts} experts of which a token needs {k}: none can be removed; a knock-out needs "
             f"{k + 1} or more"
         )
     if passes is None:

@@ -8,17 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_mm import cli
-from megatron_mm.config import (
-    ConfigError,
-    RunConfig,
-    TrainingConfig,
-    data_parallel_size,
-    load,
-    run_of_checkpoint,
-    validate,
-)
+from megatron_mm.config import ConfigError, RunConfig, load, run_of_checkpoint, validate
 from megatron_mm.config.flags import parse_flags
 from megatron_mm.config.settings import CheckpointConfig
+from megatron_mm.config.untrained import untrained
 
 # Settings of the run that may be given beside the layout and the backend.
 GIVEN = ("tokenizer_model", "eval_samples", "eval_batch_size", "max_new_tokens")
@@ -54,19 +47,12 @@ def stored_run(
         ConfigError: the settings do not fit.
     """
     given = load(None, list(rest))
-    # Nothing is trained: the objectives' settings need not fit, nor their files be here.
     run = run_of_checkpoint({k: v for k, v in stored.items() if k not in NOT_STORED})
-    training = TrainingConfig(
-        bf16=run.training.bf16, global_batch_size=data_parallel_size(given, world)
-    )
+    run = untrained(replace(run, parallel=given.parallel, backend=given.backend), world)
     named = {path[-1]: value for path, value in parse_flags(rest).values.items()}
-    data = replace(run.data, train_data=[], valid_data=valid_data)
+    data = replace(run.data, valid_data=valid_data)
     run = replace(
         run,
-        parallel=given.parallel,
-        backend=given.backend,
-        training=training,
-        objectives=RunConfig().objectives,
         checkpoint=CheckpointConfig(),
         data=replace(data, **{k: v for k, v in named.items() if hasattr(data, k)}),
         evaluation=replace(

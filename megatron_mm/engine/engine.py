@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm import platform
-from megatron_mm.config import RunConfig, route_width
+from megatron_mm.config import RunConfig, experts_needed
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.encoder import EncoderSide
 from megatron_mm.engine.objective import Objective
@@ -286,10 +286,10 @@ class Engine:
                 rank.
 
         Raises:
-            ValueError: fewer experts than top-k remain.
+            ValueError: fewer experts remain than a position needs.
         """
         model, layers = self.run.model, self.config.num_layers
-        check_forbidden(experts, layers, route_width(model), model.language.num_experts)
+        check_forbidden(experts, layers, experts_needed(model), model.language.num_experts)
         device = platform.device()
         for chunk in self.chunks:
             chunk.forbidden = {index: mask.to(device) for index, mask in experts.items()}

@@ -105,6 +105,7 @@ class Lane:
         """Where the tensors of a step are."""
         own = [self.batch.tokens_T, self.cache.lengths_R, self._moving_R, self.uniform_R]
         own += [self.cache.slot_R, self.cache.asks_R, self._last_R3]
+        own += [] if self.cache.targets_RM3 is None else [self.cache.targets_RM3]
         held = (x for state in self.cache.layers.values() for x in state.tensors.values())
         return tuple(x.data_ptr() for x in (*own, *held))
 
@@ -166,6 +167,8 @@ class Lane:
             self._last_R3[there] = platform.moved(batch.tokens_T[tail_A3], there.device)
         if batch.queries.rows_BM3 is not None and self.looks is not None:
             self._expect(there, platform.moved(batch.queries.rows_BM3[prompt], there.device))
+        elif self.cache.targets_RM3 is not None:  # what the rows' last completions were given
+            self.cache.targets_RM3[there] = torch.nan
         self._show_active()
         return filling
 
@@ -296,9 +299,9 @@ class Lane:
         states = sorted(key for key in self.cache.layers if key[0] == QUERY.letter)
         held = [self.cache.layers[key].tensors.get("looked") for key in states]
         found = [x.index_select(0, platform.moved(rows, x.device)) for x in held if x is not None]
-        if not found:
+        if not found:  # no step has run yet, or no glimpse is here
             most = 0 if self.looks is None else self.looks.most
-            return torch.zeros(len(rows), most, 0, 3)
+            return torch.zeros(len(rows), most, len(states), 3)
         return torch.stack(found, 2).cpu()
 
     def needed(self, multiple: int) -> int:

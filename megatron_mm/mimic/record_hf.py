@@ -31,6 +31,8 @@ from megatron_mm.mimic.recorded import Recorded, TeacherSizes, place_of
 from megatron_mm.mimic.rounds import Rows, open_rows
 from megatron_mm.mimic.text import answer_starts, row_digest, supervised, token_digest
 
+CORRECTION = "e_score_correction_bias"  # of routers as GLM-4.5's and DeepSeek-V3's
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -61,6 +63,12 @@ class TransformersTeacher:
             raise
         except Exception as error:  # of transformers, of any kind
             raise ConvertError(f"{folder}: {cli.one_line(error)}") from error
+        hidden = [name for name, _ in _tensors(self._model) if name.endswith(CORRECTION)]
+        if hidden:
+            raise ConvertError(
+                f"{folder}: {len(hidden)} of its routers choose with a correction ({hidden[0]}), "
+                "which their logits do not show; record a teacher whose routers choose by softmax"
+            )
         self.builder = SampleBuilder(self.run, self.tokenizer)
 
     @torch.no_grad()
@@ -103,8 +111,22 @@ class TransformersTeacher:
                 "--checkpoint"
             )
         length = len(sample.tokens_T)
-        flat = [one.reshape(-1, one.shape[-1])[:length].float() for one in routers]
+        flat = [as_logits(one.reshape(-1, one.shape[-1])[:length].float()) for one in routers]
         return Seen(flat, found.logits[0, :length].float())
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def as_logits(said_TE: torch.Tensor) -> torch.Tensor:
+    """Returns logits of what a model calls its router logits: some give probabilities, as those of
+    transformers 5.5 and DBRX do."""
+    sums_T = said_TE.sum(1)
+    if (said_TE >= 0).all() and torch.allclose(sums_T, torch.ones_like(sums_T), atol=1e-3):
+        return said_TE.log()
+    return said_TE
 
 
 def _run_of(folder: Path, data: DataConfig) -> RunConfig:

@@ -114,7 +114,7 @@ def check_forbidden(forbidden: Mapping[int, torch.Tensor], layers: int, k: int, 
     layer or the size is another model's.
 
     Args:
-        k: the most experts that a token takes in all hops, which may have to be different.
+        k: `config.experts_needed`.
     """
     for index, mask in forbidden.items():
         if not 0 <= index < layers:
@@ -128,7 +128,7 @@ def check_forbidden(forbidden: Mapping[int, torch.Tensor], layers: int, k: int, 
         if left < k:
             raise ValueError(
                 f"{experts - left} of {experts} experts of layer {index} forbidden leaves {left}, "
-                f"a token takes {k}; forbid at most {experts - k}"
+                f"a token needs {k}; forbid at most {experts - k}"
             )
 
 

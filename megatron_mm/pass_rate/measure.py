@@ -71,7 +71,7 @@ def measure(
         DataError: on every rank: for a row that cannot be read, unless `on_bad_sample` is skip; if
             the rewards of a round failed (`check_rewards`); for a file that cannot be written.
     """
-    rated = _Rating(engine, tokenizer, open_rows(engine, data), out)
+    rated = _Rating(engine, tokenizer, open_rows(engine, data), out, per_round)
     try:
         return run_rounds(engine.groups, out, key, len(rated.rows), per_round, rated, told)
     finally:
@@ -92,7 +92,9 @@ def told(tally: Tally) -> str:
 class _Rating:
     """Rates this replica's rows of a round; also the `draw.PromptRows` that it draws."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, rows: RowFiles, out: Path):
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, rows: RowFiles, out: Path, per_round: int
+    ):
         run = engine.run
         self.engine, self.tokenizer, self.rows, self.out = engine, tokenizer, rows, out
         self.rl = resolved(run)
@@ -101,6 +103,8 @@ class _Rating:
         self.skip_bad = run.data.on_bad_sample == "skip"
         self.scorer = Scorer(self.rl, engine, tokenizer, None)
         self.judge = self.scorer.names.index(difficulty_name(self.rl))
+        # Failures of a whole round, or of a whole file, stop the command.
+        self.least = min(per_round, len(rows)) * self.rl.num_generations
 
     def read(self, numbers: list[int]) -> Drawn:
         found = self.reader.prompts([Place(0, number) for number in numbers])
@@ -115,7 +119,10 @@ class _Rating:
         rollout = complete(self.engine, self.tokenizer, self, numbers, record_routes=routes)
         scored = self.scorer.score(rollout)
         weights, most = self.scorer.weights, self.rl.max_reward_failures
-        check_rewards(self.engine, scored, weights, [0] * len(scored.groups), 1, most, False)
+        # A row that nothing can judge has no accuracy; a last round may have no others.
+        check_rewards(
+            self.engine, scored, weights, [0] * len(scored.groups), 1, most, True, self.least
+        )
         made = Made()
         if self.engine.groups.is_reader:
             made.sums["skipped"] = len(scored.skipped)
@@ -134,8 +141,12 @@ class _Rating:
             name: [_plain(value) for value in values_GC[:, c].tolist()]
             for c, name in enumerate(scored.names)
         }
-        judged = values_GC[:, self.judge].tolist()
-        right = [None if v != v else v >= self.rl.difficulty_threshold for v in judged]
+        judged_G = values_GC[:, self.judge]
+        reached_G = judged_G >= self.rl.difficulty_threshold  # in fp32, as a run compares
+        right = [
+            None if unknown else reached
+            for unknown, reached in zip(judged_G.isnan().tolist(), reached_G.tolist(), strict=True)
+        ]
         known, count = [r for r in right if r is not None], sum(r is True for r in right)
         rating = (
             count / len(known) if known else None,

@@ -14,11 +14,12 @@ from typing import Any
 
 from megatron_mm.data.chat import answer_text
 from megatron_mm.data.files.forms import Row
-from megatron_mm.data.files.keys import RATED
+from megatron_mm.data.files.keys import LOOKS, RATED
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.messages import ESCAPED_MARK, IMAGE_MARK, check_messages
+from megatron_mm.data.place_names import without_places
 from megatron_mm.data.sample import SampleBuilder
-from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.data.tokenizer import LOOK, Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.errors import DataError
@@ -206,20 +207,37 @@ class _Continuing:
 
 
 def without_images(row: Row, image_keys: tuple[str, ...], where: str) -> Row:
-    """Returns the row as if it had never had images: without them, their marks, and a line break
-    behind a mark. Raises DataError."""
+    """Returns the row as if it had never had images: without them, their marks, a line break behind
+    a mark, and the looks at them. Raises DataError."""
     check_messages(row, where)
-    messages = [
-        turn | {"content": _blind(turn["content"])} if turn.get("role") == "user" else turn
-        for turn in row["messages"]
-    ]
-    return {key: v for key, v in row.items() if key not in image_keys} | {"messages": messages}
+    messages = [_blind(turn) for turn in row["messages"]]
+    gone = (*image_keys, LOOKS)
+    return {key: v for key, v in row.items() if key not in gone} | {"messages": messages}
 
 
-def _blind(content: Any) -> Any:
+def _blind(turn: dict[str, Any]) -> dict[str, Any]:
+    """Returns a message of a user without images, one of the assistant without looks."""
+    content, role = turn.get("content"), turn.get("role")
+    if role == "assistant":
+        change = _unlooked
+    elif role == "user":
+        change = _unmarked
+    else:
+        return turn
     if isinstance(content, list):
-        return [part for part in content if part.get("type") != "image"]
-    texts = content.split(ESCAPED_MARK)
+        parts = [part for part in content if part.get("type") != "image"]
+        content = [p | {"text": change(p["text"])} if "text" in p else p for p in parts]
+    elif isinstance(content, str):
+        content = change(content)
+    return turn | {"content": content}
+
+
+def _unlooked(text: str) -> str:
+    return without_places(text).replace(LOOK, "")
+
+
+def _unmarked(text: str) -> str:
+    texts = text.split(ESCAPED_MARK)
     for mark in (IMAGE_MARK + "\n", IMAGE_MARK):
         texts = [text.replace(mark, "") for text in texts]
     return ESCAPED_MARK.join(texts)

@@ -27,6 +27,7 @@ from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.standins import fused_kernels
 from megatron_mm.rl.objective import ExpertAlignedObjective, PolicyObjective
 from megatron_mm.rl.policy_batch import PolicyBatch
+from megatron_mm.rl.policy_losses import loss_denominator
 from megatron_mm.rl.reference_settings import ReferenceConfig
 from megatron_mm.rl.settings import ResolvedRL, RLConfig, resolved, teacher_folders
 
@@ -56,9 +57,13 @@ def policy_batch(run: RunConfig, rl: ResolvedRL, batch: Microbatch) -> PolicyBat
     if rl.earl.router_loss_coeff:
         members = torch.zeros(1, layers, language.num_experts, dtype=torch.bool)
         router = RouterTargets(zeros_T, members, 1.0, rl.earl.router_temperature)
+    completions = their_completions(run, batch)
     return PolicyBatch(
         **vars(batch) | {"routes": replayed, "skill_T": torch.where(sampled, 0, -1)},
-        **their_completions(run, batch),
+        **completions,
+        divisor=loss_denominator(
+            rl.loss_agg_mode, completions["lengths_N"], rl.max_completion_length
+        ),
         advantages_T=zeros_T,
         rollout_logprobs_T=zeros_T,
         old_logprobs_T=zeros_T,

@@ -14,7 +14,7 @@ from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import RouterTerm
 from megatron_mm.report.metrics import Metrics
 from megatron_mm.rl.policy_batch import PolicyBatch
-from megatron_mm.rl.policy_losses import Tokens, logprob_abs_diff, loss_denominator, policy_loss
+from megatron_mm.rl.policy_losses import Tokens, logprob_abs_diff, policy_loss
 from megatron_mm.rl.settings import ResolvedRL
 
 
@@ -60,9 +60,7 @@ class PolicyObjective:
             (lambda sums_N: _summed(sums_N, pg.cp)) if pg.cp.size() > 1 else None,
         )
         numerator, sums = policy_loss(tokens, self.rl)
-        count = loss_denominator(
-            self.rl.loss_agg_mode, tokens.lengths_N, self.rl.max_completion_length
-        )
+        count = batch.divisor.to(rows.device)
         if pg.cp.rank():
             count = torch.zeros_like(count)  # the completions are counted once
         mask_K = tokens.mask_K

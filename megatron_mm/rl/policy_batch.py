@@ -35,6 +35,8 @@ class PolicyBatch(CompletionBatch, TaughtBatch):
         rollout_weights_T: `importance_weights`, where the settings ask for them.
         kl_weights_T: factors of beta, where the settings ask for them.
         learnt_T: bool, where the policy loss learns; None: everywhere.
+        divisor: int64 scalar, this microbatch's part of the number that the policy loss is divided
+            by (`loss_denominator`): tokens, completions, or whatever the aggregation counts.
     """
 
     advantages_T: torch.Tensor
@@ -44,6 +46,12 @@ class PolicyBatch(CompletionBatch, TaughtBatch):
     rollout_weights_T: torch.Tensor | None
     kl_weights_T: torch.Tensor | None
     learnt_T: torch.Tensor | None
+    divisor: torch.Tensor
+
+    @property
+    def loss_weight(self) -> torch.Tensor:
+        """See `Microbatch.loss_weight`."""
+        return self.divisor.to(self.loss_mask_T.dtype)
 
 
 def policy_batches(
@@ -116,9 +124,10 @@ def policy_batch(
         weights_T = importance_weights(
             logprobs.old_T, logprobs.rollout_T, batch.completion_T, len(batch.members), rl
         )
+    lengths_N = batch.lengths_N.masked_fill(out_N, 0)
     values = vars(batch) | {
         "completion_T": completion_T,
-        "lengths_N": batch.lengths_N.masked_fill(out_N, 0),
+        "lengths_N": lengths_N,
         "skill_T": _skills(batch, credited) if rl.earl.skill_map else None,
         "routes": batch.routes if logprobs.routes is None else logprobs.routes,
     }
@@ -131,6 +140,7 @@ def policy_batch(
         rollout_weights_T=weights_T,
         kl_weights_T=_kl_weights(batch, credited) if rl.beta else None,
         learnt_T=None if threshold is None else entropies(logprobs).double() >= threshold,
+        divisor=loss_denominator(rl.loss_agg_mode, lengths_N, rl.max_completion_length),
         router=router,
     )
 

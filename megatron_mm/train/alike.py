@@ -41,6 +41,10 @@ MAY_DIFFER = {
 }
 PACKAGES = ("torch", "megatron-core", "numpy", "transformers")
 BLOCK, BLOCKS = 1 << 12, 16  # bytes of a file that are read at a time, and how often
+# Settings of objectives that name what every rank reads.
+OF_OBJECTIVES = (
+    *("skill_map", "mimic_routes", "mimic_map", "ref_load", "dpo_ref_load", "teacher_load"),
+)
 MANY = 64  # files of one setting, beyond which two blocks of each are read
 
 
@@ -147,7 +151,10 @@ def files_of(run: RunConfig) -> list[str]:
     paths += [source.path for phase in data.train_data for source in phase.mixture]
     paths += [data.valid_data, data.tokenizer_model, checkpoint.load, checkpoint.load_hf]
     for section in run.objectives.values():
-        paths += [getattr(section, name, None) for name in ("skill_map", "ref_load")]
+        for name in OF_OBJECTIVES:
+            held = getattr(section, name, None)
+            # A list has a name before each folder: one teacher of several.
+            paths += [w.rpartition("=")[2] for w in held] if isinstance(held, list) else [held]
     return list(dict.fromkeys(path for path in paths if path))
 
 

@@ -80,6 +80,7 @@ class Trainer:
         begun = start(self.engine, loader, run.checkpoint, tokens)
         self.engine.at_progress()
         self.iteration, self.seconds = begun.iteration, begun.seconds
+        self.trained_before = begun.seconds  # of a run that is resumed
         self.notes = begun.notes | tokens
         self.saver = Saver(
             self.engine,
@@ -239,11 +240,12 @@ class Trainer:
         return ", ".join(rows[:most]) + more
 
     def time_is_up(self) -> bool:
-        """Whether any rank has trained for `exit_duration_in_mins`. Every rank calls it."""
+        """Whether any rank has trained for `exit_duration_in_mins` since it started. Every rank
+        calls it."""
         limit = self.run.training.exit_duration_in_mins
         if limit is None or not self.source.between:
             return False
-        return raise_together(self.groups, None, self.seconds >= 60 * limit)
+        return raise_together(self.groups, None, self.seconds - self.trained_before >= 60 * limit)
 
     def save(self, position: dict | None = None) -> float:
         """Saves, or starts to (`async_save`); returns the seconds for which training paused.

@@ -21,6 +21,8 @@ FLAGS = set(re.findall(r"--[\w-]+", make_parser().format_help()))
 OTHERS = {
     "--attention-backend": "unfused",
     "--cp-comm-type": "p2p",
+    "--empty-unused-memory-level": "1",
+    "--experimental-attention-variant": "dsa",
     "--distributed-backend": "ucc",
     "--normalization": "LayerNorm",
     "--position-embedding-type": "learned_absolute",

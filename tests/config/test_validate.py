@@ -98,7 +98,9 @@ CASES = [
         "--moe-shared-expert-intermediate-size 65 --tensor-model-parallel-size 2",
         f"moe_shared_expert_intermediate_size 65 does not divide by {TP} 2",
     ),
-    ("--moe-router-topk 9", "moe_router_topk is 9; allowed: 1 to num_experts 8"),
+    ("--moe-router-topk 9", "moe_router_topk is 9; allowed: 2 to num_experts 8"),
+    # The weight of a single expert is 1 whatever its router says.
+    ("--moe-router-topk 1", "moe_router_topk is 1; allowed: 2 to num_experts 8"),
     ("--rotary-percent 0.3", "rotary_percent is 0.3; allowed: a share of kv_channels 24"),
     ("--rotary-percent 0.125", "even number of features (this one is 3)"),
     ("--rotary-percent 1.5", "rotary_percent is 1.5"),

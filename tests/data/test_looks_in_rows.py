@@ -86,14 +86,32 @@ def test_a_prompt_has_the_looks_of_answers_before_it(builder, row, look_scenes):
         {"role": "user", "content": "Again?"},
         {"role": "assistant", "content": "cell 0<look> is 1"},
     ]
-    again["looks"] = [*row["looks"], None]
+    again["looks"] = [*row["looks"], {"box": [0, 0, 0.5, 0.5]}]
     second = builder.prompt(again, "r:1", look_scenes)
     whole = builder.training(row, "r:1", look_scenes)
-    assert second.queries == whole.queries and second.targets == (*whole.targets, None)
+    nowhere = (None,) * len(row["looks"])  # a prompt's own answers are not learnt
+    assert second.queries == whole.queries and second.targets == (*nowhere, (0.25, 0.25, 0.5))
     batch = collate([second, first], settings=builder.settings, pad_id=0)
     assert batch.queries.targets_N3.shape == (len(row["looks"]), 3)
     assert batch.queries.rows_BM3.shape == (2, len(row["looks"]) + 1, 3)
     assert batch.queries.rows_BM3[1, 0].tolist() == pytest.approx(first.targets[0])
+
+
+@pytest.mark.parametrize("place", ["hidden", "random", "oracle"])
+def test_only_learnt_answers_teach_places(look_scenes, row, place):
+    """Under oracle the boxes are no lesson but the places themselves."""
+    run = with_glimpses(digits_run(look_scenes), place=place)
+    builder = SampleBuilder(run, load_tokenizer(run.data.tokenizer_model))
+    again = copy.deepcopy(row)
+    again["messages"][1]["weight"] = 0
+    again["messages"] += [
+        {"role": "user", "content": "Again?"},
+        {"role": "assistant", "content": "cell 0<look> is 1"},
+    ]
+    again["looks"] = [*row["looks"], {"box": [0, 0, 0.5, 0.5]}]
+    sample = builder.training(again, "r:1", look_scenes)
+    known = [target is not None for target in sample.targets]
+    assert known == [place == "oracle"] * len(row["looks"]) + [True]
 
 
 def test_without_glimpses_a_look_is_a_word(builder, row, look_scenes, looking):

@@ -222,6 +222,8 @@ def test_parquet_pads_objects_and_trains_on_none_of_it(tmp_path, tokenizer):
             "messages": [ASK, answer(tool_calls=[call])],
             "tools": [{"name": "f", "parameters": {key: {"type": "integer"}}}],
             "spans": [{"text": "yes", "skill": "a"} | ({"value": "yes"} if n else {})],
+            "looks": [{"box": [0, 0, 1, 1]} | ({"image": 0} if n else {})],
+            "ground_truth": {"name": "x"} | ({"age": 3} if n else {}),
         }
         for n, (call, key) in enumerate(zip(calls, "ab", strict=True))
     ]
@@ -232,7 +234,8 @@ def test_parquet_pads_objects_and_trains_on_none_of_it(tmp_path, tokenizer):
         held, _ = open_row_files(tmp_path / f"rows.{kind}", RowGroupCache()).locate(0)
         read[kind] = [held[n] for n in range(2)]
     for one, other in zip(read["jsonl"], read["parquet"], strict=True):
-        assert other["spans"] == one["spans"] and other["tools"] == one["tools"]
+        for key in ("spans", "tools", "looks", "ground_truth"):
+            assert other[key] == one[key]
         encoded = [encode_row(row, "r:1", tokenizer, [], 999) for row in (one, other)]
         assert encoded[0] == encoded[1]
 

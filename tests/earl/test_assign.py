@@ -180,7 +180,7 @@ def test_too_few_or_too_many_passes(passes):
 
 
 def test_a_layer_must_keep_as_many_experts_as_a_token_takes():
-    with pytest.raises(RLError, match="2 experts of which a token takes 2"):
+    with pytest.raises(RLError, match="2 experts of which a token needs 2"):
         removals(1, 2, 2, None, seed=1)
     assert {len(inside) for _, inside in removals(1, 24, 22, 20, seed=1)} == {2}
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from megatron.core import parallel_state
 
+from megatron_mm.config import RunConfig, preset
 from megatron_mm.earl.discovery import ByLift, forbid_clusters
 from megatron_mm.earl.probe import Probe
 from megatron_mm.earl.skill_map import SkillMap, load_skill_map
@@ -155,7 +157,7 @@ def test_the_tool_runs_the_causal_test(tool, place, scenes, tmp_path):
 def test_a_cluster_of_nearly_all_experts_cannot_be_forbidden():
     skill_map = SkillMap(2, 8, 2, {"alpha": [[], [0, 1, 2, 3, 4, 5, 6]]})
     with pytest.raises(RLError, match=r"7 of 8 experts cannot be forbidden, .*-size 6 or less"):
-        forbid_clusters(None, None, skill_map)
+        forbid_clusters(SimpleNamespace(run=RunConfig(model=preset("tiny"))), None, skill_map)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.generation.generate import Prompts, generate, whole_logits
 from megatron_mm.generation.lanes import Completion
+from megatron_mm.generation.looked import gather_looked
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.model.routing import whole_routes
 from megatron_mm.parallel.param_layout import layouts
@@ -198,6 +199,64 @@ def test_controls_look_where_they_should(ranks, look_scenes, one_rank, place):
                 left, top, right, bottom = entry["box"]
                 centre = (top + bottom) / 2, (left + right) / 2, right - left
                 assert place_3 == pytest.approx(centre, abs=1e-5)
+
+
+def on_rank_ends(run: RunConfig, stop_first: bool) -> list[int]:
+    """How often completions of one token looked, which is a stop or all that is allowed."""
+    engine = random_engine(run)
+    tokenizer = load_tokenizer(run.data.tokenizer_model)
+    questions = EvalSet(run.data.valid_data, run, tokenizer)
+    stops = tuple(range(tokenizer.vocab_size)) if stop_first else (NEVER,)
+    sampling = Sampling(
+        stops, NEW_TOKENS if stop_first else 1, 0.7, looks=LookTokens.of(run, tokenizer)
+    )
+    prompts = Prompts(lambda i: questions[i].sample, [0, 1, 2])
+    found = generate(engine, prompts, sampling, max_num_seqs=2, pad_id=tokenizer.pad_id)
+    every = [completion for group in found for completion in group]
+    assert [len(completion.tokens_G) for completion in every] == [1, 1, 1]
+    looked = gather_looked(engine, every)
+    return [len(places) for places in looked] if engine.groups.is_reader else [0, 0, 0]
+
+
+@pytest.mark.parametrize("layout", [{}, PP2])
+@pytest.mark.parametrize("stop_first", [True, False])
+def test_answers_of_one_token_have_looked_nowhere(ranks, look_scenes, layout, stop_first):
+    """No decoding step has run when they end."""
+    run = looking_run(look_scenes, **layout)
+    for counts in ranks(2 if layout else 1, on_rank_ends, run, stop_first):
+        assert counts == [0, 0, 0]
+
+
+def on_rank_refill(run: RunConfig) -> tuple[list, list]:
+    """Where a prompt without boxes looks: alone, and in the row of one with boxes."""
+    engine = random_engine(run)
+    _say_little(engine)
+    tokenizer = load_tokenizer(run.data.tokenizer_model)
+    questions = EvalSet(run.data.valid_data, run, tokenizer)
+    boxed, bare = questions[0].sample, questions[1].sample
+    bare = replace(bare, targets=(None,) * len(bare.targets))
+
+    def drawn(samples: list, query_id: int) -> Completion:
+        looks = replace(LookTokens.of(run, tokenizer), query_id=query_id, most=2)
+        sampling = Sampling((NEVER,), NEW_TOKENS, 0.7, top_k=4, seed=3, looks=looks)
+        numbers = range(2 - len(samples), 2)  # the last has number 1 in both
+        prompts = Prompts(lambda i: samples[i], [*numbers])
+        found = generate(engine, prompts, sampling, max_num_seqs=1, pad_id=tokenizer.pad_id)
+        (completion,) = found[-1]
+        return completion
+
+    query_id = int(drawn([bare], NEVER).tokens_G.mode().values)
+    return tuple(
+        (found.tokens_G.tolist(), found.looked_NQ3.tolist())
+        for found in (drawn([bare], query_id), drawn([boxed, bare], query_id))
+    )
+
+
+def test_a_row_forgets_the_boxes_of_its_last_completion(ranks, look_scenes):
+    alone, behind = ranks(1, on_rank_refill, looking_run(look_scenes, "oracle"))[0]
+    assert alone[1] and behind[0] == alone[0]
+    # The cache is longer behind another prompt, so attention rounds otherwise.
+    torch.testing.assert_close(torch.tensor(behind[1]), torch.tensor(alone[1]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["one rank", "PP2", "CP2", "TP2xPP2"])

@@ -23,6 +23,7 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.mimic.expert_map import load_expert_map
 from megatron_mm.mimic.record import record
+from megatron_mm.mimic.record_hf import as_logits
 from megatron_mm.mimic.recorded import Recorded, TeacherSizes, write_routes
 from megatron_mm.mimic.rounds import Rows
 from megatron_mm.mimic.route_file import RouteFile
@@ -328,6 +329,14 @@ def test_ours_equals_transformers(tool, folders, fused, tmp_path):
         torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
 
 
+def test_probabilities_are_no_logits():
+    """Some models give the softmax as their router logits; a second one would flatten it."""
+    logits_TE = 2 * torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
+    expected = logits_TE.softmax(1)
+    for said in (logits_TE, expected):
+        torch.testing.assert_close(as_logits(said).softmax(1), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_a_folder_that_cannot_teach_is_one_line(tool, folder, tmp_path):
     """Without experts; with code of its own; with other layers than it has; with images."""
     dense = tmp_path / "dense"
@@ -338,6 +347,14 @@ def test_a_folder_that_cannot_teach_is_one_line(tool, folder, tmp_path):
     )  # fmt: skip
     transformers.Qwen2ForCausalLM(config).save_pretrained(dense)
     tokenizer.save_pretrained(dense)
+    corrected = tmp_path / "corrected"
+    config = transformers.Glm4MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, n_routed_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=1,
+    )  # fmt: skip
+    transformers.Glm4MoeForCausalLM(config).save_pretrained(corrected)
+    tokenizer.save_pretrained(corrected)
     coded = tmp_path / "coded"
     coded.mkdir()
     for path in (folder / "language").iterdir():
@@ -352,6 +369,7 @@ def test_a_folder_that_cannot_teach_is_one_line(tool, folder, tmp_path):
     language, rows = folder / "language", folder / "rows.jsonl"
     for where, data, flags, message in (
         (dense, rows, (), "its model gives 0 router logits (output_router_logits); record a mixt"),
+        (corrected, rows, (), "1 of its routers choose with a correction (model.layers.1.mlp.gate"),
         (coded, rows, (), "carries code: --trust-remote-code runs it"),
         (language, rows, ("--layers", 4), "--layers names 4; allowed: the teacher's layers of exp"),
         (language, shown, (), "shown.jsonl:1: 1 images but the model has no vision"),

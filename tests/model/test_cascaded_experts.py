@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_mm.config import ConfigError, Layer, RunConfig, load, validate
+from megatron_mm.config import (
+    ConfigError,
+    Layer,
+    RunConfig,
+    experts_needed,
+    load,
+    route_width,
+    validate,
+)
 from megatron_mm.config.layers.cascade import CascadeSettings
 from megatron_mm.engine.optimizer import module_of
 from megatron_mm.model.backends.choice import choose
@@ -24,6 +32,14 @@ from support.batches import microbatch
 from support.cascades import HARD, SOFT, cascade_run
 
 WIDTH = 4  # two experts in each hop
+
+
+@pytest.mark.parametrize(("distinct", "needed"), [(False, 2), (True, 4)])
+def test_experts_that_a_layer_must_keep(distinct, needed):
+    """Both hops may take the same ones, unless they must differ."""
+    run = cascade_run(**SOFT)
+    run.model.layers["C"].delegate_distinct = distinct
+    assert experts_needed(run.model) == needed and route_width(run.model) == 4
 
 
 def layer_of(run: RunConfig, pg, hard: bool) -> CascadedExperts:

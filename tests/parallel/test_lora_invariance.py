@@ -30,6 +30,8 @@ LAYOUTS = {
     "CP2": (2, dict(cp=2)),
     "PP2xVPP2": (2, dict(pp=2, vpp=2)),
     "TP2xPP2": (4, dict(tp=2, pp=2)),
+    # Here megatron-core's shared expert gathers and reduces around its linears.
+    "TP2, shared expert beside": (2, dict(tp=2, moe_shared_expert_overlap=True)),
 }
 
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mm.config import ConfigError, LoraConfig, ParallelConfig
+from megatron_mm.config import ConfigError, LoraConfig, ParallelConfig, RunConfig
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
 from megatron_mm.train.sft import SupervisedFineTuning
-from support.batches import microbatch
+from support.batches import microbatch, small_run
 from support.invariance import compare, invariance_run
-from support.layouts import parallel_config, step_gradients
+from support.layouts import parallel_config, step_gradients, steps_batches
+from support.weights import random_engine
 
 CASES = {
     "EP2": (dict(ep=2), {}),
@@ -56,6 +57,25 @@ def logits(overlap: bool) -> torch.Tensor:
 def test_completions_do_not_differ(ranks):
     (without,), (given,) = (ranks(1, logits, overlap) for overlap in (False, True))
     assert without.equal(given)
+
+
+def unannounced(run: RunConfig) -> list[str]:
+    """The parameters that learn without a call of the module that holds them. DDP's hooks, by which
+    `overlap_param_gather` waits for a parameter's gather, are of such calls."""
+    engine = random_engine(run)
+    (stage,), announced = engine.chunks, set()
+    for place, module in stage.named_modules():
+        names = {f"{place}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        module.register_forward_pre_hook(lambda *_, names=names: announced.update(names))
+    engine.training(True)
+    engine.forward_backward(steps_batches(run, 1), SupervisedFineTuning())
+    return sorted({name for name, p in stage.named_parameters() if p.requires_grad} - announced)
+
+
+@pytest.mark.parametrize("pattern", ["GE Q *E L GE V J *E", "GC L *E GC J *C"])
+def test_ddp_knows_when_every_parameter_is_needed(ranks, pattern):
+    run = small_run(pattern, vision_memory="pyramid")
+    assert ranks(1, unannounced, run)[0] == []
 
 
 def refused(dispatcher: str) -> str:

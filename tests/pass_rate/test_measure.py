@@ -140,6 +140,30 @@ def test_rows_that_are_bad_stop_the_command_or_are_counted(ranks, scenes, folder
     assert again.read_bytes() == out.read_bytes() and ", 2 skipped" in said
 
 
+def test_a_last_round_that_nothing_can_judge_ends_the_file(ranks, scenes, folder):
+    """It has one row, without a truth; whole rounds that fail stop the command."""
+    rows = read_rows(folder / "rows.jsonl")[: EACH + 1]
+    del rows[-1]["ground_truth"]
+    write_rows(folder / "rows.jsonl", rows)
+    out, said = rate(ranks, folder, scenes, reward_funcs=["exact"])
+    found = read_rows(out)
+    assert len(found) == EACH + 1 and "error" not in said
+    assert found[-1]["accuracy"] is None and found[-1]["right"] == [None] * 4
+    assert all(row["accuracy"] is not None for row in found[:-1])
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.9])
+def test_a_reward_as_high_as_the_threshold_is_right(ranks, scenes, folder, threshold):
+    """Rewards are fp32, in which 0.9 is less than it is in fp64."""
+    write_rows(folder / "rows.jsonl", read_rows(folder / "rows.jsonl")[:2])
+    settings = dict(
+        reward_funcs=[f"support.even.constant(value={threshold})"],
+        difficulty_threshold=threshold,
+    )
+    out, _ = rate(ranks, folder, scenes, **settings)
+    assert [row["accuracy"] for row in read_rows(out)] == [1.0, 1.0]
+
+
 def test_rewards_that_fail_are_no_wrong_answers(ranks, scenes, folder):
     funcs = ["support.even.even", "support.even.fails_on_short"]
     settings = dict(reward_funcs=funcs, difficulty_reward="fails_on_short")
@@ -295,10 +319,11 @@ def test_images_leave_no_trace():
     turns = [
         {"role": "system", "content": "Look."},
         {"role": "user", "content": "<image>\nWhat is \\<image>?<image>"},
-        {"role": "assistant", "content": "It."},
+        {"role": "assistant", "content": "It<look_y_3><look_x_4><look_s_0><look>."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And?"}]},
     ]
     row = {"messages": turns, "images": ["a", "b", "c"], "other_images": ["d"], "skill": "s"}
+    row["looks"] = [{"image": 0, "box": [0, 0, 1, 1]}]
     found = without_images(row, ("images", "other_images"), "r:1")
     assert {*found} == {"messages", "skill"}
     assert [turn["content"] for turn in found["messages"]] == [

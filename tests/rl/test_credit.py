@@ -15,6 +15,7 @@ from megatron_mm.rl.completion_batch import answered, completion_batch
 from megatron_mm.rl.credit import completion_kl, credit, over_the_batch
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_batch import policy_batches
+from megatron_mm.rl.policy_losses import LOSS_AGGREGATIONS
 from megatron_mm.rl.rollout.collect import assign_steps
 from megatron_mm.rl.rollout.score import Scored, informative, join
 from megatron_mm.rl.settings import RLConfig, resolve_algorithm
@@ -106,6 +107,20 @@ def test_policy_batches_hold_what_was_credited_and_leave_failures_out():
     assert one.skill_T is None  # without a skill map
     # The microbatches that forward passes read stay as they were.
     assert batches[0].lengths_N.tolist() == [2, 3] and (batches[0].completion_T == 0).sum() == 2
+
+
+@pytest.mark.parametrize("mode", [*LOSS_AGGREGATIONS])
+def test_what_routers_lose_is_weighed_like_the_policy_loss(mode):
+    """The balancing loss of a microbatch is divided by what the policy loss of the step is: else
+    its coefficient would mean another with every length of completions."""
+    rl = settings(algorithm="grpo", loss_agg_mode=mode, max_completion_length=4)
+    found = credit(scored([[1.0, 0.0], [math.nan, 0.5]]), [1.0], rl, None, None, alone)
+    batches = packed()
+    made = policy_batches(batches, [known(b) for b in batches], found, rl, None, *ALONE)
+    kept = torch.tensor([3, 1, 4])  # lengths without the one that failed
+    whole = LOSS_AGGREGATIONS[mode].denominator(kept, 4)
+    assert sum(float(batch.loss_weight) for batch in made) == float(whole)
+    assert all(float(batch.loss_weight) == float(batch.divisor) for batch in made)
 
 
 def test_policy_batches_hold_the_skill_of_every_position():

@@ -3,17 +3,27 @@ the same numbers with a pipeline and replayed routes."""
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 
-from megatron_mm.config import RunConfig
-from megatron_mm.config.layers.queries import window
+from megatron_mm.config import ConfigError, RunConfig, validate
+from megatron_mm.config.layers.queries import query_settings, window
+from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.sample import Sample
+from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.generation.lanes import Completion
 from megatron_mm.rl.completion_batch import answered, completion_batch
 from megatron_mm.rl.rewards.looking import look_if_right, look_iou
+from megatron_mm.rl.rewards.result import Rewards
+from megatron_mm.rl.rollout.draw import Group, Rollout
+from megatron_mm.rl.rollout.score import Scorer
+from megatron_mm.rl.settings import RLConfig, resolved
 from support.grpo_runs import grpo_run, trainer_of
 from support.trainers import PP2, with_glimpses
+from support.weights import random_engine
 
 LOOKS = LookTokens(query_id=7, slot_id=9, slots=2, most=3, min_scale=0.1)
 
@@ -63,6 +73,41 @@ def test_slots_are_in_no_loss():
     assert made.predicting(3).tolist() == [6, 9, 10]
 
 
+FIRST, SECOND = [{"box": [0, 0, 0.5, 0.5]}], [{"box": [0.5, 0.5, 1, 1]}]  # of two answers
+
+
+def on_rank_boxes(run: RunConfig) -> list:
+    """The boxes that rewards are given for this replica's completions: of a row with two answers,
+    whose prompt holds the first, and of a row without boxes. Two replicas have one row each."""
+    multiprocessing.current_process()._config["daemon"] = False  # for reward workers
+    engine, given = random_engine(run), []
+    scorer = Scorer(resolved(run), engine, load_tokenizer(run.data.tokenizer_model), None)
+
+    def remember(prompts, completions, ids, columns, routes):
+        given.extend(columns["looks"][:: run.section(RLConfig).num_generations])
+        return Rewards.empty(scorer.names, len(completions))
+
+    drawn = Completion(torch.tensor([5]), torch.zeros(1), True, looked_NQ3=torch.zeros(0, 1, 3))
+    groups = []
+    for number, (queries, more) in enumerate([((1,), {"looks": FIRST + SECOND}), ((), {})]):
+        sample = Sample(*[torch.zeros(4).long()] * 2, torch.zeros(4), [], "r:1", queries=queries)
+        row = {"messages": [{"role": "user", "content": "?"}]} | more
+        completions = (drawn,) * run.section(RLConfig).num_generations
+        groups.append(Group(number, completions, Prompt(sample, row, "r:1")))
+    dp = engine.groups.pg.dp
+    with scorer._runner as runner:
+        runner.score = remember
+        scorer.score(Rollout(tuple(groups[dp.rank() :: dp.size()]), (), 0.0))
+    return given
+
+
+def test_a_reward_gets_the_boxes_of_the_answer_it_judges(ranks, look_scenes):
+    """Not those of answers before it. A row without the key has None, on whatever replica."""
+    run = looking_run(look_scenes)
+    assert ranks(1, on_rank_boxes, run) == [[SECOND, None]]
+    assert ranks(2, on_rank_boxes, run) == [[SECOND], [None]]
+
+
 def on_rank_step(run: RunConfig) -> dict:
     """The metrics of the first step of a model of random weights, which looks at random."""
     trainer = trainer_of(run)
@@ -89,3 +134,10 @@ def test_grpo_looks_alike_with_a_pipeline(ranks, look_scenes):
     for name in ("reward", "rewards/look_iou/mean", "train/grad_norm", "look/scale"):
         assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-6), name
     assert 0 < one["look/scale"] < 1 and one["rewards/look_iou/mean"] > 0
+
+
+def test_boxes_are_no_loss_of_reinforcement(look_scenes):
+    run = looking_run(look_scenes)
+    query_settings(run.model).query_box_loss_coeff = 1.0
+    with pytest.raises(ConfigError, match="query_box_loss_coeff is 1.0; allowed: 0 with objective"):
+        validate(run, 1)

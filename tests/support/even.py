@@ -15,6 +15,11 @@ def same(prompts, completions, completion_ids, **columns):
     return [0.0 for _ in completion_ids]
 
 
+def constant(prompts, completions, completion_ids, value=0.0, **columns):
+    """Returns the same value for every completion."""
+    return [value for _ in completion_ids]
+
+
 def fails_on_short(prompts, completions, completion_ids, **columns):
     """Raises for completions whose last token is odd."""
     for ids in completion_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,20 @@ SETTINGS = {
     "hybrid_layer_pattern": "GE GE",
     "reward_timeout": 3.0,
 }
+
+
+def test_every_file_that_an_objective_names_is_compared():
+    """A stale file on one node would train its ranks towards something else."""
+    names = re.compile(r"(_load|_map|_routes)$")
+    run, expected = RunConfig(), set()
+    for leaf in leaves(RunConfig):
+        if leaf.path[0] in run.objectives and names.search(leaf.name):
+            many = leaf.name == "teacher_load"
+            value = [f"a={leaf.name}", f"b={leaf.name}2"] if many else leaf.name
+            setattr(run.objectives[leaf.path[0]], leaf.name, value)
+            expected |= {leaf.name, f"{leaf.name}2"} if many else {leaf.name}
+    assert len(expected) == 7
+    assert expected <= {*alike.files_of(run)}
 
 
 def paths() -> dict[str, tuple[str, ...]]:

@@ -125,6 +125,7 @@ CASCADE = LayerKind(
     flops=_flops,
     routed=True,
     hops=_hops,
+    hops_differ=lambda model: model.layer_settings("C").delegate_distinct,
     reads_stream=True,
     grows="E",
     settings=CascadeSettings,

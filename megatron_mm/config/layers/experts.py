@@ -54,10 +54,11 @@ def _gated_mlp(hidden: int, width: int) -> tuple[Linear, Linear]:
 def check(run: RunConfig) -> None:
     lm, parallel = run.model.language, run.parallel
     require(
-        lm.moe_router_topk <= lm.num_experts,
+        2 <= lm.moe_router_topk <= lm.num_experts,
         "moe_router_topk",
         lm.moe_router_topk,
-        f"1 to num_experts {lm.num_experts}",
+        # The weights of the chosen sum to 1, so the router of a single one would learn nothing.
+        f"2 to num_experts {lm.num_experts}",
     )
     ep = parallel.expert_model_parallel_size
     divides("num_experts", lm.num_experts, "expert_model_parallel_size", ep)

@@ -29,6 +29,10 @@ def _nothing(run: RunConfig) -> tuple:
     return ()
 
 
+def _never(model: ModelConfig) -> bool:
+    return False
+
+
 def _one_hop(model: ModelConfig) -> tuple[int, ...]:
     return (model.language.moe_router_topk,)
 
@@ -53,6 +57,7 @@ class LayerKind:
         reads_memory: it looks at the vision memory, which must travel to its stage.
         routed: it has routed experts; its number is their moe index.
         hops: of a routed kind, how many experts compute a position, hop by hop.
+        hops_differ: whether no expert may compute a position in two hops.
         reads_stream: `run` is also given the hidden state as it is before the norm.
         grows: the letter whose place it may take in a fine-tune. What it has beside that letter's
             parameters then starts new.
@@ -86,6 +91,7 @@ class LayerKind:
     reads_memory: bool = False
     routed: bool = False
     hops: Callable[[ModelConfig], tuple[int, ...]] = _one_hop
+    hops_differ: Callable[[ModelConfig], bool] = _never
     reads_stream: bool = False
     grows: str | None = None
     settings: type | None = None

@@ -39,7 +39,8 @@ class QuerySettings:
     """Share of train_iters over which the floor falls from query_first_scale to query_min_scale. It
     never rises again: a model that was trained goes on with its own."""
     query_box_loss_coeff: NonNegativeFloat = 0.0
-    """Weight of the distance to the boxes of the rows' `looks` beside the main loss."""
+    """Weight of the distance to the boxes of the rows' `looks` beside the loss of a token, in
+    supervised tuning."""
     query_place: Literal["hidden", "tokens", "random", "oracle"] = "hidden"
     """Who says where a query looks. hidden: its hidden state; tokens: three words that the model
     writes before it; random: the number of its position, and oracle: the box of the row's `looks`,
@@ -116,6 +117,10 @@ def _check(run: RunConfig) -> None:
     weight, spoken = settings.query_box_loss_coeff, settings.query_place == "tokens"
     allowed = "0 under query_place tokens, whose places are learnt as words"
     require(not (spoken and weight), "query_box_loss_coeff", weight, allowed)
+    objective = run.training.objective
+    allowed = f"0 with objective {objective}, whose loss does not count tokens; reward look_iou"
+    counts_tokens = objective not in ("grpo", "dpo")
+    require(counts_tokens or not weight, "query_box_loss_coeff", weight, allowed)
 
 
 QUERY = LayerKind(

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_mm.errors import DataError
 
+LOOKS = "looks"  # the boxes of queries, in runs of models that glimpse
 USED = (
     *("messages", "tools", "images"),
     *("skill", "form", "ground_truth", "scorer", "spans"),

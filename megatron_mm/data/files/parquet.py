@@ -13,11 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_mm.data.files.forms import SIDES, check_columns, normalise_row
+from megatron_mm.data.files.keys import LOOKS
 from megatron_mm.data.loading.shuffle import RowGroup, RowGroupCache
 from megatron_mm.errors import DataError
 
 # Columns of objects. Parquet gives each object the keys of all, null where it had none.
-NESTED = ("messages", "prompt", "tools", "spans", "conversations", *SIDES)
+NESTED = (
+    *("messages", "prompt", "tools", "spans", "conversations", *SIDES),
+    *(LOOKS, "ground_truth", "reward_model"),
+)
 
 
 def _without_nulls(value: Any) -> Any:

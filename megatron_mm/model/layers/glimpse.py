@@ -131,6 +131,17 @@ class Glimpse(nn.Module, Scheduled):
         """See `LayerModule.run`."""
         if state is not None and state.cache.stepping:
             return self.step(hidden_t1H, state)
+        return self(hidden_t1H, context, state, memories)
+
+    def forward(
+        self,
+        hidden_t1H: torch.Tensor,
+        context: StreamContext,
+        state: Glances | None,
+        memories: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """`run` for a whole stream. As a call of the module, so that DDP's hooks wait for all of
+        its parameters (`overlap_param_gather`)."""
         queries = context.known_queries
         reads = queries.reads[self.reads]
         key, value = self._keys_and_values(memories[self.reads])

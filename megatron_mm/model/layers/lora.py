@@ -74,6 +74,9 @@ class LoRA(nn.Module):
             raise ValueError(f"a weight split along dimensions {split} cannot have an adapter")
         self.splits_inputs = split == (len(outputs),)
         self.splits_outputs = bool(split) and not self.splits_inputs
+        self.exchanges = bool(split) and not _leaves_exchange(linear)
+        # Each rank has its positions' part of the gradient, or that of its share of the features.
+        partial = self.sequence_parallel or not self.exchanges
         whole = {dim: layout.global_shape[dim] for dim in split}  # what is past it is padding
         like = {"dtype": weight.dtype, "device": weight.device}
         self.a = nn.Parameter(torch.empty(rank, inputs, **like))
@@ -84,7 +87,7 @@ class LoRA(nn.Module):
             uniform(-bound, bound),
             split={1: tp} if self.splits_inputs else None,
             whole={1: layout.global_shape[-1]} if self.splits_inputs else None,
-            partial_gradient=self.sequence_parallel and self.splits_outputs,
+            partial_gradient=partial and self.splits_outputs,
         )
         place(
             self.b,
@@ -92,7 +95,7 @@ class LoRA(nn.Module):
             split={split[0]: tp} if self.splits_outputs else None,
             whole=whole if self.splits_outputs else None,
             view=(*outputs, rank),
-            partial_gradient=self.sequence_parallel and self.splits_inputs,
+            partial_gradient=partial and self.splits_inputs,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,6 +104,8 @@ class LoRA(nn.Module):
         return F.linear(self._exchange(F.linear(x, self.a) * self.scale), self.b)
 
     def _exchange(self, narrow: torch.Tensor) -> torch.Tensor:
+        if not self.exchanges:
+            return narrow
         if self.splits_outputs:
             if self.sequence_parallel:
                 return gather_from_sequence_parallel_region(narrow, group=self.tp)
@@ -115,6 +120,14 @@ class LoRA(nn.Module):
         """The adapter's addition to this rank's block of the weight, in fp32. No communication:
         the split side of B A is split as the weight is, and the other side is whole."""
         return self.scale * (self.b.float() @ self.a.float())
+
+
+def _leaves_exchange(linear: nn.Module) -> bool:
+    """Whether a linear that is split over ranks leaves it to its caller to gather inputs and reduce
+    outputs, as megatron-core's shared expert has it beside the dispatcher (`parallel_mode` is of
+    Transformer Engine's linears)."""
+    by_caller = getattr(linear, "explicit_expert_comm", False)
+    return by_caller or getattr(linear, "parallel_mode", "row") is None
 
 
 def _add(linear: nn.Module, inputs: tuple, output: tuple) -> tuple:

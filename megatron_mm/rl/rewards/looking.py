@@ -26,8 +26,9 @@ def look_if_right(completions, ground_truth, looked, scorer, **columns) -> Value
 
 def look_iou(completions, looked, looks, **columns) -> Values:
     """Returns the mean intersection over union of the windows that were asked for and the boxes of
-    the row's `looks`, both in their order; a window or a box without the other counts as 0. The
-    first glimpse counts where a query has several. A row without boxes gives None."""
+    the row's `looks` for its last answer, both in their order; a window or a box without the other
+    counts as 0. The first glimpse counts where a query has several. A row without boxes gives
+    None."""
     return [_overlap(places, boxes) for places, boxes in zip(looked, looks, strict=True)]
 
 

@@ -21,6 +21,7 @@ def check_rewards(
     steps: int,
     most: float,
     others: bool,
+    least: int = 1,
 ) -> None:
     """Stops where a step has too few rewards. Every rank of the job calls it.
 
@@ -29,7 +30,8 @@ def check_rewards(
         of_group: the step of each of this replica's groups, 0 to steps - 1.
         most: share of a step's completions, above 0 to 1, whose rewards may not fail; see
             `max_reward_failures`.
-        others: whether there are rewards besides the functions'.
+        others: whether the run can do without the functions' rewards.
+        least: completions of a step below which nothing is concluded.
     Raises:
         DataError: on every rank, with the first failure, if that share of a step's completions
             failed; or if no reward of weight applies to any completion of a step.
@@ -47,11 +49,13 @@ def check_rewards(
         sums_S3.index_add_(0, torch.tensor(of_group), mine_P3)
     dist.all_reduce(sums_S3, group=groups.world)
     for count, failed, kept in sums_S3.tolist():
-        if count and failed >= most * count:
+        if count < least:
+            continue
+        if failed >= most * count:
             said = "every reward" if failed == count else f"{failed} of {count} rewards"
             first = _first_reason(groups, scored)
             raise DataError(f"{said} of a step failed, the first because: {first}")
-        if count and not kept and not others:
+        if not kept and not others:
             names = ", ".join(n for n, w in zip(scored.names, weights, strict=True) if w)
             raise DataError(
                 f"no reward applied to any of the {count} completions of a step: {names} returned "

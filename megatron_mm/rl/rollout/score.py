@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megatron_mm.data.files.keys import LOOKS
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.place_names import without_places
 from megatron_mm.data.tokenizer import Tokenizer
@@ -163,8 +165,10 @@ class Scorer:
             layers = moe_layers(self._engine)
             routes = gather_layers(self._engine.groups, completions, layers, lambda c: c.routes_GLk)
         looked = gather_looked(self._engine, completions)
+        keys = self._columns(rollout)
         verdict = broadcast_from_reader(
-            self._engine.groups, lambda: self._judge(rollout.groups, completions, routes, looked)
+            self._engine.groups,
+            lambda: self._judge(rollout.groups, completions, keys, routes, looked),
         )
         starts = range(0, len(completions), self._num_generations)
         shape = (len(rollout.groups), self._num_generations, len(self.names))
@@ -183,10 +187,22 @@ class Scorer:
             logged=verdict.logged,
         )
 
+    def _columns(self, rollout: Rollout) -> list[str]:
+        """Returns the keys that any row of any replica has: a key that a row lacks is None for it,
+        whichever rows happen to be on its replica."""
+        groups = self._engine.groups
+        mine = None
+        if groups.is_reader:  # it has the prompts
+            mine = {key for group in rollout.groups for key in group.asked.row}
+        parts: list = [None] * groups.world.size()
+        dist.all_gather_object(parts, mine, group=groups.world)
+        return sorted({key for part in parts for key in part or ()} - {*NOT_COLUMNS})
+
     def _judge(
         self,
         groups: Sequence[Group],
         completions: Sequence[Completion],
+        keys: Sequence[str],
         routes: list[torch.Tensor] | None,
         looked: list[Looked] | None,
     ) -> _Verdict:
@@ -194,8 +210,12 @@ class Scorer:
         asked = [group.asked for group in groups for _ in group.completions]
         ids = [completion.tokens_G.tolist() for completion in completions]
         said = [without_places(self._tokenizer.decode_answer(i)) for i in ids]
-        keys = sorted({key for group in groups for key in group.asked.row} - {*NOT_COLUMNS})
         columns: dict[str, list[Any]] = {key: [p.row.get(key) for p in asked] for key in keys}
+        if LOOKS in columns:  # a reward is about the completion, not about earlier answers
+            columns[LOOKS] = [
+                boxes and boxes[len(prompt.sample.queries) :]
+                for boxes, prompt in zip(columns[LOOKS], asked, strict=True)
+            ]
         if looked is not None:
             columns[LOOKED] = looked
         messages = [_messages(prompt) for prompt in asked]

@@ -13,12 +13,12 @@ BLOCK = "GEGEGE*E"
 
 
 def qwen3_5_35b_a3b() -> ModelConfig:
-    """Qwen3.5-35B-A3B (the settings' defaults)."""
+    """Qwen3.5-35B-A3B's text model (the settings' defaults)."""
     return ModelConfig(BLOCK * 10, Qwen35MoeSettings(), vision=None)
 
 
 def qwen3_5_397b_a17b() -> ModelConfig:
-    """Qwen3.5-397B-A17B."""
+    """Qwen3.5-397B-A17B's text model."""
     language = Qwen35MoeSettings(
         hidden_size=4096,
         num_attention_heads=32,
