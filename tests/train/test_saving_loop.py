@@ -115,3 +115,30 @@ def on_rank_error_elsewhere(run) -> list[str]:
 def test_an_error_elsewhere_does_not_cost_the_save(ranks, scenes, tmp_path):
     run = saving_run(scenes, tmp_path, async_save=True)
     assert ranks(2, on_rank_error_elsewhere, run) == [["iter_0000002", "latest"]] * 2
+
+
+def on_rank_ends_in_time(run) -> list[bool]:
+    """Whether the time is up: after what a first job trained, at the start of a second one that
+    resumes, and once that one has trained as long."""
+    made, found = groups.build(run.parallel), []
+    trainer = Trainer(run, made)
+    trainer.step()
+    trainer.seconds = 100.0
+    found.append(trainer.time_is_up())
+    trainer.save()
+    trainer.saver.close()
+    run.checkpoint.load = run.checkpoint.save
+    again = Trainer(run, made)
+    assert again.seconds == 100.0
+    found.append(again.time_is_up())
+    again.seconds += 60.0
+    found.append(again.time_is_up())
+    again.saver.close()
+    return found
+
+
+def test_every_job_of_a_chain_has_its_time(ranks, scenes, tmp_path):
+    """As in Megatron: jobs of four hours, each with --exit-duration-in-mins, go on and on."""
+    run = saving_run(scenes, tmp_path, exit_duration_in_mins=1.0, train_iters=5)
+    for found in ranks(2, on_rank_ends_in_time, run):
+        assert found == [True, False, True]
