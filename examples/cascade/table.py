@@ -12,9 +12,9 @@ from examples.digits.scores import (
     Scores,
     accuracy,
     difference,
-    gaps,
+    gains,
     mean,
-    over_questions,
+    paired,
     part,
     read_scores,
     shown,
@@ -81,16 +81,14 @@ def _moved(run: Path) -> float | None:
 def _against(
     name: str, other: str, ours: Mapping[str, Scores], theirs: Mapping[str, Scores]
 ) -> dict[str, Any] | None:
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
+    both = paired(ours, theirs)
+    if not both[0]:
         return None
-    row: dict[str, Any] = {"arm": name, "other": other, "seeds": len(shared)}
+    row: dict[str, Any] = {"arm": name, "other": other, "seeds": len(both[0])}
     for column, trained in (("free", True), ("other kinds", False)):
-        sides = [[part(side[seed], trained) for seed in shared] for side in (ours, theirs)]
+        sides = [[part(scores, trained) for scores in side] for side in both]
         row[column] = difference(*sides)
-        row[f"{column} by seed"] = [
-            over_questions(gaps([a], [b]))[0] for a, b in zip(*sides, strict=True)
-        ]
+        row[f"{column} by seed"] = gains(*sides)
     return row
 
 

@@ -14,8 +14,10 @@ from examples.digits.scores import (
     Scores,
     accuracy,
     difference,
+    gains,
     mean,
     over_seeds,
+    paired,
     read_scores,
     shown,
 )
@@ -97,17 +99,16 @@ def flops(arm: str, share: float | None) -> float:
 def _against(runs: Mapping[str, Mapping[str, Path]], arm: str) -> dict[str, Any]:
     """Returns what cascaded experts gain over an arm, over the seeds that both have: intervals over
     questions, and over seeds."""
-    shared = sorted(runs[OURS].keys() & runs[arm].keys())
-    found: dict[str, Any] = {"over": arm, "seeds": len(shared)}
-    if not shared:
+    both = paired(runs[OURS], runs[arm])
+    found: dict[str, Any] = {"over": arm, "seeds": len(both[0])}
+    if not both[0]:
         return found
-    sides = [[read_scores(runs[a][s] / "answers.jsonl") for s in shared] for a in (OURS, arm)]
+    sides = [[read_scores(run / "answers.jsonl") for run in side] for side in both]
     for name in (None, *WATCHED):
         ours, theirs = ([_watched(scores, name) for scores in side] for side in sides)
         if ours[0]:
             found[name or "accuracy"] = difference(ours, theirs)
-    gains = [(accuracy(a) or 0.0) - (accuracy(b) or 0.0) for a, b in zip(*sides, strict=True)]
-    found["between seeds"] = over_seeds(gains)
+    found["between seeds"] = over_seeds(gains(*sides))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.digits.scores import accuracy, difference, mean, part, read_scores, shown
+from examples.digits.scores import accuracy, difference, mean, paired, part, read_scores, shown
 
 AGAINST = {  # comparisons between arms of one memory
     "sft_continued": ("sft",),
@@ -81,11 +81,11 @@ def _row(runs: Runs, memory: str, arm: str) -> dict[str, Any]:
 def _differences(ours: Mapping[str, Path], theirs: Mapping[str, Path]) -> dict[str, Any] | None:
     """Returns intervals of the differences by name, over the seeds that both sides have; None
     without any."""
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
+    both = paired(ours, theirs)
+    if not both[0]:
         return None
-    found: dict[str, Any] = {"seeds": len(shared)}
-    sides = [[read_scores(side[seed]) for seed in shared] for side in (ours, theirs)]
+    found: dict[str, Any] = {"seeds": len(both[0])}
+    sides = [[read_scores(path) for path in side] for side in both]
     for name, trained in (("accuracy", True), ("others", False)):
         parts = [[part(scores, trained) for scores in side] for side in sides]
         if parts[0][0]:

@@ -82,6 +82,17 @@ def difference(ours: Sequence[Scores], theirs: Sequence[Scores]) -> Interval:
     return over_questions(gaps(ours, theirs))
 
 
+def paired[T](ours: Mapping[str, T], theirs: Mapping[str, T]) -> tuple[list[T], list[T]]:
+    """Returns what both sides have of the seeds that both have, in the same order."""
+    shared = sorted(ours.keys() & theirs.keys())
+    return [ours[seed] for seed in shared], [theirs[seed] for seed in shared]
+
+
+def gains(ours: Sequence[Scores], theirs: Sequence[Scores]) -> list[float]:
+    """Returns the difference in accuracy of each pair of runs."""
+    return [over_questions(gaps([a], [b]))[0] for a, b in zip(ours, theirs, strict=True)]
+
+
 def over_seeds(values: Sequence[float]) -> Interval | None:
     """Returns the mean and its 95 % interval by Student's t; None below two seeds."""
     from scipy import stats  # slow to import

@@ -10,7 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from examples.digits.scores import accuracy, difference, mean, over_seeds, read_scores, shown
+from examples.digits.scores import (
+    accuracy,
+    difference,
+    gains,
+    mean,
+    over_seeds,
+    paired,
+    read_scores,
+    shown,
+)
 from examples.looking.arms import ARMS
 
 OURS = ("hidden", "boxes_tenth", "boxes", "grpo", "tokens", "tokens_grpo")
@@ -94,14 +103,13 @@ def flops(arm: str) -> float:
 def _against(runs: Mapping[str, Mapping[str, Path]], ours: str, other: str) -> dict[str, Any]:
     """Returns what an arm gains over another, over the seeds that both have: intervals over
     questions, and over seeds."""
-    shared = sorted(runs[ours].keys() & runs[other].keys())
-    found: dict[str, Any] = {"arm": ours, "over": other, "seeds": len(shared)}
-    if not shared:
+    both = paired(runs[ours], runs[other])
+    found: dict[str, Any] = {"arm": ours, "over": other, "seeds": len(both[0])}
+    if not both[0]:
         return found
-    sides = [[read_scores(runs[a][s] / "answers.jsonl") for s in shared] for a in (ours, other)]
+    sides = [[read_scores(run / "answers.jsonl") for run in side] for side in both]
     found["accuracy"] = difference(*sides)
-    gains = [(accuracy(a) or 0.0) - (accuracy(b) or 0.0) for a, b in zip(*sides, strict=True)]
-    found["between seeds"] = over_seeds(gains)
+    found["between seeds"] = over_seeds(gains(*sides))
     return found
 
 

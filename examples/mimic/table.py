@@ -11,10 +11,10 @@ from examples.digits.scores import (
     Scores,
     accuracy,
     difference,
-    gaps,
+    gains,
     mean,
-    over_questions,
     over_seeds,
+    paired,
     read_scores,
     shown,
 )
@@ -82,16 +82,15 @@ def _arm(name: str, runs: Mapping[str, Any]) -> dict[str, Any]:
 def _against(
     name: str, other: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
+    both = paired(ours, theirs)
+    if not both[0]:
         return None
-    row: dict[str, Any] = {"arm": name, "other": other, "seeds": len(shared)}
+    row: dict[str, Any] = {"arm": name, "other": other, "seeds": len(both[0])}
     for share in SHARES:
-        sides = [[side[seed][0][share] for seed in shared] for side in (ours, theirs)]
+        sides = [[scores[share] for scores, _ in side] for side in both]
         row[f"{share} %"] = difference(*sides)
-        by_seed = [over_questions(gaps([a], [b]))[0] for a, b in zip(*sides, strict=True)]
-        row[f"{share} % by seed"] = by_seed
-        row[f"{share} % over seeds"] = over_seeds(by_seed)
+        row[f"{share} % by seed"] = gains(*sides)
+        row[f"{share} % over seeds"] = over_seeds(row[f"{share} % by seed"])
     return row
 
 
