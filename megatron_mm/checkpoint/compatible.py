@@ -28,6 +28,7 @@ NOT_THE_MODEL = {
     "vision.vision_init_method_std",
     "vision.vision_layer_scale_init",
     "layers.C.delegate_price",
+    "layers.C.delegate_price_warmup",
     "layers.C.delegate_hard_from",
     "layers.C.delegate_gate_bias",
     "layers.C.delegate_planned_share",

@@ -77,6 +77,7 @@ def test_another_second_hop_is_another_model(ranks, tmp_path):
     message, same = ranks(1, attempt, cascade_run(delegate_distinct=True), tmp_path, False)[0]
     assert "layers.C.delegate_distinct is False there and True here" in message and same
     trained = dict(delegate_price=0.5, delegate_hard_from=0.0, delegate_planned_share=0.2)
+    trained |= dict(delegate_price_warmup=0.25)
     state, _ = ranks(1, load_whole, cascade_run(**trained), tmp_path)[0]
     assert state["iteration"] == 2
 

@@ -327,6 +327,16 @@ def test_the_gate_closes_with_the_runs_progress(pg):
     assert float(layer.delegate.hard) == 0.0  # never
 
 
+@pytest.mark.parametrize(("warmup", "prices"), [(0.5, [0.0, 0.1, 0.2, 0.2]), (0.0, [0.2] * 4)])
+def test_the_price_rises_with_the_runs_progress(pg, warmup, prices):
+    layer, *_ = case(pg, delegate_price=0.2, delegate_price_warmup=warmup)
+    found = []
+    for done in (0.0, 0.25, 0.5, 1.0):
+        layer.delegate.at_progress(done)
+        found.append(layer.delegate.price)
+    assert found == pytest.approx(prices)
+
+
 # ---- settings
 
 
@@ -349,6 +359,7 @@ def test_its_settings_are_flags(tmp_path):
         ),
         ({"delegate_topk": 0}, "delegate_topk is 0; allowed: more than 0"),
         ({"delegate_hard_from": 1.5}, "delegate_hard_from is 1.5; allowed: 0 to 1"),
+        ({"delegate_price_warmup": -1.0}, "delegate_price_warmup is -1.0; allowed: 0 to 1"),
         ({"delegate_planned_share": -0.1}, "delegate_planned_share is -0.1; allowed: 0 to 1"),
         ({"delegate_random_share": 2.0}, "delegate_random_share is 2.0; allowed: 0 to 1"),
         ({"delegate_price": -1.0}, "delegate_price is -1.0; allowed: 0 or more"),

@@ -25,7 +25,8 @@ SOFT, HARD = dict(delegate_hard_from=1.0), dict(delegate_hard_from=0.0)
 
 def cascade_run(pattern: str = PATTERN, training: dict | None = None, **settings) -> RunConfig:
     """Returns the invariance tests' run with this pattern and these settings of C."""
-    run = with_cascade(small_run(), pattern, **{"delegate_price": 0.02} | settings)
+    priced = {"delegate_price": 0.02, "delegate_price_warmup": 0.0}
+    run = with_cascade(small_run(), pattern, **priced | settings)
     return invariance_run(run, **training or {})
 
 

@@ -32,6 +32,9 @@ class CascadeSettings:
     delegate_price: NonNegativeFloat = 0.001
     """Weight in the loss of the sum of all tokens' gates, from 0 to 1 each. It is divided by what
     the main loss is divided by."""
+    delegate_price_warmup: Share = 0.5
+    """Share of train_iters over which the price rises from 0, in equal steps: a price that is due
+    before the second hop has learnt anything shuts every gate. 0: whole from the first step."""
     delegate_hard_from: Share = 0.5
     """Share of train_iters after which the gate is hard: tokens whose gate is above 1/2 are handed
     over. Before, all are, with the gate as their weight. 0: hard from the first step; 1: never."""

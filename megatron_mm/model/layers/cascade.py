@@ -68,6 +68,7 @@ class Delegate(nn.Module, Scheduled):
     Attributes:
         hard: 1 while the gate is hard, else 0. It never learns: `at_progress` sets it, and it
             travels with the weights, so that whoever loads them hands over as the run did.
+        price: of a gate of 1, in the next step.
         pick: bool [t] -> the indices of those that are handed over; a plan has its own.
     """
 
@@ -101,6 +102,7 @@ class Delegate(nn.Module, Scheduled):
         self.hard = nn.Parameter(torch.empty(1, dtype=dtype), requires_grad=False)
         begin = constant(float(self.settings.delegate_hard_from <= 0))
         place(self.hard, begin, set_by_run=True)
+        self.price = self.settings.delegate_price
         self.pick: Callable[[torch.Tensor], torch.Tensor] = lambda handed_t: (
             handed_t.nonzero().flatten()
         )
@@ -109,6 +111,8 @@ class Delegate(nn.Module, Scheduled):
         """See `Scheduled`."""
         begin = self.settings.delegate_hard_from
         self.hard.data.fill_(float(begin <= done and begin < 1))
+        rises = self.settings.delegate_price_warmup
+        self.price = self.settings.delegate_price * (min(1.0, done / rises) if rises else 1.0)
 
     def forward(
         self,
@@ -249,7 +253,7 @@ class Delegate(nn.Module, Scheduled):
         """The gate, with the price of handing over hung on it: a sum over positions, so the same on
         every layout and in every packing."""
         paid_t = gate_t if padding_t is None else gate_t.masked_fill(padding_t, 0.0)
-        price = self.settings.delegate_price * paid_t.sum()
+        price = self.price * paid_t.sum()
         context.metrics.loss_term("moe/delegate_price", price)
         return MoEAuxLossAutoScaler.apply(gate_t, price)
 
