@@ -120,4 +120,5 @@ def test_only_the_first_rollout_and_step_send_objects(ranks, scenes, tmp_path, n
     run = grpo_run(scenes, train_data=[DataPhase(str(rows))], **sizes)
     for steps in ranks(size, on_rank_collectives, run, 4, trainer_of):
         told = [{n: count for n, count in step.items() if n != "agreements"} for step in steps]
-        assert told == [{"all_gather_object": 2}, {}, {}, {}]
+        # Names of metrics and kinds of rewards, and the columns of the rows.
+        assert told == [{"all_gather_object": 3}, {}, {}, {}]

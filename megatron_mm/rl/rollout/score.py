@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_mm.data.files.keys import LOOKS
 from megatron_mm.data.loading.reader import Prompt
@@ -23,6 +22,7 @@ from megatron_mm.generation.lanes import Completion
 from megatron_mm.generation.looked import Looked, gather_looked
 from megatron_mm.rl.advantages import keep_groups, weighted
 from megatron_mm.rl.rewards.runner import RewardRunner
+from megatron_mm.rl.rollout.columns import Columns
 from megatron_mm.rl.rollout.draw import Group, Rollout, moe_layers
 from megatron_mm.rl.settings import RLConfig
 
@@ -130,7 +130,7 @@ class Scorer:
         self, rl: RLConfig, engine: Engine, tokenizer: Tokenizer, alignment: Alignment | None
     ):
         self._engine, self._tokenizer, self._alignment = engine, tokenizer, alignment
-        self._num_generations = rl.num_generations
+        self._num_generations, self._columns = rl.num_generations, Columns()
         self.weights = rl.reward_weights or [1.0] * len(rl.reward_funcs)
         self._runner: RewardRunner | None = None
 
@@ -165,7 +165,10 @@ class Scorer:
             layers = moe_layers(self._engine)
             routes = gather_layers(self._engine.groups, completions, layers, lambda c: c.routes_GLk)
         looked = gather_looked(self._engine, completions)
-        keys = self._columns(rollout)
+        mine: set[str] = set()
+        if self._engine.groups.is_reader:  # it has the prompts
+            mine = {key for group in rollout.groups for key in group.asked.row} - {*NOT_COLUMNS}
+        keys = self._columns.of_round(self._engine.groups, mine)
         verdict = broadcast_from_reader(
             self._engine.groups,
             lambda: self._judge(rollout.groups, completions, keys, routes, looked),
@@ -186,17 +189,6 @@ class Scorer:
             seconds={"generate": rollout.seconds, "reward": time.perf_counter() - begin},
             logged=verdict.logged,
         )
-
-    def _columns(self, rollout: Rollout) -> list[str]:
-        """Returns the keys that any row of any replica has: a key that a row lacks is None for it,
-        whichever rows happen to be on its replica."""
-        groups = self._engine.groups
-        mine = None
-        if groups.is_reader:  # it has the prompts
-            mine = {key for group in rollout.groups for key in group.asked.row}
-        parts: list = [None] * groups.world.size()
-        dist.all_gather_object(parts, mine, group=groups.world)
-        return sorted({key for part in parts for key in part or ()} - {*NOT_COLUMNS})
 
     def _judge(
         self,
