@@ -83,6 +83,11 @@ class Engine:
     def config(self) -> TransformerConfig:
         return self.chunks[0].config
 
+    @property
+    def schedule(self) -> Schedule:
+        """The passes through all stages."""
+        return Schedule(self.run, self.groups, self.models, self.encoder)
+
     @classmethod
     def create(
         cls,
@@ -186,8 +191,7 @@ class Engine:
             metrics.sum(DIVISOR, divisor)
             return total, divisor, {}
 
-        schedule = Schedule(self.run, self.groups, self.models, self.encoder)
-        schedule.passes(
+        self.schedule.passes(
             batches,
             objective.positions,
             finish,
@@ -265,9 +269,8 @@ class Engine:
         def collect(output: Predictions, metrics: Metrics, non_loss_data: bool = True, **which):
             return finish(output, **which)
 
-        schedule = Schedule(self.run, self.groups, self.models, self.encoder)
         with torch.no_grad():
-            return schedule.passes(
+            return self.schedule.passes(
                 batches,
                 positions,
                 collect,

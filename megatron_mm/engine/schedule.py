@@ -28,7 +28,7 @@ from megatron_mm.report.metrics import MUTED
 
 @dataclass(frozen=True)
 class Schedule:
-    """What microbatches pass through; the attributes are those of `Engine`."""
+    """The stages that microbatches pass through, and their groups; attributes as of `Engine`."""
 
     run: RunConfig
     groups: Groups

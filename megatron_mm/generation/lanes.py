@@ -165,10 +165,10 @@ class Lane:
             tail_A3 = (ends[prompt].unsqueeze(1) - torch.arange(WORDS, 0, -1)).clamp(min=0)
             # The engine moves the batch to the device later.
             self._last_R3[there] = platform.moved(batch.tokens_T[tail_A3], there.device)
+        if self.cache.targets_RM3 is not None:  # what the rows' last completions were given
+            self.cache.targets_RM3[there] = torch.nan
         if batch.queries.rows_BM3 is not None and self.looks is not None:
             self._expect(there, platform.moved(batch.queries.rows_BM3[prompt], there.device))
-        elif self.cache.targets_RM3 is not None:  # what the rows' last completions were given
-            self.cache.targets_RM3[there] = torch.nan
         self._show_active()
         return filling
 
@@ -178,7 +178,6 @@ class Lane:
         if self.cache.targets_RM3 is None:
             self.cache.targets_RM3 = self._no_targets(rows.device)
         held = self.cache.targets_RM3
-        held[rows] = torch.nan
         most = min(held.shape[1], targets_AM3.shape[1])
         held[rows, :most] = targets_AM3[:, :most]
 

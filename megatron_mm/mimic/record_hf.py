@@ -63,7 +63,7 @@ class TransformersTeacher:
             raise
         except Exception as error:  # of transformers, of any kind
             raise ConvertError(f"{folder}: {cli.one_line(error)}") from error
-        hidden = [name for name, _ in _tensors(self._model) if name.endswith(CORRECTION)]
+        hidden = [name for name in self._model.state_dict() if name.endswith(CORRECTION)]
         if hidden:
             raise ConvertError(
                 f"{folder}: {len(hidden)} of its routers choose with a correction ({hidden[0]}), "
@@ -113,11 +113,6 @@ class TransformersTeacher:
         length = len(sample.tokens_T)
         flat = [as_logits(one.reshape(-1, one.shape[-1])[:length].float()) for one in routers]
         return Seen(flat, found.logits[0, :length].float())
-
-
-def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def as_logits(said_TE: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ class PolicyObjective:
             (lambda sums_N: _summed(sums_N, pg.cp)) if pg.cp.size() > 1 else None,
         )
         numerator, sums = policy_loss(tokens, self.rl)
-        count = batch.divisor.to(rows.device)
+        count = batch.divisor
         if pg.cp.rank():
             count = torch.zeros_like(count)  # the completions are counted once
         mask_K = tokens.mask_K

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from megatron_mm import platform
 from megatron_mm.config import RunConfig, to_dict
 from megatron_mm.errors import ConfigError
+from megatron_mm.rl.settings import RLConfig, teacher_folders
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,8 @@ MAY_DIFFER = {
 }
 PACKAGES = ("torch", "megatron-core", "numpy", "transformers")
 BLOCK, BLOCKS = 1 << 12, 16  # bytes of a file that are read at a time, and how often
-# Settings of objectives that name what every rank reads.
-OF_OBJECTIVES = (
-    *("skill_map", "mimic_routes", "mimic_map", "ref_load", "dpo_ref_load", "teacher_load"),
-)
+# Settings of objectives that name what every rank reads, beside the teachers.
+OF_OBJECTIVES = ("skill_map", "mimic_routes", "mimic_map", "ref_load", "dpo_ref_load")
 MANY = 64  # files of one setting, beyond which two blocks of each are read
 
 
@@ -150,11 +149,9 @@ def files_of(run: RunConfig) -> list[str]:
     paths: list[str | None] = [phase.path for phase in data.train_data]
     paths += [source.path for phase in data.train_data for source in phase.mixture]
     paths += [data.valid_data, data.tokenizer_model, checkpoint.load, checkpoint.load_hf]
+    paths += teacher_folders(run.section(RLConfig)).values()
     for section in run.objectives.values():
-        for name in OF_OBJECTIVES:
-            held = getattr(section, name, None)
-            # A list has a name before each folder: one teacher of several.
-            paths += [w.rpartition("=")[2] for w in held] if isinstance(held, list) else [held]
+        paths += [getattr(section, name, None) for name in OF_OBJECTIVES]
     return list(dict.fromkeys(path for path in paths if path))
 
 

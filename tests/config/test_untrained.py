@@ -14,6 +14,9 @@ from megatron_mm.earl.stored_run import stored_run
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
 CONFIGS = [path for path in CONFIGS if "launch" not in path.parts]
+# Two stages of two virtual stages each.
+VIRTUAL = ["--pipeline-model-parallel-size", "2", "--virtual-pipeline-model-parallel-size", "2"]
+VIRTUAL += ["--vision-parallel", "stage"]
 
 
 def name(path: Path) -> str:
@@ -24,15 +27,9 @@ def name(path: Path) -> str:
 def test_every_example_can_be_probed(path):
     """By tools/discover_experts.py and its like: on one rank and on virtual stages."""
     stored = to_dict(load(str(path), []))
-    for world, layout in ((1, []), (2, virtual(stored))):
+    for world, layout in ((1, []), (2, VIRTUAL)):
         run = stored_run(stored, layout, world, None)
         assert run.training.objective == "sft" and run.data.train_data == []
-
-
-def virtual(stored: dict) -> list[str]:
-    """Flags of two stages of two virtual stages each."""
-    flags = ["--pipeline-model-parallel-size", "2", "--virtual-pipeline-model-parallel-size", "2"]
-    return [*flags, "--vision-parallel", "stage"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)

@@ -50,6 +50,12 @@ def test_every_file_that_an_objective_names_is_compared():
     assert expected <= {*alike.files_of(run)}
 
 
+def test_a_teachers_folder_may_contain_an_equals_sign():
+    run = RunConfig()
+    run.objectives["rl"].teacher_load = ["runs/lr=1e-4/checkpoint"]
+    assert "runs/lr=1e-4/checkpoint" in alike.files_of(run)
+
+
 def paths() -> dict[str, tuple[str, ...]]:
     return {leaf.name: leaf.path for leaf in leaves(RunConfig)}
 

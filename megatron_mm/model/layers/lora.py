@@ -74,7 +74,7 @@ class LoRA(nn.Module):
             raise ValueError(f"a weight split along dimensions {split} cannot have an adapter")
         self.splits_inputs = split == (len(outputs),)
         self.splits_outputs = bool(split) and not self.splits_inputs
-        self.exchanges = bool(split) and not _leaves_exchange(linear)
+        self.exchanges = not _leaves_exchange(linear)
         # Each rank has its positions' part of the gradient, or that of its share of the features.
         partial = self.sequence_parallel or not self.exchanges
         whole = {dim: layout.global_shape[dim] for dim in split}  # what is past it is padding
