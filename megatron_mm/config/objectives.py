@@ -46,6 +46,8 @@ class Declaration:
             writes a report: it records what the report compares the trained model with.
         moe_aux_loss_coeff: the coefficient of the load-balancing loss of a run.
         generates: whether its steps are made of rollouts, which the model generates itself.
+        mean_over_tokens: whether its loss is a mean over the answers' tokens, on whose scale the
+            losses of layers (box loss) are.
     """
 
     objective: Part | None = None
@@ -58,6 +60,7 @@ class Declaration:
     before: Part | None = None
     moe_aux_loss_coeff: Callable[[RunConfig], float] = balance_of_model
     generates: bool = False
+    mean_over_tokens: bool = True
 
 
 OBJECTIVES: Registry[Declaration] = Registry(

@@ -345,7 +345,7 @@ class LoggingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Questions of valid_data, answered and scored by skill."""
+    """Questions of valid_data, answered and scored by skill; and the loss of their own answers."""
 
     eval_interval: PositiveInt | None = None
     """Steps between evaluations; none: only at the end."""

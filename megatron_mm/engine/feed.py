@@ -7,7 +7,7 @@ either every rank has its batches or every rank raises the same error. Its text 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NoReturn
@@ -118,6 +118,16 @@ def receive_step(groups: Groups, loader: TrainLoader, stop: bool) -> tuple[list[
     elif not groups.is_reader:
         loader.pass_over()
     return batches, stopping
+
+
+def rounds[T](groups: Groups, chunks: Sequence[Sequence[T]]) -> Iterator[list[Sequence[T]]]:
+    """Yields this replica's part of each round of `chunks`: one for every pipeline stage. Empty
+    ones fill the last round, where a replica must still keep the others company."""
+    dp, stages = groups.pg.dp, groups.pg.pp.size()
+    together = dp.size() * stages
+    whole = [*chunks, *[()] * (-len(chunks) % together)]
+    for first in range(0, len(whole), together):
+        yield whole[first : first + together][dp.rank() :: dp.size()]
 
 
 def sum_over_readers(groups: Groups, values: torch.Tensor) -> torch.Tensor:

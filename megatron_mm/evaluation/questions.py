@@ -15,7 +15,7 @@ from megatron_mm.data.files.rows import open_row_files
 from megatron_mm.data.images import ImageFile, find_image
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.messages import IMAGE_MARK, Message, check_messages
-from megatron_mm.data.sample import Sample, SampleBuilder
+from megatron_mm.data.sample import Sample, SampleBuilder, Size
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.scoring import SCORERS, result_key
@@ -117,10 +117,38 @@ class EvalSet:
             ],
         )
 
+    def answered_size(self, index: int) -> Size | None:
+        """Returns the size of a row with its own answer, as training would read it; None if it
+        ends without one.
+
+        Raises:
+            DataError: the row is bad, or too long with its answer.
+        """
+        file, index = self._rows.locate(index)
+        row, where = file[index], file.where(index)
+        if check_messages(row, where)[-1].role != "assistant":
+            return None
+        return self._builder.measure(row, where, file.folder)
+
+    def answered(self, indices: Sequence[int], pad_multiple: int = 1) -> Microbatch:
+        """Returns rows with their own answers as a microbatch, as training would read them.
+
+        Raises:
+            DataError: a row is bad.
+        """
+        samples = []
+        for index in indices:
+            file, number = self._rows.locate(index)
+            samples.append(self._builder.training(file[number], file.where(number), file.folder))
+        return self._joined(samples, pad_multiple)
+
     def collate(self, items: list[EvalItem], pad_multiple: int = 1) -> Microbatch:
         """Packs the prompts of `items` into a microbatch without supervision."""
+        return self._joined([item.sample for item in items], pad_multiple)
+
+    def _joined(self, samples: list[Sample], pad_multiple: int) -> Microbatch:
         return collate(
-            [item.sample for item in items],
+            samples,
             settings=self._builder.settings,
             pad_id=self._builder.tokenizer.pad_id,
             pad_multiple=pad_multiple,

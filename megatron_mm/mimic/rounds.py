@@ -22,7 +22,7 @@ from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import broadcast_from_reader, receive
+from megatron_mm.engine.feed import broadcast_from_reader, receive, rounds
 from megatron_mm.errors import DataError
 from megatron_mm.mimic.recorded import place_of
 
@@ -94,10 +94,7 @@ def read_rounds(
 
     order = broadcast_from_reader(groups, plan)
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
-    together = groups.pg.dp.size() * groups.pg.pp.size()
-    chunks += [[]] * (-len(chunks) % together)
-    for first in range(0, len(chunks), together):
-        mine = chunks[first : first + together][groups.pg.dp.rank() :: groups.pg.dp.size()]
+    for mine in rounds(groups, chunks):
 
         def read(mine: Sequence[Sequence[int]] = mine) -> list[Microbatch]:
             return [_batch(chunk or order[:1]) for chunk in mine]

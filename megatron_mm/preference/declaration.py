@@ -12,4 +12,5 @@ DPO = Declaration(
     sections={"dpo": DPOConfig, "reference": ReferenceConfig},
     check=check_dpo,
     console=("train/dpo_loss", "rewards/margins", "rewards/accuracies", "logps/chosen"),
+    mean_over_tokens=False,
 )

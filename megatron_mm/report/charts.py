@@ -109,6 +109,7 @@ def series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 def curves(records: list[dict]) -> list[dict[str, Any]]:
     titles = {
         "train/lm_loss": "language model loss",
+        "valid/lm_loss": "language model loss on held-out answers",
         "moe/load_balancing_loss": "load-balancing loss (1 = even experts)",
         "moe/cluster_mass": "router's probability of the experts of a token's skill",
         "moe/delegated_share": "share of tokens handed to a second hop of experts",
@@ -125,13 +126,13 @@ def curves(records: list[dict]) -> list[dict[str, Any]]:
         # Long runs: one point per bin, so that the page stays small.
         bins = np.array_split(np.arange(len(steps)), min(len(steps), MAX_POINTS))
         steps, values = (np.array([part[b].mean() for b in bins]) for part in (steps, values))
-        if key == "train/learning_rate":
+        if key in ("train/learning_rate", "valid/lm_loss"):
             axes.plot(steps, values, color=ACCENT, linewidth=1.8)
         else:
             axes.plot(steps, values, color=ACCENT, linewidth=0.8, alpha=0.35)
             axes.plot(steps, _smooth(values), color=ACCENT, linewidth=1.8)
         if (
-            key in ("train/lm_loss", "train/grad_norm")
+            key in ("train/lm_loss", "valid/lm_loss", "train/grad_norm")
             and values.min() > 0
             and values.max() > 30 * values.min()
         ):

@@ -4,8 +4,8 @@
 
 A number stays where it is, on its device, until the step ends. Then the numbers of all microbatches
 and ranks meet in one exchange (`own_totals` here, `reduced` on what every rank has). A name tells
-its group: `train/`, `moe/`, `rollout/`, `perf/`, `checkpoint/`; names that TRL or verl have are
-theirs.
+its group: `train/`, `valid/`, `moe/`, `rollout/`, `perf/`, `checkpoint/`; names that TRL or verl
+have are theirs.
 
 Which ranks may add: a mean may be added by every rank that has a part of it, or by all ranks that
 have the same, since its weights are summed, too. So may a maximum. A sum and a term of the loss are

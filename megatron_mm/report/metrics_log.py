@@ -23,7 +23,12 @@ METRICS_FILE = "metrics.jsonl"
 TABLE_FILE = "completions.jsonl"
 ROUTER_NORM = "moe/router_grad_norm/"  # followed by the layer number
 # Shown on the console after the objective's own; the rest is in the file.
-CONSOLE_KEYS = ("moe/load_balancing_loss", "train/grad_norm", "train/learning_rate")
+CONSOLE_KEYS = (
+    "valid/lm_loss",
+    "moe/load_balancing_loss",
+    "train/grad_norm",
+    "train/learning_rate",
+)
 WHEN_NOT_ZERO = ("train/skipped_samples", "train/held_back")
 
 

@@ -87,6 +87,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         name=run.resolve().name,
         tiles=_tiles(results, records, skills),
         skills=skills,
+        skill_columns=_columns(results),
         skill_chart=skill_chart(skills),
         layout=_layout(results),
         stages=_stages(results),
@@ -121,7 +122,7 @@ def report_or_warn(folder: Path) -> list[Path]:
 
 def accuracy_table(results: dict[str, Any]) -> str:
     """Returns the skills of `results.json` as an aligned plain-text table."""
-    rows = [("skill", "accuracy", "chance", "n")]
+    rows = [_columns(results)]
     rows += [tuple(skill["cells"]) for skill in _skills(results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -131,11 +132,20 @@ def accuracy_table(results: dict[str, Any]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def _columns(results: dict[str, Any]) -> tuple[str, ...]:
+    """The heads of a table of `_skills`."""
+    skills = (results.get("skills") or {}).values()
+    has_loss = any("lm_loss" in found for found in skills)
+    return ("skill", "accuracy", "chance", "n", *(("loss",) if has_loss else ()))
+
+
 def _skills(results: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
+    rows, has_loss = [], "loss" in _columns(results)
     for name, found in (results.get("skills") or {}).items():
-        accuracy, chance, n = (found.get(key) for key in ("accuracy", "chance", "n"))
+        accuracy, chance, n, loss = (found.get(k) for k in ("accuracy", "chance", "n", "lm_loss"))
         cells = [name, percent(accuracy), percent(chance), "–" if n is None else f"{n:,}"]
+        if has_loss:
+            cells.append("–" if loss is None else f"{loss:.3f}")
         rows.append({"name": name, "accuracy": accuracy, "chance": chance, "cells": cells})
     return rows
 

@@ -32,4 +32,5 @@ GRPO = Declaration(
     before="megatron_mm.evaluation.examples.write_experts_before",
     moe_aux_loss_coeff=_balance,
     generates=True,
+    mean_over_tokens=False,
 )

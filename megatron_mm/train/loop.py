@@ -22,6 +22,7 @@ from megatron_mm.errors import (
 )
 from megatron_mm.evaluation.evaluate import Results, evaluate, write_results
 from megatron_mm.evaluation.examples import write_examples
+from megatron_mm.evaluation.held_out import LOSS, held_out_losses, mean_loss
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics_log import MetricsLogger
 from megatron_mm.report.page import accuracy_table, report_or_warn
@@ -115,9 +116,9 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
                 log.table(now, trainer.source.table)
         ended = trainer.time_is_up()
         if eval_interval and now % eval_interval == 0 and now < total:
-            results, _ = evaluate(trainer.engine, trainer.tokenizer, lambda: trainer.stop_requested)
+            results, _ = _evaluate(trainer)
             if results:
-                log.log(now, _accuracies(results))
+                log.log(now, _logged(results))
     if run.checkpoint.save and trainer.saved != trainer.iteration:
         trainer.save()
     elif trainer.iteration < total and not (ended or run.checkpoint.save):
@@ -129,10 +130,10 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
 def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     """The last evaluation: results.json, the examples behind it, the report."""
     engine, output = trainer.engine, Path(trainer.run.logging.output_dir)
-    results, records = evaluate(engine, trainer.tokenizer, lambda: trainer.stop_requested)
+    results, records = _evaluate(trainer)
     if not results:
         return
-    log.log(trainer.iteration, _accuracies(results))
+    log.log(trainer.iteration, _logged(results))
     if trainer.is_logger:  # first, in case nothing can be written
         cli.say(accuracy_table({"skills": results}))
     write_results(
@@ -150,5 +151,21 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
             cli.say(f"report: {path}")
 
 
-def _accuracies(results: Results) -> dict[str, float]:
-    return {f"accuracy/{key}": result["accuracy"] for key, result in results.items()}
+def _evaluate(trainer: Trainer) -> tuple[Results, list[dict]]:
+    """Answers the held-out questions, and measures the loss of the rows' own answers; both empty
+    if any rank was asked to stop."""
+    given = trainer.engine, trainer.tokenizer, lambda: trainer.stop_requested
+    losses = held_out_losses(*given)
+    results, records = evaluate(*given)
+    return {key: of | losses.get(key, {}) for key, of in results.items()}, records
+
+
+def _logged(results: Results) -> dict[str, float]:
+    found = {f"accuracy/{key}": result["accuracy"] for key, result in results.items()}
+    loss = mean_loss(results)
+    if loss is not None:
+        found["valid/lm_loss"] = loss
+    for key, result in results.items():
+        if LOSS in result and len(results) > 1:
+            found[f"valid/lm_loss/{key}"] = result[LOSS]
+    return found

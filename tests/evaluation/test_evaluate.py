@@ -17,6 +17,7 @@ from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.evaluate import evaluate
+from megatron_mm.evaluation.held_out import held_out_losses
 from megatron_mm.evaluation.scoring import SCORERS, score
 from megatron_mm.parallel import groups
 from megatron_mm.train.trainer import Trainer
@@ -166,6 +167,7 @@ def on_rank_evaluate_between(run: RunConfig, between: bool) -> tuple[list, list 
     metrics, records = [], None
     for step in range(3):
         if between and step == 2:
+            held_out_losses(trainer.engine, trainer.tokenizer)
             _, records = evaluate(trainer.engine, trainer.tokenizer)
         found = trainer.step()
         metrics.append({name: found[name] for name in found if name != "perf/iteration_time"})

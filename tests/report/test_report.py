@@ -181,6 +181,23 @@ def test_accuracy_table():
     ]
 
 
+def test_losses_of_held_out_answers_stand_beside_accuracies(tmp_path):
+    skills = {"ocr": SKILLS["ocr"] | {"lm_loss": 0.12345}, "count": {"accuracy": 1.0}}
+    assert accuracy_table({"skills": skills}).splitlines()[-2:] == [
+        "ocr       96.4%   10.0%  500  0.123",
+        "count    100.0%       –    –      –",
+    ]
+    run = make_run(tmp_path / "run", steps=20)
+    assert "held-out answers" not in write_report(run).read_text(encoding="utf-8")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(f'{{"iteration": {n}, "valid/lm_loss": {2 / n}}}\n' for n in (10, 20))
+    results = json.loads((run / "results.json").read_text()) | {"skills": skills}
+    (run / "results.json").write_text(json.dumps(results))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "language model loss on held-out answers" in page
+    assert "<th>loss</th>" in page and "<td>0.123</td>" in page
+
+
 def test_expert_lift():
     lift = expert_lift([[[0.75, 0.25, 0.0]], [[0.25, 0.75, 0.0]]])
     np.testing.assert_allclose(lift[0, 0], [np.log2(1.5), -1.0, 0.0])

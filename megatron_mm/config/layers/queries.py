@@ -11,6 +11,7 @@ from megatron_mm.config.fields import Bounds, NonNegativeFloat, PositiveFloat, P
 from megatron_mm.config.layers.counting import Counter
 from megatron_mm.config.layers.kinds import LayerKind
 from megatron_mm.config.memories import look_memories
+from megatron_mm.config.objectives import declaration
 from megatron_mm.config.rules import divides, require
 
 if TYPE_CHECKING:
@@ -117,10 +118,9 @@ def _check(run: RunConfig) -> None:
     weight, spoken = settings.query_box_loss_coeff, settings.query_place == "tokens"
     allowed = "0 under query_place tokens, whose places are learnt as words"
     require(not (spoken and weight), "query_box_loss_coeff", weight, allowed)
-    objective = run.training.objective
-    allowed = f"0 with objective {objective}, whose loss does not count tokens; reward look_iou"
-    counts_tokens = objective not in ("grpo", "dpo")
-    require(counts_tokens or not weight, "query_box_loss_coeff", weight, allowed)
+    allowed = f"0 with objective {run.training.objective}, whose loss is no mean over tokens"
+    fits = declaration(run).mean_over_tokens or not weight
+    require(fits, "query_box_loss_coeff", weight, f"{allowed}; reward look_iou")
 
 
 QUERY = LayerKind(
