@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 import unicodedata
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import NoReturn, TextIO
 from megatron_mm.errors import ConfigError, LaunchError
 
 EVERY_RANK = {"every_rank": True}  # `extra` of a message that other ranks do not repeat
+# Signals that end a run in good order: of schedulers and torchrun, of a keyboard, of a terminal
+# that closes, of `--signal=USR1@120`. They reach a rank's helpers, too, which share its group.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PREFIX = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 logger = logging.getLogger("megatron_mm")
 
@@ -54,6 +58,13 @@ def _commands(character: str) -> bool:
 
 def _spelled(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def leave_stops_to_parent() -> None:
+    """Ignores the signals that end a run: to the trainer they mean "save and stop", and until then
+    it needs this helper, which ends when it does."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def say(text: object, file: TextIO | None = None) -> None:

@@ -9,8 +9,9 @@ holds for this teacher. `out` holds:
     seedN/scratch/ARM/   the demo's SFT of a student, from nothing; map.st: by sets of experts
     seedN/tuned/ARM/     400 more steps from scratch/sft; map.st: by transport
 
-Each run ends with answers to all held-out questions and keeps its checkpoints at 10, 25 and 50 % of
-its steps; points.json says what was measured of them (`measure.py`).
+Each run ends with answers to all held-out questions. own.st maps the teacher to what its student
+has become, by transport; points.json says what was measured on the way and through this map
+(`measure.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from pathlib import Path
 
 from examples.digits.earl_arms import LONGEST_WARMUP, PROBED
 from examples.digits.jobs import AT_ONCE, DIGITS, ROOT, Job, digits_data, discovery, training
+from examples.mimic.measure import KINDS
 
-PATTERN = "GE*ELJGE*EGE*E"  # the demo's, and two layers behind
+# The demo's, and a layer more on either side of the look. By depth each layer of the student has
+# one of its own kind, on the same side.
+PATTERN = "GE*E*ELJGE*E*E"
 TEACHER = ("--num-experts", "16", "--hybrid-layer-pattern", PATTERN)
 TEACHER += ("--pipeline-model-parallel-layout", PATTERN)
 STEPS = {"scratch": 2200, "tuned": 400}  # of the configs
 STEPS_OF_TEACHER, SEED_OF_TEACHER = 4400, 1
 PARTS = 20  # of a run, after each of which it is saved
-ASKED = 40  # questions of each kind for the causal test
-KINDS = 16  # of questions
+ASKED = 250  # questions of each kind for the teacher's causal test, which all students share
 
 KD = ("--mimic-kd-coeff", "1")
 ROUTES = ("--mimic-route-coeff", "0.1")
@@ -41,6 +44,10 @@ ARMS = {
     "another_row": (*KD, *ROUTES, "--mimic-row-shuffle-seed", "1"),
     "held": (*KD, *ROUTES, "--mimic-anneal-share", "0"),
 }
+# From nothing the student's experts are alike until they learn, so `permuted` would only rename
+# them. Its first 600 steps are transcription, so what it is taught falls over the whole run.
+STARTS = {"scratch": ("sft", "kd", "mimic", "another_row"), "tuned": tuple(ARMS)}
+FALLS = {"scratch": ("--mimic-anneal-share", "1"), "tuned": ()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def jobs(out: Path, seeds: Sequence[int], size: Size) -> list[Job]:
     made = [digits_data(data, (*counts, "--valid-per-key", str(size.questions)))]
     made += _of_teacher(out, data, size)
     for seed in seeds:
-        for start in STEPS:
+        for start in STARTS:
             made += _of_start(out, out / f"seed{seed}", start, data, seed, size)
     return made
 
@@ -131,31 +138,31 @@ def _of_start(out: Path, folder: Path, start: str, data: Path, seed: int, size: 
         made = [
             _tool("map_experts", mapped, flags, [str(data / "mix.jsonl")], [routes, *needs]),
         ]
-    for name, arm in ARMS.items():
-        run = folder / start / name
+    for name in STARTS[start]:
+        arm, run = ARMS[name], folder / start / name
         files = ["--mimic-routes", str(routes)] if arm else []
-        files += ["--mimic-map", str(mapped)] if ROUTES[0] in arm else []
+        # In `kd` it only measures how far the routers are from the teacher's.
+        maps = ROUTES[0] in arm or name == "kd"
+        files += ["--mimic-map", str(mapped)] if maps else []
+        files += FALLS[start] if ROUTES[0] in arm else ()
         made.append(
             training(
                 config,
                 run,
                 [*given, *begins, *arm, *files, *size.flags(steps)],
-                [*needs, *([routes] if arm else []), *([mapped] if ROUTES[0] in arm else [])],
+                [*needs, *([routes] if arm else []), *([mapped] if maps else [])],
                 saves=steps // PARTS,
             )
         )
+        answers, own = run / "answers.jsonl", run / "own.st"
+        flags = ["--checkpoint", str(run / "checkpoint"), "--samples", str(PROBED)]
+        flags += ["--routes", str(routes)]
+        made.append(_tool("map_experts", own, flags, [str(data / "mix.jsonl")], [routes, answers]))
         # At once: it deletes most of the run's checkpoints.
-        command = ("-m", "examples.mimic.measure", "--run", str(run), "--map", str(mapped))
+        command = ("-m", "examples.mimic.measure", "--run", str(run), "--map", str(own))
         command += ("--routes", str(routes), "--skills", str(skills), "--data", str(data))
-        shuffled = ("--shuffled", "1") if name == "permuted" else ()
-        made.append(
-            Job(
-                run / "points.json",
-                (*command, *shuffled),
-                run / "points.log",
-                (run / "answers.jsonl", mapped, skills),
-            )
-        )
+        needed = (answers, own, skills)
+        made.append(Job(run / "points.json", command, run / "points.log", needed))
     return made
 
 

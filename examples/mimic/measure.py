@@ -1,19 +1,20 @@
 """Measure a run of `arms.py` beyond its last answers: on the way, and without experts.
 
     python -m examples.mimic.measure --run runs/arms/mimic/seed1/scratch/mimic \\
-        --map runs/arms/mimic/seed1/scratch/map.st --routes runs/arms/mimic/routes.st \\
+        --map runs/arms/mimic/seed1/scratch/mimic/own.st --routes runs/arms/mimic/routes.st \\
         --skills runs/arms/mimic/skills.json --data runs/arms/mimic/data
 
-At 10, 25 and 50 % of its steps the questions are asked again, and between these checkpoints and the
+At 10, 25, 35 and 50 % of its steps some questions are asked, and between these checkpoints and the
 last one the share of routes that changed is counted, over the answers of probed rows. The last one
-is asked without the experts that stand, by the run's own map, for each cluster of the teacher's:
-if what breaks is what breaks in the teacher, the student works alike. Figures go into points.json;
-the other checkpoints are deleted.
+is asked without the experts that stand, by a map to what it has become, for each cluster of the
+teacher's: if what breaks is what breaks in the teacher, the student works alike. Figures go into
+points.json; the other checkpoints are deleted.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-SHARES = (10, 25, 50, 100)  # per cent of the steps
+SHARES = (10, 25, 35, 50, 100)  # per cent of the steps
 PROBED = 300  # rows of which routes are compared
-ASKED, KINDS = 40, 16  # questions of each kind for the causal test
+ON_THE_WAY, ASKED, KINDS = 100, 60, 16  # questions of each kind: before the end, without experts
+RENAMED = 7  # most skills of which all orders are tried
 
 
 def at_shares(folder: Path) -> dict[int, Path]:
@@ -44,9 +46,8 @@ def at_shares(folder: Path) -> dict[int, Path]:
 
 
 def image_of(skills: Any, mapped: Any, num_experts: int, layers: int, topk: int) -> Any:
-    """Returns a student's skill map: in each mapped layer the experts that most of a teacher's
-    cluster is dealt to, of each expert's share of all that is dealt to it. As many as keep the
-    cluster's part of the experts, rounded up.
+    """Returns a student's skill map: in each mapped layer the experts that have at least half of
+    all that they are dealt from a teacher's cluster; if there are none, the one with the most.
 
     Args:
         skills: the teacher's SkillMap; mapped: an ExpertMap.
@@ -59,30 +60,38 @@ def image_of(skills: Any, mapped: Any, num_experts: int, layers: int, topk: int)
         for mine, theirs in mapped.layers.items():
             cluster, a_TS = clusters[theirs], mapped.experts[mine]
             if cluster:
-                dealt_S = a_TS[cluster].sum(0) / a_TS.sum(0).clamp(min=1e-9)
-                count = -(-len(cluster) * num_experts // skills.num_experts)
-                found[skill][mine] = sorted(dealt_S.topk(count).indices.tolist())
+                share_S = a_TS[cluster].sum(0) / a_TS.sum(0).clamp(min=1e-9)
+                most = (share_S >= 0.5).nonzero().flatten().tolist()
+                found[skill][mine] = most or [int(share_S.argmax())]
     return SkillMap(layers, num_experts, topk, found)
 
 
-def falls(causal: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """Returns how far each skill's accuracy falls without each skill's cluster."""
-    accuracy = causal["accuracy"]
-    return {
-        (without, skill): accuracy[skill] - value
-        for without, found in causal["without"].items()
-        for skill, value in found.items()
-    }
+def falls(causal: dict[str, Any], skills: Sequence[str]) -> np.ndarray:
+    """Returns how far each skill's accuracy (columns) falls without each skill's cluster (rows),
+    beyond how far it falls on average, and how much that cluster breaks on average. Without that,
+    any two models would be alike: what is at chance cannot fall in either."""
+    accuracy, without = causal["accuracy"], causal["without"]
+    fall = np.array([[accuracy[skill] - without[of][skill] for skill in skills] for of in skills])
+    return fall - fall.mean(0, keepdims=True) - fall.mean(1, keepdims=True) + fall.mean()
 
 
-def alike(teacher: dict[str, Any], student: dict[str, Any]) -> float | None:
-    """Returns the correlation of what breaks in both; None if nothing breaks in one of them."""
-    ours, theirs = falls(student), falls(teacher)
-    shared = sorted(ours.keys() & theirs.keys())
-    pairs = np.array([[ours[key], theirs[key]] for key in shared]).T
-    if len(shared) < 3 or not pairs.std(axis=1).all():
+def alike(teacher: dict[str, Any], student: dict[str, Any]) -> tuple[float, float] | None:
+    """Returns the correlation of what breaks in both, and the share of orders of the student's
+    clusters for which it is as high. None if nothing breaks in one of them, or of less than three
+    skills."""
+    skills = sorted(teacher["without"].keys() & student["without"].keys())
+    if len(skills) < 3:
         return None
-    return float(np.corrcoef(pairs)[0, 1])
+    theirs, ours = falls(teacher, skills), falls(student, skills)
+    size = np.linalg.norm(theirs) * np.linalg.norm(ours)
+    if size < 1e-9:
+        return None
+    orders = [*itertools.permutations(range(len(skills)))] if len(skills) <= RENAMED else []
+    if not orders:
+        draw = np.random.default_rng(0)
+        orders = [tuple(range(len(skills))), *(draw.permutation(len(skills)) for _ in range(5000))]
+    found = [float((theirs * ours[list(order)]).sum() / size) for order in orders]
+    return found[0], float(np.mean(np.array(found) >= found[0] - 1e-9))
 
 
 def flipped(before: dict, after: dict) -> float:
@@ -106,11 +115,16 @@ class Measured:
         sharded.load(self.engine, checkpoint, finetune=True)
 
     def answers(self) -> dict[str, dict[int, float]]:
-        """Returns the score of each question, by kind."""
+        """Returns the score of each of the first questions, by kind."""
         from examples.digits.measure import Measured as Asking
+        from examples.digits.measure import first_of_each
+        from megatron_mm.evaluation.evaluate import open_questions
 
+        _, keys = open_questions(self.engine, self.tokenizer)
+        first = first_of_each(keys, ON_THE_WAY)
+        chosen = sorted(index for indices in first.values() for index in indices)
         found: dict[str, dict[int, float]] = {}
-        for record in Asking(self.engine, self.tokenizer, self.data).ask("valid"):
+        for record in Asking(self.engine, self.tokenizer, self.data).ask("valid", chosen=chosen):
             found.setdefault(record["key"], {})[record["index"]] = record["score"]
         return found
 
@@ -168,11 +182,13 @@ def measure(measured: Measured, run: Path, skills: Any, mapped: Any) -> dict[str
     language = measured.engine.run.model.language
     sizes = language.num_experts, measured.engine.config.num_layers, language.moe_router_topk
     student = measured.without(image_of(skills, mapped, *sizes))
+    found = alike(skills.info["causal_test"], student)
     return {
         "points": points,
         "information": measured.information(),
         "causal": student,
-        "alike": alike(skills.info["causal_test"], student),
+        "alike": found and found[0],
+        "alike by chance": found and found[1],
     }
 
 
@@ -182,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_mm.data.tokenizer import load_tokenizer
     from megatron_mm.earl.skill_map import load_skill_map
     from megatron_mm.earl.stored_run import stored_run
-    from megatron_mm.mimic.expert_map import load_expert_map, permuted
+    from megatron_mm.mimic.expert_map import load_expert_map
     from megatron_mm.mimic.route_file import RouteFile
 
     parser = argparse.ArgumentParser(
@@ -190,7 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name in ("run", "map", "routes", "skills", "data"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--shuffled", type=int, help="seed of the control, whose map it learnt")
     args = parser.parse_args(argv)
     with CheckpointCommand() as command:
         _, stored = command.resolve(args.run / "checkpoint")
@@ -199,8 +214,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         routes, language = RouteFile(args.routes), run.model.language
         layers = [*hops(run.model)]
         mapped = load_expert_map(args.map, routes, layers, language.num_experts)
-        if args.shuffled is not None:
-            mapped = permuted(mapped, args.shuffled)
         of_teacher = routes.teacher.num_layers, routes.teacher.num_experts
         skills = load_skill_map(args.skills, *of_teacher, None)
         tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)

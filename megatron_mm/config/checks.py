@@ -10,15 +10,15 @@ from megatron_mm.config.families import language_family, vision_family
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import check_memories, memories
 from megatron_mm.config.objectives import check_objective, declaration
-from megatron_mm.config.pattern import effective_pattern, model_stages, parse_pattern
+from megatron_mm.config.pattern import effective_pattern, model_stages, modules_of, parse_pattern
 from megatron_mm.config.precision import check_backend
 from megatron_mm.config.rules import divides, expert_tensor_parallel_size, head_ranks, require
 from megatron_mm.config.settings import (
-    MODULES,
     DataPhase,
     LoraConfig,
     ParallelConfig,
     RunConfig,
+    TrainingConfig,
 )
 from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.config.tree import leaves, optional, value_at
@@ -207,10 +207,20 @@ def _check_sources(phase: DataPhase, key: str) -> None:
 
 def _check_training(run: RunConfig) -> None:
     opt, train, par = run.optimizer, run.training, run.parallel
-    if not any(run.lora.adapts(module) or run.trains(module) for module in MODULES):
+    built = modules_of(run.model)
+    if not any(run.lora.adapts(module) or run.trains(module) for module in built):
         raise ConfigError(
-            f"every module is frozen; allowed: at least 1 of the {len(MODULES)} freeze flags false"
+            f"every module is frozen ({', '.join(built)}); allowed: at least 1 of their "
+            f"{len(built)} freeze flags false"
         )
+    if train.recompute_granularity != "full":
+        layers, usual = train.recompute_num_layers, TrainingConfig().recompute_num_layers
+        allowed = f"{usual}, or this value with recompute_granularity full"
+        require(layers == usual, "recompute_num_layers", layers, allowed)
+    if train.recompute_granularity != "selective":
+        modules, usual = train.recompute_modules, TrainingConfig().recompute_modules
+        allowed = f"{usual}, or this value with recompute_granularity selective"
+        require(modules == usual, "recompute_modules", modules, allowed)
     factor, sure = train.loss_spike_factor, not declaration(run).generates
     allowed = f"0, or more than 1{'' if sure else f'; 0 with objective {train.objective}'}"
     require(not factor or (factor > 1 and sure), "loss_spike_factor", factor, allowed)

@@ -20,7 +20,7 @@ from itertools import pairwise
 from megatron_mm.config.cost import Costs, costs
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.memories import Memory, look_memories, memories
-from megatron_mm.config.settings import RunConfig
+from megatron_mm.config.settings import MODULES, RunConfig
 from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.config.tree import brief
 from megatron_mm.errors import ConfigError
@@ -222,6 +222,22 @@ def memories_of_pairs(model: ModelConfig) -> dict[int, Memory]:
         for layer in layers
         if LAYERS[layer.kind].key == LOOKS and layer.reader is not None
     }
+
+
+def modules_of(model: ModelConfig) -> list[str]:
+    """Returns those of `MODULES` that the model has."""
+    kinds = [LAYERS[layer.kind] for layer in parse_pattern(effective_pattern(model))]
+    sees, routed = model.vision is not None, any(kind.routed for kind in kinds)
+    has = {
+        "vision": sees,
+        "projector": sees,
+        "language": True,
+        "experts": routed,
+        "router": routed,
+        "clvr": bool(memories(model)),
+        "avm": any(kind.key == "queries" for kind in kinds),
+    }
+    return [module for module in MODULES if has[module]]
 
 
 def effective_pattern(model: ModelConfig) -> str:

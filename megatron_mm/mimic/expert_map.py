@@ -8,7 +8,6 @@ The head has `layers`, [student's layer, teacher's layer] of each, and `info`, h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,12 +122,14 @@ def _some(layers: list[int]) -> str:
 
 
 def permuted(mapped: ExpertMap, seed: int) -> ExpertMap:
-    """Returns the control: in each layer the student's experts change places at random. What each
-    of the teacher's experts is dealt to, and how evenly, stays as it is; which they are does not.
-    """
+    """Returns the control: in each layer the student's experts change places at random, and none
+    keeps its own. To how many each of the teacher's experts is dealt, and how evenly, stays as it
+    is; which they are does not."""
     generator = torch.Generator().manual_seed(seed)
-    experts: Mapping[int, torch.Tensor] = {
-        index: a[:, torch.randperm(a.shape[1], generator=generator)]
-        for index, a in mapped.experts.items()
-    }
-    return replace(mapped, experts=dict(experts), info=mapped.info | {"permuted_with_seed": seed})
+    experts = {}
+    for index, a_TS in mapped.experts.items():
+        order = torch.randperm(a_TS.shape[1], generator=generator)
+        others = torch.empty_like(order)
+        others[order] = order.roll(-1)  # one circle
+        experts[index] = a_TS[:, others]
+    return replace(mapped, experts=experts, info=mapped.info | {"permuted_with_seed": seed})

@@ -11,11 +11,11 @@ import io
 import json
 import os
 import resource
-import signal
 import struct
 import sys
 from typing import IO, Any
 
+from megatron_mm.cli import leave_stops_to_parent
 from megatron_mm.errors import DataError
 from megatron_mm.pictures import decode
 
@@ -87,9 +87,7 @@ def _answer(head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], list[byt
 
 def main() -> None:
     """Answers requests until stdin is closed."""
-    # To the trainer a signal to the whole job means "save and stop".
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    leave_stops_to_parent()
     # Nothing that a library prints may stand among the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

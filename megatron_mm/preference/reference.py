@@ -16,7 +16,7 @@ import torch
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.parameters import parameters
 from megatron_mm.checkpoint.weight_sets import WeightSets, copied, loaded
-from megatron_mm.config import MODULES
+from megatron_mm.config import modules_of
 from megatron_mm.convert.live import load_hf
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.weight_set import Weights
@@ -51,7 +51,7 @@ def open_reference(engine: Engine) -> tuple[WeightSets, Origin]:
     assert folder is not None  # `goes_on` says so
     origin: Origin = sharded.find(engine.groups, folder)[1]["loader"].get("started_from")
     moves = run.section(ReferenceConfig).sync_ref_model
-    if moves or not any(run.trains(module) for module in MODULES):  # but adapters
+    if moves or not any(run.trains(module) for module in modules_of(run.model)):  # but adapters
         starting(lambda: _starting(engine, learners))
         return sets, origin
     if origin is None:

@@ -13,10 +13,12 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
 import socket
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from glob import glob
 from pathlib import Path
@@ -25,8 +27,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megatron_mm import platform
+from megatron_mm.checkpoint.folders import LATEST, resolve
 from megatron_mm.config import RunConfig, to_dict
-from megatron_mm.errors import ConfigError
+from megatron_mm.errors import CheckpointError, ConfigError
+from megatron_mm.model.backends.choice import check_dispatcher, choose
 from megatron_mm.rl.settings import RLConfig, teacher_folders
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,11 @@ MAY_DIFFER = {
     "logging.wandb_mode": "rank 0 alone writes it",
     "logging.wandb_project": "rank 0 alone writes it",
 }
-PACKAGES = ("torch", "megatron-core", "numpy", "transformers")
+PACKAGES = (
+    *("torch", "megatron-core", "numpy", "transformers"),
+    # Where one of these is missing, or is another, a rank computes with other kernels.
+    *("triton", "transformer-engine", "flash-linear-attention", "apex", "deep_ep"),
+)
 BLOCK, BLOCKS = 1 << 12, 16  # bytes of a file that are read at a time, and how often
 # Settings of objectives that name what every rank reads, beside the teachers.
 OF_OBJECTIVES = ("skill_map", "mimic_routes", "mimic_map", "ref_load", "dpo_ref_load")
@@ -77,15 +85,20 @@ def check_alike(run: RunConfig) -> None:
     if len({*digests}) == 1:
         return
     notes: list = [None] * dist.get_world_size()
-    dist.all_gather_object(notes, (socket.gethostname(), mine))
-    hosts, parts = [host for host, _ in notes], [found for _, found in notes]
+    dist.all_gather_object(notes, (socket.gethostname(), os.getcwd(), mine))
+    places, parts = [(host, folder) for host, folder, _ in notes], [found for *_, found in notes]
+    hosts = [host for host, _ in places]
     problem = difference(hosts, [timeless(found) for found in parts])
     if problem is None:
         doubtful = [name for name in mine if _times_differ(name, parts)]
         logger.info("reading %d files whose times differ between ranks", len(doubtful))
+        # Ranks of one host that started in one folder read the same files: the first of them does.
+        first = [places.index(place) for place in places]
+        reads = first[dist.get_rank()] == dist.get_rank()
         wholes: list = [None] * dist.get_world_size()
-        dist.all_gather_object(wholes, {name: _whole(name) for name in doubtful})
-        problem = difference(hosts, wholes)
+        found = {name: _whole(name) for name in doubtful} if reads else None
+        dist.all_gather_object(wholes, found)
+        problem = difference(hosts, [wholes[reader] for reader in first])
     if problem is not None:
         raise ConfigError(problem)
 
@@ -120,12 +133,24 @@ def parts_of(run: RunConfig) -> Parts:
     parts |= {f"setting {name}": value for name, value in settings_of(run).items()}
     parts["python"] = ".".join(map(str, sys.version_info[:3]))
     parts |= {name: version(name) for name in PACKAGES}
+    parts["kernels"] = kernels_of(run)
     parts["code of megatron_mm"] = code_version()
     for module in _own_modules(run):
         parts[f"code of {module}"] = _source(module)
     for path in files_of(run):
         parts |= sampled(path)
     return parts
+
+
+def kernels_of(run: RunConfig) -> str:
+    """Names what the language stack is computed by here, or says why it cannot be."""
+    try:
+        check_dispatcher(run.parallel)
+        backend = choose(run.backend)
+    except ConfigError as problem:
+        return str(problem)
+    parts = (backend.mix, backend.experts, backend.column)
+    return ", ".join(f"{part.__module__}.{part.__qualname__}" for part in parts)
 
 
 def settings_of(run: RunConfig) -> dict[str, str]:
@@ -164,6 +189,11 @@ def sampled(path: str) -> Parts:
 
 
 def _files(path: Path) -> Iterator[Path]:
+    """Yields a file, or those of a folder; of a folder of checkpoints only the one that is read."""
+    if (path / LATEST).is_file():
+        yield path / LATEST
+        with suppress(CheckpointError):  # whoever reads it says what is wrong
+            path, _ = resolve(path)
     if path.is_dir():
         yield from sorted(file for file in path.rglob("*") if file.is_file())
     else:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.folders import LATEST
-from megatron_mm.config import MODULES, CheckpointConfig, RunConfig
+from megatron_mm.config import CheckpointConfig, RunConfig, modules_of
 from megatron_mm.convert.folder import NOTES
 from megatron_mm.convert.live import load_hf
 from megatron_mm.engine.engine import Engine
@@ -139,10 +139,11 @@ def _check_scope(saved: str | None, engine: Engine, checkpoint: CheckpointConfig
 
 def tell_frozen(run: RunConfig) -> None:
     """Names the modules that are frozen, if any, and those that learn, adapters among them."""
-    frozen = [module for module in MODULES if not run.trains(module)]
+    built = modules_of(run.model)
+    frozen = [module for module in built if not run.trains(module)]
     if not frozen:
         return
-    learn = [module for module in MODULES if module not in frozen]
+    learn = [module for module in built if module not in frozen]
     learn += [f"adapters of {module}" for module in frozen if run.lora.adapts(module)]
     logger.info("frozen: %s; learning: %s", ", ".join(frozen), ", ".join(learn))
 

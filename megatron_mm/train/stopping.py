@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Of schedulers and torchrun, of a keyboard, of a terminal that closes, of `--signal=USR1@120`.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from megatron_mm.cli import STOPS
+
 # Seconds in which several signals are one: a scheduler tells the agent and its ranks, and the agent
-# tells the ranks again.
-TOGETHER = 0.5
+# tells the ranks again, once it is back from what it waits for. A keyboard tells once.
+TOGETHER, TYPED = 5.0, 0.5
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def stopping(ask: Callable[[], None]) -> Iterator[None]:
     """Calls `ask` at the first signal inside the context, from a thread; at a second one the
     process ends with status 128 + its number. Signals that are ignored, as nohup has it, stay so.
     """
-    ours = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    ours = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     # Without a handler of Python's the system writes nothing.
@@ -57,5 +57,5 @@ def _listen(reader: int, ours: set[int], ask: Callable[[], None]) -> None:
             if first is None:
                 first = time.monotonic()
                 ask()
-            elif time.monotonic() - first >= TOGETHER:
+            elif time.monotonic() - first >= (TYPED if number == signal.SIGINT else TOGETHER):
                 os._exit(128 + number)

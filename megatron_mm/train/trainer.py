@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.checkpoint.parameters import finish_param_gather
 from megatron_mm.checkpoint.saver import Saver
-from megatron_mm.config import RunConfig
+from megatron_mm.config import CheckpointConfig, RunConfig
 from megatron_mm.config.objectives import declaration
 from megatron_mm.convert.folder import NOTES, token_notes
 from megatron_mm.data.batch import Microbatch
@@ -50,6 +50,15 @@ from megatron_mm.train.stragglers import Stragglers
 logger = logging.getLogger(__name__)
 
 TRAINED = "train/trained_samples"  # rows that were not left out; not logged
+
+
+def _goes_on_in_place(checkpoint: CheckpointConfig) -> bool:
+    """Whether a run goes on from a checkpoint of the folder that it saves to, so that its first
+    state is saved already."""
+    if not checkpoint.load or not checkpoint.save or checkpoint.finetune:
+        return False
+    begun, folder = Path(checkpoint.load).resolve(), Path(checkpoint.save).resolve()
+    return folder in (begun, begun.parent)
 
 
 class Trainer:
@@ -93,8 +102,7 @@ class Trainer:
         self.stragglers = Stragglers(groups)
         self.guard = SpikeGuard(run.training.loss_spike_factor, begun.losses)
         self.begun = self.iteration
-        goes_on = run.checkpoint.load and not run.checkpoint.finetune
-        self.saved = self.iteration if goes_on else None
+        self.saved = self.iteration if _goes_on_in_place(run.checkpoint) else None
         # The position in the data after the last whole step; None where it cannot be saved.
         self.position: dict | None = None
         self.stop_requested = False

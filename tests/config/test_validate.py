@@ -139,7 +139,13 @@ CASES = [
     ("--no-untie-embeddings-and-output-weights", "is False; allowed: true; tied embeddings"),
     (
         " ".join(f"--freeze-{module}" for module in MODULES),
-        "every module is frozen; allowed: at least 1 of the 7 freeze flags false",
+        "every module is frozen (vision, projector, language, experts, clvr, router); allowed: at "
+        "least 1 of their 6 freeze flags false",
+    ),
+    ("--recompute-num-layers 3", "is 3; allowed: 2, or this value with recompute_granularity full"),
+    (
+        "--recompute-modules moe --recompute-granularity full",
+        "is ['moe']; allowed: ['core_attn'], or this value with recompute_granularity selective",
     ),
     (
         "--train-data a.jsonl:8 b.jsonl:8 --train-iters 5 --global-batch-size 4",

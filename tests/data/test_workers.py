@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from megatron_mm.cli import STOPS
 from megatron_mm.data.loading.loader import TrainLoader
 from megatron_mm.data.loading.workers import WorkerPool
 from megatron_mm.errors import DataError
@@ -116,8 +117,9 @@ def test_a_pool_fails_in_one_line_and_never_hangs():
     pool.forget(tickets[5:])
     assert pool.result(doubled) == 8
     assert [len(pool.result(t)) - 2_000_000 for t in (tickets[3], tickets[0])] == [3, 0]
-    # A signal to the whole job is the trainer's to handle.
-    os.kill(pool.pids[0], signal.SIGTERM)
+    # Signals to the whole job are the trainer's to handle.
+    for number in STOPS:
+        os.kill(pool.pids[0], number)
     assert pool.result(pool.submit("double", 5, "x")) == 10
     late = [pool.submit("sleep", 600, "rows.jsonl:3"), pool.submit("double", 1, "rows.jsonl:4")]
     time.sleep(0.2)

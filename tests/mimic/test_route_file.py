@@ -293,8 +293,8 @@ def test_a_map_comes_back(file, tmp_path):
     assert found.layers == {0: 1, 2: 4}
     assert all(torch.equal(found.experts[i], mapped().experts[i]) for i in (0, 2))
     control = permuted(found, 1)
-    assert not torch.equal(control.experts[0], found.experts[0])
     for index in (0, 2):
+        assert (control.experts[index] != found.experts[index]).any(0).all()  # none is at its place
         assert torch.equal(
             control.experts[index].sort(1).values, found.experts[index].sort(1).values
         )

@@ -76,6 +76,10 @@ def unannounced(run: RunConfig) -> list[str]:
 def test_ddp_knows_when_every_parameter_is_needed(ranks, pattern):
     run = small_run(pattern, vision_memory="pyramid")
     assert ranks(1, unannounced, run)[0] == []
+    # The dispatcher calls the parts of an overlapped shared expert, and not the expert.
+    run.parallel = parallel_config(ep=2, moe_shared_expert_overlap=True)
+    for missed in ranks(2, unannounced, run):
+        assert [name for name in missed if "shared_experts" in name] == []
 
 
 def refused(dispatcher: str) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megatron_mm.checkpoint import sealed
+from megatron_mm.checkpoint.folders import FORMAT, KINDS, LATEST, RUN, name_of
 from megatron_mm.config import RunConfig
 from megatron_mm.config.tree import leaves, value_at
 from megatron_mm.errors import ConfigError
@@ -153,6 +155,31 @@ def test_files_that_differ_are_named_and_copies_are_not(ranks, scenes, tmp_path)
         assert text.startswith(f"file {files.get(name, 'rows.jsonl')} differs: rank 1 on "), text
     assert "has none (No such file or directory)" in first["absent"]
     assert "has 1,068,891 bytes" in first["longer"], first["longer"]
+
+
+def test_of_a_folder_of_checkpoints_only_the_one_that_is_read_is_compared(tmp_path):
+    held = {key: kind() for key, kind in KINDS.items()} | {"identity": "0" * 32, "format": FORMAT}
+    held["config"] = {"model": {}, "training": {}}
+    for iteration in (1, 2, 3):
+        (tmp_path / name_of(iteration)).mkdir()
+        sealed.write_json(tmp_path / name_of(iteration) / RUN, held | {"iteration": iteration})
+    (tmp_path / LATEST).write_text(f"{name_of(2)}\n")
+    expected = [tmp_path / LATEST, tmp_path / name_of(2) / RUN]
+    assert [*alike.sampled(str(tmp_path))] == [f"file {path}" for path in expected]
+    # Whoever reads a damaged one says what is wrong.
+    (tmp_path / LATEST).write_text("nonsense\n")
+    assert len(alike.sampled(str(tmp_path))) == 4
+
+
+def test_what_computes_is_compared():
+    """A node that lacks a package chooses other kernels than its peers, or fails alone."""
+    run = RunConfig()
+    assert "convolve_and_scan" in alike.kernels_of(run)
+    run.backend.gdn_kernel = "fla"
+    assert alike.kernels_of(run).startswith("gdn_kernel is 'fla', but there is no CUDA device")
+    run.parallel.moe_token_dispatcher_type = "flex"
+    assert alike.kernels_of(run).startswith("moe_token_dispatcher_type is 'flex', but")
+    assert {"transformer-engine", "flash-linear-attention", "triton"} <= {*alike.PACKAGES}
 
 
 def test_the_odd_one_is_named_by_majority():

@@ -39,6 +39,7 @@ from support.weights import move_looks_off_zero
 # ---- stop and resume ----
 
 STEPS = 12
+LATEST_OF = "iter_0000002"
 CUTS = range(1, 11)
 
 
@@ -259,6 +260,29 @@ def on_rank_interval(run, folder) -> int:
     run.checkpoint.save, run.checkpoint.save_interval = str(folder / "saved"), 2
     run.logging.output_dir, run.data.valid_data = str(folder / "out"), None
     return loop.train(run, groups.build(run.parallel)).iteration
+
+
+def on_rank_save_elsewhere(run, first, second) -> list[int | None]:
+    """Trains two steps into a folder; goes on for none from there, into another and into the same.
+    Returns the step that each run had saved as it began."""
+    made, begun = groups.build(run.parallel), []
+    for load, save in ((None, first), (first, second), (first, first), (first / LATEST_OF, first)):
+        run.checkpoint.load = load and str(load)
+        run.checkpoint.save = str(save)
+        begun.append(Trainer(run, made).saved)
+        loop.train(run, made)
+    return begun
+
+
+def test_a_run_that_goes_on_from_another_folder_saves_to_its_own(ranks, scenes, tmp_path):
+    """Even if it has nothing left to do: whoever resumes from there finds it."""
+    run = digits_run(scenes, train_iters=2, output_dir=str(tmp_path / "out"))
+    run.data.valid_data = None
+    first, second = tmp_path / "first", tmp_path / "second"
+    (begun,) = ranks(1, on_rank_save_elsewhere, run, first, second)
+    assert begun == [None, None, 2, 2]
+    assert (second / LATEST_OF / "run.json").exists()
+    assert (second / "latest").read_text() == f"{LATEST_OF}\n"
 
 
 def test_saves_every_interval_and_at_the_end(ranks, scenes, tmp_path):

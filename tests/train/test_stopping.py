@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from megatron_mm.train.stopping import SIGNALS, TOGETHER, stopping
+from megatron_mm.cli import STOPS
+from megatron_mm.train.stopping import TOGETHER, TYPED, stopping
 from support.launches import ROOT
 
 SCRIPT = """
@@ -29,14 +30,14 @@ with stopping(lambda: asked.append(time.monotonic())):
     while not asked and time.monotonic() < until:
         time.sleep(0.01)
     if sys.argv[1] == "saves":
-        time.sleep(3)
+        time.sleep(float(sys.argv[2]))
 print("saved", flush=True)
 """
 
 
 class Child:
-    def __init__(self, how: str, *before: str):
-        command = [*before, sys.executable, "-c", SCRIPT, how]
+    def __init__(self, how: str, *before: str, seconds: float = 3.0):
+        command = [*before, sys.executable, "-c", SCRIPT, how, str(seconds)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout.readline() == "ready\n"
 
@@ -45,7 +46,7 @@ class Child:
         return said, self.process.returncode
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
 def test_each_signal_asks_to_stop(number):
     child = Child("once")
     child.process.send_signal(number)
@@ -55,9 +56,9 @@ def test_each_signal_asks_to_stop(number):
 @pytest.mark.parametrize("how", ["saves", "deaf"])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_second_one_ends_at_once(how, second):
-    child = Child(how)
+    child = Child(how, seconds=TOGETHER + 3)
     child.process.send_signal(signal.SIGTERM)
-    time.sleep(TOGETHER + 0.3)
+    time.sleep(0.3 + (TYPED if second == signal.SIGINT else TOGETHER))
     began = time.monotonic()
     child.process.send_signal(second)
     assert child.end() == ("", 128 + second)
@@ -65,11 +66,12 @@ def test_a_second_one_ends_at_once(how, second):
 
 
 def test_signals_at_once_are_one():
-    """A scheduler tells the agent and its ranks, and the agent tells the ranks again."""
+    """A scheduler tells the agent and its ranks, and the agent tells the ranks again, seconds later
+    if it was waiting for another host."""
     child = Child("saves")
-    for _ in range(5):
+    for pause in (0.02, 0.02, 1.5, 0.5):
         child.process.send_signal(signal.SIGTERM)
-        time.sleep(0.02)
+        time.sleep(pause)
     assert child.end() == ("saved\n", 0)
 
 
@@ -83,7 +85,7 @@ def test_nohup_stays_nohup():
 
 
 def test_handlers_are_given_back():
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in STOPS]
     asked = []
     with stopping(lambda: asked.append("outer")):
         with stopping(lambda: asked.append("inner")):
@@ -92,4 +94,4 @@ def test_handlers_are_given_back():
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.2)
     assert asked == ["inner", "outer"]
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOPS] == before

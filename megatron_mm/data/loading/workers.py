@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import pickle
-import signal
 import threading
 import weakref
 from collections import deque
@@ -20,6 +19,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from megatron_mm.cli import leave_stops_to_parent
 from megatron_mm.errors import DataError
 
 _pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
@@ -162,10 +162,7 @@ class WorkerPool:
 
 
 def _work(pipe: Connection, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    # To the trainer a signal to the whole job means "save and stop". Until then it needs its
-    # workers, which end when it does.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_stops_to_parent()
     worker, broken = None, None
     try:
         worker = make(*args)

@@ -54,6 +54,19 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(activation, aux_loss * self.loss_weight)
 
 
+class SharedExpert(SharedExpertMLP):
+    """megatron-core's shared expert, which waits for its own gate.
+
+    Where it is overlapped, the dispatcher calls its parts and never the module, so the hook by
+    which DDP waits for the gather of the gate (`overlap_param_gather`) would not run.
+    """
+
+    def pre_forward_comm(self, input: torch.Tensor, wait_current_stream: bool = True) -> None:
+        for hook in self._forward_pre_hooks.values():
+            hook(self, (input,))
+        super().pre_forward_comm(input, wait_current_stream)
+
+
 class MixtureOfExperts(MoELayer):
     """megatron-core's layer with the layout of its own parameters described.
 
@@ -73,7 +86,7 @@ class MixtureOfExperts(MoELayer):
         out_std: float,
         backend: Backend,
     ):
-        shared = partial(SharedExpertMLP, submodules=backend.shared_expert)
+        shared = partial(SharedExpert, submodules=backend.shared_expert)
         experts = partial(backend.experts, std=std, out_std=out_std)
         super().__init__(
             config,
