@@ -187,6 +187,18 @@ def test_every_flag_exists():
     assert not unknown, "\n".join(unknown)
 
 
+ADDED = re.compile(r"metrics\.(?:ratio|mean|sum|max|loss_term)\(\s*\"([a-z_]+(?:/[a-z_]+)+)\"")
+IN_DOCSTRINGS = {"moe/chosen_logit", "moe/entropy"}  # examples
+
+
+def test_every_metric_is_explained():
+    texts = [text_of(page) for page in pages()]
+    sources = [text_of(ROOT / p) for p in tracked() if p.suffix == ".py" and p.parts[0] in FOLDERS]
+    added = {name for source in sources for name in ADDED.findall(source)} - IN_DOCSTRINGS
+    assert len(added) > 15 and {"train/lm_loss", "moe/mimic_kl"} <= added
+    assert sorted(n for n in added if not any(f"`{n}`" in text for text in texts)) == []
+
+
 def test_a_wrong_flag_would_be_seen():
     assert unknown_flags("python tools/plan.py --world-size 4 --gpu H100 --lr 1") == set()
     assert unknown_flags("python tools/plan.py --hf DIR") == {"--hf"}
