@@ -230,11 +230,17 @@ def test_every_replica_gets_as_many_prompts(replicas, batch, problem):
 
 
 @pytest.mark.parametrize(
-    ("name", "objective"), [("mm-80b", "sft"), ("mm-80b-align", "sft"), ("mm-80b-earl", "grpo")]
+    ("name", "objective", "gpus"),
+    [
+        ("mm-80b", "sft", 256),
+        ("mm-80b-align", "sft", 256),
+        ("mm-80b-earl", "grpo", 256),
+        ("mm-35b-lora", "sft", 8),
+    ],
 )
-def test_the_examples_fit_the_gpus_that_they_name(name, objective):
+def test_the_examples_fit_the_gpus_that_they_name(name, objective, gpus):
     run = load(Path(__file__).parents[2] / "examples" / f"{name}.yaml")
-    validate(run, 256)
+    validate(run, gpus)
     assert run.training.objective == objective
 
 
