@@ -121,7 +121,7 @@ def _mimic(out: Path, args: Args) -> list[Job]:
 
 
 def _looking(out: Path, args: Args) -> list[Job]:
-    size = looking_arms.Size(args.questions, args.images, args.iters)
+    size = looking_arms.Size(args.questions, args.images, args.iters, args.rl_iters)
     return looking_arms.jobs(out, args.seeds, args.arms, size)
 
 
@@ -168,7 +168,7 @@ COMPARISONS = {
     ),
     "looking": Comparison(
         "answers that look (letters Q and V)",
-        {"--questions": 500, "--images": 3000, "--iters": None},
+        {"--questions": 500, "--images": 3000, "--iters": None, "--rl-iters": None},
         _looking,
         looking_table.summary,
         looking_table.markdown,

@@ -1,9 +1,11 @@
 """The tables of `earl_arms.py`, from the files of its finished runs.
 
 A change is the accuracy after a training less that before, of the same questions. *Gain* is the
-change of what was reinforced, *collateral* that of all other kinds: its mean over kinds, and the
-worst kind. Each figure is a mean over seeds, with half the width of its 95 % interval over
-questions, then over seeds.
+change of what was reinforced, *collateral* that of other skills (after reinforcement of all skills,
+of the forms that were not reinforced): its mean over kinds, the mean of its size, in which kinds
+that gain do not hide others that lose, and the worst kind. *Own forms* are the other forms of the
+skill that was reinforced. Each figure is a mean over seeds, with half the width of its 95 %
+interval over questions, then over seeds.
 """
 
 from __future__ import annotations
@@ -72,6 +74,23 @@ def reinforced(where: str) -> Callable[[str], bool]:
     return (lambda key: key == ONE) if where == "one" else (lambda key: key.endswith(FREE))
 
 
+def of_others(where: str) -> Callable[[str], bool]:
+    """Returns whether a kind of question is of another skill or, after reinforcement of all, of a
+    form that was not reinforced."""
+    if where == "all":
+        return lambda key: not key.endswith(FREE)
+    return lambda key: _skill(key) != _skill(ONE)
+
+
+def _own_form(key: str, where: str) -> bool:
+    """Whether a kind of question is of what was reinforced, in a form that was not."""
+    return not (reinforced(where)(key) or of_others(where)(key))
+
+
+def _skill(key: str) -> str:
+    return key.split("/")[0]
+
+
 def steps_to(folder: Path) -> float | None:
     """Returns the step at which the reward of `ONE`, as a mean of the last rollouts, first reaches
     `REACHED`; None if it does not."""
@@ -109,20 +128,25 @@ def read_experts(folder: Path) -> dict[str, float]:
 
 
 def read_measures(folder: Path) -> dict[str, float]:
-    """Reads the accuracies of a run with few experts kept, of the kinds that it has learnt, and out
-    of distribution."""
+    """Reads the accuracies of a run with few experts kept, of the kinds that the seed's plain run
+    has learnt, or else this one, and out of distribution."""
     path = folder / "measures.json"
     if not path.exists():
         return {}
     held = json.loads(path.read_text())
-    kept = held["kept"]
-    whole = kept[str(held["num_experts"])]
+    kept, plain = held["kept"], folder.parents[1] / "sft" / "plain" / path.name
+    whole = _with_all(json.loads(plain.read_text()) if plain.exists() else held)
     learnt = [kind for kind, share in whole.items() if share >= LEARNT]
     found = {
         f"kept {count}": mean(of_kind[kind] for kind in learnt) for count, of_kind in kept.items()
     }
     found |= {name: mean(held["beyond"][name].values()) for name in ("larger", "longer")}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _with_all(held: Mapping[str, Any]) -> Mapping[str, float]:
+    """Returns the accuracies with all experts."""
+    return held["kept"][str(held["num_experts"])]
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -198,14 +222,25 @@ def _rl(
     counts = reinforced(where)
     row: dict[str, Any] = {"arm": name, "seeds": len(done)}
     row["gain"] = figure(*changes(after, before, counts))
-    per_seed, others = changes(after, before, lambda key: not counts(key))
+    per_seed, others = changes(after, before, of_others(where))
     row["collateral"] = figure(per_seed, others)
+    pairs = zip(after, before, strict=True)
+    row["moved"] = figure([_moved(a, b, of_others(where)) for a, b in pairs])
+    if any(_own_form(key, where) for key in after[0]):
+        row["own forms"] = figure(*changes(after, before, lambda key: _own_form(key, where)))
     kind, (value, low, _) = worst(others)
     row["worst"] = {"kind": kind, "value": value, "questions": value - low}
-    row["by kind"] = {key: float(value.mean()) for key, value in others.items()}
+    _, every = changes(after, before, lambda key: not counts(key))
+    row["by kind"] = {key: float(value.mean()) for key, value in every.items()}
     reached = [steps_to(seed / where / name) for seed in done]
     row["steps"] = {"value": mean(reached), "reached": sum(s is not None for s in reached)}
     return row | _measured([seed / where / name for seed in done])
+
+
+def _moved(after: Scores, before: Scores, kinds: Callable[[str], bool]) -> float:
+    """Returns the mean over kinds of the size of their change."""
+    _, values = changes([after], [before], kinds)
+    return float(mean(abs(float(of_kind.mean())) for of_kind in values.values()) or 0.0)
 
 
 def _sides(
@@ -224,7 +259,7 @@ def _against(
         return None
     counts = reinforced(where)
     row: dict[str, Any] = {"arm": name, "other": other, "seeds": len(done)}
-    for part, kinds in (("gain", counts), ("collateral", lambda key: not counts(key))):
+    for part, kinds in (("gain", counts), ("collateral", of_others(where))):
         (ours, of_ours), (theirs, of_theirs) = (
             changes(*_sides(done, where, arm, held), kinds) for arm in (name, other)
         )
@@ -244,7 +279,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     kept = [name for name in measured if name.startswith("kept")]
     experts = ["hit", "information", "own", "others", *kept, "larger", "longer"]
     sft = ["free", "other", "free against plain", "other against plain", *experts]
-    rl = ["gain", "collateral", "worst", "steps"]
+    rl = ["gain", "collateral", "moved", "worst", "own forms", "steps"]
     lines = ["After SFT:", "", *_table(found["sft"], ["arm", "seeds", *sft])]
     for where, title in (("one", f"RL on {ONE} alone"), ("all", "RL on all free questions")):
         lines += ["", f"{title}:", "", *_table(found[where], ["arm", "seeds", *rl])]
@@ -273,7 +308,7 @@ def _cell(column: str, value: Any) -> str:
     if column == "steps":
         steps = "" if value["value"] is None else f"{value['value']:.0f} "
         return f"{steps}({value['reached']})"
-    signed = column in ("gain", "collateral", "worst") or "against" in column
+    signed = column in ("gain", "collateral", "worst", "own forms") or "against" in column
     text = f"{value['value']:+.3f}" if signed else f"{value['value']:.3f}"
     halves = [value.get(name) for name in ("questions", "seeds")]
     spread = " / ".join(f"{half:.3f}" for half in halves if half is not None)

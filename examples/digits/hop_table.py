@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.digits.hop_arms import ARMS, SHARES
+from examples.digits.hop_arms import ARMS, SHARES, share_of
 from examples.digits.scores import (
     Scores,
     accuracy,
@@ -63,13 +63,15 @@ def _arm(arm: str, runs: Mapping[str, Path]) -> dict[str, Any]:
             for key, share in json.loads((run / SHARES).read_text()).items():
                 by_kind[key.split("/")[0]].append(share)
     handed = {skill: mean(found) for skill, found in by_kind.items()}
+    trained = mean(share_of(run) for run in runs.values()) if "C" in ARMS[arm].pattern else None
     return {
         "arm": arm,
         "seeds": len(runs),
         "accuracy": mean(accuracy(of_run) for of_run in scores),
         **{n: mean(accuracy(_watched(of_run, n)) for of_run in scores) for n in WATCHED},
         "handed": handed,
-        "flops": flops(arm, mean(handed.values())),
+        "handed in training": trained,
+        "flops": flops(arm, trained),
     }
 
 
@@ -108,7 +110,7 @@ def _against(runs: Mapping[str, Mapping[str, Path]], arm: str) -> dict[str, Any]
         ours, theirs = ([_watched(scores, name) for scores in side] for side in sides)
         if ours[0]:
             found[name or "accuracy"] = difference(ours, theirs)
-    found["between seeds"] = over_seeds(gains(*sides))
+            found[f"{name or 'accuracy'} over seeds"] = over_seeds(gains(ours, theirs))
     return found
 
 
@@ -116,18 +118,22 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Formats the figures as two Markdown tables, and what is missing."""
     names = ("accuracy", *WATCHED)
     titles = ("all", *WATCHED)
-    lines = [f"| arm | seeds | {' | '.join(titles)} | handed over | FLOPs |"]
-    lines.append("|---" * (4 + len(names)) + "|")
+    lines = [f"| arm | seeds | {' | '.join(titles)} | handed over | in answers | FLOPs |"]
+    lines.append("|---" * (5 + len(names)) + "|")
     for row in found["arms"]:
         cells = [f"`{row['arm']}`", str(row["seeds"])]
         cells += ["" if row[n] is None else f"{row[n]:.3f}" for n in names]
+        trained = row["handed in training"]
+        cells.append("" if trained is None else f"{trained:.2f}")
         cells.append(", ".join(f"{skill} {share:.2f}" for skill, share in row["handed"].items()))
         lines.append(f"| {' | '.join([*cells, f'{row["flops"]:.2f}'])} |")
-    lines += ["", f"| `{OURS}` over | seeds | {' | '.join(titles)} | all, between seeds |"]
+    # Runs of one arm differ far more than the choice of questions does.
+    lines += ["", f"| `{OURS}` over | seeds | {' | '.join(titles)} | all, over questions |"]
     lines.append("|---" * (3 + len(names)) + "|")
     for row in found["differences"]:
         cells = [f"`{row['over']}`", str(row["seeds"])]
-        cells += [_shown(row.get(n)) for n in (*names, "between seeds")]
+        cells += [_shown(row.get(f"{n} over seeds")) for n in names]
+        cells.append(_shown(row.get("accuracy")))
         lines.append(f"| {' | '.join(cells)} |")
     missing: Sequence[str] = found["missing"]
     if missing:

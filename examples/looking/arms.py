@@ -67,12 +67,18 @@ class Size:
     Attributes:
         questions: of each of the four kinds, held out.
         images: for training.
-        iters: steps of every run; None: the configs'.
+        iters, rl_iters: steps of tuning and of reinforcement; None: the configs'.
     """
 
     questions: int = 500
     images: int = 3000
     iters: int | None = None
+    rl_iters: int | None = None
+
+    def steps(self, arm: Arm) -> list[str]:
+        """Returns the flags of an arm's steps."""
+        count = self.iters if arm.begins is None else self.rl_iters
+        return [] if count is None else ["--train-iters", str(count)]
 
 
 def jobs(out: Path, seeds: Sequence[int], arms: Sequence[str], size: Size) -> list[Job]:
@@ -83,12 +89,12 @@ def jobs(out: Path, seeds: Sequence[int], arms: Sequence[str], size: Size) -> li
     made = [digits_data(data, flags)]
     files = ["--valid-data", str(data / "valid.jsonl")]
     files += ["--tokenizer-model", str(data / "tokenizer.model")]
-    steps = [] if size.iters is None else ["--train-iters", str(size.iters)]
     wanted = {*arms, *(begins for name in arms if (begins := ARMS[name].begins))}
     for seed in seeds:
         for name in (name for name in ARMS if name in wanted):
             arm, run = ARMS[name], out / f"seed{seed}" / name
-            needs, given = [made[0].done], [*arm.flags, "--seed", str(seed), *files, *steps]
+            given = [*arm.flags, "--seed", str(seed), *files, *size.steps(arm)]
+            needs = [made[0].done]
             if arm.begins is None:
                 align, mix = (data / f"{part}{arm.rows}.jsonl" for part in ("align", "mix"))
                 given += ["--train-data", f"{align}:19200", str(mix)]

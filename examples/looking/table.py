@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from examples.digits.scores import (
     accuracy,
     difference,
@@ -24,8 +26,11 @@ from examples.looking.arms import ARMS
 
 OURS = ("hidden", "boxes_tenth", "boxes", "grpo", "tokens", "tokens_grpo")
 CONTROLS = ("blind", "words", "zero", "another", "random")
+# What reinforcement brought to its start, and one way to say a place over the other.
+PAIRS = (("grpo", "boxes_tenth"), ("tokens_grpo", "tokens"), ("tokens", "boxes"))
 SLOTS = 4  # behind a query
 TILE = 4  # stream tokens of a tile
+MARKS = 8  # tokens of a prompt beside its text and its image: of turns, and around the image
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -36,12 +41,12 @@ def summary(out: Path) -> dict[str, Any]:
     seeds = sorted({seed for of_arm in runs.values() for seed in of_arm})
     wanted = [out / seed / arm / "answers.jsonl" for seed in seeds for arm in ARMS]
     others = [arm for arm in ARMS if arm not in OURS]
+    pairs = [(ours, other) for ours in OURS for other in others]
     return {
         "arms": [_arm(out, arm, runs[arm]) for arm in ARMS if arm in runs],
         "differences": [
             _against(runs, ours, other)
-            for ours in OURS
-            for other in others
+            for ours, other in (*pairs, *PAIRS)
             if ours in runs and other in runs
         ],
         "missing": [str(path.relative_to(out)) for path in wanted if not path.exists()],
@@ -51,16 +56,25 @@ def summary(out: Path) -> dict[str, Any]:
 def _arm(out: Path, arm: str, runs: Mapping[str, Path]) -> dict[str, Any]:
     scores = [read_scores(run / "answers.jsonl") for run in runs.values()]
     keys = sorted(scores[0])
-    answers = [_tokens(out, arm, run) for run in runs.values()]
+    answers = float(np.mean([_tokens(out, arm, run) for run in runs.values()]))
+    image = TILE * (25 if arm == "stream" else 1)
     return {
         "arm": arm,
         "seeds": len(runs),
         "accuracy": mean(accuracy(of_run) for of_run in scores),
         **{key: mean(accuracy({key: of_run[key]}) for of_run in scores) for key in keys},
-        "image_tokens": TILE * (25 if arm == "stream" else 1),
-        "answer_tokens": mean(answers),
-        "flops": flops(arm),
+        "image_tokens": image,
+        "answer_tokens": answers,
+        "flops": flops(arm, _prompt(out) + image + answers),
     }
+
+
+def _prompt(out: Path) -> float:
+    """Returns the mean tokens of a question, without its image."""
+    encode = _tokenizer(out / "data" / "tokenizer.model").encode
+    rows = map(json.loads, (out / "data" / "valid.jsonl").read_text().splitlines())
+    asked = [row["messages"][0]["content"].replace("<image>", "") for row in rows]
+    return MARKS + float(np.mean([len(encode(text)) for text in asked]))
 
 
 def _tokens(out: Path, arm: str, run: Path) -> float:
@@ -80,24 +94,27 @@ def _tokenizer(path: Path):
     return load_tokenizer(path)
 
 
-def flops(arm: str) -> float:
-    """Returns the FLOPs of a forward pass over a full sample with one image, over those of the arm
-    that does not look: of the layers and the encoder, as the planner's split counts them."""
+def flops(arm: str, tokens: float) -> float:
+    """Returns MFLOPs of a forward pass over a question with its image and answer: of the layers and
+    the encoder, as the planner's split counts them, keys and values of glimpses among them but not
+    their few queries.
+
+    Args:
+        tokens: of the sample's stream.
+    """
     from megatron_mm.config import load, parse_pattern
     from megatron_mm.config.cost import costs, vision
 
-    spent = {}
-    for name in (arm, "blind"):
-        chosen = ARMS[name]
-        run = load(str(chosen.config), ["--hybrid-layer-pattern", chosen.pattern, *chosen.flags])
-        found = costs(run)
-        # A memory or a stream of tiles has the encoder see all of them, a thumbnail one.
-        looks = run.model.fusion.vision_memory != "none" or name == "stream"
-        tiles = run.data.max_num_tiles if looks else 0
-        tiles += name != "stream"  # the thumbnail
-        layers = sum(found.letters[layer.kind] for layer in parse_pattern(chosen.pattern))
-        spent[name] = layers + vision(run.model, tiles)
-    return spent[arm] / spent["blind"]
+    chosen = ARMS[arm]
+    run = load(str(chosen.config), ["--hybrid-layer-pattern", chosen.pattern, *chosen.flags])
+    run.data.seq_length = round(tokens)
+    found = costs(run)
+    # A memory or a stream of tiles has the encoder see all of them, a thumbnail one.
+    looks = run.model.fusion.vision_memory != "none" or arm == "stream"
+    tiles = run.data.max_num_tiles if looks else 0
+    tiles += arm != "stream"  # the thumbnail
+    layers = sum(found.letters[layer.kind] for layer in parse_pattern(chosen.pattern))
+    return (layers + vision(run.model, tiles)) / 1e6
 
 
 def _against(runs: Mapping[str, Mapping[str, Path]], ours: str, other: str) -> dict[str, Any]:
@@ -117,12 +134,12 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Formats the figures as two Markdown tables, and what is missing."""
     rows: Sequence[Mapping[str, Any]] = found["arms"]
     keys = [key for key in (rows[0] if rows else {}) if "/" in key]
-    lines = [f"| arm | seeds | all | {' | '.join(keys)} | image tokens | answer tokens | FLOPs |"]
+    lines = [f"| arm | seeds | all | {' | '.join(keys)} | image tokens | answer tokens | MFLOPs |"]
     lines.append("|---" * (6 + len(keys)) + "|")
     for row in rows:
         cells = [f"`{row['arm']}`", str(row["seeds"]), f"{row['accuracy']:.3f}"]
         cells += [f"{row[key]:.3f}" for key in keys]
-        cells += [str(row["image_tokens"]), f"{row['answer_tokens']:.1f}", f"{row['flops']:.2f}"]
+        cells += [str(row["image_tokens"]), f"{row['answer_tokens']:.1f}", f"{row['flops']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| arm | over | seeds | accuracy | between seeds |", "|---|---|---|---|---|"]
     for row in found["differences"]:

@@ -66,10 +66,12 @@ class WeightSets:
         """
         finish_param_gather(self._engine)
         weights = self._sets[name].weights
-        for key, param, _ in parameters(self._engine):
+        for key, param, layout in parameters(self._engine):
             if key in weights:
                 mine = weights[key]
-                mine.lerp_(param.detach().to(mine.device, mine.dtype), alpha)
+                theirs = param.detach().to(mine.device, mine.dtype)
+                # What the run sets is a state; there is none between two.
+                mine.lerp_(theirs, 1.0 if layout.set_by_run else alpha)
 
 
 def copied(engine: Engine, names: set[str] | None = None) -> Weights:

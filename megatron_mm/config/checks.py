@@ -213,26 +213,23 @@ def _check_training(run: RunConfig) -> None:
             f"every module is frozen ({', '.join(built)}); allowed: at least 1 of their "
             f"{len(built)} freeze flags false"
         )
-    if train.recompute_granularity != "full":
-        layers, usual = train.recompute_num_layers, TrainingConfig().recompute_num_layers
-        allowed = f"{usual}, or this value with recompute_granularity full"
-        require(layers == usual, "recompute_num_layers", layers, allowed)
-    if train.recompute_granularity != "selective":
-        modules, usual = train.recompute_modules, TrainingConfig().recompute_modules
-        allowed = f"{usual}, or this value with recompute_granularity selective"
-        require(modules == usual, "recompute_modules", modules, allowed)
+    for key, needed in (("recompute_num_layers", "full"), ("recompute_modules", "selective")):
+        value, usual = getattr(train, key), getattr(TrainingConfig(), key)
+        fits = value == usual or train.recompute_granularity == needed
+        require(fits, key, value, f"{usual}, or this value with recompute_granularity {needed}")
     factor, sure = train.loss_spike_factor, not declaration(run).generates
     allowed = f"0, or more than 1{'' if sure else f'; 0 with objective {train.objective}'}"
     require(not factor or (factor > 1 and sure), "loss_spike_factor", factor, allowed)
     phases = [phase.samples for phase in run.data.train_data]
     # Packed samples are known to suffice only once their lengths are known.
     if phases and phases[-1] is not None and not run.data.packing:
-        needed = train.train_iters * train.global_batch_size
+        needed = declaration(run).rows(run)
         held = sum(samples for samples in phases if samples is not None)
         if held < needed:
             raise ConfigError(
-                f"train_data holds {held} samples in its {len(phases)} phases, but train_iters * "
-                f"global_batch_size is {needed}; allowed: leave `samples` out of the last phase"
+                f"train_data holds {held} samples in its {len(phases)} phases, but the run's "
+                f"{train.train_iters} steps need {needed}; allowed: leave `samples` out of the "
+                "last phase"
             )
     require(opt.min_lr <= opt.lr, "min_lr", opt.min_lr, f"0 to lr {opt.lr}")
     iters = train.train_iters

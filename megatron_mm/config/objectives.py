@@ -28,6 +28,11 @@ def balance_of_model(run: RunConfig) -> float:
     return run.model.language.moe_aux_loss_coeff
 
 
+def rows_of_steps(run: RunConfig) -> int:
+    """A row for each place of every step."""
+    return run.training.train_iters * run.training.global_batch_size
+
+
 @dataclass(frozen=True)
 class Declaration:
     """One objective. Parts that need torch are dotted paths, imported when they are used.
@@ -46,6 +51,7 @@ class Declaration:
             writes a report: it records what the report compares the trained model with.
         moe_aux_loss_coeff: the coefficient of the load-balancing loss of a run.
         generates: whether its steps are made of rollouts, which the model generates itself.
+        rows: the least number of training rows that a run needs.
         mean_over_tokens: whether its loss is a mean over the answers' tokens, on whose scale the
             losses of layers (box loss) are.
     """
@@ -60,6 +66,7 @@ class Declaration:
     before: Part | None = None
     moe_aux_loss_coeff: Callable[[RunConfig], float] = balance_of_model
     generates: bool = False
+    rows: Callable[[RunConfig], int] = rows_of_steps
     mean_over_tokens: bool = True
 
 

@@ -144,6 +144,9 @@ class Microbatch:
     # int64, the skill (its number in the run's skill map) that each position exercises when it
     # predicts the next token; -1: none. None in a run without a skill map.
     skill_T: torch.Tensor | None = None
+    # float32, what a supervised token counts in the number that the loss is divided by, at every
+    # position of its sample; it weighs layers' losses that are sums over positions. None: 1.
+    position_weight_T: torch.Tensor | None = None
     # With it `pixels_NCHW` holds only the tiles dealt to this rank.
     dealt: Dealt | None = None
     # Experts to use at every position, MoE index -> int16 [T, k] of all hops (model/routing.py),

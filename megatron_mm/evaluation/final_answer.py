@@ -21,7 +21,7 @@ _TAG = re.compile(r"<answer>|</answer>", re.IGNORECASE)
 _BETWEEN = re.compile(r"[\s$.,;/&]*(?:(?:and|or)\b)?[\s$]*", re.IGNORECASE)
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
 _CLAIM = re.compile(
-    r"\b(?P<noun>answer|choice|option|solution|result|conclusion)\b"
+    r"\b(?P<noun>answer|ans|choice|option|solution|result|conclusion)\b"
     r"(?:[ \t]+(?:to|of|for|here|in|i choose|i pick)\b[^.:=\n]{0,80}?)?[ \t]*"
     r"(?:\b(?:is|was|are|equals|becomes|(?:would|should|must|has to|have to|will)[ \t]+be)\b"
     r"(?:[ \t]+(?:as follows|equal to))?[ \t]*:?|[:=\u2192\u21d2]|->|=>)\s*",
@@ -45,13 +45,22 @@ _REPEATED = re.compile(
     r"(?:correct\s+|right\s+|final\s+)?",
     re.IGNORECASE,
 )
+_PAUSE = r"[ \t]*[,.:;!\u2014\u2026-]+[ \t\n]*"
 _CORRECTION = re.compile(
-    r"\b(?:wait|no(?=[ \t]*[,.:;!\u2014\u2026-])|actually|sorry|correction|scratch that"
-    r"|i mean|or rather|on second thoughts?)\b"
-    r"(?:[ \t]*[,.:;!\u2014\u2026-]+[ \t\n]*|[ \t]+)"
-    r"(?=(?P<then>[^\n]{1,200}))",
+    r"(?:\b(?:wait|no(?=[ \t]*[,.:;!\u2014\u2026-])|sorry|correction|scratch that"
+    rf"|on second thoughts?)\b(?:{_PAUSE}|[ \t]+)"
+    # "4, because there are actually 2 dogs": these correct where a sentence begins, after a pause,
+    # or with an answer and no more.
+    rf"|(?:\A|[.!?;\u2014\u2026\n-])[ \t\"'(*]*actually\b(?:{_PAUSE}|[ \t]+)"
+    rf"|\b(?:i mean|or rather)\b{_PAUSE}"
+    r"|(?:(?<!are )(?<!is )(?<!was )(?<!were )\bactually|\bi mean|\bor rather)\b[ \t]*,?[ \t]*"
+    r"(?=\S{1,24}(?:[ \t]\S{1,12})?[ \t]*(?:[.!;)\n]|\Z))"
+    r")(?=(?P<then>[^\n]{1,200}))",
     re.IGNORECASE,
 )
+
+
+_BULLET = re.compile(r"\A[-*\u2022][ \t]+")
 
 
 class Final(NamedTuple):
@@ -176,6 +185,8 @@ def claim(text: str) -> Final | None:
     if last is None:
         return None
     content = text[last.end() : last.end() + MAX_CLAIM].split("\n", 1)[0].strip()
+    if "\n" in last[0]:  # a list of one
+        content = _BULLET.sub("", content)
     if turned := re.match(r"(?:not|never)\b[^.\n]{0,40}?\bbut\b\s*", content):
         content = content[turned.end() :]
     if before_last is not None and last.start() - before_last.end() < 60:
@@ -230,6 +241,7 @@ def plain(text: str) -> str:
     text = re.sub(r"(?<!\\)\$([^$\n]*)(?<!\\)\$", r"\1", text)
     for _ in range(3):  # as deep as people nest them
         text = _WORDED.sub(r"\1", text)
+    text = re.sub(r"(?<=[A-Za-z])\s?\^\s?\{\s?([23])\s?\}", r"^\1", text)  # of a unit
     text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", _SPACES.sub(" ", text))
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree\b|\\circ\b", "\u00b0", text)
     return re.sub(r"\\([%$#&_])", r"\1", text).strip()

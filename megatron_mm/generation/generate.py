@@ -206,7 +206,7 @@ class _Generation:
                 lane.uniform_R.copy_(uniform[step])
                 lane.batch.route_noise = noise and noise(step)
             caches = [lane.cache for lane in self.lanes]
-            shape = tuple((cache.rows, cache.span, cache.room) for cache in caches)
+            shape = tuple((cache.rows, cache.span, cache.room, *cache.branches) for cache in caches)
             drawn.append(self.replayed.run(self.step, shape, self._addresses))
         self._append(every, [lane.busy_rows for lane in self.lanes], drawn)
 

@@ -43,6 +43,7 @@ class StreamContext:
         position_ids_t: int64 [T / CP], positions inside their samples, of the part.
         padding_1t: bool, True on this rank's positions that are padding; None without padding.
         loss_weight: of the whole microbatch, a scalar; see `Microbatch.loss_weight`.
+        position_weight_t: of this rank's positions; see `Microbatch.position_weight_T`.
         memories: name -> who may look at which patch, for the memories that the looks of this
             stage read, seen from the part.
         recomputing: the pass is a repetition for the backward pass.
@@ -69,6 +70,7 @@ class StreamContext:
     scope: ExpertScope | None = None
     watch: Callable[[Layer, torch.Tensor], None] | None = None
     queries: QueryMap | None = None
+    position_weight_t: torch.Tensor | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict)
     first_pass_metrics: Metrics = MUTED
 
@@ -105,6 +107,9 @@ class StreamContext:
             memories[memory.name] = MemoryMap.build(
                 segments, local, patches.visible_M2, patches.coordinates_M2, rows[memory.name]
             )
+        weight_T, weight_t = batch.position_weight_T, None
+        if weight_T is not None:
+            weight_t = take(weight_T, shard(tokens, pg))
         settings = query_settings(model) if asks else None
         queries = None
         if settings is not None:
@@ -117,6 +122,7 @@ class StreamContext:
             batch.loss_weight,
             memories,
             queries=queries,
+            position_weight_t=weight_t,
         )
 
     @classmethod

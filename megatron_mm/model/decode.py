@@ -79,6 +79,11 @@ class DecodeCache:
         return cast(T, self.layers[letter, number])  # a letter has states of one type
 
     @property
+    def branches(self) -> tuple[int, ...]:
+        """Those of all layers (`LayerState.branches`)."""
+        return tuple(number for state in self.layers.values() for number in state.branches)
+
+    @property
     def routes(self) -> LayerState:
         """ "experts", int16 [R, layers of this rank, S, k], if routes are written down."""
         return self.state("routes", 0, LayerState)
@@ -138,6 +143,12 @@ class LayerState:
     def __init__(self, cache: DecodeCache):
         self.cache = cache
         self.tensors: dict[str, torch.Tensor] = {}
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """The numbers of the host that a step's computation depends on, beside shapes: a step that
+        was recorded with others must not be replayed."""
+        return ()
 
     def keep(self, rows_R: torch.Tensor) -> None:
         """See `DecodeCache.keep`; the rows are on the device."""

@@ -66,8 +66,10 @@ def tiers(data: Path, out: Path, edges: Sequence[float]) -> str:
         f"{len(files)} files, {left} rows without a verdict left out; for a run:",
         "train_data:",
     ]
-    for path, lines in files.items():
-        said += [f"- path: {path}", f"  samples: {len(lines)}"]
+    for number, (path, lines) in enumerate(files.items(), start=1):
+        said.append(f"- path: {path}")
+        if number < len(files):  # the last one is repeated as long as the run goes on
+            said.append(f"  samples: {len(lines)}")
     return "\n".join(said)
 
 

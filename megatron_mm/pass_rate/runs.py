@@ -10,6 +10,8 @@ from typing import Any
 from megatron_mm import cli
 from megatron_mm.config import RunConfig, load, to_dict, validate
 from megatron_mm.config.flags import parse_flags
+from megatron_mm.config.layers.queries import query_settings
+from megatron_mm.config.settings_model import ModelConfig
 from megatron_mm.data.files.keys import ANY
 from megatron_mm.earl.knock_out import digest
 from megatron_mm.earl.stored_run import stored_run
@@ -63,10 +65,20 @@ def run_of_flags(
         return replace(run, data=data, training=training, objectives=objectives)
     completions = rl.num_generations * run.training.global_batch_size
     training = replace(training, objective="grpo", global_batch_size=completions)
-    run = replace(run, training=training, objectives=objectives)
+    data = replace(run.data, packing=False, num_workers=0)  # of training, and not for rollouts
+    model = _without_box_loss(run.model)
+    run = replace(run, model=model, data=data, training=training, objectives=objectives)
     validate(run, world)
     difficulty_name(rl)
     return run
+
+
+def _without_box_loss(model: ModelConfig) -> ModelConfig:
+    settings = query_settings(model)
+    if settings is None:
+        return model
+    glimpses = replace(settings, query_box_loss_coeff=0.0)
+    return replace(model, layers=dict(model.layers) | {"Q": glimpses})
 
 
 def key_of(run: RunConfig, *parts: object) -> str:

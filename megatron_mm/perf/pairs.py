@@ -23,7 +23,7 @@ def pairs_batch(run: RunConfig, batch: Microbatch) -> PreferenceBatch:
     """`batch`, whose supervised tokens are those of answers, with what the reference says."""
     sides = run.training.micro_batch_size * samples_of_one(run)
     return PreferenceBatch(
-        **vars(batch),
+        **vars(batch) | {"position_weight_T": torch.zeros(len(batch.tokens_T))},
         **their_completions(run, batch),
         ref_logps_N=torch.zeros(sides, dtype=torch.float64),
         delta=0.0,

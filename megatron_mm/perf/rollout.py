@@ -59,7 +59,12 @@ def policy_batch(run: RunConfig, rl: ResolvedRL, batch: Microbatch) -> PolicyBat
         router = RouterTargets(zeros_T, members, 1.0, rl.earl.router_temperature)
     completions = their_completions(run, batch)
     return PolicyBatch(
-        **vars(batch) | {"routes": replayed, "skill_T": torch.where(sampled, 0, -1)},
+        **vars(batch)
+        | {
+            "routes": replayed,
+            "skill_T": torch.where(sampled, 0, -1),
+            "position_weight_T": zeros_T,
+        },
         **completions,
         divisor=loss_denominator(
             rl.loss_agg_mode, completions["lengths_N"], rl.max_completion_length

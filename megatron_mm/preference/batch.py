@@ -43,4 +43,6 @@ def preference_batch(
     # In fp64, so that equal log-probabilities of policy and reference have equal sums, however the
     # tokens lie on ranks.
     sums_N = completion_sums(ref_logprobs_T.double(), batch.completion_T, len(batch.lengths_N))
-    return PreferenceBatch(**vars(batch), ref_logps_N=sums_N, delta=delta)
+    half_N = torch.full((len(batch.lengths_N),), 0.5)  # an answer is half a pair
+    values = vars(batch) | {"position_weight_T": batch.position_weights(half_N)}
+    return PreferenceBatch(**values, ref_logps_N=sums_N, delta=delta)

@@ -66,6 +66,13 @@ class CompletionBatch(Microbatch):
             whole_T[self.sampled] = torch.cat([*values]).to(dtype)
         return whole_T
 
+    def position_weights(self, counts_N: torch.Tensor) -> torch.Tensor:
+        """Returns `position_weight_T` where completions count `counts_N` in the loss's divisor."""
+        segments = self.cu_seqlens.diff()  # the padding is one, and counts nothing
+        weight_S = torch.zeros(len(segments))
+        weight_S[: len(counts_N)] = counts_N / self.lengths_N.clamp(min=1)
+        return weight_S.repeat_interleave(segments)
+
     def split(self, values_T: torch.Tensor) -> list[torch.Tensor]:
         """Returns [G] of each member: the opposite of `spread`."""
         return list(values_T[self.sampled].split(self.lengths_N.tolist()))

@@ -18,7 +18,12 @@ from megatron_mm.earl.router_term import (
 from megatron_mm.rl.completion_batch import CompletionBatch
 from megatron_mm.rl.credit import Credited, SumOverReaders
 from megatron_mm.rl.logprobs import Logprobs
-from megatron_mm.rl.policy_losses import entropy_threshold, importance_weights, loss_denominator
+from megatron_mm.rl.policy_losses import (
+    entropy_threshold,
+    importance_weights,
+    loss_counts,
+    loss_denominator,
+)
 from megatron_mm.rl.settings import ResolvedRL
 
 # Joins the values, fp32 [K], of all replicas; every rank of the job calls it.
@@ -125,9 +130,11 @@ def policy_batch(
             logprobs.old_T, logprobs.rollout_T, batch.completion_T, len(batch.members), rl
         )
     lengths_N = batch.lengths_N.masked_fill(out_N, 0)
+    counts_N = loss_counts(rl.loss_agg_mode, lengths_N, rl.max_completion_length)
     values = vars(batch) | {
         "completion_T": completion_T,
         "lengths_N": lengths_N,
+        "position_weight_T": batch.position_weights(counts_N),
         "skill_T": _skills(batch, credited) if rl.earl.skill_map else None,
         "routes": batch.routes if logprobs.routes is None else logprobs.routes,
     }
@@ -140,7 +147,7 @@ def policy_batch(
         rollout_weights_T=weights_T,
         kl_weights_T=_kl_weights(batch, credited) if rl.beta else None,
         learnt_T=None if threshold is None else entropies(logprobs).double() >= threshold,
-        divisor=loss_denominator(rl.loss_agg_mode, lengths_N, rl.max_completion_length),
+        divisor=counts_N.sum(),
         router=router,
     )
 

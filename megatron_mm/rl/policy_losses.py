@@ -204,6 +204,13 @@ def loss_denominator(
     return LOSS_AGGREGATIONS[mode].denominator(lengths_N, max_completion_length)
 
 
+def loss_counts(mode: str, lengths_N: torch.Tensor, max_completion_length: int) -> torch.Tensor:
+    """Returns int64 [N]: what each completion counts in `loss_denominator`."""
+    each = [lengths_N[n : n + 1] for n in range(len(lengths_N))]
+    counts = [int(loss_denominator(mode, one, max_completion_length)) for one in each]
+    return torch.tensor(counts, dtype=torch.int64)
+
+
 def importance_weights(
     old_logprobs_K: torch.Tensor,
     rollout_logprobs_K: torch.Tensor,

@@ -88,9 +88,10 @@ class RLConfig:
     """Coefficient of the KL divergence from the reference model; 0: no reference model is kept."""
     ref_load: str | None = None
     """Checkpoint of the reference model."""
-    kl_estimator: Annotated[str, Named(KL_ESTIMATORS)] = "k3"
-    """Estimator of the KL divergence. In the loss k1 does nothing: the expectation of its
-    gradient is zero."""
+    kl_estimator: Annotated[str | None, Named(KL_ESTIMATORS)] = None
+    """Estimator of the KL divergence. Default: k1 with use_kl_in_reward, else k3. In the loss k1
+    does nothing: the expectation of its gradient is zero. In the reward it is the only one whose
+    gradient is that of the divergence: near the reference k3 has less than a tenth of it."""
     use_kl_in_reward: bool = False
     """Subtract the KL divergence from the reward instead of adding it to the loss."""
     teacher_load: list[str] = field(default_factory=list)
@@ -171,6 +172,7 @@ class ResolvedRL(RLConfig):
     epsilon: float
     epsilon_high: float
     filter_groups: bool
+    kl_estimator: str
     earl: EARLConfig = field(default_factory=EARLConfig)
 
 
@@ -178,6 +180,7 @@ def resolve_algorithm(rl: RLConfig, earl: EARLConfig | None = None) -> ResolvedR
     """`rl` with the settings that are none filled in from its algorithm."""
     given = ALGORITHMS[rl.algorithm]
     values = vars(rl) | {k: v for k, v in given.items() if getattr(rl, k) is None}
+    values["kl_estimator"] = rl.kl_estimator or ("k1" if rl.use_kl_in_reward else "k3")
     return ResolvedRL(**values | ({} if earl is None else {"earl": earl}))
 
 

@@ -14,6 +14,7 @@ from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.parameters import parameters
 from megatron_mm.checkpoint.weight_sets import WeightSets, copied
 from megatron_mm.config import RunConfig
+from megatron_mm.config.layers.cascade import CascadeSettings
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.weight_set import WeightSet
 from megatron_mm.errors import CheckpointError
@@ -125,6 +126,25 @@ def test_thirty_steps_are_those_of_a_slow_loop(ranks):
     """fp32 rounds each of ten moves by 6e-8; the rounding of earlier ones fades."""
     for worst, moved in ranks(1, on_rank_average, tiny_run(), 30, 3):
         assert worst <= 4e-7 and moved > 1e-2
+
+
+def on_rank_state_of_the_run() -> list[float]:
+    """The gate's state in the reference after the policy's has changed and a share was mixed in."""
+    run = tiny_run(pattern="GC *E")
+    run.model.layers["C"] = CascadeSettings()
+    engine = create(run)
+    sets = moving_sets(engine)
+    (name,) = [name for name, _, of in parameters(engine) if of.set_by_run]
+    found = [float(engine.moving["reference"].weights[name])]
+    for chunk in engine.chunks:
+        dict(chunk.named_parameters())[name].data.fill_(1.0)
+    sets.mix("reference", ALPHA)
+    return [*found, float(engine.moving["reference"].weights[name])]
+
+
+def test_what_the_run_sets_is_taken_over_and_not_averaged(ranks):
+    """A gate that is six tenths hard is none."""
+    assert ranks(1, on_rank_state_of_the_run) == [[0.0, 1.0]]
 
 
 def on_rank_small_moves(run: RunConfig) -> tuple[int, int, bool]:

@@ -23,7 +23,7 @@ def run_with(**rl):
 
 
 def test_every_algorithm_fills_every_open_setting():
-    open_settings = {k for k, v in vars(RLConfig()).items() if v is None}
+    open_settings = {k for k, v in vars(RLConfig()).items() if v is None} - {"kl_estimator"}
     for name in ALGORITHMS:
         filled = {k for k in open_settings if getattr(resolve_algorithm(RLConfig(name)), k)}
         assert set(ALGORITHMS[name]) - {"filter_groups"} == filled - {"filter_groups"}
@@ -244,6 +244,17 @@ def test_the_examples_fit_the_gpus_that_they_name(name, objective, gpus):
     assert run.training.objective == objective
 
 
+def test_phases_of_prompts_are_counted_in_prompts():
+    """A step's batch counts completions, and a rollout serves several steps."""
+    flags = "--objective grpo --reward-funcs exact --num-generations 8 --num-iterations 2"
+    flags += " --global-batch-size 64 --train-iters 20 --max-completion-length 16"
+    enough = load(None, [*flags.split(), "--train-data", "a.jsonl:40", "b.jsonl:40"])
+    validate(enough)  # 10 rollouts of 8 prompts
+    few = load(None, [*flags.split(), "--train-data", "a.jsonl:40", "b.jsonl:39"])
+    with pytest.raises(ConfigError, match="holds 79 samples in its 2 phases, .* 20 steps need 80;"):
+        validate(few)
+
+
 def test_rl_settings_of_a_run_without_rl_are_refused():
     run = RunConfig()
     validate(run)
@@ -256,4 +267,4 @@ def test_help_explains_every_setting_and_lists_the_names_of_a_registry():
     settings = {leaf.name: leaf for leaf in leaves(RunConfig) if leaf.path[0] in ("rl", "earl")}
     assert len(settings) > 40 and all(leaf.explanation for leaf in settings.values())
     assert "grpo, dr_grpo, dapo, gspo" in explained(settings["algorithm"])
-    assert "k1, k2, k3 or a dotted path; default: k3 [rl]" in explained(settings["kl_estimator"])
+    assert "k1, k2, k3 or a dotted path" in explained(settings["kl_estimator"])

@@ -149,7 +149,7 @@ CASES = [
     ),
     (
         "--train-data a.jsonl:8 b.jsonl:8 --train-iters 5 --global-batch-size 4",
-        "train_data holds 16 samples in its 2 phases, but train_iters * global_batch_size is 20",
+        "train_data holds 16 samples in its 2 phases, but the run's 5 steps need 20; allowed:",
     ),
     ("--num-workers=-1", "num_workers is -1; allowed: 0 to 256"),
     ("--max-image-tokens 0", "max_image_tokens is 0; allowed: more than 0"),

@@ -195,12 +195,12 @@ def write_measures(run: Path, hit: float, own: float):
 
 
 def test_the_tables_of_earl_by_hand(tmp_path):
-    one, kinds = earl_arms.ONE, (earl_arms.ONE, "ocr", "sum", "sum/free")
-    start = dict(zip(kinds, (20, 90, 50, 50), strict=True))
+    one, kinds = earl_arms.ONE, (earl_arms.ONE, "ocr", "sum", "sum/free", "multihop")
+    start = dict(zip(kinds, (20, 90, 50, 50, 70), strict=True))
     after = {  # arm -> seed -> right of each kind
-        "one/grpo": {1: (90, 80, 50, 40), 2: (86, 80, 48, 40)},
-        "one/scope": {1: (88, 90, 50, 50), 2: (84, 89, 50, 51)},
-        "all/grpo": {1: (90, 80, 50, 60)},
+        "one/grpo": {1: (90, 80, 50, 40, 60), 2: (86, 80, 48, 40, 60)},
+        "one/scope": {1: (88, 90, 50, 50, 70), 2: (84, 89, 50, 51, 70)},
+        "all/grpo": {1: (90, 80, 50, 60, 70)},
     }
     for seed in (1, 2):
         at = tmp_path / f"seed{seed}"
@@ -223,6 +223,11 @@ def test_the_tables_of_earl_by_hand(tmp_path):
     assert grpo["gain"]["value"] == pytest.approx(0.68)
     assert grpo["gain"]["seeds"] == pytest.approx(0.02 * 12.7062, rel=1e-4)
     assert grpo["collateral"]["value"] == pytest.approx((-20 / 3 - 22 / 3) / 200)
+    assert grpo["own forms"]["value"] == pytest.approx(-0.1)
+    # One kind of `scope` lost what another gained.
+    assert grpo["moved"]["value"] == pytest.approx(0.07)
+    assert scope["moved"]["value"] == pytest.approx(0.01 / 3)
+    assert grpo["by kind"].keys() == {"ocr", "sum", "sum/free", "multihop"}
     assert grpo["worst"]["kind"] in ("ocr", "sum/free")
     assert grpo["worst"]["value"] == pytest.approx(-0.1)
     # 0.3, 0.5 and three of 0.8 are 0.64 on average; the next five are 0.74.
@@ -234,7 +239,8 @@ def test_the_tables_of_earl_by_hand(tmp_path):
     assert against["collateral"]["value"] == pytest.approx(0.07)
     (on_all,) = found["all"]
     assert on_all["gain"]["value"] == pytest.approx(0.4)  # of both kinds in any form
-    assert on_all["collateral"]["value"] == pytest.approx(-0.05) and on_all["seeds"] == 1
+    assert on_all["collateral"]["value"] == pytest.approx(-0.1 / 3) and on_all["seeds"] == 1
+    assert "own forms" not in on_all
     assert on_all["collateral"]["seeds"] is None
     plain, aligned = found["sft"]
     assert plain["free"] == pytest.approx(0.35) and plain["other"] == pytest.approx(0.7)

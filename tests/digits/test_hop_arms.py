@@ -70,6 +70,9 @@ def test_the_table_by_hand(tmp_path):
         write_run(tmp_path / f"seed{seed}" / "plain", plain)
         shares = {"multihop": 0.4, "multihop/free": 0.2, "ocr": 0.1}
         write_run(tmp_path / f"seed{seed}" / "cascade", cascade, shares)
+        (tmp_path / f"seed{seed}" / "cascade" / "metrics.jsonl").write_text(
+            "".join(f'{{"moe/delegated_share": {share}}}\n' for share in [1.0] * 9 + [0.15])
+        )
     found = hop_table.table(tmp_path)
     rows = {row["arm"]: row for row in found["arms"]}
     assert rows["plain"]["accuracy"] == pytest.approx(0.46)
@@ -80,7 +83,11 @@ def test_the_table_by_hand(tmp_path):
     (over,) = found["differences"]
     assert (over["over"], over["seeds"]) == ("plain", 2)
     assert over["multihop, at once"][0] == pytest.approx(0.2)
-    assert over["between seeds"][0] == pytest.approx(0.04)
+    assert over["accuracy over seeds"][0] == pytest.approx(0.04)
+    assert over["multihop, at once over seeds"] is not None
+    # What a step computes follows from all tokens, not from those of answers.
+    assert rows["cascade"]["handed in training"] == pytest.approx(0.15)
+    assert rows["cascade"]["flops"] == pytest.approx(hop_table.flops("cascade", 0.15))
     assert "seed1/parallel/answers.jsonl" in found["missing"]
     assert "seed1/deeper/shares.json" not in found["missing"]
     text = hop_table.markdown(found)

@@ -268,6 +268,20 @@ def test_the_price_is_a_sum_over_real_tokens(pg, double):
     )
 
 
+def test_a_price_weighs_a_position_as_the_loss_weighs_its_sample(pg, double):
+    """Where the loss counts completions a long answer is not charged for every token."""
+    layer, context, stream = case(pg, True, delegate_price=0.25)
+    context.position_weight_t = torch.linspace(0, 1, len(stream), dtype=torch.float64)
+    layer.train()
+    (run_layer(layer, context, stream) * 0.0).sum().backward()
+    found = layer.delegate.gate.bias.grad
+    with torch.no_grad():
+        result = super(CascadedExperts, layer).forward(normed(stream), context)
+        _, gate_t = layer.delegate._read(stream, result, context)
+        counted_t = context.position_weight_t * ~context.padding_1t[0]
+    torch.testing.assert_close(found[0], 0.25 * (counted_t * gate_t * (1 - gate_t)).sum())
+
+
 def test_what_it_measures(pg, double):
     layer, context, stream = case(pg)
     layer.train()
@@ -310,13 +324,17 @@ def test_the_control_hands_over_by_chance(pg, double, share):
     positions = torch.arange(4000)
     context.position_ids_t = positions
     handed = layer.delegate._by_chance(4000, context)
+    layer.delegate.seed += 1
+    other = layer.delegate._by_chance(4000, context)
+    layer.delegate.seed -= 1
+    assert share in (0.0, 1.0) or float((handed & other).double().mean()) < share
     assert float(handed.double().mean()) == pytest.approx(share, abs=0.01)
     runs = (handed[1:] != handed[:-1]).sum()
     assert runs > 1000 or share in (0.0, 1.0)
 
 
 def test_the_gate_closes_with_the_runs_progress(pg):
-    layer, *_ = case(pg, delegate_hard_from=0.25)
+    layer, *_ = case(pg, hard=False, delegate_hard_from=0.25)
     hard = []
     for done in (0.0, 0.24, 0.25, 0.9):
         layer.delegate.at_progress(done)
@@ -325,6 +343,19 @@ def test_the_gate_closes_with_the_runs_progress(pg):
     layer, *_ = case(pg, delegate_hard_from=1.0)
     layer.delegate.at_progress(1.0)
     assert float(layer.delegate.hard) == 0.0  # never
+    layer, *_ = case(pg, hard=True, delegate_hard_from=0.25)
+    layer.delegate.at_progress(0.0)
+    assert float(layer.delegate.hard) == 1.0  # a run that begins with a hard gate keeps it
+
+
+def test_chance_begins_where_the_gate_is_hard(pg):
+    """Or the control would also lack the soft half of the training."""
+    for hard in (False, True):
+        layer, context, stream = case(pg, hard=hard, delegate_random_share=0.3)
+        gate = torch.ones(len(stream), dtype=stream.dtype)
+        handed = layer.delegate._handed(gate, context, None, None)
+        chance = layer.delegate._by_chance(len(stream), context)
+        assert not chance.all() and handed.equal(chance) if hard else handed.all()
 
 
 @pytest.mark.parametrize(("warmup", "prices"), [(0.5, [0.0, 0.1, 0.2, 0.2]), (0.0, [0.2] * 4)])

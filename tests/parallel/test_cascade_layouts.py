@@ -18,7 +18,7 @@ CASES = {
     "hard": (HARD, steps_batches),
     "soft": (SOFT, steps_batches),
     "all or nobody": (HARD | dict(delegate_gate_bias=8.0), all_or_nobody),
-    "by chance": (SOFT | dict(delegate_random_share=0.4), steps_batches),
+    "by chance": (HARD | dict(delegate_random_share=0.4), steps_batches),
     "one expert, distinct": (
         HARD | dict(delegate_topk=1, delegate_distinct=True),
         steps_batches,

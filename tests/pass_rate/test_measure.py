@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.config import ConfigError, RunConfig, load, to_dict
+from megatron_mm.config.layers.queries import query_settings
 from megatron_mm.config.settings import DataPhase
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.sample import SampleBuilder
@@ -29,7 +30,7 @@ from megatron_mm.preference.pairs import build_pair
 from megatron_mm.rl.settings import RLConfig
 from support.grpo_runs import grpo_run, on_rank_steps
 from support.rated_runs import on_rank_run, read_rows, write_rows
-from support.trainers import LAYOUTS, digits_run
+from support.trainers import LAYOUTS, digits_run, with_glimpses
 
 ROWS, EACH = 23, 5  # rows of the file and of a round
 EVEN = dict(reward_funcs=["support.even.even"], num_generations=4, max_completion_length=8)
@@ -355,6 +356,17 @@ def test_flags_and_the_file_of_a_run_say_how_to_sample(scenes, tmp_path):
     assert (rl.reward_funcs, rl.temperature, run.training.seed) == (["exact", "tags"], 0.7, 9)
     assert run.data.seq_length == 80 and rl.beta == 0  # nothing is trained
     assert run_of_flags(stored_of(scenes), [], 1, scores=False).data.seq_length == 96
+
+
+def test_a_run_that_was_packed_or_taught_boxes_can_be_measured(scenes):
+    """These are of its training, and no flags of this command."""
+    run = with_glimpses(digits_run(scenes, seq_length=96, packing=True, num_workers=2))
+    query_settings(run.model).query_box_loss_coeff = 1.0
+    flags = ["--reward-funcs", "exact", "--max-completion-length", "16"]
+    found = run_of_flags(to_dict(run), flags, 1, scores=True)
+    assert (found.data.packing, found.data.num_workers) == (False, 0)
+    assert query_settings(found.model).query_box_loss_coeff == 0
+    assert found.model.hybrid_layer_pattern == run.model.hybrid_layer_pattern
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_mm.config import Memory
@@ -15,6 +16,7 @@ from megatron_mm.rl.completion_batch import (
     completion_batch,
     token_bins,
 )
+from megatron_mm.rl.policy_losses import loss_counts, loss_denominator
 
 
 def prompt(length: int, tiles: int = 0) -> Sample:
@@ -44,6 +46,27 @@ def test_sampled_positions_are_those_whose_logits_were_drawn_from():
     assert batch.lengths_N.tolist() == [3, 1] and batch.members == [4, 2]
     spread = batch.spread([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])])
     assert spread[batch.sampled].tolist() == [1, 2, 3, 4] and spread.sum() == 10
+
+
+def test_a_position_weighs_what_a_token_of_its_sample_counts():
+    """Three tokens of one completion count 1 together, as one of the other does; padding is 0."""
+    samples = [answered(prompt(5), torch.tensor([7, 8, 9]), None)]
+    samples += [answered(prompt(2), torch.tensor([5]), None)]
+    batch = completion_batch(samples, [0, 1], settings=None, **SETTINGS)
+    for mode, limit, each in (
+        ("seq-mean-token-mean", 20, [1 / 3, 1.0]),
+        ("token-mean", 20, [1.0, 1.0]),
+        ("seq-mean-token-sum-norm", 20, [20 / 3, 20.0]),
+    ):
+        counts_N = loss_counts(mode, batch.lengths_N, limit)
+        assert counts_N.sum() == loss_denominator(mode, batch.lengths_N, limit)
+        weights = batch.position_weights(counts_N)
+        expected = [each[0]] * 8 + [each[1]] * 3 + [0.0]
+        assert weights.tolist() == pytest.approx(expected)
+    left_out = torch.tensor([3, 0])
+    counts_N = loss_counts("seq-mean-token-mean", left_out, 20)
+    assert counts_N.tolist() == [1, 0]
+    assert loss_counts("token-mean", torch.zeros(0).long(), 20).tolist() == []
 
 
 def test_a_batch_of_nothing_is_padding():

@@ -317,3 +317,17 @@ def test_kl_estimators_have_the_mean_they_claim():
     gradients = {k: torch.autograd.grad(m, logits, retain_graph=True)[0] for k, m in means.items()}
     torch.testing.assert_close(gradients["k2"], true_gradient)
     assert gradients["k1"].abs().max() < 1e-12
+    # As a reward it is the other way round: sg(k) log p has the KL's gradient for k1 alone.
+    rewarded = {}
+    for k in ("k1", "k3"):
+        reward = kl_divergence(logp, ref, k).detach()
+        (rewarded[k],) = torch.autograd.grad((p * reward * logp).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(rewarded["k1"], true_gradient)
+    assert rewarded["k3"].norm() < 0.7 * true_gradient.norm()
+
+
+def test_the_kl_of_a_reward_is_k1_unless_said():
+    assert resolve_algorithm(RLConfig()).kl_estimator == "k3"
+    rewarded = RLConfig(beta=0.1, use_kl_in_reward=True)
+    assert resolve_algorithm(rewarded).kl_estimator == "k1"
+    assert resolve_algorithm(replace(rewarded, kl_estimator="k2")).kl_estimator == "k2"

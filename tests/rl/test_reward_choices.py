@@ -7,6 +7,9 @@ from support.rewards import one
 
 # What a completion chooses, whatever the truth is.
 CHOSEN = [
+    ("B", ["The answer is London (B).", "Answer: London (B)", r"\boxed{London (B)}", "Ans: B"]),
+    ("B", ["<answer>London (B)</answer>", "So the answer is London, option B."]),
+    ("B", ["The tower is in England.\nB. London", "It is in England.\n(B) London"]),
     ("B", ["B", " B\n", "(B)", "[B]", "B.", "B)", "B:", "b", "(b)", "b.", "b)", "B!", '"B"']),
     (
         "B",

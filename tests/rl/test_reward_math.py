@@ -6,6 +6,11 @@ from megatron_mm.errors import RLError
 from support.rewards import cases, one
 
 TABLE = [
+    ("7", 1, ["Answer: There are 7 apples.", "The answer is the sum of 3 and 4, which is 7."]),
+    ("7", 1, ["The answer is 7, because there are actually 2 dogs.", "Adding them gives\n7"]),
+    ("7", 0, ["The answer is x + 7", "Answer: it is 5 or 7", "The answer is anything but 7"]),
+    ("7", 1, ["The answer is actually 7", "The answer is 8. Actually, it is 7."]),
+    (r"24 \text{ cm}^{2}", 1, ["24 cm^2", r"\boxed{24\text{ cm}^{2}}"]),
     (
         "7",
         1,

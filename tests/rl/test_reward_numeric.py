@@ -36,7 +36,31 @@ NOT_NUMBERS = [
     *("", "two thirds", "nan", "inf", "9" * 400, "1e400", "none", "3 + 4"),
     *(True, float("nan"), {"a": 1}, [["7"]], "7, 8"),
 ]
+SENTENCES = [
+    "I count the cubes in the picture\n7",
+    "### Final Answer\n7",
+    "Adding them gives\n7",
+    "Answer: There are 7 apples.",
+    "Answer: The number of apples is 7.",
+    "The answer is the sum of 3 and 4, which is 7.",
+    "**Solution:** We count 3 red and 4 blue. Total 7.",
+    "The answer is:\n- 7",
+    "The answer is 7, because there are actually 2 dogs and 5 cats.",
+    "Answer: 7 (there are actually 2 on each side)",
+    "The answer is 7. I mean 3 rows of 4 and less 5.",
+    "The answer is 8, or rather 7.",
+    "The answer is 8. Actually, it is 7.",
+    "The answer is 8... actually 7",
+]
+AREAS = [r"\boxed{24\text{ cm}^{2}}", r"\boxed{24 \mathrm{~cm}^{2}}", r"24 cm^{2}", r"$24\,cm^2$"]
 TABLE = [
+    ("7", 1, SENTENCES),
+    ("7", 0, ["The answer is x + 7", "The answer is 3 less than 7", "Answer: it is 5 or 7"]),
+    ("7", 0, ["The answer is the product of 3 and 7.", "Answer: it depends on whether x > 7"]),
+    ("-3", 1, ["Five less than two is what is asked for in row 5\n-3"]),
+    ("24 cm^2", 1, AREAS),
+    ("24 m^3", 0, AREAS),
+    ("9.8", 1, [r"\boxed{9.8\ \text{m/s}^{2}}"]),
     ("7", 1, ["7", " 7\n", "7.0", "7.", "+7", "07", "7!", "**7**", "$7$", "$$7$$", r"\(7\)"]),
     ("7", 1, [r"\boxed{7}", r"\boxed{7.00}", r"\boxed{ 7 }", r"\boxed{\text{7}}", r"\fbox{7}"]),
     (

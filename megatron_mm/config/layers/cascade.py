@@ -50,8 +50,8 @@ class CascadeSettings:
     """Input of the second hop: `result` is the stream with the first hop's result added; `stream`,
     without it, is a control."""
     delegate_random_share: Share | None = None
-    """A control: positions that are handed over by chance, as a share of all, whatever their
-    gate."""
+    """A control: positions that are handed over by chance once the gate is hard, as a share of all,
+    whatever their gate. Which ones follows from place, layer and seed, for all samples alike."""
 
 
 def second_hop_share(run: RunConfig) -> float:

@@ -76,6 +76,7 @@ class Delegate(nn.Module, Scheduled):
         super().__init__()
         config, self.settings = given.config, given.settings
         self.k, self.index = self.settings.delegate_topk, given.layer.known_number
+        self.seed = given.run.training.seed
         self.first, self.tp_cp, self.tp = config.moe_router_topk, given.pg.tp_cp, given.pg.tp
         self.aux_loss_coeff = config.moe_aux_loss_coeff
         partial, dtype = config.sequence_parallel, config.params_dtype
@@ -108,9 +109,13 @@ class Delegate(nn.Module, Scheduled):
         )
 
     def at_progress(self, done: float) -> None:
-        """See `Scheduled`."""
+        """See `Scheduled`. A gate that is hard stays so, in a run that begins with it, too: what it
+        has learnt is who needs a second hop."""
         begin = self.settings.delegate_hard_from
-        self.hard.data.fill_(float(begin <= done and begin < 1))
+        if begin >= 1:
+            self.hard.data.zero_()
+        elif begin <= done:
+            self.hard.data.fill_(1.0)
         rises = self.settings.delegate_price_warmup
         self.price = self.settings.delegate_price * (min(1.0, done / rises) if rises else 1.0)
 
@@ -207,10 +212,9 @@ class Delegate(nn.Module, Scheduled):
         given_tk: torch.Tensor | None,
     ) -> torch.Tensor:
         """bool [t]: m. Padding is never handed over; where routes are given, they decide."""
+        handed_t = gate_t > 1.5 * self.hard.to(gate_t.dtype) - 1  # 1/2, or below every gate
         if self.settings.delegate_random_share is not None:
-            handed_t = self._by_chance(len(gate_t), context)
-        else:
-            handed_t = gate_t > 1.5 * self.hard.to(gate_t.dtype) - 1  # 1/2, or below every gate
+            handed_t = self._by_chance(len(gate_t), context) | (self.hard == 0)
         if padding_t is not None:
             handed_t = handed_t & ~padding_t
         if given_tk is not None:
@@ -219,11 +223,12 @@ class Delegate(nn.Module, Scheduled):
         return handed_t
 
     def _by_chance(self, count: int, context: StreamContext) -> torch.Tensor:
-        """bool [t]: the control. It knows nothing but the place in the sample and the layer, so it
-        is the same on every layout and when a pass is repeated."""
+        """bool [t]: the control. It knows nothing but the place in the sample, the layer and the
+        run's seed, so it is the same on every layout, in decoding and when a pass is repeated."""
         begin = self.tp.rank() * count  # of this rank's part of the context-parallel part
         places_t = context.position_ids_t[begin : begin + count]
-        spread_t = (places_t + 7919 * self.index) * GOLDEN % 2**32  # other places in every layer
+        # Other places in every layer and of every seed.
+        spread_t = (places_t + 7919 * self.index + 104729 * self.seed) * GOLDEN % 2**32
         return spread_t < self.settings.delegate_random_share * 2**32
 
     def _choose(
@@ -251,8 +256,11 @@ class Delegate(nn.Module, Scheduled):
         self, gate_t: torch.Tensor, padding_t: torch.Tensor | None, context: StreamContext
     ) -> torch.Tensor:
         """The gate, with the price of handing over hung on it: a sum over positions, so the same on
-        every layout and in every packing."""
+        every layout and in every packing. A position counts as much as a supervised token of its
+        sample does in the loss, so a price means the same whatever the objective counts."""
         paid_t = gate_t if padding_t is None else gate_t.masked_fill(padding_t, 0.0)
+        if context.position_weight_t is not None:
+            paid_t = paid_t * context.position_weight_t
         price = self.price * paid_t.sum()
         context.metrics.loss_term("moe/delegate_price", price)
         return MoEAuxLossAutoScaler.apply(gate_t, price)

@@ -24,6 +24,11 @@ class Glances(LayerState):
 
     images = 1  # in a prompt, at most
 
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """See `LayerState`: several images are weighed against each other."""
+        return (self.images,)
+
     def store(
         self,
         key_MhD: torch.Tensor,

@@ -74,6 +74,14 @@ _SAYING = re.compile(
 )
 
 
+# An option's text, then its letter: "London (B)", "London, option B".
+_TRAILING = re.compile(
+    r"(?P<text>[^()\[\]\n.;!?]{1,200}?)[\s,:-]*"
+    r"(?:[(\[](?P<bracketed>[A-Z])[)\]]|\b(?i:option|choice)\s+[(\[]?(?P<worded>[A-Z])[)\]]?)[\s.!]*"
+)
+_HEDGED = re.compile(r"\b(?:or|and|not|neither|nor|isn't|than|either)\b", re.IGNORECASE)
+
+
 class Choice(NamedTuple):
     """A choice that a text makes.
 
@@ -126,6 +134,10 @@ def read_choice(text: str, strict: bool = False) -> Choice:
         return Choice(letters, None, False, _own_text(beside[1] if beside else ""))
     if strict:
         return NOTHING
+    trailing = _TRAILING.fullmatch(text.split("\n", 1)[0])
+    if trailing and not _HEDGED.search(trailing["text"]):
+        letter = trailing["bracketed"] or trailing["worded"]
+        return Choice(frozenset(letter), None, False, _own_text(trailing["text"]))
     number = _NUMBERED.match(text[start:])
     if number and re.search(r"(?:option|choice|number)\s*$", text[:start], re.IGNORECASE):
         return Choice(frozenset(), int(number["number"]), True, _own_text(text[start:]))
@@ -194,7 +206,8 @@ def _concluded(text: str) -> Choice:
     last = text.rstrip().rpartition("\n")[2][-500:]
     if "\n" in text.strip():
         alone = read_choice(last, strict=True)
-        if alone.letters and not alone.text:
+        listed = len({letter for letter, _ in LISTED.findall(text)})
+        if alone.letters and (not alone.text or (listed == 1 and LISTED.match(last))):
             return alone
     sentence = re.split(r"[.!?]\s+(?=[A-Z(])", last)[-1]
     left = {*_BRACKETED.findall(_EXCLUDED.sub("", sentence))}

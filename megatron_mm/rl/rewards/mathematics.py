@@ -14,7 +14,7 @@ from math_verify import parse, verify
 
 from megatron_mm.evaluation.final_answer import final_answer, normal_text, plain
 from megatron_mm.rl.rewards.numbers import close, parse_value
-from megatron_mm.rl.rewards.numeric import answered_value, leading_value
+from megatron_mm.rl.rewards.numeric import answered_value, leading_value, told_value
 from megatron_mm.rl.rewards.text import Values, each, truth_text
 
 MAX_ANSWER = 1000  # characters; a longer one is no answer
@@ -58,8 +58,12 @@ def _answers(text: str, truth: str) -> list[str]:
         corrected = [t for t in final.corrections if leading_value(t) is not None]
         if corrected:
             return [_formula(corrected[0]) or _END.split(corrected[0])[0]]
-        answer = _formula(final.text) or _END.split(final.text)[0]
-        return [answer, answer.rstrip("! ")] if answer.rstrip().endswith("!") else [answer]
+        formula = _formula(final.text)
+        answer = formula or _END.split(final.text)[0]
+        meant = [answer, answer.rstrip("! ")] if answer.rstrip().endswith("!") else [answer]
+        sentence = formula is None and len(_WORD.findall(plain(answer))) > 1
+        told = told_value(final.text) if sentence else None
+        return meant if told is None or parse_value(answer) else [*meant, repr(told.amount)]
     whole = final.text.strip()
     if len(whole) < 200 and "\n" not in whole and normal_text(whole) == normal_text(truth):
         return [whole]

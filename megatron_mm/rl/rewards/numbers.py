@@ -111,7 +111,8 @@ _DIGIT = re.compile(r"\d")
 _INDEXED = re.compile(r"\s*[A-Za-z](?:_?\{?\d\}?|\(\d+\))\s*")
 LEAD = re.compile(
     r"\s*(?:(?:approximately|approx\.?|about|around|roughly|exactly|only|just|precisely|simply|"
-    r"clearly|therefore|thus|then|now|equal to|a total of|the number|[\u2248~=:])\s*)*",
+    r"clearly|therefore|thus|then|now|actually|equal to|a total of|the number|"
+    r"(?:it|that)(?:'s|\u2019s| is| must be| should be)|[\u2248~=:])\s*)*",
     re.IGNORECASE,
 )
 

@@ -19,7 +19,7 @@ from megatron_mm.rl.rewards.numbers import (
 )
 from megatron_mm.rl.rewards.text import Values, each
 
-_BEFORE = re.compile(r"(?:[\w\\]|\d[.,:/^]|[.:/^-])$")
+_BEFORE = re.compile(r"(?:[\w\\]|\d[.,:/^]|[.:/^-])\Z")  # $ would match before a line break, too
 _AFTER = re.compile(r"[-.,:/^*]?\d|[A-Za-z_\\^{(]|%")
 _NAME = re.compile(r"\s*\\?[A-Za-z]\w{0,12}(?:\([A-Za-z]\))?\s*")
 _NEXT = re.compile(
@@ -40,6 +40,12 @@ _LISTED = re.compile(
 _COMMAS = re.compile(r"(?:^|\n)[^A-Za-z=\n]*\d\s?,\s?$|\d\s?,\s?-?[\d.]+\s?,\s?$")
 _SAID = re.compile(r"[A-Za-z=:]")
 _OPERATED = re.compile(r"[\d)]\s?[-+*/\u00d7\u00b7^]\s?\(?$")
+# What a number at the end of a sentence is not: a part of a formula, a bound, an exception.
+_OF_OTHERS = re.compile(
+    r"(?:[\w)}\]][ \t]*[-+*/\u00d7\u00b7^]|[<>\u2264\u2265\u2260]"
+    r"|\b(?:but|except|excluding|without|if|when|unless|until))[ \t]*\(?\Z",
+    re.IGNORECASE,
+)
 
 
 def leading_value(text: str) -> Value | None:
@@ -83,7 +89,7 @@ def last_value(text: str) -> Value | None:
     if last is None or any(c.isdigit() for c in line[last.end() :]):
         return None
     before, after = line[: last.start()], line[last.end() :]
-    if _BEFORE.search(before[-2:]) and not re.search(r"(?<!\d)[:]$|(?<!\d)\.$|\s-$", before[-2:]):
+    if _BEFORE.search(before[-2:]) and not re.search(r"(?<!\d)[:.]\Z|\s-\Z", before[-2:]):
         return None
     if after[:1] and _AFTER.match(after) and after[0] != "(":
         return None
@@ -92,9 +98,20 @@ def last_value(text: str) -> Value | None:
     ):
         return None  # nothing but numbers
     checks = (_DENIED, _LISTED, _COMMAS, _OPERATED)
-    if last["sign"] and re.search(r"[\d)]\s$", before):
+    if last["sign"] and re.search(r"[\d)][ \t]\Z", before):
         return None  # an operand: 5 -3
     return None if any(check.search(before[-80:]) for check in checks) else value_of(last)
+
+
+def told_value(claim: str) -> Value | None:
+    """Returns the value of a claim that is a sentence ("the sum of 3 and 4, which is 7"): its last
+    number, by the rules of `last_value`; None if it is a part of a formula ("x + 2") or excepted
+    ("anything but 2")."""
+    text = plain(claim)
+    numbers = [*NUMBER.finditer(text)]
+    if not numbers or _OF_OTHERS.search(text[: numbers[-1].start()]):
+        return None
+    return last_value(claim)
 
 
 def answered_value(text: str) -> Value | None:
@@ -105,7 +122,8 @@ def answered_value(text: str) -> Value | None:
         return parse_value(final.text)
     if final.kind == "claimed":
         corrected = (leading_value(text) for text in final.corrections)
-        return next((v for v in corrected if v is not None), leading_value(final.text))
+        found = next((v for v in corrected if v is not None), leading_value(final.text))
+        return told_value(final.text) if found is None else found
     whole = parse_value(final.text) if len(final.text) < 200 else None
     return whole if whole is not None else last_value(final.text)
 
@@ -118,7 +136,8 @@ def numeric(
 
     Truth and answer are read by one grammar (see the module). 7% is 0.07 and not 7. A unit counts
     where both have a known one: 70 cm is 0.7 m, 7 m is not 7 kg. Without a mark or a claim the last
-    number of the text is its answer. "7 or 8", "about 5 to 7", "1, 2, 3" and "3 + 4" are no answer.
+    number of the text is its answer, and that of a claim that begins with none. "7 or 8", "about 5
+    to 7", "1, 2, 3" and "3 + 4" are no answer.
 
     Raises:
         ValueError: the truth is not a number as a whole.
