@@ -213,10 +213,10 @@ def _check_training(run: RunConfig) -> None:
             f"every module is frozen ({', '.join(built)}); allowed: at least 1 of their "
             f"{len(built)} freeze flags false"
         )
-    for key, needed in (("recompute_num_layers", "full"), ("recompute_modules", "selective")):
+    for key, of in (("recompute_num_layers", "full"), ("recompute_modules", "selective")):
         value, usual = getattr(train, key), getattr(TrainingConfig(), key)
-        fits = value == usual or train.recompute_granularity == needed
-        require(fits, key, value, f"{usual}, or this value with recompute_granularity {needed}")
+        fits = value == usual or train.recompute_granularity == of
+        require(fits, key, value, f"{usual}, or this value with recompute_granularity {of}")
     factor, sure = train.loss_spike_factor, not declaration(run).generates
     allowed = f"0, or more than 1{'' if sure else f'; 0 with objective {train.objective}'}"
     require(not factor or (factor > 1 and sure), "loss_spike_factor", factor, allowed)
