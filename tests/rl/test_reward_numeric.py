@@ -57,6 +57,12 @@ TABLE = [
     ("7", 1, SENTENCES),
     ("7", 0, ["The answer is x + 7", "The answer is 3 less than 7", "Answer: it is 5 or 7"]),
     ("7", 0, ["The answer is the product of 3 and 7.", "Answer: it depends on whether x > 7"]),
+    (
+        "7",
+        0,
+        ["The answer is sqrt(7)", r"The answer is \sqrt{7}", "Answer: \u221a7", "Answer: f(7)"],
+    ),
+    ("7", 0, ["The answer is log 7", "The answer is 7x", "The answer is x^7", "Answer: |7|"]),
     ("-3", 1, ["Five less than two is what is asked for in row 5\n-3"]),
     ("24 cm^2", 1, AREAS),
     ("24 m^3", 0, AREAS),

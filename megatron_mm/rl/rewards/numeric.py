@@ -42,8 +42,9 @@ _SAID = re.compile(r"[A-Za-z=:]")
 _OPERATED = re.compile(r"[\d)]\s?[-+*/\u00d7\u00b7^]\s?\(?$")
 # What a number at the end of a sentence is not: a part of a formula, a bound, an exception.
 _OF_OTHERS = re.compile(
-    r"(?:[\w)}\]][ \t]*[-+*/\u00d7\u00b7^]|[<>\u2264\u2265\u2260]"
-    r"|\b(?:but|except|excluding|without|if|when|unless|until))[ \t]*\(?\Z",
+    r"(?:[\w)}\]][ \t]*[-+*/\u00d7\u00b7^]|[<>\u2264\u2265\u2260\u221a|]|[A-Za-z\])][({]"
+    r"|\b(?:but|except|excluding|without|if|when|unless|until|sqrt|root|log|ln|sin|cos|tan))"
+    r"[ \t]*[({]?\Z",
     re.IGNORECASE,
 )
 
