@@ -39,7 +39,7 @@ def check_results(folder: Path, pipeline: int) -> None:
     skills = {"transcribe", "ocr", "count", "spatial", "arithmetic", "multihop"}
     assert results["skills"].keys() == skills
     for skill in results["skills"].values():
-        assert skill.keys() == {"accuracy", "chance", "n"}
+        assert skill.keys() == {"accuracy", "chance", "n", "lm_loss", "answer_tokens"}
         assert 0 <= skill["accuracy"] <= 1 and skill["chance"] == 1.0 and skill["n"] == 1
     assert results["iteration"] == 3 and results["seconds"] > 0
     assert results["layout"]["pipeline_model_parallel_size"] == pipeline
