@@ -227,6 +227,11 @@ class Microbatch:
         return len(self.pixels_NCHW) if self.dealt is None else self.dealt.count
 
     @property
+    def supervised(self) -> torch.Tensor:
+        """The positions whose labels are supervised; int64, ascending."""
+        return self.loss_mask_T.nonzero().flatten()
+
+    @property
     def loss_weight(self) -> torch.Tensor:
         """This microbatch's part of the number that the loss is divided by, a scalar on the
         device of its tensors. It weighs the balancing loss of its routers."""

@@ -120,7 +120,7 @@ def _sums(
         labels_K = batch.labels_T[positions.to(batch.labels_T.device)]
         return predictions.logprobs(labels_K).double().cpu(), positions
 
-    found = engine.forward(batches, _supervised, logprobs)
+    found = engine.forward(batches, lambda batch: batch.supervised, logprobs)
     total_N2 = torch.zeros(count, 2, dtype=torch.float64)
     if not engine.groups.is_last_stage or engine.groups.pg.tp.rank():
         return total_N2
@@ -133,7 +133,3 @@ def _sums(
         key_K = of_rows[row_K.clamp(max=len(of_rows) - 1)]  # the padding is behind the last row
         total_N2.index_add_(0, key_K, torch.stack((-logprobs_K * mask_K, mask_K), 1))
     return total_N2
-
-
-def _supervised(batch: Microbatch) -> torch.Tensor:
-    return batch.loss_mask_T.nonzero().flatten()

@@ -81,14 +81,18 @@ class EvalSet:
     def __len__(self) -> int:
         return self._length
 
+    def _row(self, index: int) -> tuple[dict[str, Any], str, Path]:
+        """Returns a row, "file:row", and the folder that its images are in."""
+        file, number = self._rows.locate(index)
+        return file[number], file.where(number), Path(file.folder)
+
     def key(self, index: int) -> str:
         """Returns the result key of a row without building its sample.
 
         Raises:
             DataError: the row is bad, or has no truth or scorer to be judged by.
         """
-        file, index = self._rows.locate(index)
-        row, where = file[index], file.where(index)
+        row, where, _ = self._row(index)
         judged_by(row, check_messages(row, where), where)
         try:
             return result_key(row)
@@ -98,13 +102,12 @@ class EvalSet:
     def __getitem__(self, index: int) -> EvalItem:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        file, index = self._rows.locate(index)
-        row, where = file[index], file.where(index)
+        row, where, folder = self._row(index)
         messages = check_messages(row, where)
         truth, scorer = judged_by(row, messages, where)
         questions = [IMAGE_MARK.join(m.texts) for m in messages if m.role == "user"]
         return EvalItem(
-            sample=self._builder.prompt(row, where, file.folder),
+            sample=self._builder.prompt(row, where, folder),
             question=questions[-1] if questions else "",
             ground_truth=truth,
             skill=row.get("skill") or "all",
@@ -112,7 +115,7 @@ class EvalSet:
             scorer=scorer,
             key=result_key(row),
             images=[
-                find_image(image, number, file.folder, where)
+                find_image(image, number, folder, where)
                 for number, image in enumerate(row.get("images") or [], start=1)
             ],
         )
@@ -124,11 +127,10 @@ class EvalSet:
         Raises:
             DataError: the row is bad, or too long with its answer.
         """
-        file, index = self._rows.locate(index)
-        row, where = file[index], file.where(index)
+        row, where, folder = self._row(index)
         if check_messages(row, where)[-1].role != "assistant":
             return None
-        return self._builder.measure(row, where, file.folder)
+        return self._builder.measure(row, where, folder)
 
     def answered(self, indices: Sequence[int], pad_multiple: int = 1) -> Microbatch:
         """Returns rows with their own answers as a microbatch, as training would read them.
@@ -136,10 +138,7 @@ class EvalSet:
         Raises:
             DataError: a row is bad.
         """
-        samples = []
-        for index in indices:
-            file, number = self._rows.locate(index)
-            samples.append(self._builder.training(file[number], file.where(number), file.folder))
+        samples = [self._builder.training(*self._row(index)) for index in indices]
         return self._joined(samples, pad_multiple)
 
     def collate(self, items: list[EvalItem], pad_multiple: int = 1) -> Microbatch:

@@ -120,7 +120,7 @@ def record(
         watch, pg = Watch({*layers}, top), engine.groups.pg
         said = engine.forward(
             batches,
-            _supervised,
+            lambda batch: batch.supervised,
             lambda predictions, batch, positions: (
                 positions,
                 *(top_tokens(predictions, answers) if answers else _none(len(positions))),
@@ -157,10 +157,6 @@ def record(
         found |= {place_of(where): part.whole(layers) for where, part in merged.items()}
     engine.training(True)
     return found
-
-
-def _supervised(batch: Microbatch) -> torch.Tensor:
-    return batch.loss_mask_T.nonzero().flatten()
 
 
 def _none(count: int) -> Top:

@@ -51,7 +51,7 @@ class CompletionBatch(Microbatch):
     @property
     def sampled(self) -> torch.Tensor:
         """The positions from which tokens were sampled; int64, ascending."""
-        return self.loss_mask_T.nonzero().flatten()
+        return self.supervised
 
     def spread(
         self,
@@ -117,7 +117,7 @@ def completion_batch(
     batch = collate(samples, settings=settings, pad_id=pad_id, pad_multiple=pad_multiple)
     lengths_N = torch.tensor([int(s.loss_mask_T.sum()) for s in samples], dtype=torch.int64)
     completion_T = torch.full_like(batch.tokens_T, -1)
-    sampled = batch.loss_mask_T.nonzero().flatten()
+    sampled = batch.supervised
     completion_T[sampled] = torch.arange(len(samples)).repeat_interleave(lengths_N)
     return CompletionBatch(
         **vars(batch), members=[*members], completion_T=completion_T, lengths_N=lengths_N

@@ -47,7 +47,7 @@ class SupervisedFineTuning:
         self.kd_coeff = run.section(MimicConfig).mimic_kd_coeff
 
     def positions(self, batch: Microbatch) -> torch.Tensor:
-        return batch.loss_mask_T.nonzero().flatten()
+        return batch.supervised
 
     def loss(
         self,

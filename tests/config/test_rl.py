@@ -267,4 +267,4 @@ def test_help_explains_every_setting_and_lists_the_names_of_a_registry():
     settings = {leaf.name: leaf for leaf in leaves(RunConfig) if leaf.path[0] in ("rl", "earl")}
     assert len(settings) > 40 and all(leaf.explanation for leaf in settings.values())
     assert "grpo, dr_grpo, dapo, gspo" in explained(settings["algorithm"])
-    assert "k1, k2, k3 or a dotted path" in explained(settings["kl_estimator"])
+    assert "k1, k2, k3 or a dotted path; default: none [rl]" in explained(settings["kl_estimator"])

@@ -14,6 +14,7 @@ from examples.digits import compare_arms, earl_arms, earl_table, memory_arms, me
 from examples.digits.jobs import DIGITS, ROOT, Job, one_stage, run_all
 from examples.digits.scores import gaps, over_questions, over_seeds, read_scores
 from megatron_mm.config import load, validate
+from support.arms import trained
 
 CONFIGS = [path.stem for path in sorted((DIGITS / "arms").glob("*.yaml"))]
 
@@ -48,15 +49,7 @@ def test_the_jobs_of_earl(model, tmp_path):
     )
     done = [job.done for job in jobs]
     assert len(set(done)) == len(done)
-    # Whatever a job needs is made before it; runs are those of every arm, and settings hold.
-    for number, job in enumerate(jobs):
-        assert set(job.needs) <= set(done[:number])
-        if "megatron_mm.train" not in job.command:
-            continue
-        config = job.command[job.command.index("--config") + 1]
-        rest = job.command[job.command.index("--output-dir") :]
-        run = load(config, [*rest, *job.late()])
-        validate(run, 1)
+    for job, run in trained(jobs):
         given = earl_arms.MODELS[model].flags
         assert run.model.language.num_experts == (32 if "32" in given else 8)
         if load_from := run.checkpoint.load:

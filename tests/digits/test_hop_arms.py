@@ -9,6 +9,7 @@ import pytest
 from examples.digits import compare_arms, hop_arms, hop_table
 from examples.digits.jobs import DIGITS, one_stage
 from megatron_mm.config import load, validate
+from support.arms import trained
 
 
 def test_the_config_is_the_demo_with_a_second_hop():
@@ -43,14 +44,7 @@ def test_every_arm_is_a_run_and_the_controls_match(tmp_path):
         like = tmp_path / f"seed{seed}" / "cascade"
         like.mkdir(parents=True)
         (like / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)) + "\n{}\n")
-    for number, job in enumerate(jobs):
-        assert set(job.needs) <= set(done[:number])
-        if "megatron_mm.train" not in job.command:
-            continue
-        config = job.command[job.command.index("--config") + 1]
-        rest = job.command[job.command.index("--output-dir") :]
-        run = load(config, [*rest, *job.late()])
-        validate(run, 1)
+    for job, run in trained(jobs):
         arm, settings = job.done.parent.name, run.model.layers.get("C")
         assert (settings is not None) == (arm in ("cascade", "parallel", "random"))
         assert run.model.language.moe_router_topk == (4 if arm == "more_experts" else 2)

@@ -8,24 +8,18 @@ from pathlib import Path
 import pytest
 
 from examples.looking import arms, table
-from megatron_mm.config import load, validate
+from megatron_mm.config import load
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
+from support.arms import trained
 
 
 def test_the_jobs(tmp_path):
     jobs = arms.jobs(tmp_path, [1, 2], [*arms.ARMS], arms.Size(8, 40, iters=60, rl_iters=7))
     done = [job.done for job in jobs]
     assert len(set(done)) == len(done) == 1 + 2 * len(arms.ARMS)
-    for number, job in enumerate(jobs):
-        assert set(job.needs) <= set(done[:number])
-        if "megatron_mm.train" not in job.command:
-            continue
-        config = job.command[job.command.index("--config") + 1]
-        rest = job.command[job.command.index("--output-dir") :]
-        run = load(config, [*rest, *job.late()])
-        validate(run, 1)
+    for job, run in trained(jobs):
         arm = arms.ARMS[job.done.parent.name]
         # Reinforcement has steps of its own: a thousand would be ten times what is asked for.
         assert run.training.train_iters == (60 if arm.begins is None else 7)

@@ -87,7 +87,7 @@ def test_the_jobs(tmp_path):
 
 
 def _before(pattern: str) -> list[str]:
-    """What stands before each layer of experts, with the side of the look that it is on."""
+    """Returns the letter before each layer of experts, with the side of the look it is on."""
     pattern = pattern.replace(" ", "")
     side = pattern.index("LJ")
     return [f"{pattern[n - 1]}{n > side}" for n, kind in enumerate(pattern) if kind == "E"]

@@ -253,15 +253,20 @@ def test_a_step_is_the_whole_position_by_position(pg, double, settings):
 # ---- what it adds to the loss
 
 
-def test_the_price_is_a_sum_over_real_tokens(pg, double):
-    layer, context, stream = case(pg, True, delegate_price=0.25)
+def priced(layer, context, stream) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradient of the gate's bias by the price alone, and the gates [t]."""
     layer.train()
     (run_layer(layer, context, stream) * 0.0).sum().backward()
-    found = layer.delegate.gate.bias.grad
     with torch.no_grad():
         result = super(CascadedExperts, layer).forward(normed(stream), context)
         _, gate_t = layer.delegate._read(stream, result, context)
-        gate_t = gate_t[~context.padding_1t[0]]
+    return layer.delegate.gate.bias.grad, gate_t
+
+
+def test_the_price_is_a_sum_over_real_tokens(pg, double):
+    layer, context, stream = case(pg, True, delegate_price=0.25)
+    found, gate_t = priced(layer, context, stream)
+    gate_t = gate_t[~context.padding_1t[0]]
     torch.testing.assert_close(found[0], 0.25 * (gate_t * (1 - gate_t)).sum())
     assert float(context.metrics.pair("moe/delegate_price")[0]) == pytest.approx(
         0.25 * float(gate_t.sum())
@@ -272,13 +277,8 @@ def test_a_price_weighs_a_position_as_the_loss_weighs_its_sample(pg, double):
     """Where the loss counts completions a long answer is not charged for every token."""
     layer, context, stream = case(pg, True, delegate_price=0.25)
     context.position_weight_t = torch.linspace(0, 1, len(stream), dtype=torch.float64)
-    layer.train()
-    (run_layer(layer, context, stream) * 0.0).sum().backward()
-    found = layer.delegate.gate.bias.grad
-    with torch.no_grad():
-        result = super(CascadedExperts, layer).forward(normed(stream), context)
-        _, gate_t = layer.delegate._read(stream, result, context)
-        counted_t = context.position_weight_t * ~context.padding_1t[0]
+    found, gate_t = priced(layer, context, stream)
+    counted_t = context.position_weight_t * ~context.padding_1t[0]
     torch.testing.assert_close(found[0], 0.25 * (counted_t * gate_t * (1 - gate_t)).sum())
 
 

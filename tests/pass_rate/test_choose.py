@@ -53,7 +53,7 @@ def test_tiers_go_from_easy_to_hard_and_are_phases(rated, tmp_path, capsys):
     status, said, _ = run(capsys, "tiers", *flags)
     found = {n: skills(tmp_path / f"tier_{n}.jsonl") for n in (1, 2, 3)}
     assert status == 0 and found == {1: ["s3", "s4"], 2: ["s2"], 3: ["s0", "s1"]}
-    assert f"- path: {tmp_path}/tier_2.jsonl" in said and "1 rows without" in said
+    assert f"- path: {tmp_path}/tier_2.jsonl\n  samples: 1" in said and "1 rows without" in said
     assert said.count("samples:") == said.count("- path:") - 1  # the last is repeated
     assert not said.splitlines()[-1].startswith("  samples:")
     # An empty tier is no file.
