@@ -138,11 +138,12 @@ def _texts(content: Any, user: bool, at: str) -> tuple[str, ...]:
         return tuple(texts)
     if not isinstance(content, list):
         raise DataError(f"{at} must be an object with a text 'content'")
-    texts = [""]
+    texts, marked = [""], 0
     for number, part in enumerate(content, start=1):
         part = _object(part)
         if part.get("type") == "text" and isinstance(part.get("text"), str) and len(part) == 2:
             texts[-1] += part["text"]
+            marked = marked or (number if IMAGE_MARK in part["text"] else 0)
         elif part == {"type": "image"} and user:
             texts.append("")
         elif part.get("type") == "image" and user:
@@ -153,6 +154,11 @@ def _texts(content: Any, user: bool, at: str) -> tuple[str, ...]:
         else:
             allowed = "{'type': 'text', 'text': ...}" + (" and {'type': 'image'}" * user)
             raise DataError(f"{at}: part {number} of its content is none of {allowed}")
+    if marked and len(texts) > 1:
+        raise DataError(
+            f"{at}: part {marked} holds {IMAGE_MARK} beside {len(texts) - 1} parts of the type "
+            "image; drop the mark, which is plain text in a part"
+        )
     return tuple(texts)
 
 

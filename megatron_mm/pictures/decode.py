@@ -133,6 +133,13 @@ def _opened(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]
         raise DataError(f"{name} cannot be decoded ({reason}); replace the file") from error
 
 
+def _is_deep(args: object) -> bool:
+    """Whether a decoder's arguments, a raw mode or a tuple that begins with one, mean 16 bits a
+    channel."""
+    raw = args[0] if isinstance(args, tuple) and args else args
+    return str(raw).endswith((";16B", ";16L", ";16N"))
+
+
 def _check_header(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
@@ -143,8 +150,7 @@ def _check_header(image: Image.Image, name: str, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise DataError(f"{name} is {width}x{height}; it holds no pixel")
     # PIL would clip these to white instead of scaling them, or silently drop the lower bits.
-    deep = any(str(part.args).endswith((";16B", ";16L", ";16N")) for part in image.tile)
-    if image.mode[0] in "IF" or deep:
+    if image.mode[0] in "IF" or any(_is_deep(part.args) for part in image.tile):
         raise DataError(
             f"{name} has mode {image.mode} (more than 8 bits a channel); save it with 8 bits"
         )

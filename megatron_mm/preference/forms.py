@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from megatron_mm.data.files.forms import Row, held_images
+from megatron_mm.data.files.forms import Row, held_images, unlearnt
 from megatron_mm.data.messages import IMAGE_MARK
 from megatron_mm.errors import DataError
 
@@ -66,7 +66,7 @@ def rows_of_sides(row: Mapping[str, Any], where: str) -> tuple[Row, Row]:
     if chosen == rejected:
         raise DataError(f"{where}: chosen and rejected are equal; drop the row")
     prompt, sides = _parted(prompt, [chosen, rejected], where)
-    before = [turn | {"weight": 0} if turn.get("role") == "assistant" else turn for turn in prompt]
+    before = [*map(unlearnt, prompt)]
     better, worse = (rest | {"messages": [*before, *side]} for side in sides)
     return better, worse
 

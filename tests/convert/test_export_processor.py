@@ -23,6 +23,7 @@ from megatron_mm.data.images import load_image
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
 from support.exports import converted, exported, save_origin, trained
+from support.images import deep_tiff
 
 
 def test_internvl_reads_a_plain_export_alike(made, tmp_path, monkeypatch):
@@ -172,7 +173,9 @@ def test_the_processor_rejects_what_training_rejects(made, tmp_path):
     Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16)).save(deep)
     images = [Image.new("L", (8, 8), value) for value in (0, 99)]
     images[0].save(frames, save_all=True, append_images=images[1:])
-    for path, what in ((deep, "more than 8 bits"), (frames, "more than 1 frame")):
+    (tmp_path / "deep.tif").write_bytes(deep_tiff(3, 2))
+    cases = ((deep, "more than 8 bits"), (tmp_path / "deep.tif", "more than 8 bits"))
+    for path, what in (*cases, (frames, "more than 1 frame")):
         for given in (path, Image.open(path)):
             with pytest.raises(ValueError, match=what):
                 processor(images=given, text=text)

@@ -20,6 +20,7 @@ from megatron_mm.data.images import (
 )
 from megatron_mm.data.tiles import patch_centres, select_tiles
 from megatron_mm.errors import DataError
+from support.images import deep_tiff
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,17 @@ def test_sixteen_bits_a_channel_are_refused_and_not_reduced(tmp_path, colour, ch
     for read in (load_image, image_size):
         with pytest.raises(DataError, match=r"r:1: .*more than 8 bits a channel"):
             read(tmp_path / "deep.png", "r:1")
+
+
+@pytest.mark.parametrize(("channels", "photometric"), [(1, 1), (3, 2), (4, 5)])
+def test_so_are_those_of_a_tiff(tmp_path, channels, photometric):
+    """PIL opens these as RGB and CMYK, and its decoder's arguments are a tuple."""
+    (tmp_path / "deep.tif").write_bytes(deep_tiff(channels, photometric))
+    with Image.open(tmp_path / "deep.tif") as opened:
+        assert opened.size == (4, 4)
+    for read in (load_image, image_size):
+        with pytest.raises(DataError, match=r"r:1: .*more than 8 bits a channel"):
+            read(tmp_path / "deep.tif", "r:1")
 
 
 def test_ordinary_16_bit_pixels_are_fine(tmp_path):

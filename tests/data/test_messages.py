@@ -84,6 +84,10 @@ def test_reasoning_and_calls_are_learnt_before_the_end(tokenizer):
         (ASK | {"content": [{"type": "text", "text": "a", "weight": 0}]}, "part 1 of its content"),
         (ASK | {"content": [{"type": "image", "image": "x.png"}]}, "part 1 names its image"),
         (answer(content=[{"type": "image"}]), "part 1 of its content is none of"),
+        (
+            ASK | {"content": [{"type": "image"}, {"type": "text", "text": "<image>\nWhat?"}]},
+            "part 2 holds <image> beside 1 parts of the type image; drop the mark",
+        ),
         ({"role": "system", "content": "<image>"}, "the system turn holds <image>"),
         ({"role": "tool", "content": "<image>"}, "the tool turn holds <image>"),
         ({"role": "tool", "content": "x", "tool_call_id": "c9"}, "answers the tool call 'c9'"),

@@ -11,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_mm.config.settings import DataPhase, DataSource
 from megatron_mm.data.files.parquet import ParquetRows
 from megatron_mm.data.files.rows import open_row_files
+from megatron_mm.data.loading import shuffle
+from megatron_mm.data.loading.curriculum import open_curriculum
 from megatron_mm.data.loading.reader import Place, Reader
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import SampleBuilder
@@ -84,6 +87,70 @@ def test_a_row_is_read_with_its_group_only(tmp_path, monkeypatch):
     assert len(pickle.dumps(made)) < 1000  # the index, not the rows
 
 
+@pytest.mark.parametrize(
+    ("raised", "what"),
+    [
+        (pa.ArrowNotImplementedError("chunked array"), "has 100 rows in .*smaller row groups"),
+        (pa.ArrowInvalid("page header"), "row group 1 is damaged"),
+        (pa.ArrowMemoryError("malloc failed"), None),  # not caused by the row
+    ],
+)
+def test_what_pyarrow_cannot_read(tmp_path, monkeypatch, raised, what):
+    rows = [{"messages": [{"role": "user", "content": f"{n}"}]} for n in range(100)]
+    made = ParquetRows(write_parquet(tmp_path / "rows.parquet", rows), RowGroupCache())
+
+    def fails(*_):
+        raise raised
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fails)
+    with pytest.raises(DataError if what else MemoryError, match=what):
+        made[3]
+
+
+def test_sources_that_take_turns_do_not_evict_each_other(tmp_path, monkeypatch):
+    """Three sources of row groups that are larger than the windows, in turn: each group is decoded
+    once an epoch."""
+    monkeypatch.setattr(shuffle, "WINDOW_BYTES", 3000)
+    monkeypatch.setattr(shuffle, "CACHE_BYTES", 6000)
+    sources = []
+    for name in "abc":
+        rows = [{"messages": [{"role": "user", "content": f"{n:0>400}"}]} for n in range(60)]
+        path = write_parquet(tmp_path / f"{name}.parquet", rows, row_group_size=10)
+        sources.append(DataSource(str(path), 1))
+    made = open_curriculum([DataPhase(mixture=sources)], seed=1)
+    read = []
+    whole = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda s, n: read.append(n) or whole(s, n)
+    )
+    for number in range(180):
+        place = made.place(number)
+        file, index = made.sources[place.source].locate(place.row)
+        assert file[index]["messages"]
+    assert len(read) == 18
+
+
+def test_what_moves_samples_is_in_the_description(tmp_path):
+    """And what moves none, the end of the last phase, is not."""
+    rows = [{"messages": [{"role": "user", "content": f"{n}"}]} for n in range(40)]
+
+    def described(samples=None, size=10, names=("part2", "part10"), second=None):
+        for old in tmp_path.glob("part*"):
+            old.unlink()
+        for name in names:
+            write_parquet(tmp_path / f"{name}.parquet", rows, row_group_size=size)
+        phases = [DataPhase(path=str(tmp_path / "part*"), samples=samples)]
+        phases += [DataPhase(path=str(tmp_path / "part*"), samples=second)] if second else []
+        return open_curriculum(phases, seed=1).description
+
+    plain = described()
+    assert described(samples=100) == plain
+    assert described(size=20) != plain
+    assert described(names=("part02", "part10")) != plain
+    assert described(samples=100, second=5) == described(samples=100, second=6)
+    assert described(samples=101, second=5) != described(samples=100, second=5)
+
+
 VERL = {
     "data_source": "geometry",
     "prompt": [{"role": "user", "content": "<image>How many?"}],
@@ -110,6 +177,12 @@ def test_verl_rows(run, tokenizer, write_rows, make_row, suffix):
     for path in (write(response="3"), write(prompt=[*VERL["prompt"], answer])):
         (sample,) = build_all(run, tokenizer, path)
         same(sample, expected)
+    # The answers of a prompt are read and not learnt.
+    earlier = [*VERL["prompt"], answer, {"role": "user", "content": "And?"}]
+    (whole,) = build_all(run, tokenizer, write(prompt=[*earlier, answer]))
+    (sample,) = build_all(run, tokenizer, write(prompt=earlier, response="3"))
+    assert torch.equal(sample.tokens_T, whole.tokens_T)
+    assert 0 < sample.loss_mask_T.sum() == whole.loss_mask_T.sum() / 2
     path = write()
     (error,) = build_all(run, tokenizer, path)
     assert error.startswith(f"{path}:1: 0 assistant turns among 1 messages; training needs")

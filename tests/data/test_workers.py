@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -142,6 +143,14 @@ def test_a_worker_that_cannot_start_says_why():
     pool.submit("sleep", 600, "x")
     pool.close()
     assert gone(busy)
+
+
+def test_nor_what_it_is_made_from(tokenizer, tmp_path):
+    """A tokenizer is loaded again in the worker, where its file may be gone."""
+    lost = replace(tokenizer, path=str(tmp_path / "gone.model"))
+    pool = WorkerPool(1, Desk, (lost,))
+    with pytest.raises(DataError, match="gone.model' is neither a SentencePiece file nor a folder"):
+        pool.result(pool.submit("double", 1, "x"))
 
 
 SCRIPT = """

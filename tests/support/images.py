@@ -52,6 +52,26 @@ def tiff_chain(frames: int, width: int = 8, height: int = 8) -> bytes:
     return struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + b"".join(parts)
 
 
+def deep_tiff(channels: int, photometric: int) -> bytes:
+    """A TIFF of 4x4 pixels with 16 bits a channel, which PIL reads and does not write."""
+    pixels = b"\x12\x34" * 16 * channels
+    depths = 8 + 2 + 12 * 9 + 4
+    tags = [
+        (256, 3, 1, 4),
+        (257, 3, 1, 4),
+        (258, 3, channels, 16 if channels == 1 else depths),
+        (259, 3, 1, 1),
+        (262, 3, 1, photometric),
+        (273, 4, 1, depths + 2 * channels),
+        (277, 3, 1, channels),
+        (278, 3, 1, 4),
+        (279, 4, 1, len(pixels)),
+    ]
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return header + entries + struct.pack(f"<I{channels}H", 0, *[16] * channels) + pixels
+
+
 def progressive(width: int, height: int, scans: int) -> bytes:
     """A JPEG whose last scan stands `scans` times: each costs a pass over all pixels."""
     buffer = BytesIO()

@@ -72,7 +72,10 @@ def _shown(image: Image.Image) -> Image.Image:
     # The header of a file, which training would have refused too.
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"an image of {image.width}x{image.height} pixels, over {MAX_PIXELS}")
-    deep = any(str(p.args).endswith((";16B", ";16L", ";16N")) for p in getattr(image, "tile", []))
+    # Of each decoder: its raw mode, alone or first in a tuple.
+    args = [part.args for part in getattr(image, "tile", [])]
+    raw = [str(one[0] if isinstance(one, tuple) and one else one) for one in args]
+    deep = any(one.endswith((";16B", ";16L", ";16N")) for one in raw)
     if image.mode[0] in "IF" or deep:
         raise ValueError(f"an image of mode {image.mode} (more than 8 bits a channel)")
     if getattr(image, "is_animated", False) and image.format != "MPO":

@@ -110,9 +110,15 @@ def held_and_box(image: HeldImage) -> tuple[str | bytes, Box | None]:
     return image["path"] if "path" in image else image["bytes"], (left, top, right, bottom)
 
 
+def unlearnt(message: Any) -> Any:
+    """Returns a message of a prompt, which is read and not learnt."""
+    answer = isinstance(message, dict) and message.get("role") == "assistant"
+    return message | {"weight": 0} if answer else message
+
+
 def _from_verl(row: Row, where: str) -> Row:
     """Renames verl's keys. The answer, if there is one, is the prompt's last message or a text
-    `response`."""
+    `response`; beside a response the answers of the prompt are not learnt."""
     row = dict(row)
     messages, response = row.pop("prompt"), row.pop("response", None)
     if response is not None:
@@ -121,7 +127,7 @@ def _from_verl(row: Row, where: str) -> Row:
                 f"{where}: 'prompt' must be a list of messages and 'response' text; these are a "
                 f"{type(messages).__name__} and a {type(response).__name__}"
             )
-        messages = [*messages, {"role": "assistant", "content": response}]
+        messages = [*map(unlearnt, messages), {"role": "assistant", "content": response}]
     row["messages"] = messages
     if row.get("skill") is None and row.get("data_source") is not None:
         row["skill"] = row["data_source"]

@@ -92,6 +92,15 @@ class ParquetRows:
         try:
             table = self._group(number)
             (row,) = table.slice(index - self._starts[number], 1).to_pylist()
+        except MemoryError:  # pyarrow's is an ArrowException too, and not caused by the row
+            raise
+        except pa.ArrowNotImplementedError as error:
+            rows, num_bytes = self.row_groups[number]
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{where}: row group {number + 1} has {rows} rows in {num_bytes} bytes, which "
+                f"pyarrow cannot read ({reason}); write the file with smaller row groups"
+            ) from error
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{where}: row group {number + 1} is damaged ({reason})") from error

@@ -21,6 +21,8 @@ from megatron_mm.errors import DataError
 class RowFile(Protocol):
     """Rows of one file, in our form (see `forms.py`). Pickling copies the index, not the rows."""
 
+    path: Path
+
     @property
     def folder(self) -> Path: ...  # in which relative image paths start
 

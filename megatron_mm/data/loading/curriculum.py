@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from megatron_mm.config.settings import DataPhase, DataSource
 from megatron_mm.data.files.rows import RowFiles, open_row_files
 from megatron_mm.data.loading.order import Order, PhaseSize
 from megatron_mm.data.loading.reader import Place
-from megatron_mm.data.loading.shuffle import RowGroupCache
+from megatron_mm.data.loading.shuffle import RowGroupCache, cache_bytes
 from megatron_mm.errors import DataError
 
 
@@ -22,7 +24,9 @@ class Curriculum:
     Attributes:
         first_source: index into `sources` of each phase's first source.
         description: JSON values that determine which sample a number stands for. A saved position
-            resumes with the right samples only if it is unchanged.
+            resumes with the right samples only if it is unchanged. Of each source it has the name,
+            the weight, the rows and a checksum of its files' names and row groups, which decide the
+            shuffle. The end of the last phase moves no sample and is left out.
     """
 
     order: Order
@@ -51,17 +55,18 @@ def open_curriculum(phases: Sequence[DataPhase], seed: int) -> Curriculum:
     sources: list[RowFiles] = []
     sizes, first_source, described = [], [], []
     cache = RowGroupCache()
-    for phase in phases:
+    for number, phase in enumerate(phases, start=1):
         first_source.append(len(sources))
         parts = _parts(phase)
         opened = [open_row_files(part.path, cache) for part in parts]
         weights = tuple(part.weight for part in parts)
         sizes.append(PhaseSize(tuple(s.row_groups for s in opened), weights, phase.samples))
+        cache.limit = max(cache.limit, cache_bytes(sizes[-1].sources))
         described.append(
             [
-                phase.samples,
+                phase.samples if number < len(phases) else None,
                 [
-                    [Path(part.path).name, part.weight, len(source)]
+                    [Path(part.path).name, part.weight, len(source), _checksum(source)]
                     for part, source in zip(parts, opened, strict=True)
                 ],
             ]
@@ -69,6 +74,11 @@ def open_curriculum(phases: Sequence[DataPhase], seed: int) -> Curriculum:
         sources += opened
     description = {"seed": seed, "phases": described}
     return Curriculum(Order(sizes, seed), sources, first_source, description)
+
+
+def _checksum(source: RowFiles) -> int:
+    files = [(file.path.name, file.row_groups) for file in source.files]
+    return zlib.crc32(json.dumps(files).encode())
 
 
 def _parts(phase: DataPhase) -> list[DataSource]:

@@ -2,7 +2,7 @@
 
 Phases follow each other. Within a phase each source is read in shuffled epochs of its own. The
 slots of a mixture follow the weights in every prefix: among the first n samples of a phase each
-source has its exact share to within one sample.
+source has its share to within one sample, the exact one unless `whole_parts` rounds it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_mm.data.loading.shuffle import WINDOW_BYTES, RowGroup, shuffled
+from megatron_mm.data.loading.shuffle import RowGroup, shuffled, window
 from megatron_mm.errors import DataError
 
 # Longest period of a mixture, in slots; weights that need a longer one are rounded.
@@ -158,9 +158,8 @@ class Order:
             # The first source is seeded as if it were alone in its phase.
             seed = [self._seed, phase, epoch, source] if source else [self._seed, phase, epoch]
             sources = self._phases[phase].sources
-            self._epochs[key] = shuffled(
-                sources[source], np.random.default_rng(seed), WINDOW_BYTES // len(sources)
-            )
+            generator = np.random.default_rng(seed)
+            self._epochs[key] = shuffled(sources[source], generator, window(sources))
             # Two epochs per source, at 8 bytes a row: readers may be an epoch apart.
             if len(self._epochs) > 2 * len(sources):
                 self._epochs.popitem(last=False)

@@ -20,7 +20,7 @@ CACHE_BYTES = 2 * WINDOW_BYTES
 
 class RowGroupCache:
     """Cache of the row groups read last, of all files, up to `limit` bytes; it keeps at least one.
-    Pickling gives an empty cache."""
+    Pickling gives an empty cache with its limit."""
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self.limit = limit
@@ -48,6 +48,18 @@ class RowGroup(NamedTuple):
 
     rows: int
     num_bytes: int
+
+
+def window(sources: Sequence[Sequence[RowGroup]]) -> int:
+    """Returns the bytes of a window of each source of a mixture."""
+    return WINDOW_BYTES // len(sources)
+
+
+def cache_bytes(sources: Sequence[Sequence[RowGroup]]) -> int:
+    """Returns the bytes of a cache in which two windows of each source of a mixture have room. Its
+    sources take turns: with less, each would evict what the next needs."""
+    largest = [max(group.num_bytes for group in groups) for groups in sources]
+    return sum(2 * max(window(sources), one) for one in largest)
 
 
 def shuffled(

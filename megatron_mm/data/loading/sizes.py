@@ -44,7 +44,10 @@ class Sizes:
                 # forgotten since, the loop requests it again.
                 ticket, places = self._asked.pop(number // CHUNK)
                 self._remember(places, self.pool.result(ticket))
-        return self._known[place]
+        found = self._known[place]
+        if isinstance(found, str):  # the next epoch looks again: a file may be back by then
+            del self._known[place]
+        return found
 
     def forget(self, before: int | None = None) -> None:
         """Drops requests to the workers: all, or those of chunks below `before`."""

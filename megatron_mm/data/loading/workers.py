@@ -40,6 +40,8 @@ class WorkerPool:
     def __init__(self, size: int, make: Callable[..., Any], args: Sequence[Any]) -> None:
         # Spawned, because a fork would copy locks of the trainer's threads and its CUDA state.
         context = multiprocessing.get_context("spawn")
+        # As bytes, which `_work` opens where an error (a tokenizer's file is gone) is told.
+        recipe = pickle.dumps((make, tuple(args)), protocol=5)
         self._changed = threading.Condition()
         self._answers: dict[int, tuple[str, Any]] = {}
         self._next_ticket = 0
@@ -54,7 +56,7 @@ class WorkerPool:
                 here, there = context.Pipe()
                 process = context.Process(
                     target=_work,
-                    args=(there, make, tuple(args)),
+                    args=(there, recipe),
                     name=f"data worker {number + 1}",
                     daemon=True,
                 )
@@ -161,10 +163,11 @@ class WorkerPool:
         self._changed.notify_all()
 
 
-def _work(pipe: Connection, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(pipe: Connection, recipe: bytes) -> None:
     leave_stops_to_parent()
     worker, broken = None, None
     try:
+        make, args = pickle.loads(recipe)
         worker = make(*args)
     except Exception as error:
         broken = _one_line(error)
