@@ -238,7 +238,14 @@ class MultimodalModel(MegatronModule):
         context.looks, context.watch = looks, self.watch
         context.first_pass_metrics = metrics
         context.routing = Routing.of(
-            batch, self.pg, self.hops, self.route_width, routes, self.forbidden, router_term
+            batch,
+            self.pg,
+            self.hops,
+            self.route_width,
+            routes,
+            self.forbidden,
+            router_term,
+            self.language.recompute.routes and torch.is_grad_enabled(),
         )
         if self.expert_scope is not None and torch.is_grad_enabled():
             context.scope = ExpertScope.of(batch, self.expert_scope, self.pg)

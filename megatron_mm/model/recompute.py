@@ -3,7 +3,8 @@
 
 torch's checkpoint without re-entrant autograd: a block may take and return any structure,
 and gets gradients for its parameters whether or not its input needs any (a frozen embedding
-before a trainable block). Nothing in the model is random, so no generator is restored.
+before a trainable block). Nothing in the model is random, so no generator is restored. But a GPU
+may add in another order when it repeats a pass, so choices are taken from the first (`Routing`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ class Recompute:
     core_attn: bool = False
     moe: bool = False
     vision: bool = False
+
+    @property
+    def routes(self) -> bool:
+        """Whether layers of experts are run again."""
+        return self.moe or self.sublayers is not None
 
     def repeats(self, module: str | None) -> bool:
         """Whether whole layers of this module (`LayerKind.recompute`) are asked for."""

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch.autograd.function import once_differentiable
 
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.parallel.sequence import gather_shards, shard, take
@@ -150,6 +151,10 @@ class Routing:
         forbidden: bool [E], True: its logit counts as minus infinity. Given routes are used as
             they are.
         term: (logits [t, E], moe index, metrics) -> the router's own loss, added to the main one.
+        taken: of a pass that will be repeated for the backward pass, filled with int16 [t, k] that
+            the repetition takes again: a GPU adds rows in another order each time, and where two
+            logits are nearly equal, the backward pass would mix the routes of two passes. None:
+            nothing is repeated.
     """
 
     width: int
@@ -158,6 +163,7 @@ class Routing:
     record: Routes | None = None
     forbidden: Routes = field(default_factory=dict)
     term: Callable[[torch.Tensor, int, Metrics], torch.Tensor | None] | None = None
+    taken: Routes | None = None
 
     @classmethod
     def of(
@@ -169,15 +175,17 @@ class Routing:
         record: Routes | None,
         forbidden: Routes,
         term: RouterTerm | None,
+        repeated: bool = False,
     ) -> Routing | None:
         """The requests for a microbatch on this rank; None if there are none.
 
         Args:
             hops: of the stage's layers, as for `check_routes`.
             width: of routes.
+            repeated: layers of experts are run again in the backward pass.
         """
         asked = batch.routes, batch.route_noise, record, term
-        if not forbidden and all(thing is None for thing in asked):
+        if not forbidden and not repeated and all(thing is None for thing in asked):
             return None
         mine = shard(len(batch.tokens_T), pg)
         given, noise = (
@@ -189,7 +197,7 @@ class Routing:
                 first = {i: batch.routes[i][:, : of_layer[0]] for i, of_layer in hops.items()}
                 batch = replace(batch, routes=first)
             term = partial(_term_here, term, batch, mine)
-        return cls(width, given, noise, record, forbidden, term)
+        return cls(width, given, noise, record, forbidden, term, {} if repeated else None)
 
     def of_layer(self, index: int, recomputing: bool, metrics: Metrics) -> Choice:
         return Choice(self, index, recomputing, metrics)
@@ -213,23 +221,19 @@ class Choice:
         choose: Callable,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits, experts) chosen, [t, k] each, with gradients to the logits at given routes."""
-        asked, index, allowed_tE = self.asked, self.index, logits_tE
-        if index in asked.forbidden:
-            allowed_tE = logits_tE.masked_fill(asked.forbidden[index], -torch.inf)
-        if index in asked.noise:
-            experts_tk = (allowed_tE + asked.noise[index]).topk(k, dim=1).indices
-            top_tk = allowed_tE.gather(1, experts_tk)
-        else:
-            top_tk, experts_tk = choose(allowed_tE, k, num_groups=num_groups, group_topk=group_topk)
-        if index in asked.given:
-            given_tk = asked.given[index][:, :k].long()
-            experts_tk = torch.where(given_tk >= 0, given_tk, experts_tk)
-            top_tk = logits_tE.gather(1, experts_tk)
-        if asked.record is not None and not self.recomputing:
-            taken_tk, beyond = experts_tk.to(torch.int16), asked.width - k
-            if beyond:
-                taken_tk = F.pad(taken_tk, (0, beyond), value=NOT_HANDED)
-            asked.record[index] = taken_tk
+        asked, index = self.asked, self.index
+        best = partial(choose, num_groups=num_groups, group_topk=group_topk)
+        if asked.taken is None:
+            top_tk, experts_tk = self._chosen(logits_tE, k, best)
+        else:  # both passes alike: they must save the same tensors
+            if self.recomputing:
+                experts_tk = asked.taken[index][:, :k].long()
+            else:
+                experts_tk = self._chosen(logits_tE.detach(), k, best)[1]
+            top_tk = _Picked.apply(logits_tE, experts_tk)
+        taken_tk, beyond = experts_tk.to(torch.int16), asked.width - k
+        for store in self._stores:
+            store[index] = F.pad(taken_tk, (0, beyond), value=NOT_HANDED) if beyond else taken_tk
         term = None if asked.term is None else asked.term(logits_tE, index, self.metrics)
         if term is not None:
             self.metrics.loss_term("moe/router_loss", term)
@@ -238,21 +242,64 @@ class Choice:
             top_tk = MoEAuxLossAutoScaler.apply(top_tk, term)
         return top_tk, experts_tk
 
+    def _chosen(
+        self, logits_tE: torch.Tensor, k: int, best: Callable
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits, experts) [t, k] of a first pass."""
+        asked, index, allowed_tE = self.asked, self.index, logits_tE
+        if index in asked.forbidden:
+            allowed_tE = logits_tE.masked_fill(asked.forbidden[index], -torch.inf)
+        if index in asked.noise:
+            experts_tk = (allowed_tE + asked.noise[index]).topk(k, dim=1).indices
+            top_tk = allowed_tE.gather(1, experts_tk)
+        else:
+            top_tk, experts_tk = best(allowed_tE, k)
+        if index in asked.given:
+            given_tk = asked.given[index][:, :k].long()
+            experts_tk = torch.where(given_tk >= 0, given_tk, experts_tk)
+            top_tk = logits_tE.gather(1, experts_tk)
+        return top_tk, experts_tk
+
+    @property
+    def _stores(self) -> list[Routes]:
+        """Where this pass writes its routes."""
+        both = self.asked.record, self.asked.taken
+        return [] if self.recomputing else [store for store in both if store is not None]
+
     def given_second(self, first: int) -> torch.Tensor | None:
-        """int64 [t, k - first]: the routes given for the second hop; None if there are none."""
-        given = self.asked.given.get(self.index)
+        """int64 [t, k - first]: the routes given for the second hop, in a repetition those of the
+        first pass; None if there are none."""
+        taken = self.asked.taken if self.recomputing else None
+        given = (self.asked.given if taken is None else taken).get(self.index)
         return None if given is None else given[:, first:].long()
 
     def record_second(self, first: int, experts_tk: torch.Tensor) -> None:
         """Records the second hop's experts, `NOT_HANDED` where there is none, behind the first's
         that were recorded before."""
-        if self.asked.record is not None and not self.recomputing:
-            self.asked.record[self.index][:, first:] = experts_tk.to(torch.int16)
+        for store in self._stores:
+            store[self.index][:, first:] = experts_tk.to(torch.int16)
 
     @property
     def forbidden(self) -> torch.Tensor | None:
         """bool [E]: the experts that no hop may choose."""
         return self.asked.forbidden.get(self.index)
+
+
+class _Picked(torch.autograd.Function):
+    """The logits of experts that are chosen already, with topk's gradient and what it saves; gather
+    would save all logits."""
+
+    @staticmethod
+    def forward(ctx, logits_tE: torch.Tensor, experts_tk: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(experts_tk)
+        ctx.experts = logits_tE.shape[1]
+        return logits_tE.gather(1, experts_tk)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_tk: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (experts_tk,) = ctx.saved_tensors
+        return d_tk.new_zeros(len(d_tk), ctx.experts).scatter_(1, experts_tk, d_tk), None
 
 
 def _term_here(

@@ -13,12 +13,17 @@ import torch.distributed as dist
 from megatron_mm.config import ParallelConfig, RunConfig, num_layers, token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
+from megatron_mm.model.layers.cascade import Scores
+from megatron_mm.model.layers.moe import Router
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 from support.batches import microbatch
+from support.cascades import move_off_zero
 from support.layouts import steps_batches
 from support.weights import move_looks_off_zero
+
+SHAKING = 1e-6  # of logits around 0.1: a few last digits of fp32
 
 
 def random_routes(run: RunConfig, batch: Microbatch, seed: int) -> Routes:
@@ -134,3 +139,39 @@ def refusal(run: RunConfig, routes: Routes) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def tie(engine: Engine) -> None:
+    """Makes every choice close: all experts of a router have equal logits, and gates of a second
+    hop are at 1/2 within a few last digits."""
+    move_off_zero(engine)
+    for module in _choosing(engine):
+        weight = module.weight.data
+        if len(weight) > 1:
+            weight.copy_(weight[:1].expand_as(weight))
+            continue
+        weight.mul_(SHAKING)
+        if module.bias is not None:
+            module.bias.data.zero_()
+    engine.optimizer.reload_model_params()
+
+
+def tie_and_shake(engine: Engine) -> None:
+    """`tie`, and whatever is computed again in the backward pass chooses from other last digits, as
+    on a GPU."""
+    tie(engine)
+    for number, module in enumerate(_choosing(engine)):
+        method = "forward" if isinstance(module, Scores) else "gating"
+        setattr(module, method, partial(_shaken, getattr(module, method), number))
+
+
+def _choosing(engine: Engine) -> list[Router | Scores]:
+    return [m for c in engine.chunks for m in c.modules() if isinstance(m, (Router, Scores))]
+
+
+def _shaken(compute: Callable, seed: int, x: torch.Tensor) -> torch.Tensor:
+    found = compute(x)
+    if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
+        return found
+    generator = torch.Generator().manual_seed(seed)
+    return found + SHAKING * torch.randn(found.shape, generator=generator)
