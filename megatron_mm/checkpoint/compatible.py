@@ -36,7 +36,13 @@ NOT_THE_MODEL = {
     "layers.Q.query_first_scale",
     "layers.Q.query_anneal_share",
     "layers.Q.query_box_loss_coeff",
+    "layers.Q.max_queries",
 }
+# Settings of images and sides that a fine-tune may change with the sides kept: what they see, and
+# who says where, which the controls are. Others give the same tensors another meaning.
+SEEN = ("fusion.image_stream", "fusion.vision_memory", "fusion.memories.", "layers.Q.query_place")
+# Order of the tokens that the projector makes, whichever sides there are.
+STREAM = "fusion.pixel_shuffle_version"
 # Prefix of tensors that no parameter holds (multi-token prediction): kept for the export.
 CARRIED_PREFIX = "carried."
 # Prefix of the sets of weights that follow the model's (`Engine.moving`).
@@ -60,12 +66,15 @@ def _may_change(key: str) -> bool:
     return key in NOT_THE_MODEL or images
 
 
-def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
+def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> list[str]:
     """Compares the settings of the stored model with `model`.
 
     Settings that the checkpoint lacks take their defaults. A fine-tune may add or drop side
-    letters (looks and glimpses) with their settings, change how images enter (fusion), and take a
-    letter in the place of the one that it grows from, or back.
+    letters (looks and glimpses) with their settings, change what they and the stream see (`SEEN`),
+    and take a letter in the place of the one that it grows from, or back.
+
+    Returns:
+        "setting was a, is b" of each setting that a fine-tune changes.
 
     Raises:
         CheckpointError: names the first setting that differs.
@@ -77,7 +86,8 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
             f"its run.json describes no model of this version: {shown(error, 1000)}"
         ) from None
     here = dict(_flat(to_dict(model)))
-    added = ("fusion.", *(f"layers.{letter}." for letter in LAYERS.of_role("side")))
+    changed: list[str] = []
+    patterns = found["hybrid_layer_pattern"], here["hybrid_layer_pattern"]
     for key in sorted(found.keys() | here.keys()):
         a, b = found.get(key), here.get(key)
         if finetune and key == "hybrid_layer_pattern":
@@ -85,12 +95,31 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> None:
         grown = finetune and key.startswith("layers.") and None in (a, b)
         if grown and LAYERS[key.split(".")[1]].grows:
             continue
-        if a == b or _may_change(key) or (finetune and key.startswith(added)):
+        if a == b or _may_change(key):
+            continue
+        if finetune and _finetune_may_change(key, *patterns):
+            changed.append(f"{shown(key)} was {shown(repr(a), 500)}, is {b!r}")
             continue
         raise CheckpointError(
             f"it holds another model: {shown(key)} is {shown(repr(found.get(key, 'absent')), 500)} "
             f"there and {here.get(key, 'absent')!r} here"
         )
+    return changed
+
+
+def _finetune_may_change(key: str, there: str, here: str) -> bool:
+    """Whether a fine-tune may change a setting of images or of side letters, between two patterns:
+    what is seen, and the form of sides that one of them lacks."""
+    sides = LAYERS.of_role("side")
+    kept = ["".join(letter for letter in pattern if letter in sides) for pattern in (there, here)]
+    if key.startswith("layers."):
+        letter = key.split(".")[1]
+        if letter not in sides:
+            return False
+        return key.startswith(SEEN) or (letter in there) != (letter in here)
+    if not key.startswith("fusion.") or key == STREAM:
+        return False
+    return key.startswith(SEEN) or kept[0] != kept[1] or not kept[0]
 
 
 def _is_new(key: str) -> bool:

@@ -26,6 +26,7 @@ from megatron_mm.checkpoint.compatible import (
 from megatron_mm.checkpoint.index import check_whole
 from megatron_mm.checkpoint.parameters import begin_copies, finish_param_gather, parameters
 from megatron_mm.checkpoint.plain_pickle import shown
+from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.checkpoint.snapshot import layout_of, rng_name, take, write
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.weight_set import Weights
@@ -84,8 +85,10 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
 
     Returns:
         "iteration", "loader" and "extra" as saved; "initialized": names of parameters that the
-        checkpoint lacks; "ignored": keys of tensors that a conversion
-        carried along. Generators are restored only on the same layout.
+        checkpoint lacks; "ignored": keys of tensors that this model lacks, or that a conversion
+        carried along; "changed": `check_model`'s lines; "narrowed": names of this rank's
+        parameters that have fewer bytes an element than what is stored. Generators are restored
+        only on the same layout.
 
     Raises:
         CheckpointError: on every rank, before anything changes; it does not fit or is damaged.
@@ -95,7 +98,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
     path, run = find(groups, folder)
     expected = shards.expected_shapes(engine, weights_alone=finetune)
     with raising_together(groups.world, doing):
-        check_model(run["config"]["model"], engine.run.model, finetune=finetune)
+        changed = check_model(run["config"]["model"], engine.run.model, finetune=finetune)
         check_adapters(run["config"].get("lora") or {}, engine.run.lora)
         _check_precision(run["config"], engine, finetune)
         stored, index = storage.read_index(path, run["checksums"], run["identity"])
@@ -122,7 +125,17 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
         "loader": run["loader"],
         "extra": run["extra"],
         "initialized": [key.removeprefix("model.") for key in added],
-        "ignored": [key for key in stored if key.startswith(CARRIED_PREFIX)],
+        "ignored": [
+            *(k for k in stored if k.startswith(CARRIED_PREFIX)),
+            *(k for k in stored if k.startswith(weight_key("")) and k not in expected),
+        ],
+        "changed": changed,
+        "narrowed": [
+            key.removeprefix(weight_key(""))
+            for key, shard in wanted.items()
+            if key.startswith(weight_key(""))
+            and index.tensors[key].dtype.itemsize > shard.data.dtype.itemsize
+        ],
     }
 
 
@@ -169,10 +182,10 @@ def _apply(
     names = [name for name, *_ in parameters(engine)]
     mine = optimizer_state.owned(engine)
     for name, param, layout in parameters(engine):
-        value = tensors.get(shards.weight_key(name))
+        value = tensors.get(weight_key(name))
         if value is not None:
             layout.held(param.data).copy_(value)
-        elif shards.weight_key(name) in added:
+        elif weight_key(name) in added:
             initialize_one(name, param, layout, engine.run.training.seed)
         if name in mine and not finetune:
             state[name] = {

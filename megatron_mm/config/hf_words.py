@@ -95,8 +95,9 @@ class TextWords:
         demand(config, {k: v for k, v in fixed.items() if k not in claimed}, where)
         values = renamed(config, self.table)
         values["untie_embeddings_and_output_weights"] = not tied
-        # Older files keep the numbers beside an empty rope_scaling.
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        # Older files keep the numbers beside an empty rope_scaling; where both are given,
+        # transformers takes it.
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         known = {key for key, _, _ in self.rope}
         fixed = {**self.rope_fixed, "type": "default"}
         for key, value in rope.items():

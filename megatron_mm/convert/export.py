@@ -61,21 +61,27 @@ def small_files(
     config = model_config(checkpoint, assets, tied)
     config["dtype"] = config_dtype(dtypes)
     if has_code(checkpoint.model):
-        _check_code(checkpoint.model)
+        _check_code(checkpoint.model, checkpoint.run.data.memory_images)
         files |= {name: (REMOTE / name).read_bytes() for name in CODE}
         config |= clvr_config(checkpoint.model, look_ids(checkpoint, assets))
     return files | {CONFIG: as_json(config)}
 
 
-def _check_code(model: ModelConfig) -> None:
-    """Raises ConvertError for a second hop, or glimpses, that the code of an export does not
-    compute."""
+def _check_code(model: ModelConfig, images: str) -> None:
+    """Raises ConvertError for a second hop, glimpses or images of a memory that the code of an
+    export does not compute."""
     asking = query_settings(model)
     if asking is not None and asking.query_place not in EXPORTED_PLACES:
         raise ConvertError(
             f"query_place is {asking.query_place}, a control that is not exported; allowed: "
             f"{' or '.join(EXPORTED_PLACES)}"
         )
+    for memory in memories(model, images):
+        if memory.images != "images":
+            raise ConvertError(
+                f"{memory.images_setting} is {memory.images}, a control that is not exported: its "
+                "memory holds other images than the prompt's; allowed: images"
+            )
     second = model.layers.get("C")
     if second is None:
         return

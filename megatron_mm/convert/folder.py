@@ -38,6 +38,7 @@ from megatron_mm.convert.mapping import (
     PROJECTOR,
     SIDES,
     Group,
+    ParamMapping,
     StateMapping,
     may_lack,
     read_mapping,
@@ -108,6 +109,10 @@ class HFFolder:
         """Metadata needed for export that ModelConfig does not hold."""
         found: dict[str, Any] = {"image_token_id": self.image_token_id, "tied": self.tied}
         return found | ({} if self.look_ids is None else {"look_ids": list(self.look_ids)})
+
+    def dtype(self, link: ParamMapping) -> torch.dtype:
+        """Returns the dtype of the tensors that make a parameter: that of the first."""
+        return self.tensors[link.named(0)[0]].dtype
 
     def read(self, name: str, first: int | None, last: int | None) -> torch.Tensor:
         return self.tensors[name].read(first, last)

@@ -78,6 +78,11 @@ def lay_out(
     return places, heads, sizes
 
 
+# What posix_fallocate says where a file system cannot reserve space. Where glibc would write zeros
+# instead, it must read the file, and says EBADF of one that is only open for writing.
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+
+
 def create_files(folder: Path, heads: dict[str, bytes], sizes: dict[str, int]) -> None:
     """Creates every file at its full size.
 
@@ -91,10 +96,7 @@ def create_files(folder: Path, heads: dict[str, bytes], sizes: dict[str, int]) -
             try:
                 os.posix_fallocate(stream.fileno(), 0, sizes[file])
             except OSError as error:
-                if error.errno not in (
-                    errno.EOPNOTSUPP,
-                    errno.EINVAL,
-                ):  # the file system cannot reserve space
+                if error.errno not in CANNOT_RESERVE:
                     raise
                 stream.truncate(sizes[file])
 

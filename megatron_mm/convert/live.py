@@ -31,11 +31,13 @@ class Loaded:
     Attributes:
         initialized: parameters that the folder lacks, drawn from the seed or copied.
         ignored: hf tensors that no parameter of the model holds.
+        narrowed: parameters of this rank that have fewer bytes an element than their tensors.
         notes: `HFFolder.notes`, to be kept in checkpoints of the run.
     """
 
     initialized: list[str]
     ignored: list[str]
+    narrowed: list[str]
     notes: dict[str, Any]
 
 
@@ -63,12 +65,14 @@ def load_hf(engine: Engine, folder: Path, tokens: Mapping[str, Any] | None = Non
             if there is not None and there != here:
                 raise ConvertError(f"{key} is {there} there, {here} in this run's tokenizer")
     links = {link.mcore: link for link in mapping.links}
-    added: list[str] = []
+    narrowed: list[str] = []
     finish_param_gather(engine)  # a gather under way would overwrite loaded weights
     with raising_together(group, doing):
         for name, param, layout in parameters(engine):
             if name in links:
                 link = links[name]
+                if source.dtype(link).itemsize > param.dtype.itemsize:
+                    narrowed.append(name)
                 fill(param, layout, lambda a, b, k=link: k.to_mcore(source.read, a, b))
             elif is_adapter(name) or name in mapping.new:
                 initialize_one(name, param, layout, engine.run.training.seed)
@@ -77,7 +81,7 @@ def load_hf(engine: Engine, folder: Path, tokens: Mapping[str, Any] | None = Non
     begin_copies(engine, {name for name, *_ in parameters(engine) if name in mapping.new})
     added = mapping.new + sorted(name for name, _, _ in parameters(engine) if is_adapter(name))
     engine.optimizer.reload_model_params()
-    return Loaded(added, mapping.carried, source.notes)
+    return Loaded(added, mapping.carried, narrowed, source.notes)
 
 
 @torch.no_grad()

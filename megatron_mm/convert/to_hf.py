@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mm.checkpoint import folders, sealed, storage
+from megatron_mm.checkpoint import folders, lock, sealed, storage
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
 from megatron_mm.checkpoint.index import check_whole
+from megatron_mm.checkpoint.lock import held
 from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import ModelConfig, RunConfig, run_of_checkpoint
 from megatron_mm.convert import export
@@ -196,19 +197,21 @@ def convert(
                 dtypes[kind] += math.prod(shape)
             assets = checkpoint.assets if assets is None else assets
             files = export.small_files(checkpoint, assets, tied, dtypes, lines)
-            _prepare(target, partial, files, places, heads, sizes)
-    try:
-        _write(checkpoint, links, partial, places, group, doing, quiet)
-        with raising_together(group, doing):
+            _check_absent(target)
+    with held(partial, group):
+        try:
+            with raising_together(group, doing):
+                if leader:
+                    _prepare(target, partial, files, places, heads, sizes)
+            _write(checkpoint, links, partial, places, group, doing, quiet)
+            with raising_together(group, doing):
+                if leader:
+                    _publish(partial, target)
+        except CheckpointError:
             if leader:
-                sealed.sync_folder(partial)
-                partial.rename(target)
-                sealed.sync_folder(target.parent)
-    except CheckpointError:
-        if leader:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(partial)
-        raise
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(partial)
+            raise
     return lines
 
 
@@ -228,21 +231,30 @@ def _prepare(
     sizes: dict[str, int],
 ) -> None:
     """Checks everything that can be checked before writing, then writes the small files."""
+    _check_absent(target)  # another job may have just made it
+    for left in partial.iterdir():  # by a killed run
+        if left.name != lock.NAME:
+            left.unlink()
+    check_space(target.parent, sum(sizes.values()))
+    create_files(partial, heads, sizes)
+    write_index(partial, places)
+    for name, content in files.items():
+        sealed.write_bytes(partial / name, content)
+
+
+def _check_absent(target: Path) -> None:
     if target.exists():
         raise ConvertError(f"{target} exists: nothing is overwritten")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if partial.exists():
-        shutil.rmtree(partial)  # left by a killed run
-    check_space(target.parent, sum(sizes.values()))
-    partial.mkdir()
-    try:
-        create_files(partial, heads, sizes)
-        write_index(partial, places)
-        for name, content in files.items():
-            sealed.write_bytes(partial / name, content)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Gives a whole folder its name. It takes its lock along: a second job that began to write
+    here before would have this one's name."""
+    sealed.sync_folder(partial)
+    partial.rename(target)
+    (target / lock.NAME).unlink()
+    sealed.sync_folder(target)
+    sealed.sync_folder(target.parent)
 
 
 def _write(

@@ -14,7 +14,7 @@ from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import RunConfig
 from megatron_mm.convert.chunked import Made, write_checkpoint
 from megatron_mm.convert.folder import NOTES, HFFolder
-from megatron_mm.convert.mapping import ParamMapping, StateMapping
+from megatron_mm.convert.mapping import EMBEDDING, ParamMapping, StateMapping
 from megatron_mm.convert.stored import CHUNK_BYTES
 from megatron_mm.convert.work import nbytes, row_ranges
 from megatron_mm.parallel.param_layout import ParamLayout, draw
@@ -35,7 +35,8 @@ class Import:
 
 def dtype_of(source: HFFolder, mapping: StateMapping, dtype: torch.dtype | None) -> torch.dtype:
     """Dtype of new parameters: the requested one, else that of the embedding."""
-    return dtype or source.tensors[mapping.links[0].names[0].replace("{expert}", "0")].dtype
+    (embedding,) = (link for link in mapping.links if link.mcore == EMBEDDING)
+    return dtype or source.dtype(embedding)
 
 
 def imports(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.folders import LATEST
 from megatron_mm.config import CheckpointConfig, RunConfig, modules_of
 from megatron_mm.convert.folder import NOTES
 from megatron_mm.convert.live import load_hf
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError, DataError
+from megatron_mm.model.layers.cascade import Delegate
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.train.source import Loader
 
@@ -77,7 +79,7 @@ def start(
     """
     if checkpoint.load_hf:
         found = load_hf(engine, Path(checkpoint.load_hf), tokens)
-        _tell(found.initialized, found.ignored)
+        _tell(found.initialized, found.ignored, found.narrowed)
         return Start(notes=found.notes)
     if not checkpoint.load:
         return Start()
@@ -94,7 +96,7 @@ def start(
         if type(value) not in kinds:
             raise CheckpointError(f"{checkpoint.load} is damaged: extra.{key} is {value!r:.80}")
     if checkpoint.finetune:
-        _tell(state["initialized"], state["ignored"])
+        _tell(state["initialized"], state["ignored"], state["narrowed"], state["changed"])
         return Start(notes=notes)
     objective = engine.run.training.objective
     saved = extra.get("objective", "sft")
@@ -148,11 +150,36 @@ def tell_frozen(run: RunConfig) -> None:
     logger.info("frozen: %s; learning: %s", ", ".join(frozen), ", ".join(learn))
 
 
-def _tell(initialized: list[str], ignored: list[str], most: int = 4) -> None:
-    """Names what a start from other weights drew anew, and what it left out."""
+def check_second_hops(engine: Engine) -> None:
+    """Checks that second hops (letter C) add something, or learn to. Every rank calls it.
+
+    Raises:
+        CheckpointError: on every rank; one is new, so its scale is 0, and it is frozen.
+    """
+    with raising_together(engine.groups.world, "cannot train"):
+        for chunk in engine.chunks:
+            for name, hop in chunk.named_modules():
+                if isinstance(hop, Delegate) and not (hop.scale.requires_grad or hop.scale.any()):
+                    raise CheckpointError(
+                        f"{name} adds nothing (its scale is 0) and is frozen with the language "
+                        "model, so it never will: train letter C first, without adapters and "
+                        "freeze_language, or use E"
+                    )
+
+
+def _tell(
+    initialized: Sequence[str],
+    ignored: Sequence[str],
+    narrowed: Sequence[str],
+    changed: Sequence[str] = (),
+    most: int = 4,
+) -> None:
+    """Names what a start from other weights drew anew, left out, rounded and sees otherwise."""
     for names, what in (
         (initialized, "new in this model, drawn from the seed"),
         (ignored, "not trained by this model, left out"),
+        (narrowed, "stored with more digits than this run computes in, rounded"),
+        (changed, "other than in the checkpoint"),
     ):
         if names:
             more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -91,6 +91,7 @@ def test_sides_can_be_left_behind(ranks, tmp_path):
     ranks(1, saved_with_sides, tmp_path)
     state, tensors = ranks(1, load_whole, tiny_run(pattern=BASE), tmp_path, True)[0]
     assert state["initialized"] == []
+    assert any("looks" in key for key in state["ignored"])  # which the run says
     assert not any("looks" in name or "queries" in name for name in tensors)
 
 
@@ -116,3 +117,43 @@ def test_the_schedule_of_windows_may_change_and_their_form_may_not():
     model.layers["Q"].query_grid = 3
     with pytest.raises(CheckpointError, match="query_grid is 2 there and 3 here"):
         check_model(to_dict(stored), model, finetune=False)
+
+
+def changed(there: str, here: str, **settings) -> list[str]:
+    """`check_model` of two patterns, the second with other settings, for a fine-tune."""
+    stored, model = tiny_run(pattern=there).model, tiny_run(pattern=here).model
+    for key, value in settings.items():
+        setattr(model.layers["Q"] if key.startswith("query") else model.fusion, key, value)
+    return check_model(to_dict(stored), model, finetune=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"query_grid": 3},
+        {"query_min_scale": 0.04},
+        {"query_spread": 0.7},
+        {"clvr_kv_channels": 32},
+        {"memory_coordinates": False},
+        {"pixel_shuffle_version": "v1"},
+    ],
+)
+def test_a_fine_tune_keeps_the_form_of_sides_that_stay(setting):
+    """No shape tells these apart, so they would be another model in silence."""
+    ((key, value),) = setting.items()
+    with pytest.raises(
+        CheckpointError, match=f"it holds another model: .*{key} is .* {value!r} here"
+    ):
+        changed("GE Q *E V", "GE Q *E V", **setting)
+
+
+def test_a_fine_tune_says_what_it_changes():
+    assert changed("GE Q *E V", "GE Q *E V") == []
+    assert changed("GE Q *E V", "GE Q *E V", query_place="oracle", image_stream="all") == [
+        "fusion.image_stream was 'thumbnail', is 'all'",
+        "layers.Q.query_place was 'hidden', is 'oracle'",
+    ]
+    # A side that is new has the form that this run gives it.
+    assert changed("GE *E", "GE Q *E V", query_grid=3, clvr_kv_channels=32)
+    with pytest.raises(CheckpointError, match="pixel_shuffle_version"):
+        changed("GE *E", "GE Q *E V", pixel_shuffle_version="v1")

@@ -19,6 +19,8 @@ from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import LoraConfig
 from megatron_mm.errors import CheckpointError
 from support.checkpoint_runs import create, tiny_run
+from support.exports import converted, exported, save_origin
+from support.folders import one_rank_job
 
 
 class Owner:
@@ -151,6 +153,22 @@ def test_a_job_is_refused_on_every_rank(ranks, tmp_path, action):
     assert len(set(found)) == 1
     assert found[0].startswith(f"cannot save to {folder}: another job saves to {folder}: process")
     assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_second_export_to_one_folder_is_refused_and_deletes_nothing(tmp_path):
+    """It would take the first one's half-written files for those of a killed run."""
+    partial = tmp_path / "hf.partial"
+    with one_rank_job():
+        origin = save_origin(tmp_path / "origin", fused=True)
+        base = converted(origin, tmp_path / "base", looks=False)
+        owner = Owner(partial)
+        (partial / "model.safetensors").write_text("half of the first one's")
+        with pytest.raises(CheckpointError, match="another job saves to .*hf.partial: process"):
+            exported(base, tmp_path / "hf")
+        assert (partial / "model.safetensors").exists() and not (tmp_path / "hf").exists()
+        owner.end(signal.SIGKILL)
+        exported(base, tmp_path / "hf")  # what a killed one leaves
+    assert not partial.exists() and not (tmp_path / "hf" / ".lock").exists()
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("a", None), (None, "a"), ("a", "a/"), ("a", "A")])

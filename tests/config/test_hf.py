@@ -215,6 +215,25 @@ def test_shuffle_v1_cannot_be_written():
         to_transformers_dict(model, IMAGE_TOKEN)
 
 
+@pytest.mark.parametrize("factor", [3, 5, 6, 7])
+def test_a_shuffle_that_transformers_would_refuse_cannot_be_written(factor):
+    """Its rest of `side % (1 / factor)` is some 1e-15 and not 0."""
+    model = preset("tiny")
+    model.vision.image_size = model.vision.patch_size * factor * 4
+    model.fusion.pixel_shuffle_factor = factor
+    with pytest.raises(ConfigError, match=f"pixel_shuffle_factor is {factor}: .*a power of two"):
+        to_transformers_dict(model, IMAGE_TOKEN)
+    model.vision.image_size, model.fusion.pixel_shuffle_factor = model.vision.patch_size * 8, 4
+    assert to_transformers_dict(model, IMAGE_TOKEN)["image_seq_length"] == 4
+
+
+def test_of_two_ropes_the_one_that_transformers_takes_counts():
+    ours = to_transformers_dict(preset("tiny"), IMAGE_TOKEN)
+    ours["text_config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    with pytest.raises(ConfigError, match="rope_type is 'yarn'"):
+        from_transformers_dict(ours)
+
+
 @pytest.mark.parametrize(
     ("part", "key", "value", "words"),
     [

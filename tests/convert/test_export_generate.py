@@ -76,6 +76,15 @@ def test_beams_of_a_batch_are_those_of_its_prompts(export):
         assert found.tolist() == cached.tolist()
 
 
+def test_a_model_on_several_devices_is_one_line(export, monkeypatch):
+    model, processor = export
+    monkeypatch.setattr(model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
+    with pytest.raises(ValueError, match=r"lies on 2 devices \(0, 1\), .*device_map=0"):
+        model(**prompts(processor, 1))
+    monkeypatch.setattr(model, "hf_device_map", {"": "cpu"})
+    model(**prompts(processor, 1))
+
+
 def test_coordinates_keep_their_precision(export):
     """The usual `inputs.to(device, dtype)` casts pixels."""
     _, processor = export

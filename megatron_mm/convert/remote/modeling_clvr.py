@@ -333,6 +333,12 @@ class CLVRForConditionalGeneration(InternVLForConditionalGeneration):
         token stream, which in a memory, the number of that memory (default: all in the first), and
         of every memory patch its centre (y, x), its side, its prompt and the first place of the
         padded prompt that may look at it. Centres and sides are shares of the image."""
+        places = sorted({str(place) for place in getattr(self, "hf_device_map", {}).values()})
+        if len(places) > 1:  # accelerate moves what whole layers take, and these are run by halves
+            raise ValueError(
+                f"the model lies on {len(places)} devices ({', '.join(places)}), its looks, "
+                "glimpses and second hops need one: device_map=0 or 'cpu'"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         cached = use_cache if use_cache is not None else self.config.text_config.use_cache

@@ -77,14 +77,21 @@ def to_hf(model: ModelConfig, text: dict[str, Any], image_token_id: int) -> dict
             f"pixel_shuffle_version is {fusion.pixel_shuffle_version}; allowed: v2, "
             f"the only one transformers has"
         )
-    side = vision.image_size // vision.patch_size // fusion.pixel_shuffle_factor
+    patches, factor = vision.image_size // vision.patch_size, fusion.pixel_shuffle_factor
+    if patches % (1 / factor) != 0:  # as transformers asks, in floating point
+        raise ConfigError(
+            f"pixel_shuffle_factor is {factor}: transformers computes {patches} % (1 / {factor}) "
+            f"= {patches % (1 / factor):.1e} and takes {patches} patches a side for no multiple; "
+            "allowed: a power of two"
+        )
+    side = patches // factor
     return {
         "model_type": FUSED_TYPE,
         "text_config": text,
         "vision_config": _vision(vision),
         "image_token_id": image_token_id,
         "image_seq_length": side * side,
-        "downsample_ratio": 1 / fusion.pixel_shuffle_factor,
+        "downsample_ratio": 1 / factor,
         "tie_word_embeddings": text["tie_word_embeddings"],  # the class would say True
         **FUSED_FIXED,
     }
@@ -146,9 +153,11 @@ def released(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text, vision = config.get("llm_config"), config.get("vision_config")
     if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
         raise ConfigError("config.json has no llm_config or no vision_config; allowed: both")
-    for key, value in (("ps_version", "v2"), ("select_layer", -1)):
-        if config.get(key, value) != value:
-            raise ConfigError(f"{key} is {config[key]!r}; allowed: {value!r}")
+    # With the defaults of the release's class.
+    for key, value, default in (("ps_version", "v2", "v1"), ("select_layer", -1, -1)):
+        found = config.get(key, default)
+        if found != value:
+            raise ConfigError(f"{key} is {found!r}; allowed: {value!r}")
     made = {
         "model_type": FUSED_TYPE,
         "text_config": dict(text),
