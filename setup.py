@@ -50,7 +50,13 @@ setup(
         # Transformer Engine's torch part is compiled against the torch that is installed, so it
         # is not here but a second command (megatron_mm/model/backends/README.md): pip would
         # build it in an environment of its own. CUDA 13 is what torch 2.11 from PyPI is built with.
-        "cuda": ["transformer-engine[core_cu13]>=2.20,<3", "flash-linear-attention>=0.6"],
+        # TileLang computes a backward pass of flash-linear-attention that Triton 3.6, the one of
+        # torch 2.11, gets wrong on Hopper.
+        "cuda": [
+            "transformer-engine[core_cu13]>=2.20,<3",
+            "flash-linear-attention>=0.6",
+            "tilelang[nvcc]>=0.1.15",
+        ],
         "bench": ["trl==1.16.0"],  # what tools/benchmark.py rl and dpo compare steps with
         "dev": ["mypy", "pytest", "pytest-xdist", "ruff"],
     },

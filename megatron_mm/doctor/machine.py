@@ -173,6 +173,11 @@ def fused_packages(has_gpu: bool) -> list[Finding]:
     if fla.ok and not has_gpu:
         # transformers calls its kernels wherever it is installed.
         fla = Finding("fla", f"{fla.text.split(';')[0]} without a GPU: remove it", False)
+    elif fla.ok:
+        from megatron_mm.model.backends.fla_here import missing_fla
+
+        if (problem := missing_fla()) is not None:
+            fla = Finding("fla", problem, False)
     own = "FLA brings its own convolution"
     build = (
         "not on PyPI (the apex there is another package): build github.com/NVIDIA/apex with "

@@ -24,6 +24,10 @@ def choose_kernels(run: RunConfig) -> None:
     """
     # cuDNN would make a plan for every new length, and microbatches have lengths of their own.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # NCCL would register the buffers of collectives in a CUDA graph (of a decoding step), which
+    # must not lie in memory that grows (PYTORCH_ALLOC_CONF=expandable_segments); megatron-core asks
+    # for the same (transformer/cuda_graphs.py).
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     slow = slow_delta_rule(run.backend)
     if slow is not None:
         logger.warning("%s", slow)

@@ -79,6 +79,10 @@ class Schedule:
             batches = [*batches, *[batches[-1]] * (-wanted % pg.pp.size())]
         step = forward_step(finish, **model_kwargs)
         if forward_only and pg.pp.size() == 1:  # a schedule's overhead exceeds a small step
+            if not _all_stepping(of_each):
+                # As the schedules do: Transformer Engine keeps the weights in FP8 until then, and
+                # an update or a swap may have come between. Steps follow their prefill's weights.
+                self.models[0].set_is_first_microbatch()
             iterator = feed(chunks[0])
             passes = (step(iterator, self.models[0]) for _ in batches)
             return [collect(output, non_loss_data=True) for output, collect in passes]
@@ -116,6 +120,12 @@ class Schedule:
         if len(self.models) > 1:
             return forward_backward_pipelining_with_interleaving(**common)[:wanted]
         return forward_backward_pipelining_without_interleaving(**common)
+
+
+def _all_stepping(of_each: Sequence[dict]) -> bool:
+    """Whether all microbatches are steps of decoding."""
+    caches = [own.get("cache") for own in of_each]
+    return bool(caches) and all(cache is not None and cache.stepping for cache in caches)
 
 
 def forward_step(finish: Callable, **model_kwargs) -> Callable:

@@ -41,7 +41,8 @@ class StreamContext:
         segments: of the whole stream.
         local: of this context-parallel rank's part of it.
         position_ids_t: int64 [T / CP], positions inside their samples, of the part.
-        padding_1t: bool, True on this rank's positions that are padding; None without padding.
+        padding_1t: bool, True on this rank's positions that are padding; None without padding, and
+            where there is nothing else.
         loss_weight: of the whole microbatch, a scalar; see `Microbatch.loss_weight`.
         position_weight_t: of this rank's positions; see `Microbatch.position_weight_T`.
         memories: name -> who may look at which patch, for the memories that the looks of this
@@ -55,6 +56,7 @@ class StreamContext:
         queries: of the stream, where a layer of this stage asks for them.
         shared: results of `once`.
         first_pass_metrics: see `metrics`.
+        nothing_real: the batch is padding alone.
     """
 
     segments: Segments
@@ -73,6 +75,7 @@ class StreamContext:
     position_weight_t: torch.Tensor | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict)
     first_pass_metrics: Metrics = MUTED
+    nothing_real: bool = False
 
     @classmethod
     def build(
@@ -123,6 +126,7 @@ class StreamContext:
             memories,
             queries=queries,
             position_weight_t=weight_t,
+            nothing_real=batch.num_real_tokens == 0,
         )
 
     @classmethod

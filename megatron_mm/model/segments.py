@@ -22,6 +22,7 @@ from megatron_mm import platform
 # Padding of a rectangle: at most WASTE times the pairs (query, key) of its samples, or FREE_PAIRS
 # pairs, which cost no more than another call of the kernel.
 WASTE, FREE_PAIRS = 0.5, 1 << 14
+CHUNK = 64  # positions that flash-linear-attention's kernels compute together
 
 
 Box = tuple[int, int, int]  # rows, queries, keys of a rectangle
@@ -167,6 +168,15 @@ class Segments:
     def cu_seqlens(self) -> torch.Tensor:
         """`cu_seqlens_cpu` on the device."""
         return platform.moved(self.cu_seqlens_cpu, self.device)
+
+    @cached_property
+    def chunks(self) -> torch.Tensor:
+        """int64 [chunks of CHUNK positions, 2], on the device: which of the samples that are not
+        empty each is in, and its number there (flash-linear-attention's `chunk_indices`)."""
+        counts = -(-self.cu_seqlens_cpu.diff() // CHUNK)
+        samples = torch.arange(len(counts)).repeat_interleave(counts)
+        numbers = torch.arange(len(samples)) - (counts.cumsum(0) - counts)[samples]
+        return platform.moved(torch.stack((samples, numbers), 1), self.device)
 
     @cached_property
     def bounds(self) -> Bounds:

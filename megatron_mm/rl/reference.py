@@ -80,7 +80,8 @@ def hold_reference(
 
 def follow(sets: WeightSets, engine: Engine) -> None:
     """Moves the reference model after an update, if it is due (TRL's `sync_ref_model`). A step that
-    was held back has no update and moves nothing. Every rank calls it."""
+    was held back has no update and moves nothing: the next move is an interval later. Every rank
+    calls it."""
     config = engine.run.section(ReferenceConfig)
     if config.sync_ref_model and engine.scheduler.num_steps % config.ref_model_sync_steps == 0:
         sets.mix(REFERENCE, config.ref_model_mixup_alpha)

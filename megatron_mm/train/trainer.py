@@ -39,6 +39,7 @@ from megatron_mm.train.source import (
 from megatron_mm.train.spikes import SpikeGuard
 from megatron_mm.train.start import (
     SCOPE,
+    check_second_hops,
     loads_weights,
     resumed,
     scope_digest,
@@ -87,6 +88,8 @@ class Trainer:
         self.router_norms = RouterNorms(self.engine)
         tokens = token_notes(run, self.tokenizer)
         begun = start(self.engine, loader, run.checkpoint, tokens)
+        if begun.iteration < run.training.train_iters:
+            check_second_hops(self.engine)
         self.engine.at_progress()
         self.iteration, self.seconds = begun.iteration, begun.seconds
         self.trained_before = begun.seconds  # of a run that is resumed

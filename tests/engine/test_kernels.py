@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -96,6 +98,7 @@ def test_a_gpu_without_flash_linear_attention_is_a_warning_with_its_price(
     monkeypatch, caplog, kernel, deterministic, gpu, installed, warned
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: object() if installed and name == "fla" else None
     )
@@ -110,6 +113,46 @@ def test_a_gpu_without_flash_linear_attention_is_a_warning_with_its_price(
         assert "flash-linear-attention is not installed: pip install" in said[0]
         assert "1.22 times as long" in said[0] and "tools/plan.py predicts" in said[0]
         assert "\n" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton_version", "tilelang", "works"),
+    [
+        ((9, 0), "3.6.0", False, False),
+        ((9, 0), "3.6.0", True, True),
+        ((9, 0), "3.7.1", False, True),
+        ((9, 0), "3.3.1", False, True),
+        ((8, 0), "3.6.0", False, True),
+        ((10, 0), "3.6.0", False, True),
+    ],
+)
+def test_flash_linear_attention_where_its_backward_pass_is_refused(
+    monkeypatch, capability, triton_version, tilelang, works
+):
+    """Training would end in the first backward pass, after rollouts that work."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name == "fla" else find(name)
+    )
+    stand_in = types.ModuleType("triton")
+    stand_in.__version__ = triton_version
+    monkeypatch.setitem(sys.modules, "triton", stand_in)
+    backend = types.ModuleType("tilelang")
+    backend.CommonTileLangBackend = type(
+        "CommonTileLangBackend",
+        (),
+        {"is_available": lambda self: tilelang, "is_enabled": lambda self: True},
+    )
+    for name in ("fla", "fla.ops", "fla.ops.common", "fla.ops.common.backends"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.common.backends.tilelang", backend)
+    problem = choice.missing_fla()
+    assert (problem is None) == works
+    if problem is not None:
+        assert "on Hopper with Triton 3.6.0 (allowed: below 3.4.0, from 3.7.1)" in problem
+        assert "pip install 'tilelang[nvcc]'" in problem and "\n" not in problem
 
 
 def on_rank_gradients(deterministic: bool) -> dict[str, torch.Tensor]:

@@ -7,9 +7,11 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 from __future__ import annotations
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_mm.benchmark.hf_weights import IMAGE_TOKEN, copy_weights, transformers_model
 from megatron_mm.config import RunConfig, token_multiple
@@ -22,6 +24,7 @@ from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.generation.answers import with_answers
 from megatron_mm.generation.generate import Prompts, generate, whole_logits
 from megatron_mm.generation.sampling import Sampling
+from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.parallel import groups
 from support.batches import microbatch, small_model
 from support.cascades import with_cascade
@@ -333,3 +336,37 @@ def on_rank_stopped(run: RunConfig) -> bool:
 
 def test_a_stop_on_one_rank_stops_all(ranks, scenes):
     assert ranks(2, on_rank_stopped, digits_run(scenes)) == [True, True]
+
+
+def on_rank_passes(run: RunConfig) -> list[str]:
+    """What the model is told and asked, in order."""
+    seen: list[str] = []
+    forward = MultimodalModel.forward
+
+    def listened(self, batch, positions=None, looks=None, cache=None, **how):
+        seen.append("step" if cache is not None and cache.stepping else "whole")
+        return forward(self, batch, positions, looks, cache, **how)
+
+    with (
+        mock.patch.object(MultimodalModel, "forward", listened),
+        mock.patch.object(
+            DistributedDataParallel, "set_is_first_microbatch", lambda self: seen.append("told")
+        ),
+    ):
+        engine, samples, *_ = ask(run, Sampling((NEVER,), 4), False, max_num_seqs=4)
+        seen.append("between")
+        batch = collate(samples, settings=image_settings(run), pad_id=0)
+        engine.forward([batch, batch], None, lambda *_, **__: None)
+    return seen
+
+
+def test_weights_in_fp8_are_made_anew_for_whole_passes_and_not_for_steps(ranks, scenes):
+    """Transformer Engine keeps them until the model is told of a first microbatch, which
+    megatron-core's schedules do. Between two passes, weights may be updated or swapped."""
+    seen = ranks(1, on_rank_passes, digits_run(scenes))[0]
+    at = seen.index("between")
+    decoded, plain = seen[:at], seen[at + 1 :]
+    assert plain == ["told", "whole", "whole"]
+    assert decoded.count("step") > 4 and decoded.count("told") >= 2  # rows are filled again
+    pairs = list(zip(decoded, decoded[1:], strict=False))
+    assert ("told", "step") not in pairs and ("step", "whole") not in pairs

@@ -340,9 +340,10 @@ def test_the_gate_closes_with_the_runs_progress(pg):
         layer.delegate.at_progress(done)
         hard.append(float(layer.delegate.hard))
     assert hard == [0.0, 0.0, 1.0, 1.0]
-    layer, *_ = case(pg, delegate_hard_from=1.0)
-    layer.delegate.at_progress(1.0)
-    assert float(layer.delegate.hard) == 0.0  # never
+    for hard in (False, True):  # 1: it stays as it is
+        layer, *_ = case(pg, hard=hard, delegate_hard_from=1.0)
+        layer.delegate.at_progress(1.0)
+        assert float(layer.delegate.hard) == hard
     layer, *_ = case(pg, hard=True, delegate_hard_from=0.25)
     layer.delegate.at_progress(0.0)
     assert float(layer.delegate.hard) == 1.0  # a run that begins with a hard gate keeps it

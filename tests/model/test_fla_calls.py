@@ -99,3 +99,11 @@ def test_boundaries_come_from_the_cpu_too_and_are_the_same_in_every_layer(given)
         assert call["cu_seqlens"].is_meta and call["cu_seqlens"].shape == (4,)
         assert call["cu_seqlens_cpu"] is given[0]["cu_seqlens_cpu"]
         assert call["cu_seqlens"] is given[0]["cu_seqlens"]
+        assert call["chunk_indices"] is given[0]["chunk_indices"]
+
+
+def test_chunks_do_not_cross_samples():
+    """By hand, and as flash-linear-attention's `prepare_chunk_indices` counts them."""
+    ends = torch.tensor([0, 130, 130, 194, 195])
+    chunks = Segments.from_cu_seqlens(ends).chunks
+    assert chunks.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0]]

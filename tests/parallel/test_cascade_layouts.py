@@ -8,6 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mm.config import RunConfig
+from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.collate import collate
+from megatron_mm.data.tiles import image_settings
 from support.cascades import HARD, SOFT, all_or_nobody, cascade_run, forgetting, move_off_zero
 from support.invariance import BROKEN, LAYOUTS, RECOMPUTE, compare, worst
 from support.layouts import parallel_config, step_gradients, steps_batches
@@ -66,6 +70,21 @@ def test_nor_on_what_is_computed_again(ranks, reference, layout, recompute):
     case = "all or nobody"
     found = gradients(ranks, case, layout, **RECOMPUTE[recompute])
     compare(found, reference(case, layout))
+
+
+def and_padding_alone(run: RunConfig, pad_multiple: int) -> list[Microbatch]:
+    """A step, and a microbatch whose rows were all left out."""
+    nothing = collate([], settings=image_settings(run), pad_id=0, pad_multiple=pad_multiple * 8)
+    return [*steps_batches(run, pad_multiple), nothing]
+
+
+@pytest.mark.parametrize("layout", [None, "CP2", "PP2"])
+def test_padding_alone_is_not_handed_over_and_costs_no_price(ranks, reference, layout):
+    """Its length follows from the layout, and so would what it costs."""
+    size, sizes = (1, {}) if layout is None else LAYOUTS[layout]
+    run, parallel = cascade_run(**SOFT), parallel_config(**sizes)
+    found = ranks(size, step_gradients, run, parallel, move_off_zero, None, and_padding_alone)[0]
+    compare(found, reference("soft", layout or "PP2"))
 
 
 def test_every_parameter_of_the_second_hop_learns(reference):

@@ -55,7 +55,7 @@ def with_stand_ins() -> Any:
     def sizes(cu_seqlens_cpu):
         return tuple(cu_seqlens_cpu.diff().tolist())
 
-    def causal_conv1d(*, x, weight, activation, cu_seqlens, cu_seqlens_cpu):
+    def causal_conv1d(*, x, weight, activation, cu_seqlens, cu_seqlens_cpu, chunk_indices):
         return stream_conv(x[0], weight, sizes(cu_seqlens_cpu)).unsqueeze(0), None
 
     def chunk_gated_delta_rule(*, q, k, v, g, beta, output_final_state, cu_seqlens_cpu, **_):
@@ -67,6 +67,8 @@ def with_stand_ins() -> Any:
 
     _stand_in("fla.modules.causal_conv1d", causal_conv1d=causal_conv1d)
     _stand_in("fla.ops.gated_delta_rule", chunk_gated_delta_rule=chunk_gated_delta_rule)
+    instead = type("Instead", (), dict.fromkeys(("is_available", "is_enabled"), lambda self: True))
+    _stand_in("fla.ops.common.backends.tilelang", CommonTileLangBackend=instead)
     _stand_in("transformer_engine.pytorch", is_fp8_available=lambda return_reason: (False, "none"))
     made = te.aligned_run
     te.missing_transformer_engine = lambda: None

@@ -21,6 +21,7 @@ from megatron_mm.parallel import groups
 from megatron_mm.parallel.param_layout import layouts
 from megatron_mm.rl.reference import REFERENCE, weights_of
 from megatron_mm.train.start import tell_frozen
+from support.cascades import move_off_zero
 from support.trainers import LAYOUTS, PRIME, TP3, digits_run, new_trainer
 from support.weights import move_looks_off_zero
 
@@ -213,3 +214,38 @@ def test_what_is_frozen_is_said(caplog):
         "frozen: language, router; learning: vision, projector, experts",
         "frozen: language, experts, router; learning: vision, projector, adapters of language",
     ]
+
+
+def on_rank_refused(run: RunConfig) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        new_trainer(run)
+    return str(caught.value)
+
+
+def on_rank_saved(run: RunConfig) -> None:
+    trainer = new_trainer(run)
+    move_off_zero(trainer.engine)
+    trainer.save()
+
+
+def on_rank_started(run: RunConfig) -> int:
+    return new_trainer(run).iteration
+
+
+@pytest.mark.parametrize("name", ["one rank", "PP2"])
+def test_a_frozen_second_hop_that_adds_nothing_is_refused_on_every_rank(
+    ranks, scenes, tmp_path, name
+):
+    """One that has been trained is not."""
+    size, sizes = LAYOUTS[name]
+    cascaded = {"hybrid_layer_pattern": "GC *C", "vision_memory": "none", **sizes}
+    found = ranks(size, on_rank_refused, digits_run(scenes, **cascaded, **LORA))
+    assert len(set(found)) == 1
+    for said in found:
+        assert said.startswith("cannot train: ") and "\n" not in said
+        assert "delegate adds nothing (its scale is 0) and is frozen" in said
+    ranks(size, on_rank_saved, digits_run(scenes, save=str(tmp_path), **cascaded))
+    given = {"load": str(tmp_path), "finetune": True}
+    assert (
+        ranks(size, on_rank_started, digits_run(scenes, **cascaded, **LORA, **given)) == [0] * size
+    )

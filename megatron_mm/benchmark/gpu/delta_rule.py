@@ -11,7 +11,7 @@ import torch
 from megatron_mm.benchmark.gpu.comparing import both_ways, difference
 from megatron_mm.benchmark.gpu.timing import medians
 from megatron_mm.benchmark.gpu.visit import Row, Skip, Visit
-from megatron_mm.model.backends.choice import missing_fla
+from megatron_mm.model.backends.fla_here import missing_fla
 from megatron_mm.model.layers.gdn.mix import (
     HeadWidths,
     convolve_and_scan,

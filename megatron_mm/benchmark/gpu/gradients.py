@@ -41,6 +41,8 @@ def scene_run(scene: str, bf16: bool = False) -> RunConfig:
     run.model.hybrid_layer_pattern = "GE L *E GE L J *E J"
     run.model.language.moe_aux_loss_coeff = 0.01
     run.training.bf16 = bf16
+    # Where Transformer Engine is installed, megatron-core multiplies an fp32 router's in TF32.
+    run.model.language.moe_router_dtype = "fp64"
     if scene == "recompute":
         run.training.recompute_granularity = "full"
     if scene == "lora":

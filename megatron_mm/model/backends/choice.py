@@ -22,6 +22,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe import moe_utils
 
 from megatron_mm.config import BackendConfig, ConfigError, ParallelConfig
+from megatron_mm.model.backends.fla_here import missing_fla
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.layers.attention import causal_attention
 from megatron_mm.model.layers.experts import GroupedExperts
@@ -33,7 +34,6 @@ INSTALL_TE = (
     "pip install -e '.[cuda]' on a machine with CUDA, then "
     "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 )
-INSTALL_FLA = "pip install -e '.[cuda]' on a machine with CUDA"
 # What torch's delta rule costs in its place; predicted, no GPU has measured it:
 # tools/plan.py --config examples/mm-80b.yaml --world-size 256 --gpu H100 [--gdn-kernel torch]
 COST_WITHOUT_FLA = "a step of mm-80b on 256 H100 takes 1.22 times as long (9.70 against 7.93 s)"
@@ -157,12 +157,3 @@ def slow_delta_rule(settings: BackendConfig) -> str | None:
         f"the gated delta rule runs in torch, {problem}; as tools/plan.py predicts, "
         f"{COST_WITHOUT_FLA}; --gdn-kernel torch keeps it so without this warning"
     )
-
-
-def missing_fla() -> str | None:
-    """The reason why flash-linear-attention cannot be used here; None if it can."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device; allowed here: auto, torch"
-    if importlib.util.find_spec("fla") is None:
-        return f"flash-linear-attention is not installed: {INSTALL_FLA}"
-    return None

@@ -112,9 +112,7 @@ class Delegate(nn.Module, Scheduled):
         """See `Scheduled`. A gate that is hard stays so, in a run that begins with it, too: what it
         has learnt is who needs a second hop."""
         begin = self.settings.delegate_hard_from
-        if begin >= 1:
-            self.hard.data.zero_()
-        elif begin <= done:
+        if begin <= done and begin < 1:
             self.hard.data.fill_(1.0)
         rises = self.settings.delegate_price_warmup
         self.price = self.settings.delegate_price * (min(1.0, done / rises) if rises else 1.0)
@@ -137,8 +135,10 @@ class Delegate(nn.Module, Scheduled):
         z_tH, gate_t = self._read(stream_t1H, result_t1H, context)
         given_tk = None if asked is None else asked.given_second(self.first)
         padding_t = None if context.padding_1t is None else context.padding_1t.flatten()
+        if context.nothing_real:
+            padding_t = torch.ones_like(gate_t, dtype=torch.bool)
         handed_t = self._handed(gate_t, context, padding_t, given_tk)
-        learns = self.training and torch.is_grad_enabled()
+        learns = self.training and torch.is_grad_enabled() and not context.nothing_real
         if learns:
             gate_t = self._priced(gate_t, padding_t, context)
         rows_n = self.pick(handed_t)

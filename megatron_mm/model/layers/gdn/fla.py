@@ -79,14 +79,14 @@ def _run(qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segments, widths, keep: 
     from fla.modules.causal_conv1d import causal_conv1d
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    # Those on the CPU spare the kernels a wait for the device. Both are the same objects in every
-    # layer, by which they know that they have worked out the chunks already.
+    # Those on the CPU, and the chunks, spare the kernels waits for the device.
     qkv, _ = causal_conv1d(
         x=qkv_TC.unsqueeze(0),
         weight=conv_weight_CW,
         activation="silu",
         cu_seqlens=segments.cu_seqlens,
         cu_seqlens_cpu=segments.cu_seqlens_cpu,
+        chunk_indices=segments.chunks,
     )
     query, key, value = split_heads(qkv, widths)
     mixed, state = chunk_gated_delta_rule(
@@ -99,5 +99,6 @@ def _run(qkv_TC, conv_weight_CW, log_decay_Th, beta_Th, segments, widths, keep: 
         output_final_state=keep,
         cu_seqlens=segments.cu_seqlens,
         cu_seqlens_cpu=segments.cu_seqlens_cpu,
+        chunk_indices=segments.chunks,
     )
     return mixed.squeeze(0), state
