@@ -2,11 +2,11 @@
 
     python -m examples.digits.control_maps --map map.json --shuffled shuffled.json --lift lift.json
 
---shuffled: in each layer the experts change places at random. --lift: the experts that serve a
-skill by lift, not by knock-out. A map of lift has overlapping clusters and no common one, so it is
-completed: the common experts stay those that tokens without a skill use most, and the same
-assignment gives each skill as many experts of its own, by the logarithm of lift, never below 0,
-in place of the effect of a knock-out.
+--shuffled: in each layer the experts of skills change places at random, by --seed. --lift: the
+experts that serve a skill by lift, not by knock-out. A map of lift has overlapping clusters and no
+common one, so it is completed: the common experts stay those that tokens without a skill use most,
+and the same assignment gives each skill as many experts of its own, by the logarithm of lift, never
+below 0, in place of the effect of a knock-out.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-
-SHUFFLE_SEED = 1
 
 
 def by_lift(found):
@@ -55,15 +53,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--map", type=Path, required=True, help="by knock-out")
     parser.add_argument("--shuffled", type=Path, help="file to write")
     parser.add_argument("--lift", type=Path, help="file to write")
+    parser.add_argument("--seed", type=int, default=1, help="of the shuffled map")
     args = parser.parse_args(argv)
     held = json.loads(args.map.read_text())
     sizes = (held[key] for key in ("num_layers", "num_experts", "moe_router_topk"))
     found = load_skill_map(args.map, *sizes, exclusive=True)
     if args.shuffled:
         # What was measured of the experts is not true of those in their places.
-        other = shuffled(found, SHUFFLE_SEED)
+        other = shuffled(found, args.seed)
         sizes = {key: found.info[key] for key in ("cluster_size", "common_size")}
-        other = replace(other, info={"shuffled_with_seed": SHUFFLE_SEED} | sizes)
+        other = replace(other, info={"shuffled_with_seed": args.seed} | sizes)
         save_skill_map(other, args.shuffled)
     if args.lift:
         save_skill_map(by_lift(found), args.lift)

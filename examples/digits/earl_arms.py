@@ -160,13 +160,13 @@ def _of_seed(folder: Path, data: Path, model: Model, seed: int, tier: int, size:
             [*given, "--train-data", *rows, *steps],
             [data / "tokenizer.model"],
         ),
-        *_maps(folder, data),
+        *_maps(folder, data, seed),
     ]
     chosen = {name: arm for name, arm in arms().items() if tier_of(name, arm) == tier}
     for name, arm in chosen.items():
         made.append(_run(folder, name, arm, data, given, size))
     for name, arm in chosen.items():
-        made += _measured(folder / name, folder / f"{arm.measured_with}.json", data, model)
+        made += _measured(folder / name, folder, arm, data, model)
     return made
 
 
@@ -177,15 +177,16 @@ def _steps(count: int | None) -> list[str]:
     return ["--train-iters", str(count), *(("--lr-warmup-iters", "0") if few else ())]
 
 
-def _maps(folder: Path, data: Path) -> list[Job]:
+def _maps(folder: Path, data: Path, seed: int) -> list[Job]:
     """The skill map of the base, and those of the controls."""
     base, found = folder / "base", folder / "map.json"
     flags = ["--samples", str(PROBED)]
     made = [discovery(base / "checkpoint", data, found, flags, [base / "answers.jsonl"])]
     for name in ("shuffled", "lift"):
         target = folder / f"{name}.json"
-        command = ("-m", "examples.digits.control_maps", "--map", str(found), f"--{name}")
-        made.append(Job(target, (*command, str(target)), target.with_suffix(".log"), (found,)))
+        command = ("-m", "examples.digits.control_maps", "--map", str(found), "--seed", str(seed))
+        command += (f"--{name}", str(target))
+        made.append(Job(target, command, target.with_suffix(".log"), (found,)))
     return made
 
 
@@ -205,7 +206,8 @@ def _run(folder: Path, name: str, arm: Arm, data: Path, given: Sequence[str], si
     return training(DIGITS / "arms" / f"{arm.config}.yaml", folder / name, flags, needs)
 
 
-def _measured(run: Path, skill_map: Path, data: Path, model: Model) -> list[Job]:
+def _measured(run: Path, folder: Path, arm: Arm, data: Path, model: Model) -> list[Job]:
+    skill_map = folder / f"{arm.measured_with}.json"
     needs = [run / "answers.jsonl", skill_map]
     flags = ["--skill-map", str(skill_map), "--selectivity", str(data / "valid.jsonl")]
     flags += ["--samples", str(PROBED), "--eval-samples", str(ASKED * model.kinds)]
@@ -213,6 +215,8 @@ def _measured(run: Path, skill_map: Path, data: Path, model: Model) -> list[Job]
     measures = run / "measures.json"
     command = ("-m", "examples.digits.measure", "--run", str(run))
     command += ("--skill-map", str(skill_map), "--data", str(data))
+    if arm.map is None:  # its routes know nothing of the clusters
+        command += ("--by-use",)
     return [
         discovery(run / "checkpoint", data, run / "experts.json", flags, needs),
         Job(measures, command, measures.with_suffix(".log"), tuple(needs)),

@@ -3,9 +3,11 @@
 A change is the accuracy after a training less that before, of the same questions. *Gain* is the
 change of what was reinforced, *collateral* that of other skills (after reinforcement of all skills,
 of the forms that were not reinforced): its mean over kinds, the mean of its size, in which kinds
-that gain do not hide others that lose, and the worst kind. *Own forms* are the other forms of the
-skill that was reinforced. Each figure is a mean over seeds, with half the width of its 95 %
-interval over questions, then over seeds.
+that gain do not hide others that lose, and the worst kind, whose interval counts that it was
+picked. *Own forms* are the other forms of the skill that was reinforced, *steps* those of each seed
+until the reward reached `REACHED`. Each figure is a mean over seeds, with half the width of its
+95 % interval over questions, then over seeds. What was measured of experts is compared seed by
+seed.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ AGAINST = {  # comparisons of changes
     "experts": ("grpo",),
     "shuffled_scope": ("grpo",),
 }
+
+# Comparisons of what was measured of experts, after SFT.
+EXPERTS_AGAINST = (("aligned", "plain"), ("aligned", "shuffled"), ("shuffled", "plain"))
 
 Figure = dict[str, Any]  # value, questions: half a width, seeds: half a width
 
@@ -154,6 +159,9 @@ def summary(out: Path) -> dict[str, Any]:
     seeds = sorted(out.glob("seed*"), key=lambda path: int(path.name.removeprefix("seed")))
     found: dict[str, Any] = {"model": out.name, "seeds": [seed.name for seed in seeds]}
     found["sft"] = [row for name in SFT if (row := _sft(seeds, name))]
+    found["sft against"] = [
+        row for pair in EXPERTS_AGAINST if (row := _experts_against(seeds, *pair))
+    ]
     scores: dict[Path, Scores] = {}
     for where in ("one", "all"):
         rows = {name: row for name in RL if (row := _rl(seeds, where, name, scores))}
@@ -186,9 +194,29 @@ def _scores(path: Path, held: dict[Path, Scores]) -> Scores:
     return held[path]
 
 
+def _of_experts(folder: Path) -> dict[str, float]:
+    found = read_experts(folder) | read_measures(folder)
+    if {"own", "others"} <= found.keys():
+        found["own less others"] = found["own"] - found["others"]
+    return found
+
+
+def _experts_against(seeds: Sequence[Path], name: str, other: str) -> dict[str, Any] | None:
+    """Compares what was measured of the experts of two arms, in the seeds that have both."""
+    pairs = [[_of_experts(seed / "sft" / arm) for arm in (name, other)] for seed in seeds]
+    pairs = [pair for pair in pairs if all(pair)]
+    if not pairs:
+        return None
+    row: dict[str, Any] = {"arm": name, "other": other, "seeds": len(pairs)}
+    for what in pairs[0][0]:
+        if all(what in side for pair in pairs for side in pair):
+            row[what] = figure([ours[what] - theirs[what] for ours, theirs in pairs])
+    return row
+
+
 def _measured(folders: Sequence[Path]) -> dict[str, Figure]:
     """Returns the figures of the experts that were measured, over the seeds that have them."""
-    of_seeds = [read_experts(folder) | read_measures(folder) for folder in folders]
+    of_seeds = [_of_experts(folder) for folder in folders]
     names = dict.fromkeys(name for found in of_seeds for name in found)
     return {n: figure([found[n] for found in of_seeds if n in found]) for n in names}
 
@@ -232,8 +260,7 @@ def _rl(
     row["worst"] = {"kind": kind, "value": value, "questions": value - low}
     _, every = changes(after, before, lambda key: not counts(key))
     row["by kind"] = {key: float(value.mean()) for key, value in every.items()}
-    reached = [steps_to(seed / where / name) for seed in done]
-    row["steps"] = {"value": mean(reached), "reached": sum(s is not None for s in reached)}
+    row["steps"] = [steps_to(seed / where / name) for seed in done]
     return row | _measured([seed / where / name for seed in done])
 
 
@@ -277,10 +304,12 @@ def markdown(found: Mapping[str, Any]) -> str:
         name for part in ("sft", "one", "all") for row in found[part] for name in row
     )
     kept = [name for name in measured if name.startswith("kept")]
-    experts = ["hit", "information", "own", "others", *kept, "larger", "longer"]
+    experts = ["hit", "information", "own", "others", "own less others"]
+    experts += [*kept, "larger", "longer"]
     sft = ["free", "other", "free against plain", "other against plain", *experts]
     rl = ["gain", "collateral", "moved", "worst", "own forms", "steps"]
     lines = ["After SFT:", "", *_table(found["sft"], ["arm", "seeds", *sft])]
+    lines += ["", *_table(found["sft against"], ["arm", "other", "seeds", *experts])]
     for where, title in (("one", f"RL on {ONE} alone"), ("all", "RL on all free questions")):
         lines += ["", f"{title}:", "", *_table(found[where], ["arm", "seeds", *rl])]
         rows = [row for row in found[where] if any(name in row for name in experts)]
@@ -303,11 +332,10 @@ def _cell(column: str, value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.3f}"
+    if column == "steps":
+        return ", ".join("-" if step is None else f"{step:.0f}" for step in value)
     if not isinstance(value, Mapping):
         return f"`{value}`" if column in ("arm", "other") and isinstance(value, str) else str(value)
-    if column == "steps":
-        steps = "" if value["value"] is None else f"{value['value']:.0f} "
-        return f"{steps}({value['reached']})"
     signed = column in ("gain", "collateral", "worst", "own forms") or "against" in column
     text = f"{value['value']:+.3f}" if signed else f"{value['value']:.3f}"
     halves = [value.get(name) for name in ("questions", "seeds")]

@@ -30,6 +30,9 @@ class Job:
         late: more arguments, known only once the needs are there.
         moves: (from, to) of what the command has made, in this order; `done` last. A command that
             writes `done` itself, at its end, needs none.
+
+    What made `done` is written beside the log, so that a folder is not finished by other jobs than
+    those that began it.
     """
 
     done: Path
@@ -38,6 +41,18 @@ class Job:
     needs: tuple[Path, ...] = ()
     late: Callable[[], Sequence[str]] = tuple
     moves: tuple[tuple[Path, Path], ...] = ()
+
+    @property
+    def _maker(self) -> Path:
+        return self.log.with_suffix(".made-by")
+
+    def _words(self) -> str:
+        return "\n".join(self.command).replace(str(ROOT), ".") + "\n"
+
+    def made_otherwise(self) -> bool:
+        """Whether another command has made `done`."""
+        made = self.done.exists() and self._maker.exists()
+        return made and self._maker.read_text() != self._words()
 
     def run(self) -> str | None:
         """Runs the command, with its output in the log. Returns one line if it failed."""
@@ -52,6 +67,7 @@ class Job:
                 command, stdout=file, stderr=file, env=environment, cwd=ROOT
             ).returncode
         if code == 0:
+            self._maker.write_text(self._words())
             for source, target in self.moves:
                 source.rename(target)
             if self.done.exists():
@@ -63,7 +79,12 @@ class Job:
 
 def run_all(jobs: Sequence[Job], side_by_side: int) -> list[str]:
     """Runs the jobs that are not done: always the first whose needs are there. A failed job stops
-    only those that need it. Returns a line for each that failed, and one for those that need it."""
+    only those that need it. Returns a line for each that failed, and one for those that need it.
+    Nothing is run where another command has made what is done."""
+    others = [f"{job.done} was made by another command" for job in jobs if job.made_otherwise()]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        return [f"{others[0]}{more}; give another --out, or the flags that it was begun with"]
     waiting = [job for job in jobs if not job.done.exists()]
     failed: list[str] = []
     running: set[Path] = set()

@@ -4,9 +4,9 @@
         --skill-map runs/arms/tiny/seed1/map.json --data runs/arms/tiny/data
 
 A task is a skill with those that its steps exercise. For a task a quarter, half and three quarters
-of each layer's experts are kept, chosen as tools/prune_experts.py chooses them: first those of the
-task's clusters and the common ones, then by use. The others are forbidden, and the skill's
-questions are asked. Figures go into measures.json of the run.
+of each layer's experts are kept: first those of the task's clusters and the common ones, then by
+how often the task takes them; with --by-use, for a run that no map has aligned, by that alone. The
+others are forbidden, and the skill's questions are asked. Figures go into measures.json of the run.
 """
 
 from __future__ import annotations
@@ -112,9 +112,15 @@ class Measured:
         found = {skill: use_SLE[s] for s, skill in enumerate(skills)}
         return {skill: found.get(skill, nothing_LE).tolist() for skill in skill_map.names}
 
-    def with_few(self, skill_map: Any, answers: Path) -> dict[str, dict[str, float]]:
+    def with_few(
+        self, skill_map: Any, answers: Path, by_use: bool = False
+    ) -> dict[str, dict[str, float]]:
         """Returns for each number of experts kept the accuracy of each kind. With all experts it is
-        that of the run's own answers to the same questions."""
+        that of the run's own answers to the same questions.
+
+        Args:
+            by_use: choose as if no expert were in a cluster.
+        """
         from megatron_mm.earl.prune import choose
         from megatron_mm.evaluation.questions import EvalSet
 
@@ -123,6 +129,10 @@ class Measured:
         keys = [questions.key(index) for index in range(len(questions))]
         few = first_of_each(keys, ASKED)
         skill_map = replace(skill_map, info={"use": self.use(skill_map)})
+        if by_use:
+            nobody: list[list[int]] = [[] for _ in range(skill_map.num_layers)]
+            none = {skill: nobody for skill in skill_map.skills}
+            skill_map = replace(skill_map, skills=none, common=nobody)
         experts = skill_map.num_experts
         found: dict[str, dict[str, float]] = {}
         for count in (experts // 4, experts // 2, 3 * experts // 4):
@@ -152,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--skill-map", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--by-use", action="store_true", help="keep experts by use alone")
     args = parser.parse_args(argv)
     with CheckpointCommand() as command:
         path, stored = command.resolve(args.run / "checkpoint")
@@ -166,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         found = {
             "num_experts": language.num_experts,
             "kept": measured.with_few(
-                load_skill_map(args.skill_map, *sizes), args.run / "answers.jsonl"
+                load_skill_map(args.skill_map, *sizes), args.run / "answers.jsonl", args.by_use
             ),
             "beyond": {
                 "larger": by_kind(measured.ask("valid_larger", LARGER_TILES)),

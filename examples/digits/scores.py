@@ -2,7 +2,8 @@
 
 Runs are compared question by question. An interval over questions covers their choice: it is the
 normal one of the mean over kinds of question of the mean over the kind's questions, whose values
-are means over seeds. An interval over seeds is Student's t of the seeds' means.
+are means over seeds. Questions of the same number are about one scene in all kinds, so they are
+one observation. An interval over seeds is Student's t of the seeds' means.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
 FREE = "/free"  # the form of the questions that are reinforced
-NORMAL = 1.959964  # of a 95 % interval
+COVERED = 0.95  # of an interval
 
 # key of a question's kind -> index of the question -> score
 Scores = Mapping[str, Mapping[int, float]]
@@ -68,12 +70,20 @@ def gaps(ours: Sequence[Scores], theirs: Sequence[Scores]) -> Values:
     return found
 
 
-def over_questions(values: Values) -> Interval:
-    """Returns the mean over kinds of the mean over questions, and its 95 % interval."""
+def over_questions(values: Values, among: int = 1) -> Interval:
+    """Returns the mean over kinds of the mean over questions, and its 95 % interval.
+
+    Args:
+        among: comparisons of which this one was picked, which widen it (Bonferroni).
+    """
     means = [value.mean() for value in values.values()]
-    # The variance of a mean of independent means; a kind of one question has no spread to tell.
-    parts = [value.var(ddof=min(1, len(value) - 1)) / len(value) for value in values.values()]
-    half = NORMAL * np.sqrt(np.sum(parts)) / len(means)
+    if len({len(value) for value in values.values()}) == 1:
+        groups = [np.mean([*values.values()], 0)]  # by scene
+    else:
+        groups = [value / len(means) for value in values.values()]
+    # The variance of a sum of independent means; a kind of one question has no spread to tell.
+    variance = sum(group.var(ddof=min(1, len(group) - 1)) / len(group) for group in groups)
+    half = NormalDist().inv_cdf(1 - (1 - COVERED) / 2 / among) * np.sqrt(variance)
     return float(np.mean(means)), float(np.mean(means) - half), float(np.mean(means) + half)
 
 
@@ -105,9 +115,10 @@ def over_seeds(values: Sequence[float]) -> Interval | None:
 
 
 def worst(values: Values) -> tuple[str, Interval]:
-    """Returns the kind with the lowest mean, and that mean with its interval over questions."""
+    """Returns the kind with the lowest mean, and that mean with its interval over questions, which
+    counts that it was picked among all kinds."""
     key = min(values, key=lambda key: values[key].mean())
-    return key, over_questions({key: values[key]})
+    return key, over_questions({key: values[key]}, len(values))
 
 
 def mean(values: Iterable[float | None]) -> float | None:

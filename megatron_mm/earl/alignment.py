@@ -54,7 +54,7 @@ class Maps:
 
         Raises:
             RLError: for a map that cannot be used; one of format 1 where clusters must be
-                exclusive, for an expert scope and for alignment.
+                exclusive, for an expert scope and for alignment; one found with other labels.
         """
         earl, language = run.section(EARLConfig), run.model.language
         if not earl.skill_map:
@@ -63,6 +63,12 @@ class Maps:
         sizes = layers, language.num_experts, language.moe_router_topk
         exclusive = earl.expert_scope or earl.router_align_coeff > 0
         found = load_skill_map(earl.skill_map, *sizes, exclusive=exclusive)
+        labeller = found.info.get("labeller", earl.span_labels)
+        if labeller != earl.span_labels:
+            raise RLError(
+                f"skill map {earl.skill_map} was found with the labels of {labeller}, span_labels "
+                f"is {earl.span_labels}: its experts serve other tokens; set span_labels"
+            )
         seed = earl.skill_map_shuffle_seed
         control = shuffled(found, CONTROL_SEED if seed is None else seed)
         return cls(found, found if seed is None else control, control)

@@ -27,6 +27,7 @@ FORMAT = "megatron_mm skill map 2"
 OVERLAPPING = "megatron_mm skill map 1"
 MAX_BYTES = 2**26  # of a file; 1,000 skills of a model of 80 layers need 2**23
 SIZES = ("num_layers", "num_experts", "moe_router_topk")
+DRAWS = 200  # most orders of a layer's experts that are drawn for the shuffled map
 
 
 @dataclass(frozen=True)
@@ -186,23 +187,34 @@ def save_skill_map(skill_map: SkillMap, path: str | Path) -> None:
 
 
 def shuffled(skill_map: SkillMap, seed: int) -> SkillMap:
-    """Returns the control: in each layer the experts change places at random. The sizes of clusters
-    and of their overlaps stay as they are, those of the common cluster too."""
+    """Returns the control: in each layer the experts of skills change places at random, so that as
+    few as possible stay with their skill. The sizes of clusters and of their overlaps stay, and so
+    do the common experts: the control differs in which expert serves which skill alone."""
     generator = torch.Generator().manual_seed(seed)
     skills: dict[str, list[list[int]]] = {skill: [] for skill in skill_map.skills}
-    common: list[list[int]] = []
     for layer in range(skill_map.num_layers):
-        place = torch.randperm(skill_map.num_experts, generator=generator).tolist()
-        for skill, clusters in skill_map.skills.items():
-            skills[skill].append(sorted(place[expert] for expert in clusters[layer]))
-        if skill_map.common is not None:
-            common.append(sorted(place[expert] for expert in skill_map.common[layer]))
-    return replace(
-        skill_map,
-        skills=skills,
-        common=None if skill_map.common is None else common,
-        info=skill_map.info | {"shuffled_with_seed": seed},
-    )
+        common = [] if skill_map.common is None else skill_map.common[layer]
+        clusters = [clusters[layer] for clusters in skill_map.skills.values()]
+        place = _moved(clusters, sorted({*range(skill_map.num_experts)} - {*common}), generator)
+        for skill, cluster in zip(skill_map.skills, clusters, strict=True):
+            skills[skill].append(sorted(place[expert] for expert in cluster))
+    return replace(skill_map, skills=skills, info=skill_map.info | {"shuffled_with_seed": seed})
+
+
+def _moved(
+    clusters: Sequence[Sequence[int]], experts: Sequence[int], generator: torch.Generator
+) -> dict[int, int]:
+    """Returns the first of `DRAWS` orders of the experts in which the fewest stay in a cluster."""
+    best, fewest = dict(zip(experts, experts, strict=True)), len(experts) * len(clusters) + 1
+    for _ in range(DRAWS):
+        order = torch.randperm(len(experts), generator=generator).tolist()
+        place = {expert: experts[to] for expert, to in zip(experts, order, strict=True)}
+        stay = sum(place[expert] in cluster for cluster in clusters for expert in cluster)
+        if stay < fewest:
+            best, fewest = place, stay
+        if not stay:
+            break
+    return best
 
 
 def _check_exclusive(skill_map: SkillMap) -> None:

@@ -63,11 +63,13 @@ def clauses(row: Row, text: str, where: str) -> list[Label]:
     """Cuts the text at ", ". Clause i has the skill of the row's span i, and is right if it is that
     span's text; clauses beyond the spans have no skill. A span whose own text holds ", " is
     compared with as many clauses together. A text of one word is the direct answer, if the last
-    span has a `value`: it exercises that span's skill, and is right if it is that value."""
+    span has a `value`: it is right if it is that value, and exercises the row's skill where that is
+    one of its spans', else the last span's."""
     spans = _spans(row, where)
     if spans and spans[-1].get("value") is not None and len(text.split()) == 1:
         right = without_places(text).strip() == without_places(spans[-1]["value"])
-        return [Label(0, len(text), spans[-1]["skill"], right)]
+        own = row.get("skill") in {span["skill"] for span in spans}
+        return [Label(0, len(text), row["skill"] if own else spans[-1]["skill"], right)]
     labels, start = [], 0
     for span in spans:
         if start > len(text):
@@ -94,6 +96,7 @@ def whole(row: Row, text: str, where: str) -> list[Label]:
     for name, value in (("skill", skill), ("ground_truth", truth), ("scorer", scorer)):
         if not isinstance(value, str):
             raise DataError(f"{where}: {name} {value!r} is not text; write it in quotes")
+    _check_skill(skill, where)
     try:
         return [Label(0, len(text), skill, score(scorer, text, truth) == 1)]
     except DataError as error:
@@ -142,7 +145,8 @@ def answer_labels(
     Args:
         where: `file:row`, for messages.
     Raises:
-        DataError: for a row that does not end with an answer, and from the labeller.
+        DataError: for a row that does not end with an answer, or whose spans are not the clauses
+            of its own; and from the labeller.
         RLError: for labels that overlap or leave the text.
     """
     last = check_messages(row, where)[-1]
@@ -152,7 +156,17 @@ def answer_labels(
             "are labelled in the row's own answer, end with an assistant turn"
         )
     ids = tokenizer.encode(answer_text(last))
-    return len(ids) + 1, token_labels(row, ids, tokenizer, labeller, where)
+    labels = token_labels(row, ids, tokenizer, labeller, where)
+    if getattr(labeller, "func", labeller) is clauses:
+        # Of a completion this would be a mistake; here a clause would get another one's skill.
+        wrong = next((number for number, one in enumerate(labels, start=1) if not one.correct), 0)
+        if wrong:
+            raise DataError(
+                f"{where}: clause {wrong} of its answer is not its span {wrong} "
+                f"({row['spans'][wrong - 1]['text']!r}); spans name the clauses in their order, "
+                f"which {BETWEEN!r} parts"
+            )
+    return len(ids) + 1, labels
 
 
 def _owner(parts: Sequence[Label], start: int, stop: int) -> int:
@@ -200,4 +214,14 @@ def _spans(row: Row, where: str) -> list[Mapping[str, str]]:
                     f"{where}: span {number} of {len(spans)} has no text {key!r}; a span is an "
                     'object such as {"text": "cell 5 is 6", "skill": "ocr"}'
                 )
+        _check_skill(span["skill"], where)
     return spans
+
+
+def _check_skill(skill: str, where: str) -> None:
+    """Checks that results tell a skill from its form."""
+    if "/" in skill:
+        raise DataError(
+            f"{where}: skill {skill!r} holds '/', behind which results name a question's form; "
+            f"write {skill.replace('/', '-')!r}"
+        )

@@ -160,7 +160,7 @@ def test_intervals_by_hand(tmp_path):
     one, other = (read_scores(tmp_path / name / "answers.jsonl") for name in "ab")
     values = gaps([one], [other])
     mean, low, high = over_questions(values)
-    # 20 of 100 questions gained: a variance of 0.2 x 0.8 x 100 / 99; the other kind has none.
+    # 20 of 100 scenes gained in one of two kinds: a variance of 0.2 x 0.8 x 100 / 99 of the halves.
     half = 1.959964 * (0.16 / 99) ** 0.5 / 2
     assert (mean, low, high) == pytest.approx((0.1, 0.1 - half, 0.1 + half))
     # Two seeds, 0.21 and 0.22: t of one degree of freedom is 12.7 times a standard error of 0.005.
@@ -224,7 +224,7 @@ def test_the_tables_of_earl_by_hand(tmp_path):
     assert grpo["worst"]["kind"] in ("ocr", "sum/free")
     assert grpo["worst"]["value"] == pytest.approx(-0.1)
     # 0.3, 0.5 and three of 0.8 are 0.64 on average; the next five are 0.74.
-    assert grpo["steps"] == {"value": 6.0, "reached": 2}
+    assert grpo["steps"] == [6.0, 6.0]
     assert scope["collateral"]["value"] == pytest.approx(0.0) and "hit" not in scope
     (against,) = found["one against"]
     assert (against["arm"], against["other"], against["seeds"]) == ("scope", "grpo", 2)

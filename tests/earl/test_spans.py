@@ -7,7 +7,13 @@ import pytest
 from examples.digits.scenes import DEFAULT_WEIGHTS, DIGITS, PHRASES
 from megatron_mm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mm.earl.router_reward import label_positions
-from megatron_mm.earl.spans import Label, load_labeller, token_labels, token_pieces
+from megatron_mm.earl.spans import (
+    Label,
+    answer_labels,
+    load_labeller,
+    token_labels,
+    token_pieces,
+)
 from megatron_mm.errors import DataError, RLError
 from support.hf_tokenizers import byte_level_tokenizer
 
@@ -60,6 +66,11 @@ def test_an_answer_at_once_exercises_the_last_skill():
     assert parts({"spans": steps}, "6") == [("6", "multihop", False)]
     assert parts({"spans": steps}, "cell 5 is 6") == [("cell 5 is 6", "ocr", True)]
     assert parts({"spans": steps[:1]}, "6") == [("6", "ocr", True)]
+    # The steps of "above cell 5" end with a reading; said at once, it is all of it.
+    place = {"text": "above is cell 2", "skill": "spatial", "value": "2"}
+    above = {"spans": [place, steps[0]], "skill": "spatial"}
+    assert parts(above, "6") == [("6", "spatial", True)]
+    assert parts(above | {"skill": "vqa"}, "6") == [("6", "ocr", True)]  # of no span
 
 
 def test_whole_is_scored_as_in_evaluation():
@@ -76,6 +87,28 @@ def test_rows_without_skills_have_no_labels(row, labeller):
     assert parts(row, "cell 5 is 6", labeller) == []
 
 
+@pytest.mark.parametrize("labeller", ["clauses", "whole"])
+def test_a_skill_is_not_taken_for_a_skill_and_a_form(labeller):
+    row = row_of(("3", "math/algebra"), skill="math/algebra", ground_truth="3")
+    with pytest.raises(DataError, match="skill 'math/algebra' holds '/', .* 'math-algebra'"):
+        parts(row, "3", labeller)
+
+
+def test_a_rows_own_answer_has_its_spans(tokenizer):
+    """Or a clause would be taught as another one's skill."""
+
+    def labelled(answer: str, labeller: str = "clauses"):
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        row = HOPS | {"messages": messages, "skill": "multihop", "ground_truth": "8"}
+        return answer_labels(row, tokenizer, load_labeller(labeller), "a.jsonl:3")[1]
+
+    assert [label.skill for label in labelled("cell 5 is 6, cell 6 is 8")] == ["ocr", "multihop"]
+    for answer, clause in (("cell 5 is 6; cell 6 is 8", 1), ("cell 5 is 6, cell 6 is 9", 2)):
+        with pytest.raises(DataError, match=f"a.jsonl:3: clause {clause} of its answer is not its"):
+            labelled(answer)
+    assert not labelled("cell 5 is 6", "whole")[0].correct  # which says nothing of its labels
+
+
 @pytest.mark.parametrize("key", DEFAULT_WEIGHTS)
 def test_the_demos_own_answers_are_right(tokenizer, key):
     rng = Random(4)
@@ -87,7 +120,8 @@ def test_the_demos_own_answers_are_right(tokenizer, key):
         labels = token_labels(row, ids, tokenizer, load_labeller("clauses"), "a:1")
         spans, answer = row["spans"], row["messages"][-1]["content"]
         if spans[-1]["text"] not in answer:  # a free question answered at once
-            spans = [spans[-1] | {"text": answer}]
+            own = [span for span in spans if span["skill"] == row["skill"]] or spans
+            spans = [own[-1] | {"text": answer}]
         assert [label.skill for label in labels] == [span["skill"] for span in spans]
         assert all(label.correct for label in labels)
         for label, span in zip(labels, spans, strict=True):
