@@ -5,7 +5,7 @@
         --rdzv-endpoint HOST:PORT --rdzv-id JOB -m megatron_mm.train --config FILE
 
 All arguments are torchrun's. The exit code is 0 if all ranks succeeded, else 1; no process is left
-running.
+running. After a signal ranks have STOP_TIMEOUT seconds to save (30, as torchrun gives).
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import logging
 import os
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mm.parallel.descriptors import raise_limit  # noqa: E402
 
-SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+SIGNALS = "PET_SIGNALS_TO_HANDLE"  # torchrun's --signals-to-handle, which it has no name for
+PATIENCE = "STOP_TIMEOUT"
 CPP_LOG = "TORCH_CPP_LOG_LEVEL"  # read when torch is loaded
 
 
@@ -51,12 +53,27 @@ def _why(error: Exception, args: Namespace) -> str:
             return f"{name}: {text}"
 
 
+def _patient(agent: type, seconds: int) -> type:
+    """Returns torchrun's agent, which waits so long for its ranks when a signal stops the job. Its
+    own 30 seconds stay for ranks that are ended because another one failed."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    class Patient(agent):
+        def _shutdown(self, *signals) -> None:
+            if self._pcontext and isinstance(sys.exception(), SignalException):
+                self._pcontext.close = partial(self._pcontext.close, timeout=seconds)
+            super()._shutdown(*signals)
+
+    return Patient
+
+
 def main(argv: list[str]) -> int:
     # torchrun's own messages have many lines; `_why` replaces them. Those of the ranks stay.
     # Without it an agent dies of SIGUSR1, and its ranks with it; with it, it hands it on.
     os.environ.setdefault(SIGNALS, "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     given = os.environ.get(CPP_LOG)
     os.environ[CPP_LOG] = given or "FATAL"
+    from torch.distributed.launcher import api
     from torch.distributed.run import get_args_parser, run
 
     # Agents that share one store publish their address only in the first round, so a node that
@@ -66,6 +83,7 @@ def main(argv: list[str]) -> int:
         del os.environ[CPP_LOG]
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     args = get_args_parser().parse_args(argv)
+    api.LocalElasticAgent = _patient(api.LocalElasticAgent, int(os.environ.get(PATIENCE, "30")))
     raise_limit()  # an agent holds a connection to every rank of the job
     try:
         run(args)

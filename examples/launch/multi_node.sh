@@ -10,8 +10,11 @@ read -ra nodes <<<"${NODES:?the hosts, separated by spaces; the first holds the 
 
 words=$(printf ' %q' "$launch/node.sh" "$@")
 variables="NNODES=${#nodes[@]} RDZV_ENDPOINT=${nodes[0]}:${PORT:-29500} RDZV_ID=mm-$$"
-for name in NPROC_PER_NODE RDZV_TIMEOUT MAX_RESTARTS SKIP_DOCTOR PYTHON OMP_NUM_THREADS \
-    PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR; do
+# And what the libraries read; no tokens, which ssh's command line would show.
+read -ra more < <(compgen -e | grep -E '^(NCCL|GLOO|TORCH|CUDA|NVTE|UCX|FI)_' | tr '\n' ' ') || true
+for name in NPROC_PER_NODE RDZV_TIMEOUT RDZV_CONF MAX_RESTARTS STOP_TIMEOUT SKIP_DOCTOR PYTHON \
+    OMP_NUM_THREADS PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR LD_LIBRARY_PATH \
+    HF_HOME WANDB_MODE "${more[@]}"; do
     if [ -n "${!name:-}" ]; then variables+=$(printf ' %s=%q' "$name" "${!name}"); fi
 done
 children=()

@@ -11,7 +11,9 @@
 # MAX_RESTARTS    restarts from the last checkpoint after a rank or node fails (3); a node that died
 #                 must run this script again within RDZV_TIMEOUT
 # NODE_ADDR       address of this node for the others (its host name)
-# SKIP_DOCTOR     if set, skips the checks
+# STOP_TIMEOUT    seconds that ranks have to save after a signal (30); slurm.sbatch and jobset.yaml
+#                 give them their grace period
+# SKIP_DOCTOR     if set, skips the checks; a node that comes back to a job that trains skips them too
 #
 # PYTORCH_ALLOC_CONF (expandable_segments:True), TRITON_CACHE_DIR (a folder in TMPDIR),
 # OMP_NUM_THREADS (8) and CUDA_DEVICE_MAX_CONNECTIONS (1) are kept where they are set.
@@ -46,7 +48,11 @@ launch=(
     --rdzv-conf "$conf"
 )
 id=${RDZV_ID:-mm}
-if [ -z "${SKIP_DOCTOR:-}" ]; then
+skip=${SKIP_DOCTOR:-}
+if [ -z "$skip" ] && [ "$nodes" -gt 1 ]; then # the others would not come to the checks again
+    if "$python" -m megatron_mm.parallel.rendezvous "$endpoint" "$id"; then skip=1; fi
+fi
+if [ -z "$skip" ]; then
     "${launch[@]}" --rdzv-id "$id-doctor" "$root/tools/doctor.py" --config "$config" "$@"
 fi
 # exec, so that signals reach the agent, which forwards them to the ranks.

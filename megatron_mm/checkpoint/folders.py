@@ -7,6 +7,7 @@ be killed between any two lines here.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 from megatron_mm.checkpoint import sealed
 from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 3
 LATEST, RUN = "latest", "run.json"
@@ -49,7 +52,8 @@ def publish(partial: Path, final: Path) -> None:
 def clear_leftovers(folder: Path) -> None:
     """Removes what killed or failed saves and deletions left. One rank calls it.
 
-    A checkpoint that was moved aside gets its name back if its successor was never published.
+    A checkpoint that was moved aside gets its name back if its successor was never published. What
+    cannot be removed, such as another user's, is named and stays.
     """
     (folder / f"{LATEST}{PARTIAL}").unlink(missing_ok=True)
     for path in sorted(folder.iterdir()):
@@ -59,7 +63,10 @@ def clear_leftovers(folder: Path) -> None:
         if path.suffix == REPLACED and not final.exists():
             path.rename(final)
         elif path.suffix in (PARTIAL, REPLACED, DELETED):
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                logger.warning("%s was left by an earlier save and stays: %s", path, error.strerror)
 
 
 def prune(folder: Path, keep: int, newest: int) -> None:

@@ -56,7 +56,7 @@ class Lock:
                         owner = shown(self._file.read(200).strip() or "another process")
                         raise CheckpointError(
                             f"another job saves to {folder}: {owner}; stop it, or give this one "
-                            "another folder"
+                            f"another folder; if its machine is surely down, delete {self._path}"
                         ) from None
                 if error.errno not in WITHOUT:
                     raise

@@ -64,7 +64,9 @@ class Writer(FileSystemWriter):
     errors: its zip writer hides an OSError such as a full disk behind "unexpected pos"."""
 
     def __init__(self, folder: Path, identity: str):
-        super().__init__(folder, sync_files=True, thread_count=1)
+        # Nothing is copied ahead: the tensors are in host memory, and torch would wait for a stream
+        # of the thread's GPU, which in a new thread is the first of the node.
+        super().__init__(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
         self._identity, self.transforms = identity, _Marks(identity)
 
     def storage_meta(self) -> StorageMeta:

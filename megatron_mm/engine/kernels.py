@@ -28,6 +28,11 @@ def choose_kernels(run: RunConfig) -> None:
     # must not lie in memory that grows (PYTORCH_ALLOC_CONF=expandable_segments); megatron-core asks
     # for the same (transformer/cuda_graphs.py).
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    # As examples/launch/node.sh sets them, for a run that torchrun starts: the order in which
+    # megatron-core issues communication, and memory for lengths that change.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     slow = slow_delta_rule(run.backend)
     if slow is not None:
         logger.warning("%s", slow)

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_mm import platform
 from megatron_mm.config import RunConfig, token_multiple
@@ -37,6 +36,7 @@ from megatron_mm.generation.lanes import Completion, Lane
 from megatron_mm.generation.sampling import Sampling, draw, gumbels, uniforms
 from megatron_mm.model.routing import Routes, whole_routes
 from megatron_mm.model.segments import Segments
+from megatron_mm.parallel.agreement import largest
 
 # Rows per context-parallel rank in a decoding step are a multiple of this. For fewer rows MKL uses
 # another matmul kernel, which adds in another order than the trainer's. The outputs of the gated
@@ -151,14 +151,13 @@ class _Generation:
 
     def next_turn(self, stop: bool) -> Callable[[], None] | None:
         """Returns the turn that all ranks of the job take next; None when they are done."""
-        fill = self.left > 0 and any(lane.free >= self.group for lane in self.lanes)
+        fill = int(self.left > 0 and any(lane.free >= self.group for lane in self.lanes))
         steps = min(self.every, max(lane.left for lane in self.lanes))
         rows = max(lane.needed(self.row_multiple) for lane in self.lanes)
-        wishes = torch.tensor([stop, fill, steps, self.left, rows], dtype=torch.int32)
-        world = self.engine.groups.world
-        if world.size() > 1:
-            dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=world)
-        stopped, fill, steps, left, rows = wishes.tolist()
+        wishes = [int(stop), fill, steps, self.left, rows]
+        if self.engine.groups.world.size() > 1:
+            wishes = largest(wishes)
+        stopped, fill, steps, left, rows = wishes
         self.stopped = bool(stopped)
         if self.stopped or not (fill or steps):
             return None

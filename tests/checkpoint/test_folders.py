@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_mm.checkpoint import folders, sealed
+from megatron_mm.checkpoint import folders, sealed, storage
 from megatron_mm.errors import CheckpointError
 
 
@@ -171,3 +174,28 @@ def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(tmp_path, iteration, 
     assert done and number > 8
     assert found[0] == (pointed, "old") and found[-1] == (iteration, "new")
     assert found == sorted(found, key=lambda w: w == (iteration, "new")), "it went back in time"
+
+
+def test_leftovers_that_cannot_be_removed_are_named_and_end_no_save(tmp_path, monkeypatch, caplog):
+    """Another user's, or one whose files are still open on NFS."""
+    for name in ("iter_0000001.partial", "iter_0000002.deleted"):
+        (tmp_path / name).mkdir()
+    remove = shutil.rmtree
+
+    def refuses(path):
+        if path.name.startswith("iter_0000001"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        remove(path)
+
+    monkeypatch.setattr(folders.shutil, "rmtree", refuses)
+    monkeypatch.setattr(logging.getLogger("megatron_mm"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        folders.clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001.partial"]
+    assert "iter_0000001.partial was left by an earlier save and stays: Permission" in caplog.text
+
+
+def test_nothing_is_copied_ahead_of_a_write(tmp_path):
+    """Or torch would make a context on the node's first GPU in every rank's thread, and wait for
+    its stream."""
+    assert storage.Writer(tmp_path, "mine").per_thread_copy_ahead == 0

@@ -333,6 +333,7 @@ def test_slurm_starts_the_nodes_in_the_folder_of_the_call(copied, tmp_path):
     slurm = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder),
         "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1",
+        "SLURM_CPUS_PER_TASK": "96",
     }  # fmt: skip
     done = subprocess.run(
         ["bash", str(spool), "a.yaml", "--lr", "1"],
@@ -340,7 +341,8 @@ def test_slurm_starts_the_nodes_in_the_folder_of_the_call(copied, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     node = "examples/launch/node.sh" if copied else LAUNCH / "node.sh"
-    said = f"n1:20007 {folder} --kill-on-bad-exit=0 {node} a.yaml --lr 1\n"
+    flags = "--cpus-per-task=96 --kill-on-bad-exit=0"
+    said = f"n1:20007 {folder} {flags} {node} a.yaml --lr 1\n"
     assert done.stdout == said
 
 

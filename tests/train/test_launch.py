@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
 from megatron_mm.config import dump_yaml
+from megatron_mm.parallel.rendezvous import begun
 from megatron_mm.report.metrics_log import read_metrics
 from support.launches import ALONE, ROOT, TIMEOUT, TORCHRUN, environment, launch
 from support.trainers import digits_run
@@ -147,3 +152,53 @@ def test_settings_that_cannot_work_exit_with_2_and_one_line(config, case):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and words in line
     assert not done.stdout
+
+
+VICTIM = """
+import pathlib, signal, sys, time
+
+def stop(number, _):
+    time.sleep(4)
+    out.write_text(signal.Signals(number).name)
+    sys.exit(0)
+
+out = pathlib.Path(sys.argv[1])
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, stop)
+out.with_suffix(".up").touch()
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("patience", "saved"), [("60", True), ("1", False)])
+def test_ranks_have_the_time_to_save_that_they_are_given(tmp_path, sent, patience, saved):
+    """And hear of SIGUSR1, which torchrun has no name for unless it is told."""
+    script, out = tmp_path / "victim.py", tmp_path / "out"
+    script.write_text(VICTIM)
+    command = [sys.executable, "tools/launch.py", "--standalone", str(script), str(out)]
+    environ = environment() | {"STOP_TIMEOUT": patience}
+    process = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + TIMEOUT
+        while not out.with_suffix(".up").exists():
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.terminate()
+        process.wait(timeout=TIMEOUT)
+    assert process.returncode == 1 and f"error: stopped by signal {sent}" in said
+    assert out.exists() == saved
+    if saved:
+        assert out.read_text() == sent.name
+
+
+def test_a_node_that_comes_back_knows_whether_its_job_trains():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    endpoint = f"127.0.0.1:{store.port}"
+    assert not begun(endpoint, "mm")
+    C10dRendezvousBackend(store, "mm").set_state(b"two nodes")
+    assert begun(endpoint, "mm") and not begun(endpoint, "mm-doctor")
+    assert not begun("127.0.0.1:1", "mm") and not begun("no endpoint", "mm")  # nobody is there
