@@ -13,7 +13,7 @@
 # NODE_ADDR       address of this node for the others (its host name)
 # STOP_TIMEOUT    seconds that ranks have to save after a signal (30); slurm.sbatch and jobset.yaml
 #                 give them their grace period
-# SKIP_DOCTOR     if set, skips the checks; a node that comes back to a job that trains skips them too
+# SKIP_DOCTOR     if set, skips the checks; so does a node that comes back to a job that trains
 #
 # PYTORCH_ALLOC_CONF (expandable_segments:True), TRITON_CACHE_DIR (a folder in TMPDIR),
 # OMP_NUM_THREADS (8) and CUDA_DEVICE_MAX_CONNECTIONS (1) are kept where they are set.
