@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ PACKAGES = (
     *("torch", "megatron-core", "transformers", "transformer-engine", "flash-linear-attention"),
     *("apex", "triton", "numpy"),
 )
+GLOO_PATIENCE = datetime.timedelta(seconds=60)  # for all ranks to connect
 LARGEST_SKEW = 1.0  # seconds: rendezvous and logs compare clocks of different nodes
 BYTES_PER_PARAMETER = 12  # in a checkpoint: fp32 weights and both moments of Adam
 
@@ -68,7 +70,8 @@ def note(run: RunConfig | None, problem: str) -> dict[str, Any]:
         links = sorted(Path("/sys/class/infiniband").glob("*/ports/*/state"))
         states = [f"{p.parts[-4]}:{p.read_text().strip()}" for p in links]
         same["infiniband"] = ", ".join(states) or "none"
-    words = sorted(k for k in os.environ if k.startswith("NCCL_") or k == "OMP_NUM_THREADS")
+    libraries = ("NCCL_", "GLOO_")
+    words = sorted(k for k in os.environ if k.startswith(libraries) or k == "OMP_NUM_THREADS")
     same["environment"] = " ".join(f"{k}={os.environ[k]}" for k in words) or "none"
     settings = {} if run is None else settings_of(run)
     if run is not None:
@@ -127,6 +130,17 @@ def clock_skew() -> list[float]:
         dist.all_gather_object(times, time.time())
         rounds.append([t - times[0] for t in times])
     return [statistics.median(r[rank] for r in rounds) for rank in range(len(rounds[0]))]
+
+
+def gloo_problem() -> str | None:
+    """Connects all ranks with gloo, which every run uses beside NCCL and which finds the network in
+    a way of its own. Returns what is wrong on this rank; None if nothing. Every rank calls it."""
+    try:
+        group = dist.new_group(backend="gloo", timeout=GLOO_PATIENCE)
+        dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def bandwidths(megabytes: int) -> dict[str, float]:
@@ -201,6 +215,16 @@ def examine(argv: list[str]) -> tuple[list[tuple[str, str, bool]], str | None]:
             f"the clock of rank {rank} on {notes[rank]['host']} is {skew[rank]:+.1f} s from rank "
             f"0's on {notes[0]['host']}, {LARGEST_SKEW:g} s is allowed; "
             "synchronise it (chrony, ntp)"
+        )
+    problems: list = [None] * len(notes)
+    dist.all_gather_object(problems, gloo_problem())
+    failed = [r for r, problem in enumerate(problems) if problem]
+    lines.append(("gloo", "connects all ranks" if not failed else "does not", not failed))
+    if failed:
+        return lines, (
+            f"gloo does not reach rank {failed[0]} on {notes[failed[0]]['host']} "
+            f"({problems[failed[0]]}); set GLOO_SOCKET_IFNAME to the interface between the nodes, "
+            "and let a host's name not resolve to 127.0.0.1 or 127.0.1.1"
         )
     if len(notes) > 1:
         for name, speed in bandwidths(256 if torch.cuda.is_available() else 16).items():
