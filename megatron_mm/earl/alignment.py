@@ -24,6 +24,7 @@ from megatron_mm.earl.spans import (
     Labeller,
     Span,
     answer_labels,
+    check_taught,
     load_labeller,
     token_labels,
 )
@@ -141,8 +142,8 @@ class Alignment:
         self, tokenizer: Tokenizer, row: Mapping[str, Any], where: str, sample: Sample
     ) -> torch.Tensor:
         """Returns the skill of each position of a training row, int64 [tokens]: that of the
-        labelled span of its answer in which the next token lies, else -1. Whether the span is right
-        is not asked: the answer is what the row teaches.
+        labelled span of its answer in which the next token lies, else -1. The answer is what the
+        row teaches, so its clauses must be its spans.
 
         Args:
             where: "file:row", for messages.
@@ -152,6 +153,7 @@ class Alignment:
         """
         try:
             answer, labels = answer_labels(row, tokenizer, self.labeller, where)
+            check_taught(row, labels, self.labeller, where)
             skills, _ = self._skill_ids(labels, where)
         except RLError as error:
             raise DataError(str(error)) from None

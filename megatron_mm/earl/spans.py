@@ -145,8 +145,7 @@ def answer_labels(
     Args:
         where: `file:row`, for messages.
     Raises:
-        DataError: for a row that does not end with an answer, or whose spans are not the clauses
-            of its own; and from the labeller.
+        DataError: for a row that does not end with an answer, and from the labeller.
         RLError: for labels that overlap or leave the text.
     """
     last = check_messages(row, where)[-1]
@@ -156,17 +155,26 @@ def answer_labels(
             "are labelled in the row's own answer, end with an assistant turn"
         )
     ids = tokenizer.encode(answer_text(last))
-    labels = token_labels(row, ids, tokenizer, labeller, where)
-    if getattr(labeller, "func", labeller) is clauses:
-        # Of a completion this would be a mistake; here a clause would get another one's skill.
-        wrong = next((number for number, one in enumerate(labels, start=1) if not one.correct), 0)
-        if wrong:
+    return len(ids) + 1, token_labels(row, ids, tokenizer, labeller, where)
+
+
+def check_taught(row: Row, labels: Sequence[Label], labeller: Labeller, where: str) -> None:
+    """Checks the labels of a row's own answer before it is taught: clauses that are not the spans
+    would be taught as another one's skill. (Of a completion they are mistakes, and a probe leaves
+    them out.) Whether another labeller's parts are right says nothing of their skill.
+
+    Raises:
+        DataError: a clause is not its span.
+    """
+    if getattr(labeller, "func", labeller) is not clauses:
+        return
+    for number, label in enumerate(labels, start=1):
+        if not label.correct:
             raise DataError(
-                f"{where}: clause {wrong} of its answer is not its span {wrong} "
-                f"({row['spans'][wrong - 1]['text']!r}); spans name the clauses in their order, "
+                f"{where}: clause {number} of its answer is not its span {number} "
+                f"({row['spans'][number - 1]['text']!r}); spans name the clauses in their order, "
                 f"which {BETWEEN!r} parts"
             )
-    return len(ids) + 1, labels
 
 
 def _owner(parts: Sequence[Label], start: int, stop: int) -> int:

@@ -10,6 +10,7 @@ from megatron_mm.earl.router_reward import label_positions
 from megatron_mm.earl.spans import (
     Label,
     answer_labels,
+    check_taught,
     load_labeller,
     token_labels,
     token_pieces,
@@ -100,7 +101,10 @@ def test_a_rows_own_answer_has_its_spans(tokenizer):
     def labelled(answer: str, labeller: str = "clauses"):
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         row = HOPS | {"messages": messages, "skill": "multihop", "ground_truth": "8"}
-        return answer_labels(row, tokenizer, load_labeller(labeller), "a.jsonl:3")[1]
+        using, where = load_labeller(labeller), "a.jsonl:3"
+        labels = answer_labels(row, tokenizer, using, where)[1]  # a probe's; some may be wrong
+        check_taught(row, labels, using, where)
+        return labels
 
     assert [label.skill for label in labelled("cell 5 is 6, cell 6 is 8")] == ["ocr", "multihop"]
     for answer, clause in (("cell 5 is 6; cell 6 is 8", 1), ("cell 5 is 6, cell 6 is 9", 2)):
