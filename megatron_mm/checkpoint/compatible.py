@@ -111,7 +111,6 @@ def _finetune_may_change(key: str, there: str, here: str) -> bool:
     """Whether a fine-tune may change a setting of images or of side letters, between two patterns:
     what is seen, and the form of sides that one of them lacks."""
     sides = LAYERS.of_role("side")
-    kept = ["".join(letter for letter in pattern if letter in sides) for pattern in (there, here)]
     if key.startswith("layers."):
         letter = key.split(".")[1]
         if letter not in sides:
@@ -119,7 +118,8 @@ def _finetune_may_change(key: str, there: str, here: str) -> bool:
         return key.startswith(SEEN) or (letter in there) != (letter in here)
     if not key.startswith("fusion.") or key == STREAM:
         return False
-    return key.startswith(SEEN) or kept[0] != kept[1] or not kept[0]
+    before, now = ([letter for letter in p if letter in sides] for p in (there, here))
+    return key.startswith(SEEN) or before != now or not now
 
 
 def _is_new(key: str) -> bool:

@@ -48,16 +48,14 @@ def imports(
     """Splits a conversion into units that ranks share."""
     found = []
     for link in mapping.links:
-        name = link.names[0].replace("{expert}", "0")
-        size = (dtype or source.tensors[name].dtype).itemsize
+        size = (dtype or source.dtype(link)).itemsize
         found += _of_rows(weight_key(link.mcore), link.shape, link.counted, size, link=link)
     of_name = {link.mcore: link for link in mapping.links}
     for name in mapping.new:
         layout = parameters[name]
         copied = of_name.get(layout.source(name) or "")
         if copied is not None:
-            first = copied.names[0].replace("{expert}", "0")
-            size = (dtype or source.tensors[first].dtype).itemsize
+            size = (dtype or source.dtype(copied)).itemsize
             found += _of_rows(weight_key(name), copied.shape, copied.counted, size, link=copied)
             continue
         size = dtype_of(source, mapping, dtype).itemsize

@@ -1,4 +1,4 @@
-"""What the doctor says of all ranks of a job."""
+"""Whether the doctor names a host that gloo does not reach."""
 
 from __future__ import annotations
 

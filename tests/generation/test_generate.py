@@ -339,7 +339,7 @@ def test_a_stop_on_one_rank_stops_all(ranks, scenes):
 
 
 def on_rank_passes(run: RunConfig) -> list[str]:
-    """What the model is told and asked, in order."""
+    """Returns, in order, when the model is told of a first microbatch and which passes it runs."""
     seen: list[str] = []
     forward = MultimodalModel.forward
 
