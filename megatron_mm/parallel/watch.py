@@ -111,6 +111,7 @@ class Watch:
         self._main = threading.get_ident()
         self._lock, self._ending = threading.Lock(), threading.Event()
         self._heard = time.monotonic()  # when the store answered last
+        self._give()  # before any collective, so that a rank that ends in one has given a sign
         self._threads = [
             threading.Thread(target=task, name=f"watch {task.__name__}", daemon=True)
             for task in (self._run, self._mind_the_store)
@@ -147,11 +148,15 @@ class Watch:
 
     def _guilty(self, said: str) -> str:
         self._give(left=True)
-        before = self._signs()
+        before = after = self._signs()
         found = guilty({}, before, True) if any(s.word for s in before.values()) else None
         if found is None:
             time.sleep(2.5 * BEAT)
-            found = guilty(before, self._signs(), bool(ENDED.search(said)))
+            after = self._signs()
+            found = guilty(before, after, bool(ENDED.search(said)))
+        if found is None and after:  # else the store is gone
+            never = [rank for rank in range(self._size) if rank not in {*after, self._rank}]
+            found = f"rank {never[0]} has given no sign of life" if never else None
         return "another rank has failed or does not answer" if found is None else found
 
     def _give(self, **changes: Any) -> None:
@@ -161,13 +166,14 @@ class Watch:
             self._store.set(f"sign/{self._rank}", text)
 
     def _signs(self) -> dict[int, Sign]:
-        """Returns the last signs of the other ranks; none if the store is gone."""
-        others = [rank for rank in range(self._size) if rank != self._rank]
+        """Returns the last signs of the other ranks that have given one; none if the store is
+        gone."""
+        others = {rank: f"sign/{rank}" for rank in range(self._size) if rank != self._rank}
         with self._lock, contextlib.suppress(RuntimeError):
-            keys = [f"sign/{rank}" for rank in others]
-            if self._store.check(keys):
-                found = self._store.multi_get(keys)
-                return {rank: _read(raw) for rank, raw in zip(others, found, strict=True)}
+            if not self._store.check([*others.values()]):  # one question each only if one lacks
+                others = {rank: key for rank, key in others.items() if self._store.check([key])}
+            found = self._store.multi_get([*others.values()]) if others else []
+            return {rank: _read(raw) for rank, raw in zip(others, found, strict=True)}
         return {}
 
     def _mind_the_store(self) -> None:

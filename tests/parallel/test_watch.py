@@ -142,6 +142,32 @@ def test_survivors_name_the_one_and_not_each_other(monkeypatch, failed):
         assert text.endswith(f"rank {rank} cannot go on without it (closed by peer)")
 
 
+@pytest.mark.parametrize(
+    ("signs", "expected"),
+    [
+        ((1, 2), "rank 1 on "),  # given before the first beat: a rank may end within a second
+        ((2,), "rank 2 on "),  # the others' are read although one lacks
+    ],
+)
+def test_a_rank_that_ends_before_its_first_beat_is_named(monkeypatch, signs, expected):
+    store = dist.HashStore()
+    monkeypatch.setattr(watch, "BEAT", 60.0)
+    for rank in signs:
+        Watch(store, rank, 3)._ending.set()
+    monkeypatch.setattr(watch, "BEAT", 0.02)
+    with Watch(store, 0, 3) as alone:
+        assert alone.why("reset by peer").startswith(expected)
+
+
+def test_a_rank_that_never_gave_a_sign_is_named(monkeypatch):
+    monkeypatch.setattr(watch, "BEAT", 0.05)
+    monkeypatch.setattr(watch, "_where", lambda _: (True, ""))  # all wait for it
+    store = dist.HashStore()
+    with Watch(store, 0, 3) as first, Watch(store, 2, 3):
+        said = first.why("timed out")
+    assert said == ("rank 1 has given no sign of life; rank 0 cannot go on without it (timed out)")
+
+
 HOLDER = """
 import datetime, sys, time
 import torch.distributed as dist
