@@ -12,6 +12,9 @@ What is finished is not repeated, so a stopped comparison goes on. Each run has 
 run side by side. A run that fails stops only those that start from it. The table is made from the
 files of the finished runs, and names what is missing; `--table` makes only the table.
 `earl --tiers 1` trains only what tells most.
+
+`earl` and `looking` have tables of seeds from several machines: `--keep FOLDER` writes what the
+table reads of each seed into a small file there, which counts beside the folders of other seeds.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from examples.cascade import arms as cascade_arms
 from examples.cascade import table as cascade_table
 from examples.digits import (
     earl_arms,
+    earl_runs,
     earl_table,
     hop_arms,
     hop_table,
@@ -34,6 +38,7 @@ from examples.digits import (
     memory_table,
 )
 from examples.digits.jobs import Job, run_all
+from examples.digits.records import Record, keep
 from examples.looking import arms as looking_arms
 from examples.looking import table as looking_table
 from examples.mimic import arms as mimic_arms
@@ -60,6 +65,7 @@ class Comparison:
         jobs: (folder, arguments) -> its jobs.
         summary: folder -> the figures of what is finished; markdown: figures -> tables.
         folder: arguments -> the name of its folder under --out; None: its own name.
+        read: the folder of a run -> what the table reads of it; None: it cannot be kept.
     """
 
     help: str
@@ -69,6 +75,7 @@ class Comparison:
     markdown: Callable[[Any], str]
     options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
     folder: Callable[[Args], str] | None = None
+    read: Callable[[Path], Record] | None = None
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +142,7 @@ COMPARISONS = {
         earl_table.markdown,
         _of_earl,
         folder=lambda args: args.model,
+        read=earl_runs.read_run,
     ),
     "memory": Comparison(
         "what a look may see",
@@ -173,6 +181,7 @@ COMPARISONS = {
         looking_table.summary,
         looking_table.markdown,
         lambda parser: _arms(parser, [*looking_arms.ARMS]),
+        read=looking_table.read_run,
     ),
 }
 
@@ -189,6 +198,8 @@ def arguments(argv: list[str] | None) -> Args:
         command.add_argument("--jobs", type=int, default=1, help="runs side by side")
         command.add_argument("--table", action="store_true", help="train nothing")
         command.add_argument("--json", type=Path, help="where the table's figures go")
+        if comparison.read is not None:
+            command.add_argument("--keep", type=Path, help="where each seed's small file goes")
         for count, default in comparison.counts.items():
             command.add_argument(count, type=int, default=default, help=COUNTS[count])
         comparison.options(command)
@@ -207,13 +218,16 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 1 if a run failed."""
     args = arguments(argv)
     comparison = COMPARISONS[args.command]
-    out = args.out / (comparison.folder(args) if comparison.folder else args.command)
+    name = comparison.folder(args) if comparison.folder else args.command
+    out = args.out / name
     failed = [] if args.table else run_all(comparison.jobs(out, args), args.jobs)
     found = comparison.summary(out)
     print(comparison.markdown(found))
     target = args.json or out / "table.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(found, indent=1) + "\n")
+    if comparison.read is not None and args.keep is not None:
+        keep(out, comparison.read, args.keep / name)
     for line in failed:
         print(f"error: {line}")
     return 1 if failed else 0

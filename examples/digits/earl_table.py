@@ -5,19 +5,20 @@ change of what was reinforced, *collateral* that of other skills (after reinforc
 of the forms that were not reinforced): its mean over kinds, the mean of its size, in which kinds
 that gain do not hide others that lose, and the worst kind, whose interval counts that it was
 picked. *Own forms* are the other forms of the skill that was reinforced, *steps* those of each seed
-until the reward reached `REACHED`. Each figure is a mean over seeds, with half the width of its
+until the reward reached 0.7. Each figure is a mean over seeds, with half the width of its
 95 % interval over questions, then over seeds. What was measured of experts is compared seed by
 seed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.digits.earl_arms import ONE, RL, SFT, Arm, arms
+from examples.digits.earl_runs import of_experts, read_run
+from examples.digits.records import Record, read_records, scores_of
 from examples.digits.scores import (
     FREE,
     Scores,
@@ -27,13 +28,9 @@ from examples.digits.scores import (
     mean,
     over_questions,
     over_seeds,
-    read_scores,
     worst,
 )
 
-REACHED = 0.7  # of the reward, for the count of steps
-SMOOTHED = 5  # rollouts of which the reward is a mean
-LEARNT = 0.5  # least accuracy with all experts of a kind that pruning is judged by
 AGAINST = {  # comparisons of changes
     "scope": ("grpo", "kl", "experts", "aligned", "shuffled_scope"),
     "experts": ("grpo",),
@@ -43,6 +40,7 @@ AGAINST = {  # comparisons of changes
 # Comparisons of what was measured of experts, after SFT.
 EXPERTS_AGAINST = (("aligned", "plain"), ("aligned", "shuffled"), ("shuffled", "plain"))
 
+Seed = Mapping[str, Record]  # run -> its record
 Figure = dict[str, Any]  # value, questions: half a width, seeds: half a width
 
 
@@ -96,114 +94,56 @@ def _skill(key: str) -> str:
     return key.split("/")[0]
 
 
-def steps_to(folder: Path) -> float | None:
-    """Returns the step at which the reward of `ONE`, as a mean of the last rollouts, first reaches
-    `REACHED`; None if it does not."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [record for line in lines if f"reward/task/{ONE}" in (record := json.loads(line))]
-    rewards = [record[f"reward/task/{ONE}"] for record in records]
-    for end in range(SMOOTHED, len(rewards) + 1):
-        if mean(rewards[end - SMOOTHED : end]) >= REACHED:
-            return float(records[end - 1]["iteration"])
-    return None
-
-
-def read_experts(folder: Path) -> dict[str, float]:
-    """Reads what was measured of a run's experts: the share of labelled routes into the skill's
-    cluster, the information of experts about skills given the token, and how far a skill's accuracy
-    and that of the others fall without its cluster."""
-    path = folder / "experts.json"
-    if not path.exists():
-        return {}
-    info = json.loads(path.read_text())["info"]
-    hits = [row["hit"] for row in info["measured"].values() if row["experts"]]
-    causal = info["causal_test"]
-    own, others = [], []
-    for skill, without in causal["without"].items():
-        falls = {name: causal["accuracy"][name] - value for name, value in without.items()}
-        own.append(falls.pop(skill))
-        others += falls.values()
-    found = {
-        "hit": mean(hits),
-        "information": mean(info["mutual_information"]),
-        "own": mean(own),
-        "others": mean(others),
-    }
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def read_measures(folder: Path) -> dict[str, float]:
-    """Reads the accuracies of a run with few experts kept, of the kinds that the seed's plain run
-    has learnt, or else this one, and out of distribution."""
-    path = folder / "measures.json"
-    if not path.exists():
-        return {}
-    held = json.loads(path.read_text())
-    kept, plain = held["kept"], folder.parents[1] / "sft" / "plain" / path.name
-    whole = _with_all(json.loads(plain.read_text()) if plain.exists() else held)
-    learnt = [kind for kind, share in whole.items() if share >= LEARNT]
-    found = {
-        f"kept {count}": mean(of_kind[kind] for kind in learnt) for count, of_kind in kept.items()
-    }
-    found |= {name: mean(held["beyond"][name].values()) for name in ("larger", "longer")}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _with_all(held: Mapping[str, Any]) -> Mapping[str, float]:
-    """Returns the accuracies with all experts."""
-    return held["kept"][str(held["num_experts"])]
-
-
 def summary(out: Path) -> dict[str, Any]:
     """Summarises the finished runs of a model's folder, and names what is missing."""
-    seeds = sorted(out.glob("seed*"), key=lambda path: int(path.name.removeprefix("seed")))
-    found: dict[str, Any] = {"model": out.name, "seeds": [seed.name for seed in seeds]}
+    by_name = read_records(out, read_run)
+    seeds = [*by_name.values()]
+    found: dict[str, Any] = {"model": out.name, "seeds": [*by_name]}
     found["sft"] = [row for name in SFT if (row := _sft(seeds, name))]
     found["sft against"] = [
         row for pair in EXPERTS_AGAINST if (row := _experts_against(seeds, *pair))
     ]
-    scores: dict[Path, Scores] = {}
     for where in ("one", "all"):
-        rows = {name: row for name in RL if (row := _rl(seeds, where, name, scores))}
-        found[where] = list(rows.values())
+        found[where] = [row for name in RL if (row := _rl(seeds, where, name))]
         found[f"{where} against"] = [
             row
             for name, others in AGAINST.items()
             for other in others
-            if (row := _against(seeds, where, name, other, scores))
+            if (row := _against(seeds, where, name, other))
         ]
-    wanted = [f"{seed.name}/{name}" for name in ("base", *arms()) for seed in seeds]
-    lacking = [
-        f"{run}/{name}"
-        for run in wanted
-        for name in ("answers.jsonl", "experts.json", "measures.json")
-        if not (out / run / name).exists()
-        and not (run.endswith("/base") and name != "answers.jsonl")
-    ]
-    return found | {"missing": lacking}
+    return found | {"missing": _missing(by_name)}
 
 
-def _answered(seeds: Sequence[Path], *runs: str) -> list[Path]:
+def _missing(by_name: Mapping[str, Seed]) -> list[str]:
+    """Returns the files of all arms that no seed's record was made from."""
+    lacking = []
+    for run in ("base", *arms()):
+        for seed, runs in by_name.items():
+            parts = {"answers.jsonl": run in runs}
+            if run != "base":
+                record = runs.get(run, {"experts": {}, "measures": {}})
+                parts |= {f"{part}.json": bool(record[part]) for part in ("experts", "measures")}
+            lacking += [f"{seed}/{run}/{name}" for name, there in parts.items() if not there]
+    return lacking
+
+
+def _with(seeds: Sequence[Seed], *runs: str) -> list[Seed]:
     """Returns the seeds in which all these runs are finished."""
-    return [s for s in seeds if all((s / run / "answers.jsonl").exists() for run in runs)]
+    return [seed for seed in seeds if all(run in seed for run in runs)]
 
 
-def _scores(path: Path, held: dict[Path, Scores]) -> Scores:
-    if path not in held:
-        held[path] = read_scores(path / "answers.jsonl")
-    return held[path]
+def _scores(seeds: Sequence[Seed], run: str) -> list[Scores]:
+    return [scores_of(seed[run]) for seed in seeds]
 
 
-def _of_experts(folder: Path) -> dict[str, float]:
-    found = read_experts(folder) | read_measures(folder)
-    if {"own", "others"} <= found.keys():
-        found["own less others"] = found["own"] - found["others"]
-    return found
+def _experts(seed: Seed, run: str) -> dict[str, float]:
+    return of_experts(seed[run], seed.get("sft/plain"))
 
 
-def _experts_against(seeds: Sequence[Path], name: str, other: str) -> dict[str, Any] | None:
+def _experts_against(seeds: Sequence[Seed], name: str, other: str) -> dict[str, Any] | None:
     """Compares what was measured of the experts of two arms, in the seeds that have both."""
-    pairs = [[_of_experts(seed / "sft" / arm) for arm in (name, other)] for seed in seeds]
+    runs = f"sft/{name}", f"sft/{other}"
+    pairs = [[_experts(seed, run) for run in runs] for seed in _with(seeds, *runs)]
     pairs = [pair for pair in pairs if all(pair)]
     if not pairs:
         return None
@@ -214,39 +154,35 @@ def _experts_against(seeds: Sequence[Path], name: str, other: str) -> dict[str, 
     return row
 
 
-def _measured(folders: Sequence[Path]) -> dict[str, Figure]:
+def _measured(seeds: Sequence[Seed], run: str) -> dict[str, Figure]:
     """Returns the figures of the experts that were measured, over the seeds that have them."""
-    of_seeds = [_of_experts(folder) for folder in folders]
+    of_seeds = [_experts(seed, run) for seed in seeds]
     names = dict.fromkeys(name for found in of_seeds for name in found)
     return {n: figure([found[n] for found in of_seeds if n in found]) for n in names}
 
 
-def _sft(seeds: Sequence[Path], name: str) -> dict[str, Any] | None:
-    if not (done := _answered(seeds, f"sft/{name}")):
+def _sft(seeds: Sequence[Seed], name: str) -> dict[str, Any] | None:
+    if not (done := _with(seeds, f"sft/{name}")):
         return None
-    ours = [read_scores(seed / "sft" / name / "answers.jsonl") for seed in done]
+    ours = _scores(done, f"sft/{name}")
     row: dict[str, Any] = {"arm": name, "seeds": len(done)}
     parts = {"free": reinforced("all"), "other": lambda key: not key.endswith(FREE)}
     for part, kinds in parts.items():
         row[part] = mean(accuracy(_only(scores, kinds)) for scores in ours)
-    row |= _measured([seed / "sft" / name for seed in done])
-    if name != "plain" and (paired := _answered(done, "sft/plain")):
-        sides = [
-            [read_scores(seed / "sft" / arm / "answers.jsonl") for seed in paired]
-            for arm in (name, "plain")
-        ]
+    row |= _measured(done, f"sft/{name}")
+    if name != "plain" and (paired := _with(done, "sft/plain")):
+        sides = [_scores(paired, f"sft/{arm}") for arm in (name, "plain")]
         for part, kinds in parts.items():
             row[f"{part} against plain"] = figure(*changes(*sides, kinds))
     return row
 
 
-def _rl(
-    seeds: Sequence[Path], where: str, name: str, held: dict[Path, Scores]
-) -> dict[str, Any] | None:
+def _rl(seeds: Sequence[Seed], where: str, name: str) -> dict[str, Any] | None:
     arm: Arm = RL[name]
-    if not (done := _answered(seeds, f"{where}/{name}", arm.start)):
+    run = f"{where}/{name}"
+    if not (done := _with(seeds, run, arm.start)):
         return None
-    after, before = _sides(done, where, name, held)
+    after, before = _sides(done, where, name)
     counts = reinforced(where)
     row: dict[str, Any] = {"arm": name, "seeds": len(done)}
     row["gain"] = figure(*changes(after, before, counts))
@@ -260,8 +196,8 @@ def _rl(
     row["worst"] = {"kind": kind, "value": value, "questions": value - low}
     _, every = changes(after, before, lambda key: not counts(key))
     row["by kind"] = {key: float(value.mean()) for key, value in every.items()}
-    row["steps"] = [steps_to(seed / where / name) for seed in done]
-    return row | _measured([seed / where / name for seed in done])
+    row["steps"] = [seed[run]["steps"] for seed in done]
+    return row | _measured(done, run)
 
 
 def _moved(after: Scores, before: Scores, kinds: Callable[[str], bool]) -> float:
@@ -270,25 +206,20 @@ def _moved(after: Scores, before: Scores, kinds: Callable[[str], bool]) -> float
     return float(mean(abs(float(of_kind.mean())) for of_kind in values.values()) or 0.0)
 
 
-def _sides(
-    seeds: Sequence[Path], where: str, name: str, held: dict[Path, Scores]
-) -> tuple[list[Scores], list[Scores]]:
-    after = [_scores(seed / where / name, held) for seed in seeds]
-    return after, [_scores(seed / RL[name].start, held) for seed in seeds]
+def _sides(seeds: Sequence[Seed], where: str, name: str) -> tuple[list[Scores], list[Scores]]:
+    return _scores(seeds, f"{where}/{name}"), _scores(seeds, RL[name].start)
 
 
-def _against(
-    seeds: Sequence[Path], where: str, name: str, other: str, held: dict[Path, Scores]
-) -> dict[str, Any] | None:
+def _against(seeds: Sequence[Seed], where: str, name: str, other: str) -> dict[str, Any] | None:
     """Compares the changes of two arms, in the seeds that have both."""
     runs = (f"{where}/{name}", f"{where}/{other}", RL[name].start, RL[other].start)
-    if not (done := _answered(seeds, *runs)):
+    if not (done := _with(seeds, *runs)):
         return None
     counts = reinforced(where)
     row: dict[str, Any] = {"arm": name, "other": other, "seeds": len(done)}
     for part, kinds in (("gain", counts), ("collateral", of_others(where))):
         (ours, of_ours), (theirs, of_theirs) = (
-            changes(*_sides(done, where, arm, held), kinds) for arm in (name, other)
+            changes(*_sides(done, where, arm), kinds) for arm in (name, other)
         )
         values = {key: of_ours[key] - of_theirs[key] for key in of_ours}
         row[part] = figure([a - b for a, b in zip(ours, theirs, strict=True)], values)

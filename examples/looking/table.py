@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from examples.digits.records import ANSWERS, Record, basic, read_records, scores_of
 from examples.digits.scores import (
     accuracy,
     difference,
@@ -19,7 +20,6 @@ from examples.digits.scores import (
     mean,
     over_seeds,
     paired,
-    read_scores,
     shown,
 )
 from examples.looking.arms import ARMS
@@ -33,58 +33,65 @@ TILE = 4  # stream tokens of a tile
 MARKS = 8  # tokens of a prompt beside its text and its image: of turns, and around the image
 
 
+def read_run(run: Path) -> Record:
+    """Reads the record of a run: its scores, its steps, and mean tokens of questions without their
+    images and of answers."""
+    data = run.parents[1] / "data"
+    return basic(run) | {"prompt": _prompt(data), "answer": _tokens(data, run)}
+
+
 def summary(out: Path) -> dict[str, Any]:
     """Makes the figures of the finished runs under `out`/seedN/arm, and names what is missing."""
-    runs: dict[str, dict[str, Path]] = defaultdict(dict)
-    for done in sorted(out.glob("seed*/*/answers.jsonl")):
-        runs[done.parent.name][done.parents[1].name] = done.parent
-    seeds = sorted({seed for of_arm in runs.values() for seed in of_arm})
-    wanted = [out / seed / arm / "answers.jsonl" for seed in seeds for arm in ARMS]
+    seeds = read_records(out, read_run)
+    runs: dict[str, dict[str, Record]] = defaultdict(dict)  # arm -> seed -> record
+    for seed, of_seed in seeds.items():
+        for arm, record in of_seed.items():
+            runs[arm][seed] = record
+    wanted = [(seed, arm) for seed in seeds for arm in ARMS]
     others = [arm for arm in ARMS if arm not in OURS]
     pairs = [(ours, other) for ours in OURS for other in others]
     return {
-        "arms": [_arm(out, arm, runs[arm]) for arm in ARMS if arm in runs],
+        "arms": [_arm(arm, [*runs[arm].values()]) for arm in ARMS if arm in runs],
         "differences": [
             _against(runs, ours, other)
             for ours, other in (*pairs, *PAIRS)
             if ours in runs and other in runs
         ],
-        "missing": [str(path.relative_to(out)) for path in wanted if not path.exists()],
+        "missing": [f"{seed}/{arm}/{ANSWERS}" for seed, arm in wanted if arm not in seeds[seed]],
     }
 
 
-def _arm(out: Path, arm: str, runs: Mapping[str, Path]) -> dict[str, Any]:
-    scores = [read_scores(run / "answers.jsonl") for run in runs.values()]
-    keys = sorted(scores[0])
-    answers = float(np.mean([_tokens(out, arm, run) for run in runs.values()]))
+def _arm(arm: str, runs: Sequence[Record]) -> dict[str, Any]:
+    scores = [scores_of(run) for run in runs]
+    answers = float(np.mean([run["answer"] for run in runs]))
     image = TILE * (25 if arm == "stream" else 1)
     return {
         "arm": arm,
         "seeds": len(runs),
         "accuracy": mean(accuracy(of_run) for of_run in scores),
-        **{key: mean(accuracy({key: of_run[key]}) for of_run in scores) for key in keys},
+        **{key: mean(accuracy({key: of_run[key]}) for of_run in scores) for key in scores[0]},
         "image_tokens": image,
         "answer_tokens": answers,
-        "flops": flops(arm, _prompt(out) + image + answers),
+        "flops": flops(arm, runs[0]["prompt"] + image + answers),
     }
 
 
-def _prompt(out: Path) -> float:
+@cache
+def _prompt(data: Path) -> float:
     """Returns the mean tokens of a question, without its image."""
-    encode = _tokenizer(out / "data" / "tokenizer.model").encode
-    rows = map(json.loads, (out / "data" / "valid.jsonl").read_text().splitlines())
+    encode = _tokenizer(data / "tokenizer.model").encode
+    rows = map(json.loads, (data / "valid.jsonl").read_text().splitlines())
     asked = [row["messages"][0]["content"].replace("<image>", "") for row in rows]
     return MARKS + float(np.mean([len(encode(text)) for text in asked]))
 
 
-def _tokens(out: Path, arm: str, run: Path) -> float:
+def _tokens(data: Path, run: Path) -> float:
     """Returns the mean tokens of an answer, slots among them."""
-    encode = _tokenizer(out / "data" / "tokenizer.model").encode
-    records = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    encode = _tokenizer(data / "tokenizer.model").encode
+    records = [json.loads(line) for line in (run / ANSWERS).read_text().splitlines()]
     spoken = sum(len(encode(record["prediction"])) for record in records)
-    return (spoken + sum(SLOTS * len(record.get("looked") or []) for record in records)) / len(
-        records
-    )
+    slots = SLOTS * sum(len(record.get("looked") or []) for record in records)
+    return (spoken + slots) / len(records)
 
 
 @cache
@@ -117,14 +124,14 @@ def flops(arm: str, tokens: float) -> float:
     return (layers + vision(run.model, tiles)) / 1e6
 
 
-def _against(runs: Mapping[str, Mapping[str, Path]], ours: str, other: str) -> dict[str, Any]:
+def _against(runs: Mapping[str, Mapping[str, Record]], ours: str, other: str) -> dict[str, Any]:
     """Returns what an arm gains over another, over the seeds that both have: intervals over
     questions, and over seeds."""
     both = paired(runs[ours], runs[other])
     found: dict[str, Any] = {"arm": ours, "over": other, "seeds": len(both[0])}
     if not both[0]:
         return found
-    sides = [[read_scores(run / "answers.jsonl") for run in side] for side in both]
+    sides = [[scores_of(run) for run in side] for side in both]
     found["accuracy"] = difference(*sides)
     found["between seeds"] = over_seeds(gains(*sides))
     return found

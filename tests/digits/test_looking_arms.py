@@ -76,4 +76,4 @@ def test_a_prompts_tokens_are_those_of_training(tmp_path, look_scenes):
     rows = Rows(look_scenes / "valid.jsonl")
     samples = [builder.prompt(rows[n], rows.where(n), rows.folder) for n in range(len(rows))]
     prompts = [len(sample.tokens_T) - table.TILE for sample in samples]
-    assert table._prompt(tmp_path) == pytest.approx(sum(prompts) / len(prompts))
+    assert table._prompt(tmp_path / "data") == pytest.approx(sum(prompts) / len(prompts))

@@ -1,0 +1,123 @@
+"""Records of finished runs: what a comparison's table reads of each.
+
+A record is read from the run's folder, `out`/seedN/RUN, or from `out`/seedN.json, in which `keep`
+has put those of a whole seed. So seeds can be trained on machines that share no disk: copy the
+files of the others beside the folders, and one table shows them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.digits.scores import Scores, read_scores
+
+Record = Mapping[str, Any]  # as JSON has it
+Seeds = Mapping[str, Mapping[str, Record]]  # seed -> run -> its record, seeds in order
+
+ANSWERS = "answers.jsonl"  # a run that has it is finished
+
+
+def basic(run: Path) -> dict[str, Any]:
+    """Reads what every table needs of a run: its scores, as `packed`, and its steps."""
+    return {"iterations": _iterations(run), "scores": packed(read_scores(run / ANSWERS))}
+
+
+def _iterations(run: Path) -> int | None:
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return None
+    return max(
+        (json.loads(line).get("iteration", 0) for line in path.read_text().splitlines()), default=0
+    )
+
+
+def packed(scores: Scores) -> dict[str, Any]:
+    """Returns the scores of each kind in the order of its questions: a string of 0 and 1, or a list
+    where others are among them."""
+    found: dict[str, Any] = {}
+    for key, of_key in sorted(scores.items()):
+        values = [of_key[index] for index in sorted(of_key)]
+        plain = set(values) <= {0.0, 1.0}
+        found[key] = "".join(str(int(value)) for value in values) if plain else values
+    return found
+
+
+def scores_of(record: Record) -> Scores:
+    """Returns the scores of a record, by the number of a question in its kind."""
+    return {
+        key: {number: float(value) for number, value in enumerate(values)}
+        for key, values in record["scores"].items()
+    }
+
+
+def read_records(out: Path, read: Callable[[Path], Record]) -> Seeds:
+    """Reads the records of all finished runs of a comparison.
+
+    Args:
+        out: the comparison's folder.
+        read: a run's folder -> its record.
+
+    Raises:
+        SystemExit: a seed is there twice, seeds were asked different questions, or the same run is
+            longer in one of them.
+    """
+    found: dict[str, dict[str, Record]] = {}
+    for done in sorted((*out.glob(f"seed*/*/{ANSWERS}"), *out.glob(f"seed*/*/*/{ANSWERS}"))):
+        seed, run = done.relative_to(out).parts[0], done.parent
+        found.setdefault(seed, {})[run.relative_to(out / seed).as_posix()] = read(run)
+    asked = {seed: _questions(out) for seed in found}
+    for path in sorted(out.glob("seed*.json")):
+        if path.stem in found:
+            raise SystemExit(f"error: {path}: the folder {path.stem} is there as well; remove one")
+        kept = json.loads(path.read_text())
+        found[path.stem], asked[path.stem] = kept["runs"], kept["questions"]
+    _check_alike(out, found, asked)
+    return dict(sorted(found.items(), key=lambda item: int(item[0].removeprefix("seed"))))
+
+
+def _check_alike(out: Path, seeds: Seeds, asked: Mapping[str, str | None]) -> None:
+    first = next(iter(seeds), "")
+    for seed, questions in asked.items():
+        if questions != asked[first]:
+            raise SystemExit(
+                f"error: {out}: {first} and {seed} were asked different questions, or "
+                "data/valid.jsonl is gone; make their data with the same flags"
+            )
+    lengths: dict[str, tuple[str, int]] = {}
+    for seed, runs in seeds.items():
+        for name, record in runs.items():
+            if (length := record["iterations"]) is None:
+                continue
+            other, expected = lengths.setdefault(name, (seed, length))
+            if length != expected:
+                raise SystemExit(
+                    f"error: {out}: {name} has {length} steps in {seed} and {expected} in {other}; "
+                    "a table needs seeds of one length"
+                )
+
+
+def _questions(out: Path) -> str | None:
+    """Returns a digest of the held-out questions; None if they are gone."""
+    path = out / "data" / "valid.jsonl"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def keep(out: Path, read: Callable[[Path], Record], target: Path) -> None:
+    """Writes the records of every seed into a file of `target`, seedN.json.
+
+    Raises:
+        SystemExit: as in `read_records`, or `target` is `out`.
+    """
+    if target.resolve() == out.resolve():
+        raise SystemExit(f"error: --keep {target} is the folder of the runs; give another")
+    target.mkdir(parents=True, exist_ok=True)
+    for seed, runs in read_records(out, read).items():
+        source = out / f"{seed}.json"
+        kept = json.loads(source.read_text())["questions"] if source.exists() else _questions(out)
+        lines = [f" {json.dumps(name)}: {json.dumps(record)}" for name, record in runs.items()]
+        text = f'{{"questions": {json.dumps(kept)}, "runs": {{\n' + ",\n".join(lines) + "\n}}\n"
+        (target / f"{seed}.json").write_text(text)
