@@ -1,8 +1,8 @@
 """Records of finished runs: what a comparison's table reads of each.
 
 A record is read from the run's folder, `out`/seedN/RUN, or from `out`/seedN.json, in which `keep`
-has put those of a whole seed. So seeds can be trained on machines that share no disk: copy the
-files of the others beside the folders, and one table shows them all.
+has put those of a seed. So seeds, and arms that begin at nothing, can be trained on machines that
+share no disk: copy the files of the others beside the folders, and one table shows them all.
 """
 
 from __future__ import annotations
@@ -62,30 +62,34 @@ def read_records(out: Path, read: Callable[[Path], Record]) -> Seeds:
         read: a run's folder -> its record.
 
     Raises:
-        SystemExit: a seed is there twice, seeds were asked different questions, or the same run is
-            longer in one of them.
+        SystemExit: a run is there twice, runs were asked different questions, or the same run is
+            longer in one of the seeds.
     """
     found: dict[str, dict[str, Record]] = {}
+    asked: dict[str, str | None] = {}
     for done in sorted((*out.glob(f"seed*/*/{ANSWERS}"), *out.glob(f"seed*/*/*/{ANSWERS}"))):
         seed, run = done.relative_to(out).parts[0], done.parent
         found.setdefault(seed, {})[run.relative_to(out / seed).as_posix()] = read(run)
-    asked = {seed: _questions(out) for seed in found}
+        asked["the folder"] = _questions(out)
     for path in sorted(out.glob("seed*.json")):
-        if path.stem in found:
-            raise SystemExit(f"error: {path}: the folder {path.stem} is there as well; remove one")
-        kept = json.loads(path.read_text())
-        found[path.stem], asked[path.stem] = kept["runs"], kept["questions"]
+        kept, there = json.loads(path.read_text()), found.setdefault(path.stem, {})
+        if twice := sorted(there.keys() & kept["runs"].keys()):
+            raise SystemExit(
+                f"error: {path}: {twice[0]} is in the folder {path.stem} as well; remove one"
+            )
+        there.update(kept["runs"])
+        asked[path.name] = kept["questions"]
     _check_alike(out, found, asked)
     return dict(sorted(found.items(), key=lambda item: int(item[0].removeprefix("seed"))))
 
 
 def _check_alike(out: Path, seeds: Seeds, asked: Mapping[str, str | None]) -> None:
-    first = next(iter(seeds), "")
-    for seed, questions in asked.items():
+    first = next(iter(asked), "")
+    for source, questions in asked.items():
         if questions != asked[first]:
             raise SystemExit(
-                f"error: {out}: {first} and {seed} were asked different questions, or "
-                "data/valid.jsonl is gone; make their data with the same flags"
+                f"error: {out}: the runs of {first} and {source} were asked different questions, "
+                "or data/valid.jsonl is gone; make their data with the same flags"
             )
     lengths: dict[str, tuple[str, int]] = {}
     for seed, runs in seeds.items():
@@ -114,10 +118,11 @@ def keep(out: Path, read: Callable[[Path], Record], target: Path) -> None:
     """
     if target.resolve() == out.resolve():
         raise SystemExit(f"error: --keep {target} is the folder of the runs; give another")
+    seeds = read_records(out, read)
+    files = [json.loads(path.read_text())["questions"] for path in sorted(out.glob("seed*.json"))]
+    questions = files[0] if files else _questions(out)  # all the same, as has been checked
     target.mkdir(parents=True, exist_ok=True)
-    for seed, runs in read_records(out, read).items():
-        source = out / f"{seed}.json"
-        kept = json.loads(source.read_text())["questions"] if source.exists() else _questions(out)
+    for seed, runs in seeds.items():
         lines = [f" {json.dumps(name)}: {json.dumps(record)}" for name, record in runs.items()]
-        text = f'{{"questions": {json.dumps(kept)}, "runs": {{\n' + ",\n".join(lines) + "\n}}\n"
-        (target / f"{seed}.json").write_text(text)
+        head = f'{{"questions": {json.dumps(questions)}, "runs": {{\n'
+        (target / f"{seed}.json").write_text(head + ",\n".join(lines) + "\n}}\n")

@@ -73,9 +73,12 @@ def test_a_table_of_kept_seeds_is_that_of_their_folders(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("other", "expected"),
     [
-        ({"questions": "others"}, "seed1 and seed2 were asked different questions"),
+        (
+            {"questions": "others"},
+            "the runs of the folder and seed2.json were asked different questions",
+        ),
         ({"steps": 9}, "one/grpo has 9 steps in seed2 and 7 in seed1; a table needs seeds of one"),
-        ({"seed": 1}, "the folder seed1 is there as well; remove one"),
+        ({"seed": 1}, "seed1.json: base is in the folder seed1 as well; remove one"),
     ],
 )
 def test_seeds_that_do_not_belong_together(tmp_path, other, expected):
@@ -85,6 +88,18 @@ def test_seeds_that_do_not_belong_together(tmp_path, other, expected):
     assert compare_arms.main(command) == 0
     with pytest.raises(SystemExit, match=expected):
         compare_arms.main(["earl", "--table", "--out", str(tmp_path / "a")])
+
+
+def test_other_arms_of_a_seed_join_it(tmp_path):
+    write_seed(tmp_path / "a" / "tiny", 1)
+    write_seed(tmp_path / "b" / "tiny", 1)
+    whole = earl_table.summary(tmp_path / "a" / "tiny")
+    shutil.rmtree(tmp_path / "a" / "tiny" / "seed1" / "one")
+    shutil.rmtree(tmp_path / "b" / "tiny" / "seed1" / "sft")
+    shutil.rmtree(tmp_path / "b" / "tiny" / "seed1" / "base")
+    command = ["earl", "--table", "--out", str(tmp_path / "b"), "--keep", str(tmp_path / "a")]
+    assert compare_arms.main(command) == 0
+    assert earl_table.summary(tmp_path / "a" / "tiny") == whole and whole["one"]
 
 
 def test_records_are_not_kept_among_the_runs(tmp_path):
