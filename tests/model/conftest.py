@@ -38,6 +38,19 @@ def own_moe_state():
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
+@pytest.fixture(scope="module")
+def new_letter():
+    """The letter of support/new_letter.py. It goes when the module is done: other tests list the
+    letters."""
+    from megatron_mm.config.layers.kinds import LAYERS
+    from support.new_letter import MLP
+
+    parts = dict(LAYERS._parts)
+    LAYERS.register("M", MLP)
+    yield
+    LAYERS._parts = parts
+
+
 class Double(TorchFunctionMode):
     """Where either side asks for fp32, it gets fp64."""
 

@@ -1,27 +1,21 @@
-"""A letter of one's own: everything that a new kind of layer needs stands in this file.
-
-`M` is a gated MLP in the place of the experts. It is registered here and nowhere else; training,
-recomputation, checkpoints, layouts, decoding, planning, counting, settings and LoRA know it.
+"""A letter of one's own, that of `support/new_letter.py`, is registered here and nowhere else:
+training, recomputation, checkpoints, layouts, decoding, planning, counting, settings and LoRA know
+it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from megatron_mm.checkpoint import sharded
 from megatron_mm.config import (
     ConfigError,
     LoraConfig,
-    ModelConfig,
     RunConfig,
     dump_yaml,
     load,
@@ -30,21 +24,15 @@ from megatron_mm.config import (
     validate,
 )
 from megatron_mm.config.cost import costs
-from megatron_mm.config.fields import PositiveInt
-from megatron_mm.config.layers.counting import Counter
-from megatron_mm.config.layers.kinds import LAYERS, LayerKind
-from megatron_mm.config.rules import divides
+from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.convert import hf_model, parity, to_hf
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
-from megatron_mm.model.families.rows import layer_row
 from megatron_mm.model.layers import interface
-from megatron_mm.model.layers.interface import BuildContext, torch_half
 from megatron_mm.model.layers.lora import is_adapter
 from megatron_mm.model.multimodal import build
-from megatron_mm.parallel.param_layout import normal
 from megatron_mm.perf.flops import executed_flops, total
 from megatron_mm.perf.pieces import trace_pieces
 from megatron_mm.train.sft import SupervisedFineTuning
@@ -53,118 +41,13 @@ from support.checkpoint_runs import create, tiny_run, train, whole
 from support.folders import assert_same, read_all, save_fused, to_checkpoint, to_folder
 from support.invariance import invariance_run
 from support.layouts import parallel_config, step_gradients
+from support.new_letter import MLP, PATTERN, MLPSettings, mlp_width, on_rank, with_mlp
 from support.planned_layouts import layout_run, measure, planned, the_batch
 from support.slow_generate import generate as slow_generate
 from support.trainers import digits_run, new_trainer
 from support.weights import random_engine
 
-PATTERN = "GM *E GE L J *M"
-
-# ---- the letter
-
-
-@dataclass
-class MLPSettings:
-    mlp_hidden_size: PositiveInt = 44
-    """Width of the gated MLP between its linears."""
-
-
-class GatedMLP(nn.Module):
-    """(silu(x W_gate^T) * x W_up^T) W_down^T"""
-
-    State = None
-
-    def __init__(self, given: BuildContext):
-        super().__init__()
-        hidden, width = given.config.hidden_size, given.settings.mlp_hidden_size
-        common = {"config": given.config, "tp": given.pg.tp}
-        for name in ("linear_gate", "linear_up"):
-            linear = given.backend.column(hidden, width, init=normal(given.std), **common)
-            self.add_module(name, linear)
-        self.linear_down = given.backend.row(width, hidden, init=normal(given.out_std), **common)
-
-    @classmethod
-    def build(cls, given: BuildContext) -> GatedMLP:
-        return cls(given)
-
-    def run(self, hidden_t1H: torch.Tensor, context: Any, state: None) -> torch.Tensor:
-        gate, up = self.linear_gate(hidden_t1H)[0], self.linear_up(hidden_t1H)[0]
-        return self.linear_down(F.silu(gate) * up)[0]
-
-
-def mlp_width(run: RunConfig) -> int:
-    return run.model.layer_settings("M").mlp_hidden_size
-
-
-def mlp_flops(counter: Counter) -> bool:
-    hidden, width = counter.run.model.language.hidden_size, mlp_width(counter.run)
-    rows, given = counter.work.tokens, counter.normed()
-    flows = [counter.linear("mlp", (hidden, width), rows, flows=given) for _ in ("gate", "up")]
-    return counter.linear("mlp", (width, hidden), rows, flows=any(flows), adapter=True)
-
-
-def mlp_check(run: RunConfig) -> None:
-    tp = run.parallel.tensor_model_parallel_size
-    divides("mlp_hidden_size", mlp_width(run), "tensor_model_parallel_size", tp)
-
-
-# ---- its words and names in transformers, whose Qwen3-Next has such layers
-
-
-def mlp_words(model: ModelConfig) -> dict[str, Any]:
-    layers = parse_pattern(model.hybrid_layer_pattern)
-    return {
-        "mlp_only_layers": [layer.number for layer in layers if layer.kind == "M"],
-        "intermediate_size": model.layer_settings("M").mlp_hidden_size,
-    }
-
-
-HF_ROWS = (
-    layer_row("mlp.norm.weight", "post_attention_layernorm.weight"),
-    *(
-        layer_row(f"mlp.inner.linear_{name}.weight", f"mlp.{name}_proj.weight")
-        for name in ("gate", "up", "down")
-    ),
-)
-MLP = LayerKind(
-    letter="M",
-    title="gated MLP",
-    role="ffn",
-    key="mlp",
-    module=f"{__name__}.GatedMLP",
-    flops=mlp_flops,
-    settings=MLPSettings,
-    check=mlp_check,
-    recompute="moe",
-    lora=("linear_down",),
-    hf_rows=f"{__name__}.HF_ROWS",
-    hf_config=mlp_words,
-    hf_keys=("mlp_only_layers", "intermediate_size"),
-    hf_claims=lambda config, layer: layer in (config.get("mlp_only_layers") or ()),
-    hf_settings=lambda config: {"mlp_hidden_size": config["intermediate_size"]},
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    """In this process the letter goes when the module is done: other tests list the letters."""
-    parts = dict(LAYERS._parts)
-    LAYERS.register("M", MLP)
-    yield
-    LAYERS._parts = parts
-
-
-def on_rank(function: Callable, *args):
-    """Registers the letter as a plug-in would, once per process; ranks live on."""
-    LAYERS.register("M", MLP)
-    return function(*args)
-
-
-def with_mlp(run: RunConfig, pattern: str = PATTERN, width: int = 40) -> RunConfig:
-    """The run with this pattern, and a width that is not the default."""
-    run.model = replace(run.model, hybrid_layer_pattern=pattern, layers={"M": MLPSettings(width)})
-    return run
-
+pytestmark = pytest.mark.usefixtures("new_letter")
 
 # ---- settings
 
@@ -193,28 +76,6 @@ def test_its_settings_are_checked():
         validate(run)
     with pytest.raises(ConfigError, match="--mlp-hidden-size is 'x'; allowed: int"):
         load(None, ["--preset", "tiny", "--hybrid-layer-pattern", "GM*E", "--mlp-hidden-size", "x"])
-
-
-@dataclass
-class Clashing:
-    hidden_size: PositiveInt = 3
-
-
-def test_a_setting_whose_name_is_taken_is_refused(monkeypatch):
-    kind = replace(MLP, letter="Q", settings=Clashing)
-    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": kind})
-    with pytest.raises(ConfigError, match=r"layers.Q.hidden_size has the name of model.language.h"):
-        load(None, ["--preset", "tiny"])
-
-
-def test_a_layer_that_reads_the_memory_needs_one(monkeypatch):
-    """Sides are dropped where there is nothing to see; a numbered layer cannot be."""
-    kind = replace(MLP, letter="Q", reads_memory=True, settings=None, check=lambda run: None)
-    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": kind})
-    run = small_run("GQ L J", vision_memory="none")
-    run.model.language.num_experts = 8
-    with pytest.raises(ConfigError, match="vision_memory is 'none'; allowed: another one with Q"):
-        validate(run)
 
 
 def test_the_pattern_knows_it():
@@ -419,63 +280,6 @@ def test_lora_adapts_the_linears_that_it_names(pg):
     }
 
 
-# ---- what is refused
-
-
-class Unrunnable(nn.Module):
-    State, build = None, GatedMLP.build
-
-
-def test_a_kind_without_a_part_is_named():
-    with pytest.raises(TypeError, match="'flops'"):
-        LayerKind(letter="Q", title="nothing", role="ffn", key="nothing")
-    for options, words in (
-        ({"role": "side"}, "letter Q: role is 'side' and pair is None"),
-        ({"pair": "opens"}, "letter Q: role is 'ffn' and pair is 'opens'"),
-        ({"module": None}, "letter Q: module is None; allowed: the dotted path"),
-        ({"role": "head"}, "letter Q: role is 'head'; allowed: mixer, ffn, side"),
-        ({"recompute": "all"}, "letter Q: recompute is 'all'; allowed: moe, None"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            replace(MLP, **{"letter": "Q"} | options)
-
-
-@pytest.mark.parametrize(
-    ("letter", "part", "words"),
-    [
-        ("Q", replace(MLP, letter="P"), "letter 'Q' is registered with a kind of letter P"),
-        ("|", replace(MLP, letter="|"), "letter '|'; allowed: one character"),
-        ("QQ", MLP, "letter 'QQ'; allowed: one character"),
-        ("E", replace(MLP, letter="E"), "letter 'E' is registered twice"),
-    ],
-)
-def test_letters_that_cannot_be_registered(letter, part, words):
-    with pytest.raises(ConfigError) as error:
-        LAYERS.register(letter, part)
-    assert words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_part_that_is_no_kind_is_named(monkeypatch):
-    monkeypatch.setattr(LAYERS, "_parts", LAYERS._parts | {"Q": object()})
-    with pytest.raises(ConfigError, match="letter Q has no `letter`; it needs letter, title, role"):
-        parse_pattern("GE")
-
-
-@pytest.mark.parametrize(
-    ("module", "words"),
-    [
-        (f"{__name__}.Unrunnable", "layer Q (gated MLP): {} has no `run`; it needs build, run"),
-        (f"{__name__}.MLPSettings", "has no `build`"),
-        (f"{__name__}.Nothing", "layer Q (gated MLP): {} cannot be imported: AttributeError"),
-        ("no.such.module", "layer Q (gated MLP): {} cannot be imported: ModuleNotFoundError"),
-    ],
-)
-def test_a_torch_half_without_a_part_is_named(module, words):
-    with pytest.raises(ConfigError) as error:
-        torch_half(replace(MLP, letter="Q", module=module))
-    assert words.format(module) in str(error.value) and "\n" not in str(error.value)
-
-
 def test_the_example_of_the_readme_is_a_plug_in(tmp_path, monkeypatch):
     parts = {letter: kind for letter, kind in LAYERS._parts.items() if letter != "M"}
     monkeypatch.setattr(LAYERS, "_parts", parts)
@@ -489,15 +293,6 @@ def test_the_example_of_the_readme_is_a_plug_in(tmp_path, monkeypatch):
     assert run.model.layers["M"].mlp_hidden_size == 512
     rows, hidden = run.data.seq_length, run.model.language.hidden_size
     assert costs(run).letters["M"] == 3 * 2 * rows * hidden * 512
-
-
-def test_a_plug_in_with_half_a_letter_is_named(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "half_a_letter.py").write_text(
-        "from megatron_mm.config.layers.kinds import LayerKind\nLayerKind(letter='R', title='r')"
-    )
-    with pytest.raises(ConfigError, match=r"plugins\[0\] half_a_letter .* 'role', 'key', and"):
-        load(None, ["--plugins", "half_a_letter"])
 
 
 # ---- conversion
