@@ -14,7 +14,10 @@ from megatron_mm.config.settings import MODULES
 # Settings that decide what is computed, on any machine.
 SAME = {
     "model": None,  # all of it
-    "data": ("seq_length", "packing", "max_num_tiles", "max_image_tokens", "use_thumbnail"),
+    "data": (
+        *("seq_length", "packing", "max_pack_tiles"),
+        *("max_num_tiles", "max_image_tokens", "use_thumbnail"),
+    ),
     "training": (
         *("objective", "global_batch_size", "bf16"),
         *(f"freeze_{module}" for module in MODULES),

@@ -7,6 +7,7 @@ only sums, so every layout gives the same.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -83,9 +84,9 @@ def _plan(run: RunConfig, questions: EvalSet) -> tuple[list[list[int]], list[str
     """Returns the rows of each microbatch, no more than training has in one, and why rows were
     left out."""
     rows = run.training.micro_batch_size
-    tokens = rows * run.data.seq_length
+    tokens, tiles = rows * run.data.seq_length, run.data.max_pack_tiles or math.inf
     chunks: list[list[int]] = []
-    filled, left_out = 0, []
+    filled, seen, left_out = 0, 0, []
     for index in range(len(questions)):
         try:
             size = questions.answered_size(index)
@@ -94,12 +95,15 @@ def _plan(run: RunConfig, questions: EvalSet) -> tuple[list[list[int]], list[str
             continue
         if size is None:
             continue
-        packing = run.data.packing
-        if not chunks or (filled + size.tokens > tokens if packing else len(chunks[-1]) == rows):
+        if run.data.packing:
+            full = filled + size.tokens > tokens or seen + size.tiles > tiles
+        else:
+            full = bool(chunks) and len(chunks[-1]) == rows
+        if not chunks or full:
             chunks.append([])
-            filled = 0
+            filled, seen = 0, 0
         chunks[-1].append(index)
-        filled += size.tokens
+        filled, seen = filled + size.tokens, seen + size.tiles
     return chunks, left_out
 
 

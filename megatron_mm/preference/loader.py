@@ -32,7 +32,7 @@ class PairReader(Reader):
 
 class PairBins(InOrder):
     """Sampler of a fixed number of pairs a step, in as few microbatches of at most `capacity`
-    tokens as they come to. State: `consumed_samples`.
+    tokens and `most_tiles` as they come to. State: `consumed_samples`.
 
     Args:
         pairs: of a step of the whole job.
@@ -49,9 +49,10 @@ class PairBins(InOrder):
         multiple: int,
         measure: Callable[[int], Size | str],
         skip_bad: bool,
+        most_tiles: int | None,
     ) -> None:
         super().__init__(order, pairs, 1)
-        self._capacity, self._multiple = capacity, multiple
+        self._capacity, self._multiple, self._most_tiles = capacity, multiple, most_tiles
         self._measure, self._skip_bad = measure, skip_bad
 
     def next_step(self) -> Step:
@@ -66,7 +67,8 @@ class PairBins(InOrder):
             raise DataError(skipped[0])
         sizes = {n: size for n, size in found.items() if isinstance(size, Size)}
         numbers = [*sizes]
-        bins = token_bins([sizes[n].tokens for n in numbers], self._capacity)
+        tokens, tiles = ([sizes[n][part] for n in numbers] for part in (0, 1))
+        bins = token_bins(tokens, self._capacity, tiles, self._most_tiles)
         bins += [[] for _ in range(-max(len(bins), 1) % self._multiple + (not bins))]
         microbatches = [[numbers[i] for i in inside] for inside in bins]
         loads = [
@@ -144,6 +146,7 @@ class PairLoader(TrainLoader):
             self._size * rounds,
             self._sizes,
             self._skip_bad,
+            run.data.max_pack_tiles,
         )
 
     def _join(self, made: Sequence[Pair], skipped: list[str]) -> CompletionBatch:

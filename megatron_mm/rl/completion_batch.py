@@ -9,6 +9,7 @@ Shapes: T stream, N completions of a microbatch, G tokens of one, L layers of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -138,19 +139,30 @@ def per_completion(
     return [found[n] for n in range(len(found))]
 
 
-def token_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Returns the indices of samples in bins of at most `capacity` tokens. Each goes into the first
-    bin with room, so that neighbours (completions of one prompt, whose images are then computed
-    once) stay together. A sample longer than that has a bin to itself."""
+def token_bins(
+    lengths: Sequence[int],
+    capacity: int,
+    tiles: Sequence[int] | None = None,
+    most_tiles: int | None = None,
+) -> list[list[int]]:
+    """Returns the indices of samples in bins of at most `capacity` tokens and `most_tiles`. Each
+    goes into the first bin with room, so that neighbours (completions of one prompt, whose images
+    are then computed once) stay together. A sample beyond that has a bin to itself.
+
+    Args:
+        tiles: of each sample; none without `most_tiles`.
+    """
     bins: list[list[int]] = []
-    free: list[int] = []
+    free: list[list[float]] = []  # tokens and tiles
     for index, length in enumerate(lengths):
-        place = next((b for b, left in enumerate(free) if left >= length), len(bins))
+        taken = (length, 0 if most_tiles is None or tiles is None else tiles[index])
+        fits = (all(a >= b for a, b in zip(left, taken, strict=True)) for left in free)
+        place = next((b for b, fit in enumerate(fits) if fit), len(bins))
         if place == len(bins):
             bins.append([])
-            free.append(capacity)
+            free.append([capacity, math.inf if most_tiles is None else most_tiles])
         bins[place].append(index)
-        free[place] -= length
+        free[place] = [a - b for a, b in zip(free[place], taken, strict=True)]
     return bins
 
 

@@ -48,6 +48,24 @@ def names(batches):
     return [name for batch in batches for m in batch for name in m.samples]
 
 
+def test_a_pack_has_no_more_tiles_than_allowed(packing, tokenizer):
+    """Two images in one row have up to 3 + 1 tiles each."""
+    free = [m.num_tiles for m in loader(packing, tokenizer).next_batch()]
+    most = max(free) - 1
+    packing.data.max_pack_tiles = most
+    made = loader(packing, tokenizer)
+    for _ in range(3):
+        assert max(m.num_tiles for m in made.next_batch()) <= most
+    packing.data.max_pack_tiles = 1
+    with pytest.raises(DataError) as error:
+        loader(packing, tokenizer).next_batch()
+    where, _, said = str(error.value).partition(": ")
+    assert where.startswith(packing.data.train_data[0].path) and "\n" not in said
+    assert said.endswith(
+        " image tiles, max_pack_tiles is 1; raise it, or lower max_num_tiles or max_image_tokens"
+    )
+
+
 def test_what_is_in_a_pack(packing, tokenizer):
     made = loader(packing, tokenizer)
     batch = made.next_batch()

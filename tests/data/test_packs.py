@@ -21,10 +21,10 @@ def trace():
     return traces.read()
 
 
-def plan(sizes, packs, samples=None, skip_bad=False, seed=0):
+def plan(sizes, packs, samples=None, skip_bad=False, seed=0, most_tiles=None):
     """Over `sizes` in shuffled epochs. `samples`: how many in all, default endless."""
     order = Order([PhaseSize(([RowGroup(len(sizes), 0)],), (1.0,), samples)], seed)
-    return Packed(order, packs, CAPACITY, lambda n: sizes[order.row(n)[2]], skip_bad)
+    return Packed(order, packs, CAPACITY, lambda n: sizes[order.row(n)[2]], skip_bad, most_tiles)
 
 
 def epoch(sizes, packs):
@@ -83,8 +83,38 @@ def test_fewer_microbatches_a_rank_are_even_on_average(trace):
     assert np.mean(worst) <= 1.15
 
 
-def test_every_sample_is_trained_on_once_and_none_waits_long(trace):
-    made, seen, waited, taken = plan(trace, 16, len(trace)), [], {}, []
+@pytest.fixture(scope="module")
+def short(trace):
+    """The trace with an eighth of the tokens: images whose thumbnail alone stands in the stream."""
+    return [Size(-(-size.tokens // 8), size.tiles) for size in trace]
+
+
+@pytest.mark.parametrize("share", [1.0, 1.5])
+def test_packs_hold_no_more_tiles_than_allowed(short, share):
+    """Nor does any row wait for ever, also if one alone has as many as are allowed. Packs are then
+    full of tiles, but for less than a tenth on average."""
+    most = int(share * max(size.tiles for size in short))
+    assert min(load.tiles for step in epoch(short, 4)[:3] for load in step.loads) > most
+    made, seen, filled = plan(short, 16, len(short), most_tiles=most), [], []
+    while len(seen) < len(short):
+        step = made.next_step()
+        assert max(load.tiles for load in step.loads) <= most
+        assert max(load.tokens for load in step.loads) <= CAPACITY
+        seen += [n for numbers in step.microbatches for n in numbers]
+        filled.append(np.mean([load.tiles / most for load in step.loads]))
+    assert sorted(seen) == list(range(len(short)))
+    assert np.mean(filled[: len(filled) // 2]) > 0.9
+
+
+def test_a_limit_that_binds_nothing_changes_nothing(trace):
+    unlimited, limited = plan(trace, 8), plan(trace, 8, most_tiles=10**6)
+    assert [unlimited.next_step() for _ in range(5)] == [limited.next_step() for _ in range(5)]
+
+
+@pytest.mark.parametrize("most_tiles", [None, 31])  # of the trace's heaviest row
+def test_every_sample_is_trained_on_once_and_none_waits_long(trace, most_tiles):
+    made = plan(trace, 16, len(trace), most_tiles=most_tiles)
+    seen, waited, taken = [], {}, []
     for number in range(10**4):
         try:
             step = made.next_step()
@@ -118,6 +148,8 @@ def test_the_worst_buffer_still_lets_everyone_in():
 
 def test_small_cases_by_hand():
     sizes = [Size(5, 0), Size(6, 3), Size(4, 2), Size(3, 0), Size(2, 0), Size(2, 1)]
+    assert all(sum(sizes[i].tiles for i in bin_) <= 3 for bin_ in pack(sizes, 2, 10, 3))
+    assert sum(map(len, pack([Size(2, 2)] * 5, 2, 10, 4))) == 4  # two a bin, of five that fit
     # 22 tokens for two bins of 10: the first three (15) are placed, then 3, 2 (18) too. The
     # image of 6 goes to the empty bin, the one of 4 to the bin of fewer tiles: with the text
     # of 5. What is left fills 4 and 1.

@@ -17,7 +17,8 @@ from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import Rows
 from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
-from megatron_mm.evaluation.held_out import held_out_losses, mean_loss
+from megatron_mm.evaluation.held_out import _plan, held_out_losses, mean_loss
+from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.evaluation.scoring import result_key
 from megatron_mm.parallel import groups
 from megatron_mm.report.metrics_log import read_metrics
@@ -71,6 +72,22 @@ def _logits(predictions, *_, **__):
 @pytest.fixture(scope="module")
 def slow_losses(ranks, scenes):
     return ranks(1, on_rank_slow_losses, held_out_run(scenes))[0]
+
+
+def test_packs_of_held_out_rows_have_no_more_tiles_than_allowed(scenes):
+    """A scene has 10 tiles; a row that exceeds the limit is read alone."""
+    tokenizer = load_tokenizer(str(scenes / "tokenizer.model"))
+
+    def counts(most: int | None) -> list[int]:
+        run = held_out_run(scenes, packing=True, micro_batch_size=4)
+        run.data.max_pack_tiles = most
+        questions = EvalSet(run.data.valid_data, run, tokenizer)
+        chunks, left_out = _plan(run, questions)
+        assert not left_out and sorted(i for c in chunks for i in c) == [*range(len(questions))]
+        return [sum(questions.answered_size(i).tiles for i in chunk) for chunk in chunks]
+
+    assert max(counts(None)) > 20
+    assert max(counts(20)) == 20 and {*counts(5)} == {10}
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["rows", "packing"])

@@ -138,6 +138,18 @@ def test_packing_keeps_the_pairs_of_a_step(scenes, rows):
         assert len(names) == len({*names}) == 8
 
 
+def test_packs_of_pairs_have_no_more_tiles_than_allowed(scenes, rows):
+    """A scene has 10 tiles."""
+    run = pairs_run(scenes, rows, packing=True, micro_batch_size=4)
+    free = loader(run).next_batch()
+    assert max(batch.num_tiles for batch in free) > 10
+    run.data.max_pack_tiles = 19
+    batches = loader(run).next_batch()
+    assert max(batch.num_tiles for batch in batches) == 10
+    names = [[name for batch in found for name in batch.samples] for found in (free, batches)]
+    assert sorted(names[0]) == sorted(names[1])
+
+
 def test_images_of_a_pair_are_encoded_once(scenes, rows):
     """A scene has 10 tiles, the last of which, its thumbnail, stands in the stream of each side."""
     (batch,) = loader(pairs_run(scenes, rows, micro_batch_size=8)).next_batch()

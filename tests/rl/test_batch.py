@@ -90,6 +90,8 @@ def test_bins_hold_what_fits_and_keep_neighbours_together():
     assert token_bins([6, 4, 2, 4], 8) == [[0, 2], [1, 3]]
     assert token_bins([20, 3], 8) == [[0], [1]]
     assert token_bins([], 8) == []
+    assert token_bins([1, 1, 1, 1], 8, [2, 3, 1, 9], 4) == [[0, 2], [1], [3]]
+    assert token_bins([6, 4, 2], 8, [0, 0, 5], 5) == [[0, 2], [1]]
 
 
 def test_bins_of_names_hold_their_own():

@@ -95,7 +95,8 @@ class TrainLoader:
         total, size = self.num_microbatches * self._size, run.training.micro_batch_size
         if run.data.packing:
             capacity = size * run.data.seq_length
-            return Packed(self._order, total, capacity, self._sizes, self._skip_bad)
+            most = run.data.max_pack_tiles
+            return Packed(self._order, total, capacity, self._sizes, self._skip_bad, most)
         return InOrder(self._order, total, size)
 
     @property

@@ -8,6 +8,7 @@ its most loaded rank. `spread` assigns the bins to ranks; only it depends on the
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,11 +16,13 @@ import numpy as np
 from megatron_mm.data.sample import Size
 
 
-def pack(sizes: Sequence[Size], num_bins: int, capacity: int) -> list[list[int]]:
+def pack(
+    sizes: Sequence[Size], num_bins: int, capacity: int, most_tiles: int | None = None
+) -> list[list[int]]:
     """Returns bins of indices into `sizes`, each in increasing order.
 
-    No bin exceeds `capacity` tokens and no index occurs twice. The first sample is always placed,
-    so every sample reaches the head of the buffer and none waits for ever.
+    No bin exceeds `capacity` tokens or `most_tiles`, and no index occurs twice. The first sample is
+    always placed, so every sample reaches the head of the buffer and none waits for ever.
 
     1. The samples that have waited longest, about as many as the bins hold, are placed in
        decreasing length: those with images into the bin with the fewest tiles, text into the
@@ -28,12 +31,15 @@ def pack(sizes: Sequence[Size], num_bins: int, capacity: int) -> list[list[int]]
        only while it has fewer tiles than the mean.
 
     Args:
-        sizes: sizes of the buffer's samples, longest waiting first, of 1 to `capacity` tokens.
+        sizes: sizes of the buffer's samples, longest waiting first, of 1 to `capacity` tokens and
+            at most `most_tiles`.
+        most_tiles: None: only the tokens count.
     """
     tokens = np.array([size.tokens for size in sizes], dtype=np.int64)
     tiles = np.array([size.tiles for size in sizes], dtype=np.int64)
     free = np.full(num_bins, capacity, dtype=np.int64)
     load = np.zeros(num_bins, dtype=np.int64)
+    most = int(tiles.sum()) if most_tiles is None else most_tiles
     bins: list[list[int]] = [[] for _ in range(num_bins)]
 
     def place(index: int, chosen: int) -> None:
@@ -41,34 +47,49 @@ def pack(sizes: Sequence[Size], num_bins: int, capacity: int) -> list[list[int]]
         free[chosen] -= tokens[index]
         load[chosen] += tiles[index]
 
-    first = int(np.searchsorted(np.cumsum(tokens), num_bins * capacity, side="right"))
+    held = [
+        np.searchsorted(np.cumsum(of_each), num_bins * limit, side="right")
+        for of_each, limit in ((tokens, capacity), (tiles, most))
+    ]
+    first = int(min(held))
     eldest = sorted(range(1, first), key=lambda i: (-tokens[i], i))
     left = list(range(max(first, 1), len(sizes)))
     for index in [0, *eldest] if len(sizes) else []:
-        room = np.flatnonzero(free >= tokens[index])
+        room = np.flatnonzero((free >= tokens[index]) & (load + tiles[index] <= most))
         if not len(room):
             left.append(index)
             continue
         # Among equals the fullest bin; lexsort's last key is the primary one.
         keys = (free[room], load[room]) if tiles[index] else (load[room], free[room])
         place(index, int(room[np.lexsort(keys)[0]]))
-    _fill(tokens, tiles, left, free, load, place)
+    _fill(tokens, tiles, left, free, load, most, place)
     return [sorted(chosen) for chosen in bins]
 
 
-def _fill(tokens, tiles, left, free, load, place) -> None:
+def _fill(tokens, tiles, left, free, load, most, place) -> None:
     """Step 2 of `pack`."""
-    text = sorted((int(tokens[i]), -i) for i in left if not tiles[i])
-    images = sorted((int(tokens[i]), -i) for i in left if tiles[i])
+    pools: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by tiles, ascending in length
+    for length, later in sorted((int(tokens[i]), -i) for i in left):
+        pools[int(tiles[-later])].append((length, later))
+
+    def largest(chosen: int, images: bool) -> tuple[tuple[int, int], int, int] | None:
+        """Returns (sample, its pool, its place there) of the longest that fits into a bin."""
+        limit, room = (int(free[chosen]), 0), most - load[chosen]
+        ends = {n: bisect_right(pools[n], limit) for n in pools if bool(n) == images and n <= room}
+        return max(
+            ((pools[n][end - 1], n, end - 1) for n, end in ends.items() if end), default=None
+        )
+
     target = load.mean()
     for chosen in np.argsort(-free, kind="stable"):
         while True:
-            pools = (images, text) if load[chosen] < target else (text, images)
-            fits = [(pool, bisect_right(pool, (int(free[chosen]), 0))) for pool in pools]
-            pool, end = next(((p, e) for p, e in fits if e), (None, 0))
-            if pool is None:
+            images_first = bool(load[chosen] < target)
+            found = largest(chosen, images_first) or largest(chosen, not images_first)
+            if found is None:
                 break
-            place(-pool.pop(end - 1)[1], int(chosen))
+            (_, later), pool, end = found
+            del pools[pool][end]
+            place(-later, int(chosen))
 
 
 def spread(loads: Sequence[Size], num_ranks: int) -> list[list[int]]:

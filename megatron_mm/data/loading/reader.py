@@ -53,6 +53,7 @@ class Reader:
     ) -> None:
         self.builder = SampleBuilder(run, tokenizer, cache_bytes)
         self._sources, self._labels = sources, labels
+        self._most_tiles = run.data.max_pack_tiles
         self._made_from = (run, tokenizer, sources)
 
     def for_workers(self, number: int) -> tuple[Any, ...]:
@@ -90,7 +91,16 @@ class Reader:
 
     def measure(self, places: Sequence[Place]) -> list[Size | str]:
         """Returns the cost of what `build` makes of each row, or why the row is bad."""
-        return [self._read(self._measured, place) for place in places]
+        return [self._read(self._packable, place) for place in places]
+
+    def _packable(self, row: dict[str, Any], where: str, folder: Path) -> Size:
+        size, most = self._measured(row, where, folder), self._most_tiles
+        if most is not None and size.tiles > most:
+            raise DataError(
+                f"{where}: {size.tiles} image tiles, max_pack_tiles is {most}; raise it, or lower "
+                "max_num_tiles or max_image_tokens"
+            )
+        return size
 
     def _measured(self, row: dict[str, Any], where: str, folder: Path) -> Size:
         return self.builder.measure(row, where, folder)

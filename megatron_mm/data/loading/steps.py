@@ -68,7 +68,7 @@ class InOrder:
 
 
 class Packed:
-    """Sampler that fills microbatches with whole samples up to `capacity` tokens.
+    """Sampler that fills microbatches with whole samples, up to `capacity` tokens and `most_tiles`.
 
     State: `position`, the next sample to read; `held`, the samples read but not yet trained on;
     `consumed_samples`, the number trained on or left out.
@@ -85,9 +85,10 @@ class Packed:
         capacity: int,
         measure: Callable[[int], Size | str],
         skip_bad: bool,
+        most_tiles: int | None = None,
     ) -> None:
         self._order, self._measure, self._skip_bad = order, measure, skip_bad
-        self._count, self._capacity = num_microbatches, capacity
+        self._count, self._capacity, self._most_tiles = num_microbatches, capacity, most_tiles
         spare = max(int(SPARE_SHARE * num_microbatches), MIN_SPARE)
         self._wanted_tokens = (num_microbatches + spare) * capacity
         self._position = 0
@@ -108,7 +109,7 @@ class Packed:
                 "`samples` of the last phase (or leave it out) or lower train_iters"
             )
         sizes = [self._sizes[number] for number in self._held]
-        bins = pack(sizes, self._count, self._capacity)
+        bins = pack(sizes, self._count, self._capacity, self._most_tiles)
         microbatches = [[self._held[i] for i in bin_] for bin_ in bins]
         loads = [
             Size(sum(sizes[i].tokens for i in bin_), sum(sizes[i].tiles for i in bin_))
