@@ -36,10 +36,12 @@ class ExpertScope:
     Attributes:
         clusters_SLE: bool; the skill's experts of each layer.
         skill_t: int64, the skill of each position; -1: none.
+        begins_t: bool; positions that predict the first token of an answer.
     """
 
     clusters_SLE: torch.Tensor
     skill_t: torch.Tensor
+    begins_t: torch.Tensor
 
     @classmethod
     def of(
@@ -54,7 +56,11 @@ class ExpertScope:
                 f"a microbatch of {len(batch.tokens_T)} tokens has no skill_T, which experts in "
                 "scope learn by; label its spans, or train without expert_scope"
             )
-        return cls(clusters_SLE, take(batch.skill_T, shard(len(batch.tokens_T), pg)))
+        learnt_T = batch.loss_mask_T > 0
+        begins_T = learnt_T.clone()
+        begins_T[1:] &= ~learnt_T[:-1]  # the last position of a sample predicts nothing
+        own = shard(len(batch.tokens_T), pg)
+        return cls(clusters_SLE, take(batch.skill_T, own), take(begins_T, own))
 
     def teaches(self, moe_index: int) -> torch.Tensor:
         """Returns bool [t, E]: whether a position teaches an expert of this layer."""

@@ -145,6 +145,9 @@ def test_who_teaches_whom_by_hand():
     skill_T = torch.full((tokens,), -1)
     skill_T[:2] = torch.tensor([0, 1])
     scope = ExpertScope.of(replace(batch, skill_T=skill_T), clusters, alone())
+    learnt = batch.loss_mask_T.tolist()
+    begins = [n for n in range(tokens) if learnt[n] and not (n and learnt[n - 1])]
+    assert begins and scope.begins_t.nonzero().flatten().tolist() == begins
     for layer, expected in enumerate([[[1], []], [[2], [0, 3]]]):
         teaches = scope.teaches(layer)
         assert teaches.shape == (tokens, 4)

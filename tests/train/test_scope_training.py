@@ -105,7 +105,8 @@ def assert_only_clusters_move(answers: list, scope_map, learns: set[str]) -> Non
             may = may_LE[layers.index(name.split(".experts.")[0])]
             assert not (torch.tensor(rows) & ~may).any(), name
     for _, metrics in answers:
-        assert all(0 < step["moe/taught_share"] < 0.5 for step in metrics)
+        for name in ("moe/taught_share", "moe/taught_share_first"):
+            assert all(0 < step[name] < 0.5 for step in metrics), name
 
 
 @pytest.mark.parametrize(("layout", "settings"), CASES, ids=str)

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
 from megatron_mm.model.decode import DecodeCache
-from megatron_mm.model.expert_scope import signed
+from megatron_mm.model.expert_scope import ExpertScope, signed
 from megatron_mm.model.layers.experts import GroupedExperts
 from megatron_mm.model.layers.interface import BuildContext
 from megatron_mm.parallel.param_layout import normal, place
@@ -96,7 +96,7 @@ class MixtureOfExperts(MoELayer):
         )
         self.set_layer_number(layer + 1)
         sizes = [group.size() for group in (pg.tp, pg.ep, pg.expt_tp)]
-        self.teaches_tE: torch.Tensor | None = None  # of the current pass, with an expert scope
+        self.scope: ExpertScope | None = None  # of the current pass
         ours = isinstance(self.experts, GroupedExperts)
         self.alone = ours and max(sizes) == 1
         # With overlap the shared expert leaves its collectives to the dispatcher, and FP8 is in the
@@ -133,13 +133,12 @@ class MixtureOfExperts(MoELayer):
         self.router.router_replay = routing and routing.of_layer(
             index, context.recomputing, context.metrics
         )
-        if context.scope is not None:
-            if not isinstance(self.experts, GroupedExperts):
-                raise ValueError(
-                    f"layer {index} of experts is a {type(self.experts).__name__}, which knows no "
-                    "expert scope; derive it from GroupedExperts, or train without expert_scope"
-                )
-            self.teaches_tE = context.scope.teaches(index)
+        if context.scope is not None and not isinstance(self.experts, GroupedExperts):
+            raise ValueError(
+                f"layer {index} of experts is a {type(self.experts).__name__}, which knows no "
+                "expert scope; derive it from GroupedExperts, or train without expert_scope"
+            )
+        self.scope = context.scope
         self.experts.scoped = context.scope is not None
         if self.alone:
             hidden_t1H = self._in_place(hidden_t1H, context.padding_1t)
@@ -150,7 +149,7 @@ class MixtureOfExperts(MoELayer):
             self.token_dispatcher.probs = self.token_dispatcher.routing_map = None
         # Or they would hold the batch until the next one.
         self.router.router_replay, self.router.metrics = None, MUTED
-        self.teaches_tE = None
+        self.scope = None
         return hidden_t1H
 
     def route(
@@ -159,10 +158,13 @@ class MixtureOfExperts(MoELayer):
         """megatron-core's (probabilities, choice) [t, E]; with an expert scope the former carry who
         teaches whom to the experts."""
         probs_tE, chosen_tE = super().route(hidden_states, padding_mask)
-        if self.teaches_tE is not None:
-            taught = (chosen_tE & self.teaches_tE).sum()
-            self.router.metrics.ratio("moe/taught_share", taught, chosen_tE.sum())
-            probs_tE = signed(probs_tE, self.teaches_tE)
+        if self.scope is not None:
+            teaches_tE = self.scope.teaches(self.layer_number - 1)
+            taught_t, rows_t = (chosen_tE & teaches_tE).sum(1), chosen_tE.sum(1)
+            ratio, begins_t = self.router.metrics.ratio, self.scope.begins_t
+            ratio("moe/taught_share", taught_t.sum(), rows_t.sum())
+            ratio("moe/taught_share_first", (taught_t * begins_t).sum(), (rows_t * begins_t).sum())
+            probs_tE = signed(probs_tE, teaches_tE)
         return probs_tE, chosen_tE
 
     def _in_place(self, hidden_t1H: torch.Tensor, padding_1t: torch.Tensor | None) -> torch.Tensor:
