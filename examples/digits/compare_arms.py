@@ -38,7 +38,7 @@ from examples.digits import (
     memory_table,
 )
 from examples.digits.jobs import Job, run_all
-from examples.digits.records import Record, keep
+from examples.digits.records import Record, check_not_kept, keep
 from examples.looking import arms as looking_arms
 from examples.looking import table as looking_table
 from examples.mimic import arms as mimic_arms
@@ -220,7 +220,9 @@ def main(argv: list[str] | None = None) -> int:
     comparison = COMPARISONS[args.command]
     name = comparison.folder(args) if comparison.folder else args.command
     out = args.out / name
-    failed = [] if args.table else run_all(comparison.jobs(out, args), args.jobs)
+    jobs = [] if args.table else comparison.jobs(out, args)
+    check_not_kept(out, [job.done.parent for job in jobs if not job.done.exists()])
+    failed = run_all(jobs, args.jobs)
     found = comparison.summary(out)
     print(comparison.markdown(found))
     target = args.json or out / "table.json"

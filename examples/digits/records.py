@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,25 @@ def _questions(out: Path) -> str | None:
     """Returns a digest of the held-out questions; None if they are gone."""
     path = out / "data" / "valid.jsonl"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def check_not_kept(out: Path, runs: Iterable[Path]) -> None:
+    """Checks, before they are made, that none of these runs is kept in a file already.
+
+    Args:
+        runs: their folders.
+
+    Raises:
+        SystemExit: one of them is.
+    """
+    asked = {path.relative_to(out).as_posix() for path in runs if path.is_relative_to(out)}
+    for path in sorted(out.glob("seed*.json")):
+        for name in json.loads(path.read_text())["runs"]:
+            if f"{path.stem}/{name}" in asked:
+                raise SystemExit(
+                    f"error: {path} holds {name}; leave it out of --seeds or --arms, or remove "
+                    "the file"
+                )
 
 
 def keep(out: Path, read: Callable[[Path], Record], target: Path) -> None:

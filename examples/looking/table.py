@@ -20,12 +20,10 @@ from examples.digits.scores import (
     mean,
     over_seeds,
     paired,
-    shown,
 )
 from examples.looking.arms import ARMS
 
 OURS = ("hidden", "boxes_tenth", "boxes", "grpo", "tokens", "tokens_grpo")
-CONTROLS = ("blind", "words", "zero", "another", "random")
 # What reinforcement brought to its start, and one way to say a place over the other.
 PAIRS = (("grpo", "boxes_tenth"), ("tokens_grpo", "tokens"), ("tokens", "boxes"))
 SLOTS = 4  # behind a query
@@ -138,26 +136,35 @@ def _against(runs: Mapping[str, Mapping[str, Record]], ours: str, other: str) ->
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Formats the figures as two Markdown tables, and what is missing."""
+    """Formats the figures as two Markdown tables, and names what is missing. A difference has half
+    the width of its 95 % interval over questions and, of several seeds, between seeds."""
     rows: Sequence[Mapping[str, Any]] = found["arms"]
     keys = [key for key in (rows[0] if rows else {}) if "/" in key]
-    lines = [f"| arm | seeds | all | {' | '.join(keys)} | image tokens | answer tokens | MFLOPs |"]
+    kinds = [key.removesuffix("/steps") for key in keys]
+    lines = [f"| arm | seeds | all | {' | '.join(kinds)} | image tokens | answer tokens | MFLOPs |"]
     lines.append("|---" * (6 + len(keys)) + "|")
     for row in rows:
         cells = [f"`{row['arm']}`", str(row["seeds"]), f"{row['accuracy']:.3f}"]
         cells += [f"{row[key]:.3f}" for key in keys]
         cells += [str(row["image_tokens"]), f"{row['answer_tokens']:.1f}", f"{row['flops']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| arm | over | seeds | accuracy | between seeds |", "|---|---|---|---|---|"]
-    for row in found["differences"]:
-        gaps = [
-            "" if (gap := row.get(name)) is None else shown(tuple(gap))
-            for name in ("accuracy", "between seeds")
-        ]
-        mark = "**" if row["over"] in CONTROLS else ""
-        cells = [f"`{row['arm']}`", f"{mark}`{row['over']}`{mark}", str(row["seeds"]), *gaps]
-        lines.append(f"| {' | '.join(cells)} |")
+    gaps = {(row["arm"], row["over"]): row for row in found["differences"]}
+    ours = [arm for arm in OURS if any(arm == one for one, _ in gaps)]
+    lines += ["", f"| over | {' | '.join(f'`{arm}`' for arm in ours)} |"]
+    lines.append("|---" * (1 + len(ours)) + "|")
+    for other in (arm for arm in ARMS if any(arm == over for _, over in gaps)):
+        cells = [_gap(gaps.get((arm, other), {})) for arm in ours]
+        lines.append(f"| `{other}` | {' | '.join(cells)} |")
     missing: Sequence[str] = found["missing"]
     if missing:
         lines += ["", f"Missing: {len(missing)} files, {missing[0]} for example."]
     return "\n".join(lines)
+
+
+def _gap(row: Mapping[str, Any]) -> str:
+    """Returns a mean and halves of the widths of its intervals."""
+    if "accuracy" not in row:
+        return ""
+    intervals = [row["accuracy"], *([row["between seeds"]] if row["between seeds"] else [])]
+    halves = " / ".join(f"{high - middle:.3f}" for middle, _, high in intervals)
+    return f"{row['accuracy'][0]:+.3f} ± {halves}"

@@ -64,6 +64,10 @@ def test_a_table_of_kept_seeds_is_that_of_their_folders(tmp_path, capsys):
     assert kept.name == "seed2.json" and len(kept.read_text().splitlines()) == 1 + 3 + 1
     shutil.copy(kept, one)
     assert earl_table.summary(one) | {"model": "tiny"} == expected
+    # What is in a file is not made again.
+    with pytest.raises(SystemExit, match="seed2.json holds base; leave it out of --seeds or --arm"):
+        compare_arms.main(["earl", "--out", str(tmp_path / "one"), "--seeds", "2"])
+    assert not (one / "data" / "tokenizer.model").exists()
     # Files alone, kept once more from a folder that holds a file.
     assert compare_arms.main([*command[:3], str(tmp_path / "one"), *command[4:]]) == 0
     assert earl_table.summary(tmp_path / "k" / "tiny") == expected
