@@ -1,4 +1,4 @@
-"""What the tables of EARL read of a finished run of `earl_arms.py`."""
+"""The record of a finished run of `earl_arms.py`, from which the tables are made."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from examples.digits.earl_arms import ONE
 from examples.digits.records import Record, basic
 from examples.digits.scores import mean
+from megatron_mm.report.metrics_log import read_metrics
 
 REACHED = 0.7  # of the reward, for the count of steps
 SMOOTHED = 5  # rollouts of which the reward is a mean
@@ -29,10 +30,9 @@ def read_run(run: Path) -> Record:
 def steps_to(run: Path) -> float | None:
     """Returns the step at which the reward of `ONE`, as a mean of the last rollouts, first reaches
     `REACHED`; None if it does not."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [record for line in lines if f"reward/task/{ONE}" in (record := json.loads(line))]
-    rewards = [record[f"reward/task/{ONE}"] for record in records]
+    name = f"reward/task/{ONE}"
+    records = [record for record in read_metrics(run / "metrics.jsonl") if name in record]
+    rewards = [record[name] for record in records]
     for end in range(SMOOTHED, len(rewards) + 1):
         if mean(rewards[end - SMOOTHED : end]) >= REACHED:
             return float(records[end - 1]["iteration"])

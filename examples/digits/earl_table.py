@@ -5,9 +5,9 @@ change of what was reinforced, *collateral* that of other skills (after reinforc
 of the forms that were not reinforced): its mean over kinds, the mean of its size, in which kinds
 that gain do not hide others that lose, and the worst kind, whose interval counts that it was
 picked. *Own forms* are the other forms of the skill that was reinforced, *steps* those of each seed
-until the reward reached 0.7. Each figure is a mean over seeds, with half the width of its
-95 % interval over questions, then over seeds. What was measured of experts is compared seed by
-seed.
+until the reward reached `earl_runs.REACHED`. Each figure is a mean over seeds, with half the width
+of its 95 % interval over questions, then over seeds. What was measured of experts is compared seed
+by seed.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.digits.scores import Scores, read_scores
+from megatron_mm.report.metrics_log import read_metrics
 
 Record = Mapping[str, Any]  # as JSON has it
 Seeds = Mapping[str, Mapping[str, Record]]  # seed -> run -> its record, seeds in order
@@ -27,12 +28,8 @@ def basic(run: Path) -> dict[str, Any]:
 
 
 def _iterations(run: Path) -> int | None:
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return None
-    return max(
-        (json.loads(line).get("iteration", 0) for line in path.read_text().splitlines()), default=0
-    )
+    records = read_metrics(run / "metrics.jsonl")
+    return max((record.get("iteration", 0) for record in records), default=None)
 
 
 def packed(scores: Scores) -> dict[str, Any]:

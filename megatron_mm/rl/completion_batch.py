@@ -150,12 +150,13 @@ def token_bins(
     are then computed once) stay together. A sample beyond that has a bin to itself.
 
     Args:
-        tiles: of each sample; none without `most_tiles`.
+        tiles: of each sample; None: they have none.
+        most_tiles: None: only the tokens count.
     """
     bins: list[list[int]] = []
     free: list[list[float]] = []  # tokens and tiles
-    for index, length in enumerate(lengths):
-        taken = (length, 0 if most_tiles is None or tiles is None else tiles[index])
+    sizes = zip(lengths, [0] * len(lengths) if tiles is None else tiles, strict=True)
+    for index, taken in enumerate(sizes):
         fits = (all(a >= b for a, b in zip(left, taken, strict=True)) for left in free)
         place = next((b for b, fit in enumerate(fits) if fit), len(bins))
         if place == len(bins):

@@ -112,7 +112,7 @@ def logits(engine: Engine) -> torch.Tensor:
 
 
 def three_logits(run: RunConfig, whole: Path, pruned: Path) -> list[torch.Tensor]:
-    """Of the whole model, of it with the other experts forbidden, of the pruned model."""
+    """Returns those of the whole model, of it without the other experts, of the pruned model."""
     engine = loaded(run, whole)
     found = [logits(engine)]
     with engine.forbidding(others()):
@@ -165,7 +165,7 @@ def test_the_trainer_goes_on_from_it(ranks, scenes, pruned):
 
 
 def answers(run: RunConfig, whole: Path) -> tuple[list[str], list[str]]:
-    """What the model answers with all experts, and with the others forbidden."""
+    """Returns the model's answers with all experts, and with the others forbidden."""
     engine = loaded(run, whole)
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     free = evaluate(engine, tokenizer)[1]
