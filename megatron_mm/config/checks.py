@@ -170,8 +170,8 @@ def _check_data(run: RunConfig) -> None:
     stream_holds_all = run.model.vision is not None and fusion.image_stream == "all"
     fine = fine or not stream_holds_all  # tiles beside the stream may well be more
     require(fine, "max_image_tokens", data.max_image_tokens, allowed)
-    allowed = "none, or this value with packing"
-    fine = data.max_pack_tiles is None or data.packing
+    allowed = "none, or this value with packing or reinforcement learning"
+    fine = data.max_pack_tiles is None or data.packing or declaration(run).generates
     require(fine, "max_pack_tiles", data.max_pack_tiles, allowed)
     for index, phase in enumerate(phases):
         key = f"train_data[{index}]"

@@ -110,6 +110,11 @@ class Sample:
     slots: int = 0  # behind each query (data/looks.py)
     added: tuple[int, ...] = ()  # positions of words of places that no text spells
 
+    @property
+    def size(self) -> Size:
+        """The cost of the sample."""
+        return Size(len(self.tokens_T), sum(len(image.tiles) for image in self.images))
+
     def predicting(self, count: int) -> torch.Tensor:
         """Returns the positions that predict the last `count` tokens of the text, int64: neither
         slots nor `added` words are counted."""

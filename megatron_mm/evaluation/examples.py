@@ -13,7 +13,8 @@ import torch
 
 from megatron_mm.config import memories_of_pairs, parse_pattern, token_multiple
 from megatron_mm.config.layers.looks import LOOK
-from megatron_mm.data.batch import BatchQueries
+from megatron_mm.data.batch import BatchQueries, Microbatch
+from megatron_mm.data.loading.packing import chunks
 from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.messages import IMAGE_MARK
 from megatron_mm.data.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from megatron_mm.generation.answers import with_answers
 from megatron_mm.report.page_rl import BEFORE_FILE
 
 SHOWN_PER_KEY = 3  # examples in the report
-PROBED_PER_KEY = 32  # questions behind the experts-by-skill map, in one microbatch
+PROBED_PER_KEY = 32  # questions behind the experts-by-skill map
 
 
 def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], folder: Path) -> None:
@@ -96,31 +97,61 @@ def _probed(keys: Sequence[str]) -> dict[str, list[int]]:
 def _probe_records(
     engine: Engine, tokenizer: Tokenizer, questions: EvalSet, records: list[dict]
 ) -> tuple[list[EvalItem], list[list[int]], Looks, Load]:
-    groups = engine.groups
+    """Returns the questions (on the reader), the tokens of their answers, and what a forward pass
+    over both shows, in microbatches that hold no more than those of training."""
+    groups, run = engine.groups, engine.run
     items: list[EvalItem] = []
-
-    def read():
-        items.extend(questions[record["index"]] for record in records)
-        return [questions.collate(items)]
-
-    (prompts,), _ = receive(groups, read)
+    tokens = LookTokens.of(run, tokenizer)
     ids = [[*tokenizer.encode(r["prediction"]), tokenizer.message_end_id] for r in records]
-    tokens, lengths = LookTokens.of(engine.run, tokenizer), prompts.cu_seqlens.diff().tolist()
-    asked: list[int] = []  # where in the stream of prompts and answers queries stand
     if tokens is not None:
         ids = [tokens.expand(torch.tensor(row)).tolist() for row in ids]
-    longest = max(map(len, ids))
-    padded = [row + [tokenizer.pad_id] * (longest - len(row)) for row in ids]
+
+    def read() -> list[Microbatch]:
+        items.extend(questions[record["index"]] for record in records)
+        longest = max(map(len, ids))
+        sizes = [item.sample.size for item in items]
+        sizes = [size._replace(tokens=size.tokens + longest) for size in sizes]
+        most = run.training.micro_batch_size * run.data.seq_length
+        split = chunks(sizes, most, run.data.max_pack_tiles)
+        return [questions.collate([items[i] for i in chunk]) for chunk in split]
+
+    batches, _ = receive(groups, read)
+    looks: Looks = {}
+    counts: dict[int, list[torch.Tensor]] = defaultdict(list)
+    first = 0
+    for prompts in batches:
+        answers = ids[first : first + len(prompts.samples)]
+        first += len(prompts.samples)
+        some_looks, some_load = _probe_answered(engine, tokenizer, tokens, prompts, answers)
+        for pair, weights in some_looks.items():
+            looks[pair] = [*looks.get(pair, ()), *weights]
+        for layer, its in some_load.items():
+            counts[layer].append(its)
+    return items, ids, looks, {layer: torch.cat(its) for layer, its in counts.items()}
+
+
+def _probe_answered(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    tokens: LookTokens | None,
+    prompts: Microbatch,
+    answers: list[list[int]],
+) -> tuple[Looks, Load]:
+    """Probes prompts with their answers; see `probe`."""
+    lengths = prompts.cu_seqlens.diff().tolist()
+    longest = max(map(len, answers))
+    padded = [row + [tokenizer.pad_id] * (longest - len(row)) for row in answers]
     multiple = token_multiple(engine.run)
     batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, multiple)
     if tokens is not None:
+        asked: list[int] = []  # where in the stream of prompts and answers queries stand
         begins = batch.cu_seqlens.tolist()
         for begin, before, row in zip(begins, lengths, padded, strict=False):
             asked += (begin + before + tokens.find(torch.tensor(row))).tolist()
         targets = tokens.targets(batch.tokens_T, asked, [None] * len(asked))
         batch = replace(batch, queries=BatchQueries.build(asked, targets))
-    looks, routes = probe(engine, broadcast_batches(groups, [batch])[0], lengths)
-    return items, ids, looks, routes
+    (batch,) = broadcast_batches(engine.groups, [batch])
+    return probe(engine, batch, lengths, [*map(len, answers)])
 
 
 def _example(record: dict, item: EvalItem, folder: Path) -> dict:

@@ -7,7 +7,6 @@ only sums, so every layout gives the same.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +14,8 @@ import torch.distributed as dist
 
 from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.batch import Microbatch
+from megatron_mm.data.loading.packing import chunks
+from megatron_mm.data.sample import Size
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader, receive, rounds
@@ -83,28 +84,23 @@ def mean_loss(results: Results) -> float | None:
 def _plan(run: RunConfig, questions: EvalSet) -> tuple[list[list[int]], list[str]]:
     """Returns the rows of each microbatch, no more than training has in one, and why rows were
     left out."""
-    rows = run.training.micro_batch_size
-    tokens, tiles = rows * run.data.seq_length, run.data.max_pack_tiles or math.inf
-    chunks: list[list[int]] = []
-    filled, seen, left_out = 0, 0, []
+    rows, data = run.training.micro_batch_size, run.data
+    sizes: dict[int, Size] = {}
+    left_out: list[str] = []
     for index in range(len(questions)):
         try:
             size = questions.answered_size(index)
         except DataError as problem:
             left_out.append(str(problem))
             continue
-        if size is None:
-            continue
-        if run.data.packing:
-            full = filled + size.tokens > tokens or seen + size.tiles > tiles
-        else:
-            full = bool(chunks) and len(chunks[-1]) == rows
-        if not chunks or full:
-            chunks.append([])
-            filled, seen = 0, 0
-        chunks[-1].append(index)
-        filled, seen = filled + size.tokens, seen + size.tiles
-    return chunks, left_out
+        if size is not None:
+            sizes[index] = size
+    found, numbers = [*sizes.values()], [*sizes]
+    if data.packing:
+        split = chunks(found, rows * data.seq_length, data.max_pack_tiles)
+    else:
+        split = chunks(found, most_rows=rows)
+    return [[numbers[place] for place in chunk] for chunk in split], left_out
 
 
 def _sums(

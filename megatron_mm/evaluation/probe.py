@@ -25,20 +25,24 @@ Looks = dict[int, list[torch.Tensor]]
 Load = dict[int, torch.Tensor]
 
 
-def probe(engine: Engine, batch: Microbatch, prompt_lengths: list[int]) -> tuple[Looks, Load]:
+def probe(
+    engine: Engine, batch: Microbatch, prompt_lengths: list[int], answer_lengths: list[int]
+) -> tuple[Looks, Load]:
     """Runs a microbatch forward and returns looks and expert loads, on the replica's reader; empty
     on other ranks. Every rank of the job calls it.
 
     Args:
-        batch: prompts with their answers, with or without a padding tail.
+        batch: prompts with their answers, padded or not, with or without a padding tail.
         prompt_lengths: tokens of each sample before its answer. Attention weights are those of the
             positions that predict the answer's tokens, from the last prompt token on.
+        answer_lengths: tokens of each answer without padding, which no load counts.
     """
     samples = len(prompt_lengths)
-    lengths = batch.cu_seqlens.diff()[:samples]
-    sample_of_T = torch.full((len(batch.tokens_T),), samples)  # of the padding tail, dropped later
-    covered = int(lengths.sum())
-    sample_of_T[:covered] = torch.arange(samples).repeat_interleave(lengths)
+    sample_of_T = torch.full((len(batch.tokens_T),), samples)  # of padding, dropped later
+    begins = batch.cu_seqlens.tolist()
+    sizes = zip(begins, prompt_lengths, answer_lengths, strict=False)
+    for sample, (begin, before, answer) in enumerate(sizes):
+        sample_of_T[begin : begin + before + answer] = sample
     weights: dict[int, list[torch.Tensor]] = {}
     nowhere = torch.zeros(0, dtype=torch.int64)
     chosen: Routes = {}

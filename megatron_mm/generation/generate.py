@@ -15,6 +15,7 @@ host reads them at the end of a turn, when it also finds the completions that ha
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from megatron_mm import platform
 from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
-from megatron_mm.data.sample import Sample
+from megatron_mm.data.sample import Sample, Size
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import receive
@@ -131,7 +132,10 @@ class _Generation:
         self.group, self.pad_id, self.record_routes = group, pad_id, record_routes
         run = engine.run
         self.multiple, self.settings = token_multiple(run), image_settings(run)
-        self.budget = run.training.micro_batch_size * run.data.seq_length
+        self.most = Size(
+            run.training.micro_batch_size * run.data.seq_length,
+            sys.maxsize if run.data.max_pack_tiles is None else run.data.max_pack_tiles,
+        )
         stages = engine.groups.pg.pp.size()
         rows_each, self.row_multiple = rows_of_a_lane(run, group, rows)
         self.lanes = [
@@ -227,17 +231,18 @@ class _Generation:
 
     def _admit(self) -> list[Microbatch]:
         """Reads the next prompts, consecutive ones for each lane; called on the reader. A lane gets
-        more tokens than a training microbatch may hold only if a single prompt has more."""
+        more tokens than a training microbatch may hold, or more tiles than a pack may, only if a
+        single prompt has more."""
         number, left, batches = self.next_prompt, self.left, []
         for index, lane in enumerate(self.lanes):
             share = min(lane.free // self.group, -(-left // (len(self.lanes) - index)))
             samples: list[Sample] = []
-            tokens = 0
+            tokens, tiles = 0, 0
             while len(samples) < share:
                 sample = self.waiting or self.prompts.read(number)
                 self.waiting = None
-                tokens += len(sample.tokens_T)
-                if samples and tokens > self.budget:
+                tokens, tiles = tokens + sample.size.tokens, tiles + sample.size.tiles
+                if samples and (tokens > self.most.tokens or tiles > self.most.tiles):
                     self.waiting = sample
                     break
                 samples.append(sample)

@@ -26,7 +26,7 @@ from megatron_mm.pass_rate.rated import check_images_beside, line_of
 from megatron_mm.pass_rate.rounds import Made, run_rounds
 from megatron_mm.rl.rollout.draw import complete
 from megatron_mm.rl.rollout.failures import check_rewards
-from megatron_mm.rl.rollout.prompts import Drawn, sorted_out
+from megatron_mm.rl.rollout.prompts import Drawn, longest_prompt, sorted_out
 from megatron_mm.rl.rollout.score import Scored, Scorer
 from megatron_mm.rl.settings import difficulty_name, resolved
 
@@ -99,7 +99,7 @@ class _Rating:
         self.engine, self.tokenizer, self.rows, self.out = engine, tokenizer, rows, out
         self.rl = resolved(run)
         self.reader = Reader(run, tokenizer, [rows])
-        self.longest = run.data.seq_length - self.rl.max_completion_length
+        self.longest = longest_prompt(run)
         self.skip_bad = run.data.on_bad_sample == "skip"
         self.scorer = Scorer(self.rl, engine, tokenizer, None)
         self.judge = self.scorer.names.index(difficulty_name(self.rl))

@@ -63,7 +63,10 @@ def run_of_flags(
     if not scores:
         data = replace(run.data, extra_columns=[ANY])
         return replace(run, data=data, training=training, objectives=objectives)
-    completions = rl.num_generations * run.training.global_batch_size
+    # As many as any micro_batch_size and layout divide; rounds are of their own size.
+    completions = (
+        rl.num_generations * run.training.global_batch_size * given.training.micro_batch_size
+    )
     training = replace(training, objective="grpo", global_batch_size=completions)
     data = replace(run.data, packing=False, num_workers=0)  # of training, and not for rollouts
     model = _without_box_loss(run.model)

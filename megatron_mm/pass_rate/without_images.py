@@ -31,7 +31,7 @@ from megatron_mm.pass_rate.pairs import answer_of, pair_row, sides
 from megatron_mm.pass_rate.rated import check_images_beside, line_of, rated
 from megatron_mm.pass_rate.rounds import Made, run_rounds
 from megatron_mm.rl.completion_batch import answered
-from megatron_mm.rl.rollout.prompts import sorted_out
+from megatron_mm.rl.rollout.prompts import longest_prompt, sorted_out
 from megatron_mm.rl.settings import RLConfig
 
 ROW = 1 << 16  # more pairs than a row has
@@ -107,7 +107,7 @@ class _Continuing:
         self.engine, self.tokenizer, self.rows, self.out = engine, tokenizer, rows, out
         self.most, self.unfinished, self.rl = most, unfinished, run.section(RLConfig)
         self.builder = SampleBuilder(run, tokenizer)
-        self.longest = run.data.seq_length - self.rl.max_completion_length
+        self.longest = longest_prompt(run)
         self.skip_bad = run.data.on_bad_sample == "skip"
         memories = self.builder.settings.memories if self.builder.settings else ()
         self.image_keys = ("images", *(m.images for m in memories if m.images != "images"))

@@ -67,8 +67,7 @@ class PairBins(InOrder):
             raise DataError(skipped[0])
         sizes = {n: size for n, size in found.items() if isinstance(size, Size)}
         numbers = [*sizes]
-        tokens, tiles = ([sizes[n][part] for n in numbers] for part in (0, 1))
-        bins = token_bins(tokens, self._capacity, tiles, self._most_tiles)
+        bins = token_bins([*sizes.values()], self._capacity, self._most_tiles)
         bins += [[] for _ in range(-max(len(bins), 1) % self._multiple + (not bins))]
         microbatches = [[numbers[i] for i in inside] for inside in bins]
         loads = [

@@ -20,7 +20,7 @@ from megatron_mm.config import route_width, token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.looks import LookTokens
-from megatron_mm.data.sample import Sample
+from megatron_mm.data.sample import Sample, Size
 from megatron_mm.data.tiles import ImageSettings, image_settings
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
@@ -140,35 +140,50 @@ def per_completion(
 
 
 def token_bins(
-    lengths: Sequence[int],
+    sizes: Sequence[Size],
     capacity: int,
-    tiles: Sequence[int] | None = None,
     most_tiles: int | None = None,
+    images_of: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Returns the indices of samples in bins of at most `capacity` tokens and `most_tiles`. Each
     goes into the first bin with room, so that neighbours (completions of one prompt, whose images
     are then computed once) stay together. A sample beyond that has a bin to itself.
 
     Args:
-        tiles: of each sample; None: they have none.
         most_tiles: None: only the tokens count.
+        images_of: samples with the same number have the same images, whose tiles count once in a
+            bin; None: each has its own.
     """
     bins: list[list[int]] = []
-    free: list[list[float]] = []  # tokens and tiles
-    sizes = zip(lengths, [0] * len(lengths) if tiles is None else tiles, strict=True)
-    for index, taken in enumerate(sizes):
-        fits = (all(a >= b for a, b in zip(left, taken, strict=True)) for left in free)
+    free: list[tuple[float, float]] = []  # tokens and tiles
+    seen: list[set[int]] = []
+    for index, size in enumerate(sizes):
+        owner = index if images_of is None else images_of[index]
+        added = [0 if owner in known else size.tiles for known in seen]
+        fits = (
+            left >= size.tokens and (not more or room >= more)
+            for (left, room), more in zip(free, added, strict=True)
+        )
         place = next((b for b, fit in enumerate(fits) if fit), len(bins))
         if place == len(bins):
             bins.append([])
-            free.append([capacity, math.inf if most_tiles is None else most_tiles])
+            free.append((capacity, math.inf if most_tiles is None else most_tiles))
+            seen.append(set())
+            added.append(size.tiles)
         bins[place].append(index)
-        free[place] = [a - b for a, b in zip(free[place], taken, strict=True)]
+        left, room = free[place]
+        free[place] = left - size.tokens, room - added[place]
+        seen[place].add(owner)
     return bins
 
 
 def bins_by_name[Name](
-    names: Sequence[Name], of: Sequence[Name], lengths: Sequence[int], capacity: int
+    names: Sequence[Name],
+    of: Sequence[Name],
+    sizes: Sequence[Size],
+    capacity: int,
+    most_tiles: int | None = None,
+    images_of: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
     """Returns for each name the `token_bins` of the samples that are its own.
 
@@ -178,7 +193,8 @@ def bins_by_name[Name](
     found = []
     for name in names:
         mine = [i for i, its in enumerate(of) if its == name]
-        inside = token_bins([lengths[i] for i in mine], capacity)
+        owners = None if images_of is None else [images_of[i] for i in mine]
+        inside = token_bins([sizes[i] for i in mine], capacity, most_tiles, owners)
         found.append([[mine[i] for i in places] for places in inside])
     return found
 
@@ -209,7 +225,8 @@ def pack_step(
             for prompt, n in zip(asked, members, strict=True)
         ]
         of = [teacher_of(prompt.row, prompt.where, rl) for prompt in asked]
-        bins = bins_by_name(teachers, of, [len(s.tokens_T) for s in samples], capacity)
+        sizes, prompts = [sample.size for sample in samples], [n // size for n in members]
+        bins = bins_by_name(teachers, of, sizes, capacity, run.data.max_pack_tiles, prompts)
     counts = torch.tensor([len(its) for its in bins])
     dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=engine.groups.world)
     stages = engine.groups.pg.pp.size() if len(engine.chunks) > 1 else 1

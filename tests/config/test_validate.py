@@ -152,7 +152,10 @@ CASES = [
         "train_data holds 16 samples in its 2 phases, but the run's 5 steps need 20; allowed:",
     ),
     ("--num-workers=-1", "num_workers is -1; allowed: 0 to 256"),
-    ("--max-pack-tiles 40", "max_pack_tiles is 40; allowed: none, or this value with packing"),
+    (
+        "--max-pack-tiles 40",
+        "max_pack_tiles is 40; allowed: none, or this value with packing or reinforcement learning",
+    ),
     ("--packing --max-pack-tiles 0", "max_pack_tiles is 0; allowed: more than 0"),
     ("--max-image-tokens 0", "max_image_tokens is 0; allowed: more than 0"),
     (

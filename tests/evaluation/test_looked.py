@@ -11,6 +11,7 @@ import torch
 from megatron_mm.config import RunConfig
 from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.evaluation import examples
 from megatron_mm.evaluation.evaluate import evaluate
 from megatron_mm.evaluation.examples import write_examples
 from support.trainers import CP2, PP2, digits_run, with_glimpses
@@ -74,3 +75,35 @@ def test_every_layout_looks_at_the_same_places(ranks, look_scenes, one_rank, tmp
         assert torch.allclose(
             torch.tensor(mine["looked"]), torch.tensor(theirs["looked"]), atol=1e-5
         )
+
+
+def on_rank_probed(run: RunConfig, folder, most: int | None) -> int:
+    """Returns how many forward passes one key's probe took."""
+    passes, forward = [], examples.probe
+
+    def counted(*args):
+        passes.append(1)
+        return forward(*args)
+
+    run.data.max_pack_tiles, examples.probe = most, counted
+    try:
+        on_rank_evaluate(run, folder)
+    finally:
+        examples.probe = forward
+    return len(passes)
+
+
+def test_a_probe_holds_no_more_tiles_than_allowed_and_shows_the_same(ranks, look_scenes, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = looking_run(look_scenes, micro_batch_size=8)
+    (once,) = ranks(1, on_rank_probed, run, whole, None)
+    (often,) = ranks(1, on_rank_probed, run, parts, 10)  # one question's
+    assert once < often == 8
+    read = [json.loads((folder / "evaluation.json").read_text()) for folder in (whole, parts)]
+    assert read[0]["experts"] == read[1]["experts"]
+    for one, other in zip(*(r["examples"] for r in read), strict=True):
+        for mine, its in zip(one["looks"], other["looks"], strict=True):
+            # Rounded to 5 digits; kernels of other shapes in between.
+            assert torch.allclose(
+                torch.tensor(mine["weights"]), torch.tensor(its["weights"]), atol=2e-5
+            )

@@ -31,7 +31,8 @@ def on_rank_probe(run: RunConfig, path) -> tuple[dict, dict, bool, int]:
     answers = torch.tensor([a + [pad] * (longest - len(a)) for _, a in PROBED])
     batch = with_answers(prompts, answers, pad, token_multiple(run))
     lengths = prompts.cu_seqlens.diff().tolist()
-    looks, routes = probe(engine, broadcast_batches(engine.groups, [batch])[0], lengths)
+    (batch,) = broadcast_batches(engine.groups, [batch])
+    looks, routes = probe(engine, batch, lengths, [len(answer) for _, answer in PROBED])
     hooks = sum(len(module._forward_hooks) for module in engine.chunks[0].modules())
     return looks, routes, engine.groups.is_reader, hooks
 
@@ -93,13 +94,12 @@ def test_routes_count_every_choice_of_every_token(one_rank_probe, scenes, mixed_
     _, routes, _, _ = one_rank_probe
     run = digits_run(scenes, seq_length=512)
     samples = prompts_of(run, mixed_rows)
-    longest = max(len(answer) for _, answer in PROBED)
     assert sorted(routes) == [0, 1]
     for counts in routes.values():
         assert counts.shape == (len(PROBED), run.model.language.num_experts)
         expected = [
-            run.model.language.moe_router_topk * (len(samples[n].tokens_T) + longest)
-            for n, _ in PROBED
+            run.model.language.moe_router_topk * (len(samples[n].tokens_T) + len(answer))
+            for n, answer in PROBED
         ]
         assert counts.sum(-1).tolist() == expected
 

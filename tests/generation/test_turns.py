@@ -125,6 +125,36 @@ def test_ranks_agree_and_hosts_read_once_a_turn(ranks, scenes, turn):
         assert (counts["agreed"], counts["read"]) == (turns + 1, turns)
 
 
+def on_rank_prefills(run: RunConfig, most: int | None) -> tuple[list[int], list[torch.Tensor]]:
+    """The tiles of each lane's prompts that were read together, and all completions' tokens."""
+    engine, tiles = random_engine(run), []
+    engine.run.data.max_pack_tiles = most
+    admit = generation._Generation._admit
+
+    def admitted(self):
+        batches = admit(self)
+        tiles.extend(len(batch.pixels_NCHW) for batch in batches)
+        return batches
+
+    generation._Generation._admit = admitted
+    try:
+        found = complete(engine, Sampling(STOPS, MOST, 0.8, seed=3), GROUP * len(ASKED), 8)
+    finally:
+        generation._Generation._admit = admit
+    return tiles, [c.tokens_G for group in found for c in group]
+
+
+def test_prompts_read_together_have_no_more_tiles_than_allowed(ranks, scenes):
+    """A question has 10 tiles; one that exceeds the limit is read alone."""
+    run = digits_run(scenes, micro_batch_size=8)
+    ((free, expected),) = ranks(1, on_rank_prefills, run, None)
+    assert max(free) > 20
+    for most, together in ((20, 20), (29, 20), (5, 10)):
+        ((tiles, tokens),) = ranks(1, on_rank_prefills, run, most)
+        assert max(tiles) == together and sum(tiles) == sum(free)
+        assert all(map(torch.equal, tokens, expected))
+
+
 # ---- recordings
 
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_mm.config import Memory
 from megatron_mm.data.images import TileGrid
-from megatron_mm.data.sample import ImageMemory, Sample, SampleImage
+from megatron_mm.data.sample import ImageMemory, Sample, SampleImage, Size
 from megatron_mm.data.tiles import ImageSettings
 from megatron_mm.rl.completion_batch import (
     answered,
@@ -85,15 +85,29 @@ def test_completions_of_a_prompt_share_its_image():
     assert batch.stream_tiles.tolist() == batch.memories["vision"].tiles.tolist() == [0, 1, 0, 1, 2]
 
 
+def sizes(tokens: list[int], tiles: list[int] | None = None) -> list[Size]:
+    return [*map(Size, tokens, tiles or [0] * len(tokens))]
+
+
 def test_bins_hold_what_fits_and_keep_neighbours_together():
-    assert token_bins([4, 4, 4, 4, 4], 8) == [[0, 1], [2, 3], [4]]
-    assert token_bins([6, 4, 2, 4], 8) == [[0, 2], [1, 3]]
-    assert token_bins([20, 3], 8) == [[0], [1]]
+    assert token_bins(sizes([4, 4, 4, 4, 4]), 8) == [[0, 1], [2, 3], [4]]
+    assert token_bins(sizes([6, 4, 2, 4]), 8) == [[0, 2], [1, 3]]
+    assert token_bins(sizes([20, 3]), 8) == [[0], [1]]
     assert token_bins([], 8) == []
-    assert token_bins([1, 1, 1, 1], 8, [2, 3, 1, 9], 4) == [[0, 2], [1], [3]]
-    assert token_bins([6, 4, 2], 8, [0, 0, 5], 5) == [[0, 2], [1]]
+    assert token_bins(sizes([1, 1, 1, 1], [2, 3, 1, 9]), 8, 4) == [[0, 2], [1], [3]]
+    assert token_bins(sizes([6, 4, 2], [0, 0, 5]), 8, 5) == [[0, 2], [1]]
+
+
+def test_completions_of_one_prompt_count_its_tiles_once():
+    four = sizes([2, 2, 2, 2], [3, 3, 3, 3])
+    assert token_bins(four, 8, 4) == [[0], [1], [2], [3]]
+    assert token_bins(four, 8, 4, [0, 0, 1, 1]) == [[0, 1], [2, 3]]
+    assert token_bins(four, 8, 6, [0, 0, 1, 1]) == [[0, 1, 2, 3]]
+    assert token_bins(four, 8, 2, [0, 0, 1, 1]) == [[0, 1], [2, 3]]  # beyond the limit, but alone
+    found = bins_by_name(["a", "b"], ["b", "a", "b", "b"], four, 8, 4, [7, 8, 7, 9])
+    assert found == [[[1]], [[0, 2], [3]]]
 
 
 def test_bins_of_names_hold_their_own():
-    found = bins_by_name(["a", "b", "c"], ["b", "a", "b", "b"], [4, 4, 4, 4], 8)
+    found = bins_by_name(["a", "b", "c"], ["b", "a", "b", "b"], sizes([4, 4, 4, 4]), 8)
     assert found == [[[1]], [[0, 2], [3]], []]

@@ -1,12 +1,14 @@
 """Packs samples into microbatches and assigns microbatches to data-parallel ranks.
 
-Both are pure functions of sizes. `pack` fills bins with whole samples of a buffer so that they are
+All are pure functions of sizes. `pack` fills bins with whole samples of a buffer so that they are
 nearly full of tokens and hold similar numbers of image tiles, because a ViT step takes as long as
 its most loaded rank. `spread` assigns the bins to ranks; only it depends on the number of ranks.
+`chunks` keeps the samples' order, for passes that learn nothing.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
@@ -138,3 +140,28 @@ def _swap(load_B2: np.ndarray, owner_B: np.ndarray, sums_R2: np.ndarray) -> bool
         owner_B[a], owner_B[b] = owner_B[b], worst
         return True
     return False
+
+
+def chunks(
+    sizes: Sequence[Size],
+    capacity: float = math.inf,
+    most_tiles: int | None = None,
+    most_rows: float = math.inf,
+) -> list[list[int]]:
+    """Returns the indices of samples in consecutive chunks, each of at most `capacity` tokens,
+    `most_tiles` and `most_rows`. A sample beyond that has a chunk to itself.
+
+    Args:
+        most_tiles: None: as many as there are.
+    """
+    found: list[list[int]] = []
+    tiles_allowed = math.inf if most_tiles is None else most_tiles
+    tokens, tiles = 0, 0
+    for index, size in enumerate(sizes):
+        tokens, tiles = tokens + size.tokens, tiles + size.tiles
+        full = bool(found) and len(found[-1]) == most_rows
+        if not found or full or tokens > capacity or tiles > tiles_allowed:
+            found.append([])
+            tokens, tiles = size
+        found[-1].append(index)
+    return found

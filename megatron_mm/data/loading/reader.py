@@ -94,12 +94,10 @@ class Reader:
         return [self._read(self._packable, place) for place in places]
 
     def _packable(self, row: dict[str, Any], where: str, folder: Path) -> Size:
-        size, most = self._measured(row, where, folder), self._most_tiles
-        if most is not None and size.tiles > most:
-            raise DataError(
-                f"{where}: {size.tiles} image tiles, max_pack_tiles is {most}; raise it, or lower "
-                "max_num_tiles or max_image_tokens"
-            )
+        size = self._measured(row, where, folder)
+        problem = too_many_tiles(where, size.tiles, self._most_tiles)
+        if problem is not None:
+            raise DataError(problem)
         return size
 
     def _measured(self, row: dict[str, Any], where: str, folder: Path) -> Size:
@@ -124,3 +122,13 @@ def in_worker(kind: type[Reader], *arguments: Any) -> Reader:
     processes."""
     torch.set_num_threads(1)
     return kind(*arguments)
+
+
+def too_many_tiles(where: str, tiles: int, most: int | None) -> str | None:
+    """Returns why a row has more tiles than `max_pack_tiles` allows; None if it has not."""
+    if most is None or tiles <= most:
+        return None
+    return (
+        f"{where}: {tiles} image tiles, max_pack_tiles is {most}; raise it, or lower "
+        "max_num_tiles or max_image_tokens"
+    )

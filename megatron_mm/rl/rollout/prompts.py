@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.data.loading.curriculum import open_curriculum
-from megatron_mm.data.loading.reader import Prompt, Reader
+from megatron_mm.data.loading.reader import Prompt, Reader, too_many_tiles
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.scoring import result_key
@@ -62,7 +62,7 @@ class PromptLoader:
         self._rl = run.section(RLConfig)
         self._reader = Reader(self._with_key(run), tokenizer, curriculum.sources)
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._longest = run.data.seq_length - self._rl.max_completion_length
+        self._longest, self._most_tiles = longest_prompt(run), run.data.max_pack_tiles
         self._skip_bad = run.data.on_bad_sample == "skip"
         self.consumed_samples = 0
 
@@ -91,7 +91,7 @@ class PromptLoader:
         """
         found = self._reader.prompts([self._place(number) for number in numbers])
         known = [self._with_teacher(prompt) for prompt in found]
-        return sorted_out(known, numbers, self._longest, self._skip_bad)
+        return sorted_out(known, numbers, self._longest, self._skip_bad, self._most_tiles)
 
     def _with_key(self, run: RunConfig) -> RunConfig:
         """The run, whose rows may have the column that names their teacher."""
@@ -114,18 +114,27 @@ class PromptLoader:
         """Closes nothing; a TrainLoader has workers to end."""
 
 
+def longest_prompt(run: RunConfig) -> int:
+    """Returns the most tokens that a prompt may have."""
+    return run.data.seq_length - run.section(RLConfig).max_completion_length
+
+
 def sorted_out(
-    found: Sequence[Prompt | str], numbers: Sequence[int], longest: int, skip_bad: bool
+    found: Sequence[Prompt | str],
+    numbers: Sequence[int],
+    longest: int,
+    skip_bad: bool,
+    most_tiles: int | None = None,
 ) -> Drawn:
     """Returns the rows that can be completed, and why others cannot.
 
     Args:
         found: each a prompt or why the row is bad; numbers: of them.
-        longest: tokens that a prompt may have.
+        longest: tokens that a prompt may have; most_tiles: tiles; None: any number.
     Raises:
         DataError: for a bad row, unless `skip_bad`.
     """
-    checked = [_checked(prompt, longest) for prompt in found]
+    checked = [_checked(prompt, longest, most_tiles) for prompt in found]
     skipped = [text for text in checked if isinstance(text, str)]
     if skipped and not skip_bad:
         raise DataError(skipped[0])
@@ -133,17 +142,18 @@ def sorted_out(
     return Drawn([*good.values()], [numbers[i] for i in good], skipped)
 
 
-def _checked(prompt: Prompt | str, longest: int) -> Prompt | str:
+def _checked(prompt: Prompt | str, longest: int, most_tiles: int | None) -> Prompt | str:
     if isinstance(prompt, str):
         return prompt
     try:
         result_key(prompt.row)  # the name that its reward is reported under
     except DataError as error:
         return f"{prompt.where}: {error}"
-    if len(prompt.sample.tokens_T) <= longest:
-        return prompt
-    return (
-        f"{prompt.where}: a prompt of {len(prompt.sample.tokens_T)} tokens leaves no room for "
-        f"max_completion_length in seq_length: {longest} tokens fit; use fewer tiles or "
-        "raise seq_length"
-    )
+    tokens, tiles = prompt.sample.size
+    if tokens > longest:
+        return (
+            f"{prompt.where}: a prompt of {tokens} tokens leaves no room for "
+            f"max_completion_length in seq_length: {longest} tokens fit; use fewer tiles or "
+            "raise seq_length"
+        )
+    return too_many_tiles(prompt.where, tiles, most_tiles) or prompt
