@@ -12,6 +12,8 @@ from megatron_mm.config import (
     ModelConfig,
     base_pattern,
     from_dict,
+    moved_pairs,
+    pair_places,
     to_dict,
 )
 from megatron_mm.config.layers.kinds import LAYERS
@@ -104,7 +106,23 @@ def check_model(stored: dict, model: ModelConfig, *, finetune: bool) -> list[str
             f"it holds another model: {shown(key)} is {shown(repr(found.get(key, 'absent')), 500)} "
             f"there and {here.get(key, 'absent')!r} here"
         )
-    return changed
+    return changed + _moved(*patterns)
+
+
+def _moved(there: str, here: str) -> list[str]:
+    """Returns the pairs of side letters that a fine-tune moves, as many as there are.
+
+    Raises:
+        CheckpointError: pairs are added or dropped so that others would take their weights.
+    """
+    moved = moved_pairs(there, here)
+    counts = [{key: len(its) for key, its in pair_places(p).items()} for p in (there, here)]
+    if moved and counts[0] != counts[1]:
+        raise CheckpointError(
+            f"its weights would go to another pair of letters: {moved[0]}; allowed: new pairs "
+            "behind those of the checkpoint, or fewer from the end"
+        )
+    return moved
 
 
 def _finetune_may_change(key: str, there: str, here: str) -> bool:

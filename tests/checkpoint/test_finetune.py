@@ -127,6 +127,24 @@ def changed(there: str, here: str, **settings) -> list[str]:
     return check_model(to_dict(stored), model, finetune=True)
 
 
+def test_added_pairs_never_take_the_weights_of_others():
+    """Weights of pairs are found by number: the first look there is the first look here."""
+    assert changed("GE *E L GE J *E", "GE*E L GE J L *E J") == []  # behind it
+    assert changed("GE *E L GE J L *E J", "GE *E L GE J *E") == []  # the last one is dropped
+    others = changed("GE *E L GE J *E", "GE Q *E V L GE J *E")  # of another kind
+    assert others and not any("looks" in line for line in others)
+    moved = changed("GE *E L GE J *E", "L GE *E J GE *E")
+    assert moved == [
+        "looks.0 was behind 4 and 6 letters of the base, is behind 0 and 4",
+    ]
+    for there, here in (
+        ("GE *E L GE J *E", "GE L *E J L GE J *E"),  # added before it
+        ("GE L *E J L GE J *E", "GE *E L GE J *E"),  # the first one is dropped
+    ):
+        with pytest.raises(CheckpointError, match="another pair of letters: looks.0 was behind"):
+            changed(there, here)
+
+
 @pytest.mark.parametrize(
     "setting",
     [

@@ -12,7 +12,9 @@ from megatron_mm.config import (
     RunConfig,
     effective_pattern,
     model_stages,
+    moved_pairs,
     num_layers,
+    pair_places,
     parse_pattern,
     preset,
     stages,
@@ -207,6 +209,15 @@ def test_wire_carries_exactly_what_is_needed_at_any_boundary(pattern):
         pairs = set(later_injects) - set(later_looks)
         assert set(manifest.refinements) == {("looks", pair) for pair in pairs}
         assert list(manifest.refinements) == sorted(manifest.refinements)
+
+
+def test_places_of_pairs_count_letters_of_the_base():
+    assert pair_places("GE *E") == {}
+    assert pair_places("L GE Q L *E V J J") == {"looks": [(0, 4), (2, 4)], "queries": [(2, 4)]}
+    assert moved_pairs("GE L *E J", "G E  L * E J L GE J") == []
+    assert moved_pairs("GE L *E J", "L GE J L *E J") == [
+        "looks.0 was behind 2 and 4 letters of the base, is behind 0 and 2"
+    ]
 
 
 def test_no_wire_without_a_boundary():

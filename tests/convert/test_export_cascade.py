@@ -159,6 +159,15 @@ def test_other_letters_are_refused(tmp_path):
         target_run(source, ["--hybrid-layer-pattern", source.hybrid_layer_pattern + "GC"])
 
 
+def test_added_looks_never_take_the_weights_of_those_in_the_folder():
+    source = base_model()
+    layers, source.fusion.vision_memory = source.hybrid_layer_pattern, "tiles"
+    source.hybrid_layer_pattern = f"L {layers} J"
+    target_run(source, ["--hybrid-layer-pattern", f"L {layers} J L J"])
+    with pytest.raises(ConfigError, match="weights to another pair: looks.0 was behind"):
+        target_run(source, ["--hybrid-layer-pattern", f"L J L {layers} J"])
+
+
 @pytest.mark.parametrize(
     ("settings", "vision", "words"),
     [

@@ -28,6 +28,7 @@ from megatron_mm.config import (
     base_pattern,
     data_parallel_size,
     from_dict,
+    moved_pairs,
     to_dict,
     validate,
 )
@@ -67,6 +68,12 @@ def target_run(model: ModelConfig, argv: list[str]) -> RunConfig:
             f"--hybrid-layer-pattern has the layers {pattern}, the folder's model "
             f"{base_pattern(model.hybrid_layer_pattern)}; allowed: the same with "
             f"{', '.join(sides)} between, and C for E"
+        )
+    moved = moved_pairs(model.hybrid_layer_pattern, run.model.hybrid_layer_pattern)
+    if moved:
+        raise ConfigError(
+            f"--hybrid-layer-pattern gives the folder's weights to another pair: {moved[0]}; "
+            "allowed: new pairs behind the folder's"
         )
     p = run.parallel
     dense = p.tensor_model_parallel_size * p.context_parallel_size
