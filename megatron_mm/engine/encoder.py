@@ -323,8 +323,10 @@ class EncoderSide:
             rows = torch.cat(grads).view(-1, part.rows, part.width)
             counts = [len(sent) for sent in shares.sent[number]]
             table = rows.new_zeros(sum(counts), part.rows, part.width)
-            # A tile may stand in a microbatch more than once.
-            table.index_add_(0, platform.moved(index.long(), rows.device), rows)
+            # A tile may stand in a microbatch more than once. On a GPU `index_add_` would sum in
+            # any order, and tensor-parallel copies of the encoder would drift apart.
+            places = platform.moved(index.long(), rows.device)
+            table.index_put_((places,), rows, accumulate=True)
             for into, mine in zip(of_owners, table.split(counts), strict=True):
                 into.append(mine.flatten())
         return [torch.cat(parts) for parts in of_owners]

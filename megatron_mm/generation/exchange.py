@@ -62,6 +62,7 @@ def _whole_vocabulary(predictions: Predictions, groups: Groups, vocab_size: int)
 
 
 def _gathered(x: torch.Tensor, group: ProcessGroup) -> list[torch.Tensor]:
+    x = x.contiguous()  # a part without its padding is not, and NCCL wants it
     parts = [torch.empty_like(x) for _ in range(group.size())]
     dist.all_gather(parts, x, group=group)
     return parts

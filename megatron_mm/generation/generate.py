@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.parallel_state import get_global_memory_buffer
 
 from megatron_mm import platform
 from megatron_mm.config import RunConfig, token_multiple
@@ -227,7 +228,9 @@ class _Generation:
         return drawn
 
     def _addresses(self) -> tuple:
-        return tuple(lane.addresses for lane in self.lanes)
+        # megatron-core gathers sequences into buffers of the process, which grow by moving.
+        shared = get_global_memory_buffer().buffer.values()
+        return tuple(lane.addresses for lane in self.lanes), tuple(x.data_ptr() for x in shared)
 
     def _admit(self) -> list[Microbatch]:
         """Reads the next prompts, consecutive ones for each lane; called on the reader. A lane gets
