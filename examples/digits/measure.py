@@ -129,16 +129,12 @@ class Measured:
         keys = [questions.key(index) for index in range(len(questions))]
         few = first_of_each(keys, ASKED)
         skill_map = replace(skill_map, info={"use": self.use(skill_map)})
-        if by_use:
-            nobody: list[list[int]] = [[] for _ in range(skill_map.num_layers)]
-            none = {skill: nobody for skill in skill_map.skills}
-            skill_map = replace(skill_map, skills=none, common=nobody)
         experts = skill_map.num_experts
         found: dict[str, dict[str, float]] = {}
         for count in (experts // 4, experts // 2, 3 * experts // 4):
             records = []
             for skill, needed in tasks(path).items():
-                kept = choose(skill_map, needed, count).experts
+                kept = choose(skill_map, needed, count, clusters=not by_use).experts
                 chosen = [i for key in few if key.split("/")[0] == skill for i in few[key]]
                 records += self.ask("valid", chosen=chosen, kept=kept)
             found[str(count)] = by_kind(records)

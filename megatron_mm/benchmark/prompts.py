@@ -5,6 +5,7 @@ A word is a token id in decimal, so that transformers' tokenizer returns the sam
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 
 import torch
@@ -79,6 +80,8 @@ def their_tokenizer(run: RunConfig, end: int | None = None) -> PreTrainedTokeniz
 
 class Prompts:
     """Repeats a few rows, in place of the `PromptLoader` of a rollout."""
+
+    columns: Set[str] = frozenset()
 
     def __init__(self, samples: list[Sample]):
         self.prompts = [

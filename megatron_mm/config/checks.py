@@ -225,7 +225,8 @@ def _check_training(run: RunConfig) -> None:
     require(not factor or (factor > 1 and sure), "loss_spike_factor", factor, allowed)
     phases = [phase.samples for phase in run.data.train_data]
     # Packed samples are known to suffice only once their lengths are known.
-    if phases and phases[-1] is not None and not run.data.packing:
+    known = not run.data.packing or declaration(run).rows_when_packed
+    if phases and phases[-1] is not None and known:
         needed = declaration(run).rows(run)
         held = sum(samples for samples in phases if samples is not None)
         if held < needed:

@@ -52,6 +52,7 @@ class Declaration:
         moe_aux_loss_coeff: the coefficient of the load-balancing loss of a run.
         generates: whether its steps are made of rollouts, which the model generates itself.
         rows: the least number of training rows that a run needs.
+        rows_when_packed: whether it needs as many where samples are packed.
         mean_over_tokens: whether its loss is a mean over the answers' tokens, on whose scale the
             losses of layers (box loss) are.
     """
@@ -67,6 +68,7 @@ class Declaration:
     moe_aux_loss_coeff: Callable[[RunConfig], float] = balance_of_model
     generates: bool = False
     rows: Callable[[RunConfig], int] = rows_of_steps
+    rows_when_packed: bool = False
     mean_over_tokens: bool = True
 
 

@@ -52,7 +52,9 @@ class Choice:
         return len(self.experts[0])
 
 
-def choose(skill_map: SkillMap, skills: Sequence[str], keep: int | None) -> Choice:
+def choose(
+    skill_map: SkillMap, skills: Sequence[str], keep: int | None, *, clusters: bool = True
+) -> Choice:
     """Chooses the experts that serve some skills.
 
     The experts of the skills' clusters and of the common one come before the others. Among each,
@@ -62,6 +64,7 @@ def choose(skill_map: SkillMap, skills: Sequence[str], keep: int | None) -> Choi
     Args:
         keep: experts of every layer; None: as many as the largest of the layers' unions of clusters
             has.
+        clusters: False: the figure alone counts, for a model whose routes know no clusters.
     Raises:
         ConfigError: a skill is unknown, or `keep` is less than a token takes or not less than the
             model has.
@@ -73,6 +76,8 @@ def choose(skill_map: SkillMap, skills: Sequence[str], keep: int | None) -> Choi
     k, experts = skill_map.moe_router_topk, skill_map.num_experts
     bounds = f"{k}, which a token takes, to {experts - 1} of the {experts} experts"
     member_LE = _members(skill_map, skills)
+    if not clusters:
+        member_LE = torch.zeros_like(member_LE)
     largest = int(member_LE.sum(1).max())
     if keep is None:
         if skill_map.common is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError
 from megatron_mm.pass_rate.output import Tally
 from megatron_mm.pass_rate.rated import check_images_beside, line_of
-from megatron_mm.pass_rate.rounds import Made, run_rounds
+from megatron_mm.pass_rate.rounds import Made, each_row, run_rounds
 from megatron_mm.rl.rollout.draw import complete
 from megatron_mm.rl.rollout.failures import check_rewards
 from megatron_mm.rl.rollout.prompts import Drawn, longest_prompt, sorted_out
@@ -101,7 +102,7 @@ class _Rating:
         self.reader = Reader(run, tokenizer, [rows])
         self.longest = longest_prompt(run)
         self.skip_bad = run.data.on_bad_sample == "skip"
-        self.scorer = Scorer(self.rl, engine, tokenizer, None)
+        self.scorer = Scorer(self.rl, engine, tokenizer, None, rows.columns)
         self.judge = self.scorer.names.index(difficulty_name(self.rl))
         # Failures of a whole round, or of a whole file, stop the command.
         self.least = min(per_round, len(rows)) * self.rl.num_generations
@@ -129,8 +130,8 @@ class _Rating:
             for what, reasons in (("left out", scored.skipped), ("failed", scored.failures)):
                 if reasons:
                     logger.info("%s: %s", what, "; ".join(reasons[:3]), extra=EVERY_RANK)
-            for place in range(len(scored.groups)):
-                self._rate(scored, place, made)
+        jobs = [partial(self._rate, scored, place, made) for place in range(len(scored.groups))]
+        each_row(self.engine.groups, made, jobs, self.skip_bad)
         return made
 
     def _rate(self, scored: Scored, place: int, made: Made) -> None:
@@ -157,9 +158,9 @@ class _Rating:
         )
         row = {key: value for key, value in group.asked.row.items() if key not in RATED}
         row, files = with_files(row, self.out)
-        made.files |= files
         row |= dict(zip(RATED, rating, strict=True))
         made.lines[group.number, 0] = line_of(row, group.asked.where)
+        made.files |= files
         made.sums["right"] += count
         made.sums["judged"] += len(known)
         made.sums["never"] += bool(known) and not count

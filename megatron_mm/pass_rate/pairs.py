@@ -36,6 +36,7 @@ def write_pairs(
     """
     lines: list[str] = []
     count: Counter = Counter()
+    unfit = ""
     for row in read_rated(data):
         check_images_beside(row.row, row.where, data.parent, out)
         right, wrong = sides(row, unfinished, count)
@@ -44,19 +45,24 @@ def write_pairs(
         count["rows with pairs"] += bool(made)
         count["above"] += max(0, len(made) - most)
         for chosen, rejected in made[:most]:
-            pair = pair_row(row.bare, chosen, rejected, row.where, columns)
-            lines.append(line_of(pair, row.where))
+            try:
+                pair = pair_row(row.bare, chosen, rejected, row.where, columns)
+                lines.append(line_of(pair, row.where))
+            except DataError as problem:  # a prompt that training takes and DPO does not
+                count["unfit"] += 1
+                unfit = unfit or f" (the first: {problem})"
     if not lines:
         raise DataError(
             f"{data}: 0 pairs of {count['rows']} rows; a row needs a right and a wrong completion "
-            f"({count['unfinished']} are unfinished, see --unfinished)"
+            f"({count['unfinished']} are unfinished, see --unfinished; training could not "
+            f"read {count['unfit']} pairs{unfit})"
         )
     write_new({out: lines})
     return (
         f"{out}: {len(lines)} pairs of {count['rows with pairs']} of {count['rows']} rows; left "
         f"out: {count['unfinished']} unfinished completions, {count['repeated']} repeated, "
         f"{count['unusable']} empty or with a control token, {count['above']} pairs above {most} a "
-        "row"
+        f"row, {count['unfit']} that training could not read{unfit}"
     )
 
 

@@ -94,7 +94,12 @@ def _flags(row: Row, key: str, count: int, allowed: tuple, where: str) -> list[A
 
 def line_of(row: Row, where: str) -> str:
     """Returns a row as a line of JSON. Raises DataError."""
-    text = to_json(row, "row", where)
+    try:
+        text = to_json(row, "row", where)
+    except DataError:
+        for key, value in row.items():  # the column that is to blame
+            to_json(value, key, where)
+        raise
     # A column may hold half a character, which JSON can spell and UTF-8 cannot.
     return text if is_unicode(text) else json.dumps(row)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_mm.cli import EVERY_RANK
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError
 from megatron_mm.parallel.groups import Groups
@@ -56,6 +57,27 @@ def on_first_rank[T](groups: Groups, make: Callable[[], T]) -> T:
     raise_together(groups, error)
     dist.broadcast_object_list(made, src=0, group=groups.world)
     return made[0]  # type: ignore[return-value]
+
+
+def each_row(
+    groups: Groups, made: Made, jobs: Iterable[Callable[[], None]], skip_bad: bool
+) -> None:
+    """Runs a job for each row, on the replica's reader. Every rank of the job calls it.
+
+    Raises:
+        DataError: on every rank, as a job, unless `skip_bad`: the row is then counted as `skipped`.
+    """
+    error = None
+    for job in jobs if groups.is_reader else ():
+        try:
+            job()
+        except DataError as problem:
+            if not skip_bad:
+                error = problem
+                break
+            made.sums["skipped"] += 1
+            logger.info("left out: %s", problem, extra=EVERY_RANK)
+    raise_together(groups, error)
 
 
 def run_rounds(

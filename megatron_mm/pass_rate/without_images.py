@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from megatron_mm.pass_rate.measure import open_rows, with_files
 from megatron_mm.pass_rate.output import Tally
 from megatron_mm.pass_rate.pairs import answer_of, pair_row, sides
 from megatron_mm.pass_rate.rated import check_images_beside, line_of, rated
-from megatron_mm.pass_rate.rounds import Made, run_rounds
+from megatron_mm.pass_rate.rounds import Made, each_row, run_rounds
 from megatron_mm.rl.completion_batch import answered
 from megatron_mm.rl.rollout.prompts import longest_prompt, sorted_out
 from megatron_mm.rl.settings import RLConfig
@@ -146,9 +147,11 @@ class _Continuing:
             pad_id=self.tokenizer.pad_id,
         )
         assert found is not None  # nothing stops this generation
-        if groups.is_reader:
-            for cut, (completion,) in zip(cuts, found, strict=True):
-                self._pair(cut, completion.tokens_G.tolist(), completion.finished, made)
+        jobs = [
+            partial(self._pair, cut, completion.tokens_G.tolist(), completion.finished, made)
+            for cut, (completion,) in zip(cuts, found, strict=False)  # elsewhere there are no cuts
+        ]
+        each_row(groups, made, jobs, self.skip_bad)
         return made
 
     def _cuts(self, number: int, sums: Counter) -> list[Any]:
@@ -195,15 +198,14 @@ class _Continuing:
             fate = "unusable"
         elif rejected == cut.chosen:
             fate = "equal"
+        if fate == "pairs":
+            assert rejected is not None  # it is usable
+            row, files = with_files(cut.row, self.out)
+            where = cut.prompt.where
+            pair = pair_row(row, cut.chosen, rejected, where, self.image_keys)
+            made.lines[divmod(cut.number, ROW)] = line_of(pair, where)
+            made.files |= files
         made.sums[fate] += 1
-        if fate != "pairs":
-            return
-        assert rejected is not None  # it is usable
-        row, files = with_files(cut.row, self.out)
-        made.files |= files
-        where = cut.prompt.where
-        pair = pair_row(row, cut.chosen, rejected, where, self.image_keys)
-        made.lines[divmod(cut.number, ROW)] = line_of(pair, where)
 
 
 def without_images(row: Row, image_keys: tuple[str, ...], where: str) -> Row:

@@ -12,5 +12,6 @@ DPO = Declaration(
     sections={"dpo": DPOConfig, "reference": ReferenceConfig},
     check=check_dpo,
     console=("train/dpo_loss", "rewards/margins", "rewards/accuracies", "logps/chosen"),
+    rows_when_packed=True,  # a step has as many pairs
     mean_over_tokens=False,
 )

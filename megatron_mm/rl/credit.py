@@ -70,8 +70,8 @@ class Credited:
 
     @property
     def kept_N(self) -> list[bool]:
-        """Whether each completion takes part in the loss: no reward of weight failed, and it was
-        not cut off where such completions are left out."""
+        """Whether each completion takes part in the loss: no reward of weight failed, one applies
+        (or there are teachers), and it was not cut off where such completions are left out."""
         kept_N = self.advantages.kept_PG.flatten().tolist()
         return [kept and not cut for kept, cut in zip(kept_N, self.cut_N, strict=True)]
 
@@ -101,7 +101,8 @@ def credit(
         assert hits is not None  # the weight is rejected without a skill map
         more["router"] = rl.earl.router_reward_weight, router_reward(hits.used).float()
     if kl is not None and to_go is None:
-        more["kl"] = -rl.beta, torch.tensor([float(values_G.sum()) for values_G in kl])
+        cost_N = torch.tensor([float(values_G.sum()) for values_G in kl])
+        more["kl"] = -rl.beta, _of_judged(cost_N, scored, weights, more)
     rewards_PGC, failed_PGC = _with(scored.rewards_PGC, scored.failed_PGC, more)
     if rewards_PGC.shape[2]:
         advantages = compute_advantages(
@@ -135,7 +136,15 @@ def credit(
     if rl.earl.span_credit:
         tokens = with_span_credit(tokens, scored.spans, rl.earl.span_credit)
     if taught is not None:
-        tokens = [t + rl.teacher_kl_coef * gap for t, gap in zip(tokens, taught, strict=True)]
+        # A completion to which no reward applies still has a teacher; one of a failed reward is
+        # left out.
+        judged_N = advantages.kept_PG.flatten().tolist()
+        tokens = [
+            (t if judged else torch.zeros_like(t)) + rl.teacher_kl_coef * gap
+            for t, judged, gap in zip(tokens, judged_N, taught, strict=True)
+        ]
+        failed_PG = (scored.failed_PGC & (torch.tensor([*weights]) != 0)).any(2)
+        advantages = replace(advantages, kept_PG=~failed_PG)
     _, task_rewards_PG = weighted(scored.rewards_PGC, scored.failed_PGC, torch.tensor([*weights]))
     return Credited(
         scored,
@@ -263,6 +272,21 @@ def teacher_sums(
 def _gap(known: Logprobs) -> torch.Tensor:
     assert known.teacher_T is not None and known.old_T is not None  # measured where there are any
     return known.teacher_T - known.old_T
+
+
+def _of_judged(
+    cost_N: torch.Tensor,
+    scored: Scored,
+    weights: Sequence[float],
+    more: Mapping[str, tuple[float, torch.Tensor]],
+) -> torch.Tensor:
+    """Returns a cost of all completions, NaN where no other reward of weight applies: alone it
+    would be their whole reward."""
+    every = [*weights, *(weight for weight, _ in more.values())]
+    if not any(every):
+        return cost_N
+    _, total_PG = weighted(*_with(scored.rewards_PGC, scored.failed_PGC, more), torch.tensor(every))
+    return cost_N.masked_fill(total_PG.isnan().flatten(), torch.nan)
 
 
 def _with(

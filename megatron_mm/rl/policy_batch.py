@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -191,7 +192,8 @@ def _router_targets(
     else:
         rewards_N = credited.task_rewards_PG.flatten().tolist()
         lengths_N = [len(tokens) for tokens in credited.token_advantages]
-        weights = {n: rewarded_weights(lengths_N[n], spans_N[n], rewards_N[n]) for n in members}
+        counted_N = [r if kept else math.nan for r, kept in zip(rewards_N, kept_N, strict=True)]
+        weights = {n: rewarded_weights(lengths_N[n], spans_N[n], counted_N[n]) for n in members}
     lengths = [len(credited.token_advantages[n]) for n in members if kept_N[n]]
     divisor = loss_denominator(
         rl.loss_agg_mode, torch.tensor(lengths, dtype=torch.int64), rl.max_completion_length

@@ -151,6 +151,10 @@ CASES = [
         "--train-data a.jsonl:8 b.jsonl:8 --train-iters 5 --global-batch-size 4",
         "train_data holds 16 samples in its 2 phases, but the run's 5 steps need 20; allowed:",
     ),
+    (
+        "--train-data a.jsonl:8 --train-iters 5 --global-batch-size 4 --objective dpo --packing",
+        "train_data holds 8 samples in its 1 phases, but the run's 5 steps need 20; allowed:",
+    ),
     ("--num-workers=-1", "num_workers is -1; allowed: 0 to 256"),
     (
         "--max-pack-tiles 40",

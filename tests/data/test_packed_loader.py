@@ -170,3 +170,26 @@ def test_with_and_without_packing(packing, tokenizer):
     held = len(made.state_dict()["held"])
     with pytest.raises(DataError, match=f"holds {held} samples that were read but not"):
         loader(packing, tokenizer, state=made.state_dict())
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_held_row_that_is_bad_after_a_resume(packing, tokenizer, skip):
+    """An image is gone, or a limit is lower: a row that was good when it was read."""
+    packing.data.on_bad_sample = "skip" if skip else "error"
+    begun = loader(packing, tokenizer)
+    begun.next_batch()
+    state = begun.state_dict()
+    assert state["held"]
+    packing.data.max_num_tiles = packing.data.max_pack_tiles = 1  # none with two images
+    resumed = loader(packing, tokenizer, state=state)
+    if not skip:
+        with pytest.raises(DataError, match="2 image tiles, max_pack_tiles is 1"):
+            resumed.next_batch()
+        return
+    batch = resumed.next_batch()
+    path, rows = packing.data.train_data[0].path, map(begun._place, state["held"])
+    held = {f"{path}:{place.row + 1}" for place in rows}
+    left_out = {line.split(": ")[0] for m in batch for line in m.skipped}
+    assert held & left_out and not left_out & {*names([batch])}
+    after = resumed.state_dict()
+    assert after["consumed_samples"] == after["position"] - len(after["held"])

@@ -52,6 +52,15 @@ def test_a_map_of_format_1_is_filled_by_use():
         choose(the_map({"use": use}, common=None), ["spatial"], None)
 
 
+def test_a_model_that_no_map_has_aligned_keeps_what_it_uses_whatever_the_clusters():
+    use = {"spatial": [[0.1, 0.2, 0.3, 0, 0, 0.4, 0, 0], [0.3, 0.1, 0, 0, 0.4, 0, 0, 0.2]]}
+    found = choose(the_map({"use": use}), ["spatial"], 3, clusters=False)
+    assert found == Choice([[1, 2, 5], [0, 4, 7]], "use")
+    assert kept(the_map({"use": use}), ["spatial"], 3) != found.experts
+    found = choose(the_map({"use": use}), ["spatial"], 4, clusters=False)  # as many as a cluster
+    assert found == Choice([[0, 1, 2, 5], [0, 1, 4, 7]], "use")
+
+
 @pytest.mark.parametrize(
     ("info", "skills", "keep", "error", "words"),
     [

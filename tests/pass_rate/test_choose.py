@@ -137,6 +137,20 @@ def test_what_no_row_may_hold_is_no_side(tmp_path, capsys, wrong, dropped):
     assert status == 0 and dropped in said and "1 pairs of 1" in said
 
 
+def test_prompts_that_make_no_pairs_are_counted(tmp_path, capsys):
+    """An answer in two turns is a row of fine-tuning, and its first turn no end of a prompt."""
+    two = rated_row([YES, NO])
+    two["messages"].insert(1, {"role": "assistant", "content": "Let me see."})
+    rows = [rated_row([YES, NO]), two]
+    data, out = write_rows(tmp_path / "rated.jsonl", rows), tmp_path / "pairs.jsonl"
+    status, said, _ = run(capsys, "pairs", "--data", data, "--out", out)
+    assert status == 0 and len(read_rows(out)) == 1
+    assert "1 that training could not read (the first: " in said and "rated.jsonl:2: " in said
+    write_rows(data, [two])
+    status, _, error = run(capsys, "pairs", "--data", data, "--out", tmp_path / "none.jsonl")
+    assert status == 1 and "training could not read 1 pairs (the first: " in error
+
+
 def test_a_mark_that_a_model_wrote_is_text(tmp_path, capsys):
     row = rated_row([YES, NO], completions=["a <image>", "b"])
     data, out = write_rows(tmp_path / "rated.jsonl", [row]), tmp_path / "pairs.jsonl"

@@ -10,8 +10,11 @@ import json
 import os
 import shutil
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_mm.config import ConfigError, RunConfig, load, to_dict
@@ -316,6 +319,35 @@ def test_pairs_go_on_where_they_were_ended(ranks, scenes, folder):
     assert out.read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_row_that_makes_no_pair_stops_every_rank_or_is_counted(ranks, scenes, folder, skip):
+    rows = read_rows(folder / "rows.jsonl")[:6]
+    rows[3]["messages"].insert(1, {"role": "assistant", "content": "Let me see."})
+    write_rows(folder / "rows.jsonl", rows)
+    more = dict(on_bad_sample="skip") if skip else {}
+    out, said = rate(ranks, folder, scenes, "DP2", most=1, **more)
+    if skip:
+        assert len(read_rows(out)) == 5 and ", 1 bad;" in said
+    else:
+        assert "rows.jsonl:4: " in said and "ends with an answer" in said
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_column_that_json_cannot_hold_stops_every_rank_or_is_counted(ranks, scenes, folder, skip):
+    rows = read_rows(folder / "rows.jsonl")[:6]
+    table = pa.Table.from_pylist(
+        [{k: row[k] for k in ("messages", "images", "ground_truth")} for row in rows]
+    )
+    when = [None] * 5 + [datetime(2026, 1, 2)]
+    pq.write_table(table.append_column("asked_at", pa.array(when)), folder / "rows.parquet")
+    more = dict(on_bad_sample="skip") if skip else {}
+    out, said = rate(ranks, folder, scenes, "DP2", data="rows.parquet", **more)
+    if skip:
+        assert len(read_rows(out)) == 5 and ", 1 skipped" in said
+    else:
+        assert "rows.parquet:6: 'asked_at' cannot be written as JSON" in said
+
+
 def test_images_leave_no_trace():
     turns = [
         {"role": "system", "content": "Look."},
@@ -360,13 +392,24 @@ def test_flags_and_the_file_of_a_run_say_how_to_sample(scenes, tmp_path):
 
 def test_a_run_that_was_packed_or_taught_boxes_can_be_measured(scenes):
     """These are of its training, and no flags of this command."""
-    run = with_glimpses(digits_run(scenes, seq_length=96, packing=True, num_workers=2))
+    sizes = dict(packing=True, num_workers=2, max_pack_tiles=40)
+    run = with_glimpses(digits_run(scenes, seq_length=96, **sizes))
     query_settings(run.model).query_box_loss_coeff = 1.0
     flags = ["--reward-funcs", "exact", "--max-completion-length", "16"]
     found = run_of_flags(to_dict(run), flags, 1, scores=True)
     assert (found.data.packing, found.data.num_workers) == (False, 0)
+    assert found.data.max_pack_tiles == 40  # it bounds the prompts that are read together
     assert query_settings(found.model).query_box_loss_coeff == 0
     assert found.model.hybrid_layer_pattern == run.model.hybrid_layer_pattern
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 64])
+def test_any_number_of_rows_at_a_time_fits(scenes, size):
+    flags = ["--reward-funcs", "exact", "--max-completion-length", "16"]
+    layout = ["--pipeline-model-parallel-size", "2", "--micro-batch-size", str(size)]
+    for world in (2, 4):
+        run = run_of_flags(stored_of(scenes), [*flags, *layout], world, scores=True)
+        assert run.training.micro_batch_size == size
 
 
 @pytest.mark.parametrize(

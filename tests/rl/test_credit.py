@@ -72,6 +72,35 @@ def test_the_routers_reward_and_the_kl_are_rewards_of_their_own():
     assert found.scored.rewards_PGC.shape == (2, 2, 1)  # the functions' own stay
 
 
+def test_the_kl_is_no_reward_of_a_completion_to_which_no_other_applies():
+    """Its cost alone would punish what nothing judged."""
+    rl = settings(algorithm="dr_grpo", beta=0.5, use_kl_in_reward=True, kl_estimator="k1")
+    kl = [torch.full((n,), 0.1) for n in LENGTHS]
+    nothing_failed = [[False, False], [False, False]]
+    before = scored([[1.0, math.nan], [0.5, 0.0]], failed=nothing_failed)
+    found = credit(before, [1.0], rl, None, kl, alone)
+    assert found.kept_N == [True, False, True, True]
+    assert found.token_advantages[0].tolist() == found.token_advantages[1].tolist() * 3 == [0.0] * 3
+    unjudged = credit(before, [0.0], rl, None, kl, alone)  # where nothing else is a reward at all
+    assert unjudged.kept_N == [True] * 4
+
+
+@pytest.mark.parametrize("algorithm", ["dr_grpo", "reinforce_plus_plus"])
+def test_a_teacher_teaches_where_no_reward_applies_but_not_where_one_failed(algorithm):
+    rl = settings(algorithm=algorithm, teacher_load=["t"], teacher_kl_coef=2.0)
+    before = scored([[1.0, 0.0], [math.nan, math.nan]], failed=[[False, False], [False, True]])
+    gaps = [torch.full((n,), 0.25) for n in LENGTHS]
+    found = credit(before, [1.0], rl, None, None, alone, gaps)
+    alone_judged = credit(before, [1.0], rl, None, None, alone)
+    assert found.kept_N == [True, True, True, False]
+    assert alone_judged.kept_N == [True, True, False, False]
+    assert found.token_advantages[2].tolist() == [0.5] * 2  # the gap alone
+    for n in (0, 1):
+        assert torch.equal(found.token_advantages[n], alone_judged.token_advantages[n] + 0.5)
+    batches = policy_batches(packed(), [known(b) for b in packed()], found, rl, None, *ALONE)
+    assert [int(n) for b in batches for n in b.lengths_N] == [2, 3, 0, 1]
+
+
 def test_the_kl_of_a_completion_is_found_in_whatever_microbatch_it_is():
     batches = packed()
     logprobs = [
@@ -294,3 +323,29 @@ def test_completions_that_were_cut_leave_the_loss_but_not_their_group():
     assert plain.kept_N == [True] * 4 and found.kept_N == [True, False, True, False]
     batches = policy_batches(packed(), [known(b) for b in packed()], found, rl, None, *ALONE)
     assert [int(n) for b in batches for n in b.lengths_N] == [2, 3, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_routers_learn_nothing_from_completions_that_were_cut(temperature):
+    rl = settings(
+        algorithm="dr_grpo", router_loss_coeff=0.3, router_temperature=temperature,
+        skill_map="map.json", mask_truncated_completions=True,
+    )  # fmt: skip
+    spans = (([(0, 2, 0, True)], [(0, 1, 0, True)]), ([(0, 2, 0, True)], [(1, 3, 0, True)]))
+    before = scored([[1.0, 0.5], [0.5, 1.0]], spans)
+    groups = tuple(
+        replace(group, completions=tuple(replace(c, finished=False) for c in group.completions))
+        for group in before.groups[1:]
+    )
+    before = replace(before, groups=(before.groups[0], *groups))
+    hits = Hits(*[torch.zeros(4, 1, 4, dtype=torch.float64)] * 3)
+    found = credit(before, [1.0], rl, hits, None, alone)
+    member_SLE = torch.ones(1, 3, 4, dtype=torch.bool)
+    batches = packed()
+    made = policy_batches(batches, [known(b) for b in batches], found, rl, member_SLE, *ALONE)
+    learnt = {}
+    for batch, policy in zip(batches, made, strict=True):
+        parts = batch.split(policy.router.weight_T)
+        learnt |= {n: bool(w.any()) for n, w in zip(batch.members, parts, strict=True)}
+    # Drawn routes leave out the first token of a completion, which is all that completion 1 has.
+    assert learnt == {0: True, 1: not temperature, 2: False, 3: False}

@@ -73,6 +73,9 @@ class ParquetRows:
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise DataError(f"{path}: the column {twice[0]!r} is there twice; rename one")
+        derived = {"ground_truth": "reward_model", "skill": "data_source"}  # in verl's form
+        known = {*names} | {key for key, source in derived.items() if source in names}
+        self.columns = frozenset(known - {"prompt", "response", "image"})  # see `normalise_row`
 
     @property
     def folder(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from array import array
@@ -29,6 +30,9 @@ class RowFile(Protocol):
     @property
     def row_groups(self) -> list[RowGroup]: ...
 
+    @property
+    def columns(self) -> frozenset[str]: ...  # keys that its rows are known to have
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     def where(self, index: int) -> str: ...
@@ -47,6 +51,12 @@ class RowFiles:
     @property
     def row_groups(self) -> list[RowGroup]:
         return [group for file in self.files for group in file.row_groups]
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The keys that rows of any file are known to have: JSONL says them row by row, and the
+        first row of each file is asked."""
+        return frozenset().union(*(file.columns for file in self.files))
 
     def locate(self, index: int) -> tuple[RowFile, int]:
         """Returns the file of row `index` (from 0) and the row's index in it."""
@@ -97,23 +107,34 @@ class Rows:
         if not os.access(self.path, os.R_OK):
             raise DataError(f"{self.path}: may not be read; correct its permissions")
         self._starts, self._lengths, self._lines = array("q"), array("q"), array("q")
+        self._open()
         start = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        try:
+            for number, line in enumerate(self._file, start=1):
                 if line.strip():
                     self._starts.append(start)
                     self._lengths.append(len(line))
                     self._lines.append(number)
                 start += len(line)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
         if not self._starts:
             raise DataError(f"{self.path}: 0 rows; a dataset needs at least 1")
-        self._open()
 
     def _open(self) -> None:
         try:
             self._file = self.path.open("rb")
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be opened ({error.strerror})") from error
+            more = "; raise `ulimit -n` or join files" if error.errno == errno.EMFILE else ""
+            raise DataError(f"{self.path}: cannot be opened ({error.strerror}){more}") from error
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The keys of the first row; none if it is bad."""
+        try:
+            return frozenset(self[0])
+        except DataError:
+            return frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_file"}

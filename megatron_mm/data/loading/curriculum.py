@@ -38,7 +38,7 @@ class Curriculum:
         """Returns the place of sample `number` (from 0).
 
         Raises:
-            DataError: the phases end before it.
+            EndOfData: the phases end before it.
         """
         phase, source, row = self.order.row(number)
         return Place(self.first_source[phase] + source, row)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_mm.data.loading.shuffle import RowGroup, shuffled, window
-from megatron_mm.errors import DataError
+from megatron_mm.errors import DataError, EndOfData
 
 # Longest period of a mixture, in slots; weights that need a longer one are rounded.
 MAX_PERIOD = 2**16
@@ -133,7 +133,7 @@ class Order:
         """Returns the position of global sample `number` (from 0).
 
         Raises:
-            DataError: the phases end before it.
+            EndOfData: the phases end before it.
         """
         start = 0
         for index, (phase, deal) in enumerate(zip(self._phases, self._deals, strict=True)):
@@ -141,7 +141,7 @@ class Order:
                 source, drawn = deal.locate(number - start)
                 return Position(index, source, *divmod(drawn, self._rows[index][source]))
             start += phase.samples
-        raise DataError(
+        raise EndOfData(
             f"train_data: sample {number + 1} is asked for but the phases hold {start}; raise "
             "`samples` of the last phase (or leave it out) or lower train_iters"
         )
@@ -150,7 +150,7 @@ class Order:
         """Returns (phase, source, row) of global sample `number` (from 0).
 
         Raises:
-            DataError: the phases end before it.
+            EndOfData: the phases end before it.
         """
         phase, source, epoch, index = self.locate(number)
         key = (phase, source, epoch)

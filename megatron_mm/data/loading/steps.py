@@ -122,9 +122,9 @@ class Packed:
 
     def _fill(self) -> list[str]:
         """Measures samples until enough are held. Returns the bad rows passed over."""
-        skipped: list[str] = []
+        skipped = self._still_good()
         run = 0
-        tokens = sum(self._size(number).tokens for number in self._held)
+        tokens = sum(self._sizes[number].tokens for number in self._held)
         end = self._order.length
         while tokens < self._wanted_tokens and (end is None or self._position < end):
             found = self._measure(self._position)
@@ -143,14 +143,22 @@ class Packed:
             self._position += 1
         return skipped
 
-    def _size(self, number: int) -> Size:
-        """Size of a held sample, which is measured again after a resume."""
-        if number not in self._sizes:
+    def _still_good(self) -> list[str]:
+        """Measures held samples again after a resume. Returns those that are bad by now, which are
+        held no more."""
+        skipped: list[str] = []
+        for number in self._held:
+            if number in self._sizes:
+                continue
             found = self._measure(number)
-            if isinstance(found, str):  # it was good before the resume
+            if isinstance(found, Size):
+                self._sizes[number] = found
+            elif self._skip_bad:
+                skipped.append(found)
+            else:
                 raise DataError(found)
-            self._sizes[number] = found
-        return self._sizes[number]
+        self._held = [number for number in self._held if number in self._sizes]
+        return skipped
 
     def state_dict(self) -> dict[str, Any]:
         return {

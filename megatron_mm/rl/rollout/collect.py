@@ -19,7 +19,7 @@ from megatron_mm.rl.rollout.draw import draw_rollout
 from megatron_mm.rl.rollout.failures import check_rewards
 from megatron_mm.rl.rollout.prompts import PromptSource
 from megatron_mm.rl.rollout.score import Scored, Scorer, informative, join
-from megatron_mm.rl.settings import records_routes, resolved, rollout_plan
+from megatron_mm.rl.settings import records_routes, resolved, rollout_plan, teacher_folders
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Collector:
     ):
         self.engine, self.tokenizer, self.loader = engine, tokenizer, loader
         self.rl, self.plan = resolved(run), rollout_plan(run)
-        self.scorer = Scorer(self.rl, engine, tokenizer, alignment)
+        self.scorer = Scorer(self.rl, engine, tokenizer, alignment, loader.columns)
         self.record_routes = records_routes(self.rl, self.scorer.wants_routes)
 
     def close(self) -> None:
@@ -84,8 +84,9 @@ class Collector:
         return found, steps
 
     def _check(self, scored: Scored, of_group: Sequence[int], steps: int) -> None:
-        # The router's reward applies to every completion.
-        others, most = self.rl.earl.router_reward_weight > 0, self.rl.max_reward_failures
+        # The router's reward applies to every completion, and so do teachers.
+        others = self.rl.earl.router_reward_weight > 0 or bool(teacher_folders(self.rl))
+        most = self.rl.max_reward_failures
         check_rewards(self.engine, scored, self.scorer.weights, of_group, steps, most, others)
 
     def _round(self) -> Scored:

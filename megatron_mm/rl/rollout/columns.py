@@ -1,4 +1,4 @@
-"""The columns of a round's rows, over all replicas."""
+"""The columns of all rows so far, over all replicas."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ class Columns:
     def __init__(self) -> None:
         self._known: list[str] = []
 
-    def of_round(self, groups: Groups, mine: Set[str]) -> list[str]:
-        """Returns the names that any row of the round has, on whatever replica. Every rank of the
-        job calls it.
+    def with_round(self, groups: Groups, mine: Set[str]) -> list[str]:
+        """Returns the names that any row has had, on whatever replica, this round's too. So a
+        reward's columns do not depend on the other rows of a round. Every rank of the job calls it.
 
         Args:
             mine: those of this replica's rows; empty on ranks that do not read.
         """
-        new, *there = largest([not mine <= {*self._known}, *(key in mine for key in self._known)])
-        if not new:
-            return [key for key, held in zip(self._known, there, strict=True) if held]
-        parts: list = [None] * groups.world.size()
-        dist.all_gather_object(parts, mine, group=groups.world)
-        found = sorted(set().union(*parts))
-        self._known = sorted({*self._known, *found})
-        return found
+        (new,) = largest([not mine <= {*self._known}])
+        if new:
+            parts: list = [None] * groups.world.size()
+            dist.all_gather_object(parts, mine, group=groups.world)
+            self._known = sorted({*self._known}.union(*parts))
+        return self._known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ class Drawn:
 
 class PromptSource(Protocol):
     """Where rollouts take their prompts from, and the position there."""
+
+    columns: Set[str]  # that rows are known to have, whichever are drawn
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -59,6 +61,8 @@ class PromptLoader:
     ) -> None:
         curriculum = open_curriculum(run.data.train_data, run.training.seed)
         self._place, self.order = curriculum.place, curriculum.description
+        names = [source.columns for source in curriculum.sources]
+        self.columns: Set[str] = frozenset().union(*names)
         self._rl = run.section(RLConfig)
         self._reader = Reader(self._with_key(run), tokenizer, curriculum.sources)
         self._rank, self._size = data_parallel_rank, data_parallel_size

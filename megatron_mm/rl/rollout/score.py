@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,15 +121,23 @@ def informative(scored: Scored, weights: Sequence[float]) -> list[int]:
 class Scorer:
     """The reward functions of a run, in worker processes of the replicas' readers. Close it.
 
+    Args:
+        columns: that rows of the data are known to have, whichever a round draws.
     Attributes:
         names: of the reward functions; weights: their factors.
         wants_routes: whether any of them reads `routed_experts`.
     """
 
     def __init__(
-        self, rl: RLConfig, engine: Engine, tokenizer: Tokenizer, alignment: Alignment | None
+        self,
+        rl: RLConfig,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        alignment: Alignment | None,
+        columns: Set[str] = frozenset(),
     ):
         self._engine, self._tokenizer, self._alignment = engine, tokenizer, alignment
+        self._of_data = columns
         self._num_generations, self._columns = rl.num_generations, Columns()
         self.weights = rl.reward_weights or [1.0] * len(rl.reward_funcs)
         self._runner: RewardRunner | None = None
@@ -167,8 +175,9 @@ class Scorer:
         looked = gather_looked(self._engine, completions)
         mine: set[str] = set()
         if self._engine.groups.is_reader:  # it has the prompts
-            mine = {key for group in rollout.groups for key in group.asked.row} - {*NOT_COLUMNS}
-        keys = self._columns.of_round(self._engine.groups, mine)
+            mine = {key for group in rollout.groups for key in group.asked.row}
+            mine = (mine | self._of_data) - {*NOT_COLUMNS}
+        keys = self._columns.with_round(self._engine.groups, mine)
         verdict = broadcast_from_reader(
             self._engine.groups,
             lambda: self._judge(rollout.groups, completions, keys, routes, looked),
