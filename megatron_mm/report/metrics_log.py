@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_mm.cli import printable, say
+from megatron_mm.report.backwards import from_the_end
 from megatron_mm.report.sinks import Appended, Guarded, TensorBoard, WandB
 
 logger = logging.getLogger(__name__)
@@ -207,15 +208,14 @@ def _compact(value: float) -> float | int | None:
 
 def _open_record(path: Path, start_step: int) -> Appended:
     """Drops the records after `start_step` and opens the file for appending."""
-    found = read_metrics(path)
-    if not all(isinstance(record, dict) and "iteration" in record for record in found):
-        raise ValueError(f"{path}: not a record of a run; use another output_dir")
-    kept = [record for record in found if record["iteration"] <= start_step]
+    found, kept = False, 0
+    for end, record in from_the_end(path):
+        found = True
+        if record["iteration"] <= start_step:
+            kept = end
+            break
     if found and not kept:  # of another run: kept under another name
         path.replace(path.with_name(path.name + ".previous"))
-    # Replaced in one move, so that a crash here does not lose the record.
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-    partial.replace(path)
+    elif path.exists():
+        os.truncate(path, kept)
     return Appended(path)

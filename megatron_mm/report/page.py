@@ -39,7 +39,7 @@ from megatron_mm.report.page_experts import (
     read_json,
     skill_maps,
 )
-from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups
+from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups, last_rows
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         prunings=pruned,
         rl=rl,
         hacked=hacked_steps(records),
-        groups=last_groups(read_metrics(run / TABLE_FILE)) if rl else [],
+        groups=last_groups(last_rows(run / TABLE_FILE)) if rl else [],
     )
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")

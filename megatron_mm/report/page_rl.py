@@ -7,7 +7,10 @@ text.
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 from typing import Any
+
+from megatron_mm.report.backwards import from_the_end
 
 BEFORE_FILE = "experts_before.json"  # experts by skill when the run began
 BETWEEN = " ,;\n"
@@ -17,6 +20,23 @@ MAX_GROUPS, MAX_COMPLETIONS = 8, 16  # of the page; of a group
 def hacked_steps(records: list[dict]) -> list[int]:
     """Steps at which the hit rate had risen while the task reward had fallen."""
     return [r["iteration"] for r in records if r.get("rollout/moe/reward_hacking") == 1]
+
+
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of the last rollouts in completions.jsonl, as many as a page shows. The
+    file may have gigabytes and is read from its end.
+
+    Raises:
+        ValueError: a line is no row.
+    """
+    rows: list[dict[str, Any]] = []
+    groups: set[tuple[int, Any]] = set()
+    for _, row in from_the_end(path):
+        if len(groups) >= MAX_GROUPS and row["iteration"] != rows[-1]["iteration"]:
+            break  # the last rollout that is shown is whole
+        rows.append(row)
+        groups.add((row["iteration"], row.get("row")))
+    return rows[::-1]
 
 
 def last_groups(rows: list[dict]) -> list[dict[str, Any]]:

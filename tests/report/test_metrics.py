@@ -9,7 +9,10 @@ import pytest
 
 from megatron_mm import cli
 from megatron_mm.config.settings import LoggingConfig
+from megatron_mm.report import backwards
+from megatron_mm.report.backwards import from_the_end
 from megatron_mm.report.metrics_log import MetricsLogger, format_duration, read_metrics
+from megatron_mm.report.page_rl import last_groups, last_rows
 
 
 class Terminal(io.StringIO):
@@ -49,6 +52,53 @@ def test_fresh_run_replaces_an_old_record(tmp_path):
         with MetricsLogger(quiet(tmp_path), {}, total_steps=1, stream=io.StringIO()) as logger:
             logger.log(1, {"train/lm_loss": value})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 1, "train/lm_loss": 2.5}]
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
+def test_records_are_found_from_the_end(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(backwards, "BLOCK", block)
+    path = tmp_path / "completions.jsonl"
+    assert [*from_the_end(path)] == []
+    records = [{"iteration": n, "text": "x" * (n % 5) + "é\u2028"} for n in range(9)]
+    lines = [json.dumps(record, ensure_ascii=n % 2 == 0) for n, record in enumerate(records)]
+    whole = "\n".join([lines[0], "", *lines[1:]]) + "\n"  # a blank line is passed over
+    for torn in ("", '{"iteration": 9, "te', "{}"):  # a line without an end is not whole
+        path.write_text(whole + torn)
+        found = [*from_the_end(path)]
+        assert [record for _, record in found] == records[::-1]
+        for end, record in found:
+            assert json.loads(path.read_bytes()[:end].splitlines()[-1]) == record
+    path.write_text(whole + "[]\n")
+    with pytest.raises(ValueError, match="completions.jsonl: the line that ends at byte [0-9]+ is"):
+        next(from_the_end(path))
+
+
+def test_a_resumed_record_is_cut_where_it_is_and_not_read_whole(tmp_path):
+    """Completions of a long run have gigabytes."""
+    path = tmp_path / "completions.jsonl"
+    with MetricsLogger(quiet(tmp_path), {}, total_steps=9, stream=io.StringIO()) as logger:
+        for step in range(1, 10):
+            logger.table(step, [{"row": n, "completion": "x" * 10} for n in range(3)])
+    before = path.stat().st_ino
+    path.write_bytes(b"not read\n" + path.read_bytes())
+    with MetricsLogger(quiet(tmp_path), {}, 9, start_step=7, stream=io.StringIO()):
+        pass
+    lines = path.read_text().splitlines()
+    assert path.stat().st_ino == before and len(lines) == 1 + 7 * 3
+    assert json.loads(lines[-1])["iteration"] == 7
+
+
+def test_the_page_shows_the_last_rollouts_whole(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    rows = [
+        {"iteration": step, "row": n, "completion": f"{step} {n} {c}"}
+        for step in range(1, 9)
+        for n in range(3)
+        for c in range(2)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert last_groups(last_rows(path)) == last_groups(rows)
+    assert last_rows(path) == rows[-3 * 6 :]  # three groups a step, of which eight are shown
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
