@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,3 +44,20 @@ def raising_together(group: dist.ProcessGroup, doing: str) -> Iterator[None]:
     where = "" if len(set(problems)) == 1 else f" (rank {failed[0]}"
     where += f", {len(failed)} of {len(problems)} ranks failed)" if where else ""
     raise CheckpointError(f"{doing}: {problems[failed[0]]}{where}") from cause
+
+
+def check_same(group: dist.ProcessGroup, path: Path, identity: str) -> None:
+    """Checks that every rank has found the same checkpoint. Every rank calls it.
+
+    Raises:
+        CheckpointError: on every rank, for two checkpoints: a run is saving there, or a shared
+            folder looks different on two nodes.
+    """
+    found: list[tuple[str, str]] = [("", "")] * group.size()
+    dist.all_gather_object(found, (identity, str(path)), group=group)
+    other = next((rank for rank, (its, _) in enumerate(found) if its != found[0][0]), None)
+    if other is not None:
+        raise CheckpointError(
+            f"ranks 0 and {other} found different checkpoints, {found[0][1]} and "
+            f"{found[other][1]}: is a run saving there? Name one of them"
+        )

@@ -24,6 +24,7 @@ class CheckpointCommand:
         platform.quiet()
         platform.install()
         self.status, self._started = 0, False
+        self._resolved: tuple[Path, str] | None = None  # the checkpoint and its identity
         self._groups: Any = None  # of the job, once it has started
 
     def resolve(self, folder: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -35,13 +36,20 @@ class CheckpointCommand:
         from megatron_mm.checkpoint import folders
 
         try:
-            return folders.resolve(Path(folder))
+            path, stored = folders.resolve(Path(folder))
         except CheckpointError as error:
             raise CheckpointError(f"cannot load {folder}: {error}") from None
+        self._resolved = path, stored["identity"]
+        return path, stored
 
     def start(self, run: RunConfig) -> Any:
         """Starts the job of ranks on the layout of `run`, and returns its `parallel.groups.Groups`.
-        A job that has started stays as it is."""
+        A job that has started stays as it is.
+
+        Raises:
+            CheckpointError: on every rank, if `resolve` has found different checkpoints.
+        """
+        from megatron_mm.checkpoint.collective import check_same
         from megatron_mm.engine.kernels import choose_kernels
         from megatron_mm.parallel import groups
 
@@ -50,6 +58,8 @@ class CheckpointCommand:
             groups.start(run.parallel)
             self._started = True
             self._groups = groups.build(run.parallel)
+            if self._resolved is not None:
+                check_same(self._groups.world, *self._resolved)
         return self._groups
 
     def engine(self, run: RunConfig) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from megatron_mm.checkpoint.plain_pickle import shown
 from megatron_mm.config import (
     ConfigError,
@@ -138,6 +140,11 @@ def _finetune_may_change(key: str, there: str, here: str) -> bool:
         return False
     before, now = ([letter for letter in p if letter in sides] for p in (there, here))
     return key.startswith(SEEN) or before != now or not now
+
+
+def narrows(stored: torch.dtype, here: torch.dtype) -> bool:
+    """Whether numbers lose digits on the way into a parameter."""
+    return torch.finfo(stored).eps < torch.finfo(here).eps
 
 
 def _is_new(key: str) -> bool:

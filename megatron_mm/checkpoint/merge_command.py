@@ -33,9 +33,10 @@ def settings(argv: list[str]) -> RunConfig:
         ConfigError: another setting is given, or one of these is missing.
     """
     for path in parse_flags(argv).values:
-        if path[0] != "parallel" and path[-1] not in ("load", "save"):
+        if path[0] not in ("parallel", "plugins") and path[-1] not in ("load", "save"):
             raise ConfigError(
-                f"{cli.flag(path[-1])} is not for merging; allowed: --load, --save and the layout"
+                f"{cli.flag(path[-1])} is not for merging; allowed: --load, --save, --plugins and "
+                "the layout"
             )
     run = load(None, argv)
     for key in ("load", "save"):

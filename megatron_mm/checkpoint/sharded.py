@@ -22,6 +22,7 @@ from megatron_mm.checkpoint.compatible import (
     check_adapters,
     check_model,
     check_tensors,
+    narrows,
 )
 from megatron_mm.checkpoint.index import check_whole
 from megatron_mm.checkpoint.parameters import begin_copies, finish_param_gather, parameters
@@ -87,7 +88,7 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
         "iteration", "loader" and "extra" as saved; "initialized": names of parameters that the
         checkpoint lacks; "ignored": keys of tensors that this model lacks, or that a conversion
         carried along; "changed": `check_model`'s lines; "narrowed": names of this rank's
-        parameters that have fewer bytes an element than what is stored. Generators are restored
+        parameters that have fewer digits than what is stored. Generators are restored
         only on the same layout.
 
     Raises:
@@ -117,7 +118,9 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
             content = sealed.read_bytes(path / name, run["checksums"].get(name))
             generators = rng.checked(content, path / name)
     finish_param_gather(engine)  # a gather under way would overwrite loaded weights
-    _apply(engine, {key: entry.data for key, entry in wanted.items()}, set(added), run, finetune)
+    weights = {key: x.data.dtype for key, x in wanted.items() if key.startswith(weight_key(""))}
+    tensors = {key: wanted.pop(key).data for key in [*wanted]}  # freed as they are applied
+    _apply(engine, tensors, set(added), run, finetune)
     if generators is not None:
         rng.restore(generators)
     return {
@@ -132,9 +135,8 @@ def load(engine: Engine, folder: Path, *, finetune: bool = False) -> dict[str, A
         "changed": changed,
         "narrowed": [
             key.removeprefix(weight_key(""))
-            for key, shard in wanted.items()
-            if key.startswith(weight_key(""))
-            and index.tensors[key].dtype.itemsize > shard.data.dtype.itemsize
+            for key, here in weights.items()
+            if narrows(index.tensors[key].dtype, here)
         ],
     }
 
@@ -177,19 +179,22 @@ def _apply(
     finetune: bool,
 ) -> None:
     """Writes loaded tensors into the engine and draws those that are new. Local: waits for no rank,
-    reads no file."""
+    reads no file. Takes out of `tensors` what it has applied: copies of all would double the host
+    memory that resuming needs."""
     state: optimizer_state.State = {}
     names = [name for name, *_ in parameters(engine)]
     mine = optimizer_state.owned(engine)
     for name, param, layout in parameters(engine):
-        value = tensors.get(weight_key(name))
+        value = tensors.pop(weight_key(name), None)
         if value is not None:
             layout.held(param.data).copy_(value)
         elif weight_key(name) in added:
             initialize_one(name, param, layout, engine.run.training.seed)
         if name in mine and not finetune:
             state[name] = {
-                kind: shards.from_shard(tensors.get(shards.state_key(kind, name)), layout, param)
+                kind: shards.from_shard(
+                    tensors.pop(shards.state_key(kind, name), None), layout, param
+                )
                 for kind in shards.kinds_saved(param)
             } | {"step": torch.tensor(run["adam_step"])}
     if finetune:

@@ -78,6 +78,17 @@ def parse_early(argv: Sequence[str]) -> Early:
     return Early(given.config, given.plugins, given.objective)
 
 
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """Adds `--plugins` to the parser of a command that reads checkpoints or folders."""
+    parser.add_argument(
+        "--plugins",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help="modules that register letters of your own; a checkpoint imports none",
+    )
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all flags; values stay text until `parse_flags` reads them."""
     parser = _Parser(

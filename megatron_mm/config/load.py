@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,15 @@ from megatron_mm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["dump_yaml", "from_dict", "load", "read_yaml", "run_of_checkpoint", "to_dict"]
+__all__ = [
+    "dump_yaml",
+    "from_dict",
+    "import_plugins",
+    "load",
+    "read_yaml",
+    "run_of_checkpoint",
+    "to_dict",
+]
 
 
 PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -181,9 +190,10 @@ def load(path: str | None = None, argv: Sequence[str] = ()) -> RunConfig:
 def run_of_checkpoint(tree: Mapping[str, Any]) -> RunConfig:
     """The run that a checkpoint holds. An objective that was given by a dotted path is left out
     with its settings: a model is converted or probed without it, and its module may not be here.
+    Its plug-ins are code, which no checkpoint has imported: they are named in `--plugins`.
 
     Raises:
-        ConfigError: as `from_dict`.
+        ConfigError: as `from_dict`, with the plug-ins that are missing.
     """
     name = _objective(tree)
     if isinstance(name, str) and name not in OBJECTIVES:
@@ -191,7 +201,17 @@ def run_of_checkpoint(tree: Mapping[str, Any]) -> RunConfig:
         tree = {key: value for key, value in tree.items() if key in known}
         kept = {k: v for k, v in tree["training"].items() if k != "objective"}
         tree = tree | {"training": kept}
-    return from_dict(RunConfig, tree)
+    try:
+        return from_dict(RunConfig, tree)
+    except ConfigError as error:
+        named = tree.get("plugins")
+        missing = [m for m in named if m not in sys.modules] if isinstance(named, list) else []
+        if not missing:
+            raise
+        raise ConfigError(
+            f"{error}; the run had plug-ins: name them with --plugins {brief(' '.join(missing))} "
+            "if you trust them"
+        ) from None
 
 
 def _objective(tree: Mapping[str, Any]) -> Any:

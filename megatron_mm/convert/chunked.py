@@ -30,10 +30,13 @@ ASSETS = "huggingface"  # folder inside a checkpoint
 
 
 class Part(Protocol):
-    """Unit of work: a chunk, of `bytes` when it is read."""
+    """Unit of work: a chunk, of `bytes` when it is read and `written` on the disk."""
 
     @property
     def bytes(self) -> int: ...
+
+    @property
+    def written(self) -> int: ...
 
 
 # The chunk of a part: key and whole shape of its tensor, its first row in it, its rows.
@@ -83,7 +86,7 @@ def write_checkpoint[P: Part](
                 target.mkdir(parents=True, exist_ok=True)
                 check_target(target, iteration)
                 folders.clear_leftovers(target)
-                check_space(target, sum(part.bytes for part in parts))
+                check_space(target, sum(part.written for part in parts))
                 partial.mkdir()
         try:
             chunks = _write(parts, make, partial, identity, group, doing, what, quiet)

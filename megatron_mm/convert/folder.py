@@ -150,6 +150,7 @@ def open_folder(hf: Path, hf_vision: Path | None = None, *, weights: bool = True
     new = (SIDES, DELEGATES) if hf_vision is None else (SIDES, DELEGATES, PROJECTOR)
     try:
         config = in_transformers_words(read_json(hf / CONFIG))
+        _check_quantised(hf, config)
         if CLVR_KEY in config:  # exported by megatron_mm
             config["model_type"] = fused_type(config.get("vision_config") or {})
         if hf_vision is not None:
@@ -305,11 +306,43 @@ def _image_token(folder: Path, config: Mapping[str, Any], model: ModelConfig) ->
     return image
 
 
+def _check_quantised(hf: Path, config: Mapping[str, Any]) -> None:
+    """Raises ConvertError for weights that are no numbers of their own, such as FP8 releases."""
+    for part in (config, *(config.get(key) for key in ("text_config", "vision_config"))):
+        settings = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+            raise ConvertError(
+                f"{hf / CONFIG} has a quantization_config ({shown(repr(method), 100)}): quantised "
+                "weights are not taken; use the release in bf16"
+            )
+
+
 def token_notes(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns the part of `HFFolder.notes` that a run's tokenizer knows."""
     looks = LookTokens.of(run, tokenizer)
     found: dict[str, Any] = {"image_token_id": tokenizer.image_context_id}
     return found | ({} if looks is None else {"look_ids": looks.ids})
+
+
+def differing_token(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """Returns the first token with a meaning of its own that has another id than the weights were
+    trained with; None if all have the same.
+
+    Args:
+        there: the notes of a folder or a checkpoint; here: `token_notes` of the run's tokenizer.
+    """
+    for key, mine in here.items():
+        its = there.get(key)
+        if its is None:
+            continue
+        pairs = zip(its, mine, strict=False) if isinstance(mine, list) else ((its, mine),)
+        if any(a != b for a, b in pairs):  # places in words add one to the ids of looks
+            return (
+                f"{key} is {shown(repr(its), 100)} there, {mine} in this run's tokenizer; use the "
+                "tokenizer that it was trained with"
+            )
+    return None
 
 
 def tokenizer_id(folder: Path, token: str) -> int | None:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from megatron_mm.checkpoint.collective import raising_together
-from megatron_mm.checkpoint.compatible import check_model
+from megatron_mm.checkpoint.compatible import check_model, narrows
 from megatron_mm.checkpoint.parameters import begin_copies, finish_param_gather, parameters
 from megatron_mm.config import to_dict
-from megatron_mm.convert.folder import check_folder, open_folder
+from megatron_mm.convert.folder import check_folder, differing_token, open_folder
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint
@@ -31,7 +31,7 @@ class Loaded:
     Attributes:
         initialized: parameters that the folder lacks, drawn from the seed or copied.
         ignored: hf tensors that no parameter of the model holds.
-        narrowed: parameters of this rank that have fewer bytes an element than their tensors.
+        narrowed: parameters of this rank that have fewer digits than their tensors.
         notes: `HFFolder.notes`, to be kept in checkpoints of the run.
     """
 
@@ -60,10 +60,9 @@ def load_hf(engine: Engine, folder: Path, tokens: Mapping[str, Any] | None = Non
         whole = blueprint(engine.run.model)
         mapping = source.mapping(whole)
         check_folder(source, mapping)
-        for key, here in (tokens or {}).items():
-            there = source.notes.get(key)
-            if there is not None and there != here:
-                raise ConvertError(f"{key} is {there} there, {here} in this run's tokenizer")
+        problem = differing_token(source.notes, tokens or {})
+        if problem is not None:
+            raise ConvertError(problem)
     links = {link.mcore: link for link in mapping.links}
     narrowed: list[str] = []
     finish_param_gather(engine)  # a gather under way would overwrite loaded weights
@@ -71,7 +70,7 @@ def load_hf(engine: Engine, folder: Path, tokens: Mapping[str, Any] | None = Non
         for name, param, layout in parameters(engine):
             if name in links:
                 link = links[name]
-                if source.dtype(link).itemsize > param.dtype.itemsize:
+                if narrows(source.dtype(link), param.dtype):
                     narrowed.append(name)
                 fill(param, layout, lambda a, b, k=link: k.to_mcore(source.read, a, b))
             elif is_adapter(name) or name in mapping.new:

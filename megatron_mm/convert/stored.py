@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_mm.checkpoint import sealed, storage
 from megatron_mm.checkpoint.blocks import MarkedStream, Reader, mark
-from megatron_mm.checkpoint.index import Block, Index, Shape
+from megatron_mm.checkpoint.index import Block, Entry, Index, Shape
 from megatron_mm.convert.spool import Spool
 from megatron_mm.errors import ConvertError
 
@@ -143,10 +143,17 @@ def write_index(folder: Path, chunks: Sequence[Chunk], identity: str) -> None:
 
 
 class ChunkReader:
-    """Reader of a checkpoint's tensors, whole or by ranges of rows."""
+    """Reader of a checkpoint's tensors, whole or by ranges of rows. The chunk of which a part was
+    read last stays in memory: experts are asked for one by one.
+
+    Attributes:
+        identity: of the checkpoint.
+    """
 
     def __init__(self, folder: Path, index: Index, identity: str):
         self._reader, self._tensors = Reader(folder, identity), index.tensors
+        self.identity = identity
+        self._held: tuple[Block, torch.Tensor] | None = None
 
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].dtype
@@ -184,7 +191,7 @@ class ChunkReader:
             return self._reader.read(key, entry, wanted[0])
         whole, filled = torch.empty(sizes, dtype=entry.dtype), 0
         for block in wanted:
-            part = self._reader.read(key, entry, block)
+            part = self._part(key, entry, block)
             begin, end = _rows(block)
             low, high = max(first, begin), min(last, end)
             part = part[low - begin : high - begin]
@@ -195,6 +202,12 @@ class ChunkReader:
         if filled != whole.numel():
             raise ConvertError(f"{key}: its chunks hold {filled} of {whole.numel()} elements")
         return whole
+
+    def _part(self, key: str, entry: Entry, block: Block) -> torch.Tensor:
+        if self._held is None or self._held[0] is not block:
+            self._held = None  # no two at a time
+            self._held = block, self._reader.read(key, entry, block)
+        return self._held[1]
 
 
 def _rows(block: Block) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm.checkpoint import folders, lock, sealed, storage
-from megatron_mm.checkpoint.collective import raising_together
+from megatron_mm.checkpoint.collective import check_same, raising_together
 from megatron_mm.checkpoint.compatible import CARRIED_PREFIX, check_tensors
 from megatron_mm.checkpoint.index import check_whole
 from megatron_mm.checkpoint.lock import held
@@ -180,6 +180,7 @@ def convert(
         CheckpointError: on every rank; `target` was not made.
     """
     leader = group.rank() == 0
+    check_same(group, checkpoint.path, checkpoint.reader.identity)
     doing = f"cannot convert {checkpoint.path} to {target}"
     partial = folders.with_suffix(target, folders.PARTIAL)
     lines: list[str] = []

@@ -32,6 +32,10 @@ class Import:
     new: str | None = None
     carried: str | None = None
 
+    @property
+    def written(self) -> int:
+        return self.bytes
+
 
 def dtype_of(source: HFFolder, mapping: StateMapping, dtype: torch.dtype | None) -> torch.dtype:
     """Dtype of new parameters: the requested one, else that of the embedding."""

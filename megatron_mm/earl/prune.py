@@ -152,6 +152,12 @@ class Part:
     rows: list[int] | None = None  # from `first`
     place: int = 0
 
+    @property
+    def written(self) -> int:
+        if self.rows is None or self.first is None or self.last is None:
+            return self.bytes
+        return self.bytes // (self.last - self.first) * len(self.rows)
+
 
 def parts(checkpoint: Checkpoint, choice: Choice) -> tuple[list[Part], list[str]]:
     """Returns the units of work, and the names of carried tensors that are left out."""

@@ -28,10 +28,10 @@ def check_flags(rest: Sequence[str], doing: str) -> None:
         ConfigError: another setting is among them.
     """
     for path in parse_flags(rest).values:
-        if path[0] not in ("parallel", "backend") and path[-1] not in GIVEN:
+        if path[0] not in ("parallel", "backend", "plugins") and path[-1] not in GIVEN:
             raise ConfigError(
-                f"{cli.flag(path[-1])} is not for {doing}; allowed: this tool's flags, the "
-                f"layout, the backend and {', '.join(map(cli.flag, GIVEN))}"
+                f"{cli.flag(path[-1])} is not for {doing}; allowed: this tool's flags, --plugins, "
+                f"the layout, the backend and {', '.join(map(cli.flag, GIVEN))}"
             )
 
 

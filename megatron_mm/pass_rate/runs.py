@@ -46,10 +46,10 @@ def run_of_flags(
     """
     allowed = (*DATA, *TRAINING, *SAMPLING, *(REWARDS if scores else ()))
     for path in parse_flags(rest).values:
-        if path[0] not in ("parallel", "backend") and path[-1] not in allowed:
+        if path[0] not in ("parallel", "backend", "plugins") and path[-1] not in allowed:
             raise ConfigError(
-                f"{cli.flag(path[-1])} is not for this command; allowed: its own flags, the "
-                f"layout, the backend and {', '.join(map(cli.flag, allowed))}"
+                f"{cli.flag(path[-1])} is not for this command; allowed: its own flags, --plugins, "
+                f"the layout, the backend and {', '.join(map(cli.flag, allowed))}"
             )
     given = load(None, list(rest))
     run, rl = stored_run(stored, rest, world, None), given.section(RLConfig)

@@ -16,7 +16,7 @@ from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.folders import LATEST
 from megatron_mm.config import CheckpointConfig, RunConfig, modules_of
-from megatron_mm.convert.folder import NOTES
+from megatron_mm.convert.folder import NOTES, differing_token
 from megatron_mm.convert.live import load_hf
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError, DataError
@@ -95,6 +95,9 @@ def start(
     ):
         if type(value) not in kinds:
             raise CheckpointError(f"{checkpoint.load} is damaged: extra.{key} is {value!r:.80}")
+    problem = differing_token(notes, tokens)
+    if problem is not None:
+        raise CheckpointError(f"cannot load {checkpoint.load}: {problem}")
     if checkpoint.finetune:
         _tell(state["initialized"], state["ignored"], state["narrowed"], state["changed"])
         return Start(notes=notes)

@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
     platform.install()
 
     from megatron_mm.config import ParallelConfig, RunConfig
+    from megatron_mm.config.flags import add_plugins
+    from megatron_mm.config.load import import_plugins
     from megatron_mm.convert import hf_model, parity, to_hf
     from megatron_mm.convert.commands.job import run_job
     from megatron_mm.convert.folder import check_folder, open_folder
@@ -40,6 +42,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm.parallel import groups
 
     parser = cli.Parser(__doc__)
+    add_plugins(parser)
     parser.add_argument("--hf", type=cli.path, required=True)
     parser.add_argument("--checkpoint", type=cli.path, required=True)
     parser.add_argument("--image", type=cli.path)
@@ -49,6 +52,7 @@ def main(argv: list[str]) -> int:
 
     def work(group) -> list[str]:
         args = parser.parse_args(argv)
+        import_plugins(args.plugins)
         if group.size() > 1:
             raise ConvertError(f"{group.size()} ranks: parity is checked by one")
         source = open_folder(args.hf)

@@ -32,8 +32,9 @@ from megatron_mm.config import (
     to_dict,
     validate,
 )
-from megatron_mm.config.flags import parse_flags
+from megatron_mm.config.flags import add_plugins, parse_flags
 from megatron_mm.config.layers.kinds import LAYERS
+from megatron_mm.config.load import import_plugins
 from megatron_mm.config.tree import merge
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm.model.blueprint import blueprint
 
     parser = cli.Parser(__doc__)
+    add_plugins(parser)
     parser.add_argument("--hf", type=cli.path, required=True)
     parser.add_argument("--hf-vision", type=cli.path)
     parser.add_argument("--out", type=cli.path, required=True)
@@ -112,6 +114,7 @@ def main(argv: list[str]) -> int:
 
     def work(group) -> list[str]:
         args, rest = parser.parse_known_args(argv)
+        import_plugins(args.plugins)
         dtype = DTYPES.get(args.dtype)
         folders = [args.hf] if args.hf_vision is None else [args.hf, args.hf_vision]
         with raising_together(group, f"cannot convert {args.hf}"):

@@ -24,6 +24,8 @@ def main(argv: list[str]) -> int:
     platform.install()
 
     from megatron_mm.checkpoint.collective import raising_together
+    from megatron_mm.config.flags import add_plugins
+    from megatron_mm.config.load import import_plugins
     from megatron_mm.convert import to_hf
     from megatron_mm.convert.commands.job import DTYPES, run_job
     from megatron_mm.convert.folder import travelling
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> int:
     from megatron_mm.errors import CheckpointError
 
     parser = cli.Parser(__doc__)
+    add_plugins(parser)
     parser.add_argument("--checkpoint", type=cli.path, required=True)
     parser.add_argument("--out", type=cli.path, required=True)
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as in the checkpoint")
@@ -40,6 +43,7 @@ def main(argv: list[str]) -> int:
 
     def work(group) -> list[str]:
         args = parser.parse_args(argv)
+        import_plugins(args.plugins)
         with raising_together(group, f"cannot load {args.checkpoint}"):
             checkpoint = to_hf.open_checkpoint(args.checkpoint)
             assets = None if args.assets is None else travelling(args.assets)
