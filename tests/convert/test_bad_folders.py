@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_mm.config import ParallelConfig
 from megatron_mm.convert import to_hf
+from megatron_mm.convert.folder import open_folder
 from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.parallel import groups
 from support.folders import (
@@ -253,6 +254,22 @@ def test_configs(folder, tmp_path, job):
     path.unlink()
     refused(folder, tmp_path / "out", "config.json: No such file")
     refused(tmp_path / "nowhere", tmp_path / "out", "nowhere/config.json")
+
+
+@pytest.mark.parametrize("where", [(), ("text_config",)])
+def test_quantised_folders(folder, tmp_path, job, where):
+    """Also from the config alone, and before unexpected names of scales are listed."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    part = config
+    for key in where:
+        part = part[key]
+    part["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    path.write_text(json.dumps(config))
+    words = r"config.json has a quantization_config \('fp8'\): quantised weights are not taken"
+    refused(folder, tmp_path / "out", words)
+    with pytest.raises(CheckpointError, match=words):
+        open_folder(folder, weights=False)
 
 
 def test_nothing_is_overwritten(folder, tmp_path, job):

@@ -237,6 +237,23 @@ def test_layouts_of_conversion_do_not_matter(ranks, source, tmp_path):
     assert {"__0_0.distcp", "__1_0.distcp"} <= index.needed.keys()
 
 
+def test_rows_of_one_chunk_read_it_once(job, tmp_path):
+    """Experts are asked for one by one, and a chunk holds many."""
+    save_fused(tmp_path / "in")
+    to_checkpoint(tmp_path / "in", tmp_path / "mega")
+    reader, reads = to_hf.open_checkpoint(tmp_path / "mega").reader, []
+    read = reader._reader.read
+    reader._reader.read = lambda *args: reads.append(args[0]) or read(*args)
+    names = [key for key in reader._tensors if ".experts." in key]
+    assert names
+    for key in names:
+        count = reader.shape(key)[0]
+        rows = [reader.read(key, n, n + 1) for n in range(count)]
+        assert count > 4 and torch.equal(torch.cat(rows), reader.read(key))
+        # One for all rows, and one for the whole.
+        assert reads.count(key) == 2 * len(reader._tensors[key].blocks)
+
+
 def test_dist_checkpointing_reads_it(job, tmp_path):
     """megatron-core's own reader, with its own (trusting) way of reading the index."""
     save_fused(tmp_path / "in")

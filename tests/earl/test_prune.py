@@ -19,7 +19,7 @@ from megatron_mm.checkpoint.shards import weight_key
 from megatron_mm.config import RunConfig, num_layers
 from megatron_mm.convert import to_hf
 from megatron_mm.data.tokenizer import load_tokenizer
-from megatron_mm.earl.prune import Choice, write_pruned
+from megatron_mm.earl.prune import Choice, parts, write_pruned
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.engine.engine import Engine
 from megatron_mm.evaluation.evaluate import evaluate
@@ -101,6 +101,15 @@ def test_experts_and_router_rows_are_cut_and_nothing_else(whole, pruned):
     stored = json.loads((pruned / "iter_0000003" / "run.json").read_text())
     assert stored["extra"]["pruned"] == {"skills": ["spatial"]}
     assert stored["config"]["model"]["language"]["num_experts"] == 4
+
+
+def test_as_much_room_is_asked_for_as_is_written(whole, pruned):
+    """What is left out is read and takes no room on the disk."""
+    work, _ = parts(to_hf.open_checkpoint(whole), CHOICE)
+    after = to_hf.open_checkpoint(pruned)
+    tensors = [after.reader.read(weight_key(name)) for name in after.parameters]
+    assert sum(part.written for part in work) == sum(tensor.nbytes for tensor in tensors)
+    assert sum(part.bytes for part in work) > sum(part.written for part in work)
 
 
 @torch.no_grad()

@@ -5,7 +5,10 @@ it.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,6 +319,42 @@ def test_it_is_converted_both_ways_and_computes_what_transformers_does(one_rank,
     mcore = parity.mcore_model(opened, one_rank)
     found = list(parity.compare_outputs(opened, mcore, loaded, run, cases))
     assert len(found) >= 4 and max(case.size for case in found) <= parity.TOLERANCE
+
+
+@pytest.mark.launches
+def test_commands_take_its_module_and_say_that_it_is_missing(one_rank, tmp_path):
+    """A checkpoint names the modules of its letters and imports none of them by itself."""
+    model = small_model("GM*E*M", image_stream="all", vision_memory="none")
+    save_fused(tmp_path / "in", replace(model, layers={"M": MLPSettings(40)}))
+    (tmp_path / "my_letters.py").write_text(
+        "from megatron_mm.config.layers.kinds import LAYERS\n"
+        "from support.new_letter import MLP\n"
+        "LAYERS.register('M', MLP)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join(map(str, (root, root / "tests", tmp_path)))
+
+    def call(tool: str, *flags: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, root / "tools" / tool, *flags]
+        return subprocess.run(
+            [*map(str, command)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+
+    own = ("--plugins", "my_letters")
+    made = call("hf_to_megatron.py", "--hf", tmp_path / "in", "--out", tmp_path / "mega", *own)
+    assert made.returncode == 0, made.stderr
+    out = ("--checkpoint", tmp_path / "mega", "--out", tmp_path / "out")
+    found = call("megatron_to_hf.py", *out)
+    assert found.returncode == 1 and found.stderr.count("\n") == 1
+    assert "M; allowed: C, Q; the run had plug-ins: name them with --plugins 'my_letters'" in (
+        found.stderr
+    )
+    found = call("megatron_to_hf.py", *out, *own)
+    assert found.returncode == 0, found.stderr
+    assert_same(read_all(tmp_path / "out"), read_all(tmp_path / "in"))
 
 
 def test_a_letter_without_words_in_transformers_is_one_line(monkeypatch):

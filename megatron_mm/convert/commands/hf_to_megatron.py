@@ -121,6 +121,7 @@ def main(argv: list[str]) -> int:
             weights = not args.dry_run or any(has_weights(folder) for folder in folders)
             source = open_folder(args.hf, args.hf_vision, weights=weights)
         run = target_run(source.model, rest)
+        run.plugins = args.plugins
         source.model = run.model
         parameters = blueprint(run.model)
         if not weights:
