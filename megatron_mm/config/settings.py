@@ -354,7 +354,7 @@ class EvaluationConfig:
     eval_interval: PositiveInt | None = None
     """Steps between evaluations; none: only at the end."""
     eval_samples: PositiveInt | None = None
-    """Rows of valid_data in an evaluation; none: all."""
+    """Rows of valid_data in an evaluation, the first of the file; none: all."""
     eval_batch_size: Samples = 32
     """Rows that are answered together."""
     max_new_tokens: PositiveInt = 64

@@ -193,6 +193,11 @@ class SampleBuilder:
         tiles = sum(tiles_seen(grid, self._vision) for grid in draft.grids)
         return Size(len(draft.encoded.tokens), tiles)
 
+    def check_prompt(self, row: dict[str, Any], where: str, folder: Path) -> None:
+        """Raises DataError for all that is wrong with the row as a prompt but pixels that cannot be
+        decoded: the headers of its images are read."""
+        self._draft(encode_prompt, row, where, folder)
+
     @property
     def _vision(self) -> ImageSettings:
         """The settings for a row that has images, which needs a model with vision."""

@@ -28,24 +28,34 @@ from megatron_mm.parallel.param_layout import layouts
 Results = dict[str, dict[str, float]]
 
 
-def open_questions(engine: Engine, tokenizer: Tokenizer) -> tuple[EvalSet, list[str]]:
-    """Opens the validation questions and returns them with the result key of each.
+def open_questions(
+    engine: Engine, tokenizer: Tokenizer, *, check: bool = False
+) -> tuple[EvalSet, list[str]]:
+    """Opens the validation questions and returns them with the result key of each. Their rows are
+    read on the first rank: on all of them they would be read as often as there are ranks.
 
+    Args:
+        check: whether to read also the headers of their images.
     Raises:
         DataError: on every rank, if a row is bad.
     """
     run, error = engine.run, None
     assert run.data.valid_data is not None, "an evaluation needs `valid_data`"
     questions: EvalSet | None = None
-    keys: list[str] = []
+    found: list[list[str]] = [[]]
     try:
         questions = EvalSet(run.data.valid_data, run, tokenizer, run.evaluation.eval_samples)
-        keys = [questions.key(index) for index in range(len(questions))]
+        if dist.get_rank() == 0:
+            for index in range(len(questions)):
+                found[0].append(questions.key(index))
+                if check:
+                    questions.check(index)
     except DataError as problem:
         error = str(problem)
     raise_together(engine.groups, error)
     assert questions is not None  # else there was an error
-    return questions, keys
+    dist.broadcast_object_list(found, src=0, group=engine.groups.world)
+    return questions, found[0]
 
 
 class _Asked(NamedTuple):

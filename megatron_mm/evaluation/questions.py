@@ -99,6 +99,14 @@ class EvalSet:
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
 
+    def check(self, index: int) -> None:
+        """Reads a row but for the pixels of its images.
+
+        Raises:
+            DataError: the row is bad.
+        """
+        self._builder.check_prompt(*self._row(index))
+
     def __getitem__(self, index: int) -> EvalItem:
         if not 0 <= index < self._length:
             raise IndexError(index)

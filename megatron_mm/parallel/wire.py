@@ -49,7 +49,7 @@ class WireShape:
 
 
 def pack(payload: Payload, shape: WireShape) -> torch.Tensor:
-    """Returns [rows, 1, H], always a fresh tensor (the schedule may free its storage)."""
+    """Returns [rows, 1, H], always a fresh tensor, as schedules want it that free its storage."""
     hidden = payload.hidden_T1H
     parts = [hidden]
     for memory in shape.memories:

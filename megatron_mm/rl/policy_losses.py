@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from megatron_mm.rl.algorithms import KL_ESTIMATORS, LOSS_AGGREGATIONS, POLICY_LOSSES
@@ -238,14 +239,20 @@ def importance_weights(
 def entropy_threshold(entropies_K: torch.Tensor, share: float) -> torch.Tensor:
     """Returns the entropy, fp64, that the `share` of tokens with the highest ones reach: the
     quantile 1 - share with linear interpolation, as `torch.quantile`, which TRL's
-    `top_entropy_quantile` takes, but of any number of tokens. Infinite of none."""
+    `top_entropy_quantile` takes, but of any number of tokens. Infinite of none.
+
+    Args:
+        entropies_K: on the CPU.
+    """
     if not len(entropies_K):
         return torch.tensor(torch.inf, dtype=torch.float64)
-    ordered_K = entropies_K.double().sort().values
-    place = (1 - share) * (len(ordered_K) - 1)
+    place = (1 - share) * (len(entropies_K) - 1)
     low = int(place)
-    high = min(low + 1, len(ordered_K) - 1)
-    return torch.lerp(ordered_K[low], ordered_K[high], place - low)
+    high = min(low + 1, len(entropies_K) - 1)
+    # A step may have 10^8 tokens: of two of them alone the place in the order is needed.
+    parted_K = np.partition(entropies_K.numpy(), (low, high))
+    bounds_2 = torch.from_numpy(parted_K[[low, high]]).double()
+    return torch.lerp(bounds_2[0], bounds_2[1], place - low)
 
 
 def logprob_abs_diff(tokens: Tokens, rollout_logprobs_K: torch.Tensor) -> Sums:

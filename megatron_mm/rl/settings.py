@@ -107,7 +107,7 @@ class RLConfig:
     for each completion."""
     rollout_is_mode: Literal["truncate", "mask"] = "truncate"
     """Treatment of weights of rollout_is outside their bounds: truncate holds them at the upper
-    one, mask takes their tokens out of the loss."""
+    one, mask takes their tokens out of the policy loss; terms of beta and entropy_coef stay."""
     rollout_is_threshold: PositiveFloat = 2.0
     """Upper bound of the weights of rollout_is, inclusive."""
     rollout_is_threshold_low: NonNegativeFloat = 0.0

@@ -82,7 +82,7 @@ class Trainer:
             expert_scope=open_expert_scope(run, groups),
         )
         if run.data.valid_data:  # a bad file is better known now than at the first evaluation
-            open_questions(self.engine, self.tokenizer)
+            open_questions(self.engine, self.tokenizer, check=True)
         self.source: StepSource = open_step_source(run, self.engine, self.tokenizer, loader)
         tell_frozen(run)
         self.router_norms = RouterNorms(self.engine)

@@ -142,3 +142,23 @@ def test_a_graph_of_a_step_is_the_step(gpu_ranks, run):
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
     # The graph, the numbers it draws with, copies of what it drew; and the turn's share of a step.
     assert launches[1] <= 8 < 200 < launches[4]
+
+
+def on_rank_odd_vocabulary(run: RunConfig) -> list:
+    engine = Engine.create(run, groups.build(run.parallel))
+    return [
+        c[0].tolist()
+        for c in complete(engine, make_prompts(run, "tiny", PROMPTS, images=True, seed=0), 3)
+    ]
+
+
+def test_a_vocabulary_that_ranks_do_not_divide_is_gathered(gpu_ranks):
+    """NCCL takes no part of a row: logits without their padding are not contiguous."""
+    run = decoding_run(tensor_model_parallel_size=2, context_parallel_size=2)
+    language = run.model.language
+    language.vocab_size = 511
+    language.linear_num_key_heads, language.linear_num_value_heads = 4, 8
+    language.num_attention_heads = 8
+    found = gpu_ranks(4, on_rank_odd_vocabulary, run)
+    assert all(tokens == found[0] for tokens in found) and len(found[0]) == PROMPTS * GROUP
+    assert max(token for tokens in found[0] for token in tokens) < 511

@@ -7,6 +7,7 @@ reductions on a GPU, and adds in another order.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,16 @@ from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.parameters import finish_param_gather
 from megatron_mm.config import RunConfig
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.engine.feed import broadcast_batches
+from megatron_mm.engine.replicas import Replicas
+from megatron_mm.errors import DivergedError
 from megatron_mm.evaluation.questions import EvalSet
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel.param_layout import layouts
-from support.checkpoint_runs import create, train, whole
+from megatron_mm.train.sft import SupervisedFineTuning
+from support.batches import microbatch
+from support.checkpoint_runs import create, tiny_run, train, whole
 from support.trainers import CP2, EP2, PP2, TP2, VPP2, digits_run
 from support.weights import randomise_engine
 
@@ -46,6 +52,7 @@ def on_rank_everything(run: RunConfig, folder: Path) -> dict:
     randomise_engine(engine)
     losses = train(engine, [0])
     finish_param_gather(engine)  # which on a GPU overlaps with the next forward pass
+    Replicas(engine).check(1)
     trained = whole(engine)
     sharded.save(engine, {"consumed_samples": 2}, folder, 1)
     run.training.seed += 1
@@ -77,6 +84,53 @@ def answers(engine) -> list:
         pad_id=tokenizer.pad_id,
     )
     return [[(c.tokens_G.tolist(), c.logprobs_G) for c in group] for group in found]
+
+
+def on_rank_shared_image(run: RunConfig, adds: bool) -> str:
+    """Trains on six samples of one image, as completions of a prompt are. Returns what the check of
+    copies says.
+
+    Args:
+        adds: sum up the gradients of the repeated tiles with `index_add_`, which has no order.
+    """
+    engine = create(run)
+    randomise_engine(engine)
+    batch = microbatch(run.model, 1, (1,) * 6, 2)
+    tiles = len(batch.pixels_NCHW) // 6
+    memories = {k: replace(m, tiles=m.tiles % tiles) for k, m in batch.memories.items()}
+    pixels, stream = batch.pixels_NCHW[:tiles], batch.stream_tiles % tiles
+    batch = replace(batch, pixels_NCHW=pixels, stream_tiles=stream, memories=memories)
+    put = torch.Tensor.index_put_
+
+    def without_order(self, indices, values, accumulate=False):
+        assert accumulate
+        return self.index_add_(0, indices[0], values)
+
+    if adds:
+        torch.Tensor.index_put_ = without_order
+    try:
+        for _ in range(3):
+            engine.forward_backward(
+                broadcast_batches(engine.groups, [batch]), SupervisedFineTuning()
+            )
+            engine.update(engine.gradient_norm())
+    finally:
+        torch.Tensor.index_put_ = put
+    finish_param_gather(engine)
+    try:
+        Replicas(engine).check(3)
+    except DivergedError as error:
+        return str(error)
+    return "equal"
+
+
+@pytest.mark.parametrize("where", ["stage", "replica"])
+def test_copies_of_the_encoder_stay_equal_where_tiles_repeat(gpu_ranks, where):
+    run = tiny_run(dict(tp=2, vision_parallel=where))
+    assert gpu_ranks(2, on_rank_shared_image, run, False) == ["equal"] * 2
+    if where == "replica":
+        for said in gpu_ranks(2, on_rank_shared_image, run, True):
+            assert "copies of parameter" in said and "vision." in said
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

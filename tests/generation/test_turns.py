@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron_mm.config import RunConfig
 from megatron_mm.data.tokenizer import load_tokenizer
@@ -194,6 +195,34 @@ class Stand:
             return found
 
         return again
+
+
+def on_rank_moved_buffer(run: RunConfig) -> tuple[bool, bool]:
+    """Whether a recording would go on after a prefill of more tokens than any before."""
+    engine, seen = random_engine(run), []
+    shared = parallel_state.get_global_memory_buffer()
+    prefill = generation._Generation.prefill
+
+    def filled(self):
+        before = self._addresses()
+        prefill(self)
+        again = self._addresses()
+        shared.get_tensor([10**6], torch.float32, "mpu")  # as sequence parallelism gathers into it
+        seen.append((before[1] != again[1], again != self._addresses()))
+        shared.buffer.clear()
+
+    generation._Generation.prefill = filled
+    try:
+        complete(engine, Sampling(STOPS, 3, 0.8, seed=3), GROUP * len(ASKED), 8)
+    finally:
+        generation._Generation.prefill = prefill
+    return seen[0]
+
+
+def test_recordings_end_when_a_buffer_of_the_process_moves(ranks, scenes):
+    """megatron-core's own grows by taking other memory; a graph would write to the old."""
+    for gathers, moved in ranks(2, on_rank_moved_buffer, digits_run(scenes, **TP2)):
+        assert gathers and moved
 
 
 def on_rank_recorded(run: RunConfig, rows: int, stops: tuple[int, ...]) -> tuple:

@@ -56,7 +56,7 @@ def run(func, args: tuple, kwargs: dict[str, Any]) -> Any:
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     if device is not None:
         kwargs["device"] = CPU
-    out = GPU.compute(func, *_hosts(args), **_hosts(kwargs))
+    out = GPU.compute(func, *rules.in_no_order(func, _hosts(args)), **_hosts(kwargs))
     if device is not None and not wanted:  # `zeros_like(x, device="cpu")`
         return out
     if rules.computes(func):

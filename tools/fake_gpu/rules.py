@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tools.fake_gpu.process import GPU
 from tools.fake_gpu.tensor import GpuTensor
@@ -37,6 +38,11 @@ TAKES_CPU_SCALAR = {
 ALLOCATIONS = {
     *(aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided),
     *(aten._unsafe_view, aten.lift_fresh, aten.resize_, aten.set_),
+}
+# Sums that CUDA adds up by atomics, in no fixed order: arguments are (into, dim, index, terms).
+ATOMIC = {
+    *(aten.index_add.default, aten.index_add_.default),
+    *(aten.scatter_add.default, aten.scatter_add_.default),
 }
 # Operators whose result depends on values say so by these tags: the host waits for them.
 WAITING_TAGS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -135,6 +141,18 @@ def check_indexing(func, args: Sequence[Any]) -> None:
         number = value.dim() == 0 and not isinstance(value, GpuTensor)
         if not number:
             refuse(func, [base], [value])
+
+
+def in_no_order(func, args: tuple) -> tuple:
+    """Returns the arguments of an operator, on the CPU; those of a sum by atomics with its terms
+    the other way round on every second rank. Ranks that compute the same in that way part."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if func not in ATOMIC or rank % 2 == 0 or GPU.capture is not None:
+        return args
+    into, dim, index, terms, *rest = args
+    if not into.is_floating_point() or not terms.dim():
+        return args
+    return into, dim, index.flip(dim if index.dim() > 1 else 0), terms.flip(dim), *rest
 
 
 def note_wait(func, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
