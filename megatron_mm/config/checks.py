@@ -171,7 +171,9 @@ def _check_data(run: RunConfig) -> None:
     fine = fine or not stream_holds_all  # tiles beside the stream may well be more
     require(fine, "max_image_tokens", data.max_image_tokens, allowed)
     allowed = "none, or this value with packing or reinforcement learning"
-    fine = data.max_pack_tiles is None or data.packing or declaration(run).generates
+    # Where nothing is trained it bounds the prompts that are read together.
+    bounds = data.packing or declaration(run).generates or not data.train_data
+    fine = data.max_pack_tiles is None or bounds
     require(fine, "max_pack_tiles", data.max_pack_tiles, allowed)
     for index, phase in enumerate(phases):
         key = f"train_data[{index}]"

@@ -157,7 +157,7 @@ CASES = [
     ),
     ("--num-workers=-1", "num_workers is -1; allowed: 0 to 256"),
     (
-        "--max-pack-tiles 40",
+        "--train-data a --max-pack-tiles 40",
         "max_pack_tiles is 40; allowed: none, or this value with packing or reinforcement learning",
     ),
     ("--packing --max-pack-tiles 0", "max_pack_tiles is 0; allowed: more than 0"),

@@ -12,6 +12,8 @@ import json
 import multiprocessing
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,6 +28,8 @@ from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel import groups
 from megatron_mm.rl.reference import REFERENCE, weights_of
+from megatron_mm.rl.rollout.columns import Columns
+from megatron_mm.rl.rollout.prompts import PromptLoader
 from megatron_mm.rl.settings import RLConfig
 from megatron_mm.train import loop
 from megatron_mm.train.trainer import Trainer
@@ -188,3 +192,39 @@ def test_a_short_rollout_does_not_shift_saves_into_another(ranks, scenes, tmp_pa
     run.checkpoint.save, run.logging.output_dir = str(tmp_path / "saved"), str(tmp_path / "out")
     (saves,) = ranks(1, on_rank_train, run)
     assert saves[:3] == [(3, True), (5, True), (7, True)] and saves[-1][0] == 8
+
+
+# ---- columns ----
+
+
+def on_rank_columns(run: RunConfig) -> list[list[str]]:
+    """Two replicas, whose rows have columns of their own; none in the last round."""
+    made = groups.build(run.parallel)
+    columns, rank = Columns(), dist.get_rank()
+    rounds = [{"a"}, {"b"} if rank else {"a"}, set()]
+    return [[*columns.with_round(made, mine)] for mine in rounds]
+
+
+def test_a_column_that_a_row_has_had_stays(ranks, scenes):
+    """Else a reward would miss its argument in a round whose rows all lack it."""
+    expected = [["a"], ["a", "b"], ["a", "b"]]
+    assert ranks(2, on_rank_columns, digits_run(scenes)) == [expected] * 2
+
+
+def test_prompts_know_the_columns_of_every_file(scenes, tmp_path):
+    """The first row of JSONL and all of parquet, in our names for verl's."""
+    asked = [{"role": "user", "content": "1?"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": asked, "mine": 1}) + "\n{\n")
+    verl = {"prompt": asked, "reward_model": {"ground_truth": "1"}, "data_source": "sums"}
+    pq.write_table(pa.Table.from_pylist([verl]), tmp_path / "c.parquet")
+    run = grpo_run(scenes)
+    run.data.train_data = [
+        DataPhase(str(tmp_path / "*.jsonl"), samples=2),
+        DataPhase(str(tmp_path / "c.parquet")),
+    ]
+    tokenizer = load_tokenizer(run.data.tokenizer_model)
+    loader = PromptLoader(run, tokenizer, data_parallel_rank=0, data_parallel_size=1)
+    assert loader.columns - {"reward_model", "data_source"} == {
+        *("messages", "mine", "ground_truth", "skill"),
+    }
