@@ -417,7 +417,7 @@ def test_any_number_of_rows_at_a_time_fits(scenes, size):
     [
         (
             "--reward-funcs exact --lr 1",
-            "--lr is not for this command; allowed: its own flags, the",
+            "--lr is not for this command; allowed: its own flags, --plugins, the",
         ),
         ("--max-completion-length 9", "rl.reward_funcs is []; allowed: at least 1 reward"),
         (
