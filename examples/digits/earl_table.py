@@ -253,6 +253,17 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tables_of_page(found: Mapping[str, Any]) -> list[str]:
+    """Formats what the page of `megatron_mm/earl` shows of a summary: fine-tuning, reinforcement of
+    one kind, and its arms beside each other."""
+    sft = ["arm", "seeds", "free against plain", "other against plain", "hit", "own", "others"]
+    sft += ["kept 4", "kept 8", "larger", "longer"]
+    rl = ["arm", "seeds", "gain", "collateral", "worst", "own forms", "steps"]
+    tables = [_table(found["sft"], sft), _table(found["one"], rl)]
+    tables.append(_table(found["one against"], ["arm", "other", "gain", "collateral"]))
+    return ["\n".join(lines) for lines in tables]
+
+
 def _table(rows: Table, columns: Sequence[str]) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return lines + [f"| {' | '.join(_cell(c, row.get(c)) for c in columns)} |" for row in rows]

@@ -12,6 +12,7 @@ from examples.digits import compare_arms, earl_table
 from examples.digits.records import basic, packed, read_records, scores_of
 from examples.digits.scores import read_scores
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"multihop/free": (0.0, 1.0, 1.0), "ocr": (1.0, 0.0, 1.0), "transcribe": (0.5, 1.0, 0.25)}
 
 
@@ -111,3 +112,11 @@ def test_records_are_not_kept_among_the_runs(tmp_path):
     with pytest.raises(SystemExit, match="is the folder of the runs; give another"):
         compare_arms.main(["earl", "--table", "--out", str(tmp_path), "--keep", str(tmp_path)])
     assert read_records(tmp_path / "nothing", basic) == {}
+
+
+def test_earls_page_shows_the_tables_of_the_kept_seeds():
+    """Each seed's scores are in the repository, so the tables can be made again."""
+    found = earl_table.summary(ROOT / "examples" / "benchmarks" / "seeds" / "tiny")
+    assert len(found["seeds"]) == 3 and [row["seeds"] for row in found["one"]] == [3] * 4
+    page = (ROOT / "megatron_mm" / "earl" / "README.md").read_text()
+    assert [table in page for table in earl_table.tables_of_page(found)] == [True] * 3
