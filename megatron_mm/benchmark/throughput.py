@@ -16,7 +16,7 @@ from megatron_mm.benchmark.measure import Peak
 from megatron_mm.benchmark.mock import Mock, Source, balanced, made_step, mock_like
 from megatron_mm.config import ConfigError, RunConfig, to_dict
 from megatron_mm.config.objectives import declaration
-from megatron_mm.convert.folder import token_notes
+from megatron_mm.convert.token_notes import token_notes
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches

@@ -5,6 +5,7 @@ from megatron_mm.config.flags import make_parser
 from megatron_mm.config.hf import from_transformers_dict, to_transformers_dict
 from megatron_mm.config.load import dump_yaml, from_dict, load, run_of_checkpoint, to_dict
 from megatron_mm.config.memories import Memory, look_memories, memories, read_memories
+from megatron_mm.config.pairs import moved_pairs, pair_places
 from megatron_mm.config.pattern import (
     Layer,
     Stage,
@@ -15,9 +16,7 @@ from megatron_mm.config.pattern import (
     memories_of_pairs,
     model_stages,
     modules_of,
-    moved_pairs,
     num_layers,
-    pair_places,
     parse_pattern,
     route_width,
     stages,

@@ -7,7 +7,7 @@ Spaces mean nothing. A *layout* is the same pattern with `|` at the pipeline sta
 
 A transformers "layer" is a mixer (`G` or `*`) and the feed-forward (`E`) after it, with one number.
 Side letters such as `L` and `J` are not numbered, so adding them never shifts a layer's keys. Their
-pairs are counted among themselves (`looks.0`): `moved_pairs` finds those that adding one shifts.
+pairs are counted among themselves (`looks.0`); pairs.py finds those that adding one shifts.
 Everything in this file is a pure function of strings and tuples.
 """
 
@@ -182,35 +182,6 @@ def base_pattern(pattern: str) -> str:
     """The pattern of the base model, with the letters that others grew from."""
     base = without_clvr(pattern)
     return "".join(LAYERS[letter].grows or letter if letter != "|" else letter for letter in base)
-
-
-def pair_places(pattern: str) -> dict[str, list[tuple[int, int]]]:
-    """Returns by key (`looks`) where each pair stands: the numbers of base letters before its two
-    letters."""
-    found: dict[str, list[list[int]]] = {}
-    before = 0
-    for layer in parse_pattern(pattern):
-        if layer.pair is None:
-            before += 1
-            continue
-        pairs = found.setdefault(LAYERS[layer.kind].key, [])
-        if layer.pair == len(pairs):
-            pairs.append([])
-        pairs[layer.pair].append(before)
-    return {key: [(opens, closes) for opens, closes in pairs] for key, pairs in found.items()}
-
-
-def moved_pairs(there: str, here: str) -> list[str]:
-    """Returns the pairs of side letters that have a number in two patterns of one base, and not the
-    same place: "looks.0 was behind 2 and 4 letters of the base, is behind 1 and 4"."""
-    before, now = pair_places(there), pair_places(here)
-    return [
-        f"{key}.{number} was behind {a[0]} and {a[1]} letters of the base, is behind {b[0]} and "
-        f"{b[1]}"
-        for key in sorted(before.keys() & now.keys())
-        for number, (a, b) in enumerate(zip(before[key], now[key], strict=False))
-        if a != b
-    ]
 
 
 def num_layers(pattern: str) -> int:

@@ -168,9 +168,8 @@ class DataConfig:
     """Fill a microbatch with whole samples up to micro_batch_size * seq_length tokens;
     global_batch_size then counts places of seq_length tokens."""
     max_pack_tiles: PositiveInt | None = None
-    """Most image tiles that the ViT sees at once, in a packed microbatch, one of reinforcement
-    learning, or prompts that are read together. A row of training that has more is bad. none: as
-    many as the tokens allow."""
+    """Most image tiles that the ViT sees at once: in a pack, a microbatch of RL or prompts read
+    together. A row of training that has more is bad. none: as many as the tokens allow."""
     num_workers: Workers = 0
     """Processes that read ahead for each replica; 0: rows are read between the steps."""
     max_num_tiles: Annotated[int, Bounds(ge=1, le=256)] = 12

@@ -18,7 +18,6 @@ from megatron_mm.config import (
     DataConfig,
     FusionConfig,
     ModelConfig,
-    RunConfig,
     effective_pattern,
     from_dict,
     from_transformers_dict,
@@ -43,9 +42,8 @@ from megatron_mm.convert.mapping import (
     may_lack,
     read_mapping,
 )
-from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.place_names import PLACE_TOKENS
-from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT, Tokenizer
+from megatron_mm.data.tokenizer import LOOK, LOOK_CONTEXT
 from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.parallel.param_layout import ParamLayout
 
@@ -316,33 +314,6 @@ def _check_quantised(hf: Path, config: Mapping[str, Any]) -> None:
                 f"{hf / CONFIG} has a quantization_config ({shown(repr(method), 100)}): quantised "
                 "weights are not taken; use the release in bf16"
             )
-
-
-def token_notes(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the part of `HFFolder.notes` that a run's tokenizer knows."""
-    looks = LookTokens.of(run, tokenizer)
-    found: dict[str, Any] = {"image_token_id": tokenizer.image_context_id}
-    return found | ({} if looks is None else {"look_ids": looks.ids})
-
-
-def differing_token(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Returns the first token with a meaning of its own that has another id than the weights were
-    trained with; None if all have the same.
-
-    Args:
-        there: the notes of a folder or a checkpoint; here: `token_notes` of the run's tokenizer.
-    """
-    for key, mine in here.items():
-        its = there.get(key)
-        if its is None:
-            continue
-        pairs = zip(its, mine, strict=False) if isinstance(mine, list) else ((its, mine),)
-        if any(a != b for a, b in pairs):  # places in words add one to the ids of looks
-            return (
-                f"{key} is {shown(repr(its), 100)} there, {mine} in this run's tokenizer; use the "
-                "tokenizer that it was trained with"
-            )
-    return None
 
 
 def tokenizer_id(folder: Path, token: str) -> int | None:

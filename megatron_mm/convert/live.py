@@ -16,7 +16,8 @@ from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.compatible import check_model, narrows
 from megatron_mm.checkpoint.parameters import begin_copies, finish_param_gather, parameters
 from megatron_mm.config import to_dict
-from megatron_mm.convert.folder import check_folder, differing_token, open_folder
+from megatron_mm.convert.folder import check_folder, open_folder
+from megatron_mm.convert.token_notes import differing_token
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import ConvertError
 from megatron_mm.model.blueprint import blueprint

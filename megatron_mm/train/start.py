@@ -16,8 +16,9 @@ from megatron_mm.checkpoint import sharded
 from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.folders import LATEST
 from megatron_mm.config import CheckpointConfig, RunConfig, modules_of
-from megatron_mm.convert.folder import NOTES, differing_token
+from megatron_mm.convert.folder import NOTES
 from megatron_mm.convert.live import load_hf
+from megatron_mm.convert.token_notes import differing_token
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import CheckpointError, DataError
 from megatron_mm.model.layers.cascade import Delegate

@@ -18,7 +18,8 @@ from megatron_mm.checkpoint.parameters import finish_param_gather
 from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import CheckpointConfig, RunConfig
 from megatron_mm.config.objectives import declaration
-from megatron_mm.convert.folder import NOTES, token_notes
+from megatron_mm.convert.folder import NOTES
+from megatron_mm.convert.token_notes import token_notes
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
