@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_mm.config import ConfigError, RunConfig, model_stages
+from megatron_mm.data.sample import Size
 from megatron_mm.engine.engine import Engine
 from megatron_mm.generation import generate as module
 from megatron_mm.generation.generate import Prompts, generate
@@ -62,7 +63,7 @@ def cached(run: RunConfig) -> tuple[int, int]:
             lanes.append(self)
 
     def read(number: int):
-        return SimpleNamespace(tokens_T=prompt.tokens_T)
+        return SimpleNamespace(size=Size(len(prompt.tokens_T), 0))
 
     with (
         patch.object(module, "Lane", Lane),
