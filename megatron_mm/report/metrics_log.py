@@ -30,6 +30,7 @@ CONSOLE_KEYS = (
     "train/grad_norm",
     "train/learning_rate",
 )
+COPIED = 1 << 24  # bytes at a time
 WHEN_NOT_ZERO = ("train/skipped_samples", "train/held_back")
 
 
@@ -216,6 +217,12 @@ def _open_record(path: Path, start_step: int) -> Appended:
             break
     if found and not kept:  # of another run: kept under another name
         path.replace(path.with_name(path.name + ".previous"))
-    elif path.exists():
-        os.truncate(path, kept)
+    elif path.exists() and (path.name == METRICS_FILE or kept < path.stat().st_size):
+        # Replaced in one move: who follows the file finds another one, not a line cut in half, and
+        # who follows the metrics learns of every start.
+        partial = path.with_name(path.name + ".partial")
+        with path.open("rb") as source, partial.open("wb") as target:
+            while kept:
+                kept -= target.write(source.read(min(kept, COPIED)))
+        partial.replace(path)
     return Appended(path)
