@@ -244,7 +244,8 @@ class _Generation:
             while len(samples) < share:
                 sample = self.waiting or self.prompts.read(number)
                 self.waiting = None
-                tokens, tiles = tokens + sample.size.tokens, tiles + sample.size.tiles
+                size = sample.size
+                tokens, tiles = tokens + size.tokens, tiles + size.tiles
                 if samples and (tokens > self.most.tokens or tiles > self.most.tiles):
                     self.waiting = sample
                     break

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,6 @@ CONSOLE_KEYS = (
     "train/grad_norm",
     "train/learning_rate",
 )
-COPIED = 1 << 24  # bytes at a time
 WHEN_NOT_ZERO = ("train/skipped_samples", "train/held_back")
 
 
@@ -221,8 +221,7 @@ def _open_record(path: Path, start_step: int) -> Appended:
         # Replaced in one move: who follows the file finds another one, not a line cut in half, and
         # who follows the metrics learns of every start.
         partial = path.with_name(path.name + ".partial")
-        with path.open("rb") as source, partial.open("wb") as target:
-            while kept:
-                kept -= target.write(source.read(min(kept, COPIED)))
+        shutil.copyfile(path, partial)
+        os.truncate(partial, kept)
         partial.replace(path)
     return Appended(path)

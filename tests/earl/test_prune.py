@@ -104,7 +104,7 @@ def test_experts_and_router_rows_are_cut_and_nothing_else(whole, pruned):
 
 
 def test_as_much_room_is_asked_for_as_is_written(whole, pruned):
-    """What is left out is read and takes no room on the disk."""
+    """Experts that are left out are read, and take no room on the disk."""
     work, _ = parts(to_hf.open_checkpoint(whole), CHOICE)
     after = to_hf.open_checkpoint(pruned)
     tensors = [after.reader.read(weight_key(name)) for name in after.parameters]
