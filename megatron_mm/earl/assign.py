@@ -66,18 +66,36 @@ def assign(effect_SLE: torch.Tensor, used_LE: torch.Tensor, own: int, common: in
     from scipy.optimize import linear_sum_assignment  # slow to import
 
     value_SLE = relative(effect_SLE)
-    skills, layers, experts = value_SLE.shape
-    found = Assignment([], [[] for _ in range(skills)])
-    for layer in range(layers):
-        order = used_LE[layer].argsort(descending=True, stable=True).tolist()
-        found.common.append(sorted(order[:common]))
-        free = [expert for expert in range(experts) if expert not in found.common[-1]]
+    skills, _, experts = value_SLE.shape
+    found = Assignment(most_used(used_LE, common), [[] for _ in range(skills)])
+    for layer, inside in enumerate(found.common):
+        free = [expert for expert in range(experts) if expert not in inside]
         # A row for each place in a cluster.
         value = value_SLE[:, layer, free].repeat_interleave(own, 0)
         rows, columns = linear_sum_assignment(value.numpy(), maximize=True)
         for s in range(skills):
-            inside = [free[c] for r, c in zip(rows, columns, strict=True) if r // own == s]
-            found.skills[s].append(sorted(inside))
+            taken = [free[c] for r, c in zip(rows, columns, strict=True) if r // own == s]
+            found.skills[s].append(sorted(taken))
+    return found
+
+
+def most_used(used_LE: torch.Tensor, count: int) -> list[list[int]]:
+    """Returns for each layer the `count` experts that are used most, ascending; of equally used
+    ones the first."""
+    order_LE = used_LE.argsort(dim=1, descending=True, stable=True)
+    return order_LE[:, :count].sort(1).values.tolist()
+
+
+def at_random(
+    common: Sequence[Sequence[int]], experts: int, skills: int, own: int, generator: random.Random
+) -> list[list[list[int]]]:
+    """Returns clusters [S][L] of `own` experts, ascending, drawn from those that are not common."""
+    found: list[list[list[int]]] = [[] for _ in range(skills)]
+    for inside in common:
+        free = [expert for expert in range(experts) if expert not in inside]
+        order = generator.sample(free, len(free))
+        for s, clusters in enumerate(found):
+            clusters.append(sorted(order[s * own : (s + 1) * own]))
     return found
 
 
@@ -103,22 +121,13 @@ def agreement(one: Assignment, other: Assignment, experts: int, seed: int = 1) -
     """Compares two assignments cluster by cluster. Chance is what random assignments of the same
     sizes give in place of `other`, beside its common experts."""
     generator = random.Random(seed)
-    free = [[e for e in range(experts) if e not in inside] for inside in other.common]
-    drawn = []
-    for _ in range(DRAWS):
-        skills: list[list[list[int]]] = [[] for _ in other.skills]
-        for layer, left in enumerate(free):
-            order = generator.sample(left, len(left))
-            for clusters, cluster in zip(skills, other.skills, strict=True):
-                size = len(cluster[layer])
-                clusters.append(order[:size])
-                order = order[size:]
-        drawn.append(_overlap(one.skills, skills))
+    sizes = experts, len(other.skills), len(other.skills[0][0]), generator
+    drawn = [_overlap(one.skills, at_random(other.common, *sizes)) for _ in range(DRAWS)]
     found = _overlap(one.skills, other.skills)
     shared = [shared for shared, _ in drawn]
     spread = pstdev(shared)
     z = (found[0] - fmean(shared)) / spread if spread > 0 else 0.0
-    cells = len(one.skills) * len(free)
+    cells = len(one.skills) * len(other.common)
     return Stability(found[1], fmean(jaccard for _, jaccard in drawn), z, cells)
 
 

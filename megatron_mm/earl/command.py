@@ -9,8 +9,9 @@ The model reads rows with their own answers, once with all experts and once with
 experts that a skill's right spans miss most become its own, those that other tokens use most become
 common. Comparing two halves of the rows shows how far this exceeds chance. The command writes the
 map and, beside it, a picture and the sums, from which an interrupted measurement goes on.
-`--method lift` groups the experts that labelled spans are routed to, given the token; clusters may
-then overlap, and none is common.
+`--method random` draws each skill's experts, and reads the rows once. `--method lift` groups the
+experts that labelled spans are routed to, given the token; clusters may then overlap, and none is
+common.
 `--selectivity VALID.jsonl` also asks questions with each skill's cluster forbidden.
 `--skill-map MAP` measures the clusters of that map, from an earlier state of the model, in place
 of finding new ones. The model is the checkpoint's. Training's flags set the layout, which may be
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 OF_METHOD = {
     "knock-out": ("cluster_size", "common_size", "passes"),
     "lift": ("cluster_size", "min_lift"),
+    "random": ("cluster_size", "common_size"),
 }
 METHODS = tuple(OF_METHOD)
 
@@ -68,7 +70,9 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "on its own",
     )
     parser.add_argument("--min-lift", type=float, help="with lift; default: 1.1")
-    parser.add_argument("--seed", type=int, default=1, help="for the order of rows, and of sets")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of the order of rows, of sets, and of a draw"
+    )
     parser.add_argument("--skill-map", type=Path, help="measure this map, find no new one")
     parser.add_argument("--selectivity", metavar="FILE", help="questions for the causal test")
     args, rest = parser.parse_known_args(argv)
@@ -131,14 +135,14 @@ def method(args: argparse.Namespace, engine):
     Raises:
         RLError: for a map that cannot be used.
     """
-    from megatron_mm.earl.discovery import ByKnockOut, ByLift
+    from megatron_mm.earl.discovery import AtRandom, ByKnockOut, ByLift
     from megatron_mm.earl.skill_map import load_skill_map
 
     if args.skill_map is not None:
         language = engine.run.model.language
         sizes = engine.config.num_layers, language.num_experts, language.moe_router_topk
         return load_skill_map(args.skill_map, *sizes)
-    kind = {"knock-out": ByKnockOut, "lift": ByLift}[args.method]
+    kind = {"knock-out": ByKnockOut, "lift": ByLift, "random": AtRandom}[args.method]
     given = {name: getattr(args, name) for name in OF_METHOD[args.method]}
     return kind(**{name: value for name, value in given.items() if value is not None})
 

@@ -17,6 +17,7 @@ from megatron_mm.earl.knock_out import Progress, digest, measure_losses, stamps
 from megatron_mm.earl.knock_out_map import discover_by_knock_out
 from megatron_mm.earl.make_map import Discovery, causal_test, discover_by_lift, measure
 from megatron_mm.earl.probe import OpenProbe, Probe, open_probe
+from megatron_mm.earl.random_map import draw_map
 from megatron_mm.earl.removals import Removal, removals
 from megatron_mm.earl.skill_map import SkillMap, save_skill_map
 from megatron_mm.engine.engine import Engine
@@ -48,12 +49,24 @@ class ByKnockOut:
     passes: int | None = None
 
 
+@dataclass(frozen=True)
+class AtRandom:
+    """Exclusive clusters drawn by the probe's seed.
+
+    Attributes:
+        cluster_size, common_size: see `assign.cluster_sizes`.
+    """
+
+    cluster_size: int | None = None
+    common_size: int | None = None
+
+
 def probe_and_discover(
     engine: Engine,
     tokenizer: Tokenizer,
     probe: Probe,
     out: Path,
-    method: ByLift | ByKnockOut | SkillMap,
+    method: ByLift | ByKnockOut | AtRandom | SkillMap,
     *,
     checkpoint: Path | None = None,
     selectivity: bool = False,
@@ -90,6 +103,9 @@ def probe_and_discover(
             return measure(*counts, skills, method, info)
         if isinstance(method, ByLift):
             return discover_by_lift(*counts, skills, moe_router_topk=k, info=info, **asdict(method))
+        if isinstance(method, AtRandom):
+            given = asdict(method) | {"seed": probe.seed, "info": info}
+            return draw_map(counted, skills, moe_router_topk=k, **given)
         assert sums is not None  # on rank 0
         return discover_by_knock_out(
             sums,

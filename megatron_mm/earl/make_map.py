@@ -132,7 +132,7 @@ def discover_by_lift(
         "min_lift": min_lift,
         "positions": {skill: row["positions"] for skill, row in rows.items()},
         "without_cluster": [skill for skill in skills if skill not in kept],
-        "use": _use(counts, skills),
+        "use": shares_of_use(counts, skills),
         "stability": asdict(agreement[True]),
         "stability_without_token": asdict(agreement[False]),
         "lift_correlation": correlated,
@@ -179,7 +179,7 @@ def _mean_information(counts: RouteCounts) -> float:
     return sum(mutual_information(counts.layer(layer))[0] for layer in range(layers)) / layers
 
 
-def _use(counts: RouteCounts, skills: Sequence[str]) -> dict[str, list[list[float]]]:
+def shares_of_use(counts: RouteCounts, skills: Sequence[str]) -> dict[str, list[list[float]]]:
     """Returns skill -> for each layer each expert's share of the skill's routes, rounded."""
     chosen_LES = torch.stack([counts.layer(layer).sum(2) for layer in range(counts.sizes[0])])
     share_LES = chosen_LES / chosen_LES.sum(1, keepdim=True).clamp(min=1)

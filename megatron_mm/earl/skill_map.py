@@ -82,7 +82,10 @@ class SkillMap:
             RLError: for a map without a common cluster.
         """
         if self.common is None:
-            raise RLError("a skill map of format 1 has no common cluster; discover by knock-out")
+            raise RLError(
+                "a skill map of format 1 has no common cluster; make it with --method knock-out "
+                "or random"
+            )
         everyone = {**self.skills, "": self.common}
         return replace(self, skills=everyone, common=None).membership()
 
@@ -139,7 +142,7 @@ def load_skill_map(
     if exclusive and held["format"] != FORMAT:
         raise RLError(
             f"skill map {path}: format is {held['format']!r}, exclusive clusters need {FORMAT!r}; "
-            "discover by knock-out"
+            "make it with --method knock-out or random"
         )
     keys = (*SIZES, "skills", *(("common",) if held["format"] == FORMAT else ()))
     missing = [key for key in keys if key not in held]

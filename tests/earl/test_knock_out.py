@@ -199,6 +199,7 @@ def test_the_tool_runs_the_causal_test(tool, place, scenes, tmp_path):
         ({"--passes": 9}, 1, "--passes is 9; 2 layers of 8 experts need 16"),
         ({"--min-lift": "1.2"}, 2, "--min-lift is not for knock-out; allowed: --cluster-size, "),
         ({"--method": "lift", "--passes": 9}, 2, "--passes is not for lift; allowed: "),
+        ({"--method": "random", "--passes": 9}, 2, "--passes is not for random; allowed: "),
         ({"--common-size": 0}, 2, "--common-size is 0; allowed: 1 or more"),
         ({"--method": "gates"}, 2, "'gates'"),
     ],

@@ -142,7 +142,7 @@ def test_a_map_of_format_1_is_refused(ranks, scenes, tmp_path):
     path = write_skill_map(tmp_path / "map.json")
     expected = (
         f"skill map {path}: format is 'megatron_mm skill map 1', exclusive clusters need "
-        "'megatron_mm skill map 2'; discover by knock-out"
+        "'megatron_mm skill map 2'; make it with --method knock-out or random"
     )
     assert ranks(2, on_rank_refusal, run_of(scenes, path)) == [expected] * 2
 
