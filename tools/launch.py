@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_mm.parallel.descriptors import raise_limit  # noqa: E402
+from megatron_mm.train.__main__ import STOPPED_BY_ANOTHER  # noqa: E402
 
 SIGNALS = "PET_SIGNALS_TO_HANDLE"  # torchrun's --signals-to-handle, which it has no name for
 PATIENCE = "STOP_TIMEOUT"
@@ -45,6 +46,8 @@ def _why(error: Exception, args: Namespace) -> str:
             return f"{where} is over: the job has ended on another node; see its output"
         case "ChildFailedError":
             rank, first = error.get_first_failure()
+            if first.exitcode == STOPPED_BY_ANOTHER:
+                return "another node was told to stop, and this one has used up its --max-restarts"
             code = first.exitcode if first.exitcode >= 0 else f"signal {-first.exitcode}"
             return f"rank {rank} on this node ended first, with exit code {code}; it has said why"
         case "SignalException":

@@ -267,5 +267,9 @@ def store_of_the_job() -> dist.Store:
         timeout=datetime.timedelta(seconds=STORE_SECONDS),
         wait_for_workers=False,
     )
-    # Ranks that torchrun has started again must not read their predecessors' signs.
-    return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # Ranks that were started again must not read their predecessors' signs. tools/launch.py gives
+    # every start a store of its own; torchrun alone keeps one. Counts of restarts differ between
+    # nodes: a node that came back begins at 0.
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else "0"
+    return dist.PrefixStore(f"watch/{start}", store)

@@ -12,11 +12,14 @@ from megatron_mm import cli
 if TYPE_CHECKING:
     from megatron_mm.config import RunConfig
 
+# The exit code of a rank that saved and left because ranks elsewhere were told to: its agent starts
+# it again, and it goes on once they are back. The agents of those that were told end anyway.
+STOPPED_BY_ANOTHER = 75  # EX_TEMPFAIL of sysexits.h
 PATIENCE = 3.0  # seconds in which rank 0 says what is wrong everywhere, and torchrun ends the rest
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0; 1 if the run failed; 2 for wrong settings."""
+    """Returns the exit code: 0; 1 if the run failed; 2 for wrong settings; STOPPED_BY_ANOTHER."""
     cli.setup_logging(cli.rank())
     from megatron_mm.config import ConfigError, load, validate
     from megatron_mm.config.vision_parallel import chosen, decided
@@ -82,7 +85,10 @@ def _run(run: RunConfig) -> int:
     with watched or nullcontext():
         try:
             check_alike(run)
-            train(run, groups.build(run.parallel))
+            trainer = train(run, groups.build(run.parallel))
+            if trainer.stopped_by_another:
+                cli.logger.info("another node was told to stop; this one may go on with it later")
+                status = STOPPED_BY_ANOTHER
         except told as error:
             status = cli.fail(error)
         except KeyboardInterrupt:

@@ -109,7 +109,8 @@ class Trainer:
         self.saved = self.iteration if _goes_on_in_place(run.checkpoint) else None
         # The position in the data after the last whole step; None where it cannot be saved.
         self.position: dict | None = None
-        self.stop_requested = False
+        self.stop_requested = False  # of this rank
+        self.stopped_by_another = False
         self.not_finite: NonFiniteError | None = None  # the last step's
 
     @property
@@ -145,6 +146,7 @@ class Trainer:
             self.request_stop()  # seen by all ranks at this step; saving once more says why
         batches, stopping = self.source.next_step(self.stop_requested)
         if stopping:
+            self.stopped_by_another = not self.stop_requested
             return None
         losses = self.engine.forward_backward(batches, self.source.objective)
         metrics = self._reduced(losses, batches) | self.source.metrics

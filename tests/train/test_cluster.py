@@ -151,6 +151,27 @@ def test_a_node_dies_and_comes_back_and_the_job_goes_on(nodes, tmp_path):
     assert not job.left()
 
 
+@pytest.mark.launches
+@pytest.mark.kills
+def test_a_node_is_told_to_stop_and_the_others_wait_for_it(nodes, tmp_path):
+    """As where one pod of many is moved: the run is saved and not called done."""
+    job = nodes(MAX_RESTARTS=1)
+    first, second = job.start(), job.start()
+    wait_until(lambda: saved(tmp_path) >= 4, "no checkpoint", job)
+    second.terminate()
+    assert second.wait(timeout=PATIENCE) == 1 and "stopped by signal" in job.said(1)
+    before = saved(tmp_path)
+    assert before < STEPS, "it had ended before the node was told"
+    assert first.poll() is None
+    assert job.start().wait(timeout=PATIENCE) == 0, job.said(2)
+    assert first.wait(timeout=PATIENCE) == 0, job.said(0)
+    iterations = [record["iteration"] for record in read_metrics(tmp_path / "out/metrics.jsonl")]
+    assert iterations == list(range(1, STEPS + 1)) and saved(tmp_path) == STEPS
+    steps = [int(n) for log in range(3) for n in re.findall(r"^step (\d+)/", job.said(log), re.M)]
+    assert sorted(steps) == iterations  # none was lost
+    assert not job.left()
+
+
 def alive(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
