@@ -2,7 +2,8 @@
 
 `tensor_model_parallel_size` is `--tensor-model-parallel-size 2`, a bool is `--bf16` or
 `--no-bf16`, a setting that may be absent also takes the word `none`, a list takes several
-words, and `--train-data` takes `path[:samples]` once per phase of the curriculum.
+words behind one flag; those of `--train-data` are `path[:samples]`, one for each phase of the
+curriculum.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NoReturn, get_args, get_origin
 
 from megatron_mm.config import megatron
 from megatron_mm.config.settings import DataPhase, RunConfig
-from megatron_mm.config.tree import Leaf, brief, coerce, expected, leaves, optional
+from megatron_mm.config.tree import ABSENT, Leaf, brief, coerce, expected, leaves, optional
 from megatron_mm.errors import ConfigError
 
 
@@ -36,6 +37,17 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+class _Once(argparse.Action):
+    """Stores a list. A second one would replace the first, as of the phases of a curriculum."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, name: str | None = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"{name} is given twice; allowed: once, with all its values behind it")
+        setattr(namespace, self.dest, values)
+
+
 def flag_name(leaf: Leaf) -> str:
     """The flag of a leaf, e.g. `--micro-batch-size`."""
     return "--" + leaf.name.replace("_", "-")
@@ -43,7 +55,7 @@ def flag_name(leaf: Leaf) -> str:
 
 def default_text(leaf: Leaf) -> str:
     """The default as a flag takes it."""
-    return "none" if leaf.default in (None, "", []) else str(leaf.default)
+    return ABSENT if leaf.default in (None, "", []) else str(leaf.default)
 
 
 def names_text(leaf: Leaf) -> str:
@@ -120,7 +132,8 @@ def make_parser() -> argparse.ArgumentParser:
         elif get_origin(inner) is list:
             (item,) = get_args(inner)
             word = {DataPhase: "PATH[:SAMPLES]", float: "NUMBER"}.get(item)
-            options = {"nargs": "+", "metavar": word or expected(item).replace(", ", "|")}
+            options = {"action": _Once, "nargs": "+"}
+            options["metavar"] = word or expected(item).replace(", ", "|")
         else:
             word = {int: "INT", float: "FLOAT", str: "TEXT"}.get(inner)
             options = {"metavar": word or expected(inner).replace(", ", "|")}
@@ -164,8 +177,10 @@ def _unknown_flag(word: str, names: list[str]) -> ConfigError:
 def _read(hint: Any, text: Any, key: str) -> Any:
     """The text of one flag as its type, in the plain form that `from_dict` takes."""
     inner, may_be_none = optional(hint)
-    if may_be_none and text == "none":
+    if may_be_none and text == ABSENT:
         return None
+    if text == [ABSENT]:
+        return []
     if inner == list[DataPhase]:
         return [_phase(part, key) for part in text]
     if inner in (int, list[int]):

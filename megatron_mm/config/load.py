@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,16 @@ PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 MAX_BYTES, MAX_NODES, MAX_DIGITS = 2**20, 10_000, 64
 
 
+# Numbers, without the forms of YAML 1.1 in which 010 is 8 and 1:30 is 90: these are text.
+NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+        r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+}
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Reads what settings are made of: text, numbers, true and false, none, lists, mappings. A date
     is text. PyYAML lets a repeated key silently win over the first; a run must not lose a setting.
@@ -48,7 +59,11 @@ class _PlainLoader(yaml.SafeLoader):
 
     # Without the forms of a date, and without `=`, a forgotten form of a default.
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, form) for tag, form in forms if not tag.endswith((":timestamp", ":value"))]
+        first: [
+            (tag, NUMBERS.get(tag, form))
+            for tag, form in forms
+            if not tag.endswith((":timestamp", ":value"))
+        ]
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -26,8 +26,9 @@ model has, which stage holds them, what they cost. It imports no torch.
 
 A run is a preset, a YAML file and flags, laid on each other in this order (`load.py`). Every row
 below is a key of its section in YAML and, except where it says so, a flag in Megatron's spelling.
-A bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`. What happens
-to [the other flags of Megatron's](#megatrons-flags-that-are-no-settings) stands at the end.
+A bool is `--bf16` or `--no-bf16`; a setting that may be absent takes the word `none`, and so does a
+list that may be empty. What happens to
+[the other flags of Megatron's](#megatrons-flags-that-are-no-settings) stands at the end.
 `base:` in a YAML file names a file that it overrides. A wrong key, type or size is rejected in one
 line before anything starts. `model: preset:` or `--preset` names a model to start from:
 

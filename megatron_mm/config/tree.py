@@ -3,6 +3,7 @@
 A key the settings do not have, or a value of another type, is refused with one line that
 names the key and what is allowed. Nothing is guessed, with two exceptions: an int is a
 fine float, and so is text like "1e-4", which is how PyYAML reads a number without a dot.
+A setting that may be absent, and a list, also takes the word `none`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron_mm.config.fields import (
 )
 from megatron_mm.errors import ConfigError, unknown
 
+ABSENT = "none"  # the word for a setting that is absent, in files and behind flags
 MAX_TEXT = 2**16  # characters of a setting
 
 
@@ -148,7 +150,7 @@ def value_at(config: Any, path: tuple[str, ...]) -> Any:
 def coerce(hint: Any, value: Any, key: str) -> Any:
     """`value` as the type `hint`. Raises ConfigError naming `key`, value and expected type."""
     inner, may_be_none = optional(hint)
-    if value is None and may_be_none:
+    if may_be_none and (value is None or value == ABSENT):
         return None
     wrong = ConfigError(f"{key} is {brief(value)}; allowed: {expected(hint)}")
     chosen, sections = _marked(hint, Chosen), _marked(hint, Sections)
@@ -162,6 +164,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
     if isinstance(inner, type) and is_dataclass(inner):
         return from_dict(inner, value, key)
     if get_origin(inner) is list:
+        value = [] if value == ABSENT else value
         if not isinstance(value, (list, tuple)):
             raise wrong
         (item,) = get_args(inner)

@@ -33,8 +33,8 @@ EXAMPLES = sorted(
 
 @pytest.fixture
 def write(tmp_path):
-    def _write(text: str) -> str:
-        path = tmp_path / "run.yaml"
+    def _write(text: str, name: str = "run.yaml") -> str:
+        path = tmp_path / name
         path.write_text(text)
         return str(path)
 
@@ -147,6 +147,8 @@ def test_floats_take_ints_and_text_without_a_dot(write):
         ("training: {seed: 1.5}", ["training.seed is 1.5", "allowed: int"]),
         ("training: {seed: '1'}", ["training.seed is '1'", "allowed: int"]),
         ("training: {seed: true}", ["training.seed is True", "allowed: int"]),
+        ("training: {train_iters: 010}", ["training.train_iters is '010'", "allowed: int"]),
+        ("optimizer:\n  lr: 1:30", ["optimizer.lr is '1:30'", "allowed: float"]),
         ("training: {bf16: 1}", ["training.bf16 is 1", "allowed: true or false"]),
         ("training: {bf16: 'yes'}", ["training.bf16 is 'yes'", "allowed: true or false"]),
         ("optimizer: {lr: fast}", ["optimizer.lr is 'fast'", "allowed: float"]),
@@ -208,6 +210,21 @@ def test_a_flag_can_take_back_what_the_file_says(write):
     assert (run.checkpoint.save, run.training.bf16) == (None, False)
 
 
+def test_none_is_the_word_for_what_is_absent_in_files_too(write):
+    """The page of the settings prints it as the default."""
+    base = "checkpoint: {save: out, load: there}\ndata: {extra_columns: [a], valid_data: b}\n"
+    path = write(base + "logging: {wandb_project: none}\n")
+    assert load(path).logging.wandb_project == "none"  # text that must be there
+    name = Path(path).name
+    over = write(
+        f"base: {name}\ncheckpoint: {{save: none}}\ndata: {{extra_columns: none}}\n", "over.yaml"
+    )
+    run = load(over, ["--load", "none"])
+    assert (run.checkpoint.save, run.checkpoint.load, run.data.extra_columns) == (None, None, [])
+    run = load(path, ["--extra-columns", "none", "--valid-data", "none"])
+    assert (run.data.extra_columns, run.data.valid_data, run.checkpoint.save) == ([], None, "out")
+
+
 def test_config_flag_wins_over_the_path(write):
     assert load("nowhere.yaml", ["--config", write("training: {seed: 7}")]).training.seed == 7
 
@@ -226,6 +243,10 @@ def test_config_flag_wins_over_the_path(write):
         (["--save-interval", "x"], ["--save-interval is 'x'", "allowed: int or none"]),
         (["--bf16", "true"], ["unexpected value 'true'", "--no-flag"]),
         (["--image-stream", "one"], ["--image-stream is 'one'", "thumbnail, tiles, all"]),
+        (
+            ["--train-data", "a:100", "--lr", "1", "--train-data", "b"],
+            ["--train-data is given twice", "all its values behind it"],
+        ),
         (["--image-std", "1", "x"], ["--image-std[1] is 'x'", "allowed: float"]),
         (["--train-data", "a.jsonl:many"], ["'a.jsonl:many'", "path:samples"]),
         (["--preset", "huge"], ["huge", "allowed: mm-80b"]),
