@@ -238,6 +238,9 @@ def _check_training(run: RunConfig) -> None:
                 "last phase"
             )
     require(opt.min_lr <= opt.lr, "min_lr", opt.min_lr, f"0 to lr {opt.lr}")
+    falls = opt.lr_decay_style != "constant"
+    allowed = "0, or this value with lr_decay_style linear or cosine"
+    require(falls or not opt.min_lr, "min_lr", opt.min_lr, allowed)
     iters = train.train_iters
     allowed = f"0 to train_iters {iters}"
     require(opt.lr_warmup_iters <= iters, "lr_warmup_iters", opt.lr_warmup_iters, allowed)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.pattern import num_layers
-from megatron_mm.config.settings import RunConfig
+from megatron_mm.config.settings import BackendConfig, RunConfig
 from megatron_mm.errors import ConfigError
 
 
@@ -53,11 +53,8 @@ def check_backend(run: RunConfig) -> None:
         )
     if backend.deterministic_mode:
         _check_deterministic(run)
+    _check_idle(run)
     if fp8 is None:
-        if backend.first_last_layers_bf16:
-            raise ConfigError(
-                "first_last_layers_bf16 is true; allowed: false, or true with fp8_format"
-            )
         return
     if not engine:
         raise ConfigError(
@@ -75,6 +72,33 @@ def check_backend(run: RunConfig) -> None:
         _check_delayed(run)
     if backend.first_last_layers_bf16:
         _check_first_last(run)
+
+
+def _check_idle(run: RunConfig) -> None:
+    """Rejects settings that nothing would read."""
+    backend, usual = run.backend, BackendConfig()
+    for keys, other, read in (
+        (("fp8_recipe", "first_last_layers_bf16"), "fp8_format", backend.fp8_format is not None),
+        (
+            ("fp8_amax_history_len", "fp8_amax_compute_algo"),
+            "fp8_recipe delayed",
+            backend.fp8_format is not None and backend.fp8_recipe == "delayed",
+        ),
+        (
+            ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+            "first_last_layers_bf16",
+            backend.first_last_layers_bf16,
+        ),
+    ):
+        for key in keys:
+            value, default = (_word(getattr(settings, key)) for settings in (backend, usual))
+            if not read and value != default:
+                allowed = f"{default}, or this value with {other}"
+                raise ConfigError(f"{key} is {value}; allowed: {allowed}")
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _check_deterministic(run: RunConfig) -> None:

@@ -237,8 +237,8 @@ class TrainingConfig:
     train_iters: PositiveInt = 100
     """Optimizer steps of the whole run."""
     exit_duration_in_mins: PositiveFloat | None = None
-    """Minutes of training after which the run ends early, and evaluates. A resumed run counts
-    anew."""
+    """Minutes after which the run ends early, and evaluates. They begin when the run is
+    ready to train and count saves and evaluations; a resumed run counts anew."""
     micro_batch_size: Samples = 1
     """Samples, or preference pairs, of one forward pass of one replica; with packing, places of
     seq_length tokens, or of two times that."""

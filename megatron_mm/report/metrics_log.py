@@ -99,14 +99,16 @@ class MetricsLogger:
             return
         directory = Path(config.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
+        goes_on = {}
         for name in (METRICS_FILE, TABLE_FILE):
-            self._files[name] = _open_record(directory / name, start_step)
+            self._files[name], goes_on[name] = _open_record(directory / name, start_step)
         out = sys.stderr if stream is None else stream
         if config.tensorboard:
             folder, purge = directory / "tensorboard", start_step + 1
             self._views.append(Guarded("TensorBoard", lambda: TensorBoard(folder, purge)))
         if config.wandb_mode != "disabled":
-            self._views.append(Guarded("W&B logging", lambda: WandB(config, run_config, directory)))
+            given = config, run_config, directory, goes_on[METRICS_FILE]
+            self._views.append(Guarded("W&B logging", lambda: WandB(*given)))
         interval, keys = max(1, config.log_interval), (*console, *CONSOLE_KEYS)
         self._views.append(
             Guarded(
@@ -207,16 +209,18 @@ def _compact(value: float) -> float | int | None:
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
-def _open_record(path: Path, start_step: int) -> Appended:
-    """Drops the records after `start_step` and opens the file for appending."""
+def _open_record(path: Path, start_step: int) -> tuple[Appended, bool]:
+    """Drops the records after `start_step` and opens the file for appending. Returns also whether
+    it holds earlier records of the run."""
     found, kept = False, 0
     for end, record in from_the_end(path):
         found = True
         if record["iteration"] <= start_step:
             kept = end
             break
-    if found and not kept:  # of another run: kept under another name
-        path.replace(path.with_name(path.name + ".previous"))
+    if found and not kept:  # of another run
+        logger.info("%s of an earlier run is kept as %s", path, _kept_as(path).name)
+        path.replace(_kept_as(path))
     elif path.exists() and (path.name == METRICS_FILE or kept < path.stat().st_size):
         # Replaced in one move: who follows the file finds another one, not a line cut in half, and
         # who follows the metrics learns of every start.
@@ -224,4 +228,10 @@ def _open_record(path: Path, start_step: int) -> Appended:
         shutil.copyfile(path, partial)
         os.truncate(partial, kept)
         partial.replace(path)
-    return Appended(path)
+    return Appended(path), bool(kept)
+
+
+def _kept_as(path: Path) -> Path:
+    """Returns the first name that is free: of a folder of several runs none is lost."""
+    names = (path.with_name(f"{path.name}.previous{n}") for n in ("", *range(2, 10**6)))
+    return next(name for name in names if not name.exists())

@@ -13,7 +13,6 @@ import base64
 import io
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +43,6 @@ from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups, l
 logger = logging.getLogger(__name__)
 
 TEMPLATE = "page.html.j2"
-VISION_LETTER = "V"  # stands for the vision encoder; it is no letter of a pattern
 # Limits that keep the page readable.
 MAX_SCENES, MAX_LOOK_EXAMPLES, MAX_TOKENS = 24, 6, 12
 MAX_WINDOWS = 12  # looks of an answer that are drawn on its scene
@@ -91,8 +89,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         skill_chart=skill_chart(skills),
         layout=_layout(results),
         stages=_stages(results),
-        layer_names={VISION_LETTER: "vision encoder"}
-        | {k.letter: k.title for _, k in LAYERS.items()},
+        layer_names={kind.letter: kind.title for _, kind in LAYERS.items()},
         curves=curves(records),
         histories=histories(records, skills),
         scenes=_spread(scenes, MAX_SCENES),
@@ -198,8 +195,8 @@ def _layout(results: dict) -> list[tuple[str, Any]]:
 
 
 def _stages(results: dict) -> list[list[str]]:
-    """Layer letters of each pipeline stage; `[V]` is the vision encoder."""
-    return [list(re.sub(r"[\s\[\]|]", "", stage)) for stage in results.get("stages") or []]
+    """Returns the layer letters of each pipeline stage."""
+    return [stage.split() for stage in results.get("stages") or []]
 
 
 def _spread(items: list[dict], limit: int) -> list[dict]:

@@ -10,12 +10,14 @@ import logging
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
+RUN_ID_FILE = "wandb_run_id"
 MOST_WAITING = 1 << 26  # bytes that wait for room; a step takes about 2,000
 
 
@@ -156,16 +158,23 @@ class WandB:
     Args:
         config: `LoggingConfig`.
         run_config: settings of the run, stored with it.
+        directory: the run's; it keeps the id.
+        goes_on: whether the run is resumed: then it goes on under its id, too. An offline run is
+            another one each time, which `wandb sync --append` joins.
     """
 
-    def __init__(self, config: Any, run_config: dict[str, Any], directory: Path):
+    def __init__(self, config: Any, run_config: dict[str, Any], directory: Path, goes_on: bool):
         import wandb
 
+        resumed: dict[str, str] = {}
+        if config.wandb_mode == "online" and "WANDB_RUN_ID" not in os.environ:
+            resumed = {"id": _run_id(directory / RUN_ID_FILE, goes_on), "resume": "allow"}
         self._run = wandb.init(
             project=config.wandb_project,
             dir=str(directory),
             mode=config.wandb_mode,
             config=run_config,
+            **resumed,
             # Quiet, without capturing the console or copying the code.
             settings=wandb.Settings(
                 silent=True, console="off", disable_code=True, disable_git=True
@@ -179,6 +188,13 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(path: Path, goes_on: bool) -> str:
+    """Returns the id in a file, or writes a new one."""
+    if not goes_on or not path.exists():
+        path.write_text(uuid.uuid4().hex[:12] + "\n")
+    return path.read_text().strip()
 
 
 def reason(error: BaseException) -> str:

@@ -50,7 +50,7 @@ def train(run: RunConfig, groups: Groups) -> Trainer:
             if together or (groups.world.size() == 1 and not told):
                 trainer.rescue()
             raise
-        if finished and run.data.valid_data:
+        if finished:
             _finish(trainer, log)
     return trainer
 
@@ -128,11 +128,23 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
 
 
 def _finish(trainer: Trainer, log: MetricsLogger) -> None:
-    """The last evaluation: results.json, the examples behind it, the report."""
-    engine, output = trainer.engine, Path(trainer.run.logging.output_dir)
+    """Makes what stands at the end: the last evaluation, where there are questions; the report, if
+    it is asked for."""
+    output, reported = Path(trainer.run.logging.output_dir), trainer.run.evaluation.report
+    if trainer.run.data.valid_data and not _last_evaluation(trainer, log, output):
+        return  # stopped
+    if trainer.is_logger and reported:
+        for path in report_or_warn(output):
+            cli.say(f"report: {path}")
+
+
+def _last_evaluation(trainer: Trainer, log: MetricsLogger, output: Path) -> bool:
+    """Writes results.json and, for the report, the examples behind it. Returns whether it was done:
+    not if a rank was asked to stop."""
+    engine = trainer.engine
     results, records = _evaluate(trainer)
     if not results:
-        return
+        return False
     log.log(trainer.iteration, _logged(results))
     if trainer.is_logger:  # first, in case nothing can be written
         cli.say(accuracy_table({"skills": results}))
@@ -146,9 +158,7 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     )
     if trainer.run.evaluation.report:
         write_examples(engine, trainer.tokenizer, records, output)
-    if trainer.is_logger and trainer.run.evaluation.report:
-        for path in report_or_warn(output):
-            cli.say(f"report: {path}")
+    return True
 
 
 def _evaluate(trainer: Trainer) -> tuple[Results, list[dict]]:

@@ -93,7 +93,6 @@ class Trainer:
             check_second_hops(self.engine)
         self.engine.at_progress()
         self.iteration, self.seconds = begun.iteration, begun.seconds
-        self.trained_before = begun.seconds  # of a run that is resumed
         self.notes = begun.notes | tokens
         self.saver = Saver(
             self.engine,
@@ -109,6 +108,7 @@ class Trainer:
         self.saved = self.iteration if _goes_on_in_place(run.checkpoint) else None
         # The position in the data after the last whole step; None where it cannot be saved.
         self.position: dict | None = None
+        self.opened = time.monotonic()
         self.stop_requested = False  # of this rank
         self.stopped_by_another = False
         self.not_finite: NonFiniteError | None = None  # the last step's
@@ -254,12 +254,12 @@ class Trainer:
         return ", ".join(rows[:most]) + more
 
     def time_is_up(self) -> bool:
-        """Whether any rank has trained for `exit_duration_in_mins` since it started. Every rank
-        calls it."""
+        """Whether `exit_duration_in_mins` are over on any rank, since it was ready to train. Every
+        rank calls it."""
         limit = self.run.training.exit_duration_in_mins
         if limit is None or not self.source.between:
             return False
-        return raise_together(self.groups, None, self.seconds - self.trained_before >= 60 * limit)
+        return raise_together(self.groups, None, time.monotonic() - self.opened >= 60 * limit)
 
     def save(self, position: dict | None = None) -> float:
         """Saves, or starts to (`async_save`); returns the seconds for which training paused.

@@ -58,10 +58,16 @@ def test_tokens_are_padded_for_every_rank_of_tensor_parallelism():
 
 CASES = [
     # flags, what the message must contain
+    (
+        "--fp8-recipe mxfp8",
+        "fp8_recipe is 'mxfp8'; allowed: 'tensorwise', or this value with fp8_f",
+    ),
+    ("--first-last-layers-bf16", "first_last_layers_bf16 is true; allowed: false, or this value"),
+    (f"{FP8} --num-layers-at-end-in-bf16 2", "num_layers_at_end_in_bf16 is 2; allowed: 1, or this"),
+    (f"{FP8} --fp8-amax-history-len 9", "allowed: 1, or this value with fp8_recipe delayed"),
     ("--fp8-format hybrid --bf16", "fp8_format is 'hybrid'; allowed: none, or hybrid with"),
     ("--fp8-format hybrid", "transformer_impl transformer_engine"),
     ("--transformer-impl transformer_engine", "allowed: 'local', or bf16 true"),
-    ("--first-last-layers-bf16", "allowed: false, or true with fp8_format"),
     (
         f"{FP8} --fp8-recipe delayed --first-last-layers-bf16",
         "first_last_layers_bf16 is true; allowed: false with fp8_recipe delayed",

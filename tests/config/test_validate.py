@@ -170,6 +170,7 @@ CASES = [
     ("--lr 0", "optimizer.lr is 0.0; allowed: more than 0"),
     ("--lr=-0.1", "optimizer.lr is -0.1; allowed: more than 0"),
     ("--lr 1e-4 --min-lr 1e-3", "min_lr is 0.001; allowed: 0 to lr 0.0001"),
+    ("--lr-decay-style constant --min-lr 1e-5", "min_lr is 1e-05; allowed: 0, or this value with"),
     ("--weight-decay -1", "optimizer.weight_decay is -1.0; allowed: 0 or more"),
     ("--lr-warmup-iters 101", "lr_warmup_iters is 101; allowed: 0 to train_iters 100"),
     ("--adam-beta2 1", "adam_beta2 is 1.0; allowed: 0 to below 1"),

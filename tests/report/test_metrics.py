@@ -175,6 +175,21 @@ def test_wandb_that_fails_costs_one_line(tmp_path, monkeypatch, capsys):
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
+def test_records_of_earlier_runs_are_kept_and_named(tmp_path, capsys):
+    """A run that dies before its first save begins again, and replaces nothing but itself."""
+    cli.setup_logging(0)
+    for loss in (1.0, 2.0, 3.0):
+        with MetricsLogger(quiet(tmp_path), {}, total_steps=9, stream=io.StringIO()) as logger:
+            logger.log(1, {"train/lm_loss": loss})
+            logger.table(1, [{"completion": str(loss)}])
+    for name, losses in {"": [3.0], ".previous": [1.0], ".previous2": [2.0]}.items():
+        found = read_metrics(tmp_path / f"metrics.jsonl{name}")
+        assert [record["train/lm_loss"] for record in found] == losses
+        assert len(read_metrics(tmp_path / f"completions.jsonl{name}")) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/metrics.jsonl of an earlier run is kept as metrics.jsonl.previous2" in said
+
+
 def test_a_table_may_hold_what_json_cannot_say(tmp_path):
     row = {"truth": date(2026, 1, 2), "completion": "<7>"}
     with MetricsLogger(quiet(tmp_path), {}, total_steps=1, stream=io.StringIO()) as logger:

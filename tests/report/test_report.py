@@ -43,7 +43,7 @@ def make_run(path, steps: int = 300):
         "iteration": steps,
         "parameters": 1_200_000,
         "layout": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2},
-        "stages": ["[V] G E L G E", "J * E G E"],
+        "stages": ["G E L V G E", "J * E Q C E"],
         "seconds": 400,
     }
     (path / "results.json").write_text(json.dumps(results))
@@ -108,6 +108,17 @@ def test_page_has_every_skill_and_section(page):
     for section in ("Accuracy by skill", "The model", "Training", "Where the model looks"):
         assert f"<h2>{section}</h2>" in page
     assert "<h2>Experts by skill</h2>" in page and "<h2>Sample scenes</h2>" in page
+
+
+def test_every_layer_of_a_stage_is_named_once(page):
+    from megatron_mm.config.layers.kinds import LAYERS
+
+    stages = re.findall(r'class="stage">.*?</div>', page, re.DOTALL)
+    letters = [re.findall(r"</?b[^>]*>([^<])</b>", stage) for stage in stages]
+    assert letters == [list("GELVGE"), list("J*EQCE")]
+    legend = page[page.index('class="kinds') :].split("</div>")[0]
+    assert len(re.findall("<b ", legend)) == 8
+    assert all(LAYERS[letter].title in legend for letter in "GELVJ*QC")
 
 
 def test_a_look_names_its_memory_unless_it_is_the_usual_one(page):

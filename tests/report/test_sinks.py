@@ -175,6 +175,38 @@ def test_wandb_that_fails_at_any_moment(tmp_path, monkeypatch, said, moment):
     assert losses(tmp_path) == [1.0] * 3
 
 
+def test_a_resumed_run_is_one_run_of_wandb(tmp_path, monkeypatch):
+    """And another one begins anew; whoever sets WANDB_RUN_ID decides alone."""
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    begun = []
+
+    class Run:
+        define_metric = log = finish = lambda *_, **__: None
+
+    def init(**given):
+        begun.append((given.get("id"), given.get("resume")))
+        return Run()
+
+    fake = type(sys)("wandb")
+    fake.init, fake.Settings = init, dict
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def start(step, mode="online"):
+        settings = config(tmp_path, tensorboard=False, wandb_mode=mode)
+        with MetricsLogger(settings, {}, 9, step, stream=io.StringIO()) as log:
+            log.log(step + 1, {"train/lm_loss": 1.0})
+
+    for step in (0, 1, 2, 0):
+        start(step)
+    ids, ways = zip(*begun, strict=True)
+    assert ids[0] == ids[1] == ids[2] != ids[3] and {*ways} == {"allow"}
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    start(1)
+    monkeypatch.delenv("WANDB_RUN_ID")
+    start(1, "offline")
+    assert begun[4:] == [(None, None)] * 2
+
+
 def test_tensorboard_that_is_not_there(tmp_path, monkeypatch, said):
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     with MetricsLogger(config(tmp_path), {}, 1, stream=io.StringIO()) as log:

@@ -285,6 +285,18 @@ def test_a_run_that_goes_on_from_another_folder_saves_to_its_own(ranks, scenes, 
     assert (second / "latest").read_text() == f"{LATEST_OF}\n"
 
 
+def test_a_report_needs_no_questions(ranks, scenes, tmp_path):
+    run = digits_run(scenes, train_iters=2, report=True, output_dir=str(tmp_path / "out"))
+    run.data.valid_data = None
+    ranks(1, on_rank_trains, run)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>Training</h2>" in page and "<h2>Accuracy by skill</h2>" not in page
+
+
+def on_rank_trains(run) -> None:
+    loop.train(run, groups.build(run.parallel))
+
+
 def test_saves_every_interval_and_at_the_end(ranks, scenes, tmp_path):
     run = digits_run(scenes, train_iters=3, **TP2)
     assert ranks(2, on_rank_interval, run, tmp_path) == [3, 3]
