@@ -9,12 +9,13 @@ launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 read -ra nodes <<<"${NODES:?the hosts, separated by spaces; the first holds the rendezvous}"
 
 words=$(printf ' %q' "$launch/node.sh" "$@")
-variables="NNODES=${#nodes[@]} RDZV_ENDPOINT=${nodes[0]}:${PORT:-29500} RDZV_ID=mm-$$"
+variables="NNODES=${#nodes[@]} RDZV_ENDPOINT=${nodes[0]#*@}:${PORT:-29500} RDZV_ID=mm-$$"
 # And what the libraries read; no tokens, which ssh's command line would show.
-read -ra more < <(compgen -e | grep -E '^(NCCL|GLOO|TORCH|CUDA|NVTE|UCX|FI)_' | tr '\n' ' ') || true
+read -ra more < <(compgen -e | grep -E '^(NCCL|GLOO|TORCH|CUDA|NVTE|UCX|FI|WANDB)_' |
+    grep -vx WANDB_API_KEY | tr '\n' ' ') || true
 for name in NPROC_PER_NODE RDZV_TIMEOUT RDZV_CONF MAX_RESTARTS STOP_TIMEOUT SKIP_DOCTOR PYTHON \
     OMP_NUM_THREADS PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF TRITON_CACHE_DIR LD_LIBRARY_PATH \
-    HF_HOME WANDB_MODE "${more[@]}"; do
+    PYTHONPATH TMPDIR HF_HOME HF_HUB_OFFLINE "${more[@]}"; do
     if [ -n "${!name:-}" ]; then variables+=$(printf ' %s=%q' "$name" "${!name}"); fi
 done
 children=()

@@ -39,8 +39,17 @@ nodes=${NNODES:-1}
 endpoint=${RDZV_ENDPOINT:-localhost:0}
 if [ "$nodes" -gt 1 ]; then : "${RDZV_ENDPOINT:?HOST:PORT of one of the nodes}"; fi
 conf="join_timeout=${RDZV_TIMEOUT:-600}${RDZV_CONF:+,$RDZV_CONF}"
+addresses() { # one of the two may be a name, the other its address
+    echo "$1"
+    getent ahosts "$1" | cut -d " " -f 1
+}
 if [ -n "${NODE_ADDR:-}" ]; then # torchrun cannot tell the host by name then
-    if [ "$NODE_ADDR" = "${endpoint%:*}" ]; then conf+=",is_host=1"; else conf+=",is_host=0"; fi
+    host=$(sed 's/^\[\(.*\)\]$/\1/' <<<"${endpoint%:*}")
+    if grep -qxFf <(addresses "$NODE_ADDR") <(addresses "$host"); then
+        conf+=",is_host=1"
+    else
+        conf+=",is_host=0"
+    fi
 fi
 launch=(
     "$python" "$root/tools/launch.py" --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-8}"
@@ -53,7 +62,12 @@ if [ -z "$skip" ] && [ "$nodes" -gt 1 ]; then # the others would not come to the
     if "$python" -m megatron_mm.parallel.rendezvous "$endpoint" "$id"; then skip=1; fi
 fi
 if [ -z "$skip" ]; then
-    "${launch[@]}" --rdzv-id "$id-doctor" "$root/tools/doctor.py" --config "$config" "$@"
+    "${launch[@]}" --rdzv-id "$id-doctor" "$root/tools/doctor.py" --config "$config" --resume "$@" &
+    doctor=$!
+    # The first process of a container would not end at a signal by itself, and train after it.
+    trap 'kill "$doctor" 2>/dev/null; wait "$doctor"; exit 143' TERM INT HUP USR1
+    wait "$doctor"
+    trap - TERM INT HUP USR1
 fi
 # exec, so that signals reach the agent, which forwards them to the ranks.
 exec "${launch[@]}" --rdzv-id "$id" --max-restarts "${MAX_RESTARTS:-3}" \

@@ -195,7 +195,7 @@ def _apply(
                 kind: shards.from_shard(
                     tensors.pop(shards.state_key(kind, name), None), layout, param
                 )
-                for kind in shards.kinds_saved(param)
+                for kind in shards.kinds_saved(param.dtype)
             } | {"step": torch.tensor(run["adam_step"])}
     if finetune:
         begin_copies(engine, {name for name in names if shards.weight_key(name) in added})

@@ -30,10 +30,10 @@ def moving_key(which: str, name: str) -> str:
     return f"{MOVING_PREFIX}{which}.{name}"
 
 
-def kinds_saved(param: torch.Tensor) -> tuple[str, ...]:
-    """Kinds of optimizer state on disk. An fp32 parameter is its own main parameter, so "master" is
-    left out."""
-    return MOMENTS if param.dtype == torch.float32 else ("master", *MOMENTS)
+def kinds_saved(dtype: torch.dtype) -> tuple[str, ...]:
+    """Kinds of optimizer state on disk of a parameter of this type. An fp32 parameter is its own
+    main parameter, so "master" is left out."""
+    return MOMENTS if dtype == torch.float32 else ("master", *MOMENTS)
 
 
 def to_shard(
@@ -109,7 +109,7 @@ def expected_shapes(engine: Engine, *, weights_alone: bool) -> Shapes:
         mine[weight_key(name)] = layout.global_shape
         if weights_alone:
             continue
-        for kind in kinds_saved(param) if param.requires_grad else ():
+        for kind in kinds_saved(param.dtype) if param.requires_grad else ():
             mine[state_key(kind, name)] = layout.global_shape
         for which, moving in engine.moving.items():
             if name in moving.names:
@@ -143,7 +143,7 @@ def empty_shards(
         return wanted
     mine = owned(engine)  # other ranks load the state of the other parameters
     for name, param, layout in trainable(engine):
-        for kind in kinds_saved(param) if name in mine else ():
+        for kind in kinds_saved(param.dtype) if name in mine else ():
             want(state_key(kind, name), layout, param, torch.float32)
     for which, moving in engine.moving.items():
         for name, param, layout in parameters(engine):

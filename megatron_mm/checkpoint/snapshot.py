@@ -96,7 +96,7 @@ def _tensors(engine: Engine) -> tuple[list[ShardedTensor], set[int]]:
     """Returns (copies of the shards this rank writes, step counts of its stage)."""
     replicas = shards.replicas(engine)
     mine = {name for name, copy in replicas.items() if not any(copy)}
-    saved = {name: shards.kinds_saved(param) for name, param, _ in parameters(engine)}
+    saved = {name: shards.kinds_saved(param.dtype) for name, param, _ in parameters(engine)}
     state = optimizer_state.collect(engine, lambda kind, n: n in mine and kind in saved[n])
     tensors = []
     for name, param, layout in parameters(engine):

@@ -9,7 +9,6 @@ import datetime
 import json
 import logging
 import os
-import shutil
 import socket
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_mm import cli, platform
 from megatron_mm.config import ConfigError, ParallelConfig, RunConfig, load, validate
+from megatron_mm.doctor.disk import disk
 from megatron_mm.errors import LaunchError
 from megatron_mm.parallel import descriptors
 from megatron_mm.train.alike import code_version, digest_of, settings_of, version
@@ -35,7 +35,6 @@ PACKAGES = (
 )
 GLOO_PATIENCE = datetime.timedelta(seconds=60)  # for all ranks to connect
 LARGEST_SKEW = 1.0  # seconds: rendezvous and logs compare clocks of different nodes
-BYTES_PER_PARAMETER = 12  # in a checkpoint: fp32 weights and both moments of Adam
 
 
 def _revision() -> str:
@@ -166,21 +165,6 @@ def bandwidths(megabytes: int) -> dict[str, float]:
             seconds.append(time.perf_counter() - begin)
         found[name] = factor * 4 * count / statistics.median(seconds[1:]) / 1e9
     return found
-
-
-def disk(run: RunConfig) -> tuple[str, bool]:
-    """Compares free disk space with the size of a checkpoint. Returns (text, whether it fits)."""
-    from megatron_mm.model.blueprint import blueprint
-
-    folder = Path(run.checkpoint.save or run.logging.output_dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    parameters = sum(torch.Size(p.global_shape).numel() for p in blueprint(run.model).values())
-    needed = BYTES_PER_PARAMETER * parameters if run.checkpoint.save else 0
-    text = f"{free / 1e9:,.1f} GB free at {there}"
-    if needed:
-        text += f", a checkpoint needs {needed / 1e9:,.1f} GB"
-    return text, free > needed
 
 
 def examine(argv: list[str]) -> tuple[list[tuple[str, str, bool]], str | None]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,120 @@ def test_slurm_starts_the_nodes_in_the_folder_of_the_call(copied, tmp_path):
     flags = "--cpus-per-task=96 --kill-on-bad-exit=0"
     said = f"n1:20007 {folder} {flags} {node} a.yaml --lr 1\n"
     assert done.stdout == said
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize(("sent", "heard"), [("USR1", "USR1 requeue 7 "), ("TERM", "")])
+def test_slurm_saves_and_queues_again_when_time_is_up(tmp_path, sent, heard):
+    """srun hands USR1 on as it is, and TERM as KILL (srun(1), signals). TERM comes from scancel."""
+    said = tmp_path / "said"
+    show = '[ "$1" = show ] && { [ "$2" = hostnames ] && echo n1 || echo "Command=x"; exit; }'
+    for name, text in {
+        "scontrol": f'{show}\nprintf "%s " "$@" >> {said}',
+        "srun": f"""trap 'printf "USR1 " >> {said}; exit 0' USR1
+            trap 'printf "TERM " >> {said}; exit 1' TERM
+            touch {said}
+            for _ in $(seq 600); do sleep 0.1; done""",
+    }.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1",
+    }  # fmt: skip
+    script = (LAUNCH / "slurm.sbatch").read_text()
+    assert re.search(r"^#SBATCH --signal=B:USR1@600$", script, re.M)
+    job = subprocess.Popen(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "a.yaml"], env=os.environ | slurm,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 60
+        while not said.exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        time.sleep(0.2)  # from the start of srun to the script's `step=`
+        job.send_signal(getattr(signal, f"SIG{sent}"))
+        job.wait(timeout=60)
+        assert said.read_text() == heard
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+def test_other_hosts_get_what_was_set_here_and_no_secrets(tmp_path):
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/usr/bin/env bash\necho "$1 $2"\n')
+    ssh.chmod(0o755)
+    given = {"WANDB_ENTITY": "my team", "PYTHONPATH": "/mine", "NCCL_DEBUG": "INFO"}
+    hidden = {"WANDB_API_KEY": "secret1", "HF_TOKEN": "secret2"}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "multi_node.sh"), "a.yaml", "--lr", "1"],
+        env=os.environ | given | hidden | {"NODES": "root@a b", "SSH": str(ssh)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    first, second = sorted(done.stdout.splitlines(), reverse=True)
+    assert done.returncode == 0 and first.startswith("root@a cd ") and second.startswith("b cd ")
+    for line in (first, second):
+        assert "RDZV_ENDPOINT=a:29500 " in line and line.endswith("node.sh a.yaml --lr 1")
+        assert "WANDB_ENTITY=my\\ team" in line and "PYTHONPATH=/mine " in line
+        assert "NCCL_DEBUG=INFO" in line and "secret" not in line
+
+
+STUB = """#!/usr/bin/env bash
+case "$*" in
+*doctor.py*) echo "doctor $*" >> "$SAID"; {doctor} ;;
+*megatron_mm.train*) echo "train $*" >> "$SAID" ;;
+*) exit 1 ;;
+esac
+"""
+
+
+def stubbed(tmp_path, doctor: str) -> dict[str, str]:
+    """Variables with which node.sh starts nothing but a stub, which says what it was told."""
+    python = tmp_path / "python"
+    python.write_text(STUB.replace("{doctor}", doctor))
+    python.chmod(0o755)
+    kept = {k: v for k, v in os.environ.items() if k not in ("SKIP_DOCTOR", "NODE_ADDR")}
+    return kept | {"PYTHON": str(python), "SAID": str(tmp_path / "said")}
+
+
+@pytest.mark.parametrize(
+    ("address", "endpoint", "host"),
+    [
+        ("127.0.0.1", "localhost:29500", 1),
+        ("localhost", "127.0.0.1:29500", 1),
+        ("10.0.0.7", "10.0.0.7:29500", 1),
+        ("10.0.0.7", "10.0.0.70:29500", 0),
+        ("::1", "[::1]:29500", 1),
+        ("10.0.0.7", "no-such-host.invalid:29500", 0),
+    ],
+)
+def test_one_node_knows_that_it_holds_the_rendezvous(tmp_path, address, endpoint, host):
+    """By its name or its address, whichever the other one is."""
+    words = {"NODE_ADDR": address, "RDZV_ENDPOINT": endpoint, "NNODES": "2"}
+    environ = stubbed(tmp_path, "exit 0") | words
+    subprocess.run(
+        ["bash", str(LAUNCH / "node.sh"), "a.yaml", "--lr", "1"], env=environ, check=True
+    )
+    checked, trained = (tmp_path / "said").read_text().splitlines()
+    assert checked.startswith("doctor ") and trained.startswith("train ")
+    for line in (checked, trained):
+        assert f",is_host={host} " in line and line.endswith("--config a.yaml --resume --lr 1")
+
+
+def test_a_signal_during_the_checks_ends_the_node(tmp_path):
+    """Also where the script is a container's first process, which no signal ends by itself."""
+    environ = stubbed(tmp_path, "exec sleep 60") | {"TMPDIR": str(tmp_path)}
+    node = subprocess.Popen(["bash", str(LAUNCH / "node.sh"), "a.yaml"], env=environ)
+    end = time.monotonic() + 60
+    while not (tmp_path / "said").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.2)
+    node.terminate()
+    assert node.wait(timeout=30) == 143
+    assert "train" not in (tmp_path / "said").read_text()
 
 
 def test_what_differs_between_ranks_is_named():
