@@ -166,7 +166,7 @@ class WandB:
     def __init__(self, config: Any, run_config: dict[str, Any], directory: Path, goes_on: bool):
         import wandb
 
-        resumed: dict[str, str] = {}
+        resumed: dict[str, Any] = {}
         if config.wandb_mode == "online" and "WANDB_RUN_ID" not in os.environ:
             resumed = {"id": _run_id(directory / RUN_ID_FILE, goes_on), "resume": "allow"}
         self._run = wandb.init(
