@@ -254,13 +254,22 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def tables_of_page(found: Mapping[str, Any]) -> list[str]:
-    """Formats what the page of `megatron_mm/earl` shows of a summary: fine-tuning, reinforcement of
-    one kind, and its arms beside each other."""
+    """Formats what the page of `megatron_mm/earl` shows of a summary: fine-tuning, then of each
+    reinforcement that was run the arms, and some beside each other."""
     sft = ["arm", "seeds", "free against plain", "other against plain", "hit", "own", "others"]
-    sft += ["kept 4", "kept 8", "larger", "longer"]
+    measured = {name for row in found["sft"] for name in row if name.startswith("kept ")}
+    kept = sorted(int(name.removeprefix("kept ")) for name in measured)
+    sft += [f"kept {count}" for count in kept if count in (kept[-1] // 2, kept[-1])]
+    sft += ["larger", "longer"]
     rl = ["arm", "seeds", "gain", "collateral", "worst", "own forms", "steps"]
-    tables = [_table(found["sft"], sft), _table(found["one"], rl)]
-    tables.append(_table(found["one against"], ["arm", "other", "gain", "collateral"]))
+    tables = [_table(found["sft"], sft)]
+    for where in ("one", "all"):
+        own = any("own forms" in row for row in found[where])
+        columns = [name for name in rl if own or name != "own forms"]
+        against = ["arm", "other", "gain", "collateral"]
+        if found[where]:
+            tables.append(_table(found[where], columns))
+            tables.append(_table(found[f"{where} against"], against))
     return ["\n".join(lines) for lines in tables]
 
 

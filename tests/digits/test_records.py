@@ -114,9 +114,10 @@ def test_records_are_not_kept_among_the_runs(tmp_path):
     assert read_records(tmp_path / "nothing", basic) == {}
 
 
-def test_earls_page_shows_the_tables_of_the_kept_seeds():
+@pytest.mark.parametrize(("model", "seeds"), [("tiny", 3)])
+def test_earls_page_shows_the_tables_of_the_kept_seeds(model, seeds):
     """Each seed's scores are in the repository, so the tables can be made again."""
-    found = earl_table.summary(ROOT / "examples" / "benchmarks" / "seeds" / "tiny")
-    assert len(found["seeds"]) == 3 and [row["seeds"] for row in found["one"]] == [3] * 4
+    found = earl_table.summary(ROOT / "examples" / "benchmarks" / "seeds" / model)
+    assert len(found["seeds"]) == seeds
     page = (ROOT / "megatron_mm" / "earl" / "README.md").read_text()
-    assert [table in page for table in earl_table.tables_of_page(found)] == [True] * 3
+    assert [table for table in earl_table.tables_of_page(found) if table not in page] == []
