@@ -181,7 +181,7 @@ def _mean_information(counts: RouteCounts) -> float:
 
 def shares_of_use(counts: RouteCounts, skills: Sequence[str]) -> dict[str, list[list[float]]]:
     """Returns skill -> for each layer each expert's share of the skill's routes, rounded."""
-    chosen_LES = torch.stack([counts.layer(layer).sum(2) for layer in range(counts.sizes[0])])
+    chosen_LES = counts.sums()
     share_LES = chosen_LES / chosen_LES.sum(1, keepdim=True).clamp(min=1)
     rounded_SLE = share_LES.permute(2, 0, 1).round(decimals=4)
     return dict(zip(skills, rounded_SLE.tolist(), strict=True))
@@ -192,7 +192,7 @@ def route_rows(
 ) -> dict[str, dict[str, float]]:
     """Returns the figures of each skill's routes, as `Discovery.rows`."""
     layers, experts = counts.sizes[:2]
-    chosen_LES = torch.stack([counts.layer(layer).sum(2) for layer in range(layers)])
+    chosen_LES = counts.sums()
     rows = {}
     for s, (skill, cluster) in enumerate(clusters.items()):
         member_LE = torch.zeros(layers, experts, dtype=torch.bool)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_mm.earl.alignment import Hits
-from megatron_mm.earl.route_counts import count_routes, mutual_information
+from megatron_mm.earl.route_counts import count_routes, mutual_information, shuffled_skills
 from megatron_mm.earl.router_reward import hit_rates, label_positions
 from megatron_mm.earl.spans import Span
 from megatron_mm.generation.lanes import Completion
@@ -64,7 +64,8 @@ def information_pairs(
     sizes: tuple[int, int, int],
 ) -> Pairs:
     """Returns I(expert; skill | token) beyond chance, in nats, over this replica's completions
-    alone: the counts are too many to be sent.
+    alone: the counts are too many to be sent. Chance is what skills give that are exchanged among
+    positions with the same token. Layers and replicas count by their positions.
 
     Args:
         layers: number of this rank's layers, those of the recorded routes.
@@ -80,12 +81,13 @@ def information_pairs(
         tokens.append(completion.tokens_G[:-1])
     # A sample of positions: the table of a layer has a cell for each expert, skill and token.
     cut = slice(MAX_COUNTED)
-    counts = count_routes(
-        torch.cat(routes)[cut], torch.cat(skills)[cut], torch.cat(tokens)[cut], *sizes
-    )
-    information = [mutual_information(counts.layer(n)) for n in range(layers)]
-    excess = sum(found - chance for found, chance in information)
-    return {"rollout/moe/mutual_information": [excess, float(layers)]}
+    routes_TLk, skill_T, token_T = (torch.cat(parts)[cut] for parts in (routes, skills, tokens))
+    positions = float((skill_T >= 0).sum())
+    excess = 0.0
+    for sign, skills_T in ((1, skill_T), (-1, shuffled_skills(skill_T, token_T, seed=1))):
+        counts = count_routes(routes_TLk, skills_T, token_T, *sizes)
+        excess += sign * sum(mutual_information(counts.layer(n))[0] for n in range(layers))
+    return {"rollout/moe/mutual_information": [excess * positions, layers * positions]}
 
 
 def load_violation(load_LE: torch.Tensor) -> dict[str, float]:

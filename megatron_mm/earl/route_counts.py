@@ -10,6 +10,7 @@ Shapes: T positions, L layers, k experts chosen at a position, E experts, S skil
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -37,16 +38,55 @@ class RouteCounts:
         counts.index_add_(0, where, torch.cat((self.counts, other.counts)))
         return RouteCounts(self.sizes, cells, counts)
 
-    def layer(self, layer: int) -> torch.Tensor:
-        """Returns fp64 [E, S, V'] of one layer, with the V' tokens that occur."""
+    def sums(self) -> torch.Tensor:
+        """Returns fp64 [L, E, S], over the tokens."""
+        *sizes, tokens = self.sizes
+        found = torch.zeros(prod(sizes), dtype=torch.float64)
+        return found.index_add_(0, self.cells // tokens, self.counts.double()).view(sizes)
+
+    def layer(self, layer: int) -> LayerCounts:
+        """Returns the counts of one layer."""
         _, experts, skills, tokens = self.sizes
         span = experts * skills * tokens
-        here = (self.cells >= layer * span) & (self.cells < (layer + 1) * span)
-        cells, counts = self.cells[here] - layer * span, self.counts[here]
-        seen, column = (cells % tokens).unique(return_inverse=True)
-        dense = torch.zeros(experts * skills, len(seen), dtype=torch.float64)
-        dense[cells // tokens, column] = counts.double()
-        return dense.view(experts, skills, len(seen))
+        ends = torch.tensor([layer * span, (layer + 1) * span])
+        here = slice(*torch.searchsorted(self.cells, ends).tolist())
+        cells = self.cells[here] - layer * span
+        seen, token_C = (cells % tokens).unique(return_inverse=True)
+        expert_C, skill_C = cells // tokens // skills, cells // tokens % skills
+        counts = self.counts[here].double()
+        return LayerCounts((experts, skills, len(seen)), expert_C, skill_C, token_C, counts)
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """The counts of one layer, without those that are 0. A dense table of 512 experts and the
+    tokens of a probe would be hundreds of megabytes.
+
+    Attributes:
+        sizes: E, S, and V', the number of tokens that occur.
+        expert_C, skill_C, token_C: int64, what each count is of; tokens are numbered below V'.
+        count_C: fp64.
+    """
+
+    sizes: tuple[int, int, int]
+    expert_C: torch.Tensor
+    skill_C: torch.Tensor
+    token_C: torch.Tensor
+    count_C: torch.Tensor
+
+    def of_experts(self) -> torch.Tensor:
+        """Returns fp64 [E, S], over the tokens."""
+        experts, skills, _ = self.sizes
+        found = torch.zeros(experts * skills, dtype=torch.float64)
+        found.index_add_(0, self.expert_C * skills + self.skill_C, self.count_C)
+        return found.view(experts, skills)
+
+    def of_tokens(self) -> torch.Tensor:
+        """Returns fp64 [S, V'], over the experts."""
+        _, skills, tokens = self.sizes
+        found = torch.zeros(skills * tokens, dtype=torch.float64)
+        found.index_add_(0, self.skill_C * tokens + self.token_C, self.count_C)
+        return found.view(skills, tokens)
 
 
 def count_routes(
@@ -88,27 +128,33 @@ def count_routes(
     return RouteCounts((layers, num_experts, num_skills, vocab_size), cells, counts)
 
 
-def lift(counts_ESV: torch.Tensor, prior: float = 5.0) -> torch.Tensor:
+def lift(counts: LayerCounts, given_token: bool = True, prior: float = 5.0) -> torch.Tensor:
     """Returns [E, S]: how often an expert is chosen for a skill, over how often its rate at the
     same tokens lets one expect. `prior` choices are added to both, so that rare ones stay near 1.
 
     The expected count is the sum over v of n(e, v) n(s, v) / n(v): expert and skill independent
-    given the token (the pooling of Mantel and Haenszel). For the lift without regard to the token,
-    sum the counts over V first and keep the dimension.
+    given the token (the pooling of Mantel and Haenszel).
+
+    Args:
+        given_token: False: without regard to the token, as if all were one.
     """
-    chosen_EV, skill_SV = counts_ESV.sum(1), counts_ESV.sum(0)
-    total_V = skill_SV.sum(0).clamp(min=1)
-    expected_ES = chosen_EV @ (skill_SV / total_V).T
-    return (counts_ESV.sum(2) + prior) / (expected_ES + prior)
+    chosen_ES = counts.of_experts()
+    if given_token:
+        skill_SV = counts.of_tokens()
+        share_VS = (skill_SV / skill_SV.sum(0)).T
+        expected_ES = torch.zeros_like(chosen_ES)
+        parts_CS = counts.count_C.unsqueeze(1) * share_VS[counts.token_C]
+        expected_ES.index_add_(0, counts.expert_C, parts_CS)
+    else:
+        skill_S = chosen_ES.sum(0)
+        expected_ES = chosen_ES.sum(1, keepdim=True) * skill_S / skill_S.sum().clamp(min=1)
+    return (chosen_ES + prior) / (expected_ES + prior)
 
 
 def lifts(counts: RouteCounts, given_token: bool = True, prior: float = 5.0) -> torch.Tensor:
     """Returns fp64 [L, E, S]: the `lift` of every layer."""
-    found = []
-    for layer in range(counts.sizes[0]):
-        counts_ESV = counts.layer(layer)
-        found.append(lift(counts_ESV if given_token else counts_ESV.sum(2, keepdim=True), prior))
-    return torch.stack(found)
+    layers = range(counts.sizes[0])
+    return torch.stack([lift(counts.layer(layer), given_token, prior) for layer in layers])
 
 
 def choose_clusters(
@@ -129,16 +175,33 @@ def choose_clusters(
     return clusters
 
 
-def mutual_information(counts_ESV: torch.Tensor) -> tuple[float, float]:
+def mutual_information(counts: LayerCounts) -> tuple[float, float]:
     """Returns I(expert; skill | token) of one layer in nats, and the part that chance alone lets
     one expect: the sum over v of (E_v - 1)(S_v - 1) / 2n with the experts and skills seen at v
-    (Miller-Madow), which is right for many counts only."""
-    n = counts_ESV.sum()
+    (Miller-Madow), which is right for many counts only; `shuffled_skills` tells it for few."""
+    n = float(counts.count_C.sum())
     if n == 0:
         return 0.0, 0.0
-    chosen_E1V, skill_1SV = counts_ESV.sum(1, keepdim=True), counts_ESV.sum(0, keepdim=True)
-    total_V = counts_ESV.sum((0, 1))
-    ratio_ESV = counts_ESV * total_V / (chosen_E1V * skill_1SV)
-    terms_ESV = torch.where(counts_ESV > 0, counts_ESV * ratio_ESV.log(), 0.0)
-    free_V = ((chosen_E1V > 0).sum((0, 1)) - 1) * ((skill_1SV > 0).sum((0, 1)) - 1)
-    return float(terms_ESV.sum() / n), float(free_V.clamp(min=0).sum() / (2 * n))
+    tokens, token_C, count_C = counts.sizes[2], counts.token_C, counts.count_C
+    skill_SV = counts.of_tokens()
+    pairs, where = (counts.expert_C * tokens + token_C).unique(return_inverse=True)
+    chosen_C = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, where, count_C)[where]
+    at_C = chosen_C * skill_SV[counts.skill_C, token_C]
+    nats = float((count_C * (count_C * skill_SV.sum(0)[token_C] / at_C).log()).sum())
+    experts_V, skills_V = torch.bincount(pairs % tokens, minlength=tokens), (skill_SV > 0).sum(0)
+    free_V = (experts_V - 1) * (skills_V - 1)
+    return nats / n, float(free_V.clamp(min=0).sum()) / (2 * n)
+
+
+def shuffled_skills(skill_T: torch.Tensor, token_T: torch.Tensor, seed: int) -> torch.Tensor:
+    """Returns the skills exchanged at random among positions with the same token: routes say
+    nothing about them beyond the token. Positions without a skill (-1) keep none."""
+    here = (skill_T >= 0).nonzero().flatten()
+    token_H = token_T[here]
+    generator = torch.Generator().manual_seed(seed)
+    plain_H = token_H.argsort(stable=True)
+    mixed_H = torch.randperm(len(here), generator=generator)
+    mixed_H = mixed_H[token_H[mixed_H].argsort(stable=True)]
+    found_T = skill_T.clone()
+    found_T[here[plain_H]] = skill_T[here[mixed_H]]
+    return found_T

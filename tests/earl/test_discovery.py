@@ -3,16 +3,19 @@
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_mm.earl.metrics import information_pairs
 from megatron_mm.earl.route_counts import (
     choose_clusters,
     count_routes,
     lift,
     lifts,
     mutual_information,
+    shuffled_skills,
 )
 from megatron_mm.earl.stability import (
     Stability,
@@ -52,6 +55,13 @@ def counted(kind, positions=6000, seed=0):
     return count_routes(*routes_of(kind, positions, seed), E, S, V)
 
 
+def dense_of(counts):
+    """Returns the counts of a layer as a table [E, S, V']."""
+    dense = torch.zeros(counts.sizes, dtype=torch.float64)
+    dense[counts.expert_C, counts.skill_C, counts.token_C] = counts.count_C
+    return dense
+
+
 def halves(kind, given_token):
     """Returns the clusters of two halves of a probe."""
     return [
@@ -69,7 +79,8 @@ def test_counts_are_those_of_a_loop_and_add_up():
             dense[layer, int(routes[t, layer, slot]), skill[t], token[t]] += 1
     for layer in range(L):
         seen = dense[layer].sum((0, 1)) > 0
-        assert torch.equal(whole.layer(layer), dense[layer][..., seen].double())
+        assert torch.equal(dense_of(whole.layer(layer)), dense[layer][..., seen].double())
+    assert torch.equal(whole.sums(), dense.sum(3).double())
     parts = [
         count_routes(routes[i], skill[i], token[i], E, S, V) for i in (slice(90), slice(90, 300))
     ]
@@ -93,8 +104,9 @@ def test_counts_of_another_model_do_not_add():
 
 
 def test_lift_equals_its_definition():
-    counts = counted("skill", 500).layer(0)
-    found = lift(counts, prior=2.0)
+    layer = counted("skill", 500).layer(0)
+    found, pooled = lift(layer, prior=2.0), lift(layer, given_token=False, prior=2.0)
+    counts = dense_of(layer)
     for e, s in itertools.product(range(E), range(S)):
         expected = 0.0
         for v in range(counts.shape[2]):
@@ -102,6 +114,9 @@ def test_lift_equals_its_definition():
             expected += float(counts[e, :, v].sum() * counts[:, s, v].sum()) / total
         value = (float(counts[e, s].sum()) + 2) / (expected + 2)
         assert float(found[e, s]) == pytest.approx(value, rel=1e-12)
+        expected = float(counts[e].sum() * counts[:, s].sum() / counts.sum())
+        value = (float(counts[e, s].sum()) + 2) / (expected + 2)
+        assert float(pooled[e, s]) == pytest.approx(value, rel=1e-12)
 
 
 def test_experts_of_a_skill_are_found():
@@ -129,7 +144,8 @@ def test_experts_that_follow_the_token_have_no_lift_given_it():
 
 
 def test_information_is_that_of_a_loop_and_goes_to_its_bias_by_chance():
-    counts = counted("skill", 400).layer(1)
+    layer = counted("skill", 400).layer(1)
+    counts = dense_of(layer)
     n = float(counts.sum())
     expected = 0.0
     for e, s, v in itertools.product(range(E), range(S), range(counts.shape[2])):
@@ -137,14 +153,47 @@ def test_information_is_that_of_a_loop_and_goes_to_its_bias_by_chance():
         if c:
             pe, ps = float(counts[e, :, v].sum()), float(counts[:, s, v].sum())
             expected += c / n * math.log(c * float(counts[:, :, v].sum()) / (pe * ps))
-    assert mutual_information(counts)[0] == pytest.approx(expected, rel=1e-12)
+    seen = [((counts > 0).any(axis).sum(0) - 1).clamp(min=0) for axis in (1, 0)]
+    free = float((seen[0] * seen[1]).sum()) / (2 * n)
+    assert mutual_information(layer) == pytest.approx((expected, free), rel=1e-12)
     served, bias = mutual_information(counted("skill").layer(0))
     assert served > 10 * bias
     for kind in ("token", "noise"):
         found, bias = mutual_information(counted(kind, 20000).layer(0))
         # The k experts of a position differ from each other, which makes chance a little smaller.
         assert 0.5 * bias < found < 1.3 * bias
-    assert mutual_information(torch.zeros(E, S, 3)) == (0.0, 0.0)
+    routes, skills, tokens = routes_of("noise", 3, 0)
+    nothing = count_routes(routes, skills.fill_(-1), tokens, E, S, V)
+    assert mutual_information(nothing.layer(0)) == (0.0, 0.0)
+
+
+def test_skills_are_exchanged_within_a_token():
+    _, skills, tokens = routes_of("skill", 600, 5)
+    skills[::5] = -1
+    found = shuffled_skills(skills, tokens, seed=1)
+    assert torch.equal(found < 0, skills < 0) and not torch.equal(found, skills)
+    for token in range(V):
+        here = tokens == token
+        assert sorted(found[here].tolist()) == sorted(skills[here].tolist())
+    assert torch.equal(found, shuffled_skills(skills, tokens, seed=1))
+
+
+@pytest.mark.parametrize("positions", [300, 8000])
+def test_information_beyond_chance_is_none_where_routes_know_no_skill(positions):
+    """With few positions the formula of Miller and Madow leaves more than the effect itself."""
+    sizes = L, K, (E, S, V)
+    beyond = {}
+    for kind in ("token", "noise", "skill"):
+        routes, skills, tokens = routes_of(kind, positions, 1)
+        # A completion's first position is not counted, and its last token not seen by a router.
+        completion = SimpleNamespace(routes_GLk=routes, tokens_G=tokens.roll(-1))
+        spans = [(n, n + 1, int(skill), True) for n, skill in enumerate(skills)]
+        (pair,) = information_pairs([completion], [spans], *sizes).values()
+        assert pair[1] == L * (positions - 1)
+        beyond[kind] = pair[0] / pair[1]
+    assert beyond["skill"] > 0.15
+    # Two estimates of a chance of about 0.1 (300 positions), each of hundreds of counts.
+    assert abs(beyond["token"]) < 0.02 > abs(beyond["noise"])
 
 
 def test_stability_tells_skill_from_token_from_noise():
