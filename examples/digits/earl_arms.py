@@ -71,8 +71,9 @@ class Arm:
         config: in arms/.
         start: the folder it starts from, beside the seed's.
         map: the skill map it uses; None: none, and it is measured with `map.json`.
-        flags: what the config leaves open.
         tier: 1 tells most.
+        flags: what the config leaves open.
+        aligned: whether its routes know clusters. If not, few experts are kept by use alone.
     """
 
     config: str
@@ -80,6 +81,7 @@ class Arm:
     map: str | None
     tier: int
     flags: tuple[str, ...] = ()
+    aligned: bool = True
 
     @property
     def measured_with(self) -> str:
@@ -87,21 +89,21 @@ class Arm:
 
 
 SFT = {
-    "plain": Arm("sft_more", "base", None, 1),
+    "plain": Arm("sft_more", "base", None, 1, aligned=False),
     "aligned": Arm("align", "base", "map", 1),
     "shuffled": Arm("align", "base", "shuffled", 1),
     "lift": Arm("align", "base", "lift", 3),
-    "zero": Arm("align", "base", "map", 3, ("--router-align-coeff", "0")),
+    "zero": Arm("align", "base", "map", 3, ("--router-align-coeff", "0"), aligned=False),
 }
 # Starting points differ: those that are not aligned have had as many steps of SFT.
 RL = {
-    "grpo": Arm("grpo", "sft/plain", None, 1),
-    "experts": Arm("grpo_experts", "sft/plain", None, 1),
+    "grpo": Arm("grpo", "sft/plain", None, 1, aligned=False),
+    "experts": Arm("grpo_experts", "sft/plain", None, 1, aligned=False),
     "scope": Arm("grpo_scope", "sft/aligned", "map", 1),
     "shuffled_scope": Arm("grpo_scope", "sft/shuffled", "shuffled", 1),
-    "kl": Arm("grpo_kl", "sft/plain", None, 2),
+    "kl": Arm("grpo_kl", "sft/plain", None, 2, aligned=False),
     "aligned": Arm("grpo_experts", "sft/aligned", None, 2),
-    "lora": Arm("grpo_lora", "sft/plain", None, 2),
+    "lora": Arm("grpo_lora", "sft/plain", None, 2, aligned=False),
 }
 
 
@@ -216,7 +218,7 @@ def _measured(run: Path, folder: Path, arm: Arm, data: Path, model: Model) -> li
     measures = run / "measures.json"
     command = ("-m", "examples.digits.measure", "--run", str(run))
     command += ("--skill-map", str(skill_map), "--data", str(data))
-    if arm.map is None:  # its routes know nothing of the clusters
+    if not arm.aligned:
         command += ("--by-use",)
     return [
         discovery(run / "checkpoint", data, run / "experts.json", flags, needs),

@@ -2,8 +2,9 @@
 
 Runs are compared question by question. An interval over questions covers their choice: it is the
 normal one of the mean over kinds of question of the mean over the kind's questions, whose values
-are means over seeds. Questions of the same number are about one scene in all kinds, so they are
-one observation. An interval over seeds is Student's t of the seeds' means.
+are means over seeds. Questions of the same number are about one scene in all kinds, but where a
+scene allows no such question, so they are one observation. An interval over seeds is Student's t of
+the seeds' means.
 """
 
 from __future__ import annotations

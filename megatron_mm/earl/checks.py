@@ -19,12 +19,24 @@ def check_earl(run: RunConfig) -> None:
     earl = run.section(EARLConfig)
     for key in NEED_A_MAP:
         value = getattr(earl, key)
-        if value not in (0, None) and not earl.skill_map:
+        off = value is None or (key != "skill_map_shuffle_seed" and not value)  # 0 is a seed
+        if not off and not earl.skill_map:
             raise ConfigError(
                 f"earl.{key} is {value!r}; allowed: left out, or this value with skill_map"
             )
+    for key in ("router_loss_coeff", "router_align_coeff"):
+        check_routers_learn(run, f"earl.{key}", getattr(earl, key))
     if earl.expert_scope:
         _check_scope(run)
+
+
+def check_routers_learn(run: RunConfig, key: str, coefficient: float) -> None:
+    """Raises ConfigError for a term about routers that are frozen: its gradient would train the
+    layers before them to move their choice."""
+    if coefficient and not run.trains("router"):
+        raise ConfigError(
+            f"{key} is {coefficient!r}; allowed: 0 with freeze_router, or this value without"
+        )
 
 
 def _check_scope(run: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_mm.config.settings import RunConfig
+from megatron_mm.earl.checks import check_routers_learn
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.errors import ConfigError
 from megatron_mm.mimic.settings import MimicConfig
@@ -29,6 +30,8 @@ def check_mimic(run: RunConfig) -> None:
             raise ConfigError(
                 f"mimic.{key} is {value!r}; allowed: left out, or this value with {lacking[0]}"
             )
+    for key in ("mimic_route_coeff", "mimic_skill_coeff"):
+        check_routers_learn(run, f"mimic.{key}", getattr(mimic, key))
     coefficient = mimic.mimic_skill_coeff
     if coefficient and not earl.skill_map:
         raise ConfigError(

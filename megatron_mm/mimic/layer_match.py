@@ -10,6 +10,7 @@ Shapes: n positions, L_T and L_S layers, E_T and E_S experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +101,11 @@ def monotone_matching(score_ST: torch.Tensor) -> list[int]:
     return chosen[::-1]
 
 
-def by_depth(mine: int, theirs: int) -> list[int]:
-    """Returns for each of `mine` layers the one of `theirs` at the same share of the depth."""
-    if mine == 1:
-        return [theirs - 1]
-    return [round(number * (theirs - 1) / (mine - 1)) for number in range(mine)]
+def by_depth(mine: int, theirs: int, recorded: Sequence[int]) -> list[int]:
+    """Returns for each of `mine` layers the one of `recorded` that is nearest to the same share of
+    the depth of `theirs`, as its place in that list."""
+    depths = [number / (mine - 1) if mine > 1 else 1.0 for number in range(mine)]
+    return [
+        min(range(len(recorded)), key=lambda n: abs(recorded[n] - depth * (theirs - 1)))
+        for depth in depths
+    ]

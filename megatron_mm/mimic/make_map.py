@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ def match_layers(
 ) -> tuple[dict[int, int], dict[str, Any]]:
     """Returns student's layer -> teacher's, and how: by CKA, or without sums by depth."""
     if sums is None:
-        chosen = by_depth(len(student.layers), len(routes.layers))
+        chosen = by_depth(len(student.layers), routes.teacher.num_layers, routes.layers)
         matched = dict(zip(student.layers, chosen, strict=True))
         pairs = {mine: routes.layers[matched[mine]] for mine in student.taught}
         return pairs, {"layers_by": "depth"}
@@ -110,18 +111,23 @@ def _clusters(skill_map: SkillMap, layer: int) -> dict[str, list[int]]:
     return found
 
 
-def routed_together(routes: RouteFile) -> torch.Tensor:
-    """Returns fp64 [L, E_T, E_T]: sums over all recorded positions of p_T(a) p_T(a').
+def routed_together(routes: RouteFile, samples: int | None) -> torch.Tensor:
+    """Returns fp64 [L, E_T, E_T]: sums over recorded positions of p_T(a) p_T(a').
 
+    Args:
+        samples: rows that are read, drawn at random; None: all.
     Raises:
         DataError: a row is damaged.
     """
     experts = routes.teacher.num_experts
     total_LTT = torch.zeros(len(routes.layers), experts, experts, dtype=torch.float64)
-    for (name, row), number in routes.places.items():
+    places = list(routes.places.items())
+    if samples is not None and samples < len(places):
+        places = random.Random(1).sample(places, samples)
+    for (name, row), number in places:
         held = routes.recorded(number, f"{name}:{row}")
         for layer in range(len(routes.layers)):
             top = TopExperts(held.experts[:, layer], held.weights[:, layer])
-            p_nE = whole_distribution(top, experts).double()
+            p_nE = whole_distribution(top, experts)  # fp32; a row has few positions
             total_LTT[layer] += p_nE.T @ p_nE
     return total_LTT

@@ -44,7 +44,7 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--skill-maps", type=cli.path, nargs=2, metavar=("TEACHER", "STUDENT"), help="with skills"
     )
     parser.add_argument("--samples", type=int, help="at most this many rows; default: all")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows read together")
+    parser.add_argument("--batch-size", type=int, help="rows read together; default: 16")
     args, rest = parser.parse_known_args(argv)
     for name in ("samples", "batch_size"):
         value = getattr(args, name)
@@ -52,6 +52,12 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             raise ConfigError(f"{cli.flag(name)} is {value}; allowed: 1 or more")
     if (args.checkpoint is None) != (args.data is None):
         raise ConfigError("--checkpoint and --data go together: the student, and recorded rows")
+    reads = args.checkpoint is not None
+    for name, used in (("samples", reads or args.method == "clusters"), ("batch_size", reads)):
+        if getattr(args, name) is not None and not used:
+            raise ConfigError(
+                f"{cli.flag(name)} is {getattr(args, name)}; allowed: this value with --checkpoint"
+            )
     if args.method == "transport" and args.checkpoint is None:
         raise ConfigError("--method transport needs --checkpoint and --data: a trained student")
     if (args.method == "skills") != (args.skill_maps is not None):
@@ -101,7 +107,7 @@ def _map(args: argparse.Namespace, rest: list[str], command: Any) -> str:
     sums = None if stored is None else _survey(args, run, routes, command)
     if cli.rank() > 0:
         return ""
-    together = routed_together(routes) if args.method == "clusters" else None
+    together = routed_together(routes, args.samples) if args.method == "clusters" else None
     made = make_map(args.method, routes, student, sums, skills, together)
     made.save(Path(args.out))
     lines = [f"layer {mine}: the teacher's {theirs}" for mine, theirs in made.layers.items()]
@@ -111,13 +117,13 @@ def _map(args: argparse.Namespace, rest: list[str], command: Any) -> str:
 def _survey(args: argparse.Namespace, run: Any, routes: Any, command: Any) -> Any:
     from megatron_mm.checkpoint import sharded
     from megatron_mm.data.tokenizer import load_tokenizer
-    from megatron_mm.mimic.rounds import Rows
+    from megatron_mm.mimic.rounds import BATCH_SIZE, Rows
     from megatron_mm.mimic.survey import survey
 
     tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
     engine = command.engine(run)
     sharded.load(engine, args.checkpoint, finetune=True)
-    rows = Rows(args.data, args.samples, args.batch_size)
+    rows = Rows(args.data, args.samples, args.batch_size or BATCH_SIZE)
     return survey(engine, tokenizer, rows, routes)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from megatron_mm.model.layers.output import Predictions
 from megatron_mm.parallel.sequence import gather_shards
 from megatron_mm.report.metrics import Metrics
 
+AT_ONCE = 1024  # positions whose logits are held, in fp32: 600 MB of a whole vocabulary
 Top = tuple[torch.Tensor, torch.Tensor]  # int, fp: the likeliest, and their probabilities
 
 
@@ -57,6 +58,13 @@ def top_experts(probabilities_tE: torch.Tensor, k: int) -> Top:
 def top_tokens(predictions: Predictions, n: int) -> Top:
     """Returns the n likeliest next tokens of the whole vocabulary at each position, int32 [K, n],
     and their log-probabilities, fp32: on every tensor-parallel rank."""
+    parts = predictions.hidden_KH.split(AT_ONCE)  # the same on all of them
+    found = [_top_tokens(replace(predictions, hidden_KH=part), n) for part in parts]
+    tokens, logprobs = zip(*found, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _top_tokens(predictions: Predictions, n: int) -> Top:
     logits_KV, tp = predictions.logits().float(), predictions.tp
     mass_K1 = logits_KV.logsumexp(1, keepdim=True)
     values_Kn, tokens_Kn = logits_KV.topk(min(n, logits_KV.shape[1]), dim=1)

@@ -47,7 +47,7 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--answers", type=int, help=f"next tokens of a token; default: {ANSWERS}; 0: none"
     )
     parser.add_argument("--samples", type=int, help="at most this many rows; default: all")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows read together")
+    parser.add_argument("--batch-size", type=int, help="rows read together; default: 16")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the folder's code")
     args, rest = parser.parse_known_args(argv)
     if (args.checkpoint is None) == (args.hf is None):
@@ -60,6 +60,10 @@ def settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ConfigError(f"--layers is {args.layers}; allowed: different layers, ascending")
     if args.trust_remote_code and args.hf is None:
         raise ConfigError("--trust-remote-code is for --hf")
+    if args.batch_size is not None and args.hf is not None:
+        raise ConfigError(
+            f"--batch-size is {args.batch_size}; allowed with --hf: left out, it is 1"
+        )
     if args.hf is None:
         check_flags(rest, "recording")
     elif cli.world_size() > 1:
@@ -90,7 +94,8 @@ def _of_checkpoint(args: argparse.Namespace, rest: list[str], command: Any) -> s
     from megatron_mm.errors import DataError
     from megatron_mm.mimic.record import check_top, record
     from megatron_mm.mimic.recorded import TeacherSizes, write_routes
-    from megatron_mm.mimic.rounds import Rows
+    from megatron_mm.mimic.rounds import BATCH_SIZE, Rows
+    from megatron_mm.mimic.side_files import check_place
 
     path, stored = command.resolve(args.checkpoint)
     run = stored_run(stored["config"], rest, cli.world_size(), None)
@@ -101,17 +106,23 @@ def _of_checkpoint(args: argparse.Namespace, rest: list[str], command: Any) -> s
     check_top(layers, known, top, language.num_experts)
     tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
     engine = command.engine(run)
+    out, error = Path(args.out), None
+    if cli.rank() == 0:
+        try:
+            check_place(out)
+        except DataError as problem:
+            error = str(problem)
+    raise_together(engine.groups, error)
     sharded.load(engine, path, finetune=True)
-    rows = Rows(args.data, args.samples, args.batch_size)
+    rows = Rows(args.data, args.samples, args.batch_size or BATCH_SIZE)
     found = record(engine, tokenizer, rows, layers, top, _answers(args, tokenizer.vocab_size))
-    error = None
     if cli.rank() == 0:
         sizes = num_layers(pattern), language.num_experts, language.vocab_size
         try:
             teacher = TeacherSizes(stored["identity"], *sizes)
-            write_routes(Path(args.out), teacher, layers, found, str(path))
+            write_routes(out, teacher, layers, found, str(path))
         except DataError as problem:
-            error = problem
+            error = str(problem)
     raise_together(engine.groups, error)
     return _told(args, len(found), layers, top)
 
@@ -121,13 +132,15 @@ def _of_folder(args: argparse.Namespace, rest: list[str]) -> str:
     from megatron_mm.mimic.record_hf import TransformersTeacher, record_hf
     from megatron_mm.mimic.recorded import write_routes
     from megatron_mm.mimic.rounds import Rows
+    from megatron_mm.mimic.side_files import check_place
 
-    folder, data = Path(args.hf), load(None, rest).data
+    folder, out, data = Path(args.hf), Path(args.out), load(None, rest).data
+    check_place(out)
     teacher = TransformersTeacher(folder, data, trust_remote_code=args.trust_remote_code)
     answers = _answers(args, teacher.tokenizer.vocab_size)
     rows = Rows(args.data, args.samples)
     found, sizes, layers = record_hf(teacher, rows, args.layers, args.top, answers, TOP)
-    write_routes(Path(args.out), sizes, layers, found, str(folder))
+    write_routes(out, sizes, layers, found, str(folder))
     return _told(args, len(found), layers, next(iter(found.values())).experts.shape[2])
 
 

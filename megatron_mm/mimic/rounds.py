@@ -26,6 +26,8 @@ from megatron_mm.engine.feed import broadcast_from_reader, receive, rounds
 from megatron_mm.errors import DataError
 from megatron_mm.mimic.recorded import place_of
 
+BATCH_SIZE = 16
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -38,7 +40,7 @@ class Rows:
 
     data: Sequence[str]
     samples: int | None = None
-    batch_size: int = 16
+    batch_size: int = BATCH_SIZE
     seed: int = 1
 
 

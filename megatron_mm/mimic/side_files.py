@@ -38,6 +38,17 @@ def write(path: Path, head: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
         raise DataError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
 
 
+def check_place(path: Path) -> None:
+    """Raises DataError for a file that could not be written: better before hours of work."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.open("ab").close()
+        partial.unlink()
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}; name another --out") from None
+
+
 class SideFile:
     """An opened file.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.pass_rate.output import write_new
+from megatron_mm.pass_rate.output import NewFiles
 from megatron_mm.pass_rate.rated import Rated, check_images_beside, line_of, read_rated
 
 
@@ -20,16 +20,17 @@ def keep(data: Path, out: Path, low: float, high: float) -> str:
     """
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"--between is {low:g} {high:g}; allowed: two numbers, 0 to 1, ascending")
-    lines: list[str] = []
     count: Counter = Counter()
-    for row in read_rated(data):
-        fate = "unjudged" if row.accuracy is None else "easier" if row.accuracy > high else "harder"
-        if row.accuracy is not None and low <= row.accuracy <= high:
-            fate = "kept"
-            lines.append(_line(row, data, out))
-        count[fate] += 1
-    _check_some(lines, data, f"an accuracy from {low:g} to {high:g}")
-    write_new({out: lines})
+    with NewFiles([out]) as files:
+        for row in read_rated(data):
+            fate = "unjudged"
+            if row.accuracy is not None:
+                fate = "easier" if row.accuracy > high else "harder"
+                if low <= row.accuracy <= high:
+                    fate = "kept"
+                    files.add(out, _line(row, data, out))
+            count[fate] += 1
+        _check_some(count["kept"], data, f"an accuracy from {low:g} to {high:g}")
     return (
         f"{out}: {count['kept']} of {count.total()} rows; {count['harder']} harder, "
         f"{count['easier']} easier, {count['unjudged']} without a verdict"
@@ -47,29 +48,26 @@ def tiers(data: Path, out: Path, edges: Sequence[float]) -> str:
     if not edges or [*edges] != sorted({*edges}) or edges[0] <= 0 or edges[-1] > 1:
         given = " ".join(f"{edge:g}" for edge in edges)
         raise ConfigError(f"--edges is {given}; allowed: numbers above 0 up to 1, ascending")
-    found: list[list[str]] = [[] for _ in range(len(edges) + 1)]
+    numbers = range(1, len(edges) + 2)
+    paths = [out.with_name(f"{out.stem}_{number}{out.suffix}") for number in numbers]
     left = 0
-    for row in read_rated(data):
-        if row.accuracy is None:
-            left += 1
-            continue
-        above = sum(row.accuracy >= edge for edge in edges)
-        found[len(edges) - above].append(_line(row, data, out))
-    _check_some([line for lines in found for line in lines], data, "an accuracy")
-    files = {
-        out.with_name(f"{out.stem}_{n}{out.suffix}"): lines
-        for n, lines in enumerate(found, start=1)
-        if lines  # an empty file is no data
-    }
-    write_new(files)
+    with NewFiles(paths) as files:
+        for row in read_rated(data):
+            if row.accuracy is None:
+                left += 1
+                continue
+            above = sum(row.accuracy >= edge for edge in edges)
+            files.add(paths[len(edges) - above], _line(row, data, out))
+        _check_some(sum(files.lines.values()), data, "an accuracy")
+    made = {path: lines for path, lines in files.lines.items() if lines}
     said = [
-        f"{len(files)} files, {left} rows without a verdict left out; for a run:",
+        f"{len(made)} files, {left} rows without a verdict left out; for a run:",
         "train_data:",
     ]
-    for number, (path, lines) in enumerate(files.items(), start=1):
+    for number, (path, lines) in enumerate(made.items(), start=1):
         said.append(f"- path: {path}")
-        if number < len(files):  # the last one is repeated as long as the run goes on
-            said.append(f"  samples: {len(lines)}")
+        if number < len(made):  # the last one is repeated as long as the run goes on
+            said.append(f"  samples: {lines}")
     return "\n".join(said)
 
 
@@ -78,6 +76,6 @@ def _line(row: Rated, data: Path, out: Path) -> str:
     return line_of(row.row, row.where)
 
 
-def _check_some(lines: Sequence[str], data: Path, what: str) -> None:
+def _check_some(lines: int, data: Path, what: str) -> None:
     if not lines:
         raise DataError(f"{data}: 0 rows have {what}; choose another range")

@@ -34,26 +34,53 @@ def check_new(path: Path) -> None:
         raise DataError(f"{path} is there already; remove it, or name another --out")
 
 
-def write_new(contents: Mapping[Path, Iterable[str]]) -> None:
-    """Writes lines to new files. All of them are whole, or none is there.
+class NewFiles:
+    """New files of lines, written as the lines come. Used as a context: at its end all are whole;
+    if its body raises, none is there. A file without a line is not made.
+
+    Attributes:
+        lines: of each file so far.
 
     Raises:
         DataError: a file is there already or cannot be written.
     """
-    for path in contents:
-        check_new(path)
-    partial = {path: path.with_name(path.name + ".partial") for path in contents}
-    try:
-        for path, lines in contents.items():
-            with writing(path):
+
+    def __init__(self, paths: Iterable[Path]):
+        self.lines = dict.fromkeys(paths, 0)
+        self._open: dict[Path, BinaryIO] = {}
+        for path in self.lines:
+            check_new(path)
+
+    def add(self, path: Path, line: str) -> None:
+        with writing(path):
+            if path not in self._open:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                sealed.write_bytes(partial[path], "".join(f"{x}\n" for x in lines).encode())
-        for path in contents:
-            with writing(path):
-                partial[path].replace(path)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+                self._open[path] = _partial(path).open("wb")
+            self._open[path].write(line.encode() + b"\n")
+        self.lines[path] += 1
+
+    def __enter__(self) -> NewFiles:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                for path, file in self._open.items():
+                    with writing(path):
+                        file.flush()
+                        os.fsync(file.fileno())
+                for path in self._open:
+                    with writing(path):
+                        _partial(path).replace(path)
+        finally:
+            for path, file in self._open.items():
+                with suppress(OSError):  # it was said, or the file is whole
+                    file.close()
+                _partial(path).unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from megatron_mm.data.files.forms import Row
 from megatron_mm.data.messages import ESCAPED_MARK, IMAGE_MARK, Message
 from megatron_mm.data.tokenizer import SPECIAL_TOKENS
 from megatron_mm.errors import DataError
-from megatron_mm.pass_rate.output import write_new
+from megatron_mm.pass_rate.output import NewFiles
 from megatron_mm.pass_rate.rated import Rated, check_images_beside, line_of, read_rated
 from megatron_mm.preference.forms import rows_of_sides
 
@@ -34,33 +34,34 @@ def write_pairs(
     Raises:
         DataError: for a file that cannot be read or written, a row that is not rated, or no pair.
     """
-    lines: list[str] = []
     count: Counter = Counter()
     unfit = ""
-    for row in read_rated(data):
-        check_images_beside(row.row, row.where, data.parent, out)
-        right, wrong = sides(row, unfinished, count)
-        made = [*pair_up(right, wrong)]
-        count["rows"] += 1
-        count["rows with pairs"] += bool(made)
-        count["above"] += max(0, len(made) - most)
-        for chosen, rejected in made[:most]:
-            try:
-                pair = pair_row(row.bare, chosen, rejected, row.where, columns)
-                lines.append(line_of(pair, row.where))
-            except DataError as problem:  # a prompt that training takes and DPO does not
-                count["unfit"] += 1
-                unfit = unfit or f" (the first: {problem})"
-    if not lines:
-        raise DataError(
-            f"{data}: 0 pairs of {count['rows']} rows; a row needs a right and a wrong completion "
-            f"({count['unfinished']} are unfinished, see --unfinished; training could not "
-            f"read {count['unfit']} pairs{unfit})"
-        )
-    write_new({out: lines})
+    with NewFiles([out]) as files:
+        for row in read_rated(data):
+            check_images_beside(row.row, row.where, data.parent, out)
+            right, wrong = sides(row, unfinished, count)
+            made = [*pair_up(right, wrong)]
+            count["rows"] += 1
+            count["rows with pairs"] += bool(made)
+            count["above"] += max(0, len(made) - most)
+            for chosen, rejected in made[:most]:
+                try:
+                    pair = pair_row(row.bare, chosen, rejected, row.where, columns)
+                    line = line_of(pair, row.where)
+                except DataError as problem:  # a prompt that training takes and DPO does not
+                    count["unfit"] += 1
+                    unfit = unfit or f" (the first: {problem})"
+                else:
+                    files.add(out, line)
+        if not files.lines[out]:
+            raise DataError(
+                f"{data}: 0 pairs of {count['rows']} rows; a row needs a right and a wrong "
+                f"completion ({count['unfinished']} are unfinished, see --unfinished; training "
+                f"could not read {count['unfit']} pairs{unfit})"
+            )
     return (
-        f"{out}: {len(lines)} pairs of {count['rows with pairs']} of {count['rows']} rows; left "
-        f"out: {count['unfinished']} unfinished completions, {count['repeated']} repeated, "
+        f"{out}: {files.lines[out]} pairs of {count['rows with pairs']} of {count['rows']} rows; "
+        f"left out: {count['unfinished']} unfinished completions, {count['repeated']} repeated, "
         f"{count['unusable']} empty or with a control token, {count['above']} pairs above {most} a "
         f"row, {count['unfit']} that training could not read{unfit}"
     )

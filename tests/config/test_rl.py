@@ -121,6 +121,10 @@ def test_settings_are_flags():
             "earl.router_loss_coeff is 0.1; allowed: left out, or this value",
         ),
         (
+            {"skill_map_shuffle_seed": 0},
+            "earl.skill_map_shuffle_seed is 0; allowed: left out, or this value with skill_map",
+        ),
+        (
             {"expert_scope": True},
             "earl.expert_scope is True; allowed: left out, or this value with skill_map",
         ),
@@ -139,6 +143,14 @@ def test_what_does_not_fit_is_refused(rl, message):
     with pytest.raises(ConfigError) as caught:
         validate(run_with(**rl))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_frozen_routers_have_no_term():
+    run = run_with(router_loss_coeff=0.1, skill_map="map.json")
+    validate(run)
+    run.training.freeze_router = True
+    with pytest.raises(ConfigError, match=r"router_loss_coeff is 0.1; allowed: 0 with freeze_rout"):
+        validate(run)
 
 
 def test_teachers_are_flags_and_need_no_group():

@@ -57,7 +57,7 @@ def test_the_jobs(tmp_path):
     assert len(kinds[0]) == 6
     # By depth a layer has one of its own kind, on the same side of the look.
     before = [_before(run.model.hybrid_layer_pattern) for run in (teacher, student)]
-    assert [before[0][n] for n in by_depth(4, 6)] == before[1]
+    assert [before[0][n] for n in by_depth(4, 6, range(6))] == before[1]
     assert teacher.training.train_iters == 2 * student.training.train_iters == 4400
     for start, steps in arms.STEPS.items():
         for name in arms.STARTS[start]:

@@ -64,8 +64,11 @@ def test_the_best_monotone_matching(mine, theirs):
 
 
 def test_layers_by_depth():
-    assert by_depth(4, 6) == [0, 2, 3, 5] and by_depth(3, 3) == [0, 1, 2]
-    assert by_depth(1, 5) == [4] and by_depth(5, 2) == [0, 0, 0, 1, 1]
+    assert by_depth(4, 6, range(6)) == [0, 2, 3, 5] and by_depth(3, 3, range(3)) == [0, 1, 2]
+    assert by_depth(1, 5, range(5)) == [4] and by_depth(5, 2, range(2)) == [0, 0, 0, 1, 1]
+    # Of three recorded layers of 48: each for those that are nearest in depth.
+    chosen = by_depth(48, 48, [8, 16, 24])
+    assert [chosen.index(n) for n in range(3)] == [0, 13, 21] and chosen[24:] == [2] * 24
 
 
 # ---- experts ----

@@ -361,6 +361,7 @@ def test_every_rank_hears_of_a_file_that_cannot_be_used(ranks, scenes, side_file
         (dict(mimic_map=None, mimic_route_coeff=0.1), "mimic_route_coeff is 0.1; .* mimic_map"),
         (dict(mimic_map=None, mimic_map_shuffle_seed=0), "shuffle_seed is 0; .* with mimic_map"),
         (dict(mimic_routes=None, mimic_map=None, mimic_kd_coeff=1.0), "kd_coeff is 1.0; .*_routes"),
+        (dict(mimic_route_coeff=0.1, freeze_router=True), "coeff is 0.1; allowed: 0 with freeze_r"),
         (dict(mimic_skill_coeff=0.1), "mimic_skill_coeff is 0.1; allowed: 0, .* with skill_map"),
         (dict(mimic_skill_coeff=0.1, skill_map="x", router_align_coeff=0.4),
          "mimic_skill_coeff is 0.1; allowed: 0 with earl.router_align_coeff = 0.4"),

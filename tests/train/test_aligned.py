@@ -342,6 +342,7 @@ def test_an_objective_without_the_term_is_refused(scenes, map_file, monkeypatch)
     ("settings", "message"),
     [
         (dict(skill_map=None), "earl.router_align_coeff is 0.4; allowed: left out, or this value"),
+        (dict(freeze_router=True), "earl.router_align_coeff is 0.4; allowed: 0 with freeze_router"),
         (
             dict(objective="grpo", reward_funcs=["exact"], max_completion_length=16),
             "earl.router_align_coeff is 0.4; allowed: 0 with objective grpo",
