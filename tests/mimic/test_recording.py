@@ -239,6 +239,10 @@ def test_from_checkpoints_to_maps(tool, checkpoints, scenes, data, tmp_path):
          "--layers is [2, 1]; allowed: different layers, ascending"),
         ("record_routes", ("--checkpoint", "c", "--data", "x", "--out", "y", "--lr", "1"),
          "--lr is not for recording"),
+        ("record_routes", ("--hf", "h", "--data", "x", "--out", "y", "--batch-size", "4"),
+         "--batch-size is 4; allowed with --hf: left out"),
+        ("map_experts", ("--routes", "r", "--out", "y", "--method", "skills", "--batch-size", "4"),
+         "--batch-size is 4; allowed: this value with --checkpoint"),
         ("map_experts", ("--routes", "r", "--out", "y"), "--method transport needs --checkpoint"),
         ("map_experts", ("--routes", "r", "--out", "y", "--method", "skills"),
          "--skill-maps and --method skills go together"),
@@ -254,7 +258,12 @@ def test_flags_that_do_not_fit(tool, name, flags, message):
 def test_what_cannot_be_recorded_is_one_line(tool, checkpoints, data, tmp_path):
     teacher, student = checkpoints
     out = tmp_path / "routes.st"
+    (tmp_path / "file").touch()
     for flags, message in (
+        (
+            ("--out", tmp_path / "file" / "a.st"),
+            "a.st cannot be written: File exists; name another",
+        ),
         (("--layers", 7), "--layers names 7; allowed: the teacher's layers of experts, 0, 1, 2"),
         (("--top", 11), "--top is 11; allowed: up to 10, the teacher's experts"),
         (("--data", tmp_path / "none.jsonl"), "none.jsonl"),

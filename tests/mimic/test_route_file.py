@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_mm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_mm.errors import DataError
 from megatron_mm.mimic.expert_map import ExpertMap, load_expert_map, permuted
 from megatron_mm.mimic.loader import with_teacher
+from megatron_mm.mimic.make_map import routed_together
 from megatron_mm.mimic.recorded import Recorded, TeacherSizes, write_routes
 from megatron_mm.mimic.route_file import RouteFile
 from megatron_mm.mimic.text import answer_starts, matching, row_digest, supervised, token_digest
@@ -83,6 +85,21 @@ def ask(file: Path, n: int, tokenizer, row: dict | None = None, answers=True, se
     sample = sample_of(row, where, tokenizer)
     routes = RouteFile(file, seed)
     return sample, routes.aligned(row, where, sample, tokenizer, answers=answers)
+
+
+def test_experts_that_work_together_are_counted_over_some_rows(file):
+    whole = routed_together(RouteFile(file), None)
+    several = routed_together(RouteFile(file), 2)
+    assert whole.shape == (len(LAYERS), EXPERTS, EXPERTS)
+    # Each position adds 1 in all, whatever its distribution.
+    positions = {n: float(found[0].sum()) for n, found in ((None, whole), (2, several))}
+    lengths = load_file(file)["offset"].diff().tolist()
+    assert positions[None] == pytest.approx(sum(lengths), rel=1e-5)
+    assert any(
+        positions[2] == pytest.approx(sum(pair), rel=1e-5)
+        for pair in itertools.combinations(lengths, 2)
+    )
+    assert torch.equal(several, routed_together(RouteFile(file), 2))
 
 
 def test_a_row_is_found_again(file, tokenizers):
