@@ -132,7 +132,8 @@ def _finish(trainer: Trainer, log: MetricsLogger) -> None:
     it is asked for."""
     output, reported = Path(trainer.run.logging.output_dir), trainer.run.evaluation.report
     if trainer.run.data.valid_data and not _last_evaluation(trainer, log, output):
-        return  # stopped
+        trainer.stopped_by_another = not trainer.stop_requested
+        return
     if trainer.is_logger and reported:
         for path in report_or_warn(output):
             cli.say(f"report: {path}")

@@ -244,13 +244,16 @@ def on_rank_stop_in_evaluation(run, folder) -> dict:
         trainer = loop.train(run, groups.build(run.parallel))
     finally:
         Trainer.step, _Generation.prefill, _Generation.step = step, prefill, forward
-    return {"iteration": trainer.iteration, "turns": seen.count("turn")}
+    turns = seen.count("turn")
+    return {"iteration": trainer.iteration, "turns": turns, "another": trainer.stopped_by_another}
 
 
-def test_a_stop_does_not_wait_for_an_evaluation(ranks, scenes, tmp_path):
-    run = digits_run(scenes, **PP2)  # 24 questions, 4 at a time: six prefills
-    for state in ranks(2, on_rank_stop_in_evaluation, run, tmp_path):
-        assert state == {"iteration": 2, "turns": 1}
+@pytest.mark.parametrize("steps", [12, 2], ids=["between steps", "at the end"])
+def test_a_stop_does_not_wait_for_an_evaluation(ranks, scenes, tmp_path, steps):
+    run = digits_run(scenes, train_iters=steps, **PP2)  # 24 questions, 4 at a time: six prefills
+    found = ranks(2, on_rank_stop_in_evaluation, run, tmp_path)
+    for state, another in zip(found, (True, False), strict=True):
+        assert state == {"iteration": 2, "turns": 1, "another": another}
     assert (tmp_path / "saved" / "latest").read_text().strip() == "iter_0000002"
     records = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [record["iteration"] for record in records] == [1, 2]
