@@ -7,7 +7,7 @@ k experts and n tokens recorded at a position, E experts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.errors import DataError
-from megatron_mm.mimic.recorded import Recorded, place_of
+from megatron_mm.mimic.recorded import Place, Recorded, place_of
 from megatron_mm.mimic.rounds import Rows, read_rounds, to_rank_0
 from megatron_mm.mimic.text import answer_starts, row_digest, token_digest
 from megatron_mm.model.layers.output import Predictions
@@ -25,6 +25,7 @@ from megatron_mm.parallel.sequence import gather_shards
 from megatron_mm.report.metrics import Metrics
 
 AT_ONCE = 1024  # positions whose logits are held, in fp32: 600 MB of a whole vocabulary
+Keep = Callable[[Place, Recorded], None]
 Top = tuple[torch.Tensor, torch.Tensor]  # int, fp: the likeliest, and their probabilities
 
 
@@ -106,13 +107,19 @@ class _Parts:
 
 
 def record(
-    engine: Engine, tokenizer: Tokenizer, rows: Rows, layers: Sequence[int], top: int, answers: int
-) -> dict[tuple[str, int], Recorded]:
-    """Reads rows and returns what was recorded of each, on rank 0; elsewhere nothing. Every rank of
-    the job calls it.
+    engine: Engine,
+    tokenizer: Tokenizer,
+    rows: Rows,
+    layers: Sequence[int],
+    top: int,
+    answers: int,
+    keep: Keep | None,
+) -> None:
+    """Reads rows and hands on what was recorded of each, on rank 0. Every rank of the job calls it.
 
     Args:
         layers: moe indices, ascending; top: experts of each; answers: next tokens, 0 or more.
+        keep: called with each row, by `place_of`; None on other ranks than 0.
     Raises:
         DataError: on every rank, if a row is bad.
     """
@@ -122,7 +129,6 @@ def record(
         digests = row_digest(row, where), token_digest(sample)
         texts[where] = digests, answer_starts(sample, tokenizer)
 
-    found: dict[tuple[str, int], Recorded] = {}
     engine.training(False)
     for batches, new in read_rounds(engine, tokenizer, rows, see, lambda batch, _: batch):
         watch, pg = Watch({*layers}, top), engine.groups.pg
@@ -162,9 +168,10 @@ def record(
                 into.digests, into.start = part.digests or into.digests, _either(part, into)
                 into.routes |= part.routes
                 into.answers += part.answers
-        found |= {place_of(where): part.whole(layers) for where, part in merged.items()}
+        for where, part in merged.items():
+            assert keep is not None  # only rank 0 is told
+            keep(place_of(where), part.whole(layers))
     engine.training(True)
-    return found
 
 
 def _none(count: int) -> Top:

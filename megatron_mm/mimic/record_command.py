@@ -95,7 +95,7 @@ def _of_checkpoint(args: argparse.Namespace, rest: list[str], command: Any) -> s
     from megatron_mm.mimic.record import check_top, record
     from megatron_mm.mimic.recorded import TeacherSizes, write_routes
     from megatron_mm.mimic.rounds import BATCH_SIZE, Rows
-    from megatron_mm.mimic.side_files import check_place
+    from megatron_mm.mimic.route_spool import RouteSpool
 
     path, stored = command.resolve(args.checkpoint)
     run = stored_run(stored["config"], rest, cli.world_size(), None)
@@ -106,17 +106,19 @@ def _of_checkpoint(args: argparse.Namespace, rest: list[str], command: Any) -> s
     check_top(layers, known, top, language.num_experts)
     tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
     engine = command.engine(run)
-    out, error = Path(args.out), None
+    out, error, found = Path(args.out), None, None
     if cli.rank() == 0:
         try:
-            check_place(out)
+            found = RouteSpool(out)  # better refused now than after hours
         except DataError as problem:
             error = str(problem)
     raise_together(engine.groups, error)
     sharded.load(engine, path, finetune=True)
     rows = Rows(args.data, args.samples, args.batch_size or BATCH_SIZE)
-    found = record(engine, tokenizer, rows, layers, top, _answers(args, tokenizer.vocab_size))
-    if cli.rank() == 0:
+    answers = _answers(args, tokenizer.vocab_size)
+    keep = None if found is None else found.add
+    record(engine, tokenizer, rows, layers, top, answers, keep)
+    if found is not None:
         sizes = num_layers(pattern), language.num_experts, language.vocab_size
         try:
             teacher = TeacherSizes(stored["identity"], *sizes)
@@ -124,7 +126,7 @@ def _of_checkpoint(args: argparse.Namespace, rest: list[str], command: Any) -> s
         except DataError as problem:
             error = str(problem)
     raise_together(engine.groups, error)
-    return _told(args, len(found), layers, top)
+    return _told(args, found, layers, top)
 
 
 def _of_folder(args: argparse.Namespace, rest: list[str]) -> str:
@@ -132,21 +134,22 @@ def _of_folder(args: argparse.Namespace, rest: list[str]) -> str:
     from megatron_mm.mimic.record_hf import TransformersTeacher, record_hf
     from megatron_mm.mimic.recorded import write_routes
     from megatron_mm.mimic.rounds import Rows
-    from megatron_mm.mimic.side_files import check_place
+    from megatron_mm.mimic.route_spool import RouteSpool
 
     folder, out, data = Path(args.hf), Path(args.out), load(None, rest).data
-    check_place(out)
+    found = RouteSpool(out)
     teacher = TransformersTeacher(folder, data, trust_remote_code=args.trust_remote_code)
     answers = _answers(args, teacher.tokenizer.vocab_size)
     rows = Rows(args.data, args.samples)
-    found, sizes, layers = record_hf(teacher, rows, args.layers, args.top, answers, TOP)
+    sizes, layers = record_hf(teacher, rows, args.layers, args.top, answers, TOP, found.add)
     write_routes(out, sizes, layers, found, str(folder))
-    return _told(args, len(found), layers, next(iter(found.values())).experts.shape[2])
+    return _told(args, found, layers, next(iter(found.values())).experts.shape[2])
 
 
 def _answers(args: argparse.Namespace, vocabulary: int) -> int:
     return min(ANSWERS if args.answers is None else args.answers, vocabulary)
 
 
-def _told(args: argparse.Namespace, rows: int, layers: list[int], top: int) -> str:
+def _told(args: argparse.Namespace, found: Any, layers: list[int], top: int) -> str:
+    rows = 0 if found is None else len(found)  # known to rank 0, which says it
     return f"written: {args.out}, {rows} rows, {len(layers)} layers, {top} experts of each"

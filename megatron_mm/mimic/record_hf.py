@@ -26,7 +26,7 @@ from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.errors import ConvertError, OneLine
-from megatron_mm.mimic.record import check_top, top_experts
+from megatron_mm.mimic.record import Keep, check_top, top_experts
 from megatron_mm.mimic.recorded import Recorded, TeacherSizes, place_of
 from megatron_mm.mimic.rounds import Rows, open_rows
 from megatron_mm.mimic.text import answer_starts, row_digest, supervised, token_digest
@@ -154,16 +154,18 @@ def record_hf(
     top: int | None,
     answers: int,
     default_top: int,
-) -> tuple[dict[tuple[str, int], Recorded], TeacherSizes, list[int]]:
-    """Reads rows. Returns what was recorded of each, the teacher, and the recorded layers.
+    keep: Keep,
+) -> tuple[TeacherSizes, list[int]]:
+    """Reads rows and hands on what was recorded of each. Returns the teacher and the recorded
+    layers.
 
     Args:
         layers: None: all; counted among those with experts, if others have none.
         top: None: `default_top`, or all experts if there are fewer.
+        keep: called with each row, by `place_of`.
     Raises:
         DataError, ConvertError: a row is bad, or the model cannot be asked.
     """
-    found: dict[tuple[str, int], Recorded] = {}
     sizes: TeacherSizes | None = None
     chosen: list[int] = []
     for digest, sample, seen in _seen(teacher, rows):
@@ -178,7 +180,7 @@ def record_hf(
         positions = supervised(sample)
         routes = [top_experts(seen.routers[n][positions].softmax(1), count) for n in chosen]
         best = seen.logits[positions].log_softmax(1).topk(answers, dim=1)
-        found[place_of(sample.where)] = Recorded(
+        row = Recorded(
             digest,
             token_digest(sample),
             answer_starts(sample, teacher.tokenizer),
@@ -187,8 +189,9 @@ def record_hf(
             best.indices.int(),
             best.values.clamp(max=0.0),
         )
+        keep(place_of(sample.where), row)
     assert sizes is not None  # there is a row at least
-    return found, sizes, chosen
+    return sizes, chosen
 
 
 def _seen(teacher: TransformersTeacher, rows: Rows) -> Iterator[tuple[bytes, Sample, Seen]]:

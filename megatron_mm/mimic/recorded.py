@@ -21,11 +21,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_mm.mimic.side_files import write
+from megatron_mm.mimic.side_files import open_new
 
+Place = tuple[str, int]  # name of the file without its folders, row from 1
 FORMAT = "megatron_mm teacher routes 1"
 OF_ROW = ("start", "experts", "weights", "answers", "logprobs")
 TENSORS = {
@@ -82,7 +84,7 @@ class Recorded:
         return total
 
 
-def place_of(where: str) -> tuple[str, int]:
+def place_of(where: str) -> Place:
     """Returns (name of the file without its folders, row from 1) of "file:row"."""
     path, _, row = where.rpartition(":")
     return Path(path).name, int(row)
@@ -92,10 +94,10 @@ def write_routes(
     path: Path,
     teacher: TeacherSizes,
     layers: Sequence[int],
-    rows: Mapping[tuple[str, int], Recorded],
+    rows: Mapping[Place, Recorded],
     source: str,
 ) -> None:
-    """Writes a file.
+    """Writes a file, a row at a time.
 
     Args:
         layers: the recorded ones, ascending.
@@ -104,17 +106,24 @@ def write_routes(
     """
     order = sorted(rows)
     files = sorted({name for name, _ in order})
-    held = [rows[place] for place in order]
-    lengths = torch.tensor([0, *(len(one.start) for one in held)])
+    known: dict[str, list[Any]] = {"digest": [], "tokens": [], "checksum": [], "length": [0]}
+    shapes: dict[str, tuple[int, ...]] = {}  # of one position
+    for place in order:
+        one = rows[place]
+        known["digest"].append(_bytes(one.digest))
+        known["tokens"].append(_bytes(one.tokens))
+        known["checksum"].append(one.checksum())
+        known["length"].append(len(one.start))
+        shapes = {name: tuple(getattr(one, name).shape[1:]) for name in OF_ROW}
+    offset = torch.tensor(known["length"]).cumsum(0)
     tensors = {
         "file": torch.tensor([files.index(name) for name, _ in order], dtype=torch.int32),
         "row": torch.tensor([row for _, row in order], dtype=torch.int32),
-        "digest": torch.stack([_bytes(one.digest) for one in held]),
-        "tokens": torch.stack([_bytes(one.tokens) for one in held]),
-        "checksum": torch.tensor([one.checksum() for one in held]),
-        "offset": lengths.cumsum(0),
+        "digest": torch.stack(known["digest"]),
+        "tokens": torch.stack(known["tokens"]),
+        "checksum": torch.tensor(known["checksum"]),
+        "offset": offset,
     }
-    tensors |= {name: torch.cat([getattr(one, name) for one in held]) for name in OF_ROW}
     head = {
         "format": FORMAT,
         "teacher": asdict(teacher),
@@ -122,7 +131,16 @@ def write_routes(
         "files": files,
         "source": source,
     }
-    write(path, head, tensors)
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    total = int(offset[-1])
+    kinds |= {name: (TENSORS[name][0], (total, *shape)) for name, shape in shapes.items()}
+    with open_new(path, head, kinds) as put:
+        for name, tensor in tensors.items():
+            put(name, tensor, 0)
+        for place, first in zip(order, offset.tolist(), strict=False):
+            one = rows[place]
+            for name in OF_ROW:
+                put(name, getattr(one, name), first)
 
 
 def _bytes(digest: bytes) -> torch.Tensor:

@@ -7,17 +7,25 @@ Files come from other people, so every size is checked against the file before i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_mm.convert.hf_files import MALFORMED, Stored, read_header
+from megatron_mm.convert.hf_files import MALFORMED, SINGLE, Stored, read_header
+from megatron_mm.convert.hf_writer import lay_out
+from megatron_mm.convert.work import nbytes
 from megatron_mm.errors import ConvertError, DataError
+from megatron_mm.model.families.transforms import Shape
 
 HEAD = "head"
 MOST_HEAD = 2**26  # bytes
+
+
+Put = Callable[[str, torch.Tensor, int], None]
 
 
 def write(path: Path, head: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -26,27 +34,49 @@ def write(path: Path, head: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     Raises:
         DataError: it cannot be written.
     """
-    from safetensors.torch import save_file
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with open_new(path, head, kinds) as put:
+        for name, tensor in tensors.items():
+            put(name, tensor, 0)
 
+
+@contextmanager
+def open_new(
+    path: Path, head: Mapping[str, Any], tensors: Mapping[str, tuple[torch.dtype, Shape]]
+) -> Iterator[Put]:
+    """Opens a new file to be written part by part; it is whole at the end, or not there at all.
+
+    Args:
+        tensors: name -> (dtype, shape).
+    Yields:
+        a function that writes rows of a tensor: (name, the rows, number of the first).
+    Raises:
+        DataError: it cannot be written.
+    """
     text = torch.frombuffer(bytearray(json.dumps(head).encode()), dtype=torch.uint8)
+    kinds = {HEAD: (text.dtype, tuple(text.shape)), **tensors}
+    listed = [(name, shape, dtype) for name, (dtype, shape) in kinds.items()]
+    places, heads, sizes = lay_out(listed, sys.maxsize)  # one file
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({HEAD: text, **{k: v.contiguous() for k, v in tensors.items()}}, partial)
+        with partial.open("wb") as stream:
+            stream.write(heads[SINGLE])
+            stream.truncate(sizes[SINGLE])
+
+            def put(name: str, tensor: torch.Tensor, first: int) -> None:
+                place = places[name]
+                assert tensor.dtype == place.dtype, name
+                stream.seek(place.offset + first * nbytes(place.shape[1:], place.dtype.itemsize))
+                stream.write(tensor.contiguous().numpy().tobytes())
+
+            put(HEAD, text, 0)
+            yield put
         partial.replace(path)
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        raise DataError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
-
-
-def check_place(path: Path) -> None:
-    """Raises DataError for a file that could not be written: better before hours of work."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.open("ab").close()
-        partial.unlink()
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}; name another --out") from None
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class SideFile:

@@ -229,7 +229,8 @@ def on_rank_own(run: RunConfig, data: str, folder: Path) -> None:
     """Records the model that `trainer_of` begins with, and writes maps to itself: the identity, and
     one expert further."""
     engine, tokenizer = random_engine(run), load_tokenizer(run.data.tokenizer_model)
-    held = record(engine, tokenizer, Rows([data]), [0, 1], 8, 64)
+    held: dict = {}
+    record(engine, tokenizer, Rows([data]), [0, 1], 8, 64, held.__setitem__)
     write_routes(folder / "routes.st", TeacherSizes("self", 2, 8, 384), [0, 1], held, "")
     for name, a in (("same", torch.eye(8)), ("turned", torch.eye(8).roll(1, 1))):
         ExpertMap("self", {0: 0, 1: 1}, {0: a, 1: a}).save(folder / f"{name}.st")

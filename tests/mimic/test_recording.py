@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from megatron.core import parallel_state
 from PIL import Image
@@ -41,7 +42,14 @@ SAMPLES, TOP, ANSWERS = 20, 3, 4
 def on_rank_record(run: RunConfig, data: str, layers: list[int]) -> dict:
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     engine = random_engine(run)
-    return record(engine, tokenizer, Rows([data], SAMPLES, 3), layers, TOP, ANSWERS)
+    return recorded(engine, tokenizer, Rows([data], SAMPLES, 3), layers, TOP, ANSWERS)
+
+
+def recorded(*given) -> dict:
+    """Returns what `record` hands on: all rows on rank 0, none elsewhere."""
+    found: dict = {}
+    record(*given, found.__setitem__ if dist.get_rank() == 0 else None)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +130,7 @@ def test_chosen_layers_and_no_answers(ranks, scenes, data, alone):
 
 def on_rank_some(run: RunConfig, data: str) -> dict:
     engine, tokenizer = random_engine(run), load_tokenizer(run.data.tokenizer_model)
-    return record(engine, tokenizer, Rows([data], SAMPLES, 3), [1], 2, 0)
+    return recorded(engine, tokenizer, Rows([data], SAMPLES, 3), [1], 2, 0)
 
 
 def on_rank_survey(run: RunConfig, data: str, routes: str):
@@ -151,7 +159,7 @@ def test_a_survey_of_the_teacher_itself(ranks, scenes, data, alone, tmp_path):
 
 def on_rank_whole(run: RunConfig, data: str) -> dict:
     engine, tokenizer = random_engine(run), load_tokenizer(run.data.tokenizer_model)
-    return record(engine, tokenizer, Rows([data], SAMPLES, 3), [0, 1], 8, 0)
+    return recorded(engine, tokenizer, Rows([data], SAMPLES, 3), [0, 1], 8, 0)
 
 
 # ---- the commands ----

@@ -18,8 +18,9 @@ from megatron_mm.errors import DataError
 from megatron_mm.mimic.expert_map import ExpertMap, load_expert_map, permuted
 from megatron_mm.mimic.loader import with_teacher
 from megatron_mm.mimic.make_map import routed_together
-from megatron_mm.mimic.recorded import Recorded, TeacherSizes, write_routes
+from megatron_mm.mimic.recorded import OF_ROW, Recorded, TeacherSizes, write_routes
 from megatron_mm.mimic.route_file import RouteFile
+from megatron_mm.mimic.route_spool import RouteSpool
 from megatron_mm.mimic.text import answer_starts, matching, row_digest, supervised, token_digest
 
 LAYERS, EXPERTS, TOP, ANSWERS = [1, 4], 6, 3, 2
@@ -85,6 +86,26 @@ def ask(file: Path, n: int, tokenizer, row: dict | None = None, answers=True, se
     sample = sample_of(row, where, tokenizer)
     routes = RouteFile(file, seed)
     return sample, routes.aligned(row, where, sample, tokenizer, answers=answers)
+
+
+def test_rows_that_wait_on_disk_make_the_same_file(file, tokenizers, tmp_path):
+    """In whatever order they came; nothing but the file stays."""
+    held = {("rows.jsonl", n + 1): recorded(row, f"rows.jsonl:{n + 1}", tokenizers[0], n)
+            for n, row in enumerate(rows())}  # fmt: skip
+    path = tmp_path / "new" / "routes.st"
+    spool = RouteSpool(path)
+    for place in reversed(held):
+        spool.add(place, held[place])
+    assert len(spool) == len(held) and [*spool] == [*reversed(held)]
+    for place, row in held.items():
+        assert spool[place].checksum() == row.checksum()
+        assert all(torch.equal(getattr(spool[place], n), getattr(row, n)) for n in OF_ROW)
+    write_routes(path, TeacherSizes("the teacher", 6, EXPERTS, 512), LAYERS, spool, "runs/teacher")
+    assert path.read_bytes() == file.read_bytes()
+    assert [*path.parent.iterdir()] == [path]
+    none = replace(held["rows.jsonl", 1], answers=torch.empty(3, 0, dtype=torch.int32))
+    spool.add(("rows.jsonl", 99), none)
+    assert spool["rows.jsonl", 99].answers.shape == (3, 0)
 
 
 def test_experts_that_work_together_are_counted_over_some_rows(file):
