@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm import cli
+from megatron_mm.perf.results import check_writable, write_json
 
 ROUNDS = {"train": 20, "rl": 8, "dpo": 8, "gdn": 20, "clvr": 20, "looks": 8, "convert": 3,
           "scaling": 10}  # fmt: skip
@@ -190,8 +191,7 @@ def _write(result: dict[str, Any], file: Path | None, said: str | None = None) -
     text = json.dumps(result, indent=1)
     cli.say(text if said is None else said)
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n", encoding="utf-8")
+        write_json(file, result)
 
 
 def _run(args: argparse.Namespace, flags: list[str]) -> None:
@@ -235,13 +235,16 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     args, flags = parser.parse_known_args(argv)
     faults = args.command == "faults"
+    named = [flag.partition("=")[0] for flag in flags]
     runs = faults or (args.command in ("train", "rl") and args.against is None)
     if flags and not runs:
         parser.error(f"unknown: {' '.join(flags)}")
-    if runs and not any(flag in ("--config", "--preset") for flag in flags):
+    if runs and not {"--config", "--preset"} & set(named):
         parser.error(f"{args.command} needs a run: --config FILE or --preset NAME, or --against")
     if faults and (args.every < 2 or args.faults < 1):
         parser.error(f"--every {args.every} --faults {args.faults}; at least 2 and 1")
+    if args.command in ROUNDS and (args.rounds < 1 or args.warmup < 0):
+        parser.error(f"--rounds {args.rounds} --warmup {args.warmup}; at least 1 and 0")
     # no notices about missing packages
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from megatron_mm.benchmark.compare import Different
@@ -250,6 +253,8 @@ def main(argv: list[str]) -> int:
 
     told = (CheckpointError, ConfigError, DataError, Different, LaunchError, NonFiniteError)
     try:
+        if not cli.rank():
+            check_writable(args.json, "--json")
         _run(args, flags)
     except told as error:
         cli.fail(error)

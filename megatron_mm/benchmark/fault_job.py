@@ -3,6 +3,7 @@ record tells them."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -14,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mm.errors import LaunchError
+from megatron_mm.config.flags import parse_early
+from megatron_mm.errors import ConfigError, LaunchError
 from megatron_mm.report.metrics_log import METRICS_FILE
 
 NODE = Path(__file__).resolve().parents[2] / "examples" / "launch" / "node.sh"
@@ -39,26 +41,42 @@ class Step:
     seen: float
 
 
+def split_config(flags: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the file of `--config FILE` or `--config=FILE`, and all other flags in their order.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    config = parse_early(flags).config
+    if config is None:
+        raise ConfigError("faults need a run: --config FILE, and any flag of the trainer")
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config")
+    return config, parser.parse_known_args(list(flags))[1]
+
+
 class FaultJob:
     """Two agents of one rank each, started at once; stop it in any case.
 
     Args:
         folder: for the run's output and the agents' logs.
-        flags: of the trainer, with `--config FILE` first.
+        flags: of the trainer, `--config FILE` among them.
         restarts: how often the agents start their ranks again.
+
+    Raises:
+        ConfigError: no configuration is given.
     """
 
     def __init__(self, folder: Path, flags: Sequence[str], restarts: int):
+        config, others = split_config(flags)
         folder.mkdir(parents=True, exist_ok=True)
         self.output, self._folder = folder / "out", folder
         self._record = _Record(self.output / METRICS_FILE)
         self._waiting: list[Step] = []
         self._last = 0
-        if len(flags) < 2 or flags[0] != "--config":
-            raise LaunchError("faults need a run: --config FILE, then any flag of the trainer")
         output = ["--output-dir", str(self.output), "--wandb-mode", "disabled", "--no-tensorboard"]
         output += ["--valid-data", "none"]
-        command = ["bash", str(NODE), flags[1], *flags[2:], *output]
+        command = ["bash", str(NODE), config, *others, *output]
         kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         own = {
             **{"NNODES": "2", "NPROC_PER_NODE": "1", "SKIP_DOCTOR": "1"},

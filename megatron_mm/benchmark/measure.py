@@ -7,7 +7,7 @@ import platform as machine
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -64,19 +64,35 @@ def timed(function: Callable[[], Any]) -> Timed:
 
 
 def interleave(sides: Sequence[Callable[[int], Any]], rounds: int) -> list[list[Timed]]:
-    """Calls `sides[s](round)` in every round, with the order reversed each time, so that other load
-    on the machine slows all sides alike.
+    """Calls `sides[s](round)` in every round, in turn, so that other load on the machine slows all
+    sides alike.
 
     Returns:
         Timings by side and round.
     """
     found: list[list[Timed]] = [[] for _ in sides]
-    order = list(range(len(sides)))
-    for number in range(rounds):
+    for number, order in enumerate(turns(range(len(sides)), rounds)):
         for side in order:
             found[side].append(timed(partial(sides[side], number)))
-        order.append(order.pop(0))
     return found
+
+
+def turns[T](sides: Iterable[T], rounds: int) -> Iterator[list[T]]:
+    """Yields the order of the sides in every round: each second one goes backwards, and after two
+    the next side begins. So each is first and last as often, before and after each other one."""
+    order = list(sides)
+    for number in range(rounds):
+        yield order[::-1] if number % 2 else [*order]
+        if number % 2:
+            order.append(order.pop(0))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the first and the third quartile of these values, which lie among them."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def ratios(slower: Sequence[Timed], faster: Sequence[Timed]) -> dict[str, Any]:
@@ -86,7 +102,7 @@ def ratios(slower: Sequence[Timed], faster: Sequence[Timed]) -> dict[str, Any]:
     for name, field in (("ratio", "seconds"), ("cpu_ratio", "cpu")):
         a, b = ([getattr(run, field) for run in side] for side in (slower, faster))
         paired = [x / y for x, y in zip(a, b, strict=True)]
-        low, _, high = statistics.quantiles(paired, n=4) if len(paired) > 1 else paired * 3
+        low, high = quartiles(paired)
         made[name] = round(statistics.median(a) / statistics.median(b), 3)
         made[f"{name}_quartiles"] = [round(low, 3), round(high, 3)]
     return made

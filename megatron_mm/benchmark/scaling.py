@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_mm.benchmark.measure import turns
 from megatron_mm.benchmark.mock import made_step
 from megatron_mm.benchmark.models import make_run
 from megatron_mm.benchmark.throughput import spread
@@ -143,13 +144,11 @@ def make_sides() -> dict[str, Side]:
 def in_turn(sides: dict[str, Side], rounds: int, warmup: int) -> dict[str, list]:
     """Returns the results of each rank's `Side.step` for every timed round."""
     found: dict[str, list] = {name: [] for name in sides}
-    order = list(sides)
-    for _ in range(rounds + warmup):
+    for order in turns(sides, rounds + warmup):
         for name in order:
             notes: list = [None, None]
             dist.all_gather_object(notes, sides[name].step())
             found[name].append(notes)
-        order.append(order.pop(0))
     return {name: notes[warmup:] for name, notes in found.items()}
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mm import platform
-from megatron_mm.benchmark.measure import Peak
+from megatron_mm.benchmark.measure import Peak, quartiles
 from megatron_mm.benchmark.mock import Mock, Source, balanced, made_step, mock_like
 from megatron_mm.config import ConfigError, RunConfig, to_dict
 from megatron_mm.config.objectives import declaration
@@ -124,14 +124,14 @@ class Bench:
         }
 
     def _work(self, batches: Sequence[Microbatch], source: Source) -> dict[str, float]:
-        """Counts the work of this replica, on its reader, which has the pixels."""
+        """Counts the work of this replica, on its reader, for all of its ranks."""
         found: dict[str, float] = dict.fromkeys(COUNTS, 0)
         for batch in batches if self.groups.is_reader else ():
             supervised = len(source.objective.positions(batch))
             found["samples"] += len(batch.samples)
             found["tokens"] += batch.num_real_tokens
             found["supervised"] += supervised
-            found["tiles"] += len(batch.pixels_NCHW)
+            found["tiles"] += batch.num_tiles
             found["model_flops"] += total(model_flops(self.run, batch, supervised))
         return found
 
@@ -164,11 +164,6 @@ def measure(
     warmup: int,
 ) -> dict[str, Any]:
     """Measures all sides in turn. Every rank calls it and gets the result."""
-    generates = declaration(run).generates
-    if generates and (list(kinds), list(routings)) != (["real"], ["natural"]):
-        raise ConfigError(
-            "rl draws its own data and routes; allowed: --data real --routing natural"
-        )
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
     peaks: list = [None] * groups.world.size()
     dist.barrier(group=groups.world)
@@ -188,7 +183,7 @@ def measure(
                 for _ in range(warmup):
                     bench.timed(source)
             # Nothing is read ahead of a rollout.
-            size, ahead = (1, 0) if generates else (STRETCH, 1)
+            size, ahead = (1, 0) if declaration(run).generates else (STRETCH, 1)
             while any(len(done) < rounds for done in found.values()):
                 for name, source in sources.items():
                     stretch = [bench.timed(source) for _ in range(size)][ahead:]
@@ -223,8 +218,7 @@ def _memory(groups: Groups, resident: Peak) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
-    return {"median": statistics.median(values), "quartiles": [low, high]}
+    return {"median": statistics.median(values), "quartiles": list(quartiles(values))}
 
 
 def _summary(rounds: list[dict[str, Any]], peak: float, ranks: int) -> dict[str, Any]:

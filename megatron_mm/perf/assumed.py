@@ -38,6 +38,15 @@ def samples_of_one(run: RunConfig) -> int:
     return 1 if paired(run) is None else 2
 
 
+def check_content(images: int, supervised: float) -> None:
+    """Raises ConfigError if no sample can have so many images, or such a share of its text in the
+    loss."""
+    if images < 0:
+        raise ConfigError(f"--images is {images}; allowed: 0 or more")
+    if not 0 < supervised <= 1:
+        raise ConfigError(f"--supervised is {supervised:g}; allowed: above 0, at most 1")
+
+
 def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> Microbatch:
     """Returns `micro_batch_size` samples, or pairs of them, of `seq_length` tokens, on the CPU;
     pixels have no memory.

@@ -10,7 +10,6 @@ per step as GPUs, unless flags say otherwise.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_mm.config import ConfigError, RunConfig, load
 from megatron_mm.config.flags import parse_flags
 from megatron_mm.errors import RLError
 from megatron_mm.perf.hardware import GPU, Assumptions, gpu
+from megatron_mm.perf.results import check_writable, write_json
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,11 +58,27 @@ def main(argv: list[str]) -> int:
     platform.hide_gpus()  # a plan's tensors have no memory, and NCCL no ranks that do not run
     platform.install()
     try:
+        _check(args)
         run = _with_defaults(load(None, rest), rest, args.world_size)
         act = _search if searching else _plan
         return act(args, run, gpu(args.gpu), Assumptions.given(args.assume))
     except (ConfigError, RLError) as error:
         return cli.fail(error)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what would stop the command only when it is done, or make no sense."""
+    from megatron_mm.perf.assumed import check_content
+    from megatron_mm.perf.chart import check_format
+
+    check_content(args.images, args.supervised)
+    for name in ("world_size", "top"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {getattr(args, name)}; allowed: 1 or more")
+    check_format(args.chart)
+    check_writable(args.json, "--json")
+    check_writable(args.chart, "--chart")
 
 
 def _with_defaults(run: RunConfig, rest: list[str], world_size: int) -> RunConfig:
@@ -89,9 +105,8 @@ def _plan(args: argparse.Namespace, run: RunConfig, device: GPU, assumed: Assump
     notes = table.assumptions(plan, args.images, args.supervised)
     cli.say(table.table(plan, notes))
     if args.json:
-        _write(args.json, table.as_dict(plan, notes))
+        write_json(args.json, table.as_dict(plan, notes))
     if args.chart:
-        args.chart.parent.mkdir(parents=True, exist_ok=True)
         chart.draw(plan, args.chart)
     if not plan.fits:
         raise layout.too_large(plan)
@@ -108,14 +123,11 @@ def _search(args: argparse.Namespace, run: RunConfig, device: GPU, assumed: Assu
         found = search(
             run, args.world_size, device, assumed, args.images, args.supervised, args.top, bar
         )
-    notes = table.assumptions(found.plans[0], args.images, args.supervised)
+    content = args.images, args.supervised
+    notes = table.assumptions(found.plans[0], *content, micro_batch=False)
     cli.say(table.ranking(found.plans, found.considered, found.fitting))
     cli.say("\n".join(["assumed:", *(f"- {note}" for note in notes)]))
     if args.json:
-        _write(args.json, {"layouts": [table.as_dict(plan, notes) for plan in found.plans]})
+        layouts = [table.as_dict(p, table.assumptions(p, *content)) for p in found.plans]
+        write_json(args.json, {"layouts": layouts})
     return 0
-
-
-def _write(path: Path, values: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from megatron_mm.data.batch import Dealt, Microbatch
 from megatron_mm.engine.encoder import EncoderSide
 from megatron_mm.model.vision_tower import Encoded
+from megatron_mm.perf.again import repeats
 from megatron_mm.perf.kernels import Kernel, Link, Work
 from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.standins import fused_kernels
@@ -48,12 +49,9 @@ class EncoderTrace:
     @property
     def model_flops(self) -> int:
         """FLOPs of a step on one rank, nothing computed twice."""
-        return self.forward.flops + min(2 * self.forward.flops, self._new_flops)
-
-    @property
-    def _new_flops(self) -> int:
-        """FLOPs of the second pass without those of encoding again."""
-        return max(0, self.backward.flops - self.forward.flops)
+        once = self.backward.flops - self.backward.again
+        # Where the second pass runs, it encodes everything again.
+        return max(self.forward.flops, once)
 
 
 def dealt(batch: Microbatch, count: int, group: ProcessGroup) -> list[Microbatch]:
@@ -88,7 +86,7 @@ def trace_encoder(
     trains = side.waiting is not None
     second_peak = 0
     if trains:
-        with fused_kernels(recorder.add), recorder:
+        with fused_kernels(recorder.add), repeats(recorder), recorder:
             for leaf in (x for one in encoded for x in (one.stream_kH, *one.memories.values())):
                 if leaf.requires_grad:  # as the schedule leaves them
                     leaf.grad = torch.empty_like(leaf)
@@ -130,19 +128,9 @@ def rough_encoder(alone: EncoderTrace, samples: int, stages: int, first: bool) -
         leaves=leaves,
         first_peak=alone.first_peak + 2 * own + 2 * leaves,
         second_peak=alone.second_peak and alone.second_peak + 2 * own + 4 * leaves,
-        forward=_share(alone.forward, share) + sent,
-        backward=_share(alone.backward, share) + (sent if alone.second_peak else Work()),
+        forward=alone.forward.times(share) + sent,
+        backward=alone.backward.times(share) + (sent if alone.second_peak else Work()),
         kernels=((), ()),
-    )
-
-
-def _share(work: Work, share: float) -> Work:
-    return Work(
-        round(work.flops * share),
-        round(work.moved * share),
-        round(work.launches * share),
-        round(work.waits * share),
-        Counter({link: round(size * share) for link, size in work.sent.items()}),
     )
 
 

@@ -1,7 +1,9 @@
 """GPUs by name: their published peaks, and the shares of them that a prediction assumes.
 
-Peaks are dense (without sparsity) and per GPU. NVLink and network are bytes per second in one
-direction: half of what data sheets give for both. GB are 10^9 bytes.
+Peaks are dense (without sparsity) and per GPU. Products in fp32 have the peak of fp32 outside the
+tensor cores, since nothing here allows TF32; those in fp64 are taken to have the same. NVLink and
+network are bytes per second in one direction: half of what data sheets give for both. GB are 10^9
+bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ class GPU:
     """
     Attributes:
         bf16_flops: dense peak of the tensor cores.
+        fp32_flops: peak outside them.
         memory: bytes.
         bandwidth: of the memory, bytes/s.
         nvlink, network: bytes/s each way.
@@ -25,6 +28,7 @@ class GPU:
 
     name: str
     bf16_flops: float
+    fp32_flops: float
     memory: float
     bandwidth: float
     nvlink: float
@@ -32,32 +36,39 @@ class GPU:
     domain: int
     source: str
 
+    def peak(self, fp32: bool) -> float:
+        """FLOP/s of products in fp32, or in bf16."""
+        return self.fp32_flops if fp32 else self.bf16_flops
+
 
 _HOPPER = "data sheet of the {}; network: DGX H100/H200 user guide, 400 Gb/s a GPU"
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("H100", 989.4e12, 80e9, 3.35e12, 450e9, 50e9, 8, _HOPPER.format("H100 SXM")),
-        GPU("H200", 989.4e12, 141e9, 4.8e12, 450e9, 50e9, 8, _HOPPER.format("H200 SXM")),
+        GPU("H100", 989.4e12, 67e12, 80e9, 3.35e12, 450e9, 50e9, 8, _HOPPER.format("H100 SXM")),
+        GPU("H200", 989.4e12, 67e12, 141e9, 4.8e12, 450e9, 50e9, 8, _HOPPER.format("H200 SXM")),
         GPU(
             "B200",
             2.25e15,
+            75e12,
             180e9,
             8.0e12,
             900e9,
             50e9,
             8,
-            "data sheet of the DGX B200 (eight of them; 400 Gb/s a GPU)",
+            "data sheet of the DGX B200 (eight of them; 400 Gb/s a GPU); fp32: of the HGX B200, "
+            "600 TFLOP/s for eight",
         ),
         GPU(
             "GB200",
             2.5e15,
+            80e12,
             186e9,
             8.0e12,
             900e9,
             50e9,
             72,
-            "data sheet of the GB200 NVL72 (72 of them; 400 Gb/s a GPU)",
+            "data sheet of the GB200 NVL72 (72 of them; fp32 5,760 TFLOP/s; 400 Gb/s a GPU)",
         ),
     )
 }
@@ -68,7 +79,7 @@ class Assumptions:
     """Shares of the published peaks that are reached. Assumed, not measured on a GPU.
 
     Attributes:
-        compute: of the tensor cores, in matrix products and attention.
+        compute: in matrix products and attention, of the peak of their precision.
         bandwidth: of the memory, by everything else, no two operations fused.
         links: of NVLink and network.
         launch: seconds of the host for one kernel. NVIDIA measured 3.8 us between launches in a row

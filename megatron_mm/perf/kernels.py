@@ -53,6 +53,8 @@ class Kernel(NamedTuple):
         link: for a collective; `moved` are then the bytes that this rank gives.
         launched: False for a wait alone.
         waits: the host goes on only when the device is done with it.
+        again: those of the FLOPs that the forward pass has done before.
+        fp32: of a product, whether it is computed in fp32, or in fp64.
     """
 
     flops: int = 0
@@ -60,6 +62,8 @@ class Kernel(NamedTuple):
     link: Link | None = None
     launched: bool = True
     waits: bool = False
+    again: int = 0
+    fp32: bool = False
 
 
 @dataclass
@@ -72,6 +76,8 @@ class Work:
         launches: operations that are no view: kernels, at least.
         waits: operations for whose result the host waits.
         sent: bytes that this rank gave to each kind of collective.
+        again: those of the FLOPs that the forward pass had done before.
+        fp32: those of the FLOPs that are of products in fp32.
     """
 
     flops: int = 0
@@ -79,6 +85,8 @@ class Work:
     launches: int = 0
     waits: int = 0
     sent: Counter[Link] = field(default_factory=Counter)
+    again: int = 0
+    fp32: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -87,16 +95,20 @@ class Work:
             self.launches + other.launches,
             self.waits + other.waits,
             self.sent + other.sent,
+            self.again + other.again,
+            self.fp32 + other.fp32,
         )
 
-    def times(self, count: int) -> Work:
-        sent = Counter({link: count * size for link, size in self.sent.items()})
+    def times(self, share: float) -> Work:
+        """As much as `share` of this work, in whole numbers."""
         return Work(
-            count * self.flops,
-            count * self.moved,
-            count * self.launches,
-            count * self.waits,
-            sent,
+            round(share * self.flops),
+            round(share * self.moved),
+            round(share * self.launches),
+            round(share * self.waits),
+            Counter({link: round(share * size) for link, size in self.sent.items()}),
+            round(share * self.again),
+            round(share * self.fp32),
         )
 
     @classmethod
@@ -108,6 +120,8 @@ class Work:
                 made.sent[kernel.link] += kernel.moved
             elif kernel.flops:
                 made.flops += kernel.flops
+                made.again += kernel.again
+                made.fp32 += kernel.flops if kernel.fp32 else 0
             else:
                 made.moved += kernel.moved
             made.launches += kernel.launched
@@ -146,6 +160,14 @@ def _packed_backward(grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k
     return sdpa_backward_flop_count(shapes[0], *shapes)
 
 
+def _scores(grad, query, key, *args, **kwargs) -> int:
+    return 2 * query.numel() * key.shape[2]
+
+
+def _packed_scores(grad, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, *a, **k) -> int:
+    return 2 * query.numel() * max_k
+
+
 def _shapes(query_ThD: torch.Tensor, keys: int) -> tuple[tuple[int, ...], ...]:
     tokens, heads, width = query_ThD.shape
     held = (1, heads, keys, width)
@@ -160,6 +182,11 @@ MORE_FLOPS: dict[Any, Callable[..., int]] = {
     aten._grouped_mm: _grouped,
     torch.ops.torch_attn._varlen_attn: _packed,
     torch.ops.torch_attn._varlen_attn_backward: _packed_backward,
+}
+# The backward passes of attention begin with a product of the forward pass: the scores.
+_SCORES: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _scores,
+    torch.ops.torch_attn._varlen_attn_backward: _packed_scores,
 }
 
 
@@ -184,7 +211,10 @@ def kernel_of(
         flops = MORE_FLOPS[packet](*args, **kwargs, out_val=out)
     elif packet in (*_ALLOCATE, *_CHANGE_SHAPES) or not (made or func._schema.is_mutable or waits):
         return None
-    return Kernel(flops, _traffic(func, args, kwargs, made), waits=waits)
+    moved, first = _traffic(func, args, kwargs, made), next(iter(tensors(args)), None)
+    fp32 = bool(flops) and first is not None and first.dtype in (torch.float32, torch.float64)
+    again = _SCORES[packet](*args, **kwargs) if packet in _SCORES else 0
+    return Kernel(flops, moved, waits=waits, again=again, fp32=fp32)
 
 
 def _traffic(func: Any, args: tuple, kwargs: dict, made: list[torch.Tensor]) -> int:

@@ -7,7 +7,8 @@ waited for, an asynchronous one only while somebody waits: what is left is expos
 Waiting for a peer that is late counts too: a pipeline's bubble stands under `pp`.
 
 On a GPU the marks are events of the current stream, which waits for a collective as the code
-does; they are read once, after the step.
+does; they are read once, after the step. A captured graph can hold none of them, and its replays
+do not pass here: what it communicates counts for the phase that replays it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ OPERATIONS = {
     "send": ("send/recv", 0),
     "recv": ("send/recv", None),
     "barrier": ("barrier", None),
-    "_end_coalescing": ("coalesced", None),
+    # The end of torch's `batch_isend_irecv`, whose operations return nothing to wait for. Coalesced
+    # collectives have operations of their own, above.
+    "_end_coalescing": ("send/recv", None),
 }
+_NO_CALLS = ("_end_coalescing",)  # it waits for calls that are counted already
 # The part of the layout that a group of megatron-core's collection serves.
 PARTS = {
     "tp": "tp",
@@ -94,6 +98,11 @@ def _mark() -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _capturing() -> bool:
+    on_gpu = platform.device().type == "cuda"  # torch may be built without CUDA
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 class _Waiting:
@@ -161,7 +170,7 @@ class Phases:
         """Times a phase. A phase inside another one (the forward passes of a rollout) counts as
         part of the outer one; `step` holds all of them."""
         inside = self._top
-        if inside is not None and inside.name != "step":
+        if (inside is not None and inside.name != "step") or _capturing():
             yield
             return
         with self._span(name, communication=False):
@@ -210,12 +219,12 @@ class Phases:
 
         def make(original: Callable) -> Callable:
             def timed(group, *args, **kwargs):
-                # Nothing is sent in a group of one; nothing is timed outside of a step.
-                if self._top is None or self._top.communication or group.size() == 1:
+                # Nothing is sent in a group of one.
+                if self._idle() or group.size() == 1:
                     return original(group, *args, **kwargs)
                 kind = f"{self._parts.get(group.group_name, 'other group')} {name}"
                 size = 0 if argument is None else _bytes(args[argument])
-                with self._span(kind, True, size):
+                with self._span(kind, True, size, calls=int(method not in _NO_CALLS)):
                     work = original(group, *args, **kwargs)
                 return None if work is None else _Waiting(work, self._wait_for(kind))
 
@@ -223,9 +232,14 @@ class Phases:
 
         return make
 
+    def _idle(self) -> bool:
+        """Whether communication is not timed here: outside of a step, inside of other
+        communication, or while a CUDA graph is captured, whose events have no time."""
+        return self._top is None or self._top.communication or _capturing()
+
     def _wait_for(self, kind: str) -> Callable:
         def wait(work: Any, *args):
-            if self._top is None or self._top.communication:
+            if self._idle():
                 return work.wait(*args)
             with self._span(kind, True, calls=0):
                 return work.wait(*args)

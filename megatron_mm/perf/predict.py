@@ -66,8 +66,8 @@ class Prediction:
         stages: forward, backward of every stage for a microbatch.
         encoder: encoding before the schedule, and after it, where the encoder stands beside the
             pipeline; 0 otherwise.
-        mfu: FLOPs of the model (three times those of its forward passes, or less where parts are
-            frozen; nothing computed again) by the GPUs' peak.
+        mfu: FLOPs of the model (forward, and backward for what learns; nothing computed again)
+            by the GPUs' peak in the run's precision.
     """
 
     schedule: Timeline
@@ -149,7 +149,7 @@ def predict(
         update,
         tuple(stages[stage] for stage in order),
         tokens / seconds / world_size,
-        model / (seconds * world_size * gpu.bf16_flops),
+        model / (seconds * world_size * gpu.peak(fp32=not run.training.bf16)),
         encoder,
     )
 
@@ -167,10 +167,7 @@ def _encoder(plans: Sequence[RankPlan], gpu: GPU, assumed: Assumptions) -> tuple
 
 def step_flops(plan: RankPlan) -> int:
     """FLOPs of a step on one rank, nothing computed twice."""
-    of_stages = sum(
-        min(3 * trace.forward.flops, trace.forward.flops + trace.backward.flops)
-        for trace in plan.traces
-    )
+    of_stages = sum(trace.model_flops for trace in plan.traces)
     beside = 0 if plan.encoder is None else plan.encoder.model_flops
     return of_stages * plan.microbatches + beside
 
@@ -178,7 +175,7 @@ def step_flops(plan: RankPlan) -> int:
 def played(kernels: Iterable[Kernel], groups: Groups, gpu: GPU, assumed: Assumptions) -> Terms:
     """Plays kernels on a device that has nothing else to do when the first is launched. A product
     takes the longer of computing and of reading its operands."""
-    peak, bandwidth = gpu.bf16_flops * assumed.compute, gpu.bandwidth * assumed.bandwidth
+    bandwidth = gpu.bandwidth * assumed.bandwidth
     host = device = products = elementwise = collectives = 0.0
     for kernel in kernels:
         if kernel.launched:
@@ -188,6 +185,7 @@ def played(kernels: Iterable[Kernel], groups: Groups, gpu: GPU, assumed: Assumpt
             took = collective(kernel.link.kind, kernel.moved, ranks, gpu, assumed)
             collectives += took
         elif kernel.flops:
+            peak = gpu.peak(kernel.fp32) * assumed.compute
             took = max(kernel.flops / peak, kernel.moved / bandwidth)
             products += took
         else:
@@ -203,7 +201,8 @@ def played(kernels: Iterable[Kernel], groups: Groups, gpu: GPU, assumed: Assumpt
 def roughly(work: Work, groups: Groups, gpu: GPU, assumed: Assumptions) -> float:
     """Seconds of work whose order is not known: the host hides behind the device, or the device
     behind the host."""
-    products = work.flops / (gpu.bf16_flops * assumed.compute)
+    products = (work.flops - work.fp32) / (gpu.bf16_flops * assumed.compute)
+    products += work.fp32 / (gpu.fp32_flops * assumed.compute)
     others = work.moved / (gpu.bandwidth * assumed.bandwidth)
     talking = sum(
         collective(link.kind, size, groups.get(link.group, ()), gpu, assumed)

@@ -64,6 +64,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self.kernels: list[Kernel] = []
+        self._repeating = False
         self._answer: float | None = None
         self._device = platform.device().type
         self._sizes: dict[int, tuple[int, weakref.ref]] = {}
@@ -91,13 +92,25 @@ class Recorder(TorchDispatchMode):
         """All kernels together."""
         return Work.of(self.kernels)
 
-    def add(self, flops: int = 0, moved: int = 0) -> None:
+    def add(self, flops: int = 0, moved: int = 0, again: int = 0, fp32: bool = False) -> None:
         """Adds a kernel that no operation shows."""
-        self.kernels.append(Kernel(flops, moved))
+        self._append(Kernel(flops, moved, again=again, fp32=fp32))
 
     def wait(self) -> None:
         """Adds a wait of the host that no operation shows."""
         self.kernels.append(Kernel(launched=False, waits=True))
+
+    def _append(self, kernel: Kernel) -> None:
+        self.kernels.append(kernel._replace(again=kernel.flops) if self._repeating else kernel)
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Inside, every product is one that the forward pass has done before."""
+        before, self._repeating = self._repeating, True
+        try:
+            yield
+        finally:
+            self._repeating = before
 
     @contextmanager
     def answering(self, number: float) -> Iterator[None]:
@@ -121,7 +134,7 @@ class Recorder(TorchDispatchMode):
             self._keep(tensor.untyped_storage())
         kernel = kernel_of(func, args, kwargs, out, made, self._device)
         if kernel is not None:
-            self.kernels.append(kernel)
+            self._append(kernel)
         return out
 
     def _answered(self, func, args, kwargs) -> float | torch.Tensor | None:

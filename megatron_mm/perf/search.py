@@ -7,25 +7,28 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
+from math import gcd
 from typing import Literal, Protocol
 
-from megatron_mm.config import ConfigError, RunConfig, model_stages, validate
+from megatron_mm.config import ConfigError, RunConfig, TrainingConfig, model_stages, validate
 from megatron_mm.config.settings import RecomputeModule
 from megatron_mm.perf.hardware import GPU, Assumptions
 from megatron_mm.perf.layout import LayoutPlan, most_sequences, on_gpus, plan_layout
 from megatron_mm.perf.pieces import Pieces, rough_rank, trace_pieces
 from megatron_mm.perf.predict import BESIDE, exchanged, room, roughly
 from megatron_mm.perf.rank import RankPlan
+from megatron_mm.perf.standins import check_backend
 
 SECONDS = 240  # of the processor for layouts in full; then the answer is what fits so far
 PATIENCE = 4  # times as long until something fits
 ROUGH = 1.15  # rough plans may need this many times the room; full plans decide
 LONG = 32768  # tokens of a sample from which on context parallelism is tried
-RECOMPUTE: tuple[tuple[Literal["full", "selective"] | None, list[RecomputeModule]], ...] = (
-    (None, []),
+# Modules are for selective recompute; `validate` wants the default ones beside another.
+RECOMPUTE: tuple[tuple[Literal["full", "selective"] | None, list[RecomputeModule] | None], ...] = (
+    (None, None),
     ("selective", ["core_attn", "vision"]),
     ("selective", ["moe", "vision"]),
-    ("full", []),
+    ("full", None),
 )
 
 
@@ -97,15 +100,13 @@ def search(
     supervised: float,
     top: int,
     progress: Progress,
-    pieces: dict[tuple, Pieces] | None = None,
 ) -> Found:
     """Tries layouts, micro batch sizes and recompute; everything else is the run's.
 
-    Args:
-        pieces: of earlier searches for this run, with any world and GPU; more are added.
     Raises:
-        ConfigError: no layout divides, or none fits.
+        ConfigError: the run cannot be planned, no layout divides, or none fits.
     """
+    check_backend(run)
     tried = list(candidates(run, world_size, gpu))
     if not tried:
         validate(run, world_size)  # explains why the run's own layout is none of them
@@ -113,9 +114,8 @@ def search(
             f"no layout of {world_size} ranks divides global_batch_size "
             f"{run.training.global_batch_size}; allowed: another --world-size or batch"
         )
-    pieces = {} if pieces is None else pieces
-    keys = {_key(candidate) for candidate in tried}
-    progress.total = len(keys) + top
+    pieces: dict[tuple, Pieces] = {}
+    progress.total = len({_key(candidate) for candidate in tried}) + top
     progress.set_description("sub-layers")
     ranked: list[tuple[float, int, int, RunConfig]] = []
     able = room(gpu, assumed)
@@ -124,7 +124,8 @@ def search(
         key = _key(candidate)
         if key not in pieces:
             one = deepcopy(candidate)
-            one.parallel.expert_model_parallel_size = min(32, run.model.language.num_experts)
+            # The largest power of two, up to 32, that divides the experts.
+            one.parallel.expert_model_parallel_size = gcd(32, run.model.language.num_experts)
             pieces[key] = trace_pieces(one, images, supervised)
             progress.update()
         ranks = _rough(candidate, world_size, pieces[key])
@@ -169,21 +170,26 @@ def search(
 
 def candidates(run: RunConfig, world_size: int, gpu: GPU) -> Iterator[RunConfig]:
     """Yields every layout that `validate` accepts, of sizes that are powers of two, with the
-    encoder in the first stage and beside the pipeline. Routed experts are not split among
-    tensor-parallel ranks, which then hold more of them instead."""
+    encoder in the first stage and beside the pipeline, and each with every recompute. Routed
+    experts are not split among tensor-parallel ranks, which then hold more of them instead.
+
+    A layout that does not work with the run's own recompute is left out: its sizes do not divide,
+    or the run cannot work at all. No recompute depends on a size, so the first layout that works
+    must work with every one; an error there is told.
+    """
+    checked = False
     experts = run.model.language.num_experts
     contexts = (1, 2, 4, 8) if run.data.seq_length >= LONG else (1,)
     ways: tuple[Literal["stage", "replica"], ...] = ("stage",)
     if run.model.vision is not None:
         ways = ("stage", "replica")
-    for tp, pp, vpp, ep, cp, micro, recompute, vision in product(
+    for tp, pp, vpp, ep, cp, micro, vision in product(
         (1, 2, 4, 8),
         (1, 2, 4, 8, 16, 32),
         (None, 2),
         [2**n for n in range(8) if 2**n <= min(experts, world_size)],
         contexts,
         (1, 2),
-        RECOMPUTE,
         ways,
     ):
         if tp > gpu.domain or (vpp and pp == 1) or _odd(world_size, tp * pp * cp, ep * pp):
@@ -191,19 +197,37 @@ def candidates(run: RunConfig, world_size: int, gpu: GPU) -> Iterator[RunConfig]
         if vision == "replica" and pp == 1:  # the ranks of its only stage share the tiles already
             continue
         made = deepcopy(run)
-        par, train = made.parallel, made.training
+        par, made.training.micro_batch_size = made.parallel, micro
         par.tensor_model_parallel_size, par.pipeline_model_parallel_size = tp, pp
         par.virtual_pipeline_model_parallel_size, par.context_parallel_size = vpp, cp
         par.expert_model_parallel_size, par.expert_tensor_parallel_size = ep, 1
         par.pipeline_model_parallel_layout, par.overlap_p2p_comm = None, None
         par.vision_parallel, par.vision_tensor_parallel_size = vision, None
-        train.micro_batch_size = micro
-        train.recompute_granularity, train.recompute_modules = recompute
         try:
             validate(made, world_size)
         except ConfigError:
             continue
-        yield on_gpus(made, world_size)
+        for granularity, modules in RECOMPUTE:
+            one = _recomputing(made, granularity, modules)
+            if not checked:
+                validate(one, world_size)
+            yield on_gpus(one, world_size)
+        checked = True
+
+
+def _recomputing(
+    run: RunConfig,
+    granularity: Literal["full", "selective"] | None,
+    modules: list[RecomputeModule] | None,
+) -> RunConfig:
+    """The run with this recompute. The number of layers is the run's own where it matters."""
+    made, usual = deepcopy(run), TrainingConfig()
+    train = made.training
+    train.recompute_granularity = granularity
+    train.recompute_modules = list(usual.recompute_modules if modules is None else modules)
+    if granularity != "full":
+        train.recompute_num_layers = usual.recompute_num_layers
+    return made
 
 
 def _odd(world_size: int, *parts: int) -> bool:

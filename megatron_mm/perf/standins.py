@@ -33,7 +33,7 @@ from megatron_mm.perf.assumed import expert_counts
 from megatron_mm.perf.recorder import Recorder
 
 CHUNK = 64  # positions; flash-linear-attention's own
-Count = Callable[..., None]  # `Recorder.add`: FLOPs and bytes of a kernel that no operation shows
+Count = Callable[..., None]  # `Recorder.add`: a kernel that no operation shows
 
 
 def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
@@ -42,10 +42,7 @@ def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
     Raises:
         ConfigError: for FP8, of which the planner knows nothing.
     """
-    if run.backend.fp8_format is not None:
-        raise ConfigError(
-            f"fp8_format is {run.backend.fp8_format!r}; allowed in a plan: none, it knows no FP8"
-        )
+    check_backend(run)
     local = replace(run.backend, transformer_impl="local", gdn_kernel="torch", compile_vision=False)
     backend = choose(local)
     # Of a prompt torch's kernel asks which samples have more than one chunk.
@@ -53,6 +50,14 @@ def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
     if kernels == "cuda" and run.backend.gdn_kernel != "torch":
         backend = replace(backend, mix=partial(_fused_mix, count))
     return backend
+
+
+def check_backend(run: RunConfig) -> None:
+    """Raises ConfigError for FP8, of which the planner knows nothing."""
+    if run.backend.fp8_format is not None:
+        raise ConfigError(
+            f"fp8_format is {run.backend.fp8_format!r}; allowed in a plan: none, it knows no FP8"
+        )
 
 
 @contextmanager
@@ -276,7 +281,7 @@ class _FusedDeltaRule(torch.autograd.Function):
         decay = log_decay.cumsum(0)
         inverse = value.new_empty(tokens, heads, CHUNK)
         work = _delta_rule_inside(key, value)
-        count(_delta_rule_flops(key, value))
+        count(_delta_rule_flops(key, value), fp32=value.dtype is torch.float32)
         ctx.count = count
         ctx.save_for_backward(query, key, *scales, value, decay, beta, inverse)
         out = value + 0.0
@@ -287,7 +292,9 @@ class _FusedDeltaRule(torch.autograd.Function):
     def backward(ctx, d_out):
         query, key, _, _, value, decay, beta, _ = ctx.saved_tensors
         work = [*_delta_rule_inside(key, value), *_delta_rule_inside(key, value)]
-        ctx.count(3 * _delta_rule_flops(key, value))  # forward again, then twice as much
+        once = _delta_rule_flops(key, value)
+        # Forward again, then twice as much.
+        ctx.count(3 * once, again=once, fp32=value.dtype is torch.float32)
         grads = query + 0.0, key + 0.0, value + d_out, decay + 0.0, beta + 0.0
         del work
         return *grads, None

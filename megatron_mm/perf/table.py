@@ -29,15 +29,26 @@ NAMES = {
 }
 
 
-def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
-    """The assumptions of a plan, one line each."""
+def assumptions(
+    plan: LayoutPlan, images: int, supervised: float, micro_batch: bool = True
+) -> list[str]:
+    """The assumptions of a plan, one line each.
+
+    Args:
+        micro_batch: say how many samples it has; False for several plans that differ in it.
+    """
     run, gpu, assumed = plan.run, plan.gpu, plan.assumed
     tiles = run.data.max_num_tiles + int(run.data.use_thumbnail and run.data.max_num_tiles > 1)
     one, each = ("samples", "") if paired(run) is None else ("pairs", "twice ")
-    batch = f"{run.training.micro_batch_size} {one} of {each}{run.data.seq_length} tokens"
+    batch = f"{one} of {each}{run.data.seq_length} tokens"
+    if micro_batch:
+        batch = f"microbatch: {run.training.micro_batch_size} {batch}"
     if run.model.vision is not None:
         batch += f", {images} images of up to {tiles} tiles in each"
-    precision, step = "bf16" if run.training.bf16 else "fp32", run.training.global_batch_size
+    bf16, step = run.training.bf16, run.training.global_batch_size
+    peaks = f"{gpu.fp32_flops / 1e12:.1f} TFLOP/s in fp32, without TF32"
+    if bf16:
+        peaks = f"{gpu.bf16_flops / 1e12:.0f} dense bf16 TFLOP/s, for products in fp32 {peaks}"
     own = []
     if paired(run) is not None:
         own.append("the reference's forward pass: needs less memory; not in the seconds")
@@ -47,14 +58,14 @@ def assumptions(plan: LayoutPlan, images: int, supervised: float) -> list[str]:
             "not traced"
         )
     return [
-        f"{step} {one} a step, {precision}; microbatch: {batch}, {supervised:.0%} of the text "
-        "supervised; routing balanced",
+        f"{step} {one} a step, {'bf16' if bf16 else 'fp32'}; {batch}, {supervised:.0%} of the "
+        "text supervised; routing balanced",
         "activations, FLOPs, bytes, launches and waits: traced on the model itself; attention "
         "and delta rule as fused kernels keep their inputs, unvalidated until a GPU run; no "
         "torch.compile",
-        f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} dense bf16 TFLOP/s, {gpu.memory / GB:.0f} GB at "
-        f"{gpu.bandwidth / 1e12:.2f} TB/s, NVLink {gpu.nvlink / GB:.0f} GB/s each way among "
-        f"{gpu.domain}, network {gpu.network / GB:.0f} GB/s ({gpu.source})",
+        f"{gpu.name}: {peaks}, {gpu.memory / GB:.0f} GB at {gpu.bandwidth / 1e12:.2f} TB/s, "
+        f"NVLink {gpu.nvlink / GB:.0f} GB/s each way among {gpu.domain}, network "
+        f"{gpu.network / GB:.0f} GB/s ({gpu.source})",
         f"reached of these peaks: products {assumed.compute:.0%}, memory {assumed.bandwidth:.0%}, "
         f"links {assumed.links:.0%}; the host takes {assumed.launch * 1e6:g} us a launch, "
         f"{assumed.wait * 1e6:g} us more after a wait; {assumed.reserved:.0%} of the memory left "
@@ -255,11 +266,15 @@ def describe(run: RunConfig, world_size: int) -> str:
 def _first_and_last(layers: Sequence[str], place: int, ranks: int, run: RunConfig) -> list[str]:
     words = list(layers)
     if place == 0:
-        within = run.model.vision is not None and run.parallel.vision_parallel != "replica"
-        words[0] = ("ViT+emb " if within else "emb ") + words[0]
+        words[0] = ("ViT+emb " if encodes(run) else "emb ") + words[0]
     if place == ranks - 1:
         words[-1] += " out"
     return words
+
+
+def encodes(run: RunConfig) -> bool:
+    """Whether the first stage encodes images: there are some, and no encoder beside it."""
+    return run.model.vision is not None and run.parallel.vision_parallel != "replica"
 
 
 def _sent(sent: Counter) -> dict[str, int]:

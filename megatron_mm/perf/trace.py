@@ -19,6 +19,7 @@ from megatron_mm.engine.objective import Objective
 from megatron_mm.engine.schedule import forward_step
 from megatron_mm.model.vision_tower import Encoded
 from megatron_mm.parallel.sequence import held_positions
+from megatron_mm.perf.again import repeats
 from megatron_mm.perf.fake import META
 from megatron_mm.perf.kernels import Kernel, Work
 from megatron_mm.perf.recorder import Recorder
@@ -34,7 +35,7 @@ class ChunkTrace:
         forward_peak: the most that the forward pass holds, what arrived included.
         held: what stays until the backward pass.
         backward_peak: the most that the backward pass holds.
-        forward, backward: work; a backward pass includes recomputation.
+        forward, backward: work; a backward pass includes recomputation (`Work.again`).
         kernels: of the two passes, in the order of their launch; none in a rough plan.
         stays: bytes that the first microbatch leaves behind for good (megatron-core's buffer of
             gathered activations); in none of the above.
@@ -52,6 +53,11 @@ class ChunkTrace:
     kernels: tuple[Sequence[Kernel], Sequence[Kernel]] = ((), ())
     stays: int = 0
     grows: int = 0
+
+    @property
+    def model_flops(self) -> int:
+        """FLOPs of both passes, nothing computed twice."""
+        return self.forward.flops + self.backward.flops - self.backward.again
 
 
 def trace_chunk(
@@ -73,7 +79,13 @@ def trace_chunk(
     if wrapped.ddp_config.overlap_param_gather:
         wrapped.disable_forward_pre_hook(param_sync=False)  # once a step: see trace_once
     before = recorder.live
-    with _scale_of_its_own(), fused_kernels(recorder.add), recorder, wrapped.no_sync():
+    with (
+        _scale_of_its_own(),
+        fused_kernels(recorder.add),
+        repeats(recorder),
+        recorder,
+        wrapped.no_sync(),
+    ):
         found = _once(engine, recorder, chunk, batch, objective, encoded)
     model.received = None
     grows = 0 if encoded is None else _gradients_of(encoded)

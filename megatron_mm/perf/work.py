@@ -2,7 +2,9 @@
 
 `needed` is the work of the model's own mathematics, the same on every backend and layout: causal
 pairs only, the delta rule as its recurrence, no padding. `executed` is the work of our torch
-kernels on one rank: rectangles, chunks, padding, a dummy tile for a text.
+kernels on one rank: rectangles, chunks, padding, a dummy tile for a text. With the encoder beside
+the pipeline the two differ in the tiles too: a microbatch needs all of its own, a rank encodes
+those that were dealt to it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def needed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
     """The work that the model's mathematics asks for.
 
     Args:
-        batch: with its pixels, as the replica's reader has it.
+        batch: on any rank of its replica.
         logits: positions at which the objective wants them.
     """
     real = batch.num_real_tokens
@@ -42,7 +44,7 @@ def needed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
         tokens=real,
         logits=logits,
         attention_pairs=sum(map(causal_pairs, lengths)),
-        tiles=len(batch.pixels_NCHW),
+        tiles=batch.num_tiles,
         stream_tiles=len(batch.stream_tiles),
         memories=memories,
         queries=len(batch.queries.positions_N),
@@ -52,7 +54,11 @@ def needed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
 
 
 def executed(run: RunConfig, batch: Microbatch, logits: int) -> Workload:
-    """The work of our torch kernels on one rank; arguments as for `needed`."""
+    """The work of our torch kernels on one rank; arguments as for `needed`.
+
+    Args:
+        batch: with its pixels, all of them or those dealt to this rank.
+    """
     tokens = len(batch.tokens_T)
     segments = Segments.from_cu_seqlens(batch.cu_seqlens)
     tiles, stream_tiles, memories, slot_A = 0, 0, {}, _slots(run, batch)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.benchmark import faults
-from megatron_mm.benchmark.fault_job import STEP_TIME, FaultJob, Step, _Record
+from megatron_mm.benchmark.fault_job import STEP_TIME, FaultJob, Step, _Record, split_config
 from megatron_mm.config import RunConfig, dump_yaml
-from megatron_mm.errors import LaunchError
+from megatron_mm.errors import ConfigError, LaunchError
 from support.trainers import digits_run
 
 
@@ -37,6 +37,24 @@ def test_steps_trained_again_are_useful_once():
     assert found["useful_seconds"] == 5.5  # the later time of step 3
     assert found["wall_seconds"] == 12.0
     assert math.isclose(found["goodput"], 5.5 / 12)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config", "a.yaml", "--lr", "1", "--bf16"],
+        ["--lr", "1", "--config=a.yaml", "--bf16"],
+        ["--lr", "1", "--bf16", "--config", "a.yaml"],
+    ],
+)
+def test_the_configuration_stands_anywhere(flags):
+    assert split_config(flags) == ("a.yaml", ["--lr", "1", "--bf16"])
+
+
+def test_a_job_needs_a_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="faults need a run: --config FILE"):
+        FaultJob(tmp_path / "job", ["--preset", "tiny"], restarts=0)
+    assert not (tmp_path / "job").exists()
 
 
 def written(path: Path, *iterations: int) -> None:

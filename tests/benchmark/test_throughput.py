@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_mm.benchmark import compare, mock, scaling, table, throughput
+from megatron_mm.benchmark import command, compare, mock, scaling, table, throughput
+from megatron_mm.benchmark.measure import Timed, interleave, ratios, turns
 from megatron_mm.config import RunConfig, preset
 from megatron_mm.config.settings import DataPhase
 from megatron_mm.data.loading.loader import TrainLoader
@@ -64,9 +66,11 @@ def first_steps(run: RunConfig, count: int) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["replicas", "stages"])
+@pytest.mark.parametrize("layout", ["replicas", "stages", "encoder beside"])
 def test_a_run_is_measured_on_its_layout(ranks, run, layout):
-    run.parallel.pipeline_model_parallel_size = 2 if layout == "stages" else 1
+    """Its work is that of all ranks: so are the tiles that are dealt to an encoder on each."""
+    run.parallel.pipeline_model_parallel_size = 1 if layout == "replicas" else 2
+    run.parallel.vision_parallel = "replica" if layout == "encoder beside" else "stage"
     one, other = ranks(2, on_rank, run, *BOTH, 2)
     assert one["sides"] == other["sides"]
     assert list(one["sides"]) == ["real, natural", "mock, natural", "mock, balanced"]
@@ -83,7 +87,8 @@ def test_a_run_is_measured_on_its_layout(ranks, run, layout):
         assert 0 < whole <= side["seconds"]["mean"]
         assert {"forward", "backward", "optimizer", "data", "other"} <= side["phases"].keys()
         assert any(kind.startswith("dp") for kind in side["phases"]) == (layout == "replicas")
-        assert ("pp send/recv" in side["phases"]) == (layout == "stages")
+        assert ("pp send/recv" in side["phases"]) == (layout != "replicas")
+        assert ("encode" in side["phases"]) == (layout == "encoder beside")
         peak = one["gemm_flops_per_second_per_rank"]
         rate = side["model_tflops_per_second_per_rank"] * 1e12
         assert side["mfu"] == pytest.approx(rate / peak)
@@ -197,13 +202,60 @@ def test_the_command_refuses_in_one_line(run, tmp_path, capsys):
         "error: benchmark.py rl is for objective grpo, this run's is sft; "
         "allowed: benchmark.py train\n"
     )
-    with pytest.raises(SystemExit):
-        tool.main(["train"])
-    assert "train needs a run: --config FILE" in capsys.readouterr().err
+    for words, message in (
+        (["train"], "train needs a run: --config FILE"),
+        (["faults", "--preset=tiny"], ""),
+        (["gdn", "--rounds", "0"], "--rounds 0 --warmup 4; at least 1 and 0"),
+        (["scaling", "--warmup", "-1"], "--rounds 10 --warmup -1; at least 1 and 0"),
+    ):
+        if message:
+            with pytest.raises(SystemExit):
+                tool.main(words)
+        else:
+            assert tool.main(words) == 1
+            message = "error: faults need a run: --config FILE"
+        assert message in capsys.readouterr().err
     good = tmp_path / "good.json"
     good.write_text(json.dumps(result_of(run)))
     assert tool.main(["compare", str(good), str(good)]) == 0
     assert "B / A 1.000" in capsys.readouterr().out
+
+
+def test_a_run_is_named_as_the_trainer_takes_it(monkeypatch, tmp_path, capsys):
+    """`--config FILE` or `--config=FILE`, anywhere; and a file that cannot be written is told
+    before anything is measured."""
+    tool = load_tool("benchmark")
+    begun: list = []
+    monkeypatch.setattr(command, "_run", lambda args, flags: begun.append(flags))
+    for flags in (["--config=a.yaml"], ["--lr", "1", "--config", "a.yaml"], ["--preset=tiny"]):
+        assert tool.main(["train", *flags, "--json", str(tmp_path / "new" / "a.json")]) == 0
+        assert begun.pop() == flags
+    assert tool.main(["train", "--preset", "tiny", "--json", "/dev/null/a.json"]) == 1
+    assert capsys.readouterr().err.startswith("error: --json /dev/null/a.json cannot be written: ")
+    assert not begun
+
+
+def test_quartiles_lie_among_what_was_measured():
+    assert throughput.spread([1.0, 10.0]) == {"median": 5.5, "quartiles": [3.25, 7.75]}
+    assert throughput.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "quartiles": [1.5, 2.5]}
+    assert throughput.spread([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0]}
+    slow, fast = ([Timed(s, s, None) for s in side] for side in ((1.0, 10.0), (1.0, 1.0)))
+    assert ratios(slow, fast)["ratio_quartiles"] == [3.25, 7.75]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_side_has_every_turn(count):
+    """And goes before each other one as often as after it."""
+    orders = list(turns("abcd"[:count], 2 * count))
+    for place in range(count):
+        assert sorted(order[place] for order in orders) == sorted(2 * "abcd"[:count])
+    for one, other in combinations("abcd"[:count], 2):
+        assert sum(order.index(one) < order.index(other) for order in orders) == count
+    calls: list = []
+    sides = [lambda number, name=name: calls.append((number, name)) for name in "abcd"[:count]]
+    found = interleave(sides, 2 * count)
+    assert [name for _, name in calls] == [name for order in orders for name in order]
+    assert [len(side) for side in found] == [2 * count] * count
 
 
 def test_the_schedule_in_theory():

@@ -13,11 +13,13 @@ from support.grpo_runs import TOKENS, grpo_run
 from support.trainers import PP2
 
 
-def on_rank(run: RunConfig, kinds: tuple = ("real",)) -> dict:
+def on_rank(run: RunConfig) -> dict:
     # The pool's ranks are daemons, which may not start reward workers.
     multiprocessing.current_process()._config["daemon"] = False
     built = groups.build(run.parallel)
-    return throughput.measure(run, built, kinds=kinds, routings=("natural",), rounds=1, warmup=0)
+    return throughput.measure(
+        run, built, kinds=("real",), routings=("natural",), rounds=1, warmup=0
+    )
 
 
 def test_a_round_is_a_rollout_with_its_steps(ranks, scenes):
@@ -34,8 +36,3 @@ def test_a_round_is_a_rollout_with_its_steps(ranks, scenes):
     assert {"rollout", "forward", "backward", "optimizer"} <= side["phases"].keys()
     assert "data" not in side["phases"] and "pp send/recv" in side["phases"]
     assert 0 < side["rollout_seconds"]["rollout"] < side["seconds"]["median"]
-
-
-def test_what_it_draws_itself_cannot_be_given(ranks, scenes):
-    with pytest.raises(AssertionError, match="allowed: --data real --routing natural"):
-        ranks(1, on_rank, grpo_run(scenes), ("mock",))

@@ -73,10 +73,9 @@ def test_a_search_keeps_experts_inside_a_node_where_that_is_faster(monkeypatch):
         """The layout that is found where memory suffices for `holds` expert-parallel ranks."""
         memory = 1.01 * plans[holds].peak / (1 - ASSUMED.reserved)
         small = replace(H100, memory=memory)
-        result = search.search(experts_run(8), WORLD, small, ASSUMED, 1, 1.0, 1, SILENT, pieces)
+        result = search.search(experts_run(8), WORLD, small, ASSUMED, 1, 1.0, 1, SILENT)
         return result.plans[0].run.parallel.expert_model_parallel_size
 
-    pieces: dict = {}
     assert plans[4].peak > 1.05 * plans[8].peak > 1.05**2 * plans[16].peak
     assert found(8) == 8
     assert found(16) == 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_mm.model.layers.norms import RMSNorm
 from megatron_mm.perf.fake import META
 from megatron_mm.perf.hardware import GPU, Assumptions
 from megatron_mm.perf.kernels import Kernel, Link, Work
-from megatron_mm.perf.predict import Terms, played
+from megatron_mm.perf.predict import Terms, played, roughly
 from megatron_mm.perf.recorder import Recorder
 from megatron_mm.perf.standins import fused_kernels, updating
 
@@ -144,8 +145,8 @@ def test_a_norm_is_the_one_kernel_of_a_gpu(recorder):
     assert y.shape == (8, 256) and y.dtype == torch.bfloat16
 
 
-# 1 FLOP, or 1 byte, is a second; a launch takes 2, a wait 5.
-UNIT = GPU("unit", 1.0, 1.0, 1.0, 1.0, 1.0, 8, "made up")
+# 1 FLOP, or 1 byte, is a second; 1 FLOP in fp32 is four; a launch takes 2, a wait 5.
+UNIT = GPU("unit", 1.0, 0.25, 1.0, 1.0, 1.0, 1.0, 8, "made up")
 ASSUMED = Assumptions(1.0, 1.0, 1.0, launch=2.0, wait=5.0)
 
 
@@ -178,6 +179,28 @@ def test_products_are_bound_by_what_they_read_and_collectives_by_their_links():
     sent = Kernel(moved=8, link=Link("all_to_all", "ep"))
     assert seconds(sent) == (0.0, 0.0, 4.0, 2.0)  # half of it stays here
     assert Terms(1.0, 2.0, 3.0, 4.0).times(2) + Terms(1.0) == Terms(3.0, 4.0, 6.0, 8.0)
+
+
+def test_products_in_fp32_have_a_peak_of_their_own(recorder):
+    """In a run in bf16 too: its routers' are in fp32, or in fp64."""
+    assert seconds(Kernel(flops=3, fp32=True)) == (12.0, 0.0, 0.0, 2.0)
+    work = {}
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+    for name, dtype in dtypes.items():
+        a, b = tensor(4, 8, dtype=dtype, grad=True), tensor(8, 2, dtype=dtype, grad=True)
+        work[name] = recorded(recorder, lambda a=a, b=b: (a @ b).sum().backward())
+    assert {one.flops for one in work.values()} == {3 * 2 * 4 * 8 * 2}
+    assert work["fp32"].fp32 == work["fp64"].fp32 == work["fp32"].flops and not work["bf16"].fp32
+    both = Work(flops=3, fp32=1)
+    assert roughly(both, {}, UNIT, replace(ASSUMED, launch=0.0)) == 2.0 + 4.0
+    assert both.times(2) + both == Work(flops=9, fp32=3)
+
+
+def test_attention_backward_begins_with_the_scores_again(recorder):
+    rows = [tensor(1, 4, 64, 16, dtype=torch.bfloat16, grad=True) for _ in range(3)]
+    with fused_kernels(recorder.add), recorder:
+        F.scaled_dot_product_attention(*rows).sum().backward()
+    assert recorder.work.again == 2 * 4 * 64 * 64 * 16
 
 
 def test_assumptions_can_be_given():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,6 +14,9 @@ import torch.distributed as dist
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.parallel import groups
+from megatron_mm.parallel.groups import Groups
+from megatron_mm.perf import phases as phases_module
+from megatron_mm.perf.fake import fake_job
 from megatron_mm.perf.phases import OPERATIONS, Phases
 from megatron_mm.train.sft import SupervisedFineTuning
 from support.batches import microbatch, small_run
@@ -106,6 +113,66 @@ def test_what_overlaps_counts_while_it_is_waited_for(ranks):
         check_whole(found)
         reduced = [e for n, e in found["split"].items() if n.endswith("reduce-scatter")]
         assert sum(entry["bytes"] for entry in reduced) == found["gradients"]
+
+
+class FakeWork:
+    def wait(self) -> bool:
+        time.sleep(0.01)
+        return True
+
+
+@contextmanager
+def coalescing_stages(monkeypatch) -> Iterator[Groups]:
+    """Groups of two stages that answer as NCCL's do: of operations that are coalesced only the end
+    returns something to wait for."""
+    monkeypatch.setattr(dist.ProcessGroup, "send", lambda *_: None)
+    monkeypatch.setattr(dist.ProcessGroup, "recv", lambda *_: None)
+    monkeypatch.setattr(dist.ProcessGroup, "_end_coalescing", lambda *_: FakeWork())
+    run = small_run()
+    run.parallel.pipeline_model_parallel_size = 2
+    with fake_job(run, 0, 2) as built:
+        yield replace(built, replica=built.world)  # with its stages in a group of their own
+
+
+def test_neighbours_that_are_coalesced_are_one_kind_with_bytes_and_seconds(monkeypatch):
+    """As torch's `batch_isend_irecv` does with NCCL."""
+    with coalescing_stages(monkeypatch) as built, Phases(built) as phases:
+        pp = built.pg.pp
+        with phases.region("step"):
+            pp.send([torch.zeros(250)], 1, 0)
+            pp.recv([torch.zeros(250)], 1, 0)
+            assert pp._end_coalescing(torch.device("cpu")).wait()
+        found = phases.take()
+    assert found.keys() == {"other", "pp send/recv"}
+    sent = found["pp send/recv"]
+    assert (sent["calls"], sent["bytes"]) == (2, 1000) and sent["seconds"] >= 0.01
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch):
+    """An event that was recorded in a capture has no time; asking for it is an error of CUDA's."""
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with coalescing_stages(monkeypatch) as built, Phases(built) as phases:
+        monkeypatch.setattr(phases_module.platform, "device", lambda: torch.device("cuda"))
+        monkeypatch.setattr(phases_module, "_mark", time.perf_counter)
+
+        def talk():
+            built.pg.pp.send([torch.zeros(250)], 1, 0)
+            return built.pg.pp._end_coalescing(torch.device("cpu"))
+
+        with phases.region("step"):
+            waiting = talk()
+            capturing = True
+            assert isinstance(talk(), FakeWork)  # torch's own
+            assert waiting.wait()
+            with phases.region("forward"):
+                talk()
+            capturing = False
+        found = phases.take()
+    assert found.keys() == {"other", "pp send/recv"}
+    assert (found["pp send/recv"]["calls"], found["pp send/recv"]["bytes"]) == (1, 1000)
+    assert found["pp send/recv"]["seconds"] < 0.01 <= found["other"]["seconds"]
 
 
 def one_region() -> tuple[list, dict]:

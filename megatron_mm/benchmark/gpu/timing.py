@@ -14,6 +14,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_mm.benchmark.measure import turns
+
 SYNCHRONIZED = "called a synchronizing CUDA operation"  # torch's warning
 # Calls of CUDA's that put work on a stream, or wait for it, as the profiler names them.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
@@ -36,11 +38,9 @@ def medians[K](
     """Median milliseconds of each side. They are called in turn, so that a clock that falls or
     another program slows all alike."""
     found: dict[K, list[float]] = {name: [] for name in sides}
-    order = list(sides)
-    for _ in range(warmup + rounds):
+    for order in turns(sides, warmup + rounds):
         for name in order:
             found[name].append(milliseconds(sides[name]))
-        order.append(order.pop(0))
     return {name: statistics.median(times[warmup:]) for name, times in found.items()}
 
 
