@@ -3,7 +3,8 @@
 `out`/seedN holds, for each seed:
 
     base/            SFT as in the demo
-    map.json         its experts by knock-out; shuffled.json, lift.json: the controls' maps
+    map.json         its experts by knock-out; the controls' maps: lift.json, shuffled.json and
+                     shuffled_2.json, shuffled_3.json, which are shuffled otherwise
     sft/ARM/         400 more steps of SFT: plain, or with the alignment term and a map
     one/ARM/         from there 100 steps of GRPO on one kind of question, `ONE`
     all/ARM/         the same on all questions in any form
@@ -93,6 +94,8 @@ SFT = {
     "aligned": Arm("align", "base", "map", 1),
     "shuffled": Arm("align", "base", "shuffled", 1),
     "lift": Arm("align", "base", "lift", 3),
+    "shuffled_2": Arm("align", "base", "shuffled_2", 3),
+    "shuffled_3": Arm("align", "base", "shuffled_3", 3),
     "zero": Arm("align", "base", "map", 3, ("--router-align-coeff", "0"), aligned=False),
 }
 # Starting points differ: those that are not aligned have had as many steps of SFT.
@@ -104,6 +107,8 @@ RL = {
     "kl": Arm("grpo_kl", "sft/plain", None, 2, aligned=False),
     "aligned": Arm("grpo_experts", "sft/aligned", None, 2),
     "lora": Arm("grpo_lora", "sft/plain", None, 2, aligned=False),
+    "shuffled_2_scope": Arm("grpo_scope", "sft/shuffled_2", "shuffled_2", 3),
+    "shuffled_3_scope": Arm("grpo_scope", "sft/shuffled_3", "shuffled_3", 3),
 }
 
 
@@ -185,10 +190,11 @@ def _maps(folder: Path, data: Path, seed: int) -> list[Job]:
     base, found = folder / "base", folder / "map.json"
     flags = ["--samples", str(PROBED)]
     made = [discovery(base / "checkpoint", data, found, flags, [base / "answers.jsonl"])]
-    for name in ("shuffled", "lift"):
+    controls = {"shuffled": seed, "lift": seed, "shuffled_2": seed + 100, "shuffled_3": seed + 200}
+    for name, drawn in controls.items():
         target = folder / f"{name}.json"
-        command = ("-m", "examples.digits.control_maps", "--map", str(found), "--seed", str(seed))
-        command += (f"--{name}", str(target))
+        command = ("-m", "examples.digits.control_maps", "--map", str(found), "--seed", str(drawn))
+        command += (f"--{name.partition('_')[0]}", str(target))
         made.append(Job(target, command, target.with_suffix(".log"), (found,)))
     return made
 
