@@ -106,8 +106,7 @@ class Measured:
         opened = open_probe(self.engine, self.tokenizer, probe)
         counted = count_probe(self.engine, self.tokenizer, opened)
         counts, skills = counted.halves[0] + counted.halves[1], opened.plan.skills
-        layers = [counts.layer(layer).sum(2) for layer in range(skill_map.num_layers)]
-        use_SLE = torch.stack(layers).permute(2, 0, 1).double()
+        use_SLE = counts.sums().permute(2, 0, 1)
         nothing_LE = torch.zeros(use_SLE.shape[1:], dtype=use_SLE.dtype)
         found = {skill: use_SLE[s] for s, skill in enumerate(skills)}
         return {skill: found.get(skill, nothing_LE).tolist() for skill in skill_map.names}
