@@ -137,7 +137,9 @@ class Measured:
         model = self.engine.run.model
         rows = Rows([str(self.data / "mix.jsonl")], PROBED, 64)
         layers, topk = [*hops(model)], model.language.moe_router_topk
-        return record(self.engine, self.tokenizer, rows, layers, topk, 0)
+        found: dict = {}
+        record(self.engine, self.tokenizer, rows, layers, topk, 0, found.__setitem__)
+        return found
 
     def information(self) -> float:
         """Returns the information of experts about skills given the token, beyond chance, in nats:
