@@ -16,6 +16,7 @@ import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,7 +28,7 @@ PATIENCE = "STOP_TIMEOUT"
 CPP_LOG = "TORCH_CPP_LOG_LEVEL"  # read when torch is loaded
 
 
-def _why(error: Exception, args: Namespace) -> str:
+def _why(error: Any, args: Namespace) -> str:
     where = f"rendezvous {args.rdzv_id!r} at {args.rdzv_endpoint or 'this machine'}"
     text = " ".join(str(error).split())
     match type(error).__name__:

@@ -83,8 +83,8 @@ def _of_seed(folder: Path, data: Path, pool: Path, seed: int, size: Size) -> lis
     rows = _rows(data, pool, checkpoint["base"], answered["base"], seed)
     made += rows.values()
     for name, (config, kind, flags) in PAIRED.items():
-        needs = [rows[kind].done]
-        made.append(run(name, CASCADE / f"{config}.yaml", "base", *needs, *flags, needs=needs))
+        done = rows[kind].done
+        made.append(run(name, CASCADE / f"{config}.yaml", "base", done, *flags, needs=[done]))
     gspo, rl = CASCADE / "gspo.yaml", data / "rl.jsonl"
     made.append(run("mpo_gspo", gspo, "mpo", rl))
 
@@ -103,15 +103,23 @@ def _of_seed(folder: Path, data: Path, pool: Path, seed: int, size: Size) -> lis
         "opd_self": ["--teacher-load", *(f"{form}{itself}" for form in (*FORMS, "free"))],
     }
     for name in AFTER:
-        config = CASCADE / ("again.yaml" if name == "opd_sft" else "opd.yaml")
-        made.append(run(name, config, "mpo_gspo", mix, *teachers.get(name, ())))
+        file = CASCADE / ("again.yaml" if name == "opd_sft" else "opd.yaml")
+        made.append(run(name, file, "mpo_gspo", mix, *teachers.get(name, ())))
     return made
 
 
 def _rows(data: Path, pool: Path, checkpoint: Path, answered: Path, seed: int) -> Mapping[str, Job]:
     """The base's own answers to the pool, rated, and the rows that are made of them."""
     where = {name: data / f"seed{seed}_{name}.jsonl" for name in ("rated", "pairs")}
-    rate = ("rate", "--data", str(pool), "--checkpoint", str(checkpoint), "--seed", str(seed))
+    rate: tuple[str, ...] = (
+        "rate",
+        "--data",
+        str(pool),
+        "--checkpoint",
+        str(checkpoint),
+        "--seed",
+        str(seed),
+    )
     rate += ("--reward-funcs", "scorer", "--num-generations", str(ANSWERS))
     rate += ("--max-completion-length", "48")
     pair = (str(ROOT / "tools" / "pass_rate.py"), "pairs", "--data", str(where["rated"]))

@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the shuffled map")
     args = parser.parse_args(argv)
     held = json.loads(args.map.read_text())
-    sizes = (held[key] for key in ("num_layers", "num_experts", "moe_router_topk"))
-    found = load_skill_map(args.map, *sizes, exclusive=True)
+    of_model = (held[key] for key in ("num_layers", "num_experts", "moe_router_topk"))
+    found = load_skill_map(args.map, *of_model, exclusive=True)
     if args.shuffled:
         # What was measured of the experts is not true of those in their places.
         other = shuffled(found, args.seed)

@@ -140,7 +140,8 @@ def jobs(
         out: the model's folder.
     """
     data = out / "data"
-    counts = ("--images", str(size.images), "--valid-images", str(max(30, size.questions)))
+    counts: tuple[str, ...] = ("--images", str(size.images))
+    counts += ("--valid-images", str(max(30, size.questions)))
     counts += ("--valid-per-key", str(size.questions), "--beyond", str(max(1, size.questions // 4)))
     made = [digits_data(data, (*model.scenes, *counts, "--one", ONE))]
     for tier in tiers:
@@ -193,8 +194,9 @@ def _maps(folder: Path, data: Path, seed: int) -> list[Job]:
     controls = {"shuffled": seed, "lift": seed, "shuffled_2": seed + 100, "shuffled_3": seed + 200}
     for name, drawn in controls.items():
         target = folder / f"{name}.json"
-        command = ("-m", "examples.digits.control_maps", "--map", str(found), "--seed", str(drawn))
-        command += (f"--{name.partition('_')[0]}", str(target))
+        given = ("--map", str(found), "--seed", str(drawn))
+        kind = f"--{name.partition('_')[0]}"
+        command = ("-m", "examples.digits.control_maps", *given, kind, str(target))
         made.append(Job(target, command, target.with_suffix(".log"), (found,)))
     return made
 
@@ -222,7 +224,7 @@ def _measured(run: Path, folder: Path, arm: Arm, data: Path, model: Model) -> li
     flags += ["--samples", str(PROBED), "--eval-samples", str(ASKED * model.kinds)]
     flags += ["--eval-batch-size", "512"]
     measures = run / "measures.json"
-    command = ("-m", "examples.digits.measure", "--run", str(run))
+    command: tuple[str, ...] = ("-m", "examples.digits.measure", "--run", str(run))
     command += ("--skill-map", str(skill_map), "--data", str(data))
     if not arm.aligned:
         command += ("--by-use",)

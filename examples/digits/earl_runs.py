@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from examples.digits.earl_arms import ONE
@@ -34,7 +35,7 @@ def steps_to(run: Path) -> float | None:
     records = [record for record in read_metrics(run / "metrics.jsonl") if name in record]
     rewards = [record[name] for record in records]
     for end in range(SMOOTHED, len(rewards) + 1):
-        if mean(rewards[end - SMOOTHED : end]) >= REACHED:
+        if fmean(rewards[end - SMOOTHED : end]) >= REACHED:
             return float(records[end - 1]["iteration"])
     return None
 
@@ -45,7 +46,8 @@ def of_removal(info: Mapping[str, Any]) -> dict[str, float]:
     skill's accuracy and that of the others fall without its cluster."""
     hits = [row["hit"] for row in info["measured"].values() if row["experts"]]
     causal = info["causal_test"]
-    own, others = [], []
+    own: list[float] = []
+    others: list[float] = []
     for skill, without in causal["without"].items():
         falls = {name: causal["accuracy"][name] - value for name, value in without.items()}
         own.append(falls.pop(skill))

@@ -171,9 +171,9 @@ def _sft(seeds: Sequence[Seed], name: str) -> dict[str, Any] | None:
         row[part] = mean(accuracy(_only(scores, kinds)) for scores in ours)
     row |= _measured(done, f"sft/{name}")
     if name != "plain" and (paired := _with(done, "sft/plain")):
-        sides = [_scores(paired, f"sft/{arm}") for arm in (name, "plain")]
+        after, before = (_scores(paired, f"sft/{arm}") for arm in (name, "plain"))
         for part, kinds in parts.items():
-            row[f"{part} against plain"] = figure(*changes(*sides, kinds))
+            row[f"{part} against plain"] = figure(*changes(after, before, kinds))
     return row
 
 

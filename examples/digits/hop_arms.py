@@ -79,8 +79,8 @@ def jobs(
 
             made.append(training(arm.config, run, flags, needs, layers=arm.pattern, late=late))
             if "C" in arm.pattern:
-                command = ("-m", "examples.digits.hop_shares", "--run", str(run))
-                command += ("--data", str(data / "valid.jsonl"))
+                measured = ("--run", str(run), "--data", str(data / "valid.jsonl"))
+                command = ("-m", "examples.digits.hop_shares", *measured)
                 shares = run / SHARES
                 done = (run / "answers.jsonl",)
                 made.append(Job(shares, command, shares.with_suffix(".log"), done))

@@ -31,7 +31,8 @@ def shares(engine: Any, tokenizer: Any, path: Path) -> dict[str, float]:
     keys = [questions.key(index) for index in range(len(questions))]
     sampling = Sampling(tokenizer.end_ids, run.evaluation.max_new_tokens, 0.0)
     for key, indices in first_of_each(keys, ASKED).items():
-        prompts = Prompts(lambda i, of=indices: questions[of[i]].sample, indices)
+        chosen = [questions[index].sample for index in indices]
+        prompts = Prompts(chosen.__getitem__, indices)
         answers = generate(
             engine,
             prompts,
@@ -40,6 +41,7 @@ def shares(engine: Any, tokenizer: Any, path: Path) -> dict[str, float]:
             pad_id=tokenizer.pad_id,
             record_routes=True,
         )
+        assert answers is not None  # nothing asks it to stop
         handed = [
             (completion.routes_GLk[:, :, first] != NOT_HANDED).double().mean(1)
             for group in answers

@@ -169,7 +169,7 @@ def training(
         late: more flags, known only once the needs are there.
         saves: steps between checkpoints, which are all kept; None: only the last one is.
     """
-    again = ("--save-interval", str(saves or 200), "--resume")
+    again: tuple[str, ...] = ("--save-interval", str(saves or 200), "--resume")
     again += () if saves else ("--keep-last-checkpoints", "1")
 
     def limit() -> Sequence[str]:

@@ -125,14 +125,18 @@ def _multihop(digits: Sequence[int], grid: int, rng: Random) -> Made | None:
     del grid
     hops = rng.choice((1, 2))
     path = hop_path(digits, hops, rng)
-    return path and _hops(digits, path, f"Hop {'once' if hops == 1 else 'twice'} from cell")
+    return (
+        None
+        if path is None
+        else _hops(digits, path, f"Hop {'once' if hops == 1 else 'twice'} from cell")
+    )
 
 
 def _longer(digits: Sequence[int], grid: int, rng: Random) -> Made | None:
     """Asks for three hops in words that the model knows, one question inside the other."""
     del grid
     path = hop_path(digits, 3, rng)
-    return path and _hops(digits, path, "Hop twice from cell Hop once from cell")
+    return None if path is None else _hops(digits, path, "Hop twice from cell Hop once from cell")
 
 
 def _hops(digits: Sequence[int], path: Sequence[int], words: str) -> Made:

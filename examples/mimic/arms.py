@@ -27,7 +27,7 @@ from examples.mimic.measure import KINDS
 # The demo's, and a layer more on either side of the look. By depth each layer of the student has
 # one of its own kind, on the same side.
 PATTERN = "GE*E*ELJGE*E*E"
-TEACHER = ("--num-experts", "16", "--hybrid-layer-pattern", PATTERN)
+TEACHER: tuple[str, ...] = ("--num-experts", "16", "--hybrid-layer-pattern", PATTERN)
 TEACHER += ("--pipeline-model-parallel-layout", PATTERN)
 STEPS = {"scratch": 2200, "tuned": 400}  # of the configs
 STEPS_OF_TEACHER, SEED_OF_TEACHER = 4400, 1
@@ -159,7 +159,14 @@ def _of_start(out: Path, folder: Path, start: str, data: Path, seed: int, size: 
         flags += ["--routes", str(routes)]
         made.append(_tool("map_experts", own, flags, [str(data / "mix.jsonl")], [routes, answers]))
         # At once: it deletes most of the run's checkpoints.
-        command = ("-m", "examples.mimic.measure", "--run", str(run), "--map", str(own))
+        command: tuple[str, ...] = (
+            "-m",
+            "examples.mimic.measure",
+            "--run",
+            str(run),
+            "--map",
+            str(own),
+        )
         command += ("--routes", str(routes), "--skills", str(skills), "--data", str(data))
         needed = (answers, own, skills)
         made.append(Job(run / "points.json", command, run / "points.log", needed))

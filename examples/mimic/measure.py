@@ -89,7 +89,8 @@ def alike(teacher: dict[str, Any], student: dict[str, Any]) -> tuple[float, floa
     orders = [*itertools.permutations(range(len(skills)))] if len(skills) <= RENAMED else []
     if not orders:
         draw = np.random.default_rng(0)
-        orders = [tuple(range(len(skills))), *(draw.permutation(len(skills)) for _ in range(5000))]
+        drawn = (tuple(draw.permutation(len(skills)).tolist()) for _ in range(5000))
+        orders = [tuple(range(len(skills))), *drawn]
     found = [float((theirs * ours[list(order)]).sum() / size) for order in orders]
     return found[0], float(np.mean(np.array(found) >= found[0] - 1e-9))
 
