@@ -57,7 +57,7 @@ def test_the_jobs_of_earl(model, tmp_path):
             assert start / "answers.jsonl" in job.needs and start.parents[-1] == Path("/")
     runs = {path.parent.relative_to(tmp_path) for path in done if path.name == "answers.jsonl"}
     wanted = {Path(f"seed{seed}") / name for seed in (1, 2) for name in ("base", *earl_arms.arms())}
-    assert runs == wanted and len(wanted) == 2 * (1 + 5 + 14)
+    assert runs == wanted and len(wanted) == 2 * (1 + 7 + 9 + 7)
     # The most telling come first: both seeds' single skill before anything on all questions.
     places = {path: number for number, path in enumerate(done)}
     ours = [places[tmp_path / f"seed2/one/{arm}/answers.jsonl"] for arm in ("grpo", "scope")]
