@@ -164,12 +164,12 @@ def test_a_search_names_the_sequences_that_do_not_fit(monkeypatch):
     full, and the number that the error names fits."""
     run, silent = rl_run({"bf16": True}), SimpleNamespace(total=None)
     silent.update = silent.set_description = lambda *_: None
-    rl, pieces = run.section(RLConfig), {}
+    rl = run.section(RLConfig)
     rl.max_num_seqs = 100_000
     few = replace(gpu("H100"), memory=1e9)
     monkeypatch.setattr(search, "candidates", lambda made, *_: [deepcopy(made)])
     with pytest.raises(ConfigError) as caught:
-        search.search(run, 1, few, Assumptions(), 1, 1.0, 1, silent, pieces)
+        search.search(run, 1, few, Assumptions(), 1, 1.0, 1, silent)
     found = re.search(
         r"leanest needs about (\S+) GB a GPU, a H100 has (\S+); allowed: --max-num-seqs of about "
         r"(\d+) or fewer",
