@@ -81,7 +81,9 @@ def test_a_run_is_measured_on_its_layout(ranks, run, layout):
     for name, side in one["sides"].items():
         assert side["work"] == expected[name.split(",")[0]]
         speeds = [w["tokens"] for w in side["work"]]
-        assert side["tokens_per_second"]["median"] < max(speeds) / side["seconds"]["quartiles"][0]
+        low, high = side["seconds"]["quartiles"]
+        shortest = low - (high - low) / 2  # of two rounds, a quarter of whose distance low is above
+        assert 0 < side["tokens_per_second"]["median"] < max(speeds) / shortest * (1 + 1e-9)
         # A share of the slowest rank's seconds; the ranks wait for each other at the end.
         whole = sum(entry["seconds"] for entry in side["phases"].values())
         assert 0 < whole <= side["seconds"]["mean"]
