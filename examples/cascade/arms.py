@@ -111,15 +111,8 @@ def _of_seed(folder: Path, data: Path, pool: Path, seed: int, size: Size) -> lis
 def _rows(data: Path, pool: Path, checkpoint: Path, answered: Path, seed: int) -> Mapping[str, Job]:
     """The base's own answers to the pool, rated, and the rows that are made of them."""
     where = {name: data / f"seed{seed}_{name}.jsonl" for name in ("rated", "pairs")}
-    rate: tuple[str, ...] = (
-        "rate",
-        "--data",
-        str(pool),
-        "--checkpoint",
-        str(checkpoint),
-        "--seed",
-        str(seed),
-    )
+    rate: tuple[str, ...] = ("rate", "--data", str(pool), "--checkpoint", str(checkpoint))
+    rate += ("--seed", str(seed))
     rate += ("--reward-funcs", "scorer", "--num-generations", str(ANSWERS))
     rate += ("--max-completion-length", "48")
     pair = (str(ROOT / "tools" / "pass_rate.py"), "pairs", "--data", str(where["rated"]))

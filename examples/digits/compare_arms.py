@@ -87,8 +87,9 @@ def _arms(parser: argparse.ArgumentParser, arms: Sequence[str], some: str = "+")
 
 
 def _of_earl(parser: argparse.ArgumentParser) -> None:
+    tiers = earl_arms.TIERS
     parser.add_argument("--model", choices=earl_arms.MODELS, default="tiny")
-    parser.add_argument("--tiers", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3])
+    parser.add_argument("--tiers", nargs="+", type=int, choices=tiers, default=[*tiers])
 
 
 def _of_memory(parser: argparse.ArgumentParser) -> None:

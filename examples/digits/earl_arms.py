@@ -26,7 +26,7 @@ ONE = "multihop/free"  # the kind that is reinforced alone
 ASKED = 40  # questions of each kind for the test by removal, asked once per skill
 PROBED = 400  # rows that a probe reads: one more pass each for every expert of every layer
 LONGEST_WARMUP = 50  # of the configs, in steps
-LAST_TIER = 3
+TIERS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def arms() -> dict[str, Arm]:
     """Returns every arm by its folder beside the seed's."""
     found = {f"sft/{name}": arm for name, arm in SFT.items()}
     found |= {f"one/{name}": arm for name, arm in RL.items()}
-    return found | {f"all/{name}": arm for name, arm in RL.items() if arm.tier < LAST_TIER}
+    return found | {f"all/{name}": arm for name, arm in RL.items() if arm.tier < TIERS[-1]}
 
 
 def jobs(

@@ -188,8 +188,7 @@ def _scaling(args: argparse.Namespace) -> dict[str, Any]:
 def _write(result: dict[str, Any], file: Path | None, said: str | None = None) -> None:
     if cli.rank():
         return
-    text = json.dumps(result, indent=1)
-    cli.say(text if said is None else said)
+    cli.say(json.dumps(result, indent=1) if said is None else said)
     if file:
         write_json(file, result)
 

@@ -79,7 +79,7 @@ def information_pairs(
         routes.append(completion.routes_GLk[1:, :, :k])
         skills.append(label_positions(count, marks)[0][1:])
         tokens.append(completion.tokens_G[:-1])
-    # A sample of positions: the table of a layer has a cell for each expert, skill and token.
+    # A sample of positions bounds what a rollout pays for it.
     cut = slice(MAX_COUNTED)
     routes_TLk, skill_T, token_T = (torch.cat(parts)[cut] for parts in (routes, skills, tokens))
     positions = float((skill_T >= 0).sum())

@@ -100,7 +100,7 @@ class Work:
         )
 
     def times(self, share: float) -> Work:
-        """As much as `share` of this work, in whole numbers."""
+        """Returns a share of this work, in whole numbers."""
         return Work(
             round(share * self.flops),
             round(share * self.moved),
