@@ -41,11 +41,14 @@ if [ "$nodes" -gt 1 ]; then : "${RDZV_ENDPOINT:?HOST:PORT of one of the nodes}";
 conf="join_timeout=${RDZV_TIMEOUT:-600}${RDZV_CONF:+,$RDZV_CONF}"
 addresses() { # one of the two may be a name, the other its address
     echo "$1"
-    getent ahosts "$1" | cut -d " " -f 1
+    { getent ahosts "$1" || true; } | cut -d " " -f 1 # an unknown name has none
 }
 if [ -n "${NODE_ADDR:-}" ]; then # torchrun cannot tell the host by name then
     host=$(sed 's/^\[\(.*\)\]$/\1/' <<<"${endpoint%:*}")
-    if grep -qxFf <(addresses "$NODE_ADDR") <(addresses "$host"); then
+    # Not <(...): nobody waits for its process, which stays a zombie child of the agent.
+    own=$(addresses "$NODE_ADDR")
+    held=$(addresses "$host")
+    if grep -qxF "$own" <<<"$held"; then
         conf+=",is_host=1"
     else
         conf+=",is_host=0"

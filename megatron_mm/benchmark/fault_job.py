@@ -102,7 +102,7 @@ class FaultJob:
             children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
         except OSError:
             return None
-        return int(children[0]) if children else None
+        return next((int(child) for child in children if _is_rank(child)), None)
 
     def signal(self, rank: int, number: int) -> int:
         """Sends a signal to a rank. Returns its process.
@@ -132,7 +132,8 @@ class FaultJob:
             ended = [agent.poll() for agent in self._agents]
             if time.monotonic() > end or any(code is not None for code in ended):
                 lines = [line for line in self.said().splitlines() if "error:" in line]
-                why = f"the agents ended with {ended}" if any(ended) else f"{PATIENCE:.0f} s passed"
+                late = all(code is None for code in ended)
+                why = f"{PATIENCE:.0f} s passed" if late else f"the agents ended with {ended}"
                 raise LaunchError(
                     f"waiting for {words}, {why}; {lines[0] if lines else 'see'} [{self._folder}]"
                 )
@@ -231,6 +232,14 @@ class _Record:
             self.epoch += 1
             return []
         return steps
+
+
+def _is_rank(process: str) -> bool:
+    """Whether a child of an agent is a rank that has not ended. A zombie has no environment."""
+    try:
+        return b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{process}/environ").read_bytes()
+    except OSError:
+        return False
 
 
 def _free_port() -> int:

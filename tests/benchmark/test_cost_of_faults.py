@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,18 @@ def test_a_run_that_does_not_start_is_one_line(config, tmp_path):
     finally:
         job.stop()
     assert "\n" not in str(caught.value) and "lr" in str(caught.value)
+
+
+def test_a_run_that_is_over_is_not_called_slow(tmp_path):
+    job = object.__new__(FaultJob)
+    job._folder = tmp_path
+    job._agents = [subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])]
+    for number in (0, 1):
+        (tmp_path / f"node{number}.log").touch()
+    job._agents[0].wait()
+    try:
+        with pytest.raises(LaunchError, match=r"waiting for x, the agents ended with \[0, None\]"):
+            job.wait_for(lambda: False, "x")
+    finally:
+        job._agents[1].kill()
+        job._agents[1].wait()

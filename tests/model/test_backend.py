@@ -40,11 +40,12 @@ def as_if_installed(monkeypatch):
 def test_every_recipe_reaches_megatron_core(as_if_installed, recipe, fp8_format):
     run = aligned_run(recipe)
     run.backend.fp8_format = fp8_format
-    run.backend.fp8_amax_history_len, run.backend.fp8_amax_compute_algo = 16, "max"
+    amax = (16, "max") if recipe == "delayed" else (1, "most_recent")  # others read none
+    run.backend.fp8_amax_history_len, run.backend.fp8_amax_compute_algo = amax
     validate(run)
     config = language_config(run)
     assert (config.fp8, config.fp8_recipe, config.bf16) == (fp8_format, recipe, True)
-    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (16, "max")
+    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == amax
     assert not config.fp8_param, "parameters stay bf16, as checkpoints hold them"
     assert vision_config(run, config, 1).fp8 is None
 

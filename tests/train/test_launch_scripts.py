@@ -151,6 +151,22 @@ def test_one_node_knows_that_it_holds_the_rendezvous(tmp_path, address, endpoint
         assert f",is_host={host} " in line and line.endswith("--config a.yaml --resume --lr 1")
 
 
+def test_the_agent_gets_no_children_of_the_script(tmp_path):
+    """Whoever looks for a rank among them would find a zombie."""
+    python = tmp_path / "python"
+    look = "read -r all < /proc/$$/task/$$/children || true"
+    python.write_text(f'#!/usr/bin/env bash\n{look}\necho "children: $all"\n')
+    python.chmod(0o755)
+    words = {"PYTHON": str(python), "SKIP_DOCTOR": "1", "NNODES": "2"}
+    words |= {"NODE_ADDR": "127.0.0.1", "RDZV_ENDPOINT": "localhost:29500"}
+    command = ["bash", str(LAUNCH / "node.sh"), "a.yaml"]
+    said = [
+        subprocess.run(command, env=os.environ | words, capture_output=True, text=True).stdout
+        for _ in range(10)  # a zombie was there now and then
+    ]
+    assert said == ["children: \n"] * 10
+
+
 def test_a_signal_during_the_checks_ends_the_node(tmp_path):
     """Also where the script is a container's first process, which no signal ends by itself."""
     environ = stubbed(tmp_path, "exec sleep 60") | {"TMPDIR": str(tmp_path)}
