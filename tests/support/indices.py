@@ -8,6 +8,7 @@ import pickle
 import zlib
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -21,6 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_mm.checkpoint import storage
+from megatron_mm.checkpoint.index import Index, check_whole
+from megatron_mm.errors import CheckpointError
 
 IDENTITY = "0123456789abcdef" * 2
 
@@ -78,3 +81,20 @@ def name(module: str, found: str) -> bytes:
 def whole(*opcodes: bytes) -> bytes:
     """A pickle of some opcodes."""
     return b"\x80\x04" + b"".join(opcodes) + b"."
+
+
+def load(folder: Path, content: bytes | Metadata) -> tuple[dict, Index]:
+    """Writes an index and reads it as a load does. Returns (shapes, index)."""
+    shapes, index = storage.read_index(folder, place(folder, content))
+    check_whole(index)
+    return shapes, index
+
+
+def refused(folder: Path, content: bytes | Metadata) -> str:
+    """Writes an index that is refused in one line. Returns the line."""
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, content)
+    message = str(caught.value)
+    assert ".metadata" in message or "stored" in message or "block" in message
+    assert "\n" not in message and message.isprintable() and len(message) < 600
+    return message
