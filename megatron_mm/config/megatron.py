@@ -52,8 +52,8 @@ ALWAYS: dict[str, Always] = {
     "--qk-layernorm": Always("attention normalises queries and keys"),
     "--attention-output-gate": Always("attention has an output gate"),
     "--group-query-attention": Always("num_query_groups says how many groups there are"),
-    "--position-embedding-type": Always("attention turns queries and keys", ("rope",)),
-    "--use-rotary-position-embeddings": Always("attention turns queries and keys"),
+    "--position-embedding-type": Always("attention uses rotary embeddings", ("rope",)),
+    "--use-rotary-position-embeddings": Always("attention uses rotary embeddings"),
     "--no-position-embedding": Always("there is no learned one"),
     "--hidden-dropout": Always("there is no dropout", ("0",)),
     "--attention-dropout": Always("there is no dropout", ("0",)),
@@ -181,7 +181,7 @@ REFUSED: dict[str, str] = {
     "--moe-enable-deepep": "use --moe-token-dispatcher-type flex",
     "--moe-enable-routing-replay": "use --routing-replay",
     "--moe-router-force-load-balancing": "tools/benchmark.py spreads routes evenly: leave it out",
-    "--moe-permute-fusion": _NOT_FUSED,
+    "--moe-permute-fusion": "it is on where Transformer Engine has its kernels: leave it out",
     "--moe-router-fusion": _NOT_FUSED,
     # Layout
     "--num-layers-per-virtual-pipeline-stage": _BY_VIRTUAL,
@@ -207,8 +207,8 @@ REFUSED: dict[str, str] = {
     # Kernels
     "--cross-entropy-loss-fusion": _NOT_FUSED,
     "--cross-entropy-fusion-impl": _NOT_FUSED,
-    "--enable-cuda-graph": "graphs are not captured: leave it out",
-    "--cuda-graph-impl": "graphs are not captured: leave it out",
+    "--enable-cuda-graph": "only decoding steps are captured: use --decoding-cuda-graph",
+    "--cuda-graph-impl": "only decoding steps are captured: use --decoding-cuda-graph",
     "--fp8-param-gather": "parameters are gathered in bf16: use --fp8-format",
     "--use-te": "use --transformer-impl transformer_engine",
     # Training

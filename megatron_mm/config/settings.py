@@ -160,8 +160,8 @@ class DataConfig:
     """Tokens that end an answer, besides <|im_end|>, the tokenizer's end of text, and eos_token_id
     of a generation_config.json beside the tokenizer."""
     extra_columns: list[str] = field(default_factory=list)
-    """Keys of rows that are meant for no one here, or for another run; * is any. Reinforcement
-    learning hands them to the reward functions without being told."""
+    """Further keys of rows that are accepted though nothing uses them; * accepts any. In
+    reinforcement learning other keys go to the reward functions and need not be named."""
     seq_length: PositiveInt = 4096
     """Tokens of the longest sample; a longer one is an error and is never cut."""
     packing: bool = False

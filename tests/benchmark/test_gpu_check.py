@@ -1,4 +1,4 @@
-"""The checks of a visit to a GPU, on a pretended one: every check runs, and faults are seen."""
+"""The checks of a visit to a GPU, on a fake one: every check runs, and faults are seen."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from support.gpu_checks import visit
 from support.launches import ROOT, environment
 
 NAMES = [check.name for check in CHECKS]
-# What neither this environment nor a pretended GPU has.
+# What neither this environment nor a fake GPU has.
 SKIPPED = {
     "fla": "flash-linear-attention is not installed",
-    "memory": "a pretended GPU has no memory to measure",
+    "memory": "a fake GPU has no memory to measure",
     "te": "Transformer Engine is not installed",
 }
 
@@ -43,7 +43,7 @@ def test_a_dry_visit(tmp_path):
         assert row["status"] == wanted, row
         assert SKIPPED.get(name, "") in row.get("why", "")
         assert f"{wanted:<8}{name:<12}" in done.stdout
-    # The pretended GPU computes what the CPU does; another choice of kernel is fp32 rounding.
+    # The fake GPU computes what the CPU does; another choice of kernel is fp32 rounding.
     figures = rows["gradients"]["figures"]
     for scene in ("plain", "recompute", "lora"):
         assert figures[f"{scene}: worst gradient"] < 1e-5

@@ -1,4 +1,4 @@
-"""Commands under the pretended GPU, started as a user would."""
+"""Commands under the fake GPU, started as a user would."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Decoding on the pretended GPU: launches of a layer, and where the host waits.
+"""Decoding on the fake GPU: launches of a layer, and where the host waits.
 
-A function that starts with `on_rank_` runs on the pretended GPU; the test looks at its answer.
+A function that starts with `on_rank_` runs on the fake GPU; the test looks at its answer.
 """
 
 from __future__ import annotations

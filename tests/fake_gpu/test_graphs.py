@@ -1,4 +1,4 @@
-"""CUDA graphs on the pretended GPU: what they compute again, and what they refuse."""
+"""CUDA graphs on the fake GPU: what they compute again, and what they refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step, a save, a load and a rollout on the pretended GPU are those of the CPU, on six
+"""A training step, a save, a load and a rollout on the fake GPU are those of the CPU, on six
 layouts.
 
 The same operators compute the same numbers, so little may differ: megatron-core overlaps its

@@ -1,6 +1,6 @@
-"""Moves to the pretended GPU, and attention over packed streams there.
+"""Moves to the fake GPU, and attention over packed streams there.
 
-A function that starts with `on_rank_` runs on the pretended GPU; the test looks at its answer.
+A function that starts with `on_rank_` runs on the fake GPU; the test looks at its answer.
 """
 
 from __future__ import annotations

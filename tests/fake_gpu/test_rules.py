@@ -1,6 +1,6 @@
-"""The pretended GPU refuses, waits and counts, operator by operator, as CUDA does.
+"""The fake GPU refuses, waits and counts, operator by operator, as CUDA does.
 
-A function that starts with `on_rank_` runs on the pretended GPU; the test looks at its answer.
+A function that starts with `on_rank_` runs on the fake GPU; the test looks at its answer.
 """
 
 from __future__ import annotations

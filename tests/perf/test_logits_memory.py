@@ -18,7 +18,7 @@ K, TP = 8192, 2
 
 
 def plain_logprobs(hidden, weight, labels, tp):
-    """What supervised tuning needs, from logits that exist whole."""
+    """What supervised fine-tuning needs, from logits that exist whole."""
     logits = hidden @ weight.t()
     wide = logits.float().unsqueeze(1)
     return -vocab_parallel_cross_entropy(wide, labels.unsqueeze(1), tp_group=tp)
@@ -79,8 +79,9 @@ def measured(way, language, pg) -> dict[str, float]:
 
 @pytest.mark.parametrize("way", ["logprobs", "logprobs_and_entropy"])
 def test_the_peak_is_a_quarter_at_most(peaks, way):
-    """Measured: 3.73 to 0.71 GB for supervised tuning, 11.20 to 0.71 GB for reinforcement learning,
-    of which 0.31 GB are the weight's gradient. Hardly anything stays until the backward pass."""
+    """Measured: 3.73 to 0.71 GB for supervised fine-tuning and 11.20 to 0.71 GB for reinforcement
+    learning, of which 0.31 GB are the weight's gradient. Hardly anything stays until the backward
+    pass."""
     plain, fused = peaks[f"plain_{way}"], peaks[f"fused_{way}"]
     assert plain["peak"] > 4 * K * 151_936 / TP / 1e9  # it sees the logits
     assert fused["peak"] <= plain["peak"] / 4

@@ -1,4 +1,4 @@
-"""Visits, and pretended GPUs for their checks, some with a planted fault. Those are called in the
+"""Visits, and fake GPUs for their checks, some with a planted fault. Those are called in the
 process that runs the checks, before it imports torch."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_mm.benchmark.gpu.command import main
 
 
 def pretend() -> Any:
-    """A pretended GPU."""
+    """A fake GPU."""
     from tools.fake_gpu import install
 
     return install()

@@ -1,4 +1,4 @@
-"""A pretended GPU: tensors that say `cuda:0`, computed on the CPU under CUDA's and NCCL's rules.
+"""A fake GPU: tensors that say `cuda:0`, computed on the CPU under CUDA's and NCCL's rules.
 
     from tools.fake_gpu import install
 

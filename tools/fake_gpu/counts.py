@@ -1,4 +1,4 @@
-"""What a pretended GPU counts: kernels launched, and times that the host waited for it.
+"""What a fake GPU counts: kernels launched, and times that the host waited for it.
 
 Each event knows its operator, the line of code that caused it, and the part of the model that ran
 (`Recorder.labelled`). Backward, a kernel belongs to the part in whose forward pass its autograd
@@ -193,7 +193,7 @@ def _shown(path: str) -> str | None:
 
 
 def call_site() -> str:
-    """Returns the innermost lines of code that are neither torch's nor the pretended GPU's."""
+    """Returns the innermost lines of code that are neither torch's nor the fake GPU's."""
     found: list[str] = []
     frame = sys._getframe(1)
     while frame is not None and len(found) < CALLERS:

@@ -109,7 +109,7 @@ def _set_device(device: Any) -> None:
     """
     index = device if isinstance(device, int) else torch.device(device).index
     if index is not None and index >= DEVICES:
-        raise RuntimeError(f"invalid device ordinal: {index} of {DEVICES} pretended GPUs")
+        raise RuntimeError(f"invalid device ordinal: {index} of {DEVICES} fake GPUs")
     if index is not None and index >= 0:
         GPU.index = index
 

@@ -1,6 +1,6 @@
 """Launches and host waits of a training step and of a step of decoding, by kind of layer.
 
-Needs a pretended GPU: a process in which `install()` was called first.
+Needs a fake GPU: a process in which `install()` was called first.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _wrapped(func, out: Any, there: list[GpuTensor]) -> Any:
         if given is None:
             return GpuTensor(host)
         if given.shape != host.shape or given.stride() != host.stride():
-            raise NotImplementedError(f"the pretended GPU cannot change a shape in place: {func}")
+            raise NotImplementedError(f"the fake GPU cannot change a shape in place: {func}")
         return given
 
     return pytree.tree_map_only(torch.Tensor, back, out)

@@ -1,4 +1,4 @@
-"""The pretended GPU of this process.
+"""The fake GPU of this process.
 
 Torch has one set of functions for a process, and one GPU for a rank; so has this package: `GPU` is
 the only state that its parts share.
@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tools.fake_gpu.counts import Counts, Recorder, call_site
 
-NAME = "NVIDIA H100 (pretended)"
+NAME = "NVIDIA H100 (fake)"
 DEVICES = 8  # of the machine
 MEMORY = 80 << 30  # bytes
 

@@ -1,4 +1,4 @@
-"""The tensor of a pretended GPU.
+"""The tensor of a fake GPU.
 
 Inside torch's C++ it is on "meta", where nothing is computed; `host` is the CPU tensor with its
 numbers. Views are made of both, so memory is shared as on a GPU.

@@ -38,7 +38,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these checks alone")
     parser.add_argument("--list", action="store_true", help="list the checks")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a row of JSON for each")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes on a pretended GPU")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on a fake GPU")
     return parser
 
 
@@ -175,7 +175,7 @@ class _GPU:
         return row
 
     def _limit(self, left: float, seconds: float) -> float:
-        """Seconds to wait; a pretended GPU may take as long as it likes."""
+        """Seconds to wait; a fake GPU may take as long as it likes."""
         return left if self.visit.dry else min(left, seconds)
 
     def _start(self, limit: float) -> None:

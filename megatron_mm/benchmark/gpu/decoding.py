@@ -68,8 +68,8 @@ def _step(visit: Visit, rollout: Rollout) -> dict[str, Any]:
     few, many = lengths = visit.size((16, 48), (2, 4))
     calls = {n: partial(rollout, n) for n in lengths}
     times = medians(calls, visit.size(3, 1), warmup=visit.size(1, 0))
-    waited = {n: waits(call, visit.pretended) for n, call in calls.items()}
-    seen = {n: kernels(call, visit.pretended, most=8) for n, call in calls.items()}
+    waited = {n: waits(call, visit.fake) for n, call in calls.items()}
+    seen = {n: kernels(call, visit.fake, most=8) for n, call in calls.items()}
 
     def a_step(of: Callable[[int], float]) -> float:
         return round((of(many) - of(few)) / (many - few), 3)

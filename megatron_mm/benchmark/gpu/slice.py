@@ -166,9 +166,9 @@ def check(visit: Visit, row: Row) -> None:
     row.note(passes_ms=round(times["passes"], 2), update_ms=round(times["update"], 2))
     kinds = by_kind(visit, found)
     row.note(kinds=_beside(kinds, {}))
-    where = waits(found.passes, visit.pretended)
+    where = waits(found.passes, visit.fake)
     row.note(waits=sum(where.values()), waits_at=dict(where.most_common(20)))
-    seen = kernels(found.passes, visit.pretended)
+    seen = kernels(found.passes, visit.fake)
     row.note(
         kernels=seen.count,
         launches=seen.launches,
@@ -212,7 +212,7 @@ def check_memory(visit: Visit, row: Row) -> None:
     """Compares the peak of a step with the plan's. A plan leaves a share of the memory to CUDA and
     fragmentation, so a run that it says to fit may need that much more."""
     if visit.dry:
-        raise Skip("a pretended GPU has no memory to measure")
+        raise Skip("a fake GPU has no memory to measure")
     found = built(visit)
     torch.cuda.reset_peak_memory_stats()
     found.step()

@@ -63,15 +63,15 @@ class Kernels:
     top: dict[str, tuple[float, int]]
 
 
-def kernels(function: Callable[[], Any], pretended: Any = None, most: int = 15) -> Kernels:
+def kernels(function: Callable[[], Any], fake: Any = None, most: int = 15) -> Kernels:
     """Runs a call under torch's profiler. All zero where that sees no kernels: CUPTI may be
     forbidden to users.
 
     Args:
-        pretended: the GPU, if it is one that only counts (`tools/fake_gpu`).
+        fake: the GPU, if it is one that only counts (`tools/fake_gpu`).
     """
-    if pretended is not None:
-        with pretended.counting() as counts:
+    if fake is not None:
+        with fake.counting() as counts:
             function()
         total, top = counts.launches.total(), counts.launches.by("what").most_common(most)
         waited = counts.waits.total()
@@ -92,16 +92,16 @@ def kernels(function: Callable[[], Any], pretended: Any = None, most: int = 15) 
     )
 
 
-def waits(function: Callable[[], Any], pretended: Any = None) -> Counter[str]:
+def waits(function: Callable[[], Any], fake: Any = None) -> Counter[str]:
     """Times that the host waited for the device during a call, by line of Python. torch warns of
     values that the host reads, not of events that it waits for: `Kernels.waits` has those too.
 
     Args:
-        pretended: as for `kernels`.
+        fake: as for `kernels`.
     """
     torch.cuda.synchronize()
-    if pretended is not None:
-        with pretended.counting() as counts:
+    if fake is not None:
+        with fake.counting() as counts:
             function()
         return counts.waits.by("site")
     with warnings.catch_warnings(record=True) as caught:

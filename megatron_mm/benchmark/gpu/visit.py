@@ -82,10 +82,10 @@ class Visit:
 
     Attributes:
         folder: for files of the visit.
-        dry: whether the GPU is a pretended one; sizes are then tiny.
+        dry: whether the GPU is a fake one; sizes are then tiny.
         deadline: of the running check's waits, as `time.monotonic` counts.
         kept: things made by one check for later ones, by name.
-        pretended: the GPU that counts in place of a real one.
+        fake: the GPU that counts in place of a real one.
         helper: the end of a pipe whose other end the process without GPU holds while it lives;
             nothing is sent through it.
     """
@@ -94,11 +94,11 @@ class Visit:
     dry: bool
     deadline: float = math.inf
     kept: dict[str, Any] = field(default_factory=dict)
-    pretended: Any = None
+    fake: Any = None
     helper: Connection | None = None
 
     def size[T](self, real: T, dry: T) -> T:
-        """The first on a GPU, the second on a pretended one."""
+        """The first on a GPU, the second on a fake one."""
         return dry if self.dry else real
 
     @cached_property

@@ -2,7 +2,7 @@
 
 A failed kernel may end CUDA for a whole process. Checks therefore run in a process that the command
 can replace, and say how they ended through a pipe. Nothing here imports torch before a GPU was
-hidden or pretended.
+hidden or fake.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_mm.benchmark.gpu.visit import CPU_LOG, Row, Skip, Visit, cpu_files
 
 # Makes torch, in a process that has not imported it, say that there is a GPU; returns what counts.
 Pretend = Callable[[], Any] | None
-NO_GPU = "there is no CUDA device; --dry runs the checks in small on a pretended one"
+NO_GPU = "there is no CUDA device; --dry runs the checks in small on a fake one"
 
 
 def serve(pipe: Connection, log: Path, visit: Visit, pretend: Pretend) -> None:
@@ -31,7 +31,7 @@ def serve(pipe: Connection, log: Path, visit: Visit, pretend: Pretend) -> None:
     answer is why there is no GPU, or None. Ends after a check that leaves CUDA unusable."""
     _write_to(log)
     if pretend is not None:
-        visit.pretended = pretend()
+        visit.fake = pretend()
     import torch
 
     from megatron_mm import cli, platform

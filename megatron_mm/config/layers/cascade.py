@@ -38,8 +38,8 @@ class CascadeSettings:
     before the second hop has learnt anything shuts every gate. 0: whole from the first step."""
     delegate_hard_from: Share = 0.5
     """Share of train_iters after which the gate is hard: tokens whose gate is above 1/2 are handed
-    over. Before, all are, with the gate as their weight. 0: hard from the first step; 1: as it was
-    before the run, soft where it is new."""
+    over. Before, all are, with the gate as their weight. 0: hard from the first step; 1: the run
+    never makes it hard. A gate that was hard before stays so."""
     delegate_distinct: bool = False
     """Whether the second hop leaves out a token's experts of the first."""
     delegate_gate_bias: Annotated[float, Bounds(ge=-100, le=100)] = 0.0

@@ -41,11 +41,11 @@ class QuerySettings:
     never rises again: a model that was trained goes on with its own."""
     query_box_loss_coeff: NonNegativeFloat = 0.0
     """Weight of the distance to the boxes of the rows' `looks` beside the loss of a token, in
-    supervised tuning."""
+    supervised fine-tuning."""
     query_place: Literal["hidden", "tokens", "random", "oracle"] = "hidden"
-    """Who says where a query looks. hidden: its hidden state; tokens: three words that the model
-    writes before it; random: the number of its position, and oracle: the box of the row's `looks`,
-    are controls, of the smallest window and of the box's size."""
+    """Source of the place of a look. hidden: the hidden state of the query; tokens: three words
+    that the model writes before it. Controls: random, a place that follows from the query's
+    position, with the smallest window; oracle, the box of the row's `looks`."""
     max_queries: PositiveInt = 32
     """Queries that one sample may have; in generation, further ones are ordinary tokens."""
 
