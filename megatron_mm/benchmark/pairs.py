@@ -13,7 +13,8 @@ from megatron_mm.benchmark.prompts import words
 from megatron_mm.config import RunConfig, token_multiple
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tiles import image_settings
-from megatron_mm.rl.completion_batch import CompletionBatch, answered, completion_batch
+from megatron_mm.generation.answers import answered
+from megatron_mm.rl.completion_batch import CompletionBatch, completion_batch
 
 
 class TextPair(NamedTuple):

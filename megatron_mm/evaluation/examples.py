@@ -6,24 +6,23 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megatron_mm.config import memories_of_pairs, parse_pattern, token_multiple
 from megatron_mm.config.layers.looks import LOOK
-from megatron_mm.data.batch import BatchQueries, Microbatch
+from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.loading.packing import chunks
 from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.messages import IMAGE_MARK
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
-from megatron_mm.engine.feed import broadcast_batches, receive
+from megatron_mm.engine.feed import from_reader, receive
 from megatron_mm.evaluation.evaluate import ask, open_questions, write_record
 from megatron_mm.evaluation.probe import Load, Looks, probe
 from megatron_mm.evaluation.questions import EvalItem, EvalSet
-from megatron_mm.generation.answers import with_answers
+from megatron_mm.generation.answers import answered
 from megatron_mm.report.page_rl import BEFORE_FILE
 
 SHOWN_PER_KEY = 3  # examples in the report
@@ -97,61 +96,43 @@ def _probed(keys: Sequence[str]) -> dict[str, list[int]]:
 def _probe_records(
     engine: Engine, tokenizer: Tokenizer, questions: EvalSet, records: list[dict]
 ) -> tuple[list[EvalItem], list[list[int]], Looks, Load]:
-    """Returns the questions (on the reader), the tokens of their answers, and what a forward pass
-    over both shows, in microbatches that hold no more than those of training."""
+    """Returns, on the reader, the questions, the tokens of their answers with the slots of looks,
+    and what a forward pass over both shows, in microbatches that hold no more than those of
+    training; elsewhere nothing."""
     groups, run = engine.groups, engine.run
-    items: list[EvalItem] = []
     tokens = LookTokens.of(run, tokenizer)
-    ids = [[*tokenizer.encode(r["prediction"]), tokenizer.message_end_id] for r in records]
-    if tokens is not None:
-        ids = [tokens.expand(torch.tensor(row)).tolist() for row in ids]
+    items: list[EvalItem] = []
+    answers: list[list[int]] = []
+    lengths: list[tuple[int, int]] = []  # of each prompt and its answer
 
     def read() -> list[Microbatch]:
         items.extend(questions[record["index"]] for record in records)
-        longest = max(map(len, ids))
-        sizes = [item.sample.size for item in items]
-        sizes = [size._replace(tokens=size.tokens + longest) for size in sizes]
+        whole = []
+        for item, record in zip(items, records, strict=True):
+            ids = [*tokenizer.encode(record["prediction"]), tokenizer.message_end_id]
+            whole.append(answered(item.sample, torch.tensor(ids), tokens))
+            prompt = len(item.sample.tokens_T)
+            answers.append(whole[-1].tokens_T[prompt:].tolist())
+            lengths.append((prompt, len(answers[-1])))
         most = run.training.micro_batch_size * run.data.seq_length
-        split = chunks(sizes, most, run.data.max_pack_tiles)
-        return [questions.collate([items[i] for i in chunk]) for chunk in split]
+        split = chunks([sample.size for sample in whole], most, run.data.max_pack_tiles)
+        multiple = token_multiple(run)
+        return [questions.joined([whole[i] for i in chunk], multiple) for chunk in split]
 
     batches, _ = receive(groups, read)
+    lengths = from_reader(groups, lengths)
     looks: Looks = {}
     counts: dict[int, list[torch.Tensor]] = defaultdict(list)
     first = 0
-    for prompts in batches:
-        answers = ids[first : first + len(prompts.samples)]
-        first += len(prompts.samples)
-        some_looks, some_load = _probe_answered(engine, tokenizer, tokens, prompts, answers)
+    for batch in batches:
+        own = lengths[first : first + len(batch.samples)]
+        first += len(own)
+        some_looks, some_load = probe(engine, batch, [p for p, _ in own], [a for _, a in own])
         for pair, weights in some_looks.items():
             looks[pair] = [*looks.get(pair, ()), *weights]
         for layer, its in some_load.items():
             counts[layer].append(its)
-    return items, ids, looks, {layer: torch.cat(its) for layer, its in counts.items()}
-
-
-def _probe_answered(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    tokens: LookTokens | None,
-    prompts: Microbatch,
-    answers: list[list[int]],
-) -> tuple[Looks, Load]:
-    """Probes prompts with their answers; see `probe`."""
-    lengths = prompts.cu_seqlens.diff().tolist()
-    longest = max(map(len, answers))
-    padded = [row + [tokenizer.pad_id] * (longest - len(row)) for row in answers]
-    multiple = token_multiple(engine.run)
-    batch = with_answers(prompts, torch.tensor(padded), tokenizer.pad_id, multiple)
-    if tokens is not None:
-        asked: list[int] = []  # where in the stream of prompts and answers queries stand
-        begins = batch.cu_seqlens.tolist()
-        for begin, before, row in zip(begins, lengths, padded, strict=False):
-            asked += (begin + before + tokens.find(torch.tensor(row))).tolist()
-        targets = tokens.targets(batch.tokens_T, asked, [None] * len(asked))
-        batch = replace(batch, queries=BatchQueries.build(asked, targets))
-    (batch,) = broadcast_batches(engine.groups, [batch])
-    return probe(engine, batch, lengths, [*map(len, answers)])
+    return items, answers, looks, {layer: torch.cat(its) for layer, its in counts.items()}
 
 
 def _example(record: dict, item: EvalItem, folder: Path) -> dict:

@@ -147,13 +147,14 @@ class EvalSet:
             DataError: a row is bad.
         """
         samples = [self._builder.training(*self._row(index)) for index in indices]
-        return self._joined(samples, pad_multiple)
+        return self.joined(samples, pad_multiple)
 
     def collate(self, items: list[EvalItem], pad_multiple: int = 1) -> Microbatch:
         """Packs the prompts of `items` into a microbatch without supervision."""
-        return self._joined([item.sample for item in items], pad_multiple)
+        return self.joined([item.sample for item in items], pad_multiple)
 
-    def _joined(self, samples: list[Sample], pad_multiple: int) -> Microbatch:
+    def joined(self, samples: list[Sample], pad_multiple: int) -> Microbatch:
+        """Packs samples of these rows into a microbatch."""
         return collate(
             samples,
             settings=self._builder.settings,

@@ -24,6 +24,7 @@ from megatron_mm.data.tokenizer import LOOK, Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_from_reader
 from megatron_mm.errors import DataError
+from megatron_mm.generation.answers import answered
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.pass_rate.measure import open_rows, with_files
@@ -31,7 +32,6 @@ from megatron_mm.pass_rate.output import Tally
 from megatron_mm.pass_rate.pairs import answer_of, pair_row, sides
 from megatron_mm.pass_rate.rated import check_images_beside, line_of, rated
 from megatron_mm.pass_rate.rounds import Made, each_row, run_rounds
-from megatron_mm.rl.completion_batch import answered
 from megatron_mm.rl.rollout.prompts import longest_prompt, sorted_out
 from megatron_mm.rl.settings import RLConfig
 

@@ -25,6 +25,7 @@ from megatron_mm.data.tiles import ImageSettings, image_settings
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches
+from megatron_mm.generation.answers import answered
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.model.routing import Routes
 from megatron_mm.rl.rollout.draw import Group, moe_layers
@@ -77,33 +78,6 @@ class CompletionBatch(Microbatch):
     def split(self, values_T: torch.Tensor) -> list[torch.Tensor]:
         """Returns [G] of each member: the opposite of `spread`."""
         return list(values_T[self.sampled].split(self.lengths_N.tolist()))
-
-
-def answered(prompt: Sample, tokens_G: torch.Tensor, looks: LookTokens | None) -> Sample:
-    """Returns the prompt and its completion, whose tokens are supervised; slots stand behind its
-    queries, and are not."""
-    start, before = len(prompt.tokens_T), len(prompt.queries)
-    places_G, queries = torch.arange(len(tokens_G)), prompt.queries
-    if looks is not None:
-        places_G = looks.places(tokens_G, before)
-        tokens_G = looks.expand(tokens_G, before)
-        queries += tuple((start + looks.find(tokens_G, before)).tolist())
-    tokens_T = torch.cat((prompt.tokens_T, tokens_G))
-    targets = (prompt.targets + (None,) * len(queries))[: len(queries)]
-    if looks is not None:
-        targets = looks.targets(tokens_T, queries, targets)
-    mask_T = torch.zeros(len(tokens_T))
-    mask_T[start - 1 + places_G] = 1.0
-    return Sample(
-        tokens_T,
-        torch.cat((tokens_T[1:], tokens_T[-1:])),
-        mask_T,
-        prompt.images,
-        prompt.where,
-        queries=queries,
-        targets=targets,
-        slots=prompt.slots,
-    )
 
 
 def completion_batch(

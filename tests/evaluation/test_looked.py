@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from megatron_mm.config import RunConfig
+from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.looks import LookTokens
+from megatron_mm.data.sample import SampleBuilder
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.evaluation import examples
 from megatron_mm.evaluation.evaluate import evaluate
 from megatron_mm.evaluation.examples import write_examples
-from support.trainers import CP2, PP2, digits_run, with_glimpses
+from megatron_mm.evaluation.questions import EvalSet
+from support.trainers import LAYOUTS, digits_run, with_glimpses
 from support.weights import random_engine
 
 
@@ -67,14 +70,74 @@ def test_a_look_at_a_pyramid_is_drawn_over_its_finest_patches(one_rank):
     assert all(len(weights) == 36 for weights in look["weights"])
 
 
-@pytest.mark.parametrize("sizes", [PP2, CP2])
-def test_every_layout_looks_at_the_same_places(ranks, look_scenes, one_rank, tmp_path, sizes):
-    found = ranks(2, on_rank_evaluate, looking_run(look_scenes, **sizes), tmp_path)[0]
+@pytest.mark.parametrize("name", ["PP2", "CP2", "PP2, encoder beside"])
+def test_every_layout_looks_at_the_same_places(ranks, look_scenes, one_rank, tmp_path, name):
+    size, sizes = LAYOUTS[name]
+    found = ranks(size, on_rank_evaluate, looking_run(look_scenes, **sizes), tmp_path)[0]
     for mine, theirs in zip(found, one_rank[0], strict=True):
         assert mine["prediction"] == theirs["prediction"]
         assert torch.allclose(
             torch.tensor(mine["looked"]), torch.tensor(theirs["looked"]), atol=1e-5
         )
+    ours, whole = (
+        json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path, one_rank[1])
+    )
+    assert ours["experts"] == whole["experts"]  # no token sits on the fence between two
+    for one, other in zip(ours["examples"], whole["examples"], strict=True):
+        for mine, its in zip(one["looks"], other["looks"], strict=True):
+            # Rounded to 5 digits; fp32 in another order.
+            assert torch.allclose(
+                torch.tensor(mine["weights"]), torch.tensor(its["weights"]), atol=3e-5
+            )
+
+
+def on_rank_probes(run: RunConfig) -> Microbatch:
+    """What is probed of the first row, as if the model had answered as the row does."""
+    engine, tokenizer = random_engine(run), load_tokenizer(run.data.tokenizer_model)
+    questions, probed, forward = EvalSet(run.data.valid_data, run, tokenizer), [], examples.probe
+
+    def seen(engine, batch, *lengths):
+        probed.append(batch)
+        return forward(engine, batch, *lengths)
+
+    examples.probe = seen
+    try:
+        record = {"index": 0, "prediction": ANSWER}
+        examples._probe_records(engine, tokenizer, questions, [record])
+    finally:
+        examples.probe = forward
+    return probed[0]
+
+
+ANSWER = "cell 3<look> is 0, cell 0<look> is 3"
+
+
+@pytest.mark.parametrize("place", ["hidden", "oracle"])
+def test_a_probe_sees_the_looks_of_earlier_turns_and_the_places_of_the_row(
+    ranks, look_scenes, tmp_path, place
+):
+    """It sees what training on the row sees, its places for the oracle among it."""
+    row = json.loads((look_scenes / "valid.jsonl").read_text().splitlines()[1])
+    assert row["messages"][1]["content"].count("<look>") == len(row["looks"]) == 1
+    row["messages"] += [
+        {"role": "user", "content": "And cells 3 and 0? Show steps."},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    row["looks"] += [{"box": [0, 0.3, 0.3, 0.6]}, {"box": [0, 0, 0.3, 0.3]}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    (tmp_path / "images").symlink_to(look_scenes / "images")
+    run = with_glimpses(digits_run(look_scenes), "GE Q *E V L GE J", place)
+    run.data.valid_data = str(file)
+    (batch,) = ranks(1, on_rank_probes, run)
+    builder = SampleBuilder(run, load_tokenizer(run.data.tokenizer_model))
+    whole = builder.training(row, "r:1", tmp_path)
+    count = min(batch.num_real_tokens, len(whole.tokens_T))
+    assert count > whole.queries[-1] + 4 and len(whole.queries) == 3
+    assert batch.tokens_T[:count].equal(whole.tokens_T[:count])
+    assert batch.queries.positions_N.tolist() == [*whole.queries]
+    if place == "oracle":
+        assert batch.queries.targets_N3.tolist() == [pytest.approx(t) for t in whole.targets]
 
 
 def on_rank_probed(run: RunConfig, folder, most: int | None) -> int:

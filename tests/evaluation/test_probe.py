@@ -14,7 +14,7 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.evaluation.examples import _looks
 from megatron_mm.evaluation.probe import probe
-from megatron_mm.generation.answers import with_answers
+from support.grown import with_answers
 from support.trainers import LAYOUTS, digits_run, prompts_of, with_two_memories
 from support.weights import random_engine
 

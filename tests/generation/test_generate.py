@@ -21,13 +21,13 @@ from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.evaluation.questions import EvalSet
-from megatron_mm.generation.answers import with_answers
 from megatron_mm.generation.generate import Prompts, generate, whole_logits
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.parallel import groups
 from support.batches import microbatch, small_model
 from support.cascades import with_cascade
+from support.grown import with_answers
 from support.samples import normalised
 from support.slow_generate import generate as slow_generate
 from support.trainers import LAYOUTS, PRIME, TP2, TP3, digits_run, with_two_memories

@@ -24,13 +24,13 @@ from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engine.feed import broadcast_batches
 from megatron_mm.evaluation.questions import EvalSet
+from megatron_mm.generation.answers import answered
 from megatron_mm.generation.generate import Prompts, generate, whole_logits
 from megatron_mm.generation.lanes import Completion
 from megatron_mm.generation.looked import gather_looked
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.model.routing import whole_routes
 from megatron_mm.parallel.param_layout import layouts
-from megatron_mm.rl.completion_batch import answered
 from support.trainers import CP2, EP2, PP2, TP2, VPP2, digits_run, with_glimpses
 from support.weights import random_engine
 

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_mm.generation.answers import answered
 from megatron_mm.preference.batch import preference_batch
 from megatron_mm.preference.losses import Pairs
 from megatron_mm.preference.objective import PreferenceObjective
 from megatron_mm.preference.settings import PREFERENCE_LOSSES, DPOConfig
 from megatron_mm.report.metrics import MUTED, Metrics, own_totals, reduced
-from megatron_mm.rl.completion_batch import answered, completion_batch
+from megatron_mm.rl.completion_batch import completion_batch
 
 LENGTHS = [5, 3, 1, 7, 4, 4]  # chosen and rejected by turns
 DELTA = 0.05

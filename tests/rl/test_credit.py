@@ -10,8 +10,9 @@ import torch
 
 from megatron_mm.earl.alignment import Hits
 from megatron_mm.earl.settings import EARLConfig
+from megatron_mm.generation.answers import answered
 from megatron_mm.rl.advantages import EPSILON, Advantages
-from megatron_mm.rl.completion_batch import answered, completion_batch
+from megatron_mm.rl.completion_batch import completion_batch
 from megatron_mm.rl.credit import completion_kl, credit, over_the_batch
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_batch import policy_batches

@@ -14,8 +14,9 @@ from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.looks import LookTokens
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.generation.answers import answered
 from megatron_mm.generation.lanes import Completion
-from megatron_mm.rl.completion_batch import answered, completion_batch
+from megatron_mm.rl.completion_batch import completion_batch
 from megatron_mm.rl.rewards.looking import look_if_right, look_iou
 from megatron_mm.rl.rewards.result import Rewards
 from megatron_mm.rl.rollout.draw import Group, Rollout

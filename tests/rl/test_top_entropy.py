@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_mm.config import RunConfig
-from megatron_mm.rl.completion_batch import answered, completion_batch
+from megatron_mm.generation.answers import answered
+from megatron_mm.rl.completion_batch import completion_batch
 from megatron_mm.rl.credit import credit
 from megatron_mm.rl.logprobs import Logprobs
 from megatron_mm.rl.policy_batch import policy_batches

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
-from megatron_mm.generation.answers import with_answers
 from megatron_mm.generation.generate import last_positions
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.parallel.groups import Groups
+from support.grown import with_answers
 
 
 def _greedy(

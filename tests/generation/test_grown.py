@@ -9,8 +9,8 @@ from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.data.tokenizer import load_tokenizer
-from megatron_mm.generation.answers import with_answers
 from support.batches import values_of
+from support.grown import with_answers
 from support.trainers import digits_run, prompts_of
 
 
