@@ -4,8 +4,9 @@
     python tools/launch.py --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d \\
         --rdzv-endpoint HOST:PORT --rdzv-id JOB -m megatron_mm.train --config FILE
 
-All arguments are torchrun's. The exit code is 0 if all ranks succeeded, else 1; no process is left
-running. After a signal ranks have STOP_TIMEOUT seconds to save (30, as torchrun gives).
+All arguments are torchrun's. The exit code is 0 if all ranks succeeded, 2 for a wrong setting, else
+1; no process is left running. After a signal ranks have STOP_TIMEOUT seconds to save (30, as
+torchrun gives).
 """
 
 from __future__ import annotations
@@ -87,7 +88,11 @@ def main(argv: list[str]) -> int:
         del os.environ[CPP_LOG]
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     args = get_args_parser().parse_args(argv)
-    api.LocalElasticAgent = _patient(api.LocalElasticAgent, int(os.environ.get(PATIENCE, "30")))
+    patience = os.environ.get(PATIENCE, "30")
+    if not patience.isdecimal():
+        print(f"error: {PATIENCE} is {patience!r}; allowed: whole seconds", file=sys.stderr)
+        return 2
+    api.LocalElasticAgent = _patient(api.LocalElasticAgent, int(patience))
     raise_limit()  # an agent holds a connection to every rank of the job
     try:
         run(args)

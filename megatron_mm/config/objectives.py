@@ -46,7 +46,8 @@ class Declaration:
         sections: its settings: key in files -> dataclass. Objectives may share a section.
         check: raises ConfigError for settings that do not fit the run.
         check_replicas: (run, replicas), raises ConfigError for settings that do not fit them.
-        console: metrics shown on the console before the common ones.
+        console: metrics shown on the console before the common ones; the first is the loss that
+            `loss_spike_factor` guards.
         before: (engine, tokenizer, output_dir, stop), called before the first step of a run that
             writes a report: it records what the report compares the trained model with.
         moe_aux_loss_coeff: the coefficient of the load-balancing loss of a run.

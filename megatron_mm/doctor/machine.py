@@ -199,12 +199,13 @@ def used(findings: dict[str, Finding], has_gpu: bool) -> list[Finding]:
     other = " (or --transformer-impl transformer_engine)" if te and has_gpu else ""
     adam = "Transformer Engine's" if te else "apex's" if apex else "torch's"
     delta = "FLA's Triton kernel" if fla and has_gpu else "ours in torch"
+    packed = "torch's varlen_attn in 16 bits from Ampere on, else " if has_gpu else "torch's "
     slow = has_gpu and not fla
     if slow:
         delta += ", the slower one: install fla; a run says what it costs"
     return [
         Finding("-> linear", f"megatron-core's in torch{other}"),
-        Finding("-> attention", f"torch's scaled_dot_product_attention{other}"),
+        Finding("-> attention", f"{packed}scaled_dot_product_attention{other}"),
         Finding("-> experts", f"ours in torch{other}"),
         Finding("-> gated delta rule", delta, not slow),
         Finding("-> optimizer", f"{adam} Adam"),

@@ -26,13 +26,9 @@ from megatron_mm.config import ConfigError, ParallelConfig, RunConfig, load, val
 from megatron_mm.doctor.disk import disk
 from megatron_mm.errors import LaunchError
 from megatron_mm.parallel import descriptors
-from megatron_mm.train.alike import code_version, digest_of, settings_of, version
+from megatron_mm.train.alike import PACKAGES, code_version, digest_of, settings_of, version
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = (
-    *("torch", "megatron-core", "transformers", "transformer-engine", "flash-linear-attention"),
-    *("apex", "triton", "numpy"),
-)
 GLOO_PATIENCE = datetime.timedelta(seconds=60)  # for all ranks to connect
 LARGEST_SKEW = 1.0  # seconds: rendezvous and logs compare clocks of different nodes
 

@@ -32,7 +32,7 @@ class Odd(NamedTuple):
     """Copies of a block that differ.
 
     Attributes:
-        ranks: those that differ from most others; all of them where no two thirds agree.
+        ranks: those that differ from most others; all of them where no majority agrees.
         others: the ranks that agree; empty if it cannot be told which copy is right.
     """
 

@@ -26,6 +26,11 @@ from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.param_layout import layouts
 
 Results = dict[str, dict[str, float]]
+SIZES = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("virtual_pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+)
 
 
 def open_questions(
@@ -180,7 +185,7 @@ def write_record(groups: Groups, path: Path, record: dict, indent: int | None = 
 
 
 def write_text(groups: Groups, path: Path, text: str) -> None:
-    """Writes a file on the first rank. Every rank calls it.
+    """Writes a file on the first rank, whole or not at all. Every rank calls it.
 
     Raises:
         DataError: on every rank, if it cannot be written.
@@ -189,7 +194,9 @@ def write_text(groups: Groups, path: Path, text: str) -> None:
     if dist.get_rank() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(text)
+            partial.replace(path)
         except OSError as problem:
             error = f"cannot write {path}: {problem}"
     raise_together(groups, error)
@@ -222,9 +229,7 @@ def write_results(
         "seconds": seconds,
         "parameters": sum({k: v for part in parts for k, v in part.items()}.values()),
         "layout": {
-            "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-            "expert_model_parallel_size": parallel.expert_model_parallel_size,
+            **{name: getattr(parallel, name) for name in SIZES},
             "data_parallel_size": groups.pg.dp.size(),
         },
         "stages": [" ".join(layer.kind for layer in stage.layers) for stage in model_stages(run)],

@@ -14,7 +14,6 @@ import torch
 
 from megatron_mm import platform
 from megatron_mm.engine.engine import Engine
-from megatron_mm.errors import ConfigError
 from megatron_mm.generation.exchange import Drawn
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.model.layers.moe import MixtureOfExperts
@@ -85,15 +84,19 @@ def cuda_graph(step: Step, pool: tuple[int, int]) -> Step:
         pool: the memory of what it computes with, as torch numbers it.
 
     Raises:
-        ConfigError: if something in it cannot be recorded.
+        torch.OutOfMemoryError: it does not fit beside the other graphs.
+        RuntimeError: if something in it cannot be recorded. Not a ConfigError, which all ranks
+            would raise together.
     """
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads (NCCL's, those that pin memory) may go on with calls of their own.
         with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             recorded = step()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        raise ConfigError(
+        raise RuntimeError(
             f"a decoding step cannot be a CUDA graph ({str(error).splitlines()[0]}); "
             "--no-decoding-cuda-graph runs it without"
         ) from error

@@ -147,7 +147,7 @@ class Segments:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """The lengths as numbers; one look at the device for all layers."""
+        """The lengths as numbers."""
         return tuple(self.lengths.tolist())
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,7 @@ def start(parallel: ParallelConfig) -> None:
 
     Raises:
         LaunchError: this rank cannot join: the port is taken, the address unknown, a variable of
-            torchrun's wrong.
+            torchrun's wrong, or there is no GPU for it.
     """
     descriptors.raise_limit()
     # Otherwise every gloo group connects each of its ranks with all others at once.
@@ -82,7 +83,7 @@ def start(parallel: ParallelConfig) -> None:
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
     alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
     try:
         if not 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):
@@ -94,6 +95,16 @@ def start(parallel: ParallelConfig) -> None:
         )
     except (RuntimeError, ValueError, OverflowError, TypeError) as error:
         raise LaunchError(_why(error)) from None
+
+
+def _take_gpu(number: int, count: int) -> None:
+    if not 0 <= number < count:
+        raise LaunchError(
+            f"rank {os.environ['RANK']} is number {number} on {socket.gethostname()} (LOCAL_RANK, "
+            f"from 0), where {count} GPUs are visible; start as many ranks as GPUs "
+            "(--nproc-per-node, NPROC_PER_NODE), and show every rank all of the node's GPUs"
+        )
+    torch.cuda.set_device(number)
 
 
 def _why(error: Exception) -> str:

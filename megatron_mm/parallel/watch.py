@@ -39,6 +39,9 @@ LOST = re.compile(
     r"remote peer|peer (has )?(exited|closed)",
     re.IGNORECASE,
 )
+# NCCL says so of this rank's own GPU.
+OWN = re.compile(r"cuda (error|failure)|unhandled cuda error|out of memory", re.IGNORECASE)
+MOST = 160  # characters of what a library says
 ENDED = re.compile(r"closed|reset|refused|broken|exited", re.IGNORECASE)
 
 
@@ -67,10 +70,13 @@ def lost_connection(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     text = " ".join(str(error).split())
-    if not isinstance(error, dist.DistError) and not LOST.search(text):
+    lost = isinstance(error, dist.DistError) or LOST.search(text)
+    if not lost or OWN.search(text):
         return None
     text = re.sub(r"^\[\S+\]\s*|Exception raised from.*", "", text)
-    return text if len(text) <= 160 else text[:157] + "..."
+    if len(text) <= MOST:
+        return text
+    return f"{text[: MOST // 3]} ... {text[MOST // 3 + 5 - MOST :]}"  # NCCL names the cause last
 
 
 def guilty(before: Mapping[int, Sign], after: Mapping[int, Sign], closed: bool) -> str | None:
@@ -135,18 +141,20 @@ class Watch:
         """Tells the others why this rank fails."""
         _within(STORE_SECONDS, lambda: self._give(word=text))
 
-    def why(self, said: str) -> str:
-        """Describes a collective that failed; takes two beats, or `STORE_SECONDS` more if the store
-        does not answer.
+    def why(self, said: str) -> str | None:
+        """Describes a collective that failed because of another rank; None if all others live and
+        nothing points to one of them. Takes two beats, or `STORE_SECONDS` more if the store does
+        not answer.
 
         Args:
             said: what the library said; see `lost_connection`.
         """
         silent = f"{HOLDER} does not answer: its process is frozen or gone"
-        found = _within(STORE_SECONDS + 3 * BEAT, lambda: self._guilty(said)) or silent
-        return f"{found}; rank {self._rank} cannot go on without it ({said})"
+        answer = _within(STORE_SECONDS + 3 * BEAT, lambda: (self._guilty(said),))
+        (found,) = answer or (silent,)
+        return found and f"{found}; rank {self._rank} cannot go on without it ({said})"
 
-    def _guilty(self, said: str) -> str:
+    def _guilty(self, said: str) -> str | None:
         self._give(left=True)
         before = after = self._signs()
         found = guilty({}, before, True) if any(s.word for s in before.values()) else None
@@ -154,10 +162,12 @@ class Watch:
             time.sleep(2.5 * BEAT)
             after = self._signs()
             found = guilty(before, after, bool(ENDED.search(said)))
-        if found is None and after:  # else the store is gone
-            never = [rank for rank in range(self._size) if rank not in {*after, self._rank}]
-            found = f"rank {never[0]} has given no sign of life" if never else None
-        return "another rank has failed or does not answer" if found is None else found
+        if not after:  # the store is gone, and who held it
+            return "another rank has failed or does not answer"
+        never = [rank for rank in range(self._size) if rank not in {*after, self._rank}]
+        if found is None and never:
+            return f"rank {never[0]} has given no sign of life"
+        return found
 
     def _give(self, **changes: Any) -> None:
         with self._lock, contextlib.suppress(RuntimeError):  # the store may be gone

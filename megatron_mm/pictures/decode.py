@@ -88,13 +88,14 @@ def shown(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8, by which `shown` will turn an opened image. Pixels are
-    decoded only for a PNG whose EXIF stands behind them."""
-    if image.format == "TIFF":
+    """Returns the orientation, 1 to 8, by which `shown` will turn an opened image, of its EXIF or
+    else of its XMP. Pixels are decoded only for a PNG that may have them behind its pixels."""
+    tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    if tiff and ExifTags.Base.Orientation in image.tag_v2:
         return 1  # it is opened with the size of the turned image
-    late = image.format == "PNG" and "exif" not in image.info and _has_late_exif(image)
-    exif = image.getexif() if late else Image.Image.getexif(image)
-    return exif.get(ExifTags.Base.Orientation, 1)
+    if image.format == "PNG" and _has_late_exif(image):
+        image.load()
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
 def _has_late_exif(image: Image.Image) -> bool:

@@ -97,11 +97,12 @@ def _run(run: RunConfig) -> int:
             if watched is None:
                 raise
             said = lost_connection(error)
-            if said is None:
+            with stopping(lambda: None):  # torchrun tells this rank to end meanwhile
+                why = said and watched.why(said)
+            if not why:  # its own failure, or one that nothing explains but its traceback
                 watched.last_word(cli.one_line(error))
                 raise
-            with stopping(lambda: None):  # torchrun tells this rank to end meanwhile
-                cli.logger.error("%s", watched.why(said))
+            cli.logger.error("%s", why)
             return 1
     # Not after anything else: other ranks may be inside a collective, and leaving the job in
     # good order would wait for them before the traceback is seen.

@@ -96,7 +96,9 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
         try:
             metrics = trainer.step()
         except DataError as error:
-            ended = isinstance(error, EndOfData) and trainer.iteration > trainer.begun
+            # A run that is queued again after its data have ended has its evaluation left.
+            again = run.checkpoint.resume and trainer.saved == trainer.iteration
+            ended = isinstance(error, EndOfData) and (again or trainer.iteration > trainer.begun)
             if not ended:
                 raise
             logger.info("ending at step %d of %d: %s", trainer.iteration, total, error)
@@ -115,7 +117,7 @@ def _steps(trainer: Trainer, log: MetricsLogger) -> bool:
             if trainer.is_logger:
                 log.table(now, trainer.source.table)
         ended = trainer.time_is_up()
-        if eval_interval and now % eval_interval == 0 and now < total:
+        if eval_interval and now % eval_interval == 0 and now < total and not ended:
             results, _ = _evaluate(trainer)
             if results:
                 log.log(now, _logged(results))

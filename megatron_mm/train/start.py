@@ -194,11 +194,11 @@ def _tell_order(saved: dict | None, here: dict) -> None:
     """Warns if the positions in the loader's state now stand for other samples."""
     if saved is None or saved == here:
         return
-    what = next(key for key in here if saved.get(key) != here[key])
+    what = next(key for key in {**here, **saved} if saved.get(key) != here.get(key))
     logger.warning(
         "the data's order is not the checkpoint's: %s was %s and is %s; samples may be repeated "
         "or left out",
         what,
         json.dumps(saved.get(what)),
-        json.dumps(here[what]),
+        json.dumps(here.get(what)),
     )

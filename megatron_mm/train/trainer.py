@@ -25,7 +25,7 @@ from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.engine.replicas import Replicas
 from megatron_mm.engine.totals import KnownTotals
-from megatron_mm.errors import CheckpointError, DataError, NonFiniteError
+from megatron_mm.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from megatron_mm.evaluation.evaluate import open_questions
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.report.metrics import Metrics, NotFinite, Total, own_totals, reduced
@@ -169,12 +169,23 @@ class Trainer:
             "perf/iteration_time": time.perf_counter() - begin,
         }
 
+    def _guarded(self, metrics: dict[str, float]) -> float:
+        """The loss that is guarded against spikes, as `Declaration.console` names it first."""
+        shown = declaration(self.run).console
+        if not shown or shown[0] not in metrics:
+            known = ", ".join(sorted(name for name in metrics if name.startswith("train/")))
+            raise ConfigError(
+                f"loss_spike_factor guards the first name in the `console` of objective "
+                f"{self.run.training.objective!r}, {shown[0] if shown else 'none'}, which its "
+                f"steps do not report; they report {known}"
+            )
+        return metrics[shown[0]]
+
     def _update(self, norm: float, metrics: dict[str, float]) -> None:
         """Updates the parameters, unless the guard holds the step back; counts it in any case."""
         objection = None
         if self.run.training.loss_spike_factor:
-            loss = metrics[declaration(self.run).console[0]]
-            objection = self.guard.objection(loss)
+            objection = self.guard.objection(self._guarded(metrics))
             metrics["train/held_back"] = float(objection is not None)
         self.position = None  # half a step cannot be saved
         if objection is None:

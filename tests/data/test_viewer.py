@@ -71,6 +71,36 @@ def test_exif_behind_the_pixels(orientation):
     assert np.array_equal(np.asarray(image), np.rot90(pixels, turns))
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("exif", [None, "without orientation", "with orientation"])
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "WEBP", "PNG", "PNG, behind the pixels"])
+def test_xmp_turns_where_exif_does_not(kind, exif):
+    """As Pillow's `exif_transpose` does. Its sizes before decoding know nothing of XMP."""
+    own = Image.Exif()
+    if exif is not None:
+        own[ExifTags.Base.Software] = "x"
+    if exif == "with orientation":
+        own[ExifTags.Base.Orientation] = 3
+    buffer, image = BytesIO(), Image.fromarray(noise(64, 32))
+    if kind.startswith("PNG"):
+        text = b"XML:com.adobe.xmp" + bytes(5) + XMP
+        chunk = b"iTXt" + text
+        chunk = struct.pack(">I", len(text)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        image.save(buffer, "PNG", exif=own)
+        png = buffer.getvalue()
+        at = png.index(b"IEND" if "behind" in kind else b"IDAT") - 4
+        data = png[:at] + chunk + png[at:]
+    else:
+        if kind == "TIFF":  # in a tag of its own
+            own[700] = XMP
+        image.save(buffer, kind, exif=own, xmp=XMP)
+        data = buffer.getvalue()
+    expected = (64, 32) if exif == "with orientation" else (32, 64)
+    assert load_image(of(data), "row").size == image_size(of(data), "row") == expected
+
+
 def test_a_png_without_exif_is_not_decoded_for_its_size(monkeypatch):
     buffer, about = BytesIO(), PngImagePlugin.PngInfo()
     about.add_text("Software", "x")

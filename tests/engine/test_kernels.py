@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -153,6 +154,29 @@ def test_flash_linear_attention_where_its_backward_pass_is_refused(
     if problem is not None:
         assert "on Hopper with Triton 3.6.0 (allowed: below 3.4.0, from 3.7.1)" in problem
         assert "pip install 'tilelang[nvcc]'" in problem and "\n" not in problem
+
+
+@pytest.mark.parametrize(("version", "works"), [("0.5.2", False), ("0.6.0", True), (None, True)])
+def test_an_older_flash_linear_attention_is_not_used(monkeypatch, version, works):
+    """It lacks the module of the convolution: the first forward pass would end in a traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    find, held = importlib.util.find_spec, importlib.metadata.version
+
+    def of(name: str) -> str:
+        if name != "flash-linear-attention":
+            return held(name)
+        if version is None:  # a checkout on PYTHONPATH
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", of)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name == "fla" else find(name)
+    )
+    problem = choice.missing_fla()
+    assert (problem is None) == works
+    assert works or "flash-linear-attention is 0.5.2; allowed: 0.6 or newer" in problem
 
 
 def on_rank_gradients(deterministic: bool) -> dict[str, torch.Tensor]:

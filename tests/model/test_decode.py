@@ -15,13 +15,13 @@ WIDTHS = HeadWidths(key=6, value=5, values=2)
 KEY_HEADS, TAPS = 3, 4
 
 
-def inputs(tokens: int, seed: int):
+def inputs(tokens: int, seed: int, width: int = TAPS):
     g = torch.Generator().manual_seed(seed)
     channels, heads = KEY_HEADS * sum(WIDTHS.rows), KEY_HEADS * WIDTHS.values
     qkv = torch.randn(tokens, channels, generator=g)
     decay = -torch.rand(tokens, heads, generator=g) * 0.5
     beta = torch.rand(tokens, heads, generator=g)
-    return qkv, decay, beta, torch.randn(channels, TAPS, generator=g)
+    return qkv, decay, beta, torch.randn(channels, width, generator=g)
 
 
 def segments(lengths) -> Segments:
@@ -32,11 +32,11 @@ def segments(lengths) -> Segments:
 LENGTHS = (5, 1, 32, 33, 70, 2)
 
 
-@pytest.mark.parametrize("split", [1, 2, 31])
-def test_steps_go_on_where_samples_ended(split):
+@pytest.mark.parametrize(("split", "width"), [(1, TAPS), (2, TAPS), (31, TAPS), (2, 2), (2, 1)])
+def test_steps_go_on_where_samples_ended(split, width):
     """Prefixes of every sample at once, then their last `split` positions one by one."""
     lengths = [length + split for length in LENGTHS]
-    qkv, decay, beta, conv = inputs(sum(lengths), 0)
+    qkv, decay, beta, conv = inputs(sum(lengths), 0, width)
     whole = convolve_and_scan(qkv, conv, decay, beta, segments(lengths), WIDTHS)
     ends = torch.tensor(lengths).cumsum(0)
     head = torch.cat([torch.arange(e - n, e - split) for e, n in zip(ends, lengths, strict=True)])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.nn.attention import varlen as torchs
 
 from megatron_mm import platform
 from megatron_mm.model.layers import varlen
@@ -145,3 +149,20 @@ def test_what_the_kernel_takes(monkeypatch, dtype, width, capability, taken):
     assert not varlen.suits(query)
     monkeypatch.setattr(platform, "compute_capability", lambda device: capability)
     assert varlen.suits(query) is taken
+
+
+def test_a_newer_torch_is_told_that_heads_are_grouped(monkeypatch):
+    """From 2.12 on it refuses fewer heads of keys than of queries without the word."""
+    told = []
+
+    def newer(query, *args, enable_gqa: bool = False, **kwargs):
+        told.append(enable_gqa)
+        return query
+
+    monkeypatch.setattr(torchs, "varlen_attn", newer)
+    spec = importlib.util.spec_from_file_location("varlen_of_another_torch", varlen.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    bounds = SimpleNamespace(queries=None, keys=None, most_queries=3, most_keys=3)
+    fresh.attend(*randoms((3, 4, 8), (3, 2, 8), (3, 2, 8)), bounds)
+    assert told == [True] and varlen.GROUPED == {}  # the tested torch has no such word

@@ -21,6 +21,12 @@ CLOSED = (
     "[127.0.0.1]:41234"
 )
 
+NO_MEMORY = (
+    "NCCL error in: ProcessGroupNCCL.cpp:3699, unhandled cuda error (run with NCCL_DEBUG=INFO for "
+    "details), NCCL version 2.28.9 ncclUnhandledCudaError: Call to CUDA function failed. Last "
+    "error: Cuda failure 2 'out of memory'"
+)
+
 
 @pytest.mark.parametrize(
     ("error", "lost"),
@@ -33,6 +39,8 @@ CLOSED = (
         (dist.DistNetworkError("The client socket has timed out after 10000ms"), True),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+        (dist.DistBackendError(NO_MEMORY), False),
         (ValueError("Connection closed by peer"), False),
         (ZeroDivisionError("division by zero"), False),
     ],
@@ -41,6 +49,13 @@ def test_errors_that_are_another_ranks(error, lost):
     said = lost_connection(error)
     assert (said is not None) == lost
     assert said is None or ("\n" not in said and len(said) <= 160)
+
+
+def test_a_long_message_keeps_its_end():
+    cause = "Last error: socketProgress: Connection closed by remote peer n7<41234>"
+    long = dist.DistBackendError(f"NCCL error in: ProcessGroupNCCL.cpp:3699, {'x' * 300} {cause}")
+    said = lost_connection(long)
+    assert said.startswith("NCCL error in: ") and said.endswith(cause) and len(said) == 160
 
 
 def signs(**changes: Sign) -> dict[int, Sign]:
@@ -111,6 +126,16 @@ def test_ranks_that_live_are_not_named(monkeypatch, said):
     with Watch(store, 0, 2), Watch(store, 1, 2):
         time.sleep(0.8)
     assert said() == []
+
+
+def test_where_all_live_none_is_named(monkeypatch):
+    """The rank's own traceback says more: its collective may have failed by itself."""
+    monkeypatch.setattr(watch, "BEAT", 0.05)
+    monkeypatch.setattr(watch, "_where", lambda _: (True, ""))  # all wait
+    store = dist.HashStore()
+    with Watch(store, 0, 2) as first, Watch(store, 1, 2):
+        time.sleep(0.2)
+        assert first.why("timed out") is None
 
 
 @pytest.mark.parametrize("failed", ["by an error", "killed"])

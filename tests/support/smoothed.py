@@ -33,6 +33,13 @@ class LabelSmoothing(SupervisedFineTuning):
 SMOOTHED = Declaration("support.smoothed.LabelSmoothing", sections={"smoothing": Smoothing})
 
 
+OWN_NAME = Declaration(
+    "support.smoothed.LabelSmoothing",
+    sections={"smoothing": Smoothing},
+    console=("train/my_loss",),
+)
+
+
 @dataclass
 class Clashing:
     lr: float = 1.0

@@ -46,7 +46,7 @@ def on_rank_train(run) -> tuple[int, str | None]:
     Trainer.step = counted
     try:
         loop.train(run, made)
-        return steps[-1], None
+        return steps[-1] if steps else 0, None
     except DataError as error:
         return steps[-1] if steps else 0, str(error)
     finally:
@@ -60,7 +60,15 @@ def test_a_run_whose_packs_are_used_up_ends_well(ranks, scenes, tmp_path, size, 
     assert ends == [ends[0]] * size and ends[0][0] > 1 and ends[0][1] is None
     state = saved(tmp_path)
     assert (state["iteration"], state["loader"]["consumed_samples"]) == (ends[0][0], SAMPLES)
+    # Queued again, it has its evaluation left.
+    run.data.valid_data, run.checkpoint.resume = str(scenes / "valid.jsonl"), True
+    run.evaluation.eval_samples, run.evaluation.max_new_tokens = 4, 2
+    assert ranks(size, on_rank_train, run) == [(0, None)] * size
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["iteration"] == ends[0][0]
+    assert results["layout"]["context_parallel_size"] == 1
     # To start where nothing is left is a mistake, and said.
+    run.data.valid_data, run.checkpoint.resume = None, False
     run.checkpoint.load = run.checkpoint.save
     for _, error in ranks(size, on_rank_train, run):
         assert f"the phases' {SAMPLES} samples are used up" in error

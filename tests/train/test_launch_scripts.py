@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -263,3 +264,12 @@ def test_memory_and_kernels_of_a_gpu_are_looked_after(tmp_path, given, expected)
         env=kept | words | given, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.split("\n")[:3] == expected, done.stderr
+
+
+def test_a_time_that_is_no_number_is_one_line():
+    environ = os.environ | {"STOP_TIMEOUT": "10m"}
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), "--nproc-per-node", "1", "x.py"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: STOP_TIMEOUT is '10m'; allowed: whole seconds"
+    assert "Traceback" not in done.stderr

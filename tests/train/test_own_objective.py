@@ -91,6 +91,20 @@ def test_it_trains_and_goes_on(ranks, scenes, tmp_path, name):
     assert whole[0][-1]["train/uniform_loss"] < unsmoothed[0][-1]["train/uniform_loss"]
 
 
+def on_rank_guarded(run: RunConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Trainer(run, groups.build(run.parallel)).step()
+    return str(caught.value)
+
+
+def test_a_guard_needs_the_name_of_a_loss_that_is_reported(ranks, scenes):
+    run = smoothed_run(scenes, 0.5, loss_spike_factor=3.0)
+    run.training.objective = "support.smoothed.OWN_NAME"
+    for said in ranks(2, on_rank_guarded, run):
+        assert "'support.smoothed.OWN_NAME', train/my_loss, which its steps do not report" in said
+        assert "train/lm_loss" in said and "\n" not in said
+
+
 def on_rank_loop(run: RunConfig) -> None:
     loop.train(run, groups.build(run.parallel))
 

@@ -3,11 +3,13 @@ doctor must not need."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 
 import torch
 from packaging.version import Version
 
+FIRST = "0.6"  # before it there is no module of the convolution, and grouped values are ignored
 INSTALL = "pip install -e '.[cuda]' on a machine with CUDA"
 # Versions of Triton whose kernels compute a gated backward pass wrongly on Hopper, the first and
 # the one behind the last (fla-org/flash-linear-attention#640).
@@ -20,7 +22,17 @@ def missing_fla() -> str | None:
         return "there is no CUDA device; allowed here: auto, torch"
     if importlib.util.find_spec("fla") is None:
         return f"flash-linear-attention is not installed: {INSTALL}"
+    if (found := _version()) is not None and found < Version(FIRST):
+        return f"flash-linear-attention is {found}; allowed: {FIRST} or newer: {INSTALL}"
     return _missing_gradients()
+
+
+def _version() -> Version | None:
+    """Its version; None of a copy that was not installed by pip."""
+    try:
+        return Version(importlib.metadata.version("flash-linear-attention"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _missing_gradients() -> str | None:

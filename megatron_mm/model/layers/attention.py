@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parall
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mm import platform
 from megatron_mm.config import LanguageConfig
 from megatron_mm.model.backends.interface import Backend
 from megatron_mm.model.context import StreamContext
@@ -294,9 +293,9 @@ class GatedAttention(nn.Module):
         tokens, heads, _ = query_thD.shape
         groups, size = key_tgD.shape[1], self.cp.size()
         if groups % size:  # several ranks have heads of one group: each gets it
-            of_rank = [rank * groups // size for rank in range(size)]
-            index = platform.moved(torch.tensor(of_rank), key_tgD.device)
-            key_tgD, value_tgD = (x.index_select(1, index) for x in (key_tgD, value_tgD))
+            key_tgD, value_tgD = (
+                x.repeat_interleave(size // groups, 1) for x in (key_tgD, value_tgD)
+            )
         parts = [x.reshape(tokens, size, -1) for x in (query_thD, key_tgD, value_tgD)]
         traded = sequence_to_heads(torch.cat(parts, dim=-1), self.cp).squeeze(1)
         sizes = [x.shape[-1] for x in parts]

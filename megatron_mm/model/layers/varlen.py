@@ -6,6 +6,8 @@ No GPU has run it here. Tests run torch's function on the CPU with its kernel wr
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
@@ -17,6 +19,10 @@ CAPABILITY = (8, 0)  # Ampere
 WIDEST = 256  # features of a head; a multiple of 8
 # Their backward pass exists on some GPUs only (torch's sdp_utils.cpp); no model has such heads.
 DOUBTFUL = range(193, 225)
+
+
+# From torch 2.12 on it must be told that heads share keys and values; 2.11 has no word for it.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def suits(query_ThD: torch.Tensor) -> bool:
@@ -55,4 +61,5 @@ def attend(
         bounds.most_queries,
         bounds.most_keys,
         window_size=(-1, 0) if causal else (-1, -1),
+        **GROUPED,
     )

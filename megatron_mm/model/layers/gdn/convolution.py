@@ -78,4 +78,4 @@ def last_inputs(x_TC: torch.Tensor, taps: int, segments: Segments) -> torch.Tens
     place = (segments.starts + segments.lengths)[:, None] - back
     real = (place >= segments.starts[:, None]).to(x_TC.device)
     found = x_TC.index_select(0, place.clamp(min=0).flatten().to(x_TC.device))
-    return torch.where(real[..., None], found.view(*real.shape, -1), 0.0)
+    return torch.where(real[..., None], found.view(*real.shape, x_TC.shape[1]), 0.0)
