@@ -1,4 +1,4 @@
-"""Attention over packed samples, and what a length costs that was never met before.
+"""Attention over packed samples, that of looks, and what a new length costs.
 
 cuDNN plans anew for every shape, and the lengths of microbatches change all the time. Runs switch
 it off (`engine/kernels.py`) and take packed streams to a kernel that plans nothing; this check says
@@ -22,6 +22,8 @@ from megatron_mm.benchmark.gpu.comparing import both_ways, difference
 from megatron_mm.benchmark.gpu.visit import Row, Visit
 from megatron_mm.model.layers import varlen
 from megatron_mm.model.layers.attention import causal_attention, rectangle_attention
+from megatron_mm.model.layers.clvr import memory_attention
+from megatron_mm.model.memory_map import MemoryMap
 from megatron_mm.model.segments import Segments
 
 NAMES = ("output", "d query", "d key", "d value")
@@ -30,6 +32,7 @@ BF16 = 0.02
 # torch's words where the kernels that are allowed do not take the tensors.
 NO_KERNEL = ("No available kernel", "No viable backend")
 Call = Callable[[], list[torch.Tensor]]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @contextmanager
@@ -80,25 +83,58 @@ def _sizes(visit: Visit) -> tuple[int, int, int]:
 
 
 def _check_packed(visit: Visit, row: Row) -> None:
-    """Compares `causal_attention` of packed samples with that of the CPU in fp32; it may err as
-    rectangles do in bf16 on the CPU, where the same tensors are rounded."""
+    """Attention over packed samples: among themselves, and to the patches of images. Of these some
+    belong to samples that have no position in a round, some to nobody."""
     cuts = torch.tensor(visit.size([0, 700, 701, 1500, 2048], [0, 30, 31, 70, 80]))
     heads, groups, width = _sizes(visit)
+    total = int(cuts[-1])
+
+    def among(device: torch.device | str) -> Attention:
+        segments = Segments.from_cu_seqlens(cuts, device)
+        return lambda query, key, value: causal_attention(query, key, value, segments)
+
+    _compare(visit, row, "packed", [(total, n, width) for n in (heads, groups, groups)], among)
+
+    ends, patches = cuts[[1, 3, 3, 4]], visit.size([256, 512, 300, 64], [8, 16, 9, 2])
+    since = cuts[[0, 2, 2, 3]] + torch.tensor(visit.size([40, 10, 300, 0], [4, 1, 20, 0]))
+    visible = torch.stack((since, ends), 1).repeat_interleave(torch.tensor(patches), 0)
+    rows = len(visible) + 40  # as padded for tensor-parallel ranks
+
+    def at_images(device: torch.device | str) -> Attention:
+        segments = Segments.from_cu_seqlens(cuts, device)
+        places = torch.zeros(len(visible), 2, device=device)
+        memory = MemoryMap.build(segments, segments, visible, places, rows)
+        return lambda query, key, value: memory_attention(query, key, value, memory)
+
+    shapes = [(n, heads, width // 2) for n in (total, rows, rows)]
+    _compare(visit, row, "look", shapes, at_images)
+
+
+def _compare(
+    visit: Visit,
+    row: Row,
+    name: str,
+    shapes: Sequence[tuple[int, int, int]],
+    of_device: Callable[[torch.device | str], Attention],
+) -> None:
+    """Compares an attention with that of the CPU in fp32; it may err as the CPU does in bf16, where
+    the same tensors are rounded.
+
+    Args:
+        shapes: of queries, keys and values.
+    """
     g = torch.Generator().manual_seed(0)
-    shapes = [(int(cuts[-1]), n, width) for n in (heads, groups, groups)]
     inputs = [torch.randn(shape, generator=g).bfloat16() for shape in shapes]
     direction = torch.randn(shapes[0], generator=g)
 
     def outcome(device: torch.device | str, dtype: torch.dtype) -> list[torch.Tensor]:
-        segments = Segments.from_cu_seqlens(cuts, device)
-        return both_ways(lambda q, k, v: causal_attention(q, k, v, segments), inputs, direction,
-                         device, dtype)  # fmt: skip
+        return both_ways(of_device(device), inputs, direction, device, dtype)
 
     exact, cpu = (outcome("cpu", dtype) for dtype in (torch.float32, torch.bfloat16))
     found = outcome(visit.device, torch.bfloat16)
-    row.note(packed_kernel=varlen.suits(inputs[0].to(visit.device)))
-    for name, a, b, c in zip(NAMES, found, cpu, exact, strict=True):
-        row.at_most(f"packed {name}", difference(a, c), 2 * difference(b, c) + 1e-3)
+    row.note({f"{name}_kernel": varlen.suits(inputs[0].to(visit.device))})
+    for what, a, b, c in zip(NAMES, found, cpu, exact, strict=True):
+        row.at_most(f"{name} {what}", difference(a, c), 2 * difference(b, c) + 1e-3)
 
 
 def _text(visit: Visit, attention: Callable) -> Callable[[int], Call]:
