@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,10 +133,24 @@ class Spec:
     name: str = ""
 
 
-def parse_specs(entries: Sequence[str], registry: Registry) -> list[Spec]:
+def unique_name(path: str, taken: Collection[str]) -> str:
+    """Returns the last part of a dotted path, or name_2, name_3 ... if it is taken."""
+    name = short = path.rpartition(".")[2]
+    number = 1
+    while name in taken:
+        number += 1
+        name = f"{short}_{number}"
+    return name
+
+
+def parse_specs(
+    entries: Sequence[str], registry: Registry, taken: Collection[str] = ()
+) -> list[Spec]:
     """Parses entries such as `exact`, `numeric(tolerance=0.1)` or `my.module.function`, without
     importing. A second part of the same name is named name_2.
 
+    Args:
+        taken: names of other parts.
     Raises:
         ConfigError (or the registry's `error`): an entry has another form or an unknown name.
     """
@@ -148,11 +162,7 @@ def parse_specs(entries: Sequence[str], registry: Registry) -> list[Spec]:
                 f"{registry.what} {entry!r} is not built in; use one of "
                 f"{', '.join(registry)}, or a dotted path such as my.module.function"
             )
-        name = short = path.rpartition(".")[2]
-        number = 1
-        while any(name == other.name for other in specs):
-            number += 1
-            name = f"{short}_{number}"
+        name = unique_name(path, {*taken, *(other.name for other in specs)})
         specs.append(Spec(path, options, name))
     return specs
 

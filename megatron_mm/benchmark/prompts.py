@@ -5,7 +5,6 @@ A word is a token id in decimal, so that transformers' tokenizer returns the sam
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import replace
 
 import torch
@@ -19,6 +18,7 @@ from megatron_mm.config import RunConfig
 from megatron_mm.data.loading.reader import Prompt
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.rl.rollout.columns import Columns
 from megatron_mm.rl.rollout.prompts import Drawn
 
 NEVER = -1  # is never drawn, so completions reach the length limit
@@ -81,9 +81,8 @@ def their_tokenizer(run: RunConfig, end: int | None = None) -> PreTrainedTokeniz
 class Prompts:
     """Repeats a few rows, in place of the `PromptLoader` of a rollout."""
 
-    columns: Set[str] = frozenset()
-
     def __init__(self, samples: list[Sample]):
+        self.columns = Columns()
         self.prompts = [
             Prompt(s, {"messages": [{"role": "user", "content": words(s.tokens_T)}]}, s.where)
             for s in samples

@@ -49,6 +49,21 @@ def publish(partial: Path, final: Path) -> None:
         shutil.rmtree(replaced)
 
 
+def check_unused(folder: Path, iteration: int) -> None:
+    """Checks that weights without a run, of this iteration, overwrite no checkpoint in a folder,
+    which need not exist.
+
+    Raises:
+        CheckpointError: it holds checkpoints.
+    """
+    # A conversion killed while publishing leaves its checkpoint without `latest`. No run finds it
+    # there, and `publish` replaces it.
+    inside = folder.iterdir() if folder.is_dir() else ()
+    found = {path.name for path in inside if NAME.fullmatch(path.name)}
+    if (folder / LATEST).exists() or found - {name_of(iteration)}:
+        raise CheckpointError(f"{folder} holds checkpoints already: nothing is overwritten")
+
+
 def clear_leftovers(folder: Path) -> None:
     """Removes what killed or failed saves and deletions left. One rank calls it.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_mm.checkpoint import sharded
+from megatron_mm.checkpoint import folders, sharded
+from megatron_mm.checkpoint.collective import raising_together
 from megatron_mm.checkpoint.lock import held
 from megatron_mm.config import LoraConfig
 from megatron_mm.engine.engine import Engine
@@ -25,7 +26,8 @@ def merge_adapters(engine: Engine, source: Path, target: Path) -> Path:
         from it.
 
     Raises:
-        CheckpointError: on every rank, if `source` does not fit or has no adapters.
+        CheckpointError: on every rank, if `source` does not fit or has no adapters, or `target`
+            holds checkpoints.
     """
     with held(target, engine.groups.world):
         return _merged(engine, source, target)
@@ -35,6 +37,9 @@ def _merged(engine: Engine, source: Path, target: Path) -> Path:
     state = sharded.load(engine, source, finetune=True)
     if state["initialized"]:
         raise CheckpointError(f"cannot merge {source}: it lacks {state['initialized'][0]}")
+    with raising_together(engine.groups.world, f"cannot merge {source}"):
+        if engine.groups.world.rank() == 0:
+            folders.check_unused(target, state["iteration"])
     for module in engine.modules:
         merge(module)
         module.requires_grad_(False)  # nothing trainable, so no optimizer state is written

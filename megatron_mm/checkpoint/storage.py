@@ -107,6 +107,8 @@ def write_tensors(
 def write_format(folder: Path) -> dict[str, int]:
     """Writes megatron-core's description of the format. Returns index file -> CRC-32."""
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    about = folder / CONFIG_FNAME
+    sealed.write_bytes(about, about.read_bytes())  # megatron-core leaves it to the cache
     return {name: zlib.crc32((folder / name).read_bytes()) for name in INDEX_FILES}
 
 

@@ -84,7 +84,7 @@ def write_checkpoint[P: Part](
         with raising_together(group, doing):
             if leader:
                 target.mkdir(parents=True, exist_ok=True)
-                check_target(target, iteration)
+                folders.check_unused(target, iteration)
                 folders.clear_leftovers(target)
                 check_space(target, sum(part.written for part in parts))
                 partial.mkdir()
@@ -106,20 +106,6 @@ def write_checkpoint[P: Part](
                     shutil.rmtree(partial)
             raise
         return final
-
-
-def check_target(target: Path, iteration: int) -> None:
-    """Checks that nothing would be overwritten in a folder, which need not exist.
-
-    Raises:
-        ConvertError: it holds checkpoints.
-    """
-    # A conversion killed while publishing leaves its checkpoint without `latest`. No run finds it
-    # there, and `publish` replaces it.
-    inside = target.iterdir() if target.is_dir() else ()
-    found = {path.name for path in inside if folders.NAME.fullmatch(path.name)}
-    if (target / folders.LATEST).exists() or found - {folders.name_of(iteration)}:
-        raise ConvertError(f"{target} holds checkpoints already: nothing is overwritten")
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -156,11 +156,19 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """
     if not folder.is_dir():
         raise ConvertError(f"{folder} is not a folder")
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
-        return _from_index(folder, index)
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
+        found = _from_index(folder, index)
+        files = {tensor.file for tensor in found.values()}
+        if single.is_file() and single not in files:
+            # transformers loads the file. It leaves the index behind when it saves a model anew.
+            raise ConvertError(
+                f"{folder} holds {SINGLE}, and an {INDEX} of {len(files)} other files; remove what "
+                "is not the model"
+            )
+        return found
+    if single.is_file():
+        return read_header(single)
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickled:
         raise ConvertError(

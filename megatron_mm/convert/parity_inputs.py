@@ -44,6 +44,7 @@ def compare_inputs(source: HFFolder, checkpoint: Checkpoint, trust_remote_code: 
 
     Raises:
         ConvertError: names the first difference.
+        DataError: the run cannot read with this tokenizer.
     """
     folder, run = source.folder, checkpoint.run
     untouched = export_inputs.is_untouched(checkpoint)

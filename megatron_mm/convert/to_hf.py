@@ -69,10 +69,10 @@ class Checkpoint:
     def assets(self) -> list[Path]:
         """Tokenizer and processor files of the folder it was converted from, else of the tokenizer
         it was trained with."""
-        for folder in (self.path / ASSETS, Path(self.run.data.tokenizer_model or ASSETS)):
-            if folder.is_dir():
-                return travelling(folder)
-        return []
+        folders_of_it = [self.path / ASSETS]
+        if self.run.data.tokenizer_model:
+            folders_of_it.append(Path(self.run.data.tokenizer_model))
+        return next((travelling(folder) for folder in folders_of_it if folder.is_dir()), [])
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -182,6 +182,10 @@ def convert(
     leader = group.rank() == 0
     check_same(group, checkpoint.path, checkpoint.reader.identity)
     doing = f"cannot convert {checkpoint.path} to {target}"
+    target = target.absolute()  # "." has no name
+    with raising_together(group, doing):
+        if leader:
+            _check_absent(target)
     partial = folders.with_suffix(target, folders.PARTIAL)
     lines: list[str] = []
     with raising_together(group, doing):
@@ -198,7 +202,6 @@ def convert(
                 dtypes[kind] += math.prod(shape)
             assets = checkpoint.assets if assets is None else assets
             files = export.small_files(checkpoint, assets, tied, dtypes, lines)
-            _check_absent(target)
     with held(partial, group):
         try:
             with raising_together(group, doing):

@@ -187,12 +187,12 @@ def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) 
 
 def answer_text(message: Message) -> str:
     """Returns the text of an assistant's turn: reasoning, content, tool calls."""
-    text = _without_leading_breaks(message.text)
+    content = text = _without_leading_breaks(message.text)
     if message.reasoning is not None:
-        reasoning = message.reasoning.strip("\n")
-        text = f"<think>\n{reasoning}\n</think>\n\n" + message.text.lstrip("\n")
-    calls = [_call(call) for call in message.tool_calls]
-    return "\n".join([text, *calls] if text else calls)
+        reasoning, content = message.reasoning.strip("\n"), message.text
+        text = f"<think>\n{reasoning}\n</think>\n\n" + content.lstrip("\n")
+    calls = "\n".join(_call(call) for call in message.tool_calls)
+    return text + ("\n" if content and calls else "") + calls  # reasoning ends with its own breaks
 
 
 def _call(call: ToolCall) -> str:

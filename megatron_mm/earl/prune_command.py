@@ -88,8 +88,8 @@ def main(argv: list[str]) -> int:
     settings."""
     from megatron_mm.checkpoint.collective import raising_together
     from megatron_mm.checkpoint.command import CheckpointCommand
+    from megatron_mm.checkpoint.folders import check_unused
     from megatron_mm.convert import to_hf
-    from megatron_mm.convert.chunked import check_target
     from megatron_mm.convert.commands.job import patient_group
     from megatron_mm.convert.folder import travelling
     from megatron_mm.convert.summary import listed
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
         validate(smaller, cli.world_size())
         groups = command.start(run)
         with raising_together(groups.world, f"cannot prune {args.checkpoint}"):
-            check_target(args.out, stored["iteration"])
+            check_unused(args.out, stored["iteration"])
             checkpoint = to_hf.open_checkpoint(path)
             assets = None if args.assets is None else travelling(args.assets)
             if assets == []:

@@ -25,6 +25,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.pass_rate.output import Tally
 from megatron_mm.pass_rate.rated import check_images_beside, line_of
 from megatron_mm.pass_rate.rounds import Made, each_row, run_rounds
+from megatron_mm.rl.rollout.columns import Columns
 from megatron_mm.rl.rollout.draw import complete
 from megatron_mm.rl.rollout.failures import check_rewards
 from megatron_mm.rl.rollout.prompts import Drawn, longest_prompt, sorted_out
@@ -102,7 +103,7 @@ class _Rating:
         self.reader = Reader(run, tokenizer, [rows])
         self.longest = longest_prompt(run)
         self.skip_bad = run.data.on_bad_sample == "skip"
-        self.scorer = Scorer(self.rl, engine, tokenizer, None, rows.columns)
+        self.scorer = Scorer(self.rl, engine, tokenizer, None, Columns(rows.columns))
         self.judge = self.scorer.names.index(difficulty_name(self.rl))
         # Failures of a whole round, or of a whole file, stop the command.
         self.least = min(per_round, len(rows)) * self.rl.num_generations

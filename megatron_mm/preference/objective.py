@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mm import platform
 from megatron_mm.model.layers.output import Predictions
 from megatron_mm.model.routing import RouterTerm
+from megatron_mm.plugins import unique_name
 from megatron_mm.preference.batch import PreferenceBatch
 from megatron_mm.preference.losses import Pairs, sides
 from megatron_mm.preference.settings import PREFERENCE_LOSSES, DPOConfig, loss_terms
@@ -29,6 +30,9 @@ class PreferenceObjective:
 
     def __init__(self, dpo: DPOConfig):
         self.dpo, self.terms = dpo, loss_terms(dpo)
+        self._names: dict[str, str] = {}  # in metrics, where dpo is the sum of all
+        for term in self.terms:
+            self._names[term] = unique_name(term, {"dpo", *self._names.values()})
 
     def positions(self, batch: PreferenceBatch) -> torch.Tensor:
         return batch.sampled
@@ -75,7 +79,7 @@ class PreferenceObjective:
         count = len(chosen_P)
         metrics.ratio("train/dpo_loss", loss, count)
         for name, of in of_terms.items():
-            metrics.ratio(f"train/{name.rpartition('.')[2]}_loss", of.detach().sum(), count)
+            metrics.ratio(f"train/{self._names[name]}_loss", of.detach().sum(), count)
         for name, values_P in (
             ("rewards/chosen", chosen_P),
             ("rewards/rejected", rejected_P),

@@ -195,11 +195,6 @@ def keep_groups(metric_PG: torch.Tensor) -> torch.Tensor:
     return ~_idle(metric_PG)
 
 
-def kl_in_reward(rewards_PG: torch.Tensor, kl_PG: torch.Tensor, beta: float) -> torch.Tensor:
-    """Returns r - beta * KL, the KL summed over each completion's tokens (k1: RLOO's reward)."""
-    return rewards_PG - beta * kl_PG
-
-
 def returns_to_go(reward: float, kl_T: torch.Tensor, beta: float) -> torch.Tensor:
     """Returns [T]: REINFORCE++'s advantage of each token of one completion before whitening,
     A_t = r - beta * sum of the KL from t to the end (arXiv 2501.03262)."""

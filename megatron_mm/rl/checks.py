@@ -72,6 +72,14 @@ def check_rl(run: RunConfig) -> None:
         rl.use_kl_in_reward,
         "false, or true with beta above 0",
     )
+    alone = rl.multi_objective_aggregation == "normalize_then_sum"
+    _require(
+        not (alone and rl.use_kl_in_reward),
+        "use_kl_in_reward",
+        rl.use_kl_in_reward,
+        "false with multi_objective_aggregation normalize_then_sum, which would divide the KL by "
+        "its own deviation, so that beta weighs no divergence",
+    )
     masks = rl.rollout_is is not None and rl.rollout_is_mode == "mask"
     low, high = rl.rollout_is_threshold_low, rl.rollout_is_threshold
     allowed = "0, or this value with rollout_is and rollout_is_mode mask"

@@ -17,7 +17,6 @@ from megatron_mm.config.fields import (
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.errors import ConfigError
-from megatron_mm.plugins import parse_specs
 from megatron_mm.rl.algorithms import (
     ALGORITHMS,
     ESTIMATORS,
@@ -25,7 +24,7 @@ from megatron_mm.rl.algorithms import (
     LOSS_AGGREGATIONS,
     POLICY_LOSSES,
 )
-from megatron_mm.rl.rewards.functions import REWARDS
+from megatron_mm.rl.rewards.functions import parse_rewards
 
 
 @dataclass
@@ -196,7 +195,7 @@ def difficulty_name(rl: RLConfig) -> str:
         ConfigError: none is named, and there is not exactly one; or there is none of that name.
         RLError: a reward is written wrongly.
     """
-    names = [spec.name for spec in parse_specs(rl.reward_funcs, REWARDS)]
+    names = [spec.name for spec in parse_rewards(rl.reward_funcs)]
     if rl.difficulty_reward is None and len(names) == 1:
         return names[0]
     if rl.difficulty_reward not in names:

@@ -48,6 +48,14 @@ CHATS = {
     "an answer behind spaces": [user("a"), said("  7"), user("b")],
     "an answer behind tabs and breaks": [user("a"), said(" \n\t7\n\n"), user("b")],
     "reasoning": [user("a"), said("\n\n7", reasoning_content="\n3 and 4\n"), user("b")],
+    "reasoning, then a call": [
+        user("a"),
+        said("", reasoning_content="hm", tool_calls=[CALL, BARE_CALL]),
+        said("x", "tool"),
+        said("\n\nso", reasoning_content="hm", tool_calls=[CALL]),
+        said("y", "tool"),
+        user("b"),
+    ],
     "reasoning alone": [user("a"), said("", reasoning_content="hm"), user("b")],
     "a call": [user("a"), said("", tool_calls=[CALL]), said("x", "tool"), user("b")],
     "calls behind text": [

@@ -14,7 +14,6 @@ from megatron_mm.rl.advantages import (
     component_sums,
     compute_advantages,
     keep_groups,
-    kl_in_reward,
     returns_to_go,
     whiten,
     whitening_sums,
@@ -159,9 +158,7 @@ def test_dynamic_sampling_keeps_groups_that_differ():
     assert keep_groups(torch.tensor(metric)).tolist() == [False, False, True, False, True, False]
 
 
-def test_kl_in_the_reward():
-    rewards, kl = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 2.0]])
-    assert kl_in_reward(rewards, kl, 0.1).tolist() == [[pytest.approx(0.95), pytest.approx(-0.2)]]
+def test_kl_to_go():
     kl_T = [0.3, -0.1, 0.4]
     expected = [2.0 - 0.5 * sum(kl_T[t:]) for t in range(3)]
     assert returns_to_go(2.0, torch.tensor(kl_T), 0.5).tolist() == pytest.approx(expected)

@@ -19,6 +19,7 @@ from megatron_mm.generation.lanes import Completion
 from megatron_mm.rl.completion_batch import completion_batch
 from megatron_mm.rl.rewards.looking import look_if_right, look_iou
 from megatron_mm.rl.rewards.result import Rewards
+from megatron_mm.rl.rollout.columns import Columns
 from megatron_mm.rl.rollout.draw import Group, Rollout
 from megatron_mm.rl.rollout.score import Scorer
 from megatron_mm.rl.settings import RLConfig, resolved
@@ -82,7 +83,9 @@ def on_rank_boxes(run: RunConfig) -> list:
     whose prompt holds the first, and of a row without boxes. Two replicas have one row each."""
     multiprocessing.current_process()._config["daemon"] = False  # for reward workers
     engine, given = random_engine(run), []
-    scorer = Scorer(resolved(run), engine, load_tokenizer(run.data.tokenizer_model), None)
+    scorer = Scorer(
+        resolved(run), engine, load_tokenizer(run.data.tokenizer_model), None, Columns()
+    )
 
     def remember(prompts, completions, ids, columns, routes):
         given.extend(columns["looks"][:: run.section(RLConfig).num_generations])

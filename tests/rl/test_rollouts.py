@@ -225,6 +225,6 @@ def test_prompts_know_the_columns_of_every_file(scenes, tmp_path):
     ]
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     loader = PromptLoader(run, tokenizer, data_parallel_rank=0, data_parallel_size=1)
-    assert loader.columns - {"reward_model", "data_source"} == {
+    assert {*loader.columns.names} - {"reward_model", "data_source"} == {
         *("messages", "mine", "ground_truth", "skill"),
     }

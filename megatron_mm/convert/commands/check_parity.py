@@ -72,9 +72,9 @@ def main(argv: list[str]) -> int:
             hf = hf_model.released_in_transformers(source, mapping)
         else:
             hf = hf_model.load_transformers(args.hf, args.trust_remote_code)
-        lines += compare_inputs(source, checkpoint, args.trust_remote_code)
         run = RunConfig(model=checkpoint.model)
         try:
+            lines += compare_inputs(source, checkpoint, args.trust_remote_code)
             if args.prompt is None:
                 cases = parity.built_in_cases(run, source.image_token_id, source.look_ids)
             else:

@@ -14,7 +14,14 @@ _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def multiple_choice(
-    completions, ground_truth, prompts=None, options=None, choices=None, first: int = 1, **columns
+    completions,
+    ground_truth,
+    prompts=None,
+    options=None,
+    choices=None,
+    *,
+    first: int = 1,
+    **columns,
 ) -> Values:
     """Returns 1 if the completion chooses what the truth names, no more and no less, else 0.
 

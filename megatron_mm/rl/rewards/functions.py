@@ -36,6 +36,19 @@ REWARDS: Registry[Callable[..., Any]] = Registry(
 )
 
 
+# Rewards that are no functions, under whose names metrics are logged too (rl/credit.py).
+OTHERS = ("router", "kl")
+
+
+def parse_rewards(entries: Sequence[str]) -> list[Spec]:
+    """Parses `reward_funcs`, without importing.
+
+    Raises:
+        RLError: an entry is written wrongly.
+    """
+    return parse_specs(entries, REWARDS, OTHERS)
+
+
 class RewardFunction:
     """A reward function and what its signature asks for.
 
@@ -61,7 +74,9 @@ class RewardFunction:
             )
         # Built-in ones have **columns only to be called as TRL calls them.
         named = self._verl or not keywords or spec.path in REWARDS
-        taken = frozenset(parameters)
+        # Their options are keyword-only: a column of such a name is no option.
+        options = {k for k, p in parameters.items() if self.built_in and p.kind is p.KEYWORD_ONLY}
+        taken = frozenset(parameters) - options
         if self._verl:
             taken |= {"data_source", "extra_info"}
         self.wants = taken if named else None
@@ -172,7 +187,7 @@ def reads_routes(reward_funcs: Sequence[str]) -> bool:
     Raises:
         RLError: in one line, for functions that cannot be loaded.
     """
-    return any(RewardFunction(spec).wants_routes for spec in parse_specs(reward_funcs, REWARDS))
+    return any(RewardFunction(spec).wants_routes for spec in parse_rewards(reward_funcs))
 
 
 def load_function(path: str) -> Callable[..., Any]:

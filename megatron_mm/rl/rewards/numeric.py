@@ -130,7 +130,12 @@ def answered_value(text: str) -> Value | None:
 
 
 def numeric(
-    completions, ground_truth, tolerance: float = 1e-6, relative_tolerance: float = 0.0, **columns
+    completions,
+    ground_truth,
+    *,
+    tolerance: float = 1e-6,
+    relative_tolerance: float = 0.0,
+    **columns,
 ) -> Values:
     """Returns 1 if the value of the completion's final answer is within tolerance +
     relative_tolerance * |truth| of the truth, else 0.

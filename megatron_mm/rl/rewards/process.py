@@ -61,7 +61,9 @@ class RewardProcess:
             their_lifeline.close()
         os.set_blocking(self.pipe.fileno(), False)
         self._memory, self._outgoing, self._incoming = memory, memoryview(b""), bytearray()
-        self._family: list[int] = []  # processes that were there when it was ready
+        # Processes that were there, and bytes that they held, when it was ready.
+        self._family: list[int] = []
+        self._held_first = 0
         self._call, self._count, self.answered = 0, len(specs), 0
         self.ready = self.begun = False
         self.task: Any = None
@@ -92,8 +94,9 @@ class RewardProcess:
 
     @property
     def is_full(self) -> bool:
-        """Whether calls left so much behind that the next might find no memory."""
-        return self.held() > self._memory // 2
+        """Whether calls left so much behind that the next might find no memory: more than half of
+        what was free when it was ready."""
+        return self.held() - self._held_first > (self._memory - self._held_first) // 2
 
     def hear(self) -> Message | None:
         """Moves what the pipe can take and give, and returns the answer if it is complete; a Lost
@@ -132,7 +135,7 @@ class RewardProcess:
 
     def _entered(self, message: Message) -> Message:
         if isinstance(message, Ready):
-            self._family = family.descendants(self.process.pid)
+            self._family, self._held_first = family.descendants(self.process.pid), self.held()
         elif self.ready and self.process.is_alive():
             # What a call started ends with it; helpers that were there before it stay.
             family.end(self.process.pid, self._family)

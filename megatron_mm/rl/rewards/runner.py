@@ -19,8 +19,7 @@ from itertools import product
 from typing import Any
 
 from megatron_mm.errors import RLError
-from megatron_mm.plugins import parse_specs
-from megatron_mm.rl.rewards.functions import REWARDS
+from megatron_mm.rl.rewards.functions import parse_rewards
 from megatron_mm.rl.rewards.messages import (
     Answer,
     Call,
@@ -66,7 +65,7 @@ class RewardRunner:
                 for built-in functions, a failure for others.
             memory: GB that a worker, with all that its functions start, may hold.
         """
-        self._specs = parse_specs(reward_funcs, REWARDS)
+        self._specs = parse_rewards(reward_funcs)
         self.names = [spec.name for spec in self._specs]
         self._timeout, self._batch_size, self._lost_value = timeout, batch_size, lost_value
         self._memory = int(memory * 1e9)

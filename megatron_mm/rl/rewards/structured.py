@@ -20,7 +20,7 @@ _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 MAX_TRIES = 50  # brackets that open nothing, before JSON is given up
 
 
-def box_iou(completions, ground_truth, threshold: float | None = None, **columns) -> Values:
+def box_iou(completions, ground_truth, *, threshold: float | None = None, **columns) -> Values:
     """Returns the intersection over union of boxes [x1, y1, x2, y2], read from the text wherever
     four numbers stand in brackets; only in the last <answer> or \\boxed{}, where there is one, and
     after </think>. Several boxes are paired for the highest sum, which is divided by the larger

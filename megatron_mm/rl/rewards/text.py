@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_mm.data.messages import IMAGE_MARK
 from megatron_mm.evaluation.final_answer import after_thinking, marked
 from megatron_mm.evaluation.scoring import score
 
@@ -20,10 +21,20 @@ Values = list[float | None]
 
 
 def text_of(completion: Completion) -> str:
-    """Returns the text of a completion, its messages joined by newlines."""
+    """Returns the text of a completion, its messages joined by newlines. A content may be a list of
+    parts, as Hugging Face's processors take it; one without text is a mark of an image."""
     if isinstance(completion, str):
         return completion
-    return "\n".join(str(message["content"]) for message in completion)
+    return "\n".join(_content(message.get("content")) for message in completion)
+
+
+def _content(content: Any) -> str:
+    if content is None:  # a call of a tool alone
+        return ""
+    if isinstance(content, (list, tuple)):
+        texts = (part.get("text") if isinstance(part, dict) else part for part in content)
+        return "".join(IMAGE_MARK if text is None else str(text) for text in texts)
+    return str(content)
 
 
 def each(
@@ -73,7 +84,7 @@ def truth_text(truth: Any) -> str:
     )
 
 
-def exact(completions, ground_truth, ignore_case: bool = False, **columns) -> Values:
+def exact(completions, ground_truth, *, ignore_case: bool = False, **columns) -> Values:
     """Returns 1 if the completion is the truth, or one of several truths, outer whitespace aside,
     else 0. Nothing is taken out of the completion: "<answer>7</answer>" is not 7. Equal characters
     that Unicode spells in two ways are equal; case counts, but for true and false as truth
@@ -101,7 +112,7 @@ def scorer(completions, ground_truth, scorer, **columns) -> Values:
     return rewards
 
 
-def anls(completions, ground_truth, threshold: float = 0.5, **columns) -> Values:
+def anls(completions, ground_truth, *, threshold: float = 0.5, **columns) -> Values:
     """Returns the similarity by edit distance, for text read from images: 1 - NL where NL <
     threshold, else 0, with NL the edit distance over the longer length. The best of several truths
     counts; case and outer whitespace do not. It is read in an <answer> or a \\boxed{} where there
@@ -144,7 +155,7 @@ def edit_distance(one: str, other: str, limit: int | None = None) -> int:
     return row[-1]
 
 
-def tags(completions, tags: Sequence[str] = ("think", "answer"), **columns) -> Values:
+def tags(completions, *, tags: Sequence[str] = ("think", "answer"), **columns) -> Values:
     """Returns 1 if the completion is nothing but these tags, in order, each once and none of them
     blank: <think>...</think> <answer>...</answer>.
 
@@ -170,7 +181,7 @@ def _is_tagged(text: str, marks: Sequence[str]) -> bool:
     return end == len(text)
 
 
-def pattern(completions, pattern: str, **columns) -> Values:
+def pattern(completions, *, pattern: str, **columns) -> Values:
     """Returns 1 if the whole completion matches a regular expression, where . matches newlines
     too."""
     whole = re.compile(pattern, re.DOTALL)
@@ -178,7 +189,7 @@ def pattern(completions, pattern: str, **columns) -> Values:
 
 
 def soft_overlong(
-    completions, completion_ids, max_completion_length: int, soft_punish_cache: int, **columns
+    completions, completion_ids, *, max_completion_length: int, soft_punish_cache: int, **columns
 ) -> Values:
     """Returns 0 up to `soft_punish_cache` tokens below the maximum, then less and less down to -1
     at the maximum and beyond. DAPO, arXiv 2503.14476, eq. 13."""

@@ -42,8 +42,8 @@ def rollout_metrics(
     taught: Pairs,
     known: KnownTotals,
 ) -> dict[str, float]:
-    """Returns the metrics of the whole job's rollout, the same on every rank. Every rank of the job
-    calls it.
+    """Returns the metrics of the whole job's rollout, the same on every rank but for
+    `timing_s/*`, which are this rank's. Every rank of the job calls it.
 
     Args:
         layers: moe indices of this rank's routes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from megatron_mm.data.loading.reader import Prompt, Reader, too_many_tiles
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.errors import DataError
 from megatron_mm.evaluation.scoring import result_key
+from megatron_mm.rl.rollout.columns import Columns
 from megatron_mm.rl.settings import RLConfig
 from megatron_mm.rl.teachers import teacher_of
 
@@ -28,7 +29,7 @@ class Drawn:
 class PromptSource(Protocol):
     """Where rollouts take their prompts from, and the position there."""
 
-    columns: Set[str]  # that rows are known to have, whichever are drawn
+    columns: Columns  # of the rewards
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -45,7 +46,8 @@ class PromptSource(Protocol):
 
 class PromptLoader:
     """Hands out the rows of the training data in their shuffled order, each to one replica. The
-    state is the number of rows that were drawn for all replicas together.
+    state is the number of rows that were drawn for all replicas together, and their columns: a
+    resumed run calls its rewards with the same ones.
 
     Raises:
         DataError: at construction, for settings or files that cannot be used.
@@ -62,7 +64,7 @@ class PromptLoader:
         curriculum = open_curriculum(run.data.train_data, run.training.seed)
         self._place, self.order = curriculum.place, curriculum.description
         names = [source.columns for source in curriculum.sources]
-        self.columns: Set[str] = frozenset().union(*names)
+        self.columns = Columns(frozenset().union(*names))
         self._rl = run.section(RLConfig)
         self._reader = Reader(self._with_key(run), tokenizer, curriculum.sources)
         self._rank, self._size = data_parallel_rank, data_parallel_size
@@ -71,7 +73,7 @@ class PromptLoader:
         self.consumed_samples = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"consumed_samples": self.consumed_samples}
+        return {"consumed_samples": self.consumed_samples, "columns": self.columns.names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("held"):
@@ -80,6 +82,7 @@ class PromptLoader:
                 "it with finetune"
             )
         self.consumed_samples = int(state["consumed_samples"])
+        self.columns.expect(state.get("columns") or ())  # those of a run of another objective: none
 
     def numbers(self, count: int) -> list[int]:
         """Draws the next `count` rows for the whole job; returns the numbers of this replica's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +122,7 @@ class Scorer:
     """The reward functions of a run, in worker processes of the replicas' readers. Close it.
 
     Args:
-        columns: that rows of the data are known to have, whichever a round draws.
+        columns: that rewards are called with.
     Attributes:
         names: of the reward functions; weights: their factors.
         wants_routes: whether any of them reads `routed_experts`.
@@ -134,11 +134,10 @@ class Scorer:
         engine: Engine,
         tokenizer: Tokenizer,
         alignment: Alignment | None,
-        columns: Set[str] = frozenset(),
+        columns: Columns,
     ):
         self._engine, self._tokenizer, self._alignment = engine, tokenizer, alignment
-        self._of_data = columns
-        self._num_generations, self._columns = rl.num_generations, Columns()
+        self._num_generations, self._columns = rl.num_generations, columns
         self.weights = rl.reward_weights or [1.0] * len(rl.reward_funcs)
         self._runner: RewardRunner | None = None
 
@@ -176,8 +175,8 @@ class Scorer:
         mine: set[str] = set()
         if self._engine.groups.is_reader:  # it has the prompts
             mine = {key for group in rollout.groups for key in group.asked.row}
-            mine = (mine | self._of_data) - {*NOT_COLUMNS}
-        keys = self._columns.with_round(self._engine.groups, mine)
+        known = self._columns.with_round(self._engine.groups, mine)
+        keys = [key for key in known if key not in NOT_COLUMNS]
         verdict = broadcast_from_reader(
             self._engine.groups,
             lambda: self._judge(rollout.groups, completions, keys, routes, looked),
