@@ -163,7 +163,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if single.is_file() and single not in files:
             # transformers loads the file. It leaves the index behind when it saves a model anew.
             raise ConvertError(
-                f"{folder} holds {SINGLE}, and an {INDEX} of {len(files)} other files; remove what "
+                f"{folder} holds {SINGLE}, and {INDEX} of {len(files)} other files; remove what "
                 "is not the model"
             )
         return found

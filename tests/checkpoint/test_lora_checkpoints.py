@@ -159,6 +159,11 @@ def test_merged_computes_the_same(ranks, adapted, tmp_path, size, parallel):
     check_merged(ranks, adapted, tmp_path)
     message = refused(ranks, tmp_path, tiny_run(PP2))
     assert "missing (first optimizer." in message and "else use finetune" in message
+    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
+    for said in ranks(size, refused_merge, lora_run(parallel), adapted[0], tmp_path):
+        assert f"{tmp_path} holds checkpoints already: nothing is overwritten" in said
+    after = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
+    assert before == after
 
 
 def launched(port: int, flags: list[str]) -> tuple[int, str]:

@@ -103,6 +103,15 @@ def test_settings_are_flags():
         ({"beta": 0.1}, "rl.ref_load is None; allowed: the reference model's checkpoint"),
         ({"use_kl_in_reward": True}, "true with beta above 0"),
         (
+            {
+                "use_kl_in_reward": True,
+                "beta": 0.1,
+                "ref_load": "sft",
+                "multi_objective_aggregation": "normalize_then_sum",
+            },
+            "rl.use_kl_in_reward is True; allowed: false with multi_objective_aggregation",
+        ),
+        (
             {"router_temperature": 0.5, "routing_replay": "R2"},
             "earl.router_temperature is 0.5; allowed: 0, or this value with routing_replay R3",
         ),

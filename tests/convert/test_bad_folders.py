@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from megatron_mm.config import ParallelConfig
 from megatron_mm.convert import to_hf
 from megatron_mm.convert.folder import open_folder
+from megatron_mm.convert.hf_files import stored_tensors
 from megatron_mm.errors import CheckpointError, ConvertError
 from megatron_mm.parallel import groups
 from support.folders import (
@@ -195,6 +196,20 @@ def test_an_index_that_disagrees(folder, tmp_path, job):
     refused(folder, tmp_path / "out", "does not hold ghost")
     (folder / files[0]).unlink()
     refused(folder, tmp_path / "out", f"{files[0]} is missing")
+
+
+def test_a_file_beside_an_index_of_others(folder, tmp_path, job):
+    """transformers reads the file, and leaves an index behind that it does not write again."""
+    tensors = read_all(folder)
+    save_file(tensors, folder / "model.safetensors")
+    words = r"holds model.safetensors, and model.safetensors.index.json of \d+ other files"
+    refused(folder, tmp_path / "out", words)
+    path, index = index_of(folder)
+    for shard in set(index["weight_map"].values()):
+        (folder / shard).unlink()
+    index["weight_map"] = dict.fromkeys(tensors, "model.safetensors")
+    path.write_text(json.dumps(index))  # one that agrees
+    assert {*stored_tensors(folder)} == {*tensors}
 
 
 def first_shard(folder: Path) -> Path:

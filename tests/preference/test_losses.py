@@ -194,3 +194,10 @@ def test_a_microbatch_of_padding_has_no_loss():
     total.backward()
     assert float(total.detach()) == 0 and int(count) == 0 and given.grad.tolist() == [0]
     assert float(batch.loss_weight) == 0 and float(batch_of_pairs(1).loss_weight) == 3
+
+
+def test_losses_of_one_name_have_metrics_of_their_own():
+    losses = ["sigmoid", "mine.sigmoid", "mine.dpo", "other.dpo"]
+    objective = PreferenceObjective(DPOConfig(loss_type=losses, loss_weights=[1.0] * 4))
+    # train/dpo_loss is the sum of all.
+    assert [*objective._names.values()] == ["sigmoid", "sigmoid_2", "dpo_2", "dpo_3"]

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_mm.rl.rewards import family
 from megatron_mm.rl.rewards.messages import Answer, Begun, Failed, Lost, Ready, answer_of
+from megatron_mm.rl.rewards.process import RewardProcess
 from megatron_mm.rl.rewards.runner import RewardRunner
 
 pytestmark = pytest.mark.kills
@@ -129,6 +130,17 @@ def test_memory_that_calls_keep_costs_no_later_one(runner, monkeypatch):
     monkeypatch.setattr(runner, "_timeout", 30.0)
     assert values(score(runner, ["hoard"] * 5)) == [1.0] * 5
     assert sum(worker.held() for worker in runner._workers) < 1e9
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "full"), [(1.2e9, 1.3e9, False), (1.2e9, 1.7e9, True), (0, 1.1e9, True)]
+)
+def test_what_a_module_holds_itself_is_no_leak(monkeypatch, first, now, full):
+    """A worker that loads a model when it starts would else be replaced after every call."""
+    worker = object.__new__(RewardProcess)
+    worker._memory, worker._held_first = 2_000_000_000, int(first)
+    monkeypatch.setattr(RewardProcess, "held", lambda self: int(now))
+    assert worker.is_full == full
 
 
 def test_reasons_obey_no_terminal(runner):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mm.evaluation.scoring import SCORERS, score
-from megatron_mm.plugins import parse_specs
-from megatron_mm.rl.rewards.functions import REWARDS
+from megatron_mm.rl.rewards.functions import REWARDS, parse_rewards
+from megatron_mm.rl.rewards.text import text_of
 from support.rewards import one
 
 
@@ -124,8 +124,45 @@ def test_the_readmes_example_is_a_reward():
 
 
 def test_names_and_options():
-    specs = parse_specs(["exact", "a.b.exact", "exact(ignore_case=True)", "x.y"], REWARDS)
-    assert [spec.name for spec in specs] == ["exact", "exact_2", "exact_3", "y"]
+    specs = parse_rewards(["exact", "a.b.exact", "exact(ignore_case=True)", "x.y", "mine.kl"])
+    # The KL's own metrics are those of a reward named kl.
+    assert [spec.name for spec in specs] == ["exact", "exact_2", "exact_3", "y", "kl_2"]
     assert specs[2].options == {"ignore_case": True} and specs[1].path == "a.b.exact"
     assert set(REWARDS) >= {"exact", "numeric", "math", "box_iou", "anls", "json_match"}
     assert not math.isnan(one("exact", "a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "completion", "column"),
+    [
+        ("tags", "<think>a</think> <answer>b</answer>", {"tags": "arithmetic"}),
+        ("tags", "<think>a</think> <answer>b</answer>", {"tags": None}),
+        ("exact(ignore_case=True)", "PARIS", {"ignore_case": False}),
+        ("exact", "Paris", {"ignore_case": True}),
+        ("numeric", "7", {"tolerance": "low"}),
+        ("pattern(pattern='P.*')", "Paris", {"pattern": "x"}),
+    ],
+)
+def test_a_column_is_no_option(spec, completion, column):
+    """Though it has an option's name: many sets of rows have tags."""
+    truth = "7" if spec == "numeric" else "Paris"
+    assert one(spec, completion, truth, **column) == 1
+    assert one(spec, "x", "7" if spec == "numeric" else "y", **column) == 0
+
+
+PARTS = [{"type": "image"}, {"type": "text", "text": "Which city?\nA. Paris\nB. Rome"}]
+
+
+@pytest.mark.parametrize(
+    ("truth", "completion", "reward"),
+    [("B", "Rome", 1), ("B", "Paris", 0), ("Rome", "B", 1), ("Rome", "A", 0)],
+)
+def test_prompts_of_parts_are_read_as_texts(truth, completion, reward):
+    prompt = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": []},  # without a text
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": PARTS},
+    ]
+    assert one("multiple_choice", completion, truth, prompt=prompt) == reward
+    assert text_of(prompt) == "hi\n\n\n<image>Which city?\nA. Paris\nB. Rome"

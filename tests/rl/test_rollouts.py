@@ -202,12 +202,15 @@ def on_rank_columns(run: RunConfig) -> list[list[str]]:
     made = groups.build(run.parallel)
     columns, rank = Columns(), dist.get_rank()
     rounds = [{"a"}, {"b"} if rank else {"a"}, set()]
-    return [[*columns.with_round(made, mine)] for mine in rounds]
+    found = [[*columns.with_round(made, mine)] for mine in rounds]
+    resumed = Columns({"of the data"})
+    resumed.expect(columns.names)
+    return [*found, [*resumed.with_round(made, set())]]
 
 
 def test_a_column_that_a_row_has_had_stays(ranks, scenes):
     """Else a reward would miss its argument in a round whose rows all lack it."""
-    expected = [["a"], ["a", "b"], ["a", "b"]]
+    expected = [["a"], ["a", "b"], ["a", "b"], ["a", "b", "of the data"]]
     assert ranks(2, on_rank_columns, digits_run(scenes)) == [expected] * 2
 
 
@@ -228,3 +231,8 @@ def test_prompts_know_the_columns_of_every_file(scenes, tmp_path):
     assert {*loader.columns.names} - {"reward_model", "data_source"} == {
         *("messages", "mine", "ground_truth", "skill"),
     }
+    again = PromptLoader(run, tokenizer, data_parallel_rank=0, data_parallel_size=1)
+    again.load_state_dict(loader.state_dict() | {"columns": [*loader.columns.names, "rare"]})
+    assert {*again.columns.names} == {*loader.columns.names, "rare"}
+    again.load_state_dict({"consumed_samples": 3})  # of a checkpoint from before
+    assert again.consumed_samples == 3
