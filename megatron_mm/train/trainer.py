@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mm.checkpoint.folders import LATEST
 from megatron_mm.checkpoint.parameters import finish_param_gather
 from megatron_mm.checkpoint.saver import Saver
 from megatron_mm.config import CheckpointConfig, RunConfig
@@ -63,6 +64,17 @@ def _goes_on_in_place(checkpoint: CheckpointConfig) -> bool:
     return folder in (begun, begun.parent)
 
 
+def _tell_earlier(folder: Path) -> None:
+    """Warns if a folder holds checkpoints of a run that this one does not go on from."""
+    latest = folder / LATEST
+    if dist.get_rank() == 0 and latest.is_file():
+        logger.warning(
+            "%s holds %s of an earlier run, which this one's saves take the place of; --resume "
+            "goes on from it, another --save keeps it",
+            *(folder, latest.read_text().strip()[:40]),
+        )
+
+
 class Trainer:
     """A run: its engine, its data position, its log.
 
@@ -106,6 +118,8 @@ class Trainer:
         self.guard = SpikeGuard(run.training.loss_spike_factor, begun.losses)
         self.begun = self.iteration
         self.saved = self.iteration if _goes_on_in_place(run.checkpoint) else None
+        if run.checkpoint.save and self.saved is None:
+            _tell_earlier(Path(run.checkpoint.save))
         # The position in the data after the last whole step; None where it cannot be saved.
         self.position: dict | None = None
         self.opened = time.monotonic()

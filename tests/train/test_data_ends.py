@@ -140,3 +140,12 @@ def test_a_resume_with_another_order_is_said(ranks, scenes, tmp_path):
     runs[1].training.seed = 2
     (line,) = [x for x in ranks(1, on_rank_resume, *runs)[0].splitlines() if "order" in x]
     assert "warning: the data's order is not the checkpoint's: seed was 1 and is 2" in line
+
+
+def test_a_run_that_takes_the_place_of_another_says_so(ranks, scenes, tmp_path):
+    runs = [finite_run(scenes, tmp_path) for _ in range(2)]
+    (line,) = [x for x in ranks(1, on_rank_resume, *runs)[0].splitlines() if "earlier" in x]
+    folder = runs[0].checkpoint.save
+    assert line.startswith(f"warning: {folder} holds iter_0000001 of an earlier run, which")
+    runs[1].checkpoint.load = folder
+    assert "earlier" not in ranks(1, on_rank_resume, *runs)[0]
