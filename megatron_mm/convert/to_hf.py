@@ -69,10 +69,10 @@ class Checkpoint:
     def assets(self) -> list[Path]:
         """Tokenizer and processor files of the folder it was converted from, else of the tokenizer
         it was trained with."""
-        folders_of_it = [self.path / ASSETS]
-        if self.run.data.tokenizer_model:
-            folders_of_it.append(Path(self.run.data.tokenizer_model))
-        return next((travelling(folder) for folder in folders_of_it if folder.is_dir()), [])
+        own, tokenizer = self.path / ASSETS, self.run.data.tokenizer_model
+        if own.is_dir():
+            return travelling(own)
+        return travelling(Path(tokenizer)) if tokenizer and Path(tokenizer).is_dir() else []
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -183,10 +183,6 @@ def convert(
     check_same(group, checkpoint.path, checkpoint.reader.identity)
     doing = f"cannot convert {checkpoint.path} to {target}"
     target = target.absolute()  # "." has no name
-    with raising_together(group, doing):
-        if leader:
-            _check_absent(target)
-    partial = folders.with_suffix(target, folders.PARTIAL)
     lines: list[str] = []
     with raising_together(group, doing):
         tied = is_tied(checkpoint)
@@ -202,6 +198,8 @@ def convert(
                 dtypes[kind] += math.prod(shape)
             assets = checkpoint.assets if assets is None else assets
             files = export.small_files(checkpoint, assets, tied, dtypes, lines)
+            _check_absent(target)
+    partial = folders.with_suffix(target, folders.PARTIAL)
     with held(partial, group):
         try:
             with raising_together(group, doing):

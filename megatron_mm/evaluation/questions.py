@@ -149,11 +149,7 @@ class EvalSet:
         samples = [self._builder.training(*self._row(index)) for index in indices]
         return self.joined(samples, pad_multiple)
 
-    def collate(self, items: list[EvalItem], pad_multiple: int = 1) -> Microbatch:
-        """Packs the prompts of `items` into a microbatch without supervision."""
-        return self.joined([item.sample for item in items], pad_multiple)
-
-    def joined(self, samples: list[Sample], pad_multiple: int) -> Microbatch:
+    def joined(self, samples: list[Sample], pad_multiple: int = 1) -> Microbatch:
         """Packs samples of these rows into a microbatch."""
         return collate(
             samples,

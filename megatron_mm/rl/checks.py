@@ -72,9 +72,9 @@ def check_rl(run: RunConfig) -> None:
         rl.use_kl_in_reward,
         "false, or true with beta above 0",
     )
-    alone = rl.multi_objective_aggregation == "normalize_then_sum"
+    apart = rl.multi_objective_aggregation == "normalize_then_sum"
     _require(
-        not (alone and rl.use_kl_in_reward),
+        not (apart and rl.use_kl_in_reward),
         "use_kl_in_reward",
         rl.use_kl_in_reward,
         "false with multi_objective_aggregation normalize_then_sum, which would divide the KL by "

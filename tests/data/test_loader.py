@@ -182,7 +182,7 @@ def test_evalset(run, tokenizer, digits_folder, write_rows, make_row):
     items = [made[i] for i in range(12)]
     assert len({item.key for item in items}) == 12
     assert all(image.path.is_file() for item in items for image in item.images)
-    batch = made.collate(items)
+    batch = made.joined([item.sample for item in items])
     assert batch.loss_mask_T.sum() == 0 and len(batch.samples) == 12
     ends = [batch.tokens_T[end - 1].item() for end in batch.cu_seqlens[1:]]
     assert set(ends) == set(tokenizer.encode("assistant\n"))

@@ -77,7 +77,7 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6
 @pytest.mark.parametrize("exif", [None, "without orientation", "with orientation"])
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG", "WEBP", "PNG", "PNG, behind the pixels"])
 def test_xmp_turns_where_exif_does_not(kind, exif):
-    """As Pillow's `exif_transpose` does. Its sizes before decoding know nothing of XMP."""
+    """Pillow's `exif_transpose` does so. Its sizes before decoding know nothing of XMP."""
     own = Image.Exif()
     if exif is not None:
         own[ExifTags.Base.Software] = "x"

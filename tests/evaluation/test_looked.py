@@ -92,7 +92,7 @@ def test_every_layout_looks_at_the_same_places(ranks, look_scenes, one_rank, tmp
 
 
 def on_rank_probes(run: RunConfig) -> Microbatch:
-    """What is probed of the first row, as if the model had answered as the row does."""
+    """Returns what is probed of the first row, as if the model had answered as the row does."""
     engine, tokenizer = random_engine(run), load_tokenizer(run.data.tokenizer_model)
     questions, probed, forward = EvalSet(run.data.valid_data, run, tokenizer), [], examples.probe
 

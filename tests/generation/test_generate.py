@@ -155,7 +155,7 @@ def on_rank_slow(run: RunConfig) -> list:
     engine = random_engine(run)
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     questions = EvalSet(run.data.valid_data, run, tokenizer)
-    prompts = [questions.collate([questions[i]]) for i in ASKED]
+    prompts = [questions.joined([questions[i].sample]) for i in ASKED]
     answers = slow_generate(
         engine, prompts, stop_id=NEVER, pad_id=tokenizer.pad_id, max_new_tokens=NEW_TOKENS
     )
@@ -234,7 +234,7 @@ def on_rank_widths(run: RunConfig) -> tuple[int, bool]:
     engine = random_engine(run)
     tokenizer = load_tokenizer(run.data.tokenizer_model)
     questions = EvalSet(run.data.valid_data, run, tokenizer)
-    batch = questions.collate([questions[0]])
+    batch = questions.joined([questions[0].sample])
     finish = partial(
         whole_logits,
         wanted=lambda batch: torch.arange(len(batch.tokens_T)),

@@ -203,7 +203,7 @@ def computed_in_full(run: RunConfig) -> list[list[int]]:
     questions = EvalSet(run.data.valid_data, run, tokenizer)
     answers = slow_generate(
         engine,
-        [questions.collate([questions[i]]) for i in ASKED],
+        [questions.joined([questions[i].sample]) for i in ASKED],
         stop_id=NEVER,
         pad_id=tokenizer.pad_id,
         max_new_tokens=NEW_TOKENS,
