@@ -59,7 +59,7 @@ STOPPED = [
         ["pattern"],
         {},
         "every reward of a step failed",
-        "missing 1 required positional argument: 'pattern'",
+        "missing 1 required keyword-only argument: 'pattern'",
     ),
     (["pattern(pattern='(')"], {}, "every reward of a step failed", "pattern: "),
     # a share of them
