@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.digits.jobs import ROOT
+from megatron_mm.whole_file import whole_file
 
 Row = dict[str, Any]
 
@@ -45,10 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "swapped": lambda: swapped(rows, args.seed),
         "chosen": lambda: chosen(rows),
     }[args.command]()
-    part = args.out.with_suffix(".part")
-    with part.open("w") as file:
+    with whole_file(args.out) as partial, partial.open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in made)
-    part.replace(args.out)
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.digits.measure import first_of_each
+from megatron_mm.whole_file import whole_file
 
 ASKED = 100  # questions of each kind
 
@@ -72,9 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         engine = command.engine(run)
         sharded.load(engine, path, finetune=True)
         engine.training(False)
-        part = args.run / "part_shares.json"
-        part.write_text(json.dumps(shares(engine, tokenizer, args.data), indent=1) + "\n")
-        part.rename(args.run / "shares.json")
+        with whole_file(args.run / "shares.json") as partial:
+            partial.write_text(json.dumps(shares(engine, tokenizer, args.data), indent=1) + "\n")
     return command.status
 
 

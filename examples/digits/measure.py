@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from examples.digits.scores import read_scores
+from megatron_mm.whole_file import whole_file
 
 ASKED = 150  # questions of each kind with few experts
 LARGER_TILES = 16  # of a scene of 4x4 cells
@@ -179,9 +180,8 @@ def main(argv: list[str] | None = None) -> int:
                 "longer": by_kind(measured.ask("valid_longer")),
             },
         }
-        part = args.run / "part_measures.json"
-        part.write_text(json.dumps(found, indent=1) + "\n")
-        part.rename(args.run / "measures.json")
+        with whole_file(args.run / "measures.json") as partial:
+            partial.write_text(json.dumps(found, indent=1) + "\n")
     return command.status
 
 

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mm.whole_file import whole_file
+
 SHARES = (10, 25, 35, 50, 100)  # per cent of the steps
 PROBED = 300  # rows of which routes are compared
 ON_THE_WAY, ASKED, KINDS = 100, 60, 16  # questions of each kind: before the end, without experts
@@ -222,13 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)
         measured = Measured(command.engine(run), tokenizer, args.data)
         found = measure(measured, args.run, skills, mapped)
-        part = args.run / "part_points.json"
-        part.write_text(json.dumps(found) + "\n")
         kept = {path.name for path in at_shares(args.run / "checkpoint").values()}
-        for path in (args.run / "checkpoint").glob("iter_*"):
-            if path.name not in kept:
-                shutil.rmtree(path)
-        part.rename(args.run / "points.json")
+        with whole_file(args.run / "points.json") as partial:
+            partial.write_text(json.dumps(found) + "\n")
+            for path in (args.run / "checkpoint").glob("iter_*"):
+                if path.name not in kept:
+                    shutil.rmtree(path)
     return command.status
 
 

@@ -194,7 +194,6 @@ def _write(engine: Engine, found: Discovery, out: Path) -> None:
     error = None
     if dist.get_rank() == 0:
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
             save_skill_map(found.skill_map, out)
             out.with_suffix(".png").write_bytes(draw(found))
         except OSError as problem:

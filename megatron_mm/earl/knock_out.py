@@ -33,6 +33,7 @@ from megatron_mm.earl.removals import Removal
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError
+from megatron_mm.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +108,10 @@ class Progress:
         """
         if self.path is None:
             return
-        partial = self.path.with_name(self.path.name + ".partial")
         held = {"key": self.key, "rounds": rounds, "passes": passes}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(held | {"nats": sums.nats_PHJS, "tokens": sums.tokens_HJS}, partial)
-            partial.replace(self.path)
+            with whole_file(self.path) as partial:
+                torch.save(held | {"nats": sums.nats_PHJS, "tokens": sums.tokens_HJS}, partial)
         except (OSError, RuntimeError) as problem:
             reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
             raise DataError(f"cannot write {self.path}: {reason}") from None

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from megatron_mm.errors import RLError
+from megatron_mm.whole_file import whole_file
 
 FORMAT = "megatron_mm skill map 2"
 OVERLAPPING = "megatron_mm skill map 1"
@@ -183,10 +184,8 @@ def save_skill_map(skill_map: SkillMap, path: str | Path) -> None:
     lines += ['  "skills": {', ",\n".join(skills), "  },"]
     lines += [f'  "info": {json.dumps(skill_map.info)}']
     text = "{\n" + "\n".join(lines) + "\n}\n"
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def shuffled(skill_map: SkillMap, seed: int) -> SkillMap:

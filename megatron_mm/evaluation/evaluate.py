@@ -24,6 +24,7 @@ from megatron_mm.generation.looked import Looked, gather_looked
 from megatron_mm.generation.sampling import Sampling
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.param_layout import layouts
+from megatron_mm.whole_file import whole_file
 
 Results = dict[str, dict[str, float]]
 SIZES = (
@@ -193,10 +194,8 @@ def write_text(groups: Groups, path: Path, text: str) -> None:
     error = None
     if dist.get_rank() == 0:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(text)
-            partial.replace(path)
+            with whole_file(path) as partial:
+                partial.write_text(text)
         except OSError as problem:
             error = f"cannot write {path}: {problem}"
     raise_together(groups, error)

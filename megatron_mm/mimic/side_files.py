@@ -20,6 +20,7 @@ from megatron_mm.convert.hf_writer import lay_out
 from megatron_mm.convert.work import nbytes
 from megatron_mm.errors import ConvertError, DataError
 from megatron_mm.model.families.transforms import Shape
+from megatron_mm.whole_file import whole_file
 
 HEAD = "head"
 MOST_HEAD = 2**26  # bytes
@@ -57,10 +58,8 @@ def open_new(
     kinds = {HEAD: (text.dtype, tuple(text.shape)), **tensors}
     listed = [(name, shape, dtype) for name, (dtype, shape) in kinds.items()]
     places, heads, sizes = lay_out(listed, sys.maxsize)  # one file
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
+        with whole_file(path) as partial, partial.open("wb") as stream:
             stream.write(heads[SINGLE])
             stream.truncate(sizes[SINGLE])
 
@@ -72,11 +71,8 @@ def open_new(
 
             put(HEAD, text, 0)
             yield put
-        partial.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class SideFile:

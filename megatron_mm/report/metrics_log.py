@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from megatron_mm.cli import printable, say
 from megatron_mm.report.backwards import from_the_end
 from megatron_mm.report.sinks import Appended, Guarded, TensorBoard, WandB
+from megatron_mm.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -224,10 +225,9 @@ def _open_record(path: Path, start_step: int) -> tuple[Appended, bool]:
     elif path.exists() and (path.name == METRICS_FILE or kept < path.stat().st_size):
         # Replaced in one move: who follows the file finds another one, not a line cut in half, and
         # who follows the metrics learns of every start.
-        partial = path.with_name(path.name + ".partial")
-        shutil.copyfile(path, partial)
-        os.truncate(partial, kept)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            shutil.copyfile(path, partial)
+            os.truncate(partial, kept)
     return Appended(path), bool(kept)
 
 

@@ -39,6 +39,7 @@ from megatron_mm.report.page_experts import (
     skill_maps,
 )
 from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups, last_rows
+from megatron_mm.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         groups=last_groups(last_rows(run / TABLE_FILE)) if rl else [],
     )
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with whole_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

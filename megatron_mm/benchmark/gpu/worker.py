@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_mm.benchmark.gpu.checks import Check
 from megatron_mm.benchmark.gpu.visit import CPU_LOG, Row, Skip, Visit, cpu_files
+from megatron_mm.whole_file import whole_file
 
 # Makes torch, in a process that has not imported it, say that there is a GPU; returns what counts.
 Pretend = Callable[[], Any] | None
@@ -111,9 +112,8 @@ def compute_on_cpu(parts: list[str], visit: Visit, _alive: Connection) -> None:
     for part in parts:
         result, problem = cpu_files(visit.folder, part)
         try:
-            partial = result.with_suffix(".partial")
-            torch.save(_part(part)(visit.dry), partial)
-            partial.rename(result)
+            with whole_file(result) as partial:
+                torch.save(_part(part)(visit.dry), partial)
         except Exception:
             problem.write_text(traceback.format_exc(), encoding="utf-8")
 
