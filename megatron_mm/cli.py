@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import unicodedata
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -23,6 +24,7 @@ EVERY_RANK = {"every_rank": True}  # `extra` of a message that other ranks do no
 # that closes, of `--signal=USR1@120`. They reach a rank's helpers, too, which share its group.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PREFIX = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
+PATIENCE = 3.0  # seconds in which rank 0 says what is wrong everywhere, and torchrun ends the rest
 logger = logging.getLogger("megatron_mm")
 
 
@@ -100,11 +102,20 @@ def setup_logging(rank: int) -> None:
     logger.propagate = False  # other packages install handlers of the root logger
 
 
-def fail(error: Exception) -> int:
+def fail(error: Exception, joined: bool = True) -> int:
     """Logs `error: ...`: on rank 0 what every rank raises, on each that it cannot join the job.
-    Returns the exit code: 2 for wrong settings, else 1."""
+    Returns the exit code: 2 for wrong settings, else 1.
+
+    Args:
+        joined: whether the ranks have joined, so that all raise the same. Before, another rank than
+            0 may be the only one: it waits until rank 0 would have said it, and torchrun ended the
+            rest, then says it itself.
+    """
     if rank() == 0 or isinstance(error, LaunchError):
         logger.error("%s", error)
+    elif not joined:
+        time.sleep(PATIENCE)
+        logger.error("rank %d: %s", rank(), error)
     return 2 if isinstance(error, ConfigError) else 1
 
 

@@ -94,10 +94,10 @@ def install() -> bool:
     # `from_pretrained`, which builds models on "meta", would leave buffers without values.
     _device_constructors()
     # Only Timers of megatron-core use them, which nothing here does: a quarter of the time that a
-    # rank takes to start.
+    # rank takes to start. Putting the redirects in place imports megatron-core, behind those of
+    # torch: before, its small functions would keep the real torch.compile.
     with _absent("wandb", "tensorboard"):
-        importlib.import_module("megatron.core.timers")
-    put_in_place()
+        put_in_place()
     return True
 
 

@@ -64,6 +64,20 @@ def test_an_error_of_every_rank_is_one_line_of_rank_0(monkeypatch, capsys, rank)
     assert said == ("error: lr is 0\nerror: gone: 50% of it\n" if rank == 0 else "")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_before_the_ranks_have_joined_each_may_be_the_only_one(monkeypatch, capsys, rank):
+    """Rank 0 speaks first: torchrun ends the others before they repeat it."""
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    cli.setup_logging(cli.rank())
+    assert cli.fail(CheckpointError("gone"), joined=False) == 1
+    said = capsys.readouterr().err
+    assert (said, waited) == (
+        ("error: gone\n", []) if rank == 0 else ("error: rank 1: gone\n", [cli.PATIENCE])
+    )
+
+
 def test_wrong_flags_are_a_config_error():
     parser = cli.Parser("A command.")
     parser.add_argument("--out", required=True)

@@ -61,6 +61,23 @@ def test_installing_twice_is_harmless():
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
 
 
+COMPILED = """
+import sys
+from megatron_mm import platform, redirects
+platform.install()
+import torch
+from megatron.core import jit
+from megatron.core.fusions import fused_bias_geglu
+assert jit.jit_fuser is torch.compile is redirects.TORCH_REDIRECTS[0].replacement
+print(*(name for name in ("torch._inductor", "wandb", "tensorboard") if name in sys.modules))
+"""
+
+
+def test_megatron_core_compiles_none_of_its_small_functions():
+    """Nor does a rank that starts wait for the imports of what it does not use."""
+    assert in_new_process(COMPILED) == ""
+
+
 STARTED = """
 import os, torch
 torch.cuda.is_available = lambda: True  # as after CUDA has started

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    *("errors", "whole_file", "redirects", "platform", "plugins", "cli", "pictures"),
+    *("errors", "outputs", "redirects", "platform", "plugins", "cli", "pictures"),
     *("config", "report", "parallel", "data", "model", "engine", "generation"),
     *("checkpoint", "convert", "evaluation", "earl", "rl", "preference", "pass_rate"),
     *("mimic", "train", "perf", "benchmark", "doctor"),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.digits.jobs import ROOT
-from megatron_mm.whole_file import whole_file
+from megatron_mm.outputs import whole_file
 
 Row = dict[str, Any]
 
@@ -73,17 +73,20 @@ def chosen(pairs: Iterable[Row]) -> Iterator[Row]:
 
 
 def seconds_file(rated: Path) -> Path:
-    """Where `rate` notes its seconds."""
+    """Where `rate` notes its seconds, those of an attempt that was ended too."""
     return rated.with_suffix(".seconds")
 
 
 def _rate(data: Path, out: Path, flags: Sequence[str]) -> int:
-    begin = time.monotonic()
+    noted, begin = seconds_file(out), time.monotonic()
+    earlier = float(noted.read_text()) if noted.exists() else 0.0
     command = [sys.executable, str(ROOT / "tools" / "pass_rate.py"), "measure"]
-    code = subprocess.run([*command, "--data", str(data), "--out", str(out), *flags]).returncode
-    if code == 0:
-        seconds_file(out).write_text(f"{time.monotonic() - begin:.1f}\n")
-    return code
+    try:
+        given = ["--data", str(data), "--out", str(out), *flags]
+        return subprocess.run([*command, *given]).returncode
+    finally:
+        with whole_file(noted) as partial:
+            partial.write_text(f"{earlier + time.monotonic() - begin:.1f}\n")
 
 
 def _read(path: Path) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.digits.measure import first_of_each
-from megatron_mm.whole_file import whole_file
+from megatron_mm.outputs import whole_file
 
 ASKED = 100  # questions of each kind
 

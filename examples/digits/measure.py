@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from examples.digits.scores import read_scores
-from megatron_mm.whole_file import whole_file
+from megatron_mm.outputs import whole_file
 
 ASKED = 150  # questions of each kind with few experts
 LARGER_TILES = 16  # of a scene of 4x4 cells

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mm.whole_file import whole_file
+from megatron_mm.outputs import whole_file
 
 SHARES = (10, 25, 35, 50, 100)  # per cent of the steps
 PROBED = 300  # rows of which routes are compared

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm import cli
-from megatron_mm.perf.results import check_writable, write_json
+from megatron_mm.outputs import check_writable, write_json
 
 ROUNDS = {"train": 20, "rl": 8, "dpo": 8, "gdn": 20, "clvr": 20, "looks": 8, "convert": 3,
           "scaling": 10}  # fmt: skip

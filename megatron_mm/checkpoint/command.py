@@ -12,8 +12,9 @@ from megatron_mm.errors import CheckpointError, ConfigError, DataError, LaunchEr
 
 
 class CheckpointCommand:
-    """Use it in a `with` statement. Errors that users see end the block with one line on rank 0;
-    `status` is then the exit code: 0; 2 for wrong settings; 1 for anything else.
+    """Use it in a `with` statement. Errors that users see end the block with one line, on rank 0
+    once the ranks have joined; `status` is then the exit code: 0; 2 for wrong settings; 1 for
+    anything else.
 
     Attributes:
         status: the exit code, once the block has ended.
@@ -81,7 +82,7 @@ class CheckpointCommand:
         shown = isinstance(error, (CheckpointError, ConfigError, DataError, LaunchError, RLError))
         if shown:
             assert isinstance(error, Exception)
-            self.status = cli.fail(error)
+            self.status = cli.fail(error, joined=self._started)
         if self._started and (shown or error is None):
             from megatron_mm.parallel import groups
 

@@ -33,7 +33,7 @@ from megatron_mm.earl.removals import Removal
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError
-from megatron_mm.whole_file import whole_file
+from megatron_mm.outputs import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,13 @@ def digest(*parts: object) -> str:
 
 def stamps(path: str) -> list[tuple[str, int, int]]:
     """Returns name, size and time of change of a file, of all in a folder, or of all that match a
-    pattern: a digest of their content would take as long as reading them."""
-    inside = Path(path).rglob("*") if Path(path).is_dir() else map(Path, glob(path, recursive=True))
+    pattern (`data.files.rows.open_row_files` likewise takes a file by its name first): a digest of
+    their content would take as long as reading them."""
+    place = Path(path)
+    if place.is_dir():
+        inside = [*place.rglob("*")]
+    else:
+        inside = [place] if place.exists() else [*map(Path, glob(path, recursive=True))]
     found = [(str(file), file.stat()) for file in sorted(inside) if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 

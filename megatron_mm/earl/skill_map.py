@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_mm.errors import RLError
-from megatron_mm.whole_file import whole_file
+from megatron_mm.outputs import whole_file
 
 FORMAT = "megatron_mm skill map 2"
 OVERLAPPING = "megatron_mm skill map 1"

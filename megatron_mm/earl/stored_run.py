@@ -14,7 +14,11 @@ from megatron_mm.config.settings import CheckpointConfig
 from megatron_mm.config.untrained import untrained
 
 # Settings of the run that may be given beside the layout and the backend.
-GIVEN = ("tokenizer_model", "eval_samples", "eval_batch_size", "max_new_tokens")
+GIVEN = (
+    *("tokenizer_model", "eval_samples", "eval_batch_size", "max_new_tokens"),
+    # Other rows than the run's may have other columns and be longer.
+    *("extra_columns", "seq_length", "max_num_tiles", "max_image_tokens"),
+)
 
 NOT_STORED = ("backend", "rl", "earl", "mimic")  # sections of a checkpoint that nothing here reads
 

@@ -22,9 +22,9 @@ from megatron_mm.evaluation.scoring import chance, score
 from megatron_mm.generation.generate import Prompts, generate
 from megatron_mm.generation.looked import Looked, gather_looked
 from megatron_mm.generation.sampling import Sampling
+from megatron_mm.outputs import whole_file
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.param_layout import layouts
-from megatron_mm.whole_file import whole_file
 
 Results = dict[str, dict[str, float]]
 SIZES = (

@@ -22,6 +22,7 @@ from typing import Any
 from megatron_mm import cli
 from megatron_mm.config import ConfigError
 from megatron_mm.earl.stored_run import check_flags, stored_run
+from megatron_mm.outputs import check_writable
 
 METHODS = ("transport", "clusters", "skills")
 
@@ -75,6 +76,8 @@ def main(argv: list[str]) -> int:
 
     with CheckpointCommand() as command:
         args, rest = settings(argv)
+        if cli.rank() == 0:
+            check_writable(args.out, "--out")  # better refused now than after the survey
         said = _map(args, rest, command)
         if cli.rank() == 0:
             cli.say(said)

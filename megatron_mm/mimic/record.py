@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.engine.engine import Engine
+from megatron_mm.engine.feed import raise_together
 from megatron_mm.errors import DataError
 from megatron_mm.mimic.recorded import Place, Recorded, place_of
 from megatron_mm.mimic.rounds import Rows, read_rounds, to_rank_0
@@ -121,7 +122,7 @@ def record(
         layers: moe indices, ascending; top: experts of each; answers: next tokens, 0 or more.
         keep: called with each row, by `place_of`; None on other ranks than 0.
     Raises:
-        DataError: on every rank, if a row is bad.
+        DataError: on every rank, if a row is bad, or as `keep`.
     """
     texts: dict[str, tuple[tuple[bytes, bytes], torch.Tensor]] = {}
 
@@ -168,9 +169,14 @@ def record(
                 into.digests, into.start = part.digests or into.digests, _either(part, into)
                 into.routes |= part.routes
                 into.answers += part.answers
-        for where, part in merged.items():
-            assert keep is not None  # only rank 0 is told
-            keep(place_of(where), part.whole(layers))
+        error = None
+        try:
+            for where, part in merged.items():
+                assert keep is not None  # only rank 0 is told
+                keep(place_of(where), part.whole(layers))
+        except DataError as problem:
+            error = str(problem)
+        raise_together(engine.groups, error)
     engine.training(True)
 
 

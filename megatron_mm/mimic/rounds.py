@@ -18,6 +18,7 @@ from megatron_mm.config import token_multiple
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.files.rows import RowFiles, open_row_files
+from megatron_mm.data.loading.reader import reading
 from megatron_mm.data.loading.shuffle import RowGroupCache
 from megatron_mm.data.sample import Sample, SampleBuilder
 from megatron_mm.data.tokenizer import Tokenizer
@@ -105,9 +106,11 @@ def read_rounds(
             made, seen = [], []
             for number in numbers:
                 file, index = held[0].locate(number)
-                row, where = file[index], file.where(index)
-                made.append(builder.training(row, where, Path(file.folder)))
-                seen.append(see(row, where, made[-1]))
+                where = file.where(index)
+                with reading(where):
+                    row = file[index]
+                    made.append(builder.training(row, where, Path(file.folder)))
+                    seen.append(see(row, where, made[-1]))
             batch = collate(
                 made,
                 settings=builder.settings,

@@ -11,6 +11,7 @@ import torch
 
 from megatron_mm.errors import DataError
 from megatron_mm.mimic.recorded import OF_ROW, TENSORS, Place, Recorded
+from megatron_mm.outputs import check_writable
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,13 @@ class RouteSpool(Mapping[Place, Recorded]):
     without a name in the folder of `path`, so that nothing stays whatever ends the process.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the file cannot be written.
     """
 
     def __init__(self, path: Path):
         self._rows: dict[Place, _Held] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115, for its life
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be written: {error.strerror}; name another --out"
-            ) from None
+        check_writable(path, "--out", DataError)
+        self._file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115, for its life
         self._path = path
 
     def add(self, place: Place, row: Recorded) -> None:
@@ -53,6 +49,7 @@ class RouteSpool(Mapping[Place, Recorded]):
             at = self._file.seek(0, 2)
             for part in parts:
                 self._file.write(part.numpy().tobytes())
+            self._file.flush()  # or reading would, where a full disk is no one's to tell
         except OSError as error:
             raise DataError(f"{self._path} cannot be written: {error.strerror}") from None
         shapes = tuple(tuple(part.shape) for part in parts)
@@ -60,15 +57,24 @@ class RouteSpool(Mapping[Place, Recorded]):
 
     def __getitem__(self, place: Place) -> Recorded:
         held = self._rows[place]
-        self._file.seek(held.at)
-        parts = []
+        parts, at = [], held.at
         for name, shape in zip(OF_ROW, held.shapes, strict=True):
             dtype = TENSORS[name][0]
             count = torch.Size(shape).numel()
-            raw = bytearray(self._file.read(count * dtype.itemsize))
+            raw = self._read(at, count * dtype.itemsize)
+            at += len(raw)
             flat = torch.frombuffer(raw, dtype=dtype) if count else torch.empty(0, dtype=dtype)
             parts.append(flat.view(shape))
         return Recorded(held.digest, held.tokens, *parts)
+
+    def _read(self, at: int, size: int) -> bytearray:
+        try:
+            self._file.seek(at)
+            raw = bytearray(self._file.read(size))
+        except OSError as error:
+            raise DataError(f"{self._path}: recorded rows are lost: {error.strerror}") from None
+        assert len(raw) == size  # it was flushed
+        return raw
 
     def __iter__(self) -> Iterator[Place]:
         return iter(self._rows)

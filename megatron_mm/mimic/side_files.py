@@ -20,7 +20,7 @@ from megatron_mm.convert.hf_writer import lay_out
 from megatron_mm.convert.work import nbytes
 from megatron_mm.errors import ConvertError, DataError
 from megatron_mm.model.families.transforms import Shape
-from megatron_mm.whole_file import whole_file
+from megatron_mm.outputs import whole_file
 
 HEAD = "head"
 MOST_HEAD = 2**26  # bytes

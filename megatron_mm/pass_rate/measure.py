@@ -103,10 +103,10 @@ class _Rating:
         self.reader = Reader(run, tokenizer, [rows])
         self.longest = longest_prompt(run)
         self.skip_bad = run.data.on_bad_sample == "skip"
-        self.scorer = Scorer(self.rl, engine, tokenizer, None, Columns(rows.columns))
+        self.columns = Columns(rows.columns)
+        self.scorer = Scorer(self.rl, engine, tokenizer, None, self.columns)
         self.judge = self.scorer.names.index(difficulty_name(self.rl))
-        # Failures of a whole round, or of a whole file, stop the command.
-        self.least = min(per_round, len(rows)) * self.rl.num_generations
+        self.per_round = per_round
 
     def read(self, numbers: list[int]) -> Drawn:
         found = self.reader.prompts([Place(0, number) for number in numbers])
@@ -116,16 +116,16 @@ class _Rating:
             check_images_beside(prompt.row, prompt.where, folder, self.out)
         return drawn
 
-    def __call__(self, numbers: list[int]) -> Made:
+    def __call__(self, numbers: list[int], tally: Tally) -> Made:
+        self.columns.expect(tally.columns)  # whether the command was ended meanwhile or not
         routes = self.scorer.wants_routes
         rollout = complete(self.engine, self.tokenizer, self, numbers, record_routes=routes)
         scored = self.scorer.score(rollout)
         weights, most = self.scorer.weights, self.rl.max_reward_failures
-        # A row that nothing can judge has no accuracy; a last round may have no others.
-        check_rewards(
-            self.engine, scored, weights, [0] * len(scored.groups), 1, most, True, self.least
-        )
-        made = Made()
+        # A row that nothing can judge has no accuracy; a short last round may have no others.
+        if not tally.rows or tally.rows + self.per_round <= len(self.rows):
+            check_rewards(self.engine, scored, weights, [0] * len(scored.groups), 1, most, True)
+        made = Made(columns={*self.columns.names})
         if self.engine.groups.is_reader:
             made.sums["skipped"] = len(scored.skipped)
             for what, reasons in (("left out", scored.skipped), ("failed", scored.failures)):

@@ -29,8 +29,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_new(path: Path) -> None:
-    """Raises DataError for a file that is there."""
-    if path.exists():
+    """Raises DataError for a file that is there, or of which that cannot be known."""
+    with writing(path):
+        there = path.exists()
+    if there:
         raise DataError(f"{path} is there already; remove it, or name another --out")
 
 
@@ -90,13 +92,16 @@ class Tally:
     Attributes:
         rows: read, those that were left out among them.
         sums: by name.
+        columns: names that any of the rows had, where rewards are given them.
     """
 
     rows: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
 
-    def add(self, rows: int, sums: Mapping[str, float]) -> None:
+    def add(self, rows: int, sums: Mapping[str, float], columns: Iterable[str] = ()) -> None:
         self.rows += rows
+        self.columns = sorted({*self.columns, *columns})
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
@@ -125,28 +130,29 @@ class Growing:
         )
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        held = self._held()
-        # A command that was killed between its last two steps has left the one without the other.
-        if path.exists() and held is not None and not self._partial.exists():
-            self.tally, self.done = held[1], True
-            self._progress.unlink()
-            return
+            held = self._held()
+            # A command that was killed between its last two steps has left one without the other.
+            if path.exists() and held is not None and not self._partial.exists():
+                self.tally, self.done = held[1], True
+                self._progress.unlink()
+                return
         check_new(path)
         with writing(self._partial):
             self._file = self._partial.open("ab")
-        try:
-            self._hold()
-            size, self.tally = held or (0, Tally())
-            there = os.fstat(self._file.fileno()).st_size
-            if there < size:
-                raise DataError(
-                    f"{self._partial} has {there} bytes, {self._progress} says {size}; remove both"
-                )
-            with writing(self._partial):
+            try:
+                self._hold()
+                size, self.tally = held or (0, Tally())
+                there = os.fstat(self._file.fileno()).st_size
+                if there < size:
+                    raise DataError(
+                        f"{self._partial} has {there} bytes, {self._progress} says {size}; remove "
+                        "both"
+                    )
                 self._file.truncate(size)
-        except BaseException:
-            self.close()
-            raise
+                self._file.seek(size)  # or a round without lines would note the old end
+            except BaseException:
+                self.close()
+                raise
 
     def _held(self) -> tuple[int, Tally] | None:
         """Returns how many bytes hold, and the tally of them; None without a beginning."""
@@ -155,7 +161,7 @@ class Growing:
         try:
             content = sealed.read_json(self._progress)
             key, size = content["key"], content["bytes"]
-            tally = Tally(content["rows"], content["sums"])
+            tally = Tally(content["rows"], content["sums"], content["columns"])
         except (CheckpointError, OSError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{self._progress} cannot be read ({reason}); remove it") from None
@@ -178,11 +184,17 @@ class Growing:
             if error.errno not in WITHOUT:  # a file system that has no locks
                 raise
 
-    def append(self, lines: Sequence[str], rows: int, sums: Mapping[str, float]) -> None:
+    def append(
+        self,
+        lines: Sequence[str],
+        rows: int,
+        sums: Mapping[str, float],
+        columns: Iterable[str] = (),
+    ) -> None:
         """Adds the lines of a round: they are on disk when it returns, or will be cut off.
 
         Args:
-            rows: that were read for them; sums: to be added to the tally.
+            rows: that were read for them; sums, columns: to be added to the tally.
         Raises:
             DataError: they cannot be written.
         """
@@ -192,9 +204,10 @@ class Growing:
             self._file.flush()
             os.fsync(self._file.fileno())
             size = self._file.tell()
-        self.tally.add(rows, sums)
+        self.tally.add(rows, sums, columns)
         content: dict[str, Any] = {"key": self._key, "bytes": size}
         content |= {"rows": self.tally.rows, "sums": self.tally.sums}
+        content["columns"] = self.tally.columns
         fresh = self._progress.with_name(self._progress.name + ".new")
         with writing(self._progress):
             sealed.write_json(fresh, content)

@@ -71,6 +71,10 @@ def rated(row: Row, where: str) -> Rated:
         raise DataError(f"{where}: 'accuracy' is {accuracy!r}; allowed: 0 to 1, or null")
     if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
         raise DataError(f"{where}: 'completions' is no list of texts")
+    if not all(map(is_unicode, said)):
+        raise DataError(
+            f"{where}: 'completions' holds half a surrogate pair (\\ud800 to \\udfff); remove it"
+        )
     return Rated(
         row,
         where,

@@ -33,12 +33,13 @@ class Made:
     Attributes:
         lines: by row, then by place within it.
         files: by their path below the output's folder.
-        sums: to be tallied.
+        sums, columns: to be tallied.
     """
 
     lines: dict[tuple[int, int], str] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     sums: Counter = field(default_factory=Counter)
+    columns: set[str] = field(default_factory=set)
 
 
 def on_first_rank[T](groups: Groups, make: Callable[[], T]) -> T:
@@ -86,7 +87,7 @@ def run_rounds(
     key: str,
     rows: int,
     per_round: int,
-    work: Callable[[list[int]], Made],
+    work: Callable[[list[int], Tally], Made],
     say: Callable[[Tally], str],
 ) -> Tally:
     """Runs the rounds that `out` lacks. Every rank of the job calls it.
@@ -95,7 +96,7 @@ def run_rounds(
         key: digest of what the output depends on.
         rows: of the file; per_round: those of a round, on all replicas together.
         work: makes something of this replica's rows; every rank calls it, with the same numbers as
-            others of its replica.
+            others of its replica, and with the tally of the rounds before.
         say: a line about what is done so far.
     Returns:
         the tally of the whole file.
@@ -121,7 +122,7 @@ def run_rounds(
         while tally.rows < rows:
             first = tally.rows if first is None else first
             numbers = range(tally.rows, min(tally.rows + per_round, rows))
-            made = work([*numbers[rank::size]])
+            made = work([*numbers[rank::size]], tally)
             parts: list = [None] * groups.world.size()
             mine = made if groups.is_reader else None
             dist.gather_object(mine, parts if dist.get_rank() == 0 else None, group=groups.world)
@@ -140,15 +141,17 @@ def _append(file: Growing | None, rows: int, parts: list[Made | None]) -> Tally:
     assert file is not None  # of the first rank
     lines: dict[tuple[int, int], str] = {}
     sums: Counter = Counter()
+    columns: set[str] = set()
     for part in parts:
         if part is None:
             continue
         lines |= part.lines
         sums.update(part.sums)
+        columns |= part.columns
         for name, content in part.files.items():
             path = file.path.parent / name
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-    file.append([lines[place] for place in sorted(lines)], rows, sums)
+    file.append([lines[place] for place in sorted(lines)], rows, sums, columns)
     return file.tally

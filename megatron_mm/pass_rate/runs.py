@@ -45,6 +45,8 @@ def run_of_flags(
         ConfigError: a flag is not one of this command's, or the settings do not fit.
     """
     allowed = (*DATA, *TRAINING, *SAMPLING, *(REWARDS if scores else ()))
+    if not scores:
+        allowed = tuple(name for name in allowed if name != "extra_columns")
     for path in parse_flags(rest).values:
         if path[0] not in ("parallel", "backend", "plugins") and path[-1] not in allowed:
             raise ConfigError(

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_mm.data.chat import answer_text
 from megatron_mm.data.files.forms import Row
 from megatron_mm.data.files.keys import LOOKS, RATED
-from megatron_mm.data.loading.reader import Prompt
+from megatron_mm.data.loading.reader import Prompt, reading
 from megatron_mm.data.messages import ESCAPED_MARK, IMAGE_MARK, check_messages
 from megatron_mm.data.place_names import without_places
 from megatron_mm.data.sample import SampleBuilder
@@ -113,7 +113,7 @@ class _Continuing:
         memories = self.builder.settings.memories if self.builder.settings else ()
         self.image_keys = ("images", *(m.images for m in memories if m.images != "images"))
 
-    def __call__(self, numbers: list[int]) -> Made:
+    def __call__(self, numbers: list[int], _: Tally) -> Made:
         made = Made()
         cuts: list[_Cut] = []
 
@@ -158,27 +158,29 @@ class _Continuing:
         """Returns the cut answers of a row, or why it is bad."""
         file, index = self.rows.locate(number)
         where = file.where(index)
+        cuts: list[Any] = []
         try:
-            row = file[index]
-            if not row.get("images"):
-                sums["no images"] += 1
-                return []
-            check_images_beside(row, where, file.folder, self.out)
-            bare = {key: value for key, value in row.items() if key not in RATED}
-            answers = self._answers(row, where)
-            sums["no answer"] += not answers
-            blind = without_images(bare, self.image_keys, where)
-            prompt = self.builder.prompt(blind, where, file.folder) if answers else None
+            with reading(where):
+                row = file[index]
+                if not row.get("images"):
+                    sums["no images"] += 1
+                    return []
+                check_images_beside(row, where, file.folder, self.out)
+                bare = {key: value for key, value in row.items() if key not in RATED}
+                answers = self._answers(row, where)
+                sums["no answer"] += not answers
+                blind = without_images(bare, self.image_keys, where)
+                prompt = self.builder.prompt(blind, where, file.folder) if answers else None
+                for place, chosen in enumerate(answers[: self.most]):
+                    ids = self.tokenizer.encode(chosen)
+                    kept = ids[: len(ids) // 2]
+                    assert prompt is not None  # there are answers
+                    # There is nothing to look at.
+                    sample = answered(prompt, prompt.tokens_T.new_tensor(kept), None)
+                    asked = Prompt(sample, bare, where)
+                    cuts.append(_Cut(number * ROW + place, asked, bare, chosen, tuple(kept)))
         except DataError as error:
             return [str(error)]
-        cuts = []
-        for place, chosen in enumerate(answers[: self.most]):
-            ids = self.tokenizer.encode(chosen)
-            kept = ids[: len(ids) // 2]
-            assert prompt is not None  # there are answers
-            sample = answered(prompt, prompt.tokens_T.new_tensor(kept), None)  # nothing to look at
-            asked = Prompt(sample, bare, where)
-            cuts.append(_Cut(number * ROW + place, asked, bare, chosen, tuple(kept)))
         return cuts
 
     def _answers(self, row: Row, where: str) -> list[str]:

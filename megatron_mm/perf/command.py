@@ -17,8 +17,8 @@ from megatron_mm import cli
 from megatron_mm.config import ConfigError, RunConfig, load
 from megatron_mm.config.flags import parse_flags
 from megatron_mm.errors import RLError
+from megatron_mm.outputs import check_writable, write_json
 from megatron_mm.perf.hardware import GPU, Assumptions, gpu
-from megatron_mm.perf.results import check_writable, write_json
 
 
 def _parser() -> argparse.ArgumentParser:

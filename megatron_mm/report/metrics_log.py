@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_mm.cli import printable, say
+from megatron_mm.outputs import whole_file
 from megatron_mm.report.backwards import from_the_end
 from megatron_mm.report.sinks import Appended, Guarded, TensorBoard, WandB
-from megatron_mm.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.layers.queries import window
 from megatron_mm.config.memories import VISION
 from megatron_mm.errors import DataError
+from megatron_mm.outputs import whole_file
 from megatron_mm.pictures.boxes import read_box
 from megatron_mm.pictures.process import PictureProcess
 from megatron_mm.report.charts import curves, experts, histories, percent, skill_chart
@@ -39,7 +40,6 @@ from megatron_mm.report.page_experts import (
     skill_maps,
 )
 from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups, last_rows
-from megatron_mm.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 # The exit code of a rank that saved and left because ranks elsewhere were told to: its agent starts
 # it again, and it goes on once they are back. The agents of those that were told end anyway.
 STOPPED_BY_ANOTHER = 75  # EX_TEMPFAIL of sysexits.h
-PATIENCE = 3.0  # seconds in which rank 0 says what is wrong everywhere, and torchrun ends the rest
 
 
 def main(argv: list[str]) -> int:
@@ -31,10 +29,7 @@ def main(argv: list[str]) -> int:
             cli.logger.info("images are encoded by the %s: %s", *chosen(run))
         run = decided(run)
     except ConfigError as error:
-        if cli.rank():  # perhaps only this rank was given them
-            time.sleep(PATIENCE)
-            cli.logger.error("rank %d: %s", cli.rank(), error)
-        return cli.fail(error)
+        return cli.fail(error, joined=False)
 
     from megatron_mm import platform
 

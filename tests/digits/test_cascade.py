@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,6 +86,24 @@ def test_gspo_alone_has_the_time_of_the_cascade(tmp_path):
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps({"seconds": seconds}))
     assert alone.late() == ("--exit-duration-in-mins", "3.0000")
+
+
+def test_seconds_of_an_ended_rating_count_too(tmp_path, monkeypatch):
+    """The file that it had begun is finished by the next."""
+    clock, ends = iter([0.0, 40.0, 100.0, 125.0]), iter([KeyboardInterrupt, None])
+
+    def run(command):
+        if (end := next(ends)) is not None:
+            raise end
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(rows, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(rows.subprocess, "run", run)
+    command = ["rate", "--data", str(tmp_path / "pool.jsonl"), "--out", str(tmp_path / "r.jsonl")]
+    with pytest.raises(KeyboardInterrupt):
+        rows.main(command)
+    assert rows.main(command) == 0
+    assert rows.seconds_file(tmp_path / "r.jsonl").read_text() == "65.0\n"
 
 
 def answers(folder: Path, scores: dict[str, list[float]], logps: list[float] | None = None):

@@ -270,7 +270,7 @@ def test_what_cannot_be_recorded_is_one_line(tool, checkpoints, data, tmp_path):
     for flags, message in (
         (
             ("--out", tmp_path / "file" / "a.st"),
-            "a.st cannot be written: File exists; name another",
+            "a.st cannot be written: File exists; allowed: a file in a folder",
         ),
         (("--layers", 7), "--layers names 7; allowed: the teacher's layers of experts, 0, 1, 2"),
         (("--top", 11), "--top is 11; allowed: up to 10, the teacher's experts"),

@@ -170,6 +170,10 @@ def test_a_mark_that_a_model_wrote_is_text(tmp_path, capsys):
         ({"right": [1, 0]}, "rated.jsonl:2: 'right' is no list of true and false"),
         ({"finished": None}, "rated.jsonl:2: 'finished' is no list of true and false"),
         ({"completions": "ab"}, "rated.jsonl:2: 'completions' is no list of texts"),
+        (
+            {"completions": ["4", "4 \ud83d"]},
+            "rated.jsonl:2: 'completions' holds half a surrogate pair",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["keep --between 0 1", "tiers --edges 0.5", "pairs"])

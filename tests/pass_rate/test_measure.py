@@ -5,7 +5,6 @@ A function that starts with `on_rank_` runs on every rank; the test compares wha
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -122,6 +121,30 @@ def test_a_command_that_was_ended_goes_on(ranks, scenes, folder, layout, behind)
     assert not [name for name in os.listdir(folder) if "partial" in name or "progress" in name]
 
 
+def test_a_reward_is_given_the_columns_of_rounds_before_the_end(ranks, scenes, folder):
+    """Only a row of the first round has the one that the reward cannot do without."""
+    rows = read_rows(folder / "rows.jsonl")
+    rows[1]["tolerance"] = 0.5
+    write_rows(folder / "rows.jsonl", rows)
+    given = dict(reward_funcs=["support.even.tolerant"], extra_columns=["tolerance"])
+    expected, said = rate(ranks, folder, scenes, out="whole.jsonl", **given)
+    assert len(read_rows(expected)) == ROWS and "failed" not in said
+    for layout in ("one rank", "DP2"):
+        rate(ranks, folder, scenes, layout, layout[:3] + ".jsonl", stop_behind=5, **given)
+        out, _ = rate(ranks, folder, scenes, layout, layout[:3] + ".jsonl", **given)
+        assert out.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["one rank", "DP2"])
+def test_a_bad_row_does_not_hide_rewards_that_fail(ranks, scenes, folder, layout):
+    rows = read_rows(folder / "rows.jsonl")
+    rows[1]["images"] = ["gone.png"]
+    write_rows(folder / "rows.jsonl", rows)
+    given = dict(reward_funcs=["support.even.fails_after"], on_bad_sample="skip")
+    _, said = rate(ranks, folder, scenes, layout, **given)
+    assert said.startswith("every reward of a step failed") and "the judge is down" in said
+
+
 def test_rows_that_are_bad_stop_the_command_or_are_counted(ranks, scenes, folder):
     rows = read_rows(folder / "rows.jsonl")
     rows[7]["images"], rows[8]["messages"] = ["gone.png"], "?"
@@ -233,36 +256,6 @@ def test_other_settings_a_second_command_and_an_old_file_are_one_line(ranks, sce
     (folder / "rated.jsonl.progress").unlink()
     out.write_text("")
     assert "rated.jsonl is there already; remove it, or name" in rate(ranks, folder, scenes)[1]
-
-
-def test_a_full_disk_costs_the_round_only(tmp_path, monkeypatch):
-    """Also where the command ends between any two of the steps of a write."""
-    path, replace = tmp_path / "out.jsonl", os.fsync
-    file = Growing(path, "key")
-    file.append(["one"], 1, {"right": 1})
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Exception, match=r"out\.jsonl\.partial: No space left on device"):
-        file.append(["two"], 1, {"right": 1})
-    file.close()
-    monkeypatch.setattr(os, "fsync", replace)
-    file = Growing(path, "key")
-    assert (file.tally.rows, file.tally.sums) == (1, {"right": 1})
-    file.append(["deux"], 1, {"right": 0})
-    shutil.copy(tmp_path / "out.jsonl.progress", tmp_path / "kept")
-    file.finish()
-    file.close()
-    assert path.read_text() == "one\ndeux\n"
-    # Killed before the progress was removed: the file is finished.
-    (tmp_path / "kept").rename(tmp_path / "out.jsonl.progress")
-    file = Growing(path, "key")
-    assert file.done and file.tally.rows == 2
-    file.finish()
-    file.close()
-    assert sorted(os.listdir(tmp_path)) == ["out.jsonl"] and path.read_text() == "one\ndeux\n"
 
 
 def test_the_rated_file_is_read_by_training(scenes, folder, whole):

@@ -20,6 +20,11 @@ def constant(prompts, completions, completion_ids, value=0.0, **columns):
     return [value for _ in completion_ids]
 
 
+def tolerant(prompts, completions, completion_ids, tolerance, **columns):
+    """Returns `even`'s values; cannot do without a column."""
+    return even(prompts, completions, completion_ids)
+
+
 def fails_on_short(prompts, completions, completion_ids, **columns):
     """Raises for completions whose last token is odd."""
     for ids in completion_ids:

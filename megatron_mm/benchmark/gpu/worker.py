@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_mm.benchmark.gpu.checks import Check
 from megatron_mm.benchmark.gpu.visit import CPU_LOG, Row, Skip, Visit, cpu_files
-from megatron_mm.whole_file import whole_file
+from megatron_mm.outputs import whole_file
 
 # Makes torch, in a process that has not imported it, say that there is a GPU; returns what counts.
 Pretend = Callable[[], Any] | None

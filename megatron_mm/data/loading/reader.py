@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,14 +108,22 @@ class Reader:
         file, index = self._sources[place.source].locate(place.row)
         where = file.where(index)
         try:
-            return turn(file[index], where, file.folder)
+            with reading(where):
+                return turn(file[index], where, file.folder)
         except DataError as error:
             return str(error)
-        except (MemoryError, DecoderError):  # not caused by the row
-            raise
-        except Exception as error:  # of any kind: the message must name the row
-            reason = " ".join(str(error).split())
-            return f"{where}: reading failed: {type(error).__name__}: {reason}"
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Makes any error of the body that a row can cause a DataError that names the row."""
+    try:
+        yield
+    except (DataError, MemoryError, DecoderError):  # named, or not caused by the row
+        raise
+    except Exception as error:  # of any kind: the message must name the row
+        reason = " ".join(str(error).split())
+        raise DataError(f"{where}: reading failed: {type(error).__name__}: {reason}") from error
 
 
 def in_worker(kind: type[Reader], *arguments: Any) -> Reader:

@@ -21,7 +21,6 @@ def check_rewards(
     steps: int,
     most: float,
     others: bool,
-    least: int = 1,
 ) -> None:
     """Stops where a step has too few rewards. Every rank of the job calls it.
 
@@ -31,7 +30,6 @@ def check_rewards(
         most: share of a step's completions, above 0 to 1, whose rewards may not fail; see
             `max_reward_failures`.
         others: whether the run can do without the functions' rewards.
-        least: completions of a step below which nothing is concluded.
     Raises:
         DataError: on every rank, with the first failure, if that share of a step's completions
             failed; or if no reward of weight applies to any completion of a step.
@@ -49,7 +47,7 @@ def check_rewards(
         sums_S3.index_add_(0, torch.tensor(of_group), mine_P3)
     dist.all_reduce(sums_S3, group=groups.world)
     for count, failed, kept in sums_S3.tolist():
-        if count < least:
+        if not count:
             continue
         if failed >= most * count:
             said = "every reward" if failed == count else f"{failed} of {count} rewards"

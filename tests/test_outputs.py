@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mm.whole_file import whole_file
+from megatron_mm.outputs import whole_file
 
 
 def test_a_file_gets_its_name_at_the_end(tmp_path):
