@@ -38,7 +38,7 @@ setup(
         "psutil",  # megatron-core's dist_checkpointing imports it without declaring it
         "tqdm",
         "tensorboard",
-        "wandb",
+        "wandb>=0.31",  # finish_timeout
         "matplotlib",
         "jinja2",
         "scikit-learn",  # the scanned digits of the demo

@@ -27,16 +27,20 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_mm import cli
 from megatron_mm.outputs import check_writable, write_json
+
+if TYPE_CHECKING:
+    from megatron_mm.config import RunConfig
 
 ROUNDS = {"train": 20, "rl": 8, "dpo": 8, "gdn": 20, "clvr": 20, "looks": 8, "convert": 3,
           "scaling": 10}  # fmt: skip
 WARMUP = {"train": 4, "rl": 1, "dpo": 1, "gdn": 4, "clvr": 4, "looks": 1, "convert": 1,
           "scaling": 2}  # fmt: skip
 FAULTS = ("kill", "freeze", "slow", "disk", "nan")
+MODELS = ("tiny", "small")  # of `models.SHAPES`
 DATA, ROUTING = ("real", "mock"), ("natural", "balanced")
 
 
@@ -59,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--threads", type=int, help="default: 1 against transformers, "
                                  "else torch's")  # fmt: skip
         if name in ("train", "rl", "dpo", "clvr", "looks"):
-            command.add_argument("--models", nargs="+", default=["tiny", "small"])
+            command.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
         if name in ("train", "clvr"):
             command.add_argument("--samples", type=int, help="per step; default: by model")
     command = commands.choices["dpo"]
@@ -123,6 +127,21 @@ def _against(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _check_sides(run: RunConfig, kinds: Sequence[str], routings: Sequence[str]) -> None:
+    """Raises ConfigError for sides that cannot be made."""
+    from megatron_mm.config import ConfigError
+    from megatron_mm.train.sft import plain
+
+    if "real" not in kinds and not plain(run):
+        raise ConfigError(
+            "--data is mock, but the loss of this run needs rows: its objective is "
+            f"{run.training.objective}, or it learns from a map or a teacher; allowed: --data real "
+            "mock, where mock data are like the rows"
+        )
+    if "mock" not in kinds and "balanced" in routings:
+        raise ConfigError("--routing balanced needs batches in memory; allowed: --data real mock")
+
+
 def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """Measures the run that `flags` describe, on the ranks that torchrun started."""
     import torch
@@ -145,7 +164,8 @@ def _throughput(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     routings: Sequence[str] = ("natural",)
     if args.command == "train":
         kinds = args.data or (DATA if run.data.train_data else ("mock",))
-        routings = args.routing or ROUTING
+        routings = args.routing or (ROUTING if "mock" in kinds else ROUTING[:1])
+        _check_sides(run, kinds, routings)
     if args.threads:
         torch.set_num_threads(args.threads)
     from megatron_mm.benchmark.measure import environment, revision

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,17 @@ SAME = {
     "backend": ("fp8_format", "fp8_recipe"),
     "lora": None,
 }
-ROLLOUTS = ("num_generations", "rollout_batch_size", "num_iterations", "max_completion_length")
+# The same of the objective's own sections. What only sets how much of something that is computed
+# anyway counts is compared by whether it is there, as are files, whose places differ.
+OF_OBJECTIVES = (
+    *("num_generations", "rollout_batch_size", "num_iterations", "max_completion_length"),
+    *("algorithm", "filter_groups", "routing_replay", "loss_type"),
+)
+WHETHER = (
+    *("beta", "ref_load", "teacher_load", "teacher_kl_coef", "rollout_is", "entropy_coef"),
+    *("skill_map", "router_align_coeff", "router_loss_coeff", "expert_scope"),
+    *("mimic_routes", "mimic_map", "mimic_skill_coeff", "mimic_kd_coeff", "dpo_ref_load"),
+)
 
 
 class Different(ValueError):
@@ -92,19 +101,18 @@ def _generates(side: dict[str, Any]) -> bool:
 
 def _same_work(a: dict[str, Any], b: dict[str, Any]) -> None:
     _same("unit of a rank", a["units"]["rank"], b["units"]["rank"])
-    sections: dict[str, tuple[str, ...] | None] = dict(SAME)
-    for side in (a, b):
-        if _generates(side):
-            declared = OBJECTIVES[side["run"]["training"]["objective"]].sections
-            found = {name: _rollout_settings(kind) for name, kind in declared.items()}
-            sections |= {name: keys for name, keys in found.items() if keys}
-    for name, keys in sections.items():
+    for name, keys in SAME.items():
         first, second = ({k: x["run"][name].get(k) for k in keys or x["run"][name]} for x in (a, b))
         _same(name, first, second)
+    # Both have one objective, as was seen above.
+    for name in OBJECTIVES[a["run"]["training"]["objective"]].sections:
+        _same(name, *(_computed(side["run"].get(name, {})) for side in (a, b)))
 
 
-def _rollout_settings(section: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(section) if f.name in ROLLOUTS)
+def _computed(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What settings of an objective's section say of the work."""
+    values = {key: section[key] for key in OF_OBJECTIVES if key in section}
+    return values | {key: bool(section[key]) for key in WHETHER if key in section}
 
 
 def _same(name: str, first: Any, second: Any) -> None:

@@ -13,13 +13,13 @@ from PIL import Image
 
 from megatron_mm.benchmark.models import cut_image, image_token
 from megatron_mm.config import ModelConfig, RunConfig, route_width, token_multiple
+from megatron_mm.config.memories import most_tiles
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.data.collate import collate
 from megatron_mm.data.sample import Sample
 from megatron_mm.data.tiles import image_settings
 from megatron_mm.engine.objective import Objective
 from megatron_mm.model.routing import FREE
-from megatron_mm.train.sft import SupervisedFineTuning
 
 
 class Source(Protocol):
@@ -44,10 +44,9 @@ class Mock:
 
     between = True
 
-    def __init__(self, steps: Sequence[list[Microbatch]]):
-        self.steps, self.given = steps, 0
+    def __init__(self, steps: Sequence[list[Microbatch]], objective: Objective):
+        self.steps, self.given, self.objective = steps, 0, objective
         self.metrics: dict[str, float] = {}
-        self.objective = SupervisedFineTuning()
 
     def next_step(self, stop: bool) -> tuple[list[Microbatch], bool]:
         self.given += 1
@@ -88,7 +87,7 @@ def balanced(batch: Microbatch, layers: Sequence[int], model: ModelConfig) -> Mi
 
 
 def made_step(run: RunConfig, microbatches: int, seed: int) -> list[Microbatch]:
-    """Makes a step of full samples: `seq_length` tokens with one image of `max_num_tiles` tiles."""
+    """Makes a step of full samples: `seq_length` tokens with one image of the most tiles."""
     rng = np.random.default_rng(seed)
     samples = [
         [_sample(run, rng) for _ in range(run.training.micro_batch_size)]
@@ -102,10 +101,11 @@ def made_step(run: RunConfig, microbatches: int, seed: int) -> list[Microbatch]:
 def _sample(run: RunConfig, rng: np.random.Generator) -> Sample:
     length, tokens, images = run.data.seq_length, [], []
     if (settings := image_settings(run)) is not None:
-        columns = next(n for n in range(1, 100) if n * n >= run.data.max_num_tiles)
-        while run.data.max_num_tiles % columns:
+        tiles = most_tiles(run)
+        columns = next(n for n in range(1, 100) if n * n >= tiles)
+        while tiles % columns:
             columns += 1
-        rows, size = run.data.max_num_tiles // columns, settings.image_size
+        rows, size = tiles // columns, settings.image_size
         pixels = rng.integers(0, 256, (rows * size, columns * size, 3), dtype=np.uint8)
         image = cut_image(Image.fromarray(pixels), settings, 0)
         tokens = [image_token(run)] * (len(image.stream) * settings.tokens_per_tile)

@@ -20,10 +20,12 @@ from megatron_mm.convert.token_notes import token_notes
 from megatron_mm.data.batch import Microbatch
 from megatron_mm.engine.engine import Engine
 from megatron_mm.engine.feed import broadcast_batches
+from megatron_mm.engine.objective import Objective
 from megatron_mm.errors import NonFiniteError
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.perf.flops import model_flops, total
 from megatron_mm.perf.phases import Phases
+from megatron_mm.train.sft import SupervisedFineTuning
 from megatron_mm.train.source import open_data, open_step_source
 from megatron_mm.train.start import start
 
@@ -45,6 +47,7 @@ class Bench:
         """Returns sources by "<data>, <routing>"."""
         sources: dict[str, Source] = {}
         made: list[list[Microbatch]] = []
+        objective: Objective = SupervisedFineTuning()
         if "real" in kinds:
             tokenizer, loader = open_data(self.run, self.groups)
             start(self.engine, loader, self.run.checkpoint, token_notes(self.run, tokenizer))
@@ -52,6 +55,7 @@ class Bench:
             if "mock" in kinds or "balanced" in routings:
                 position = loader.state_dict()
                 made = [list(real.next_step(False)[0]) for _ in range(STORED)]
+                objective = real.objective  # whose targets they hold
                 loader.load_state_dict(position)
             if "natural" in routings:
                 sources["real, natural"] = real
@@ -66,9 +70,10 @@ class Bench:
                 for seed, step in zip(seeds, made, strict=True)
             ]
             if "natural" in routings:
-                sources["mock, natural"] = Mock(mock)
+                sources["mock, natural"] = Mock(mock, objective)
             if "balanced" in routings:
-                sources["mock, balanced"] = Mock([list(map(self._balanced, s)) for s in mock])
+                even = [list(map(self._balanced, step)) for step in mock]
+                sources["mock, balanced"] = Mock(even, objective)
         return sources
 
     def _made(self, number: int) -> list[Microbatch]:

@@ -1,9 +1,9 @@
 """Costs of the pipeline's parts, for the balanced split: FLOPs by settings alone.
 
 A cost is the forward pass over one sample: a full stream of `seq_length` tokens with one image of
-`max_num_tiles` tiles. Backward costs twice as much again, except below a frozen ViT. The products
-of a layer are counted by its kind (config/layers/); a real microbatch is counted from the same
-sizes (perf/flops.py). Everything is a pure function of settings.
+the most tiles that are allowed. Backward costs twice as much again, except below a frozen ViT. The
+products of a layer are counted by its kind (config/layers/); a real microbatch is counted from the
+same sizes (perf/flops.py). Everything is a pure function of settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_mm.config.layers.counting import (
     products,
 )
 from megatron_mm.config.layers.kinds import LAYERS, LayerKind
-from megatron_mm.config.memories import Memory, look_memories, read_memories
+from megatron_mm.config.memories import Memory, look_memories, most_tiles, read_memories
 from megatron_mm.config.settings import LoraConfig, RunConfig
 from megatron_mm.config.settings_model import LanguageConfig, ModelConfig
 
@@ -59,7 +59,7 @@ def costs(run: RunConfig) -> Costs:
 def _memory_rows(run: RunConfig, memory: Memory) -> MemoryRows:
     """The memory of one image; the coordinates of its keys are left out, and glimpses, which follow
     from data: a query costs little beside the keys and values."""
-    of = {"thumbnail": 1, "tiles": run.data.max_num_tiles, "pyramid": _tiles(run)}
+    of = {"thumbnail": 1, "tiles": most_tiles(run), "pyramid": _tiles(run)}
     seen = of[memory.tiles] * patches(run.model)
     return MemoryRows(rows=seen, pairs=run.data.seq_length * seen)
 
@@ -119,5 +119,6 @@ def patches(model: ModelConfig) -> int:
 
 
 def _tiles(run: RunConfig) -> int:
-    thumbnail = run.data.use_thumbnail and run.data.max_num_tiles > 1
-    return run.data.max_num_tiles + int(thumbnail)
+    """The most tiles of an image, its thumbnail among them."""
+    cells = most_tiles(run)
+    return cells + int(run.data.use_thumbnail and cells > 1)

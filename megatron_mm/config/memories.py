@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_mm.config.families import vision_family
 from megatron_mm.config.layers.kinds import LAYERS
 from megatron_mm.config.settings import RunConfig
 from megatron_mm.config.settings_model import MemoryConfig, ModelConfig, VisionMemory
@@ -160,3 +161,29 @@ def check_memories(run: RunConfig) -> None:
                 f"hidden_size {hidden} does not divide by {memory.width_setting} {memory.width}; "
                 f"allowed: a divisor of {hidden}"
             )
+
+
+def most_tiles(run: RunConfig, images: int = 1) -> int:
+    """Returns the most tiles that each of `images` images of a row is cut into, its thumbnail not
+    among them: `max_num_tiles`, or fewer where those that the ViT sees would cost more than
+    `max_image_tokens` (data/tiles.py, `choose_grids`)."""
+    data, fusion = run.data, run.model.fusion
+    if data.max_image_tokens is None or run.model.vision is None:
+        return data.max_num_tiles
+    patches = vision_family(run.model).grid(run.model.vision, None)
+    per_tile = (patches.height // (patches.patch * fusion.pixel_shuffle_factor)) ** 2
+    choices: dict[str, set[str]] = {IMAGES: {fusion.image_stream}}
+    for memory in memories(run.model, data.memory_images):
+        choices.setdefault(memory.images, set()).add(memory.tiles)
+
+    def seen(cells: int) -> int:
+        thumbnail, found = int(data.use_thumbnail), 0  # of more than one tile
+        for chosen in choices.values():
+            whole = bool(chosen & {"all", "pyramid"})
+            found += cells * (whole or "tiles" in chosen)
+            found += thumbnail * (whole or "thumbnail" in chosen)
+        return found
+
+    budget = data.max_image_tokens
+    fits = (n for n in range(data.max_num_tiles, 1, -1) if images * per_tile * seen(n) <= budget)
+    return next(fits, 1)

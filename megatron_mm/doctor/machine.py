@@ -239,6 +239,9 @@ def main(argv: list[str]) -> int:
     cli.setup_logging(cli.rank())
     warnings.simplefilter("ignore")
     launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if {"-h", "--help"} & {*argv}:
+        cli.say((__doc__ or "").strip())
+        return 0
     if argv and not launched:
         return cli.fail(ConfigError("settings are compared between ranks: start it with torchrun"))
     logging.disable(logging.ERROR)  # what packages say while they load

@@ -66,7 +66,12 @@ def note(run: RunConfig | None, problem: str) -> dict[str, Any]:
         states = [f"{p.parts[-4]}:{p.read_text().strip()}" for p in links]
         same["infiniband"] = ", ".join(states) or "none"
     libraries = ("NCCL_", "GLOO_")
-    words = sorted(k for k in os.environ if k.startswith(libraries) or k == "OMP_NUM_THREADS")
+    # An interface may have another name on each node.
+    words = sorted(
+        k
+        for k in os.environ
+        if (k.startswith(libraries) or k == "OMP_NUM_THREADS") and not k.endswith("_SOCKET_IFNAME")
+    )
     same["environment"] = " ".join(f"{k}={os.environ[k]}" for k in words) or "none"
     settings = {} if run is None else settings_of(run)
     if run is not None:

@@ -25,6 +25,7 @@ from megatron_mm.generation.sampling import Sampling
 from megatron_mm.outputs import whole_file
 from megatron_mm.parallel.groups import Groups
 from megatron_mm.parallel.param_layout import layouts
+from megatron_mm.report.metrics_log import ANSWERS_FILE, RESULTS_FILE
 
 Results = dict[str, dict[str, float]]
 SIZES = (
@@ -233,5 +234,5 @@ def write_results(
         },
         "stages": [" ".join(layer.kind for layer in stage.layers) for stage in model_stages(run)],
     }
-    write_record(groups, folder / "results.json", record, indent=1)
-    write_text(groups, folder / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    write_record(groups, folder / RESULTS_FILE, record, indent=1)
+    write_text(groups, folder / ANSWERS_FILE, "".join(json.dumps(r) + "\n" for r in records))

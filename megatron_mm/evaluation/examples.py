@@ -23,7 +23,7 @@ from megatron_mm.evaluation.evaluate import ask, open_questions, write_record
 from megatron_mm.evaluation.probe import Load, Looks, probe
 from megatron_mm.evaluation.questions import EvalItem, EvalSet
 from megatron_mm.generation.answers import answered
-from megatron_mm.report.page_rl import BEFORE_FILE
+from megatron_mm.report.metrics_log import BEFORE_FILE, EVALUATION_FILE
 
 SHOWN_PER_KEY = 3  # examples in the report
 PROBED_PER_KEY = 32  # questions behind the experts-by-skill map
@@ -54,7 +54,7 @@ def write_examples(engine: Engine, tokenizer: Tokenizer, records: list[dict], fo
                 examples.append(shown)
     engine.training(True)
     record = {"examples": examples, "experts": _experts(load)}
-    write_record(engine.groups, folder / "evaluation.json", record)
+    write_record(engine.groups, folder / EVALUATION_FILE, record)
 
 
 def write_experts_before(

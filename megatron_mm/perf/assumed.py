@@ -9,6 +9,7 @@ import torch
 from megatron_mm.config import ConfigError, RunConfig, hops, route_width, token_multiple
 from megatron_mm.config.layers.cascade import second_hop_share
 from megatron_mm.config.layers.queries import query_settings
+from megatron_mm.config.memories import most_tiles
 from megatron_mm.config.objectives import declaration
 from megatron_mm.data.batch import BatchMemory, BatchQueries, Microbatch
 from megatron_mm.data.images import TileGrid
@@ -52,7 +53,7 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
     pixels have no memory.
 
     Args:
-        images: in every sample, first in it, each of `max_num_tiles` tiles in one row and, where
+        images: in every sample, first in it, each of the most tiles in one row and, where
             the run makes one, a thumbnail. A model that glimpses has a query for each of them.
         supervised: share of the tokens after the images whose logits the loss needs, the last.
     Raises:
@@ -71,7 +72,7 @@ def planned_batch(run: RunConfig, images: int = 1, supervised: float = 1.0) -> M
             memory.name: ([], torch.zeros(0, 2), torch.zeros(0)) for memory in settings.memories
         }
     if settings is not None and images:
-        tiles = run.data.max_num_tiles
+        tiles = most_tiles(run, images)
         grid = TileGrid(1, tiles, run.data.use_thumbnail and tiles > 1)
         used = used_tiles(grid, settings)
         stream = [used.index(tile) for tile in select_tiles(grid, settings.image_stream)]

@@ -176,14 +176,16 @@ def rough_rank(
     state = State(word * held, 4 * (dense + expert + of_encoder), moments * updated)
     rl = reinforced(run)
     rollouts = [plan.rollout for plan in found if plan.rollout is not None]
-    sent = {
-        Link("reduce_scatter", "dp_cp"): 4 * dense,
-        Link("reduce_scatter", "expt_dp"): 4 * expert,
-        Link("all_gather", "dp_cp"): word * dense // shared,
-        Link("all_gather", "expt_dp"): word * expert // expert_replicas,
-        Link("reduce_scatter", "encoder_dp"): 4 * of_encoder,
-        Link("all_gather", "encoder_dp"): word * of_encoder // whole,
-    }
+    summed = {"dp_cp": dense, "expt_dp": expert, "encoder_dp": of_encoder}
+    if par.use_distributed_optimizer:
+        held_by = {"dp_cp": shared, "expt_dp": expert_replicas, "encoder_dp": whole}
+        sent = {Link("reduce_scatter", group): 4 * count for group, count in summed.items()}
+        sent |= {
+            Link("all_gather", group): word * count // held_by[group]
+            for group, count in summed.items()
+        }
+    else:  # every rank updates all it holds
+        sent = {Link("all_reduce", group): 4 * count for group, count in summed.items()}
     return RankPlan(
         (place, ranks),
         tuple("".join(layer.kind for layer in stage.layers) for stage in mine),

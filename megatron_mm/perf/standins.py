@@ -47,7 +47,8 @@ def planned_backend(run: RunConfig, kernels: str, count: Count) -> Backend:
     backend = choose(local)
     # Of a prompt torch's kernel asks which samples have more than one chunk.
     backend = replace(backend, mix_and_keep=partial(_fused_mix_and_keep, count))
-    if kernels == "cuda" and run.backend.gdn_kernel != "torch":
+    torchs = run.backend.gdn_kernel == "torch" or run.backend.deterministic_mode  # as `choose`
+    if kernels == "cuda" and not torchs:
         backend = replace(backend, mix=partial(_fused_mix, count))
     return backend
 

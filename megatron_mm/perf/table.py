@@ -8,6 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_mm.config import RunConfig, dump_yaml
+from megatron_mm.config.memories import most_tiles
+from megatron_mm.earl.settings import EARLConfig
+from megatron_mm.mimic.settings import MimicConfig
 from megatron_mm.perf.assumed import paired
 from megatron_mm.perf.layout import LayoutPlan, most_sequences
 from megatron_mm.perf.predict import room, step_flops
@@ -38,7 +41,8 @@ def assumptions(
         micro_batch: say how many samples it has; False for several plans that differ in it.
     """
     run, gpu, assumed = plan.run, plan.gpu, plan.assumed
-    tiles = run.data.max_num_tiles + int(run.data.use_thumbnail and run.data.max_num_tiles > 1)
+    cells = most_tiles(run, max(1, images))
+    tiles = cells + int(run.data.use_thumbnail and cells > 1)
     one, each = ("samples", "") if paired(run) is None else ("pairs", "twice ")
     batch = f"{one} of {each}{run.data.seq_length} tokens"
     if micro_batch:
@@ -57,6 +61,15 @@ def assumptions(
             f"objective {run.training.objective}: planned as supervised training, its own loss is "
             "not traced"
         )
+    earl, mimic = run.section(EARLConfig), run.section(MimicConfig)
+    left_out = {
+        "router_align_coeff": earl.router_align_coeff,
+        "mimic_route_coeff": mimic.mimic_route_coeff,
+        "mimic_skill_coeff": mimic.mimic_skill_coeff,
+        "mimic_kd_coeff": mimic.mimic_kd_coeff,
+    }
+    if run.training.objective == "sft" and (given := [name for name, c in left_out.items() if c]):
+        own.append(f"what {', '.join(given)} adds to the loss: not in the plan")
     return [
         f"{step} {one} a step, {'bf16' if bf16 else 'fp32'}; {batch}, {supervised:.0%} of the "
         "text supervised; routing balanced",

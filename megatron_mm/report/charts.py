@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+LM_LOSS, BALANCE = "train/lm_loss", "moe/load_balancing_loss"
 MAX_POINTS = 500  # per curve
 MAX_EXPERT_LAYERS = 12  # layers shown
 
@@ -106,11 +107,23 @@ def series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
+def losses(records: list[dict]) -> list[str]:
+    """Returns the names of the training losses in the records; what fine-tuning minimises first."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    found = [key for key in keys if key.startswith("train/") and key.endswith("_loss")]
+    return sorted(found, key=lambda key: key != LM_LOSS)
+
+
 def curves(records: list[dict]) -> list[dict[str, Any]]:
     titles = {
-        "train/lm_loss": "language model loss",
+        key: f"{key.removeprefix('train/').removesuffix('_loss')} loss" for key in losses(records)
+    }
+    titles |= {LM_LOSS: "language model loss"} if LM_LOSS in titles else {}
+    titles |= {
         "valid/lm_loss": "language model loss on held-out answers",
-        "moe/load_balancing_loss": "load-balancing loss (1 = even experts)",
+        "rewards/margins": "implicit reward of the better answer over the worse one",
+        "rewards/accuracies": "share of pairs whose better answer has the higher one",
+        BALANCE: "load-balancing loss (1 = even experts)",
         "moe/cluster_mass": "router's probability of the experts of a token's skill",
         "moe/delegated_share": "share of tokens handed to a second hop of experts",
         "moe/load_violation": "busiest expert over the mean, both hops (0 = even)",
@@ -132,12 +145,12 @@ def curves(records: list[dict]) -> list[dict[str, Any]]:
             axes.plot(steps, values, color=ACCENT, linewidth=0.8, alpha=0.35)
             axes.plot(steps, _smooth(values), color=ACCENT, linewidth=1.8)
         if (
-            key in ("train/lm_loss", "valid/lm_loss", "train/grad_norm")
+            (key.endswith("_loss") and key != BALANCE or key == "train/grad_norm")
             and values.min() > 0
             and values.max() > 30 * values.min()
         ):
             axes.set_yscale("log")
-        elif key != "moe/load_balancing_loss":
+        elif key != BALANCE and values.min() >= 0:
             axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         axes.set_xlabel("step", color=MUTED, fontsize=9)

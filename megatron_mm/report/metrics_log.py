@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TABLE_FILE = "completions.jsonl"
+RESULTS_FILE, EVALUATION_FILE, ANSWERS_FILE = "results.json", "evaluation.json", "answers.jsonl"
+BEFORE_FILE = "experts_before.json"  # experts by skill when the run began
+# What a finished run leaves, and the report of another one in its folder would show as its own.
+OF_A_RUN = (RESULTS_FILE, EVALUATION_FILE, ANSWERS_FILE, BEFORE_FILE)
 ROUTER_NORM = "moe/router_grad_norm/"  # followed by the layer number
 # Shown on the console after the objective's own; the rest is in the file.
 CONSOLE_KEYS = (
@@ -220,8 +224,10 @@ def _open_record(path: Path, start_step: int) -> tuple[Appended, bool]:
             kept = end
             break
     if found and not kept:  # of another run
-        logger.info("%s of an earlier run is kept as %s", path, _kept_as(path).name)
-        path.replace(_kept_as(path))
+        others = [path.with_name(name) for name in OF_A_RUN] if path.name == METRICS_FILE else []
+        for one in (path, *(other for other in others if other.exists())):
+            logger.info("%s of an earlier run is kept as %s", one, _kept_as(one).name)
+            one.replace(_kept_as(one))
     elif path.exists() and (path.name == METRICS_FILE or kept < path.stat().st_size):
         # Replaced in one move: who follows the file finds another one, not a line cut in half, and
         # who follows the metrics learns of every start.

@@ -28,9 +28,25 @@ from megatron_mm.errors import DataError
 from megatron_mm.outputs import whole_file
 from megatron_mm.pictures.boxes import read_box
 from megatron_mm.pictures.process import PictureProcess
-from megatron_mm.report.charts import curves, experts, histories, percent, skill_chart
+from megatron_mm.report.charts import (
+    curves,
+    experts,
+    histories,
+    losses,
+    percent,
+    series,
+    skill_chart,
+)
 from megatron_mm.report.charts_rl import rl_charts
-from megatron_mm.report.metrics_log import METRICS_FILE, TABLE_FILE, format_duration, read_metrics
+from megatron_mm.report.metrics_log import (
+    BEFORE_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    RESULTS_FILE,
+    TABLE_FILE,
+    format_duration,
+    read_metrics,
+)
 from megatron_mm.report.page_experts import (
     PRUNING_FILE,
     discovery,
@@ -39,7 +55,7 @@ from megatron_mm.report.page_experts import (
     read_json,
     skill_maps,
 )
-from megatron_mm.report.page_rl import BEFORE_FILE, hacked_steps, last_groups, last_rows
+from megatron_mm.report.page_rl import hacked_steps, last_groups, last_rows
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +75,14 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     """
     run = Path(run_dir)
     records = read_metrics(run / METRICS_FILE)
-    results = read_json(run / "results.json")
-    evaluation = read_json(run / "evaluation.json")
+    results = read_json(run / RESULTS_FILE)
+    evaluation = read_json(run / EVALUATION_FILE)
     found = [discovery(name, skill_map) for name, skill_map in skill_maps(run)]
     pruned = prunings(pruning_records(run))
     if not (records or results or evaluation or found or pruned):
         raise FileNotFoundError(
-            f"{run}: no {METRICS_FILE}, results.json, evaluation.json, {PRUNING_FILE} or skill map "
-            "here"
+            f"{run}: no {METRICS_FILE}, {RESULTS_FILE}, {EVALUATION_FILE}, {PRUNING_FILE} or skill "
+            "map here"
         )
 
     from jinja2 import Environment, FileSystemLoader
@@ -158,10 +174,11 @@ def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple
         note = f"chance {percent(sum(chances) / len(chances))}" if chances else ""
         label = "mean accuracy over skills" if len(scored) > 1 else "accuracy"
         tiles.append((percent(sum(scored) / len(scored)), label, note))
-    losses = [r["train/lm_loss"] for r in records if r.get("train/lm_loss") is not None]
-    if losses:
-        tiles.append((f"{losses[-1]:.3g}", "last training loss", f"first {losses[0]:.3g}"))
     rewards = [r["reward"] for r in records if r.get("reward") is not None]
+    for key in [] if rewards else losses(records)[:1]:  # a policy's loss says nothing
+        _, values = series(records, key)
+        if len(values):
+            tiles.append((f"{values[-1]:.3g}", "last training loss", f"first {values[0]:.3g}"))
     if rewards:
         tiles.append((f"{rewards[-1]:.3g}", "last reward", f"first {rewards[0]:.3g}"))
     step = results.get("iteration") or (records[-1]["iteration"] if records else None)

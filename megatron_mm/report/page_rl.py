@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron_mm.report.backwards import from_the_end
 
-BEFORE_FILE = "experts_before.json"  # experts by skill when the run began
 BETWEEN = " ,;\n"
 MAX_GROUPS, MAX_COMPLETIONS = 8, 16  # of the page; of a group
 

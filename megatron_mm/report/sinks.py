@@ -18,6 +18,7 @@ from typing import Any, Protocol
 logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
+FINISH_SECONDS = 60.0  # for what W&B has not sent when the run ends; `wandb sync` sends the rest
 MOST_WAITING = 1 << 26  # bytes that wait for room; a step takes about 2,000
 
 
@@ -177,7 +178,13 @@ class WandB:
             **resumed,
             # Quiet, without capturing the console or copying the code.
             settings=wandb.Settings(
-                silent=True, console="off", disable_code=True, disable_git=True
+                silent=True,
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                # It would wait for a service that is gone, and hold the job's GPUs, without end.
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
             ),
         )
         self._run.define_metric("*", step_metric="iteration")

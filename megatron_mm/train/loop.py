@@ -35,11 +35,12 @@ logger = logging.getLogger(__name__)
 def train(run: RunConfig, groups: Groups) -> Trainer:
     """Trains to `train_iters`, evaluates, reports. Every rank calls it; errors are collective."""
     trainer = Trainer(run, groups)
-    with stopping(trainer.request_stop), ExitStack() as at_end:
+    # The log is closed last: a view of it may wait for a service.
+    with stopping(trainer.request_stop), ExitStack() as last, ExitStack() as at_end:
         at_end.callback(trainer.source.close)
         at_end.callback(trainer.saver.close)
         log = _open_outputs(trainer)
-        at_end.callback(log.close)
+        last.callback(log.close)
         _before(trainer)
         try:
             finished = _steps(trainer, log)

@@ -33,6 +33,12 @@ from megatron_mm.report.metrics import Metrics
 from megatron_mm.train.aligned import Aligner, LabelledLoader
 
 
+def plain(run: RunConfig) -> bool:
+    """Whether a run's loss is the cross entropy of its rows' answers and nothing else."""
+    aligned = run.section(EARLConfig).router_align_coeff
+    return run.training.objective == "sft" and not aligned and not mimics(run)
+
+
 class SupervisedFineTuning:
     """Cross entropy of the next token over the assistant's turns."""
 

@@ -183,6 +183,48 @@ def test_different_work_is_not_compared(run, case):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+OF_OBJECTIVES = {
+    "a teacher's tokens": (
+        "sft",
+        ("mimic", "mimic_kd_coeff"),
+        0.5,
+        "mimic_kd_coeff is False",
+    ),
+    "alignment": ("sft", ("earl", "router_align_coeff"), 0.4, "earl.router_align_coeff is False"),
+    "a reference": ("grpo", ("rl", "ref_load"), "runs/sft", "rl.ref_load is False in A and True"),
+    "teachers": ("grpo", ("rl", "teacher_load"), ["=runs/a"], "rl.teacher_load is False in A"),
+    "replay": ("grpo", ("rl", "routing_replay"), "R3", "rl.routing_replay is 'none' in A"),
+    "filters": ("grpo", ("rl", "filter_groups"), True, "rl.filter_groups is None in A and True"),
+    "losses": (
+        "dpo",
+        ("dpo", "loss_type"),
+        ["sigmoid", "sft"],
+        "loss_type is ['sigmoid'] in A",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OF_OBJECTIVES)
+def test_another_loss_is_different_work(run, case):
+    objective, (section, key), value, words = OF_OBJECTIVES[case]
+    run.training.objective = objective
+    a, b = result_of(run), copy.deepcopy(result_of(run))
+    b["run"][section][key] = value
+    with pytest.raises(compare.Different) as error:
+        compare.compare(a, b)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "values"), [("ref_load", "ab"), ("max_num_seqs", (8, 64))])
+def test_the_same_work_on_other_machines_compares(run, key, values):
+    """Files lie elsewhere, and as many sequences decode together as fit."""
+    run.training.objective = "grpo"
+    a, b = result_of(run), copy.deepcopy(result_of(run))
+    for side, value in zip((a, b), values, strict=True):
+        side["run"]["rl"][key] = value
+    assert compare.compare(a, b)["mock, natural"]["ratio"] == 1
+
+
 def test_of_rollouts_only_the_completions_are_counted(run):
     run.training.objective = "grpo"
     a, b = result_of(run), copy.deepcopy(result_of(run))
@@ -204,11 +246,19 @@ def test_the_command_refuses_in_one_line(run, tmp_path, capsys):
         "error: benchmark.py rl is for objective grpo, this run's is sft; "
         "allowed: benchmark.py train\n"
     )
+    for flags, words in (
+        (["--data", "mock", "--objective", "dpo"], "its objective is dpo, or it learns from a map"),
+        (["--data", "real", "--routing", "balanced"], "--routing balanced needs batches in memory"),
+    ):
+        given = ["--preset", "tiny", "--train-data", "rows.jsonl", "--tokenizer-model", "t.model"]
+        assert tool.main(["train", *given, "--global-batch-size", "2", *flags]) == 1
+        assert words in capsys.readouterr().err
     for words, message in (
         (["train"], "train needs a run: --config FILE"),
         (["faults", "--preset=tiny"], ""),
         (["gdn", "--rounds", "0"], "--rounds 0 --warmup 4; at least 1 and 0"),
         (["scaling", "--warmup", "-1"], "--rounds 10 --warmup -1; at least 1 and 0"),
+        (["clvr", "--models", "mm-80b"], "invalid choice: 'mm-80b' (choose from"),
     ):
         if message:
             with pytest.raises(SystemExit):

@@ -50,6 +50,13 @@ def refused(words, call, *args):
         assert word in message, message
 
 
+@pytest.mark.parametrize("word", ["-1e-3", "-2.", "-.5", "-1.5E+2", "-3"])
+def test_a_negative_number_is_no_flag(word):
+    run = load(argv=["--objective", "grpo", "--entropy-coef", word, "--reward-weights", "1", word])
+    rl = run.objectives["rl"]
+    assert (rl.entropy_coef, rl.reward_weights) == (float(word), [1.0, float(word)])
+
+
 def test_import_brings_no_heavy_library():
     code = (
         "import sys, megatron_mm.config as c; c.load(None, ['--preset', 'tiny']);"

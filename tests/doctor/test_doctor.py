@@ -52,6 +52,11 @@ def test_a_run_can_start_here(here):
     assert names | {"-> gated delta rule"} < set(said)
 
 
+def test_help_is_help():
+    done = subprocess.run([sys.executable, DOCTOR, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "torchrun ... tools/doctor.py" in done.stdout
+
+
 def test_what_is_missing_comes_with_its_remedy(here):
     _, said = here
     assert "none; runs use the CPU" in said["gpu"]

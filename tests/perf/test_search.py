@@ -9,6 +9,7 @@ import pytest
 from megatron_mm.config import ConfigError, RunConfig, TrainingConfig, load, validate
 from megatron_mm.perf import search
 from megatron_mm.perf.hardware import Assumptions, gpu
+from megatron_mm.perf.layout import plan_layout
 
 H100 = gpu("H100")
 SILENT = SimpleNamespace(total=None, update=lambda *_: None, set_description=lambda *_: None)
@@ -72,6 +73,19 @@ def test_only_a_layout_may_be_impossible(monkeypatch):
     run.backend.fp8_format = "hybrid"
     with pytest.raises(ConfigError, match="fp8_format is 'hybrid'; allowed in a plan"):
         searched(run)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_what_a_rough_plan_sends_is_what_a_whole_one_does(distributed):
+    """Without the distributed optimizer gradients are summed, and no parameter is gathered."""
+    run = tiny_run(*([] if distributed else ["--no-use-distributed-optimizer"]))
+    validate(run, WORLD)
+    pieces = search.trace_pieces(run, 1, 1.0)
+    rough = search.rough_rank(run, WORLD, list(search.model_stages(run)), 0, pieces)
+    plans = rough, plan_layout(run, WORLD, H100, Assumptions()).ranks[0]
+    # A few bytes beside them are of the loss and of the gradient's norm.
+    found = [{link for link, size in plan.step.sent.items() if size > 1000} for plan in plans]
+    assert found[0] == found[1] and found[0]
 
 
 @pytest.mark.parametrize(("experts", "ranks"), [(48, 16), (60, 4), (7, 1), (64, 32)])

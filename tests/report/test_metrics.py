@@ -190,6 +190,18 @@ def test_records_of_earlier_runs_are_kept_and_named(tmp_path, capsys):
     assert f"{tmp_path}/metrics.jsonl of an earlier run is kept as metrics.jsonl.previous2" in said
 
 
+def test_results_of_an_earlier_run_are_no_results_of_this_one(tmp_path):
+    """The page would show its accuracies. A run that goes on keeps its own."""
+    names = ("results.json", "evaluation.json", "answers.jsonl", "experts_before.json")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    for start, kept in ((0, True), (1, True), (0, False)):
+        with MetricsLogger(quiet(tmp_path), {}, 9, start, stream=io.StringIO()) as logger:
+            logger.log(start + 1, {"train/lm_loss": 1.0})
+        assert [(tmp_path / name).exists() for name in names] == [kept] * 4
+    assert [(tmp_path / f"{name}.previous").read_text() for name in names] == [*names]
+
+
 def test_a_table_may_hold_what_json_cannot_say(tmp_path):
     row = {"truth": date(2026, 1, 2), "completion": "<7>"}
     with MetricsLogger(quiet(tmp_path), {}, total_steps=1, stream=io.StringIO()) as logger:

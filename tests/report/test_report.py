@@ -182,6 +182,22 @@ def test_metrics_alone_with_gaps(tmp_path):
     assert "language model loss" in page and "25.0%" in page
 
 
+def test_every_loss_has_its_curve(tmp_path):
+    """Of preference pairs, of a teacher, of an objective of one's own."""
+    records = [
+        {"iteration": n, "train/kd_loss": 0.5, "train/dpo_loss": 0.75 / n, "rewards/margins": n - 2}
+        for n in (1, 2, 3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "dpo loss" in page and "kd loss" in page and "of the better answer over" in page
+    for record in records:
+        del record["train/kd_loss"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "last training loss" in page and "0.25" in page and "first 0.75" in page
+
+
 def test_accuracy_table():
     table = accuracy_table({"skills": {"ocr": SKILLS["ocr"], "count": {"accuracy": 1.0}}})
     assert table.splitlines() == [

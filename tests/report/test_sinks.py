@@ -184,7 +184,7 @@ def test_a_resumed_run_is_one_run_of_wandb(tmp_path, monkeypatch):
         define_metric = log = finish = lambda *_, **__: None
 
     def init(**given):
-        begun.append((given.get("id"), given.get("resume")))
+        begun.append((given.get("id"), given.get("resume"), given["settings"]))
         return Run()
 
     fake = type(sys)("wandb")
@@ -198,13 +198,16 @@ def test_a_resumed_run_is_one_run_of_wandb(tmp_path, monkeypatch):
 
     for step in (0, 1, 2, 0):
         start(step)
-    ids, ways = zip(*begun, strict=True)
+    ids, ways = zip(*[one[:2] for one in begun], strict=True)
     assert ids[0] == ids[1] == ids[2] != ids[3] and {*ways} == {"allow"}
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     start(1)
     monkeypatch.delenv("WANDB_RUN_ID")
     start(1, "offline")
-    assert begun[4:] == [(None, None)] * 2
+    assert [one[:2] for one in begun[4:]] == [(None, None)] * 2
+    # A service that is gone does not hold the GPUs of a run that has ended.
+    for *_, settings in begun:
+        assert 0 < settings["finish_timeout"] <= 60 and settings["finish_timeout_raises"]
 
 
 def test_tensorboard_that_is_not_there(tmp_path, monkeypatch, said):

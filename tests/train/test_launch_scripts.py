@@ -182,6 +182,17 @@ def test_a_signal_during_the_checks_ends_the_node(tmp_path):
     assert "train" not in (tmp_path / "said").read_text()
 
 
+def test_nodes_may_name_their_interfaces_otherwise(monkeypatch):
+    doctor = importlib.import_module("megatron_mm.doctor.ranks")
+    found = []
+    for name, loop in (("ens3", "1"), ("eth0", "1"), ("eth0", "0")):
+        for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            monkeypatch.setenv(variable, name)
+        monkeypatch.setenv("NCCL_P2P_DISABLE", loop)
+        found.append(doctor.note(None, "")["same"]["environment"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_what_differs_between_ranks_is_named():
     doctor = importlib.import_module("megatron_mm.doctor.ranks")
     notes = [

@@ -17,13 +17,14 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_mm import cli
 from megatron_mm.benchmark.gpu.checks import CHECKS, Check
 from megatron_mm.benchmark.gpu.visit import Row, Visit, tail
 from megatron_mm.benchmark.gpu.worker import Pretend, compute_on_cpu, serve
 from megatron_mm.errors import ConfigError, unknown
+from megatron_mm.outputs import check_writable
 
 PATIENCE = 3  # times a check's seconds, after which it counts as hung
 START = 90  # seconds, after which a process on the GPU that has not begun counts as hung
@@ -61,6 +62,7 @@ def main(argv: list[str], pretend: Pretend = None) -> int:
             for check in chosen:
                 cli.say(f"{check.name:<12}{check.seconds:4.0f} s  {check.what}")
             return 0
+        check_writable(args.out, "--out")
         return _visit(args, chosen, begin, pretend if args.dry else None)
     except ConfigError as error:
         return cli.fail(error)
@@ -101,11 +103,9 @@ class _Output:
 
     def __init__(self, file: Path | None):
         self.file = file
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
+        self._open: TextIO | None = None
 
     def __enter__(self) -> _Output:
-        self._open = None if self.file is None else self.file.open("w", encoding="utf-8")
         return self
 
     def __exit__(self, *_) -> None:
@@ -114,9 +114,12 @@ class _Output:
 
     def add(self, row: Row) -> None:
         cli.say(row.line())
-        if self._open is not None:
-            self._open.write(json.dumps(row.as_dict()) + "\n")
-            self._open.flush()
+        if self.file is None:
+            return
+        if self._open is None:  # an earlier visit's rows stay until there is one
+            self._open = self.file.open("w", encoding="utf-8")
+        self._open.write(json.dumps(row.as_dict()) + "\n")
+        self._open.flush()
 
 
 def _on_cpu(checks: Iterable[Check], visit: Visit):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
+from megatron_mm.benchmark.gpu.visit import Visit
 from megatron_mm.config import RunConfig, preset, validate
 from megatron_mm.config.families import vision_settings
+from megatron_mm.model.backends.fla_here import missing_fla
 from megatron_mm.model.families.internvit.settings import InternViTSettings
 from megatron_mm.perf.assumed import planned_batch
 from megatron_mm.perf.hardware import GPUS, Assumptions
@@ -39,12 +41,25 @@ def slice_run(dry: bool) -> RunConfig:
     return run
 
 
-def predicted(dry: bool) -> dict[str, Any]:
+def predicted(dry: bool) -> dict[str, dict[str, Any]]:
+    """Predictions by kernel of the delta rule: `torch`, and `fla` where it is installed. Whether it
+    works is known beside the GPU alone (`planned`)."""
+    installed = importlib.util.find_spec("fla") is not None
+    kernels: tuple[Literal["torch", "fla"], ...] = ("torch", "fla")
+    return {kernel: _with(kernel, dry) for kernel in kernels[: 1 + installed]}
+
+
+def planned(visit: Visit) -> dict[str, Any]:
+    """The predictions for the kernel that the slice runs with."""
+    kernel = "torch" if missing_fla() else "fla"
+    return visit.from_cpu("plan.predicted")[kernel]
+
+
+def _with(kernel: Literal["torch", "fla"], dry: bool) -> dict[str, Any]:
     """By GPU: seconds (forward, backward) of the whole and of each letter, FIRST and LAST; of the
     update; of the passes by term. Beside them, bytes at the peak."""
     run = slice_run(dry)
-    if importlib.util.find_spec("fla") is None:
-        run.backend.gdn_kernel = "torch"
+    run.backend.gdn_kernel = kernel
     plan = plan_rank(run, 0, 1, planned_batch(run))
     pieces = trace_pieces(run, images=1, supervised=1.0)
     assumed = Assumptions()

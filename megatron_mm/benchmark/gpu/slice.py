@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mm.benchmark.gpu.environment import planned_gpu
-from megatron_mm.benchmark.gpu.plan import slice_run
+from megatron_mm.benchmark.gpu.plan import planned, slice_run
 from megatron_mm.benchmark.gpu.timing import kernels, medians, waits
 from megatron_mm.benchmark.gpu.visit import Row, Skip, Visit
 from megatron_mm.benchmark.mock import balanced, mock_like
@@ -177,16 +177,16 @@ def check(visit: Visit, row: Row) -> None:
         top=seen.top,
     )
     gpu = planned_gpu(torch.cuda.get_device_name(0))
-    plan = visit.from_cpu("plan.predicted")[gpu.name]
-    planned = 1e3 * sum(plan["whole"])
+    plan = planned(visit)[gpu.name]
+    passes = 1e3 * sum(plan["whole"])
     row.note(
-        planned_passes_ms=round(planned, 2),
+        planned_passes_ms=round(passes, 2),
         planned_update_ms=round(1e3 * plan["update"], 2),
         planned_terms_ms={name: round(1e3 * t, 2) for name, t in plan["terms"].items()},
         planned_for=gpu.name,
         kinds=_beside(kinds, plan["parts"]),
     )
-    row.text.append(f"passes {times['passes']:.1f} ms, planned {planned:.1f}")
+    row.text.append(f"passes {times['passes']:.1f} ms, planned {passes:.1f}")
     row.text.append(f"update {times['update']:.1f} ms")
     row.text.append(f"{row.figures['waits']} waits, {seen.count} kernels, busy {seen.busy:.1f} ms")
 
@@ -219,7 +219,7 @@ def check_memory(visit: Visit, row: Row) -> None:
     peak = torch.cuda.max_memory_allocated() - found.before
     reserved = torch.cuda.max_memory_reserved()
     row.note(peak_bytes=peak, reserved_bytes=reserved)
-    planned = visit.from_cpu("plan.predicted")["peak_bytes"]
-    row.note(planned_bytes=planned)
-    row.at_most("peak over the planned", peak / planned, 1 / (1 - Assumptions().reserved))
-    row.text.append(f"{peak / 1e9:.1f} GB, planned {planned / 1e9:.1f}")
+    expected = planned(visit)["peak_bytes"]
+    row.note(planned_bytes=expected)
+    row.at_most("peak over the planned", peak / expected, 1 / (1 - Assumptions().reserved))
+    row.text.append(f"{peak / 1e9:.1f} GB, planned {expected / 1e9:.1f}")
