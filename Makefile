@@ -56,8 +56,10 @@ $(STAMP): setup.py constraints.txt $(if $(READY),,FORCE)
 	@rm -f $(BUSY); pwd > $(STAMP)
 
 # A worker for each core, at most eight: each holds up to four ranks. The tests of a file share one
-# worker, its fixtures and its ranks. nproc would answer with OMP_NUM_THREADS, which is 1 here.
-PYTEST = $(PY) -m pytest --numprocesses $$(env -u OMP_NUM_THREADS nproc) --maxprocesses 8 --dist loadfile
+# worker, its fixtures and its ranks; files come in the order of tests/conftest.py, the long ones
+# first. nproc would answer with OMP_NUM_THREADS, which is 1 here.
+PYTEST = $(PY) -m pytest --numprocesses $$(env -u OMP_NUM_THREADS nproc) --maxprocesses 8 \
+    --dist loadfile --no-loadscope-reorder
 
 test: setup
 	@$(PYTEST)

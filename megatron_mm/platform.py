@@ -77,7 +77,8 @@ def install() -> bool:
     """Makes megatron-core run on this machine. Returns whether anything was redirected.
 
     Raises:
-        RuntimeError: megatron-core is not the version these redirects were written for.
+        RuntimeError: megatron-core is not the version these redirects were written for, or was
+            imported already: what it took from torch by then would stay.
     """
     if torch.cuda.is_available():
         return False
@@ -88,6 +89,11 @@ def install() -> bool:
         raise RuntimeError(
             f"without CUDA, megatron_mm needs megatron-core {MEGATRON_CORE_VERSION} "
             f"(found {found}): pip install megatron-core=={MEGATRON_CORE_VERSION}"
+        )
+    if "megatron.core" in sys.modules:
+        raise RuntimeError(
+            "megatron-core was imported before its redirects to the CPU were in place; call "
+            "megatron_mm.platform.install() first"
         )
     # torch caches the set of factories that `with torch.device(...)` affects, by function object.
     # Filled before they are replaced; otherwise the context would affect none of them, and

@@ -8,7 +8,7 @@ import torch
 
 from examples.digits.make_digits import main as make_digits
 from megatron_mm import platform
-from support.markers import chooses
+from support.markers import LONG, chooses
 from support.ranks import RankPool
 from tools.fake_gpu import install
 
@@ -98,8 +98,12 @@ def job():
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if {"ranks", "gpu_ranks"} & set(item.fixturenames):
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if {"ranks", "gpu_ranks"} & (set(item.fixturenames) - set(given)):
             item.add_marker("ranks")
+    # Files that take long go first, or one worker would end with them while the other has no work.
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, which only `-m gpu` shows to tests")
         for item in items:

@@ -78,6 +78,62 @@ def test_megatron_core_compiles_none_of_its_small_functions():
     assert in_new_process(COMPILED) == ""
 
 
+COMMANDS = {
+    "megatron_mm.train.__main__": "--preset tiny --train-data x.jsonl --tokenizer-model t.model",
+    "megatron_mm.perf.command": "--preset tiny --world-size 1",
+    "megatron_mm.benchmark.command": "gdn",
+    "megatron_mm.checkpoint.merge_command": "--load a --save b",
+    "megatron_mm.convert.commands.check_parity": "--hf a --checkpoint b",
+    "megatron_mm.convert.commands.hf_to_megatron": "--hf a --out b",
+    "megatron_mm.convert.commands.megatron_to_hf": "--checkpoint a --out b",
+    "megatron_mm.earl.command": "--checkpoint a --data x.jsonl --out m.json",
+    "megatron_mm.earl.prune_command": "--checkpoint a",
+    "megatron_mm.mimic.map_command": "--routes r",
+    "megatron_mm.mimic.record_command": "--checkpoint a",
+    "megatron_mm.pass_rate.command": "measure --checkpoint a --data x.jsonl --out y.jsonl",
+    "examples.digits.measure": "--run a --skill-map m --data d",
+    "examples.digits.hop_shares": "--run a --data d",
+    "examples.mimic.measure": "--run a --map m --routes r --skills s --data d",
+}
+BEGUN = f"""
+import importlib, sys
+from megatron_mm import platform
+
+class Reached(BaseException):
+    pass
+
+def install():
+    assert "megatron.core" not in sys.modules, name
+    raise Reached
+
+platform.install = install
+for name, words in {COMMANDS!r}.items():
+    try:
+        importlib.import_module(name).main(words.split())
+    except Reached:
+        print(name)
+"""
+
+
+def test_every_command_installs_before_it_imports_megatron_core():
+    assert in_new_process(BEGUN).splitlines() == [*COMMANDS]
+
+
+IMPORTED = """
+import megatron.core
+from megatron_mm import platform
+try:
+    platform.install()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_megatron_core_that_was_imported_before_is_refused():
+    assert "call megatron_mm.platform.install() first" in in_new_process(IMPORTED)
+
+
 STARTED = """
 import os, torch
 torch.cuda.is_available = lambda: True  # as after CUDA has started

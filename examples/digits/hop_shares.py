@@ -55,10 +55,7 @@ def shares(engine: Any, tokenizer: Any, path: Path) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 1 if the checkpoint or the data cannot be used."""
-    from megatron_mm.checkpoint import sharded
     from megatron_mm.checkpoint.command import CheckpointCommand
-    from megatron_mm.data.tokenizer import load_tokenizer
-    from megatron_mm.earl.stored_run import stored_run
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,7 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     args = parser.parse_args(argv)
-    with CheckpointCommand() as command:
+    with CheckpointCommand() as command:  # before megatron-core is imported
+        from megatron_mm.checkpoint import sharded
+        from megatron_mm.data.tokenizer import load_tokenizer
+        from megatron_mm.earl.stored_run import stored_run
+
         path, stored = command.resolve(args.run / "checkpoint")
         run = stored_run(stored["config"], [], 1, str(args.data))
         tokenizer = load_tokenizer(run.data.tokenizer_model, run.data.end_tokens)

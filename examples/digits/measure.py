@@ -146,11 +146,7 @@ class Measured:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from megatron_mm.checkpoint import sharded
     from megatron_mm.checkpoint.command import CheckpointCommand
-    from megatron_mm.data.tokenizer import load_tokenizer
-    from megatron_mm.earl.skill_map import load_skill_map
-    from megatron_mm.earl.stored_run import stored_run
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -160,7 +156,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--by-use", action="store_true", help="keep experts by use alone")
     args = parser.parse_args(argv)
-    with CheckpointCommand() as command:
+    with CheckpointCommand() as command:  # before megatron-core is imported
+        from megatron_mm.checkpoint import sharded
+        from megatron_mm.data.tokenizer import load_tokenizer
+        from megatron_mm.earl.skill_map import load_skill_map
+        from megatron_mm.earl.stored_run import stored_run
+
         path, stored = command.resolve(args.run / "checkpoint")
         flags = ["--eval-batch-size", "512", "--max-new-tokens", "96"]
         run = stored_run(stored["config"], flags, 1, str(args.data / "valid.jsonl"))

@@ -71,9 +71,10 @@ def main(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if a checkpoint cannot be read or written; 2 for wrong
     settings."""
     from megatron_mm.checkpoint.command import CheckpointCommand
-    from megatron_mm.checkpoint.merge import merge_adapters
 
-    with CheckpointCommand() as command:
+    with CheckpointCommand() as command:  # before megatron-core is imported
+        from megatron_mm.checkpoint.merge import merge_adapters
+
         given = settings(argv)
         source, target = given.checkpoint.load, given.checkpoint.save
         assert source is not None and target is not None  # `settings` has refused a run without

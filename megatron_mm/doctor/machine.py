@@ -12,6 +12,7 @@ stop it: packages that fail to load are named, with the remedy.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -139,14 +140,17 @@ def megatron_core() -> Finding:
     name, found = "megatron-core", _version("megatron-core")
     if found is None:
         return Finding(name, "not installed; pip install -e . -c constraints.txt", False, True)
+    from megatron_mm import platform
+
+    with contextlib.suppress(Exception):  # which of them is told, importing it says again
+        platform.install()  # before the import, as a run does
     error = _load_error("megatron.core")
     if error:
         # FileNotFoundError: a half-installed Transformer Engine; upstream catches ImportError.
         broken = "FileNotFoundError" in error
         hint = "see transformer-engine" if broken else "pip install -e . -c constraints.txt"
         return Finding(name, f"{found} does not load ({error}); {hint}", False, True)
-    from megatron_mm.platform import MEGATRON_CORE_VERSION as wanted
-
+    wanted = platform.MEGATRON_CORE_VERSION
     if found == wanted:
         return Finding(name, f"{found}, the one platform.py was written for")
     import torch

@@ -150,13 +150,14 @@ def method(args: argparse.Namespace, engine):
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if checkpoint, data or routes cannot be used; 2 for wrong
     settings."""
-    from megatron_mm.checkpoint import sharded
     from megatron_mm.checkpoint.command import CheckpointCommand
-    from megatron_mm.data.tokenizer import load_tokenizer
-    from megatron_mm.earl.discovery import probe_and_discover
-    from megatron_mm.earl.probe import Probe
 
-    with CheckpointCommand() as command:
+    with CheckpointCommand() as command:  # before megatron-core is imported
+        from megatron_mm.checkpoint import sharded
+        from megatron_mm.data.tokenizer import load_tokenizer
+        from megatron_mm.earl.discovery import probe_and_discover
+        from megatron_mm.earl.probe import Probe
+
         args, rest = settings(argv)
         path, stored = command.resolve(args.checkpoint)
         run = stored_run(stored["config"], rest, cli.world_size(), args.selectivity)

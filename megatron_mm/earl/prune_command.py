@@ -86,21 +86,22 @@ def answered(command: Any, run: RunConfig, path: Path) -> dict:
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if checkpoint, map or questions cannot be used; 2 for wrong
     settings."""
-    from megatron_mm.checkpoint.collective import raising_together
     from megatron_mm.checkpoint.command import CheckpointCommand
-    from megatron_mm.checkpoint.folders import check_unused
-    from megatron_mm.convert import to_hf
-    from megatron_mm.convert.commands.job import patient_group
-    from megatron_mm.convert.folder import travelling
-    from megatron_mm.convert.summary import listed
-    from megatron_mm.earl.prune import choose, pruned_model, write_pruned
-    from megatron_mm.earl.skill_map import load_skill_map
-    from megatron_mm.errors import CheckpointError
-    from megatron_mm.evaluation.evaluate import write_record
-    from megatron_mm.report.page import report_or_warn
-    from megatron_mm.report.page_experts import PRUNING_FILE
 
-    with CheckpointCommand() as command:
+    with CheckpointCommand() as command:  # before megatron-core is imported
+        from megatron_mm.checkpoint.collective import raising_together
+        from megatron_mm.checkpoint.folders import check_unused
+        from megatron_mm.convert import to_hf
+        from megatron_mm.convert.commands.job import patient_group
+        from megatron_mm.convert.folder import travelling
+        from megatron_mm.convert.summary import listed
+        from megatron_mm.earl.prune import choose, pruned_model, write_pruned
+        from megatron_mm.earl.skill_map import load_skill_map
+        from megatron_mm.errors import CheckpointError
+        from megatron_mm.evaluation.evaluate import write_record
+        from megatron_mm.report.page import report_or_warn
+        from megatron_mm.report.page_experts import PRUNING_FILE
+
         args, rest = settings(argv)
         path, stored = command.resolve(args.checkpoint)
         run = stored_run(stored["config"], rest, cli.world_size(), args.valid)

@@ -53,9 +53,11 @@ def parity(capsys):
     return run
 
 
-@pytest.mark.parametrize("run", [True, False], ids=["trained", "converted"])
-@pytest.mark.parametrize("looks", [True, False], ids=["looks", "plain"])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "two folders"])
+@pytest.mark.parametrize(
+    ("fused", "looks", "run"),
+    [(True, True, True), (True, False, False), (False, True, False), (False, False, True)],
+    ids=["fused-looks-trained", "fused-plain", "two folders-looks", "two folders-plain-trained"],
+)
 def test_an_export_of_each_origin_reads_as_training_did(made, parity, fused, looks, run):
     checkpoint, folder, lines = made(fused, looks, run)
     assert lines == []
@@ -178,8 +180,9 @@ def one_error(said: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("looks", [True, False], ids=["looks", "plain"])
-@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize(
+    ("what", "looks"), [(what, number % 2 == 0) for number, what in enumerate(SPOILT)]
+)
 def test_a_change_by_hand_is_found(made, parity, tmp_path, what, looks):
     spoil, named, _ = SPOILT[what]
     status, said = parity(*spoiled(made, tmp_path, looks, spoil))

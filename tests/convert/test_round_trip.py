@@ -57,7 +57,8 @@ def layout(tp: int, pp: int, ep: int, **more) -> tuple[int, dict]:
 
 
 LAYOUTS = {
-    f"TP{tp}xPP{pp}xEP{ep}": layout(tp, pp, ep) for tp in (1, 2) for pp in (1, 2) for ep in (1, 2)
+    f"TP{tp}xPP{pp}xEP{ep}": layout(tp, pp, ep)
+    for tp, pp, ep in ((1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (2, 2, 2))
 } | {
     "TP3": layout(3, 1, 1),
     "TP4": layout(4, 1, 1),
@@ -94,12 +95,12 @@ def test_through_training_on(ranks, source, tmp_path, name):
     both dtypes, both ways of writing experts, untied and tied."""
     size, parallel = LAYOUTS[name]
     tp, jobs = parallel[TP], []
-    for dtype in DTYPES:
-        for tied in (False, True):
-            folders = [source((dtype, stacked, tied), tp)[0] for stacked in (False, True)]
-            jobs.append((*folders, tmp_path / f"{dtype}{tied}", dtype == "bf16"))
+    kinds = [kind for kind in KINDS if kind[::2] in (("fp32", False), ("bf16", True))]
+    for dtype, tied in (("fp32", False), ("bf16", True)):
+        folders = [source((dtype, stacked, tied), tp)[0] for stacked in (False, True)]
+        jobs.append((*folders, tmp_path / f"{dtype}{tied}", dtype == "bf16"))
     ranks(size, through_training, parallel, jobs)
-    for kind in KINDS:
+    for kind in kinds:
         dtype, stacked, tied = kind
         folder, expected = source(kind, tp)
         out = tmp_path / f"{dtype}{tied}" / f"hf{stacked}"

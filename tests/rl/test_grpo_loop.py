@@ -210,9 +210,13 @@ REPLAYS = {
 }
 
 
-@pytest.mark.parametrize("recompute", [None, "full"])
-@pytest.mark.parametrize("replay", REPLAYS)
-@pytest.mark.parametrize("sizes", [{}, PP2, TP2, CP2, PP2 | VPP2])
+# Routes that are given, on all layouts and computed again: parallel/test_routes.py.
+REPLAYED = [(sizes, "R3", None) for sizes in ({}, PP2, TP2, CP2, PP2 | VPP2)]
+REPLAYED += [(sizes, replay, None) for sizes in ({}, PP2, TP2) for replay in ("R2", "drawn")]
+REPLAYED += [(sizes, "R3", "full") for sizes in ({}, PP2 | VPP2)]
+
+
+@pytest.mark.parametrize(("sizes", "replay", "recompute"), REPLAYED)
 def test_the_trainer_uses_the_recorded_experts(ranks, scenes, sizes, replay, recompute):
     run = grpo_run(scenes, recompute_granularity=recompute, **REPLAYS[replay], **sizes)
     # With four stages one of the ranks has no experts at all.
@@ -225,8 +229,9 @@ def cascaded(run: RunConfig) -> RunConfig:
     return with_cascade(run, delegate_hard_from=0.0)
 
 
-@pytest.mark.parametrize("replay", REPLAYS)
-@pytest.mark.parametrize("sizes", [{}, PP2 | VPP2])
+@pytest.mark.parametrize(
+    ("sizes", "replay"), [({}, "R2"), ({}, "drawn"), (PP2 | VPP2, "R3"), (PP2 | VPP2, "drawn")]
+)
 def test_the_trainer_uses_the_recorded_experts_of_both_hops(ranks, scenes, sizes, replay):
     run = cascaded(grpo_run(scenes, recompute_granularity="full", **REPLAYS[replay], **sizes))
     found = torch.tensor(ranks(2 if sizes else 1, on_rank_replay, run)).sum(0)

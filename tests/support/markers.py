@@ -1,4 +1,4 @@
-"""Which tests the expression of `pytest -m` chooses."""
+"""Which tests the expression of `pytest -m` chooses, and which files go first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from itertools import chain, combinations
 
 from _pytest.mark.expression import Expression
 
+# Files of tests that take a minute or more, the longest first.
+LONG = (
+    *("test_cluster.py", "test_grpo_loop.py", "test_distillation.py", "test_grpo.py"),
+    *("test_gpu_check.py", "test_plan_80b.py", "test_loop.py", "test_cost_of_faults.py"),
+    *("test_reshard.py", "test_planned_layouts.py", "test_kill.py", "test_round_trip.py"),
+    *("test_fuzz.py", "test_descriptors.py", "test_launch.py", "test_measure.py"),
+    *("test_pass_rate_launch.py", "test_packed_training.py", "test_rl_kill.py"),
+    *("test_generate.py", "test_cascade_layouts.py", "test_invariance.py"),
+)
 MARKERS = ("gpu", "ranks", "launches", "kills", "slow")
 
 

@@ -14,6 +14,8 @@ from megatron_mm.cli import STOPS
 from megatron_mm.train.stopping import TOGETHER, TYPED, stopping
 from support.launches import ROOT
 
+pytestmark = pytest.mark.kills
+
 SCRIPT = """
 import sys, threading, time
 from megatron_mm.train.stopping import stopping
