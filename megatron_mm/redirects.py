@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -277,8 +278,11 @@ def owner(path: str):
 
 
 def installed() -> bool:
-    """Whether the redirects are in place."""
-    return torch.compile is _uncompiled
+    """Whether the redirects are in place, all of them: importing megatron-core may have failed."""
+    return torch.compile is _uncompiled and all(
+        getattr(sys.modules.get(redirect.owner), redirect.name, None) is redirect.replacement
+        for redirect in MEGATRON_REDIRECTS
+    )
 
 
 def put_in_place() -> None:

@@ -31,7 +31,7 @@ OF_OBJECTIVES = (
     *("algorithm", "filter_groups", "routing_replay", "loss_type"),
 )
 WHETHER = (
-    *("beta", "ref_load", "teacher_load", "teacher_kl_coef", "rollout_is", "entropy_coef"),
+    *("beta", "ref_load", "teacher_kl_coef", "rollout_is", "entropy_coef"),
     *("skill_map", "router_align_coeff", "router_loss_coeff", "expert_scope"),
     *("mimic_routes", "mimic_map", "mimic_skill_coeff", "mimic_kd_coeff", "dpo_ref_load"),
 )
@@ -111,8 +111,9 @@ def _same_work(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 def _computed(section: Mapping[str, Any]) -> dict[str, Any]:
     """What settings of an objective's section say of the work."""
-    values = {key: section[key] for key in OF_OBJECTIVES if key in section}
-    return values | {key: bool(section[key]) for key in WHETHER if key in section}
+    values = {key: section.get(key) for key in OF_OBJECTIVES}
+    values["teacher_load"] = len(section.get("teacher_load") or ())
+    return values | {key: bool(section.get(key)) for key in WHETHER}
 
 
 def _same(name: str, first: Any, second: Any) -> None:

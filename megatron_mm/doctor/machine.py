@@ -140,9 +140,9 @@ def megatron_core() -> Finding:
     name, found = "megatron-core", _version("megatron-core")
     if found is None:
         return Finding(name, "not installed; pip install -e . -c constraints.txt", False, True)
-    from megatron_mm import platform
+    with contextlib.suppress(Exception):  # importing megatron-core says it again
+        from megatron_mm import platform
 
-    with contextlib.suppress(Exception):  # which of them is told, importing it says again
         platform.install()  # before the import, as a run does
     error = _load_error("megatron.core")
     if error:
@@ -150,7 +150,8 @@ def megatron_core() -> Finding:
         broken = "FileNotFoundError" in error
         hint = "see transformer-engine" if broken else "pip install -e . -c constraints.txt"
         return Finding(name, f"{found} does not load ({error}); {hint}", False, True)
-    wanted = platform.MEGATRON_CORE_VERSION
+    from megatron_mm.platform import MEGATRON_CORE_VERSION as wanted
+
     if found == wanted:
         return Finding(name, f"{found}, the one platform.py was written for")
     import torch

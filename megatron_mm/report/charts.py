@@ -108,9 +108,11 @@ def series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def losses(records: list[dict]) -> list[str]:
-    """Returns the names of the training losses in the records; what fine-tuning minimises first."""
+    """Returns the names of the training losses in the records; what fine-tuning minimises first.
+    Not a policy's, which says nothing."""
     keys = dict.fromkeys(key for record in records for key in record)
     found = [key for key in keys if key.startswith("train/") and key.endswith("_loss")]
+    found = [key for key in found if key != "train/policy_loss"]
     return sorted(found, key=lambda key: key != LM_LOSS)
 
 

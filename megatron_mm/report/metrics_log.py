@@ -225,9 +225,11 @@ def _open_record(path: Path, start_step: int) -> tuple[Appended, bool]:
             break
     if found and not kept:  # of another run
         others = [path.with_name(name) for name in OF_A_RUN] if path.name == METRICS_FILE else []
-        for one in (path, *(other for other in others if other.exists())):
-            logger.info("%s of an earlier run is kept as %s", one, _kept_as(one).name)
-            one.replace(_kept_as(one))
+        ending = _free_ending([path, *others])
+        # The record last: a start that is killed in between finds it, and moves the rest.
+        for one in (*(other for other in others if other.exists()), path):
+            logger.info("%s of an earlier run is kept as %s%s", one, one.name, ending)
+            one.replace(one.with_name(one.name + ending))
     elif path.exists() and (path.name == METRICS_FILE or kept < path.stat().st_size):
         # Replaced in one move: who follows the file finds another one, not a line cut in half, and
         # who follows the metrics learns of every start.
@@ -237,7 +239,8 @@ def _open_record(path: Path, start_step: int) -> tuple[Appended, bool]:
     return Appended(path), bool(kept)
 
 
-def _kept_as(path: Path) -> Path:
-    """Returns the first name that is free: of a folder of several runs none is lost."""
-    names = (path.with_name(f"{path.name}.previous{n}") for n in ("", *range(2, 10**6)))
-    return next(name for name in names if not name.exists())
+def _free_ending(paths: Sequence[Path]) -> str:
+    """Returns the first end of names that is free for all files: of a folder of several runs none
+    is lost, and those of one run have one end."""
+    ends = (f".previous{n}" for n in ("", *range(2, 10**6)))
+    return next(e for e in ends if not any(p.with_name(p.name + e).exists() for p in paths))

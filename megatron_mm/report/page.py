@@ -175,7 +175,7 @@ def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple
         label = "mean accuracy over skills" if len(scored) > 1 else "accuracy"
         tiles.append((percent(sum(scored) / len(scored)), label, note))
     rewards = [r["reward"] for r in records if r.get("reward") is not None]
-    for key in [] if rewards else losses(records)[:1]:  # a policy's loss says nothing
+    for key in losses(records)[:1]:
         _, values = series(records, key)
         if len(values):
             tiles.append((f"{values[-1]:.3g}", "last training loss", f"first {values[0]:.3g}"))

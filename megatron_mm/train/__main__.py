@@ -19,6 +19,17 @@ STOPPED_BY_ANOTHER = 75  # EX_TEMPFAIL of sysexits.h
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if the run failed; 2 for wrong settings; STOPPED_BY_ANOTHER."""
     cli.setup_logging(cli.rank())
+    from megatron_mm import platform
+
+    # Before the settings: a plug-in, or an objective of one's own, may import megatron-core.
+    platform.end_with_parent()
+    platform.quiet()
+    try:
+        platform.install()
+    except RuntimeError as error:
+        cli.logger.error("%s", error)  # perhaps on this node alone
+        return 1
+
     from megatron_mm.config import ConfigError, load, validate
     from megatron_mm.config.vision_parallel import chosen, decided
 
@@ -31,16 +42,6 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         return cli.fail(error, joined=False)
 
-    from megatron_mm import platform
-
-    platform.end_with_parent()
-    platform.quiet()
-    try:
-        platform.install()
-    except RuntimeError as error:
-        cli.logger.error("%s", error)  # perhaps on this node alone
-        return 1
-
     from megatron_mm.engine.kernels import choose_kernels
     from megatron_mm.errors import LaunchError
     from megatron_mm.parallel import groups
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         choose_kernels(run)
         groups.start(run.parallel)
     except (ConfigError, LaunchError) as error:
-        return cli.fail(error)
+        return cli.fail(error, joined=False)
     status = _run(run)
     cli.let_go()
     return status
