@@ -114,7 +114,7 @@ def test_records_are_not_kept_among_the_runs(tmp_path):
     assert read_records(tmp_path / "nothing", basic) == {}
 
 
-@pytest.mark.parametrize(("model", "seeds"), [("tiny", 3), ("wide", 3)])
+@pytest.mark.parametrize(("model", "seeds"), [("tiny", 6), ("wide", 3)])
 def test_earls_page_shows_the_tables_of_the_kept_seeds(model, seeds):
     """Each seed's scores are in the repository, so the tables can be made again."""
     found = earl_table.summary(ROOT / "examples" / "benchmarks" / "seeds" / model)
