@@ -135,6 +135,23 @@ def test_a_megatron_core_that_was_imported_before_is_refused():
     assert "call megatron_mm.platform.install() first" in in_new_process(IMPORTED)
 
 
+CONFTESTS = """
+import runpy, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+for path in sorted(Path("tests").rglob("conftest.py")):
+    runpy.run_path(str(path))
+    if "megatron.core" in sys.modules:
+        print(path)
+        break
+"""
+
+
+def test_no_conftest_imports_megatron_core():
+    """A test file that is named alone has its folder's conftest loaded before any hook runs."""
+    assert in_new_process(CONFTESTS) == ""
+
+
 STARTED = """
 import os, torch
 torch.cuda.is_available = lambda: True  # as after CUDA has started

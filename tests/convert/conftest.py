@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from support.exports import converted, exported, save_origin, trained
-from support.folders import one_rank_job
-
 SETTINGS = {"max_num_tiles": 3, "image_mean": [0.5, 0.4, 0.3], "max_image_tokens": 24}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """`made(fused, looks, run)` -> (checkpoint, export, lines of the export), each made once."""
+    # Not above: they import megatron-core, before which tests/conftest.py installs.
+    from support.exports import converted, exported, save_origin, trained
+    from support.folders import one_rank_job
+
     root, cache = tmp_path_factory.mktemp("exports"), {}
 
     def make(fused: bool, looks: bool, run: bool) -> tuple[Path, Path, list[str]]:

@@ -58,6 +58,7 @@ def grpo_run(scenes, **settings) -> RunConfig:
         max_completion_length=TOKENS,
         reward_funcs=["support.even.even"],
         reward_num_workers=1,
+        reward_timeout=60.0,  # a worker that starts beside other tests on busy cores
         train_iters=4,
         lr=1e-5,
         valid_data=None,
