@@ -110,7 +110,7 @@ def _same_work(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 def _computed(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What settings of an objective's section say of the work."""
+    """Returns the settings of an objective's section that decide what is computed."""
     values = {key: section.get(key) for key in OF_OBJECTIVES}
     values["teacher_load"] = len(section.get("teacher_load") or ())
     return values | {key: bool(section.get(key)) for key in WHETHER}

@@ -44,7 +44,7 @@ def costs(run: RunConfig) -> Costs:
     first = 0.0
     if model.vision is not None and run.parallel.vision_parallel != "replica":
         share = 1 / 3 if run.training.freeze_vision else 1.0
-        first = share * vision(model, _tiles(run))
+        first = share * vision(model, most_of_an_image(run))
     work = Workload(
         tokens=tokens,
         attention_pairs=causal_pairs(tokens),
@@ -59,7 +59,7 @@ def costs(run: RunConfig) -> Costs:
 def _memory_rows(run: RunConfig, memory: Memory) -> MemoryRows:
     """The memory of one image; the coordinates of its keys are left out, and glimpses, which follow
     from data: a query costs little beside the keys and values."""
-    of = {"thumbnail": 1, "tiles": most_tiles(run), "pyramid": _tiles(run)}
+    of = {"thumbnail": 1, "tiles": most_tiles(run), "pyramid": most_of_an_image(run)}
     seen = of[memory.tiles] * patches(run.model)
     return MemoryRows(rows=seen, pairs=run.data.seq_length * seen)
 
@@ -118,7 +118,7 @@ def patches(model: ModelConfig) -> int:
     return vision_family(model).grid(model.vision, None).patches
 
 
-def _tiles(run: RunConfig) -> int:
-    """The most tiles of an image, its thumbnail among them."""
-    cells = most_tiles(run)
+def most_of_an_image(run: RunConfig, images: int = 1) -> int:
+    """Returns the most tiles of each of `images` images of a row, its thumbnail among them."""
+    cells = most_tiles(run, images)
     return cells + int(run.data.use_thumbnail and cells > 1)

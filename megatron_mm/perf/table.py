@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_mm.config import RunConfig, dump_yaml
-from megatron_mm.config.memories import most_tiles
+from megatron_mm.config.cost import most_of_an_image
 from megatron_mm.earl.settings import EARLConfig
 from megatron_mm.mimic.settings import MimicConfig
 from megatron_mm.perf.assumed import paired
@@ -41,8 +41,7 @@ def assumptions(
         micro_batch: say how many samples it has; False for several plans that differ in it.
     """
     run, gpu, assumed = plan.run, plan.gpu, plan.assumed
-    cells = most_tiles(run, max(1, images))
-    tiles = cells + int(run.data.use_thumbnail and cells > 1)
+    tiles = most_of_an_image(run, max(1, images))
     one, each = ("samples", "") if paired(run) is None else ("pairs", "twice ")
     batch = f"{one} of {each}{run.data.seq_length} tokens"
     if micro_batch:

@@ -174,11 +174,11 @@ def _tiles(results: dict, records: list[dict], skills: list[dict]) -> list[tuple
         note = f"chance {percent(sum(chances) / len(chances))}" if chances else ""
         label = "mean accuracy over skills" if len(scored) > 1 else "accuracy"
         tiles.append((percent(sum(scored) / len(scored)), label, note))
-    rewards = [r["reward"] for r in records if r.get("reward") is not None]
     for key in losses(records)[:1]:
         _, values = series(records, key)
         if len(values):
             tiles.append((f"{values[-1]:.3g}", "last training loss", f"first {values[0]:.3g}"))
+    rewards = [r["reward"] for r in records if r.get("reward") is not None]
     if rewards:
         tiles.append((f"{rewards[-1]:.3g}", "last reward", f"first {rewards[0]:.3g}"))
     step = results.get("iteration") or (records[-1]["iteration"] if records else None)

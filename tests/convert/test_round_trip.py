@@ -95,13 +95,15 @@ def test_through_training_on(ranks, source, tmp_path, name):
     both dtypes, both ways of writing experts, untied and tied."""
     size, parallel = LAYOUTS[name]
     tp, jobs = parallel[TP], []
-    kinds = [kind for kind in KINDS if kind[::2] in (("fp32", False), ("bf16", True))]
-    for dtype, tied in (("fp32", False), ("bf16", True)):
+    pairs = (("fp32", False), ("bf16", True))
+    for dtype, tied in pairs:
         folders = [source((dtype, stacked, tied), tp)[0] for stacked in (False, True)]
         jobs.append((*folders, tmp_path / f"{dtype}{tied}", dtype == "bf16"))
     ranks(size, through_training, parallel, jobs)
-    for kind in kinds:
+    for kind in KINDS:
         dtype, stacked, tied = kind
+        if (dtype, tied) not in pairs:
+            continue
         folder, expected = source(kind, tp)
         out = tmp_path / f"{dtype}{tied}" / f"hf{stacked}"
         assert_same(read_all(out), expected)

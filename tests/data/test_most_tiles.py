@@ -43,7 +43,7 @@ def test_a_wide_image_is_cut_into_as_many(stream, memory):
 
 
 def test_plans_and_splits_follow_the_budget():
-    """As if `max_num_tiles` were what the budget leaves of it."""
+    """A budget is planned like the `max_num_tiles` that it leaves."""
     flags = ["--preset", "mm-80b", "--bf16", "--global-batch-size", "8"]
     flags += ["--pipeline-model-parallel-size", "4"]
     budget = load(argv=[*flags, "--max-image-tokens", "1024"])

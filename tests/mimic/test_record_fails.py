@@ -1,4 +1,4 @@
-"""What ends a recording ends it on every rank, and before hours are lost where it can."""
+"""Failures end a recording on every rank, and before hours are lost where they can be foreseen."""
 
 from __future__ import annotations
 

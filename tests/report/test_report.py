@@ -183,7 +183,7 @@ def test_metrics_alone_with_gaps(tmp_path):
 
 
 def test_every_loss_has_its_curve(tmp_path):
-    """Of preference pairs, of a teacher, of an objective of one's own."""
+    """Preference pairs, a teacher and an objective of one's own have losses of their own."""
     records = [
         {"iteration": n, "train/kd_loss": 0.5, "train/dpo_loss": 0.75 / n, "rewards/margins": n - 2}
         for n in (1, 2, 3)
